@@ -1,0 +1,136 @@
+//! Flags and their variables. Each flag is also an environment variable: `--drain-timeout` of a
+//! binary named `app` is `APP_DRAIN_TIMEOUT`. A flag wins over its variable.
+
+use std::time::Duration;
+
+use bytesize::ByteSize;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::failure::{Failure, Result};
+use crate::listeners::Endpoint;
+
+/// An HTTP service that lives under systemd.
+///
+/// Sockets come from the first of these that has any: LISTEN_FDS (a systemd socket unit),
+/// SERVER_STARTER_PORT (Server::Starter), --listen, 127.0.0.1:8080.
+///
+/// SIGTERM and SIGINT drain: requests in flight finish, up to --drain-timeout; a second one ends the
+/// drain at once.
+#[derive(Clone, Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub struct Config {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+
+    /// Where to listen when no socket was inherited: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
+    /// unix:/run/x.sock or unix:@abstract. May be repeated; the variable takes commas.
+    #[arg(long, value_name = "ADDR", value_delimiter = ',', default_value = "127.0.0.1:8080")]
+    pub listen: Vec<Endpoint>,
+
+    /// How long requests in flight may go on after SIGTERM. Keep TimeoutStopSec= of the unit above it.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub drain_timeout: Duration,
+
+    /// How long a client may take to send the head of a request, from its first byte.
+    #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
+    pub head_timeout: Duration,
+
+    /// How long a connection may stay open with no request.
+    #[arg(long, value_name = "TIME", default_value = "75s", value_parser = positive_duration)]
+    pub idle_timeout: Duration,
+
+    /// How long the service may take to begin its answer, and a client to send the next piece of a
+    /// body or to take the next piece of an answer.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
+    pub request_timeout: Duration,
+
+    /// The largest request body.
+    #[arg(long, value_name = "SIZE", default_value = "2MiB")]
+    pub body_limit: ByteSize,
+
+    /// How many connections may be open; further ones wait in the socket's queue.
+    #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub max_connections: u32,
+
+    /// What to log, as in RUST_LOG (which is read when this is not given): info, debug,
+    /// tower_http=debug,info.
+    #[arg(long, value_name = "FILTER")]
+    pub log: Option<String>,
+}
+
+#[derive(Clone, Copy, Debug, Subcommand, PartialEq, Eq)]
+pub enum Command {
+    /// Do everything a start does short of serving; exit 0, or say why not.
+    Check,
+}
+
+impl Config {
+    /// Reads the command line and the environment. `--help` and `--version` print and exit.
+    pub fn from_environment() -> Result<Self> {
+        let matches = match command().try_get_matches() {
+            Ok(matches) => matches,
+            Err(error) if error.use_stderr() => return Err(Failure::config(one_line(&error))),
+            Err(help) => help.exit(),
+        };
+        Self::from_arg_matches(&matches).map_err(|error| Failure::config(one_line(&error)))
+    }
+}
+
+/// The command line, each flag with its variable.
+fn command() -> clap::Command {
+    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+    Config::command().mut_args(|arg| match arg.get_long() {
+        Some("help" | "version") | None => arg,
+        Some(flag) => {
+            let variable = format!("{prefix}_{}", flag.to_uppercase().replace('-', "_"));
+            arg.env(variable.leak() as &'static str)
+        }
+    })
+}
+
+/// clap's message for a terminal spreads over lines; a journal line is one.
+fn one_line(error: &clap::Error) -> anyhow::Error {
+    let text = error.render().to_string();
+    let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+    anyhow::anyhow!("{}; see --help", words.join(" ").trim_start_matches("error: "))
+}
+
+fn positive_duration(text: &str) -> std::result::Result<Duration, String> {
+    match humantime::parse_duration(text) {
+        Ok(Duration::ZERO) => Err("must be above zero".into()),
+        Ok(duration) => Ok(duration),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn each_flag_has_a_variable() {
+        let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+        let command = command();
+        let variable = |flag| {
+            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
+            arg.get_env().and_then(|name| name.to_str()).map(str::to_owned)
+        };
+        assert_eq!(variable("drain-timeout"), Some(format!("{prefix}_DRAIN_TIMEOUT")));
+        assert_eq!(variable("listen"), Some(format!("{prefix}_LISTEN")));
+        assert_eq!(variable("log"), Some(format!("{prefix}_LOG")));
+    }
+
+    #[test]
+    fn a_wrong_value_is_one_line_that_names_the_flag() {
+        let error = command().try_get_matches_from(["x", "--idle-timeout", "0s"]).expect_err("zero");
+        let line = one_line(&error).to_string();
+        assert!(line.contains("--idle-timeout") && line.contains("above zero"), "{line}");
+        assert!(!line.contains('\n'), "{line}");
+    }
+}

@@ -1,0 +1,88 @@
+//! Drives HTTP/1.1 on one connection, and brings it to rest.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::Poll;
+
+use bytes::Bytes;
+use hyper::body::Incoming;
+use hyper::server::conn::http1::Builder;
+use hyper::service::HttpService;
+use hyper_util::rt::TokioIo;
+use tracing::{debug, warn};
+
+use super::exchange::AnswerBody;
+use super::io::Io;
+use crate::registry::{Entry, Phase, Stage};
+
+/// The largest head of a request, in bytes; a larger one is answered with 431.
+const HEAD_LIMIT: usize = 64 * 1024;
+
+pub(super) enum End {
+    Closed,
+    /// The stream, and what was read from it and not consumed.
+    AtRest(Io, Bytes),
+}
+
+enum Turn {
+    /// hyper is done with the connection: the peer closed it, or the last answer said so.
+    Done(hyper::Result<()>),
+    AtRest,
+    Overdue(Stage),
+}
+
+pub(super) async fn drive<S>(io: Io, service: S, entry: &Entry) -> End
+where
+    S: HttpService<Incoming, ResBody = AnswerBody, Error = Infallible, Future: Send> + Send,
+{
+    let mut connection = Builder::new()
+        .header_read_timeout(None) // the registry watches over the time limits
+        .max_header_size(HEAD_LIMIT)
+        .serve_connection(TokioIo::new(io), service)
+        .with_upgrades();
+    let turn = poll_fn(|cx| {
+        entry.wake_on_change(cx);
+        if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+            return Poll::Ready(Turn::Done(result));
+        }
+        entry.settle();
+        let stage = entry.stage();
+        if entry.is_overdue() {
+            return Poll::Ready(Turn::Overdue(stage));
+        }
+        let at_rest = matches!(stage, Stage::Waiting | Stage::Head) && entry.is_flushed();
+        if !at_rest || entry.phase() != Phase::Resting {
+            return Poll::Pending;
+        }
+        if entry.started() == 0 {
+            return Poll::Ready(Turn::AtRest);
+        }
+        // hyper ends a connection that it holds to be idle without sending a byte. One that it does
+        // not hold to be idle has more to say, and ends by itself.
+        Pin::new(&mut connection).graceful_shutdown();
+        match Pin::new(&mut connection).poll(cx) {
+            Poll::Ready(Ok(())) => Poll::Ready(Turn::AtRest),
+            Poll::Ready(Err(error)) => Poll::Ready(Turn::Done(Err(error))),
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await;
+
+    // None: upgraded, and a handler's now.
+    let Some(parts) = connection.into_parts() else { return End::Closed };
+    let io = parts.io.into_inner();
+    match turn {
+        Turn::AtRest => return End::AtRest(io, parts.read_buf),
+        Turn::Overdue(Stage::Head) => io.refuse().await,
+        Turn::Overdue(Stage::InFlight) => warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off"),
+        Turn::Overdue(_) => {}
+        Turn::Done(result) => {
+            if let Err(error) = result {
+                debug!(peer = %entry.peer, %error, "connection ended");
+            }
+            io.close().await;
+        }
+    }
+    End::Closed
+}

@@ -1,0 +1,57 @@
+//! Drives HTTP/2 on one connection. It cannot move: when asked to end it sends GOAWAY, finishes its
+//! streams and closes.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::task::Poll;
+use std::time::Duration;
+
+use hyper::body::Incoming;
+use hyper::server::conn::http2::Builder;
+use hyper::service::HttpService;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tracing::debug;
+
+use super::exchange::AnswerBody;
+use super::io::Io;
+use crate::registry::{Entry, Stage};
+
+/// A peer that answers no ping for this long is gone.
+const PING_INTERVAL: Duration = Duration::from_secs(20);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Requests that one connection may have in flight.
+const MAX_STREAMS: u32 = 200;
+
+pub(super) async fn drive<S>(io: Io, service: S, entry: &Entry)
+where
+    S: HttpService<Incoming, ResBody = AnswerBody, Error = Infallible, Future: Send> + Send,
+    S::Future: 'static,
+{
+    let mut connection = Builder::new(TokioExecutor::new())
+        .timer(TokioTimer::new())
+        .keep_alive_interval(PING_INTERVAL)
+        .keep_alive_timeout(PING_TIMEOUT)
+        .max_concurrent_streams(MAX_STREAMS)
+        .serve_connection(TokioIo::new(io), service);
+    entry.set_stage(Stage::Waiting);
+    let mut told = false;
+    let result = poll_fn(|cx| {
+        entry.wake_on_change(cx);
+        loop {
+            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+                return Poll::Ready(result);
+            }
+            entry.settle();
+            if told || !(entry.phase().ends(false) || entry.is_overdue()) {
+                return Poll::Pending;
+            }
+            told = true;
+            Pin::new(&mut connection).graceful_shutdown();
+        }
+    })
+    .await;
+    if let Err(error) = result {
+        debug!(peer = %entry.peer, %error, "connection ended");
+    }
+}

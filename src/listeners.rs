@@ -1,0 +1,388 @@
+//! The sockets that this process was born with, or else binds: the first source that has any wins.
+//!
+//! 1. `LISTEN_FDS`, `LISTEN_FDNAMES`: systemd, systemd-socket-activate, systemfd; `sd_listen_fds(3)`
+//! 2. `SERVER_STARTER_PORT`: Server::Starter's `start_server`
+//! 3. `--listen`, by default 127.0.0.1:8080
+
+use std::collections::HashSet;
+use std::fmt;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, bail};
+use listenfd::ListenFd;
+use rustix::net::{AddressFamily, SocketType, sockopt};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use crate::config::Config;
+use crate::failure::{Failure, Result};
+
+/// The name of a listener that nobody named.
+const DEFAULT_NAME: &str = "http";
+/// Connections that may wait to be accepted, where the system allows as many (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
+
+/// Everything that came from outside at birth.
+pub struct Inheritance {
+    pub listeners: Vec<Listener>,
+    /// Which process in a row of restarts this is, where the one who started it counts them.
+    pub generation: Option<u64>,
+}
+
+/// One listening stream socket.
+pub struct Listener {
+    /// What the socket unit calls it (`FileDescriptorName=`).
+    pub name: Arc<str>,
+    pub socket: ListeningSocket,
+    pub holder: Holder,
+}
+
+pub enum ListeningSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+/// Who keeps the port when this process closes its listener.
+pub enum Holder {
+    /// The one who passed it on: connections wait in its queue for the next process.
+    Parent,
+    /// Nobody: whatever waits in the queue would be refused.
+    Nobody(#[expect(dead_code, reason = "held for its Drop")] Option<BoundPath>),
+}
+
+/// A socket file made by this process, removed with its listener.
+pub struct BoundPath(PathBuf);
+
+impl Drop for BoundPath {
+    fn drop(&mut self) {
+        // Gone already, or no longer ours to remove: either way nothing is left to do.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// Takes the sockets from the environment, or binds them.
+///
+/// To be called before any thread exists: the environment is read and changed.
+pub fn take(config: &Config) -> Result<Inheritance> {
+    let mut listeners = from_listen_fds().map_err(Failure::config)?;
+    let generation = generation().map_err(Failure::config)?;
+    if listeners.is_empty() {
+        listeners = from_server_starter().map_err(Failure::config)?;
+    }
+    if listeners.is_empty() {
+        for endpoint in &config.listen {
+            listeners.push(endpoint.bind().map_err(Failure::unavailable)?);
+        }
+    }
+    Ok(Inheritance { listeners, generation })
+}
+
+impl Listener {
+    /// `http(8080)`, `http(/run/app.sock)`: as `systemctl status` shows it.
+    pub fn label(&self) -> String {
+        let place = match &self.socket {
+            ListeningSocket::Tcp(socket) => {
+                socket.local_addr().map_or_else(|_| "?".into(), |address| address.port().to_string())
+            }
+            ListeningSocket::Unix(socket) => socket.local_addr().map_or_else(
+                |_| "?".into(),
+                |address| match (address.as_pathname(), abstract_name(&address)) {
+                    (Some(path), _) => path.display().to_string(),
+                    (None, Some(name)) => format!("@{name}"),
+                    (None, None) => "unnamed".into(),
+                },
+            ),
+        };
+        format!("{}({place})", self.name)
+    }
+
+    /// The address for a person to try, of a listener that this process bound itself.
+    pub fn bound_address(&self) -> Option<SocketAddr> {
+        match (&self.socket, &self.holder) {
+            (ListeningSocket::Tcp(socket), Holder::Nobody(_)) => socket.local_addr().ok(),
+            _ => None,
+        }
+    }
+
+    fn inherited(name: &str, socket: ListeningSocket) -> anyhow::Result<Self> {
+        match &socket {
+            ListeningSocket::Tcp(socket) => socket.set_nonblocking(true)?,
+            ListeningSocket::Unix(socket) => socket.set_nonblocking(true)?,
+        }
+        Ok(Self { name: name.into(), socket, holder: Holder::Parent })
+    }
+}
+
+fn abstract_name(address: &std::os::unix::net::SocketAddr) -> Option<String> {
+    use std::os::linux::net::SocketAddrExt;
+    address.as_abstract_name().map(|name| String::from_utf8_lossy(name).into_owned())
+}
+
+// ---- LISTEN_FDS ----
+
+fn from_listen_fds() -> anyhow::Result<Vec<Listener>> {
+    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok(Vec::new()) };
+    number::<u32>("LISTEN_PID")?;
+    let first = number::<RawFd>("LISTEN_FDS_FIRST_FD")?.unwrap_or(3);
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    if limit.is_some_and(|limit| count as u64 > limit) {
+        bail!("LISTEN_FDS={count} is more than a process may have open (LimitNOFILE=)");
+    }
+    let names = variable("LISTEN_FDNAMES")?;
+    // listenfd answers with none at all where LISTEN_PID names another process, as sd_listen_fds(3) does.
+    let mut passed = ListenFd::from_env();
+    if passed.len() == 0 {
+        return Ok(Vec::new());
+    }
+    let names: Vec<&str> = match &names {
+        Some(names) => names.split(':').collect(),
+        None => vec!["unknown"; count],
+    };
+    if names.len() != count {
+        bail!("LISTEN_FDNAMES has {} names for LISTEN_FDS={count} sockets", names.len());
+    }
+    (0..count)
+        .map(|index| {
+            let fd = first.saturating_add(RawFd::try_from(index)?);
+            let name = names[index];
+            take_listener(&mut passed, index)
+                .and_then(|socket| Listener::inherited(listener_name(name), socket))
+                .with_context(|| format!("LISTEN_FDS: fd {fd} ({name})"))
+        })
+        .collect()
+}
+
+fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<ListeningSocket> {
+    let socket = if let Ok(Some(socket)) = passed.take_tcp_listener(index) {
+        require_listening(&socket)?;
+        ListeningSocket::Tcp(socket)
+    } else if let Ok(Some(socket)) = passed.take_unix_listener(index) {
+        require_listening(&socket)?;
+        ListeningSocket::Unix(socket)
+    } else {
+        bail!("{NOT_LISTENING}");
+    };
+    Ok(socket)
+}
+
+const NOT_LISTENING: &str =
+    "not a listening stream socket; a socket unit makes one with ListenStream= and Accept=no";
+
+fn require_listening(socket: impl AsFd) -> anyhow::Result<()> {
+    if sockopt::socket_acceptconn(socket)? { Ok(()) } else { bail!("{NOT_LISTENING}") }
+}
+
+/// Where `FileDescriptorName=` is absent, systemd says the name of the unit, and others `unknown`.
+fn listener_name(name: &str) -> &str {
+    if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket") {
+        DEFAULT_NAME
+    } else {
+        name
+    }
+}
+
+// ---- SERVER_STARTER_PORT ----
+
+/// `host:port=fd;port=fd;/path.sock=fd`
+fn from_server_starter() -> anyhow::Result<Vec<Listener>> {
+    let Some(text) = variable("SERVER_STARTER_PORT")? else { return Ok(Vec::new()) };
+    let mut seen = HashSet::new();
+    text.split(';')
+        .map(|pair| {
+            let (place, fd) = server_starter_pair(pair)
+                .with_context(|| format!("SERVER_STARTER_PORT={text}: {pair} is not host:port=fd"))?;
+            if !seen.insert(fd) {
+                bail!("SERVER_STARTER_PORT={text}: fd {fd} stands there twice");
+            }
+            adopt(fd)
+                .and_then(|socket| Listener::inherited(DEFAULT_NAME, socket))
+                .with_context(|| format!("SERVER_STARTER_PORT: fd {fd} ({place})"))
+        })
+        .collect()
+}
+
+fn server_starter_pair(pair: &str) -> Option<(&str, RawFd)> {
+    let (place, fd) = pair.rsplit_once('=')?;
+    let fd = fd.parse().ok().filter(|fd| *fd > 2)?;
+    (!place.is_empty()).then_some((place, fd))
+}
+
+fn adopt(fd: RawFd) -> anyhow::Result<ListeningSocket> {
+    let socket = own(fd)?;
+    rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    let domain = sockopt::socket_domain(&socket).context(NOT_LISTENING)?;
+    if sockopt::socket_type(&socket)? != SocketType::STREAM {
+        bail!("{NOT_LISTENING}");
+    }
+    require_listening(&socket)?;
+    match domain {
+        AddressFamily::INET | AddressFamily::INET6 => Ok(ListeningSocket::Tcp(socket.into())),
+        AddressFamily::UNIX => Ok(ListeningSocket::Unix(socket.into())),
+        _ => bail!("{NOT_LISTENING}"),
+    }
+}
+
+/// The owner of an fd that is known by its number alone.
+#[expect(unsafe_code, reason = "no safe crate turns the number in SERVER_STARTER_PORT into an owned fd")]
+fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    if !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
+        bail!("not open in this process");
+    }
+    // SAFETY: the fd is open, and was passed to this process for it to own; each number is taken once,
+    // before any other code could have come to hold it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn generation() -> anyhow::Result<Option<u64>> {
+    number("SERVER_STARTER_GENERATION")
+}
+
+// ---- --listen ----
+
+/// An address to bind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Endpoint {
+    Tcp(SocketAddr),
+    Path(PathBuf),
+    Abstract(String),
+}
+
+impl FromStr for Endpoint {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let path = text.strip_prefix("unix:").or_else(|| text.starts_with('/').then_some(text));
+        match path {
+            Some("" | "@") => Err("a path or @name must follow unix:".into()),
+            Some(path) => Ok(match path.strip_prefix('@') {
+                Some(name) => Self::Abstract(name.to_owned()),
+                None => Self::Path(path.into()),
+            }),
+            None => text
+                .parse()
+                .map(Self::Tcp)
+                .map_err(|_| "not an address like 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()),
+        }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "unix:@{name}"),
+        }
+    }
+}
+
+impl Endpoint {
+    fn bind(&self) -> anyhow::Result<Listener> {
+        let (socket, path) = match self {
+            Self::Tcp(address) => {
+                let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                (self.listen(socket, &(*address).into())?, None)
+            }
+            Self::Path(path) => {
+                remove_if_stale(path);
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                (self.listen(socket, &SockAddr::unix(path)?)?, Some(BoundPath(path.clone())))
+            }
+            Self::Abstract(name) => {
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                (self.listen(socket, &SockAddr::unix(format!("\0{name}"))?)?, None)
+            }
+        };
+        let socket = match self {
+            Self::Tcp(_) => ListeningSocket::Tcp(socket.into()),
+            Self::Path(_) | Self::Abstract(_) => ListeningSocket::Unix(socket.into()),
+        };
+        Ok(Listener { name: DEFAULT_NAME.into(), socket, holder: Holder::Nobody(path) })
+    }
+
+    fn listen(&self, socket: Socket, address: &SockAddr) -> anyhow::Result<Socket> {
+        socket
+            .bind(address)
+            .and_then(|()| socket.listen(BACKLOG))
+            .and_then(|()| socket.set_nonblocking(true))
+            .with_context(|| format!("could not listen on {self}"))?;
+        Ok(socket)
+    }
+}
+
+/// A socket file where nobody listens any more would keep the path taken for ever.
+fn remove_if_stale(path: &Path) {
+    let refused = UnixStream::connect(path)
+        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+    if refused {
+        // If it cannot be removed, bind() says so.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+// ---- variables ----
+
+/// A variable that is there and not empty.
+fn variable(name: &str) -> anyhow::Result<Option<String>> {
+    match std::env::var(name) {
+        Ok(text) if text.is_empty() => Ok(None),
+        Ok(text) => Ok(Some(text)),
+        Err(std::env::VarError::NotPresent) => Ok(None),
+        Err(error) => Err(anyhow!("{name}: {error}")),
+    }
+}
+
+fn number<N: FromStr>(name: &str) -> anyhow::Result<Option<N>> {
+    variable(name)?
+        .map(|text| text.parse().map_err(|_| anyhow!("{name}={text} is not a number that it can be")))
+        .transpose()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn endpoints_are_read_as_they_are_written() {
+        for text in ["127.0.0.1:8080", "[::1]:8080", "/run/x.sock", "unix:@x"] {
+            assert_eq!(text.parse::<Endpoint>().expect(text).to_string(), text);
+        }
+        assert_eq!("unix:/run/x.sock".parse(), Ok(Endpoint::Path("/run/x.sock".into())));
+        for text in ["", "8080", "localhost:x", "unix:", "unix:@", "127.0.0.1:99999"] {
+            assert!(text.parse::<Endpoint>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn server_starter_pairs_are_read_from_the_right() {
+        assert_eq!(server_starter_pair("127.0.0.1:80=4"), Some(("127.0.0.1:80", 4)));
+        assert_eq!(server_starter_pair("/run/a=b.sock=5"), Some(("/run/a=b.sock", 5)));
+        for pair in ["", "80", "80=", "=4", "80=x", "80=-1", "80=2", "80=99999999999"] {
+            assert_eq!(server_starter_pair(pair), None, "{pair}");
+        }
+    }
+
+    #[test]
+    fn a_socket_that_nobody_named_is_http() {
+        for name in ["", "unknown", "shop.socket", "http"] {
+            assert_eq!(listener_name(name), "http");
+        }
+        assert_eq!(listener_name("admin"), "admin");
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_makes_the_parsers_panic(text in ".{0,64}") {
+            let _ = text.parse::<Endpoint>();
+            let _ = server_starter_pair(&text);
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! The life of the service, in order:
+//! inherit -> listen -> ready -> serve -> drain.
+
+mod app;
+mod config;
+mod connection;
+mod drain;
+mod failure;
+mod life;
+mod listeners;
+mod log;
+mod registry;
+mod requests;
+mod server;
+mod signals;
+mod stream;
+mod systemd;
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context;
+use tracing::info;
+
+use crate::config::{Command, Config};
+use crate::failure::Result;
+use crate::life::Life;
+use crate::listeners::{Inheritance, Listener};
+use crate::registry::{Counts, Limits, Registry};
+use crate::server::Server;
+use crate::signals::Signals;
+
+/// For a peer to take the last answer of a connection and close it.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Logging may not be set up yet; <3> is the level of an error, see sd-daemon(3).
+            let level = if systemd::stderr_is_the_journal() { "<3>" } else { "" };
+            eprintln!("{level}{}: {failure}", env!("CARGO_PKG_NAME"));
+            failure.exit_code()
+        }
+    }
+}
+
+fn run() -> Result<()> {
+    let config = Config::from_environment()?;
+    // No thread exists yet: the environment may be read, and what it names may be taken.
+    let Inheritance { listeners, generation } = listeners::take(&config)?;
+    let life = Life::begin(generation.unwrap_or(1));
+    log::init(config.log.as_deref(), life.generation)?;
+    if config.command == Some(Command::Check) {
+        return check(&listeners);
+    }
+    let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
+    let served = runtime.block_on(live(&config, life, listeners));
+    // What still runs has had its time.
+    runtime.shutdown_background();
+    served
+}
+
+async fn live(config: &Config, life: Life, listeners: Vec<Listener>) -> Result<()> {
+    let mut signals = Signals::new().context("could not watch for signals")?;
+    let limits = Limits {
+        head: config.head_timeout,
+        idle: config.idle_timeout,
+        stall: config.request_timeout,
+        close: CLOSE_LIMIT,
+    };
+    let registry = Registry::new(limits);
+    let service = requests::service(app::router(), life, config);
+    let (server, _rested) = Server::new(service, registry.clone(), config.max_connections);
+
+    let labels = labels(&listeners);
+    let address = listeners.iter().find_map(Listener::bound_address);
+    for listener in listeners {
+        server.listen(listener)?;
+    }
+    tokio::spawn(registry.clone().watch());
+    tokio::spawn(systemd::feed_watchdog());
+
+    systemd::ready(&status(&registry, &labels));
+    info!(message_id = log::message_id::STARTED, generation = life.generation, "serving on {labels}");
+    if let Some(address) = address {
+        info!("try it: curl http://{address}/");
+    }
+    let report = {
+        let registry = registry.clone();
+        tokio::spawn(systemd::report(move || status(&registry, &labels)))
+    };
+    signals.terminated().await;
+
+    report.abort();
+    drain::drain(&registry, &mut signals, config.drain_timeout).await;
+    Ok(())
+}
+
+/// All that a start does short of serving is done.
+#[expect(clippy::print_stdout, reason = "the answer that was asked for")]
+fn check(listeners: &[Listener]) -> Result<()> {
+    println!("ready to serve on {}", labels(listeners));
+    Ok(())
+}
+
+fn labels(listeners: &[Listener]) -> String {
+    listeners.iter().map(Listener::label).collect::<Vec<_>>().join(" ")
+}
+
+fn status(registry: &Registry, labels: &str) -> String {
+    let Counts { connections, in_flight, answered } = registry.counts();
+    format!("serving on {labels}: {connections} connections, {in_flight} in flight, {answered} answered")
+}

@@ -1,0 +1,425 @@
+//! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
+//! its time limits. A connection's own task writes its entry with plain atomic stores; nothing here is
+//! locked while a request is answered, but the entry's list of its own requests.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
+
+use hyper::Uri;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+
+use crate::stream::Peer;
+
+/// What the process wants of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Business as usual.
+    Serving,
+    /// Business goes on; connections that cannot move are told to end.
+    Draining,
+    /// Nothing is accepted; connections that can move come to rest and leave.
+    Resting,
+    /// There is nobody to move to: all connections are told to end. Others still hold the port, so
+    /// what they pass is accepted.
+    Lingering,
+    /// As `Lingering`, and nothing is accepted.
+    Closing,
+}
+
+impl Phase {
+    const ALL: [Self; 5] = [Self::Serving, Self::Draining, Self::Resting, Self::Lingering, Self::Closing];
+
+    pub fn accepts(self) -> bool {
+        matches!(self, Self::Serving | Self::Draining | Self::Lingering)
+    }
+
+    /// Whether a connection is told to end with its next answer.
+    pub fn ends(self, movable: bool) -> bool {
+        match self {
+            Self::Serving => false,
+            Self::Draining | Self::Resting => !movable,
+            Self::Lingering | Self::Closing => true,
+        }
+    }
+}
+
+/// What a connection is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Nothing of a request has arrived.
+    Waiting,
+    /// Some of a request's head has arrived.
+    Head,
+    /// A request is being answered, or the answer is still on its way out.
+    InFlight,
+    /// The connection belongs to a handler (WebSocket).
+    Upgraded,
+    /// The last answer is out; the peer is given time to take it.
+    Closing,
+}
+
+impl Stage {
+    const ALL: [Self; 5] = [Self::Waiting, Self::Head, Self::InFlight, Self::Upgraded, Self::Closing];
+}
+
+/// Time limits that the registry watches over.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub head: Duration,
+    pub idle: Duration,
+    /// For a peer to take the next piece of an answer.
+    pub stall: Duration,
+    /// For a peer to take the last answer and close.
+    pub close: Duration,
+}
+
+impl Limits {
+    /// How often to look: often enough to keep the shortest limit within a quarter.
+    fn interval(self) -> Duration {
+        let shortest = self.head.min(self.idle).min(self.stall).min(self.close);
+        (shortest / 4).clamp(Duration::from_millis(5), Duration::from_secs(1))
+    }
+}
+
+pub struct Registry {
+    born: Instant,
+    limits: Limits,
+    phase: AtomicU8,
+    /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
+    changed: Notify,
+    open: Mutex<HashMap<u64, Arc<Entry>>>,
+    next_id: AtomicU64,
+    /// Requests answered on connections that are closed.
+    answered: AtomicU64,
+    /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
+    now: AtomicU64,
+}
+
+/// One open connection.
+pub struct Entry {
+    pub id: u64,
+    pub peer: Peer,
+    registry: Arc<Registry>,
+    opened: Instant,
+    stage: AtomicU8,
+    /// When it came to this stage, by the registry's clock.
+    since: AtomicU64,
+    task: Mutex<Option<Waker>>,
+    /// Bodies being read and answers being written.
+    busy: AtomicU32,
+    /// Request bodies being read.
+    reading: AtomicU32,
+    unflushed: AtomicBool,
+    requests: Mutex<Vec<InFlight>>,
+    started: AtomicU64,
+    open: AtomicBool,
+}
+
+/// A request being answered.
+#[derive(Clone)]
+pub struct InFlight {
+    pub number: u64,
+    pub uri: Uri,
+    pub since: Instant,
+}
+
+/// A connection that the process had to cut off.
+pub struct Remaining {
+    pub peer: Peer,
+    pub age: Duration,
+    pub requests: Vec<InFlight>,
+}
+
+/// Sums over all open connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub connections: usize,
+    pub in_flight: usize,
+    pub answered: u64,
+}
+
+/// Keeps a connection in the registry, and its slot under `--max-connections`, until dropped.
+pub struct Registration {
+    pub entry: Arc<Entry>,
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Registry {
+    pub fn new(limits: Limits) -> Arc<Self> {
+        Arc::new(Self {
+            born: Instant::now(),
+            limits,
+            phase: AtomicU8::new(Phase::Serving as u8),
+            changed: Notify::new(),
+            open: Mutex::default(),
+            next_id: AtomicU64::new(0),
+            answered: AtomicU64::new(0),
+            now: AtomicU64::new(0),
+        })
+    }
+
+    pub fn register(self: &Arc<Self>, peer: Peer, slot: Option<OwnedSemaphorePermit>) -> Registration {
+        let id = self.next_id.fetch_add(1, SeqCst);
+        let entry = Arc::new(Entry {
+            id,
+            peer,
+            registry: self.clone(),
+            opened: Instant::now(),
+            stage: AtomicU8::new(Stage::Waiting as u8),
+            since: AtomicU64::new(self.now.load(SeqCst)),
+            task: Mutex::default(),
+            busy: AtomicU32::new(0),
+            reading: AtomicU32::new(0),
+            unflushed: AtomicBool::new(false),
+            requests: Mutex::default(),
+            started: AtomicU64::new(0),
+            open: AtomicBool::new(true),
+        });
+        lock(&self.open).insert(id, entry.clone());
+        Registration { entry, _slot: slot }
+    }
+
+    pub fn phase(&self) -> Phase {
+        Phase::ALL[usize::from(self.phase.load(SeqCst))]
+    }
+
+    pub fn set_phase(&self, phase: Phase) {
+        self.phase.store(phase as u8, SeqCst);
+        self.changed.notify_waiters();
+        for entry in self.entries() {
+            entry.wake();
+        }
+    }
+
+    /// Waits until the phase is one that `wanted` says yes to.
+    pub async fn until_phase(&self, wanted: impl Fn(Phase) -> bool) {
+        self.until(|| wanted(self.phase())).await;
+    }
+
+    /// Waits until `done`, which is asked again each time that a connection of a process that no longer
+    /// just serves comes to rest or closes.
+    pub async fn until(&self, mut done: impl FnMut() -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if done() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    /// Whether the last answer of every connection is out.
+    pub fn is_done(&self) -> bool {
+        lock(&self.open).values().all(|entry| !entry.has_more_to_say())
+    }
+
+    pub fn entries(&self) -> Vec<Arc<Entry>> {
+        lock(&self.open).values().cloned().collect()
+    }
+
+    pub fn counts(&self) -> Counts {
+        let entries = self.entries();
+        entries.iter().fold(
+            Counts {
+                connections: entries.len(),
+                in_flight: 0,
+                answered: self.answered.load(SeqCst),
+            },
+            |counts, entry| {
+                let in_flight = lock(&entry.requests).len();
+                let answered = entry.started.load(SeqCst).saturating_sub(in_flight as u64);
+                Counts {
+                    in_flight: counts.in_flight + in_flight,
+                    answered: counts.answered + answered,
+                    ..counts
+                }
+            },
+        )
+    }
+
+    /// What would be lost if the process ended now.
+    pub fn remaining(&self) -> Vec<Remaining> {
+        let remaining = |entry: Arc<Entry>| Remaining {
+            peer: entry.peer,
+            age: entry.opened.elapsed(),
+            requests: lock(&entry.requests).clone(),
+        };
+        self.entries().into_iter().map(remaining).collect()
+    }
+
+    /// Looks at the time limits of every connection, for as long as the process lives.
+    pub async fn watch(self: Arc<Self>) {
+        let mut clock = tokio::time::interval(self.limits.interval());
+        loop {
+            clock.tick().await;
+            let now = u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.now.store(now, SeqCst);
+            for entry in self.entries() {
+                if entry.is_overdue() {
+                    entry.wake();
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        let registry = &self.entry.registry;
+        registry.answered.fetch_add(self.entry.started.load(SeqCst), SeqCst);
+        lock(&registry.open).remove(&self.entry.id);
+        self.entry.open.store(false, SeqCst);
+        self.entry.notify_of_change();
+    }
+}
+
+impl Entry {
+    pub fn stage(&self) -> Stage {
+        Stage::ALL[usize::from(self.stage.load(SeqCst))]
+    }
+
+    pub fn set_stage(&self, stage: Stage) {
+        self.touch();
+        self.stage.store(stage as u8, SeqCst);
+        if matches!(stage, Stage::Waiting | Stage::Closing) {
+            self.notify_of_change();
+        }
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.registry.phase()
+    }
+
+    /// Whether the connection is open, and its last answer is not out yet.
+    pub fn has_more_to_say(&self) -> bool {
+        self.open.load(SeqCst) && self.stage() != Stage::Closing
+    }
+
+    /// Makes the task of `cx` the one that is woken when the phase changes or a limit has passed.
+    pub fn wake_on_change(&self, cx: &Context<'_>) {
+        let mut task = lock(&self.task);
+        match &mut *task {
+            Some(waker) => waker.clone_from(cx.waker()),
+            None => *task = Some(cx.waker().clone()),
+        }
+    }
+
+    /// Whether the connection has been too long in this stage.
+    pub fn is_overdue(&self) -> bool {
+        let limits = self.registry.limits;
+        let limit = match self.stage() {
+            Stage::Waiting => limits.idle,
+            Stage::Head => limits.head,
+            Stage::InFlight if !self.is_flushed() => limits.stall,
+            Stage::InFlight | Stage::Upgraded => return false,
+            Stage::Closing => limits.close,
+        };
+        let spent = self.registry.now.load(SeqCst).saturating_sub(self.since.load(SeqCst));
+        u128::from(spent) > limit.as_millis()
+    }
+
+    /// The time in this stage counts from now.
+    fn touch(&self) {
+        self.since.store(self.registry.now.load(SeqCst), SeqCst);
+    }
+
+    fn wake(&self) {
+        if let Some(waker) = lock(&self.task).take() {
+            waker.wake();
+        }
+    }
+
+    // ---- what the connection's IO reports ----
+
+    /// Bytes have arrived.
+    pub fn received(&self) {
+        if self.stage() == Stage::Waiting {
+            self.set_stage(Stage::Head);
+        }
+    }
+
+    /// The connection has something to send.
+    pub fn writing(&self) {
+        if !self.unflushed.swap(true, SeqCst) {
+            self.touch();
+        }
+    }
+
+    /// The peer's side has taken some of it.
+    pub fn wrote(&self) {
+        self.touch();
+    }
+
+    /// All of it is out.
+    pub fn flushed(&self) {
+        self.unflushed.store(false, SeqCst);
+    }
+
+    pub fn is_flushed(&self) -> bool {
+        !self.unflushed.load(SeqCst)
+    }
+
+    // ---- what the connection's requests report ----
+
+    /// A request begins; the number names it to `answered`.
+    pub fn begin(&self, uri: &Uri) -> u64 {
+        if self.stage() != Stage::InFlight {
+            self.set_stage(Stage::InFlight);
+        }
+        let number = self.started.fetch_add(1, SeqCst);
+        self.busy.fetch_add(1, SeqCst);
+        lock(&self.requests).push(InFlight { number, uri: uri.clone(), since: Instant::now() });
+        number
+    }
+
+    /// The answer's last byte has been given to the connection, or the request was given up.
+    pub fn answered(&self, number: u64) {
+        lock(&self.requests).retain(|request| request.number != number);
+        self.busy.fetch_sub(1, SeqCst);
+    }
+
+    pub fn begin_reading(&self) {
+        self.busy.fetch_add(1, SeqCst);
+        self.reading.fetch_add(1, SeqCst);
+    }
+
+    pub fn end_reading(&self) {
+        self.reading.fetch_sub(1, SeqCst);
+        self.busy.fetch_sub(1, SeqCst);
+    }
+
+    /// Whether a request's body is still being read.
+    pub fn is_reading(&self) -> bool {
+        self.reading.load(SeqCst) > 0
+    }
+
+    /// How many requests have begun on this connection in this process.
+    pub fn started(&self) -> u64 {
+        self.started.load(SeqCst)
+    }
+
+    /// Called by the driver after each turn: a connection whose answers are all out waits again.
+    pub fn settle(&self) {
+        if self.stage() == Stage::InFlight && self.busy.load(SeqCst) == 0 && self.is_flushed() {
+            self.set_stage(Stage::Waiting);
+        }
+    }
+
+    fn notify_of_change(&self) {
+        if self.phase() != Phase::Serving {
+            self.registry.changed.notify_waiters();
+        }
+    }
+}
+
+/// A panic elsewhere leaves these lists whole.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,105 @@
+//! What every request passes through before it reaches `app.rs`, outermost first.
+
+use std::any::Any;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use axum::body::Body;
+use axum::extract::{ConnectInfo, DefaultBodyLimit};
+use axum::{Extension, Router};
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::{Request, Response, StatusCode};
+use tower::ServiceBuilder;
+use tower_http::catch_panic::CatchPanicLayer;
+use tower_http::limit::RequestBodyLimitLayer;
+use tower_http::map_response_body::MapResponseBodyLayer;
+use tower_http::request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
+use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutLayer};
+use tower_http::trace::TraceLayer;
+use tracing::{Span, debug, error, info_span};
+
+use crate::config::Config;
+use crate::connection::Handler;
+use crate::life::Life;
+use crate::stream::Peer;
+
+/// `--log info,request=debug` shows each request.
+const TARGET: &str = "request";
+
+/// The whole service: `router` behind the limits of `config`.
+pub fn service(router: Router, life: Life, config: &Config) -> impl Handler + use<> {
+    let trace = TraceLayer::new_for_http()
+        .make_span_with(span)
+        .on_request(())
+        .on_response(log)
+        .on_body_chunk(())
+        .on_eos(())
+        .on_failure(());
+    ServiceBuilder::new()
+        .layer(MapResponseBodyLayer::new(Body::new))
+        .layer(SetRequestIdLayer::x_request_id(Numbered::new()))
+        .layer(trace)
+        .layer(PropagateRequestIdLayer::x_request_id())
+        .layer(CatchPanicLayer::custom(internal_error))
+        .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, config.request_timeout))
+        .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
+        .layer(DefaultBodyLimit::disable())
+        .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)))
+        .layer(Extension(life))
+        .service(router)
+}
+
+fn span<B>(request: &Request<B>) -> Span {
+    let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
+    let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|ConnectInfo(peer)| peer);
+    info_span!(
+        target: TARGET,
+        "request",
+        request_id = id,
+        method = %request.method(),
+        path = request.uri().path(),
+        peer = peer.map(tracing::field::display),
+    )
+}
+
+fn log<B>(response: &Response<B>, latency: Duration, _span: &Span) {
+    let status = response.status().as_u16();
+    let latency = humantime::format_duration(Duration::from_micros(
+        u64::try_from(latency.as_micros()).unwrap_or(u64::MAX),
+    ));
+    if response.status().is_server_error() {
+        error!(target: TARGET, status, %latency, "failed");
+    } else {
+        debug!(target: TARGET, status, %latency, "answered");
+    }
+}
+
+/// The panic itself is logged where it happens (`log::init`).
+fn internal_error(_panic: Box<dyn Any + Send>) -> Response<Body> {
+    let mut response = Response::new(Body::from("internal error\n"));
+    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// Request ids that differ over restarts, and cost a counter: when the process was born, and a number.
+#[derive(Clone)]
+struct Numbered {
+    born: u64,
+    next: std::sync::Arc<AtomicU64>,
+}
+
+impl Numbered {
+    fn new() -> Self {
+        let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self { born: u64::try_from(born.as_micros()).unwrap_or(0), next: std::sync::Arc::default() }
+    }
+}
+
+impl MakeRequestId for Numbered {
+    fn make_request_id<B>(&mut self, _request: &Request<B>) -> Option<RequestId> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{:x}-{number:x}", self.born);
+        HeaderValue::try_from(id).ok().map(RequestId::new)
+    }
+}

@@ -1,0 +1,192 @@
+//! Accepts connections, and serves each in a task of its own.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use bytes::Bytes;
+use tokio::net::{TcpListener, UnixListener};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tracing::{debug, warn};
+
+use crate::connection::{self, Connection, End, Handler};
+use crate::listeners::{Holder, Listener, ListeningSocket};
+use crate::registry::Registry;
+use crate::stream::{Peer, Stream};
+
+/// While the system has no fd or memory for another connection, this long between tries.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// How often it is logged that accepting fails.
+const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Serves connections. A clone serves in the same registry.
+#[derive(Clone)]
+pub struct Server<H> {
+    handler: H,
+    registry: Arc<Registry>,
+    slots: Arc<Semaphore>,
+    at_rest: mpsc::UnboundedSender<Connection>,
+}
+
+impl<H: Handler> Server<H> {
+    /// The server, and where its connections go when they come to rest.
+    pub fn new(
+        handler: H,
+        registry: Arc<Registry>,
+        max_connections: u32,
+    ) -> (Self, mpsc::UnboundedReceiver<Connection>) {
+        let (at_rest, rested) = mpsc::unbounded_channel();
+        let slots = Arc::new(Semaphore::new(max_connections as usize));
+        (Self { handler, registry, slots, at_rest }, rested)
+    }
+
+    /// Accepts from `listener` from now on, whenever the phase allows.
+    pub fn listen(&self, listener: Listener) -> anyhow::Result<()>
+    where
+        H: Sync,
+    {
+        let label = listener.label();
+        let acceptor = Acceptor::new(listener).with_context(|| format!("could not listen on {label}"))?;
+        tokio::spawn(self.clone().accept(acceptor));
+        Ok(())
+    }
+
+    /// Serves a connection, above `--max-connections` if need be: it is there already.
+    pub fn adopt(&self, connection: Connection, peer: Peer) {
+        let slot = self.slots.clone().try_acquire_owned().ok();
+        self.serve(connection, peer, slot);
+    }
+
+    fn serve(&self, connection: Connection, peer: Peer, slot: Option<OwnedSemaphorePermit>) {
+        let registration = self.registry.register(peer, slot);
+        let handler = self.handler.clone();
+        let at_rest = self.at_rest.clone();
+        tokio::spawn(async move {
+            if let End::AtRest(connection, registration) =
+                connection::serve(connection, registration, handler).await
+            {
+                // Sent before it leaves the registry, so that a done registry means a full channel.
+                // Where nobody collects any more, the process is ending.
+                let _ = at_rest.send(connection);
+                drop(registration);
+            }
+        });
+    }
+
+    async fn accept(self, acceptor: Acceptor) {
+        let mut trouble = Trouble::default();
+        loop {
+            let registry = &self.registry;
+            registry.until_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
+            if acceptor.is_last(registry.phase().ends(true)) {
+                self.empty(&acceptor).await;
+                return;
+            }
+            // A slot first: what cannot be served yet waits in the socket's queue.
+            let accepted = async {
+                let slot = self.slots.clone().acquire_owned().await.ok();
+                acceptor.accept().await.map(|(stream, peer)| (stream, peer, slot))
+            };
+            tokio::select! {
+                () = registry.until_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
+                accepted = accepted => match accepted {
+                    Ok((stream, peer, slot)) => self.serve(acceptor.connection(stream), peer, slot),
+                    Err(error) => trouble.meet(&error).await,
+                },
+            }
+        }
+    }
+
+    /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it.
+    async fn empty(&self, acceptor: &Acceptor) {
+        loop {
+            tokio::select! {
+                biased;
+                accepted = acceptor.accept() => match accepted {
+                    Ok((stream, peer)) => self.adopt(acceptor.connection(stream), peer),
+                    Err(error) if is_of_one_connection(&error) => {}
+                    Err(_) => return,
+                },
+                () = std::future::ready(()) => return,
+            }
+        }
+    }
+}
+
+struct Acceptor {
+    socket: AcceptorSocket,
+    name: Arc<str>,
+    holder: Holder,
+}
+
+enum AcceptorSocket {
+    Tcp(TcpListener),
+    Unix(UnixListener),
+}
+
+impl Acceptor {
+    fn new(listener: Listener) -> io::Result<Self> {
+        let Listener { name, socket, holder } = listener;
+        let socket = match socket {
+            ListeningSocket::Tcp(socket) => AcceptorSocket::Tcp(TcpListener::from_std(socket)?),
+            ListeningSocket::Unix(socket) => AcceptorSocket::Unix(UnixListener::from_std(socket)?),
+        };
+        Ok(Self { socket, name, holder })
+    }
+
+    async fn accept(&self) -> io::Result<(Stream, Peer)> {
+        match &self.socket {
+            AcceptorSocket::Tcp(socket) => {
+                let (stream, peer) = socket.accept().await?;
+                stream.set_nodelay(true)?;
+                Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
+            }
+            AcceptorSocket::Unix(socket) => {
+                let (stream, _) = socket.accept().await?;
+                Ok((Stream::Unix(stream), Peer::Unix))
+            }
+        }
+    }
+
+    fn connection(&self, stream: Stream) -> Connection {
+        Connection { stream, listener: self.name.clone(), unread: Bytes::new() }
+    }
+
+    /// Whether this process, which is ending, is the only one that ever accepts here.
+    fn is_last(&self, ending: bool) -> bool {
+        ending && matches!(self.holder, Holder::Nobody(_))
+    }
+}
+
+/// Errors that say something of the connection accepted, not of the listener; accept(2) has the list.
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, InvalidInput, NotConnected};
+    matches!(
+        error.kind(),
+        ConnectionAborted | ConnectionRefused | ConnectionReset | NotConnected | InvalidInput
+    )
+}
+
+/// Failures to accept, logged no more than once in `ACCEPT_LOG_INTERVAL`.
+#[derive(Default)]
+struct Trouble {
+    logged: Option<Instant>,
+    unlogged: u64,
+}
+
+impl Trouble {
+    async fn meet(&mut self, error: &io::Error) {
+        if is_of_one_connection(error) {
+            debug!(%error, "a connection was gone before it was accepted");
+            return;
+        }
+        self.unlogged += 1;
+        if self.logged.is_none_or(|logged| logged.elapsed() >= ACCEPT_LOG_INTERVAL) {
+            warn!(%error, times = self.unlogged, "could not accept (is LimitNOFILE= above --max-connections?)");
+            self.logged = Some(Instant::now());
+            self.unlogged = 0;
+        }
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+}

@@ -1,0 +1,21 @@
+//! What the tests and the benchmark share.
+
+pub mod client;
+pub mod container;
+pub mod load;
+pub mod process;
+pub mod service;
+
+use std::time::Duration;
+
+/// Nothing that is waited for takes longer than this, on the slowest machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs `work` to its end on a runtime of this thread.
+pub fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(async { tokio::time::timeout(PATIENCE * 5, work).await.expect("done in time") })
+}

@@ -1,0 +1,227 @@
+//! Loads from clients that never retry: a request that got no complete 200 is lost.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+
+use crate::client::{Connection, Target, get, post};
+
+/// No answer within this is a lost request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What each client of a load does, over and over.
+#[derive(Clone, Debug)]
+pub struct Load {
+    pub target: Target,
+    pub clients: usize,
+    pub request: Vec<u8>,
+    pub connections: Connections,
+    pub think: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// One for all requests; before each it is seen whether the server has closed it.
+    Kept,
+    /// One for all requests, sent blindly.
+    KeptBlindly,
+    /// One a request, which says `Connection: close`.
+    OneEach,
+}
+
+impl Load {
+    fn kept(target: &Target, clients: usize, think: Duration) -> Self {
+        Self { target: target.clone(), clients, request: get("/"), connections: Connections::Kept, think }
+    }
+
+    /// 10 keep-alive connections flat out.
+    pub fn w1(target: &Target) -> Self {
+        Self::kept(target, 10, Duration::ZERO)
+    }
+
+    /// 50 connections with 5 ms think time.
+    pub fn w2(target: &Target) -> Self {
+        Self::kept(target, 50, Duration::from_millis(5))
+    }
+
+    /// As W2, sending blindly.
+    pub fn w3(target: &Target) -> Self {
+        Self { connections: Connections::KeptBlindly, ..Self::w2(target) }
+    }
+
+    /// One connection a request, 10 at a time.
+    pub fn w4(target: &Target) -> Self {
+        let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n".to_vec();
+        let think = Duration::from_millis(1);
+        Self { connections: Connections::OneEach, request, ..Self::kept(target, 10, think) }
+    }
+
+    /// W1 with bodies of 1 KiB.
+    pub fn post(target: &Target) -> Self {
+        Self { request: post("/echo", 1024), ..Self::w1(target) }
+    }
+
+    /// Starts the load in a thread of its own, which first does `enter` (to go into a container).
+    pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            enter();
+            crate::block_on(self.run(&stopped))
+        });
+        Running { stop, thread }
+    }
+
+    async fn run(&self, stopped: &AtomicBool) -> Report {
+        let clients = (0..self.clients).map(|_| self.client(stopped));
+        let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
+        for each in join_all(clients).await {
+            report.add(each);
+        }
+        report
+    }
+
+    async fn client(&self, stopped: &AtomicBool) -> Report {
+        let mut report = Report::default();
+        let mut kept: Option<Connection> = None;
+        while !stopped.load(Ordering::Relaxed) {
+            if self.connections == Connections::Kept
+                && kept.as_mut().is_some_and(Connection::is_closed_by_server)
+            {
+                report.closed_idle += 1;
+                kept = None;
+            }
+            let begun = Instant::now();
+            let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&mut kept, &mut report)).await;
+            let asked = asked.unwrap_or_else(|_| bail_timeout());
+            report.longest = report.longest.max(begun.elapsed());
+            match asked {
+                Ok(()) => report.answered += 1,
+                Err(error) => {
+                    *report.lost.entry(format!("{error:#}")).or_default() += 1;
+                    kept = None;
+                }
+            }
+            if self.think > Duration::ZERO {
+                tokio::time::sleep(self.think).await;
+            }
+        }
+        report
+    }
+
+    async fn ask(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
+        let connection = match kept {
+            Some(connection) => connection,
+            None => {
+                report.connections += 1;
+                kept.insert(Connection::open(&self.target).await?)
+            }
+        };
+        let answer = connection.ask(&self.request).await?;
+        if answer.status != 200 {
+            bail!("status {}", answer.status);
+        }
+        if answer.closes() {
+            report.told_to_close += u64::from(self.connections != Connections::OneEach);
+            *kept = None;
+        }
+        Ok(())
+    }
+}
+
+fn bail_timeout() -> Result<()> {
+    bail!("no answer within {ANSWER_LIMIT:?}")
+}
+
+/// Drives all of `work` at once in this task.
+async fn join_all<T>(work: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
+    let mut work: Vec<_> = work.map(|future| (Box::pin(future), None)).collect();
+    std::future::poll_fn(|cx| {
+        let mut pending = false;
+        for (future, result) in &mut work {
+            if result.is_none() {
+                match future.as_mut().poll(cx) {
+                    std::task::Poll::Ready(value) => *result = Some(value),
+                    std::task::Poll::Pending => pending = true,
+                }
+            }
+        }
+        if pending { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+    })
+    .await;
+    work.into_iter().filter_map(|(_, result)| result).collect()
+}
+
+/// A load under way.
+pub struct Running {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Report>,
+}
+
+impl Running {
+    /// Lets each client finish its request.
+    pub fn stop(self) -> Report {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the load ran")
+    }
+}
+
+/// What the clients of a load saw.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub answered: u64,
+    /// Requests that got no complete 200, by what came instead.
+    pub lost: BTreeMap<String, u64>,
+    /// Connections made.
+    pub connections: u64,
+    /// Connections that would have done.
+    pub asked_for: u64,
+    /// Connections that an answer said to close.
+    pub told_to_close: u64,
+    /// Connections found closed between two requests.
+    pub closed_idle: u64,
+    pub longest: Duration,
+}
+
+impl Report {
+    fn add(&mut self, other: Self) {
+        self.answered += other.answered;
+        for (kind, count) in other.lost {
+            *self.lost.entry(kind).or_default() += count;
+        }
+        self.connections += other.connections;
+        self.asked_for += other.asked_for;
+        self.told_to_close += other.told_to_close;
+        self.closed_idle += other.closed_idle;
+        self.longest = self.longest.max(other.longest);
+    }
+
+    pub fn lost(&self) -> u64 {
+        self.lost.values().sum()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} answered, {} lost, {} connections made ({} asked for, {} told to close, {} closed idle), longest {} ms",
+            self.answered,
+            self.lost(),
+            self.connections,
+            self.asked_for,
+            self.told_to_close,
+            self.closed_idle,
+            self.longest.as_millis()
+        )?;
+        for (kind, count) in &self.lost {
+            write!(f, "; {count} x {kind}")?;
+        }
+        Ok(())
+    }
+}
