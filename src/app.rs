@@ -12,6 +12,7 @@ use axum::extract::Query;
 use axum::http::StatusCode;
 use axum::routing::{any, get};
 use axum::{Extension, Router};
+use futures_util::StreamExt;
 
 use crate::life::Life;
 
@@ -42,7 +43,10 @@ async fn sleep(Query(query): Query<Vec<(String, String)>>) -> Result<String, (St
 
 /// Streams the request body back.
 async fn echo(body: Body) -> Body {
-    body
+    let mut pieces = Box::pin(body.into_data_stream().peekable());
+    // A client that waits for 100 Continue gets it when its body is first asked for.
+    pieces.as_mut().peek().await;
+    Body::from_stream(pieces)
 }
 
 #[cfg(test)]

@@ -83,7 +83,7 @@ fn command() -> clap::Command {
         Some("help" | "version") | None => arg,
         Some(flag) => {
             let variable = format!("{prefix}_{}", flag.to_uppercase().replace('-', "_"));
-            arg.env(variable.leak() as &'static str)
+            arg.env(variable.leak() as &'static str).global(true)
         }
     })
 }

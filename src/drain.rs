@@ -1,13 +1,14 @@
 //! How a process ends without losing a request.
 
 use std::pin::pin;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
+use crate::connection::Handler;
 use crate::log::message_id;
 use crate::registry::{Phase, Registry};
+use crate::server::Server;
 use crate::signals::Signals;
 use crate::systemd;
 
@@ -16,7 +17,8 @@ const MORE_TIME: Duration = Duration::from_secs(5);
 
 /// Ends all connections: each is told with its next answer; at `limit`, or at a second signal, what
 /// remains is cut off.
-pub async fn drain(registry: &Arc<Registry>, signals: &mut Signals, limit: Duration) {
+pub async fn drain(server: &Server<impl Handler>, signals: &mut Signals, limit: Duration) {
+    let registry = server.registry();
     let begun = Instant::now();
     let counts = registry.counts();
     info!(
@@ -31,7 +33,7 @@ pub async fn drain(registry: &Arc<Registry>, signals: &mut Signals, limit: Durat
     systemd::stopping(&status(registry, limit));
 
     let mut report = tokio::time::interval(systemd::STATUS_INTERVAL);
-    let mut linger = pin!(linger(registry));
+    let mut linger = pin!(linger(server));
     let mut limit_passed = pin!(tokio::time::sleep(limit));
     let ended_by = loop {
         tokio::select! {
@@ -59,8 +61,10 @@ pub async fn drain(registry: &Arc<Registry>, signals: &mut Signals, limit: Durat
 }
 
 /// Connections that were there before are told first; only then are no more accepted.
-async fn linger(registry: &Registry) {
+async fn linger(server: &Server<impl Handler>) {
+    let registry = server.registry();
     registry.set_phase(Phase::Lingering);
+    server.own_ports_closed().await;
     let mut before = registry.entries();
     registry
         .until(|| {

@@ -39,6 +39,7 @@ pub fn init(filter: Option<&str>, generation: u64) -> Result<()> {
             .with_writer(std::io::stderr)
             .with_ansi(std::io::stderr().is_terminal())
             .with_target(false)
+            .log_internal_errors(false) // they would go to standard error too, and panic if that is closed
     });
     tracing_subscriber::registry().with(filter).with(journal).with(lines).init();
     std::panic::set_hook(Box::new(|panic| error!(%panic, "panicked")));

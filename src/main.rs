@@ -16,6 +16,7 @@ mod signals;
 mod stream;
 mod systemd;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -39,7 +40,7 @@ fn main() -> ExitCode {
         Err(failure) => {
             // Logging may not be set up yet; <3> is the level of an error, see sd-daemon(3).
             let level = if systemd::stderr_is_the_journal() { "<3>" } else { "" };
-            eprintln!("{level}{}: {failure}", env!("CARGO_PKG_NAME"));
+            let _ = writeln!(std::io::stderr(), "{level}{}: {failure}", env!("CARGO_PKG_NAME"));
             failure.exit_code()
         }
     }
@@ -93,7 +94,7 @@ async fn live(config: &Config, life: Life, listeners: Vec<Listener>) -> Result<(
     signals.terminated().await;
 
     report.abort();
-    drain::drain(&registry, &mut signals, config.drain_timeout).await;
+    drain::drain(&server, &mut signals, config.drain_timeout).await;
     Ok(())
 }
 

@@ -93,6 +93,8 @@ pub struct Registry {
     /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
     changed: Notify,
     open: Mutex<HashMap<u64, Arc<Entry>>>,
+    /// Tasks that may be holding a connection which is not in `open` yet.
+    accepting: AtomicU32,
     next_id: AtomicU64,
     /// Requests answered on connections that are closed.
     answered: AtomicU64,
@@ -157,6 +159,7 @@ impl Registry {
             phase: AtomicU8::new(Phase::Serving as u8),
             changed: Notify::new(),
             open: Mutex::default(),
+            accepting: AtomicU32::new(0),
             next_id: AtomicU64::new(0),
             answered: AtomicU64::new(0),
             now: AtomicU64::new(0),
@@ -215,9 +218,21 @@ impl Registry {
         }
     }
 
-    /// Whether the last answer of every connection is out.
+    fn notify_of_change(&self) {
+        if self.phase() != Phase::Serving {
+            self.changed.notify_waiters();
+        }
+    }
+
+    /// While this is held, a connection may come.
+    pub fn accepting(&self) -> Accepting<'_> {
+        self.accepting.fetch_add(1, SeqCst);
+        Accepting(self)
+    }
+
+    /// Whether the last answer of every connection is out, and no connection comes any more.
     pub fn is_done(&self) -> bool {
-        lock(&self.open).values().all(|entry| !entry.has_more_to_say())
+        self.accepting.load(SeqCst) == 0 && lock(&self.open).values().all(|entry| !entry.has_more_to_say())
     }
 
     pub fn entries(&self) -> Vec<Arc<Entry>> {
@@ -270,13 +285,23 @@ impl Registry {
     }
 }
 
+/// See [`Registry::accepting`].
+pub struct Accepting<'a>(&'a Registry);
+
+impl Drop for Accepting<'_> {
+    fn drop(&mut self) {
+        self.0.accepting.fetch_sub(1, SeqCst);
+        self.0.notify_of_change();
+    }
+}
+
 impl Drop for Registration {
     fn drop(&mut self) {
         let registry = &self.entry.registry;
         registry.answered.fetch_add(self.entry.started.load(SeqCst), SeqCst);
         lock(&registry.open).remove(&self.entry.id);
         self.entry.open.store(false, SeqCst);
-        self.entry.notify_of_change();
+        registry.notify_of_change();
     }
 }
 
@@ -289,7 +314,7 @@ impl Entry {
         self.touch();
         self.stage.store(stage as u8, SeqCst);
         if matches!(stage, Stage::Waiting | Stage::Closing) {
-            self.notify_of_change();
+            self.registry.notify_of_change();
         }
     }
 
@@ -412,11 +437,6 @@ impl Entry {
         }
     }
 
-    fn notify_of_change(&self) {
-        if self.phase() != Phase::Serving {
-            self.registry.changed.notify_waiters();
-        }
-    }
 }
 
 /// A panic elsewhere leaves these lists whole.

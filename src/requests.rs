@@ -103,3 +103,55 @@ impl MakeRequestId for Numbered {
         HeaderValue::try_from(id).ok().map(RequestId::new)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Bytes;
+    use axum::routing::{get, post};
+    use clap::Parser;
+    use http_body_util::BodyExt;
+    use tower::ServiceExt;
+
+    use super::*;
+
+    async fn ask(request: Request<Body>) -> (StatusCode, String) {
+        async fn panics() {
+            panic!("on purpose");
+        }
+        let config = Config::parse_from(["x", "--body-limit", "4MiB"]);
+        let length = |body: Bytes| async move { body.len().to_string() };
+        let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
+        let response = service(router, Life::begin(1), &config).oneshot(request).await.expect("infallible");
+        let status = response.status();
+        let body = response.into_body().collect().await.expect("a whole body").to_bytes();
+        (status, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_a_500() {
+        let request = Request::get("/panics").body(Body::empty()).expect("a request");
+        assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
+    }
+
+    #[tokio::test]
+    async fn the_body_limit_is_the_flag_and_not_the_default_of_axum() {
+        let request = |length| Request::post("/length").body(Body::from(vec![0; length])).expect("a request");
+        assert_eq!(ask(request(3 << 20)).await, (StatusCode::OK, (3 << 20).to_string()));
+        assert_eq!(ask(request((4 << 20) + 1)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    #[tokio::test]
+    async fn a_request_id_is_made_or_kept_and_given_back() {
+        let config = Config::parse_from(["x"]);
+        let service = service(Router::new(), Life::begin(1), &config);
+        let id = async |request: Request<Body>| {
+            let response = service.clone().oneshot(request).await.expect("infallible");
+            response.headers()["x-request-id"].to_str().expect("text").to_owned()
+        };
+        let request = || Request::get("/").body(Body::empty()).expect("a request");
+        assert_ne!(id(request()).await, id(request()).await);
+        let mut named = request();
+        named.headers_mut().insert("x-request-id", HeaderValue::from_static("mine"));
+        assert_eq!(id(named).await, "mine");
+    }
+}

@@ -1,6 +1,7 @@
 //! Accepts connections, and serves each in a task of its own.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,6 +9,7 @@ use anyhow::Context;
 use bytes::Bytes;
 use tokio::net::{TcpListener, UnixListener};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::connection::{self, Connection, End, Handler};
@@ -27,6 +29,8 @@ pub struct Server<H> {
     registry: Arc<Registry>,
     slots: Arc<Semaphore>,
     at_rest: mpsc::UnboundedSender<Connection>,
+    /// The tasks that accept from listeners that nobody else holds.
+    own_ports: TaskTracker,
 }
 
 impl<H: Handler> Server<H> {
@@ -38,7 +42,7 @@ impl<H: Handler> Server<H> {
     ) -> (Self, mpsc::UnboundedReceiver<Connection>) {
         let (at_rest, rested) = mpsc::unbounded_channel();
         let slots = Arc::new(Semaphore::new(max_connections as usize));
-        (Self { handler, registry, slots, at_rest }, rested)
+        (Self { handler, registry, slots, at_rest, own_ports: TaskTracker::new() }, rested)
     }
 
     /// Accepts from `listener` from now on, whenever the phase allows.
@@ -48,8 +52,21 @@ impl<H: Handler> Server<H> {
     {
         let label = listener.label();
         let acceptor = Acceptor::new(listener).with_context(|| format!("could not listen on {label}"))?;
-        tokio::spawn(self.clone().accept(acceptor));
+        let is_own = matches!(acceptor.holder, Holder::Nobody(_));
+        let accept = self.clone().accept(acceptor);
+        if is_own { self.own_ports.spawn(accept) } else { tokio::spawn(accept) };
         Ok(())
+    }
+
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    /// Waits until the listeners that nobody else holds are closed, and what was in their queues is
+    /// served. They close when the phase ends all connections.
+    pub async fn own_ports_closed(&self) {
+        self.own_ports.close();
+        self.own_ports.wait().await;
     }
 
     /// Serves a connection, above `--max-connections` if need be: it is there already.
@@ -82,6 +99,10 @@ impl<H: Handler> Server<H> {
             if acceptor.is_last(registry.phase().ends(true)) {
                 self.empty(&acceptor).await;
                 return;
+            }
+            let _accepting = registry.accepting();
+            if !registry.phase().accepts() {
+                continue;
             }
             // A slot first: what cannot be served yet waits in the socket's queue.
             let accepted = async {
@@ -140,6 +161,7 @@ impl Acceptor {
             AcceptorSocket::Tcp(socket) => {
                 let (stream, peer) = socket.accept().await?;
                 stream.set_nodelay(true)?;
+                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
                 Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
             }
             AcceptorSocket::Unix(socket) => {

@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, bail};
+use tokio::task::JoinSet;
 
 use crate::client::{Connection, Target, get, post};
 
@@ -72,21 +73,24 @@ impl Load {
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
             enter();
-            crate::block_on(self.run(&stopped))
+            crate::block_on(Arc::new(self).run(stopped))
         });
         Running { stop, thread }
     }
 
-    async fn run(&self, stopped: &AtomicBool) -> Report {
-        let clients = (0..self.clients).map(|_| self.client(stopped));
+    async fn run(self: Arc<Self>, stopped: Arc<AtomicBool>) -> Report {
+        let mut clients = JoinSet::new();
+        for _ in 0..self.clients {
+            clients.spawn(self.clone().client(stopped.clone()));
+        }
         let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
-        for each in join_all(clients).await {
+        for each in clients.join_all().await {
             report.add(each);
         }
         report
     }
 
-    async fn client(&self, stopped: &AtomicBool) -> Report {
+    async fn client(self: Arc<Self>, stopped: Arc<AtomicBool>) -> Report {
         let mut report = Report::default();
         let mut kept: Option<Connection> = None;
         while !stopped.load(Ordering::Relaxed) {
@@ -136,25 +140,6 @@ impl Load {
 
 fn bail_timeout() -> Result<()> {
     bail!("no answer within {ANSWER_LIMIT:?}")
-}
-
-/// Drives all of `work` at once in this task.
-async fn join_all<T>(work: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
-    let mut work: Vec<_> = work.map(|future| (Box::pin(future), None)).collect();
-    std::future::poll_fn(|cx| {
-        let mut pending = false;
-        for (future, result) in &mut work {
-            if result.is_none() {
-                match future.as_mut().poll(cx) {
-                    std::task::Poll::Ready(value) => *result = Some(value),
-                    std::task::Poll::Pending => pending = true,
-                }
-            }
-        }
-        if pending { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
-    })
-    .await;
-    work.into_iter().filter_map(|(_, result)| result).collect()
 }
 
 /// A load under way.

@@ -1,0 +1,225 @@
+//! A real systemd in a container of its own: booted in half a second, thrown away at the end.
+//!
+//! The service is installed into it with `make install`; loopback inside is its only network.
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::client::Target;
+use crate::process::{Notifications, Process};
+
+/// Whose systemd.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Systemd {
+    /// This machine's, from its own /usr.
+    Host,
+    /// 257, from a root that `make test` makes.
+    V257,
+}
+
+/// What is to be installed.
+#[derive(Clone, Copy, Debug)]
+pub struct Package<'a> {
+    pub name: &'a str,
+    pub binary: &'a str,
+    /// The folder of the Makefile.
+    pub folder: &'a str,
+}
+
+pub struct Container {
+    /// The container's PID 1, seen from here.
+    leader: Pid,
+    nspawn: Process,
+    stage: TempDir,
+    name: String,
+}
+
+impl Container {
+    /// Boots a systemd with the package installed and its socket enabled.
+    pub fn boot(systemd: Systemd, package: Package<'_>) -> Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
+        );
+        let stage = tempfile::tempdir()?;
+        let install = Command::new("make")
+            .args(["--silent", "-C", package.folder, "install"])
+            .arg(format!("DESTDIR={}", stage.path().display()))
+            .arg(format!("BINARY={}", package.binary))
+            .env_remove("MAKEFLAGS")
+            .output()
+            .context("make install")?;
+        ensure!(install.status.success(), "make install: {}", String::from_utf8_lossy(&install.stderr));
+        let enabled = Command::new("systemctl")
+            .arg(format!("--root={}", stage.path().display()))
+            .args(["enable", "--quiet", &format!("{}.socket", package.name)])
+            .output()
+            .context("systemctl enable")?;
+        ensure!(enabled.status.success(), "systemctl enable: {}", String::from_utf8_lossy(&enabled.stderr));
+        let mut notifications = Notifications::new()?;
+        let mut command = nspawn(systemd, package.folder)?;
+        for folder in ["usr/local", "etc/systemd/system"] {
+            command.arg(format!("--bind={}:/{folder}", stage.path().join(folder).display()));
+        }
+        command
+            .args(["systemd.firstboot=off", "systemd.unit=basic.target"])
+            .env("NOTIFY_SOCKET", notifications.path());
+        let nspawn = Process::spawn(&mut command)?;
+        let leader = notifications.wait_for("X_NSPAWN_LEADER_PID=")?;
+        let leader = leader.rsplit('=').next().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
+        let leader = leader.context("the container's PID 1")?;
+        // Owned before the wait: if that fails, the container ends all the same.
+        let container = Self { leader, nspawn, stage, name: package.name.to_owned() };
+        notifications.wait_for("READY=1")?;
+        Ok(container)
+    }
+
+    /// Runs a command inside; gives its standard output, or fails with its standard error.
+    pub fn run(&self, command: &[&str]) -> Result<String> {
+        let output = self.command(command).output()?;
+        let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+        if !output.status.success() {
+            bail!("{command:?}: {}: {stdout}{}", output.status, String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(stdout)
+    }
+
+    /// A command to be run inside.
+    pub fn command(&self, command: &[&str]) -> Command {
+        let mut entered = Command::new("nsenter");
+        entered
+            .arg(format!("--target={}", self.leader.as_raw_nonzero()))
+            .args(["--all", "--"])
+            .args(command)
+            .stdin(Stdio::null());
+        entered
+    }
+
+    /// `systemctl VERB app.service`
+    pub fn systemctl(&self, verb: &str) -> Result<String> {
+        self.run(&["systemctl", verb, &self.unit("service")])
+    }
+
+    pub fn unit(&self, kind: &str) -> String {
+        format!("{}.{kind}", self.name)
+    }
+
+    /// A property of the service.
+    pub fn show(&self, property: &str) -> Result<String> {
+        let value = self.run(&["systemctl", "show", "-P", property, &self.unit("service")])?;
+        Ok(value.trim().to_owned())
+    }
+
+    /// The journal's entries that match, each with its fields.
+    pub fn journal(&self, matches: &[&str]) -> Result<Vec<Value>> {
+        self.run(&["journalctl", "--sync"])?;
+        let entries = self.run(&[&["journalctl", "-o", "json"], matches].concat())?;
+        entries.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
+    }
+
+    /// Adds lines to a unit of the package: a drop-in, in force at once.
+    pub fn add_to_unit(&self, kind: &str, name: &str, lines: &str) -> Result<()> {
+        let folder = format!("etc/systemd/system/{}.d", self.unit(kind));
+        self.write(&format!("{folder}/{name}.conf"), lines)?;
+        self.run(&["systemctl", "daemon-reload"])?;
+        Ok(())
+    }
+
+    /// Writes a file inside; the path is from its root.
+    pub fn write(&self, path: &str, text: &str) -> Result<()> {
+        let path = self.path(path);
+        fs::create_dir_all(path.parent().context("a folder")?)?;
+        fs::write(&path, text).with_context(|| format!("{}", path.display()))
+    }
+
+    /// A path inside, as seen from here.
+    pub fn path(&self, path: &str) -> PathBuf {
+        Path::new("/proc").join(self.leader.as_raw_nonzero().to_string()).join("root").join(path)
+    }
+
+    /// The installed binary, as seen from here.
+    pub fn binary(&self) -> PathBuf {
+        self.stage.path().join("usr/local/bin").join(&self.name)
+    }
+
+    /// Puts another file in the place of the binary, as an upgrade does: the old one stays open where it runs.
+    pub fn replace_binary(&self, with: &Path) -> Result<()> {
+        let aside = self.binary().with_extension("new");
+        fs::copy(with, &aside)?;
+        Ok(fs::rename(&aside, self.binary())?)
+    }
+
+    /// What a thread does first to use the container's network.
+    pub fn enter(&self) -> impl FnOnce() + Send + 'static {
+        let network = format!("/proc/{}/ns/net", self.leader.as_raw_nonzero());
+        move || {
+            let network = fs::File::open(network).expect("the container runs");
+            let network = std::os::fd::AsFd::as_fd(&network);
+            move_into_link_name_space(network, Some(LinkNameSpaceType::Network)).expect("root");
+        }
+    }
+
+    /// Does `work` in the container's network.
+    pub fn inside<T: Send, F: Future<Output = T>>(&self, work: impl FnOnce() -> F + Send) -> T {
+        let enter = self.enter();
+        std::thread::scope(|scope| {
+            let thread = scope.spawn(|| {
+                enter();
+                crate::block_on(work())
+            });
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// The socket that the unit as shipped listens on.
+    pub fn target() -> Target {
+        Target::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080)))
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let journal = self.run(&["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"]).unwrap_or_default();
+            eprintln!("---- the container's journal\n{journal}----");
+        }
+        // Nothing inside is worth an orderly end, and with PID 1 the kernel ends all the others.
+        let _ = kill_process(self.leader, Signal::KILL);
+        let _ = self.nspawn.wait();
+    }
+}
+
+fn nspawn(systemd: Systemd, folder: &str) -> Result<Command> {
+    static COUNT: AtomicU32 = AtomicU32::new(0);
+    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+    let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
+    let mut command = Command::new("systemd-nspawn");
+    match systemd {
+        Systemd::Host => command.args(["--directory=/", "--volatile=yes"]),
+        Systemd::V257 => {
+            let root = Path::new(folder).join("target/systemd-257");
+            ensure!(root.join("usr").is_dir(), "{} is missing: make {0}", root.display());
+            command.arg(format!("--directory={}", root.display())).arg("--volatile=overlay");
+            // Where the host has the legacy cgroup layout, systemd 257 would refuse it.
+            command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
+        }
+    };
+    command
+        .args(["--boot", "--register=no", "--keep-unit", "--console=pipe", "--private-network"])
+        .args(["--notify-ready=yes", "--quiet"])
+        .arg(format!("--machine=test-{}-{number}", std::process::id()))
+        .arg(format!("--uuid={id}"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    Ok(command)
+}

@@ -1,0 +1,234 @@
+//! What `systemctl` promises, on real systemds: this machine's and 257, each test in a container of its
+//! own.
+
+use std::time::{Duration, Instant};
+
+use harness::client::{Connection, Target, get};
+use harness::container::{Container, Package, Systemd};
+use harness::load::{Load, Report};
+use serde_json::Value;
+
+/// Restarts in a row, each as soon as the one before is done.
+const RESTARTS: u32 = 30;
+
+/// Each promise, once for each systemd.
+macro_rules! promises {
+    ($($promise:ident)*) => {
+        mod this_systemd {
+            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::Host); })*
+        }
+        mod systemd_257 {
+            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::V257); })*
+        }
+    };
+}
+
+promises! {
+    the_first_request_after_boot_starts_the_service
+    restarts_under_ten_connections_flat_out_lose_nothing
+    restarts_under_fifty_thinking_connections_lose_nothing
+    restarts_under_fifty_blind_connections_lose_nothing
+    restarts_under_one_connection_a_request_lose_nothing
+    restarts_under_posts_lose_nothing
+    restarts_under_a_unix_socket_lose_nothing
+    a_stop_lets_the_request_in_flight_finish
+    a_crash_costs_its_own_requests_and_no_others
+    a_hung_service_is_restarted_by_the_watchdog
+    a_service_that_dies_at_start_does_not_close_the_port
+    the_journal_has_fields_and_levels
+    the_installed_units_are_sound_and_safe
+}
+
+fn boot(systemd: Systemd) -> Container {
+    let package = Package {
+        name: env!("CARGO_PKG_NAME"),
+        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
+        folder: env!("CARGO_MANIFEST_DIR"),
+    };
+    Container::boot(systemd, package).expect("a container")
+}
+
+/// One request on a connection of its own; gives the text of the answer.
+fn ask(container: &Container, path: &str) -> String {
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        let answer = connection.ask(&get(path)).await.expect("an answer");
+        answer.text()
+    })
+}
+
+fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
+    let container = boot(systemd);
+    assert_eq!(container.show("ActiveState").expect("a state"), "inactive");
+    let text = ask(&container, "/");
+    assert_eq!(container.show("ActiveState").expect("a state"), "active");
+    assert!(text.starts_with(&format!("pid {},", container.show("MainPID").expect("a pid"))), "{text}");
+    assert!(container.show("StatusText").expect("a status").starts_with("serving on http(8080): "));
+}
+
+/// Restarts the service again and again under `load`; gives what its clients saw.
+fn restart_under(container: &Container, load: Load) -> Report {
+    ask(container, "/");
+    let mut slowest = Duration::ZERO;
+    let running = load.start(container.enter());
+    for _ in 0..RESTARTS {
+        let begun = Instant::now();
+        container.systemctl("restart").expect("a restart");
+        slowest = slowest.max(begun.elapsed());
+    }
+    let report = running.stop();
+    println!("{RESTARTS} restarts, the slowest {} ms: {report}", slowest.as_millis());
+    assert!(report.answered > u64::from(RESTARTS), "hardly a load: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    report
+}
+
+fn restarts_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
+    restart_under(&boot(systemd), Load::w1(&Container::target()));
+}
+
+fn restarts_under_fifty_thinking_connections_lose_nothing(systemd: Systemd) {
+    restart_under(&boot(systemd), Load::w2(&Container::target()));
+}
+
+fn restarts_under_fifty_blind_connections_lose_nothing(systemd: Systemd) {
+    restart_under(&boot(systemd), Load::w3(&Container::target()));
+}
+
+fn restarts_under_one_connection_a_request_lose_nothing(systemd: Systemd) {
+    restart_under(&boot(systemd), Load::w4(&Container::target()));
+}
+
+fn restarts_under_posts_lose_nothing(systemd: Systemd) {
+    restart_under(&boot(systemd), Load::post(&Container::target()));
+}
+
+fn restarts_under_a_unix_socket_lose_nothing(systemd: Systemd) {
+    let container = boot(systemd);
+    container.add_to_unit("socket", "unix", "[Socket]\nListenStream=/run/http.sock\n").expect("a drop-in");
+    container.run(&["systemctl", "restart", &container.unit("socket")]).expect("a restart");
+    let target = Target::Unix(container.path("run/http.sock"));
+    restart_under(&container, Load::w2(&target));
+}
+
+fn a_stop_lets_the_request_in_flight_finish(systemd: Systemd) {
+    let container = boot(systemd);
+    let text = container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        connection.ask(&get("/")).await.expect("an answer");
+        connection.send(&get("/sleep?duration=2s")).await.expect("sent");
+        while !container.show("StatusText").expect("a status").contains("1 in flight") {}
+        let stop = std::thread::scope(|scope| {
+            let stop = scope.spawn(|| container.systemctl("stop"));
+            stop.join().expect("a stop")
+        });
+        stop.expect("a stop");
+        connection.answer().await.expect("the answer").text()
+    });
+    assert_eq!(text, "slept 2s\n");
+    assert_eq!(container.show("Result").expect("a result"), "success");
+}
+
+fn a_crash_costs_its_own_requests_and_no_others(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    let running = Load::w1(&Container::target()).start(container.enter());
+    let crashes = 5;
+    for crash in 1..=crashes {
+        container.run(&["systemctl", "kill", "--kill-whom=main", "--signal=KILL", &container.unit("service")]).expect("a kill");
+        let restarts = crash.to_string();
+        while container.show("NRestarts").expect("a count") != restarts {}
+        ask(&container, "/");
+    }
+    let report = running.stop();
+    println!("{report}");
+    assert!(report.lost() <= report.asked_for * crashes, "more than was in flight: {report}");
+    assert!(report.lost.keys().all(|kind| !kind.contains("refused")), "the port was closed: {report}");
+    assert!(report.answered > report.lost(), "{report}");
+}
+
+fn a_hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
+    let container = boot(systemd);
+    container
+        .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=1s\nTimeoutAbortSec=1s\n")
+        .expect("a drop-in");
+    let before = ask(&container, "/");
+    container.run(&["systemctl", "kill", "--kill-whom=main", "--signal=STOP", &container.unit("service")]).expect("a stop signal");
+    let after = ask(&container, "/");
+    assert_ne!(before, after, "another process answers");
+    let timeouts = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+    let said = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
+    assert!(timeouts.iter().any(said), "systemd says why");
+}
+
+fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
+    let container = boot(systemd);
+    let good = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::copy(container.binary(), good.path()).expect("a copy");
+    let bad = tempfile::NamedTempFile::new().expect("a file");
+    std::fs::write(bad.path(), "#!/bin/sh\nexit 1\n").expect("written");
+    for file in [&good, &bad] {
+        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(file.path(), executable).expect("executable");
+    }
+    container.replace_binary(bad.path()).expect("replaced");
+    let text = container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        connection.send(&get("/")).await.expect("sent");
+        while container.show("NRestarts").expect("a count").parse::<u32>().expect("a number") < 50 {}
+        let mut late = Connection::open(&Container::target()).await.expect("the port is still open");
+        late.send(&get("/")).await.expect("sent");
+        container.replace_binary(good.path()).expect("replaced");
+        late.answer().await.expect("an answer");
+        connection.answer().await.expect("the request that waited is answered").text()
+    });
+    assert!(text.contains("pid "), "{text}");
+    assert_eq!(container.run(&["systemctl", "is-active", &container.unit("socket")]).expect("active"), "active\n");
+}
+
+fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
+    entry[field].as_str().unwrap_or_default()
+}
+
+fn the_journal_has_fields_and_levels(systemd: Systemd) {
+    let container = boot(systemd);
+    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+    let variables = format!("{prefix}_LOG=info,request=debug\n{prefix}_REQUEST_TIMEOUT=300ms\n");
+    container.write(&format!("etc/default/{}", env!("CARGO_PKG_NAME")), &variables).expect("written");
+    ask(&container, "/?query");
+    ask(&container, "/sleep?duration=10s");
+    let pid = format!("_PID={}", container.show("MainPID").expect("a pid"));
+    let entries = container.journal(&[&pid]).expect("a journal");
+    let answered = entries.iter().find(|entry| text(entry, "PATH") == "/").expect("the first request");
+    assert_eq!(text(answered, "MESSAGE"), "answered");
+    assert_eq!(text(answered, "PRIORITY"), "7");
+    assert_eq!(text(answered, "METHOD"), "GET");
+    assert_eq!(text(answered, "STATUS"), "200");
+    assert_eq!(text(answered, "GENERATION"), "1");
+    assert!(text(answered, "PEER").contains("127.0.0.1:"), "{answered}");
+    assert!(!text(answered, "REQUEST_ID").is_empty() && !text(answered, "LATENCY").is_empty(), "{answered}");
+    let failed = entries.iter().find(|entry| text(entry, "PATH") == "/sleep").expect("the second request");
+    assert_eq!((text(failed, "PRIORITY"), text(failed, "STATUS")), ("3", "503"));
+    container.systemctl("stop").expect("a stop");
+    for (id, message) in [
+        ("c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "serving on http(8080)"),
+        ("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22", "draining: 0 in flight"),
+        ("a81d6e0b9c3f47d5886e2b4f7c0d9e33", "stopped after 2 answers"),
+    ] {
+        let found = container.journal(&[&format!("MESSAGE_ID={id}")]).expect("a journal");
+        assert!(found.len() == 1 && text(&found[0], "MESSAGE").starts_with(message), "{found:?}");
+    }
+}
+
+fn the_installed_units_are_sound_and_safe(systemd: Systemd) {
+    let container = boot(systemd);
+    let service = container.unit("service");
+    let verified =
+        container.command(&["systemd-analyze", "verify", &service, &container.unit("socket")]).output().expect("run");
+    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
+    assert!(verified.status.success() && !said.contains(env!("CARGO_PKG_NAME")), "{said}");
+    // Fails, and says what, where the exposure is above 0.5.
+    container
+        .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
+        .expect("an exposure of 0.5 at the most");
+}
