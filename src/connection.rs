@@ -17,19 +17,26 @@ use tower::Service;
 use tracing::debug;
 
 use crate::registry::{Entry, Phase, Registration, Stage};
-use crate::stream::Stream;
+use crate::stream::{Peer, Stream};
 use io::Io;
 
 /// The service behind every connection.
-pub trait Handler: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static {}
+pub trait Handler:
+    Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static
+{
+}
 impl<S> Handler for S where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static
+    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
+        + Clone
+        + Send
+        + 'static
 {
 }
 
 /// A connection at rest, with what it takes to go on with it: here, or in the next process.
 pub struct Connection {
     pub stream: Stream,
+    pub peer: Peer,
     /// The name of the listener that it came from.
     pub listener: Arc<str>,
     /// What was read from it and not consumed.
@@ -73,7 +80,7 @@ pub async fn serve(connection: Connection, registration: Registration, handler: 
         Sniffed::AtRest => return End::AtRest(connection, registration),
         Sniffed::Gone => return End::Closed,
     };
-    let Connection { stream, listener, unread } = connection;
+    let Connection { stream, peer, listener, unread } = connection;
     let io = Io::new(stream, unread, registration, protocol);
     let service = exchange::service(handler, entry.clone());
     match protocol {
@@ -84,7 +91,7 @@ pub async fn serve(connection: Connection, registration: Registration, handler: 
         Protocol::Http1 => match http1::drive(io, service, &entry).await {
             http1::End::AtRest(io, unread) => {
                 let (stream, registration) = io.into_parts();
-                End::AtRest(Connection { stream, listener, unread }, registration)
+                End::AtRest(Connection { stream, peer, listener, unread }, registration)
             }
             http1::End::Closed => End::Closed,
         },

@@ -20,6 +20,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Config;
 use crate::failure::{Failure, Result};
+use crate::handover;
 
 /// The name of a listener that nobody named.
 const DEFAULT_NAME: &str = "http";
@@ -29,6 +30,8 @@ const BACKLOG: i32 = 4096;
 /// Everything that came from outside at birth.
 pub struct Inheritance {
     pub listeners: Vec<Listener>,
+    /// Where the predecessor left its connections.
+    pub channels: Vec<OwnedFd>,
     /// Which process in a row of restarts this is, where the one who started it counts them.
     pub generation: Option<u64>,
 }
@@ -68,8 +71,8 @@ impl Drop for BoundPath {
 ///
 /// To be called before any thread exists: the environment is read and changed.
 pub fn take(config: &Config) -> Result<Inheritance> {
-    let mut listeners = from_listen_fds().map_err(Failure::config)?;
-    let generation = generation().map_err(Failure::config)?;
+    let (mut listeners, channels) = from_listen_fds().map_err(Failure::config)?;
+    let generation = number("SERVER_STARTER_GENERATION").map_err(Failure::config)?;
     if listeners.is_empty() {
         listeners = from_server_starter().map_err(Failure::config)?;
     }
@@ -78,7 +81,7 @@ pub fn take(config: &Config) -> Result<Inheritance> {
             listeners.push(endpoint.bind().map_err(Failure::unavailable)?);
         }
     }
-    Ok(Inheritance { listeners, generation })
+    Ok(Inheritance { listeners, channels, generation })
 }
 
 impl Listener {
@@ -124,8 +127,10 @@ fn abstract_name(address: &std::os::unix::net::SocketAddr) -> Option<String> {
 
 // ---- LISTEN_FDS ----
 
-fn from_listen_fds() -> anyhow::Result<Vec<Listener>> {
-    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok(Vec::new()) };
+fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<OwnedFd>)> {
+    let mut listeners = Vec::new();
+    let mut channels = Vec::new();
+    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
     number::<u32>("LISTEN_PID")?;
     let first = number::<RawFd>("LISTEN_FDS_FIRST_FD")?.unwrap_or(3);
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
@@ -136,7 +141,7 @@ fn from_listen_fds() -> anyhow::Result<Vec<Listener>> {
     // listenfd answers with none at all where LISTEN_PID names another process, as sd_listen_fds(3) does.
     let mut passed = ListenFd::from_env();
     if passed.len() == 0 {
-        return Ok(Vec::new());
+        return Ok((listeners, channels));
     }
     let names: Vec<&str> = match &names {
         Some(names) => names.split(':').collect(),
@@ -145,15 +150,22 @@ fn from_listen_fds() -> anyhow::Result<Vec<Listener>> {
     if names.len() != count {
         bail!("LISTEN_FDNAMES has {} names for LISTEN_FDS={count} sockets", names.len());
     }
-    (0..count)
-        .map(|index| {
-            let fd = first.saturating_add(RawFd::try_from(index)?);
-            let name = names[index];
-            take_listener(&mut passed, index)
-                .and_then(|socket| Listener::inherited(listener_name(name), socket))
-                .with_context(|| format!("LISTEN_FDS: fd {fd} ({name})"))
-        })
-        .collect()
+    for (index, name) in names.into_iter().enumerate() {
+        let fd = first.saturating_add(RawFd::try_from(index)?);
+        let place = || format!("LISTEN_FDS: fd {fd} ({name})");
+        if name == handover::STORE_NAME {
+            channels.extend(take_channel(&mut passed, index).with_context(place)?);
+        } else {
+            let socket = take_listener(&mut passed, index).with_context(place)?;
+            listeners.push(Listener::inherited(listener_name(name), socket).with_context(place)?);
+        }
+    }
+    Ok((listeners, channels))
+}
+
+fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<Option<OwnedFd>> {
+    let kind = (AddressFamily::UNIX.as_raw().into(), SocketType::SEQPACKET.as_raw().try_into()?);
+    Ok(passed.take_custom(index, kind.0, kind.1, "handover channel (a SOCK_SEQPACKET socket)")?)
 }
 
 fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<ListeningSocket> {
@@ -178,7 +190,8 @@ fn require_listening(socket: impl AsFd) -> anyhow::Result<()> {
 
 /// Where `FileDescriptorName=` is absent, systemd says the name of the unit, and others `unknown`.
 fn listener_name(name: &str) -> &str {
-    if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket") {
+    if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket")
+    {
         DEFAULT_NAME
     } else {
         name
@@ -238,10 +251,6 @@ fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn generation() -> anyhow::Result<Option<u64>> {
-    number("SERVER_STARTER_GENERATION")
-}
-
 // ---- --listen ----
 
 /// An address to bind.
@@ -263,10 +272,9 @@ impl FromStr for Endpoint {
                 Some(name) => Self::Abstract(name.to_owned()),
                 None => Self::Path(path.into()),
             }),
-            None => text
-                .parse()
-                .map(Self::Tcp)
-                .map_err(|_| "not an address like 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()),
+            None => text.parse().map(Self::Tcp).map_err(|_| {
+                "not an address like 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
+            }),
         }
     }
 }
@@ -318,8 +326,8 @@ impl Endpoint {
 
 /// A socket file where nobody listens any more would keep the path taken for ever.
 fn remove_if_stale(path: &Path) {
-    let refused = UnixStream::connect(path)
-        .is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+    let refused =
+        UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
     if refused {
         // If it cannot be removed, bind() says so.
         let _ = std::fs::remove_file(path);

@@ -1,11 +1,12 @@
 //! The life of the service, in order:
-//! inherit -> listen -> ready -> serve -> drain.
+//! inherit -> listen -> take over -> ready -> serve -> drain -> hand over.
 
 mod app;
 mod config;
 mod connection;
 mod drain;
 mod failure;
+mod handover;
 mod life;
 mod listeners;
 mod log;
@@ -17,13 +18,16 @@ mod stream;
 mod systemd;
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::config::{Command, Config};
+use crate::connection::Handler;
 use crate::failure::Result;
 use crate::life::Life;
 use crate::listeners::{Inheritance, Listener};
@@ -49,20 +53,22 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     let config = Config::from_environment()?;
     // No thread exists yet: the environment may be read, and what it names may be taken.
-    let Inheritance { listeners, generation } = listeners::take(&config)?;
-    let life = Life::begin(generation.unwrap_or(1));
+    let inheritance = listeners::take(&config)?;
+    let handed_down = handover::next_generation(&inheritance.channels);
+    let life = Life::begin(handed_down.or(inheritance.generation).unwrap_or(1));
     log::init(config.log.as_deref(), life.generation)?;
     if config.command == Some(Command::Check) {
-        return check(&listeners);
+        return check(&inheritance.listeners);
     }
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
-    let served = runtime.block_on(live(&config, life, listeners));
+    let served = runtime.block_on(live(&config, life, inheritance));
     // What still runs has had its time.
     runtime.shutdown_background();
     served
 }
 
-async fn live(config: &Config, life: Life, listeners: Vec<Listener>) -> Result<()> {
+async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<()> {
+    let Inheritance { listeners, channels, .. } = inheritance;
     let mut signals = Signals::new().context("could not watch for signals")?;
     let limits = Limits {
         head: config.head_timeout,
@@ -72,16 +78,21 @@ async fn live(config: &Config, life: Life, listeners: Vec<Listener>) -> Result<(
     };
     let registry = Registry::new(limits);
     let service = requests::service(app::router(), life, config);
-    let (server, _rested) = Server::new(service, registry.clone(), config.max_connections);
+    let (server, mut rested) = Server::new(service, registry.clone(), config.max_connections);
 
     let labels = labels(&listeners);
     let address = listeners.iter().find_map(Listener::bound_address);
+    let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
     for listener in listeners {
         server.listen(listener)?;
     }
     tokio::spawn(registry.clone().watch());
     tokio::spawn(systemd::feed_watchdog());
 
+    // Last, when nothing can fail any more: until then the connections are safe where they are.
+    for channel in channels {
+        take_over(&server, &channel, &names);
+    }
     systemd::ready(&status(&registry, &labels));
     info!(message_id = log::message_id::STARTED, generation = life.generation, "serving on {labels}");
     if let Some(address) = address {
@@ -94,8 +105,31 @@ async fn live(config: &Config, life: Life, listeners: Vec<Listener>) -> Result<(
     signals.terminated().await;
 
     report.abort();
-    drain::drain(&server, &mut signals, config.drain_timeout).await;
+    drain::drain(&server, &mut rested, &mut signals, config.drain_timeout, life.generation).await;
     Ok(())
+}
+
+/// Goes on with the connections that the predecessor left.
+fn take_over(server: &Server<impl Handler>, channel: &OwnedFd, names: &[Arc<str>]) {
+    let received = handover::receive(channel, |name| names.iter().any(|known| **known == *name));
+    let taken_over = received.connections.len();
+    for connection in received.connections {
+        server.adopt(connection);
+    }
+    systemd::unstore(handover::STORE_NAME);
+    let rest_ms = received.sender.map_or(0, |sender| sender.rest().as_millis());
+    info!(
+        message_id = log::message_id::TOOK_OVER,
+        taken_over,
+        rest_ms = u64::try_from(rest_ms).unwrap_or(u64::MAX),
+        "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
+    );
+    if let Some(reason) = received.reason {
+        warn!(
+            refused = received.refused,
+            "closed {} connections of the predecessor: {reason}", received.refused
+        );
+    }
 }
 
 /// All that a start does short of serving is done.

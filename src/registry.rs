@@ -119,6 +119,8 @@ pub struct Entry {
     unflushed: AtomicBool,
     requests: Mutex<Vec<InFlight>>,
     started: AtomicU64,
+    /// Whether it can go on in another process.
+    movable: AtomicBool,
     open: AtomicBool,
 }
 
@@ -135,6 +137,20 @@ pub struct Remaining {
     pub peer: Peer,
     pub age: Duration,
     pub requests: Vec<InFlight>,
+}
+
+/// See [`Registry::unfinished`].
+pub struct Unfinished {
+    entry: Arc<Entry>,
+    started: u64,
+}
+
+impl Unfinished {
+    pub fn is_so(&self) -> bool {
+        let entry = &self.entry;
+        let same_request = entry.stage() == Stage::InFlight && entry.started() == self.started;
+        entry.has_more_to_say() && (same_request || !entry.is_movable())
+    }
 }
 
 /// Sums over all open connections.
@@ -181,6 +197,7 @@ impl Registry {
             unflushed: AtomicBool::new(false),
             requests: Mutex::default(),
             started: AtomicU64::new(0),
+            movable: AtomicBool::new(true),
             open: AtomicBool::new(true),
         });
         lock(&self.open).insert(id, entry.clone());
@@ -242,11 +259,7 @@ impl Registry {
     pub fn counts(&self) -> Counts {
         let entries = self.entries();
         entries.iter().fold(
-            Counts {
-                connections: entries.len(),
-                in_flight: 0,
-                answered: self.answered.load(SeqCst),
-            },
+            Counts { connections: entries.len(), in_flight: 0, answered: self.answered.load(SeqCst) },
             |counts, entry| {
                 let in_flight = lock(&entry.requests).len();
                 let answered = entry.started.load(SeqCst).saturating_sub(in_flight as u64);
@@ -257,6 +270,15 @@ impl Registry {
                 }
             },
         )
+    }
+
+    /// What has to end before the others can move on without waiting for it: the requests in flight
+    /// now, and the connections that cannot move.
+    pub fn unfinished(&self) -> Vec<Unfinished> {
+        let unfinished = |entry: Arc<Entry>| Unfinished { started: entry.started(), entry };
+        let mut all: Vec<_> = self.entries().into_iter().map(unfinished).collect();
+        all.retain(Unfinished::is_so);
+        all
     }
 
     /// What would be lost if the process ended now.
@@ -361,6 +383,20 @@ impl Entry {
         }
     }
 
+    /// The connection stays in this process until it ends.
+    pub fn set_immovable(&self) {
+        self.movable.store(false, SeqCst);
+    }
+
+    /// Whether the connection is told to end with its next answer.
+    pub fn is_to_end(&self) -> bool {
+        self.phase().ends(self.is_movable())
+    }
+
+    pub fn is_movable(&self) -> bool {
+        self.movable.load(SeqCst)
+    }
+
     // ---- what the connection's IO reports ----
 
     /// Bytes have arrived.
@@ -436,7 +472,6 @@ impl Entry {
             self.set_stage(Stage::Waiting);
         }
     }
-
 }
 
 /// A panic elsewhere leaves these lists whole.

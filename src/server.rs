@@ -1,7 +1,6 @@
 //! Accepts connections, and serves each in a task of its own.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -54,12 +53,21 @@ impl<H: Handler> Server<H> {
         let acceptor = Acceptor::new(listener).with_context(|| format!("could not listen on {label}"))?;
         let is_own = matches!(acceptor.holder, Holder::Nobody(_));
         let accept = self.clone().accept(acceptor);
-        if is_own { self.own_ports.spawn(accept) } else { tokio::spawn(accept) };
+        if is_own {
+            self.own_ports.spawn(accept)
+        } else {
+            tokio::spawn(accept)
+        };
         Ok(())
     }
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// Whether there are listeners that nobody else holds.
+    pub fn owns_ports(&self) -> bool {
+        !self.own_ports.is_empty()
     }
 
     /// Waits until the listeners that nobody else holds are closed, and what was in their queues is
@@ -70,13 +78,13 @@ impl<H: Handler> Server<H> {
     }
 
     /// Serves a connection, above `--max-connections` if need be: it is there already.
-    pub fn adopt(&self, connection: Connection, peer: Peer) {
+    pub fn adopt(&self, connection: Connection) {
         let slot = self.slots.clone().try_acquire_owned().ok();
-        self.serve(connection, peer, slot);
+        self.serve(connection, slot);
     }
 
-    fn serve(&self, connection: Connection, peer: Peer, slot: Option<OwnedSemaphorePermit>) {
-        let registration = self.registry.register(peer, slot);
+    fn serve(&self, connection: Connection, slot: Option<OwnedSemaphorePermit>) {
+        let registration = self.registry.register(connection.peer, slot);
         let handler = self.handler.clone();
         let at_rest = self.at_rest.clone();
         tokio::spawn(async move {
@@ -107,12 +115,12 @@ impl<H: Handler> Server<H> {
             // A slot first: what cannot be served yet waits in the socket's queue.
             let accepted = async {
                 let slot = self.slots.clone().acquire_owned().await.ok();
-                acceptor.accept().await.map(|(stream, peer)| (stream, peer, slot))
+                acceptor.accept().await.map(|connection| (connection, slot))
             };
             tokio::select! {
                 () = registry.until_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
                 accepted = accepted => match accepted {
-                    Ok((stream, peer, slot)) => self.serve(acceptor.connection(stream), peer, slot),
+                    Ok((connection, slot)) => self.serve(connection, slot),
                     Err(error) => trouble.meet(&error).await,
                 },
             }
@@ -125,7 +133,7 @@ impl<H: Handler> Server<H> {
             tokio::select! {
                 biased;
                 accepted = acceptor.accept() => match accepted {
-                    Ok((stream, peer)) => self.adopt(acceptor.connection(stream), peer),
+                    Ok(connection) => self.adopt(connection),
                     Err(error) if is_of_one_connection(&error) => {}
                     Err(_) => return,
                 },
@@ -156,23 +164,19 @@ impl Acceptor {
         Ok(Self { socket, name, holder })
     }
 
-    async fn accept(&self) -> io::Result<(Stream, Peer)> {
-        match &self.socket {
+    async fn accept(&self) -> io::Result<Connection> {
+        let (stream, peer) = match &self.socket {
             AcceptorSocket::Tcp(socket) => {
                 let (stream, peer) = socket.accept().await?;
                 stream.set_nodelay(true)?;
-                let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-                Ok((Stream::Tcp(stream), Peer::Tcp(peer)))
+                (Stream::Tcp(stream), Peer::tcp(peer))
             }
             AcceptorSocket::Unix(socket) => {
                 let (stream, _) = socket.accept().await?;
-                Ok((Stream::Unix(stream), Peer::Unix))
+                (Stream::Unix(stream), Peer::Unix)
             }
-        }
-    }
-
-    fn connection(&self, stream: Stream) -> Connection {
-        Connection { stream, listener: self.name.clone(), unread: Bytes::new() }
+        };
+        Ok(Connection { stream, peer, listener: self.name.clone(), unread: Bytes::new() })
     }
 
     /// Whether this process, which is ending, is the only one that ever accepts here.

@@ -11,10 +11,7 @@ pub struct Signals {
 
 impl Signals {
     pub fn new() -> io::Result<Self> {
-        Ok(Self {
-            terminate: signal(SignalKind::terminate())?,
-            interrupt: signal(SignalKind::interrupt())?,
-        })
+        Ok(Self { terminate: signal(SignalKind::terminate())?, interrupt: signal(SignalKind::interrupt())? })
     }
 
     /// SIGTERM (systemd, a container's stop) or SIGINT (Ctrl-C).

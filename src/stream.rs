@@ -3,12 +3,12 @@
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::RecvFlags;
+use rustix::net::{AddressFamily, RecvFlags, SocketType, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -24,6 +24,13 @@ pub enum Peer {
     Unix,
 }
 
+impl Peer {
+    /// An IPv4 address is shown as such, whatever socket it came in by.
+    pub fn tcp(address: SocketAddr) -> Self {
+        Self::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -34,6 +41,26 @@ impl fmt::Display for Peer {
 }
 
 impl Stream {
+    /// A connected socket that was another process's.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<(Self, Peer)> {
+        let kind = (sockopt::socket_domain(&fd)?, sockopt::socket_type(&fd)?);
+        match kind {
+            (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM) => {
+                let stream = std::net::TcpStream::from(fd);
+                stream.set_nonblocking(true)?;
+                let peer = Peer::tcp(stream.peer_addr()?);
+                Ok((Self::Tcp(TcpStream::from_std(stream)?), peer))
+            }
+            (AddressFamily::UNIX, SocketType::STREAM) => {
+                let stream = std::os::unix::net::UnixStream::from(fd);
+                stream.set_nonblocking(true)?;
+                stream.peer_addr()?;
+                Ok((Self::Unix(UnixStream::from_std(stream)?), Peer::Unix))
+            }
+            _ => Err(io::Error::other("not a stream socket")),
+        }
+    }
+
     /// Looks at what has arrived without taking it, once that is `enough` or the peer will send no more.
     /// Ready with 0 at the end of the stream.
     pub fn poll_peek(
@@ -87,11 +114,7 @@ impl AsFd for Stream {
 }
 
 impl AsyncRead for Stream {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
             Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),

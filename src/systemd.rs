@@ -1,13 +1,22 @@
 //! All that is said to the service manager: `sd_notify(3)`. Without `NOTIFY_SOCKET` each of these does
 //! nothing.
 
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
 use tracing::warn;
 
 /// How often STATUS= may change.
 pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Whether anybody listens to what is said.
+pub fn is_there() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
+}
 
 /// The service can serve.
 pub fn ready(status: &str) {
@@ -30,11 +39,34 @@ pub fn still_stopping(status: &str, more: Duration) {
     send(&[NotifyState::ExtendTimeoutUsec(more), NotifyState::Status(status)]);
 }
 
+/// Asks for `fd` to be kept for the next process (`FileDescriptorStoreMax=`), whatever it polls.
+pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
+    sd_notify::notify_with_fds(&keep, &[fd])
+}
+
+/// Takes what was stored under `name` out of the store.
+pub fn unstore(name: &str) {
+    send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+}
+
+/// Waits until the service manager has dealt with all that was said before: it then closes its end of
+/// a pipe.
+pub async fn barrier() -> io::Result<()> {
+    let (sent, mut closed) = pipe::pipe()?;
+    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[sent.as_fd()])?;
+    drop(sent);
+    closed.read_u8().await.map(drop).or_else(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => Ok(()),
+        _ => Err(error),
+    })
+}
+
 /// Whether standard error is the journal: `$JOURNAL_STREAM` names its device and inode, as
 /// `systemd.exec(5)` has it.
 pub fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
-    let Ok(stat) = rustix::fs::fstat(std::io::stderr()) else { return false };
+    let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
     stream == format!("{}:{}", stat.st_dev, stat.st_ino)
 }
 

@@ -152,7 +152,10 @@ fn a_body_that_is_on_its_way_arrives_after_the_signal() {
     let mut service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234").await.expect("sent");
+        connection
+            .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
+            .await
+            .expect("sent");
         wait_for_in_flight(&mut service, 1);
         service.signal(Signal::TERM);
         service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
@@ -213,7 +216,10 @@ fn a_half_sent_request_cannot_outlive_the_drain_limit() {
     let mut service = start(&["--drain-timeout", "1s"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234").await.expect("sent");
+        connection
+            .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
+            .await
+            .expect("sent");
         wait_for_in_flight(&mut service, 1);
         service.signal(Signal::TERM);
         let begun = Instant::now();
@@ -290,7 +296,8 @@ fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
     let log = block_on(async {
         let mut connection = service.connect().await;
         // Echoed back and never read: the buffers between fill up, and writing stalls.
-        let sent = tokio::time::timeout(Duration::from_secs(20), connection.send(&post("/echo", 64 << 20))).await;
+        let sent =
+            tokio::time::timeout(Duration::from_secs(20), connection.send(&post("/echo", 64 << 20))).await;
         assert!(sent.expect("not stuck for ever").is_err(), "cut off while sending");
         service.signal(Signal::TERM);
         assert_success(service)
@@ -381,9 +388,14 @@ fn running_out_of_fds_costs_no_connection() {
 // ---- protocols ----
 
 fn curl(arguments: &[&str]) -> String {
-    let (code, output, log) =
-        run_to_end(Command::new("curl").args(["-sS", "--max-time", "30"]).args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()))
-            .expect("curl");
+    let (code, output, log) = run_to_end(
+        Command::new("curl")
+            .args(["-sS", "--max-time", "30"])
+            .args(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    )
+    .expect("curl");
     assert_eq!(code, Some(0), "{log}");
     output
 }
@@ -467,7 +479,8 @@ fn expect_100_continue_is_answered_before_the_body() {
 fn many_listeners_of_all_kinds_are_served_at_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
-    let ports: Vec<u16> = (0..2).map(|_| listener()).map(|it| it.local_addr().expect("an address").port()).collect();
+    let ports: Vec<u16> =
+        (0..2).map(|_| listener()).map(|it| it.local_addr().expect("an address").port()).collect();
     let listen = format!("127.0.0.1:{},[::1]:{},{}", ports[0], ports[1], path.display());
     let mut notifications = Notifications::new().expect("a socket");
     let mut command = command(BINARY, &["--listen", &listen]);
@@ -496,7 +509,8 @@ fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
     let path = folder.path().join("http.sock");
     drop(UnixListener::bind(&path).expect("a socket"));
     let listen = path.display().to_string();
-    let (code, output, log) = run_to_end(&mut command(BINARY, &["check", "--listen", &listen])).expect("an end");
+    let (code, output, log) =
+        run_to_end(&mut command(BINARY, &["check", "--listen", &listen])).expect("an end");
     assert_eq!(code, Some(0), "{log}");
     assert!(output.contains(&listen), "{output}");
     let _live = UnixListener::bind(&path).expect("a socket");
@@ -530,7 +544,8 @@ fn what_is_passed_and_does_not_listen_is_refused_by_its_number() {
     let (stream, _other) = UnixStream::pair().expect("a pair");
     assert_refused(&mut given(fd(stream), &[]), 78, &words);
     let listener = listener();
-    let connected = std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
+    let connected =
+        std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
     assert_refused(&mut given(fd(connected), &[]), 78, &words);
     assert_refused(&mut given(std::fs::File::open("/dev/null").expect("a file"), &[]), 78, &words);
 }
@@ -586,7 +601,8 @@ fn flags_and_their_variables_are_refused_by_their_name() {
         ("--log", "app=loud"),
     ] {
         assert_refused(&mut command(BINARY, &[flag, value]), 78, &[flag, value]);
-        let variable = format!("{}{flag}", env!("CARGO_PKG_NAME")).replace("--", "_").replace('-', "_").to_uppercase();
+        let variable =
+            format!("{}{flag}", env!("CARGO_PKG_NAME")).replace("--", "_").replace('-', "_").to_uppercase();
         let mut by_variable = command(BINARY, &[]);
         by_variable.env(&variable, value);
         assert_refused(&mut by_variable, 78, &[flag, value]);

@@ -63,8 +63,9 @@ impl Exchange {
         if version == Version::HTTP_2 {
             // Its connection is told by GOAWAY.
         } else if upgrades {
+            self.entry.set_immovable();
             self.entry.set_stage(Stage::Upgraded);
-        } else if self.entry.phase().ends(true) {
+        } else if self.entry.is_to_end() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
         response.map(|body| AnswerBody { body, _exchange: self })

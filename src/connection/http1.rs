@@ -75,7 +75,9 @@ where
     match turn {
         Turn::AtRest => return End::AtRest(io, parts.read_buf),
         Turn::Overdue(Stage::Head) => io.refuse().await,
-        Turn::Overdue(Stage::InFlight) => warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off"),
+        Turn::Overdue(Stage::InFlight) => {
+            warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off")
+        }
         Turn::Overdue(_) => {}
         Turn::Done(result) => {
             if let Err(error) = result {

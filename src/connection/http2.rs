@@ -34,6 +34,7 @@ where
         .keep_alive_timeout(PING_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
         .serve_connection(TokioIo::new(io), service);
+    entry.set_immovable();
     entry.set_stage(Stage::Waiting);
     let mut told = false;
     let result = poll_fn(|cx| {
@@ -43,7 +44,7 @@ where
                 return Poll::Ready(result);
             }
             entry.settle();
-            if told || !(entry.phase().ends(false) || entry.is_overdue()) {
+            if told || !(entry.is_to_end() || entry.is_overdue()) {
                 return Poll::Pending;
             }
             told = true;

@@ -64,7 +64,8 @@ impl Io {
 
     /// Answers a request whose head did not come in time, and closes.
     pub(super) async fn refuse(mut self) {
-        const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+        const TIMEOUT: &[u8] =
+            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
         // A fresh socket buffer takes it at once; where it does not, the peer does not read anyway.
         if self.stream.write(TIMEOUT).await.is_ok() {
             self.close().await;
@@ -73,19 +74,12 @@ impl Io {
 }
 
 impl AsyncRead for Io {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let entry = &this.registration.entry;
         // The next request belongs to the next process; the body of one that has begun does not.
         // The driver is woken when the phase changes, and reads again then.
-        let held = this.protocol == Protocol::Http1
-            && entry.phase() == Phase::Resting
-            && !entry.is_reading()
-            && entry.stage() != Stage::Upgraded;
+        let held = entry.phase() == Phase::Resting && entry.is_movable() && !entry.is_reading();
         if held {
             return Poll::Pending;
         }

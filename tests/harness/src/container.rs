@@ -39,6 +39,8 @@ pub struct Container {
     /// The container's PID 1, seen from here.
     leader: Pid,
     nspawn: Process,
+    /// Removed after the container has ended: fields are dropped in this order.
+    _cgroups: Cgroups,
     stage: TempDir,
     name: String,
 }
@@ -66,7 +68,8 @@ impl Container {
             .context("systemctl enable")?;
         ensure!(enabled.status.success(), "systemctl enable: {}", String::from_utf8_lossy(&enabled.stderr));
         let mut notifications = Notifications::new()?;
-        let mut command = nspawn(systemd, package.folder)?;
+        let cgroups = Cgroups::new()?;
+        let mut command = nspawn(systemd, package.folder, &cgroups)?;
         for folder in ["usr/local", "etc/systemd/system"] {
             command.arg(format!("--bind={}:/{folder}", stage.path().join(folder).display()));
         }
@@ -78,7 +81,7 @@ impl Container {
         let leader = leader.rsplit('=').next().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
         let leader = leader.context("the container's PID 1")?;
         // Owned before the wait: if that fails, the container ends all the same.
-        let container = Self { leader, nspawn, stage, name: package.name.to_owned() };
+        let container = Self { leader, nspawn, _cgroups: cgroups, stage, name: package.name.to_owned() };
         notifications.wait_for("READY=1")?;
         Ok(container)
     }
@@ -189,7 +192,9 @@ impl Container {
 impl Drop for Container {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            let journal = self.run(&["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"]).unwrap_or_default();
+            let journal = self
+                .run(&["journalctl", "--no-pager", "-n", "60", "-o", "short-monotonic"])
+                .unwrap_or_default();
             eprintln!("---- the container's journal\n{journal}----");
         }
         // Nothing inside is worth an orderly end, and with PID 1 the kernel ends all the others.
@@ -198,16 +203,22 @@ impl Drop for Container {
     }
 }
 
-fn nspawn(systemd: Systemd, folder: &str) -> Result<Command> {
-    static COUNT: AtomicU32 = AtomicU32::new(0);
-    let number = COUNT.fetch_add(1, Ordering::Relaxed);
+fn nspawn(systemd: Systemd, folder: &str, cgroups: &Cgroups) -> Result<Command> {
     let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
-    let mut command = Command::new("systemd-nspawn");
+    let mut command = Command::new("sh");
+    // Into its own cgroups first.
+    command.args([
+        "-c",
+        "for file; do shift; [ \"$file\" = -- ] && break; echo $$ >\"$file\"; done; exec \"$@\"",
+        "sh",
+    ]);
+    command.args(cgroups.folders.iter().map(|folder| folder.join("cgroup.procs")));
+    command.args(["--", "systemd-nspawn"]);
     match systemd {
         Systemd::Host => command.args(["--directory=/", "--volatile=yes"]),
         Systemd::V257 => {
             let root = Path::new(folder).join("target/systemd-257");
-            ensure!(root.join("usr").is_dir(), "{} is missing: make {0}", root.display());
+            ensure!(root.join("usr").is_dir(), "{} is missing: make target/systemd-257", root.display());
             command.arg(format!("--directory={}", root.display())).arg("--volatile=overlay");
             // Where the host has the legacy cgroup layout, systemd 257 would refuse it.
             command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
@@ -216,10 +227,62 @@ fn nspawn(systemd: Systemd, folder: &str) -> Result<Command> {
     command
         .args(["--boot", "--register=no", "--keep-unit", "--console=pipe", "--private-network"])
         .args(["--notify-ready=yes", "--quiet"])
-        .arg(format!("--machine=test-{}-{number}", std::process::id()))
+        .arg(format!("--machine={}", cgroups.name))
         .arg(format!("--uuid={id}"))
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     Ok(command)
+}
+
+/// Control groups for one container: two in the same would find each other's processes in theirs.
+struct Cgroups {
+    name: String,
+    folders: Vec<PathBuf>,
+}
+
+impl Cgroups {
+    fn new() -> Result<Self> {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("test-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let mut cgroups = Self { name, folders: Vec::new() };
+        for line in fs::read_to_string("/proc/self/cgroup")?.lines() {
+            let (hierarchy, path) = line.rsplit_once(':').context("/proc/self/cgroup")?;
+            // The unified hierarchy and, on a host with the legacy layout, systemd's own.
+            let mounts: &[&str] = match hierarchy.split_once(':') {
+                Some(("0", "")) => &["/sys/fs/cgroup/unified", "/sys/fs/cgroup"],
+                Some((_, "name=systemd")) => &["/sys/fs/cgroup/systemd"],
+                _ => continue,
+            };
+            let mount = mounts.iter().find(|mount| Path::new(mount).join("cgroup.procs").exists());
+            let Some(mount) = mount else { continue };
+            let folder = Path::new(mount).join(path.trim_start_matches('/')).join(&cgroups.name);
+            fs::create_dir(&folder).with_context(|| format!("{}", folder.display()))?;
+            cgroups.folders.push(folder);
+        }
+        Ok(cgroups)
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        for folder in &self.folders {
+            remove_cgroup(folder);
+        }
+    }
+}
+
+fn remove_cgroup(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroup(&entry.path());
+        }
+    }
+    // The kernel empties a cgroup a moment after its last process has gone.
+    for _ in 0..100 {
+        if fs::remove_dir(folder).is_ok() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
 }

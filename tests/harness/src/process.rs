@@ -89,9 +89,10 @@ impl Notifications {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-            let length = self.socket.recv(&mut message).with_context(|| {
-                format!("waited for {wanted}, and heard only {:?}", self.said)
-            })?;
+            let length = self
+                .socket
+                .recv(&mut message)
+                .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
             let text = String::from_utf8_lossy(&message[..length]).into_owned();
             let lines: Vec<String> = text.lines().map(str::to_owned).collect();
             self.said.extend(lines.iter().cloned());

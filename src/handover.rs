@@ -1,0 +1,99 @@
+//! How connections at rest go to the next process, with the bytes that were read from them.
+//!
+//! They travel in frames (`frame.rs`) on a `SOCK_SEQPACKET` channel (`channel.rs`). At a restart nobody
+//! is there yet to read: the channel waits, filled, in systemd's file descriptor store (`parking.rs`).
+
+mod channel;
+mod frame;
+mod parking;
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+pub use parking::Parking;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::connection::Connection;
+use crate::stream::Stream;
+
+/// The channel's name in the store, `FDNAME=`.
+pub const STORE_NAME: &str = "connections";
+
+/// What the sender says of itself in each frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sender {
+    pub generation: u64,
+    /// When its last answer was out; nanoseconds of `CLOCK_MONOTONIC`.
+    pub rested_at: u64,
+}
+
+impl Sender {
+    pub fn now(generation: u64) -> Self {
+        Self { generation, rested_at: monotonic_now() }
+    }
+
+    /// How long ago the sender's last answer was out.
+    pub fn rest(&self) -> Duration {
+        Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
+    }
+}
+
+fn monotonic_now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// The generation that follows those who wrote to `channels`; nothing is taken out of them.
+pub fn next_generation(channels: &[OwnedFd]) -> Option<u64> {
+    channels.iter().filter_map(channel::peek).map(|sender| sender.generation.saturating_add(1)).max()
+}
+
+/// What came out of a channel.
+#[derive(Default)]
+pub struct Received {
+    pub connections: Vec<Connection>,
+    pub sender: Option<Sender>,
+    /// Connections closed because nobody here could go on with them, and why (the last reason).
+    pub refused: usize,
+    pub reason: Option<String>,
+}
+
+/// Empties `channel`: all that its writer has sent. A frame that makes no sense costs the connections in
+/// it, and no others.
+pub fn receive(channel: &OwnedFd, is_listener: impl Fn(&str) -> bool) -> Received {
+    let mut received = Received::default();
+    while let Some(frame) = channel::receive(channel) {
+        let frame = match frame {
+            Ok(frame) => frame,
+            Err(refusal) => {
+                received.refuse(refusal.connections, refusal.reason);
+                continue;
+            }
+        };
+        received.sender = Some(frame.sender);
+        for (fd, record) in frame.connections {
+            if !is_listener(&record.listener) {
+                received.refuse(1, format!("no listener is named {:?} any more", record.listener));
+                continue;
+            }
+            match Stream::from_fd(fd) {
+                Ok((stream, peer)) => received.connections.push(Connection {
+                    stream,
+                    peer,
+                    listener: Arc::from(record.listener),
+                    unread: record.unread,
+                }),
+                Err(error) => received.refuse(1, error.to_string()),
+            }
+        }
+    }
+    received
+}
+
+impl Received {
+    fn refuse(&mut self, connections: usize, reason: String) {
+        self.refused += connections;
+        self.reason = Some(reason);
+    }
+}
