@@ -1,9 +1,14 @@
-# make run, make test; make install && systemctl enable --now $(NAME).socket
-NAME := $(shell sed -n 's/^name = "\(.*\)"/\1/p;T;q' Cargo.toml)
+# make run            build, and serve on 127.0.0.1:8080
+# make test           all tests; they boot real systemds, as root
+# make check          formatting, lints, dependencies, units
+# make new NAME=shop DIR=../shop
+# make install        then: systemctl enable --now $(PACKAGE).socket
+
+PACKAGE := $(shell sed -n '/^name = /{s/.*"\(.*\)"/\1/p;q}' Cargo.toml)
 PREFIX ?= /usr/local
 DESTDIR ?=
-BINARY ?= target/release/$(NAME)
-UNITS := $(wildcard systemd/$(NAME)*)
+BINARY ?= target/release/$(PACKAGE)
+UNITS := $(wildcard systemd/$(PACKAGE)*)
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 .PHONY: run
@@ -14,34 +19,79 @@ run:
 build:
 	cargo build --release
 
+target/release/$(PACKAGE):
+	cargo build --release
+
 .PHONY: install
 install: $(BINARY)
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(BINARY)
 	install -D -m 644 -t $(UNITDIR) $(UNITS)
 
-$(BINARY):
-	cargo build --release
-
 .PHONY: uninstall
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/$(NAME) $(addprefix $(UNITDIR)/,$(notdir $(UNITS)))
+	rm -f $(DESTDIR)$(PREFIX)/bin/$(PACKAGE) $(addprefix $(UNITDIR)/,$(notdir $(UNITS)))
 
-# What the tests run besides cargo, and the Debian packages that it comes in.
-TOOLS := systemd-nspawn mmdebstrap systemd-analyze curl
-PACKAGES := systemd systemd-container mmdebstrap curl
-LINE := apt-get update && apt-get install --yes --no-install-recommends $(PACKAGES)
+# ---- tests and checks ----
+
+# What they run besides cargo, and the Debian packages that it comes in.
+TOOLS := curl mmdebstrap prlimit systemctl systemd-nspawn systemd-socket-activate
+DEBIAN := ca-certificates curl mmdebstrap systemd systemd-container util-linux
+INSTALL := apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
+export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 .PHONY: test
-test: test-tools target/systemd-257
+test: root tools target/systemd-257
 	cargo test --workspace
 
-.PHONY: test-tools
-test-tools:
-	@test "$$(id -u)" = 0 || { echo 'Tests boot a real systemd, as root: sudo -E env "PATH=$$PATH" make test'; exit 1; }
-	@command -v $(TOOLS) >/dev/null || { $(LINE); }
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo 'Tests boot a real systemd, as root: sudo -E env "PATH=$$PATH" make test'; exit 1; }
+
+.PHONY: tools
+tools:
+	@for tool in $(TOOLS); do command -v $$tool >/dev/null && continue; \
+	[ "$$(id -u)" = 0 ] || { echo "$$tool is missing; as root: $(INSTALL)"; exit 1; }; \
+	$(INSTALL); exit; done
 
 # Another systemd to test on, besides this machine's.
-target/systemd-257:
+target/systemd-257: | tools
+	rm -rf $@.part
 	mkdir -p target
 	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus trixie $@.part
 	mv $@.part $@
+
+.PHONY: check
+check: check-units
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets -- -D warnings
+	command -v cargo-deny >/dev/null || cargo install --quiet --locked --debug --root target/tools cargo-deny
+	cargo deny check bans licenses sources
+
+# Needs the network: the database of advisories is fetched.
+.PHONY: audit
+audit:
+	cargo deny check advisories
+
+# `verify` looks for the binary, which is not installed here; whatever it says is a fault.
+.PHONY: check-units
+check-units: | tools
+	rm -rf target/units
+	mkdir -p target/units
+	cp $(UNITS) target/units
+	sed -i 's:^ExecStart=%N:ExecStart=/bin/true:' target/units/*.service
+	! systemd-analyze verify target/units/* 2>&1 | grep .
+	systemd-analyze security --offline=true --threshold=5 --no-pager target/units/$(PACKAGE).service >/dev/null
+
+# ---- a service of your own ----
+
+VARIABLE = $(shell echo '$(1)' | tr a-z- A-Z_)
+
+.PHONY: new
+new:
+	@echo '$(NAME)' | grep -qx '[a-z][a-z0-9-]*' || { echo 'NAME=shop: of a-z, 0-9 and -'; exit 1; }
+	@[ -n '$(DIR)' ] && [ ! -e '$(DIR)' ] || { echo 'DIR=../shop: a folder that is not there yet'; exit 1; }
+	mkdir -p '$(DIR)'
+	tar --create --exclude=./target --exclude=./.git . | tar --extract --directory='$(DIR)'
+	cd '$(DIR)/systemd' && for unit in $(PACKAGE)*; do mv "$$unit" "$(NAME)$${unit#$(PACKAGE)}"; done
+	cd '$(DIR)' && perl -pi -e 's/\b$(PACKAGE)\b(?!\.rs|::)/$(NAME)/g; s/\b$(call VARIABLE,$(PACKAGE))_/$(call VARIABLE,$(NAME))_/g' \
+		Cargo.toml Cargo.lock README.md systemd/*

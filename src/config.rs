@@ -1,5 +1,5 @@
 //! Flags and their variables. Each flag is also an environment variable: `--drain-timeout` of a
-//! binary named `app` is `APP_DRAIN_TIMEOUT`. A flag wins over its variable.
+//! package named `shop` is `SHOP_DRAIN_TIMEOUT`. A flag wins over its variable.
 
 use std::time::Duration;
 
@@ -83,6 +83,7 @@ fn command() -> clap::Command {
         Some("help" | "version") | None => arg,
         Some(flag) => {
             let variable = format!("{prefix}_{}", flag.to_uppercase().replace('-', "_"));
+            // clap wants a name that lives as long as the process.
             arg.env(variable.leak() as &'static str).global(true)
         }
     })

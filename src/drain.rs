@@ -10,7 +10,7 @@ use tracing::{info, warn};
 use crate::connection::{Connection, Handler};
 use crate::handover::{Parking, Sender};
 use crate::log::message_id;
-use crate::registry::{Phase, Registry};
+use crate::registry::{Phase, Registry, Unfinished};
 use crate::server::Server;
 use crate::signals::Signals;
 use crate::systemd;
@@ -49,12 +49,11 @@ pub async fn drain(
     let mut limit = Limit::new(registry, signals, begun + limit);
     // A port that closes with us is no place to come back to: its connections are told to end.
     let parking = if server.owns_ports() { None } else { Parking::open().await };
-    let handed_over = match parking {
-        Some(parking) => hand_over(server, rested, &mut limit, parking, generation).await,
-        None => {
-            linger(server, &mut limit).await;
-            0
-        }
+    let handed_over = if let Some(parking) = parking {
+        hand_over(server, rested, &mut limit, parking, generation).await
+    } else {
+        linger(server, &mut limit).await;
+        0
     };
     let cut_off = limit.passed.map_or(0, |reason| log_remaining(registry, reason));
 
@@ -92,7 +91,7 @@ async fn hand_over(
         let mut unfinished = registry.unfinished();
         {
             let finished = registry.until(|| {
-                unfinished.retain(|each| each.is_so());
+                unfinished.retain(Unfinished::is_so);
                 unfinished.is_empty()
             });
             tokio::pin!(finished);

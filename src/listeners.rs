@@ -85,7 +85,7 @@ pub fn take(config: &Config) -> Result<Inheritance> {
 }
 
 impl Listener {
-    /// `http(8080)`, `http(/run/app.sock)`: as `systemctl status` shows it.
+    /// `http(8080)`, `http(/run/x.sock)`: as `systemctl status` shows it.
     pub fn label(&self) -> String {
         let place = match &self.socket {
             ListeningSocket::Tcp(socket) => {

@@ -58,7 +58,8 @@ fn run() -> Result<()> {
     let life = Life::begin(handed_down.or(inheritance.generation).unwrap_or(1));
     log::init(config.log.as_deref(), life.generation)?;
     if config.command == Some(Command::Check) {
-        return check(&inheritance.listeners);
+        check(&inheritance.listeners);
+        return Ok(());
     }
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
     let served = runtime.block_on(live(&config, life, inheritance));
@@ -134,9 +135,8 @@ fn take_over(server: &Server<impl Handler>, channel: &OwnedFd, names: &[Arc<str>
 
 /// All that a start does short of serving is done.
 #[expect(clippy::print_stdout, reason = "the answer that was asked for")]
-fn check(listeners: &[Listener]) -> Result<()> {
+fn check(listeners: &[Listener]) {
     println!("ready to serve on {}", labels(listeners));
-    Ok(())
 }
 
 fn labels(listeners: &[Listener]) -> String {

@@ -598,7 +598,7 @@ fn flags_and_their_variables_are_refused_by_their_name() {
         ("--idle-timeout", "0s"),
         ("--body-limit", "much"),
         ("--max-connections", "0"),
-        ("--log", "app=loud"),
+        ("--log", "x=loud"),
     ] {
         assert_refused(&mut command(BINARY, &[flag, value]), 78, &[flag, value]);
         let variable =

@@ -78,13 +78,13 @@ fn restart_under(container: &Container, load: Load) {
         slowest = slowest.max(begun.elapsed());
     }
     let report = running.stop();
-    println!("{RESTARTS} restarts, the slowest {} ms: {report}", slowest.as_millis());
+    eprintln!("{RESTARTS} restarts, the slowest {} ms: {report}", slowest.as_millis());
     assert!(report.answered > u64::from(RESTARTS), "hardly a load: {report}");
     assert_eq!(report.lost(), 0, "{report}");
     if one_each {
-        assert_eq!(report.connections, report.answered, "{report}")
+        assert_eq!(report.connections, report.answered, "{report}");
     } else {
-        assert_eq!(report.connections, report.asked_for, "{report}")
+        assert_eq!(report.connections, report.asked_for, "{report}");
     }
 }
 
@@ -148,7 +148,7 @@ fn a_crash_costs_its_own_requests_and_no_others(systemd: Systemd) {
         ask(&container, "/");
     }
     let report = running.stop();
-    println!("{report}");
+    eprintln!("{report}");
     assert!(report.lost() <= report.asked_for * crashes, "more than was in flight: {report}");
     assert!(report.lost.keys().all(|kind| !kind.contains("refused")), "the port was closed: {report}");
     assert!(report.answered > report.lost(), "{report}");

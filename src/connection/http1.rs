@@ -76,7 +76,7 @@ where
         Turn::AtRest => return End::AtRest(io, parts.read_buf),
         Turn::Overdue(Stage::Head) => io.refuse().await,
         Turn::Overdue(Stage::InFlight) => {
-            warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off")
+            warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off");
         }
         Turn::Overdue(_) => {}
         Turn::Done(result) => {

@@ -107,7 +107,7 @@ impl Container {
         entered
     }
 
-    /// `systemctl VERB app.service`
+    /// `systemctl VERB` the service.
     pub fn systemctl(&self, verb: &str) -> Result<String> {
         self.run(&["systemctl", verb, &self.unit("service")])
     }

@@ -119,12 +119,11 @@ impl Load {
     }
 
     async fn ask(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
-        let connection = match kept {
-            Some(connection) => connection,
-            None => {
-                report.connections += 1;
-                kept.insert(Connection::open(&self.target).await?)
-            }
+        let connection = if let Some(connection) = kept {
+            connection
+        } else {
+            report.connections += 1;
+            kept.insert(Connection::open(&self.target).await?)
         };
         let answer = connection.ask(&self.request).await?;
         if answer.status != 200 {

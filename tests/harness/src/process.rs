@@ -1,12 +1,17 @@
 //! A child process that is ended with its owner, and notifications as `sd_notify(3)` sends them.
 
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 use tempfile::TempDir;
 
@@ -59,22 +64,55 @@ impl Drop for Process {
     }
 }
 
-/// A socket for `NOTIFY_SOCKET`, and what was said on it.
+/// A socket for `NOTIFY_SOCKET`, what was said on it, and the fds that were given to be stored.
+///
+/// A thread reads it at once, as a service manager does: what `sd_notify(3)` calls a barrier waits for
+/// that.
 pub struct Notifications {
-    socket: UnixDatagram,
     folder: TempDir,
+    heard: Receiver<Message>,
     said: Vec<String>,
+    stored: Vec<OwnedFd>,
 }
 
+struct Message {
+    text: String,
+    fds: Vec<OwnedFd>,
+}
+
+/// Ends the thread.
+const LAST: &[u8] = b"that is all";
+
 impl Notifications {
+    /// A service manager without a file descriptor store.
     pub fn new() -> Result<Self> {
+        Self::listen(false)
+    }
+
+    /// A service manager with one.
+    pub fn with_store() -> Result<Self> {
+        Self::listen(true)
+    }
+
+    fn listen(stores: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let socket = UnixDatagram::bind(folder.path().join("notify"))?;
-        Ok(Self { socket, folder, said: Vec::new() })
+        let (tell, heard) = channel();
+        std::thread::spawn(move || {
+            while let Some(mut message) = receive(&socket) {
+                if !stores || !message.text.contains("FDSTORE=1") {
+                    message.fds.clear();
+                }
+                if tell.send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { folder, heard, said: Vec::new(), stored: Vec::new() })
     }
 
     pub fn path(&self) -> PathBuf {
-        Path::join(self.folder.path(), "notify")
+        self.folder.path().join("notify")
     }
 
     /// All that has been waited past, in order, a line each.
@@ -82,23 +120,56 @@ impl Notifications {
         &self.said
     }
 
+    /// The fds stored so far.
+    pub fn take_stored(&mut self) -> Vec<OwnedFd> {
+        while let Ok(message) = self.heard.try_recv() {
+            self.note(message);
+        }
+        std::mem::take(&mut self.stored)
+    }
+
     /// Waits for a line that begins with `wanted`, and gives it.
     pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
-        let mut message = [0; 4096];
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            self.socket.set_read_timeout(Some(left.max(Duration::from_millis(1))))?;
-            let length = self
-                .socket
-                .recv(&mut message)
+            let message = self
+                .heard
+                .recv_timeout(left)
                 .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
-            let text = String::from_utf8_lossy(&message[..length]).into_owned();
-            let lines: Vec<String> = text.lines().map(str::to_owned).collect();
-            self.said.extend(lines.iter().cloned());
-            if let Some(line) = lines.into_iter().find(|line| line.starts_with(wanted)) {
-                return Ok(line);
+            let news = self.said.len();
+            self.note(message);
+            if let Some(line) = self.said[news..].iter().find(|line| line.starts_with(wanted)) {
+                return Ok(line.clone());
             }
         }
     }
+
+    fn note(&mut self, message: Message) {
+        self.said.extend(message.text.lines().map(str::to_owned));
+        self.stored.extend(message.fds);
+    }
+}
+
+impl Drop for Notifications {
+    fn drop(&mut self) {
+        if let Ok(socket) = UnixDatagram::unbound() {
+            let _ = socket.send_to(LAST, self.path());
+        }
+    }
+}
+
+fn receive(socket: &UnixDatagram) -> Option<Message> {
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags).ok()?;
+    let fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds = fds.flatten().collect();
+    let bytes = &bytes[..received.bytes];
+    (bytes != LAST).then(|| Message { text: String::from_utf8_lossy(bytes).into_owned(), fds })
 }

@@ -1,0 +1,66 @@
+//! A copy of this repo under another name is a service of its own.
+
+use std::path::Path;
+use std::process::Command;
+
+const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+const OLD_NAME: &str = env!("CARGO_PKG_NAME");
+const NEW_NAME: &str = "shop-front";
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("started");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{command:?}: {said}");
+    said
+}
+
+fn copy(to: &Path) {
+    let mut make = Command::new("make");
+    make.args(["--silent", "new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]);
+    run(make.current_dir(FOLDER).env_remove("MAKEFLAGS"));
+}
+
+#[test]
+fn a_copy_has_nothing_of_the_old_name_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let copied = folder.path().join("copy");
+    copy(&copied);
+    // `app.rs` and `app::` are a room of the house, not the package.
+    let words = format!(r"\b{OLD_NAME}\b(?!\.rs|::|;)|\b{}_", OLD_NAME.to_uppercase().replace('-', "_"));
+    let found = Command::new("grep").args(["-rnP", &words, "."]).current_dir(&copied).output().expect("grep");
+    assert_eq!(String::from_utf8_lossy(&found.stdout), "");
+    for kind in ["service", "socket"] {
+        assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
+        assert!(!copied.join(format!("systemd/{OLD_NAME}.{kind}")).exists());
+    }
+}
+
+#[test]
+fn a_copy_builds_and_passes_its_tests() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let copied = folder.path().join("copy");
+    copy(&copied);
+    let mut cargo = Command::new(env!("CARGO"));
+    // What was compiled for this repo is good for the copy.
+    cargo.args(["test", "--bins", "--test", "contract", "--locked", "--offline"]);
+    cargo.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).current_dir(&copied);
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_")) {
+        if !["CARGO_HOME", "CARGO_TARGET_DIR"].contains(&name.as_str()) {
+            cargo.env_remove(name);
+        }
+    }
+    let said = run(&mut cargo);
+    assert_eq!(said.matches("test result: ok").count(), 2, "{said}");
+}
+
+#[test]
+fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
+    for (name, folder) in
+        [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
+    {
+        let mut make = Command::new("make");
+        make.args(["--silent", "new", &format!("NAME={name}"), &format!("DIR={folder}")]);
+        let refused = make.current_dir(FOLDER).env_remove("MAKEFLAGS").output().expect("make");
+        assert!(!refused.status.success(), "NAME={name} DIR={folder}");
+    }
+}
