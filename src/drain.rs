@@ -104,12 +104,13 @@ async fn hand_over(
             }
         }
         registry.set_phase(Phase::Resting);
+        let was_last = limit.passed.is_some();
         tokio::select! {
             () = registry.until(|| registry.is_done()) => break,
             () = sleep(standstill) => {}
-            () = limit.passes() => {}
+            () = limit.passes(), if !was_last => {}
         }
-        if limit.passed.is_some() {
+        if was_last {
             break;
         }
         standstill *= 2;
@@ -128,8 +129,7 @@ async fn hand_over(
         }
         tokio::select! {
             () = registry.until(|| registry.is_done()) => {}
-            () = sleep(OVERFLOW_LINGER) => limit.passed = Some("the full handover channel"),
-            () = limit.passes() => {}
+            () = sleep(OVERFLOW_LINGER) => {}
         }
     }
     handed_over

@@ -11,6 +11,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
+use frame::Record;
 pub use parking::Parking;
 use rustix::time::{ClockId, clock_gettime};
 
@@ -45,53 +47,65 @@ fn monotonic_now() -> u64 {
 }
 
 /// The generation that follows those who wrote to `channels`; nothing is taken out of them.
-pub fn next_generation(channels: &[OwnedFd]) -> Option<u64> {
-    channels.iter().filter_map(channel::peek).map(|sender| sender.generation.saturating_add(1)).max()
+pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
+    let senders = channels.iter().flatten().filter_map(channel::peek);
+    senders.map(|sender| sender.generation.saturating_add(1)).max()
 }
 
-/// What came out of a channel.
+/// What came out of the channels.
 #[derive(Default)]
 pub struct Received {
     pub connections: Vec<Connection>,
     pub sender: Option<Sender>,
-    /// Connections closed because nobody here could go on with them, and why (the last reason).
+    /// Connections closed because nobody here could go on with them.
     pub refused: usize,
+    /// Why; the last reason.
     pub reason: Option<String>,
 }
 
-/// Empties `channel`: all that its writer has sent. A frame that makes no sense costs the connections in
-/// it, and no others.
-pub fn receive(channel: &OwnedFd, is_listener: impl Fn(&str) -> bool) -> Received {
+/// Empties `channels` of all that their writers have sent. A frame that makes no sense costs the
+/// connections in it, and no others.
+pub fn receive(channels: Vec<anyhow::Result<OwnedFd>>, is_listener: impl Fn(&str) -> bool) -> Received {
     let mut received = Received::default();
-    while let Some(frame) = channel::receive(channel) {
-        let frame = match frame {
-            Ok(frame) => frame,
-            Err(refusal) => {
-                received.refuse(refusal.connections, refusal.reason);
-                continue;
-            }
-        };
-        received.sender = Some(frame.sender);
-        for (fd, record) in frame.connections {
-            if !is_listener(&record.listener) {
-                received.refuse(1, format!("no listener is named {:?} any more", record.listener));
-                continue;
-            }
-            match Stream::from_fd(fd) {
-                Ok((stream, peer)) => received.connections.push(Connection {
-                    stream,
-                    peer,
-                    listener: Arc::from(record.listener),
-                    unread: record.unread,
-                }),
-                Err(error) => received.refuse(1, error.to_string()),
-            }
+    for channel in channels {
+        if let Err(error) = channel.and_then(|channel| received.empty(&channel, &is_listener)) {
+            received.refuse(0, format!("{error:#}"));
         }
     }
     received
 }
 
 impl Received {
+    fn empty(&mut self, channel: &OwnedFd, is_listener: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+        while let Some(frame) = channel::receive(channel)? {
+            match frame {
+                Ok(frame) => {
+                    self.sender = Some(frame.sender);
+                    for (fd, record) in frame.connections {
+                        if let Err(error) = self.accept(fd, record, &is_listener) {
+                            self.refuse(1, error.to_string());
+                        }
+                    }
+                }
+                Err(refusal) => self.refuse(refusal.connections, refusal.reason),
+            }
+        }
+        Ok(())
+    }
+
+    fn accept(
+        &mut self,
+        fd: OwnedFd,
+        record: Record,
+        is_listener: impl Fn(&str) -> bool,
+    ) -> anyhow::Result<()> {
+        let Record { listener, unread } = record;
+        ensure!(is_listener(&listener), "no listener is named {listener:?} any more");
+        let (stream, peer) = Stream::from_fd(fd)?;
+        self.connections.push(Connection { stream, peer, listener: Arc::from(listener), unread });
+        Ok(())
+    }
+
     fn refuse(&mut self, connections: usize, reason: String) {
         self.refused += connections;
         self.reason = Some(reason);

@@ -30,8 +30,9 @@ const BACKLOG: i32 = 4096;
 /// Everything that came from outside at birth.
 pub struct Inheritance {
     pub listeners: Vec<Listener>,
-    /// Where the predecessor left its connections.
-    pub channels: Vec<OwnedFd>,
+    /// Where the predecessor left its connections; something else in the place of a channel is no reason
+    /// not to start.
+    pub channels: Vec<anyhow::Result<OwnedFd>>,
     /// Which process in a row of restarts this is, where the one who started it counts them.
     pub generation: Option<u64>,
 }
@@ -127,7 +128,7 @@ fn abstract_name(address: &std::os::unix::net::SocketAddr) -> Option<String> {
 
 // ---- LISTEN_FDS ----
 
-fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<OwnedFd>)> {
+fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
     let mut listeners = Vec::new();
     let mut channels = Vec::new();
     let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
@@ -154,7 +155,7 @@ fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<OwnedFd>)> {
         let fd = first.saturating_add(RawFd::try_from(index)?);
         let place = || format!("LISTEN_FDS: fd {fd} ({name})");
         if name == handover::STORE_NAME {
-            channels.extend(take_channel(&mut passed, index).with_context(place)?);
+            channels.push(take_channel(&mut passed, index).with_context(place));
         } else {
             let socket = take_listener(&mut passed, index).with_context(place)?;
             listeners.push(Listener::inherited(listener_name(name), socket).with_context(place)?);
@@ -163,9 +164,10 @@ fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<OwnedFd>)> {
     Ok((listeners, channels))
 }
 
-fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<Option<OwnedFd>> {
-    let kind = (AddressFamily::UNIX.as_raw().into(), SocketType::SEQPACKET.as_raw().try_into()?);
-    Ok(passed.take_custom(index, kind.0, kind.1, "handover channel (a SOCK_SEQPACKET socket)")?)
+fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::UNIX.as_raw().into(), SocketType::SEQPACKET.as_raw().try_into()?);
+    let channel = passed.take_custom(index, family, kind, "handover channel (a SOCK_SEQPACKET socket)")?;
+    channel.context("taken twice")
 }
 
 fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<ListeningSocket> {

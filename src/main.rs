@@ -91,8 +91,8 @@ async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<(
     tokio::spawn(systemd::feed_watchdog());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
-    for channel in channels {
-        take_over(&server, &channel, &names);
+    if !channels.is_empty() {
+        take_over(&server, channels, &names);
     }
     systemd::ready(&status(&registry, &labels));
     info!(message_id = log::message_id::STARTED, generation = life.generation, "serving on {labels}");
@@ -111,8 +111,8 @@ async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<(
 }
 
 /// Goes on with the connections that the predecessor left.
-fn take_over(server: &Server<impl Handler>, channel: &OwnedFd, names: &[Arc<str>]) {
-    let received = handover::receive(channel, |name| names.iter().any(|known| **known == *name));
+fn take_over(server: &Server<impl Handler>, channels: Vec<anyhow::Result<OwnedFd>>, names: &[Arc<str>]) {
+    let received = handover::receive(channels, |name| names.iter().any(|known| **known == *name));
     let taken_over = received.connections.len();
     for connection in received.connections {
         server.adopt(connection);

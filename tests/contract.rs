@@ -175,7 +175,7 @@ fn idle_and_fresh_connections_may_ask_once_more_after_the_signal() {
         let mut half = service.connect().await;
         half.send(b"GET / HTTP/1.1\r\nho").await.expect("sent");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
         for (connection, request) in
             [(&mut idle, get("/")), (&mut fresh, get("/")), (&mut half, b"st: x\r\n\r\n".to_vec())]
         {

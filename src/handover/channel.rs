@@ -94,7 +94,7 @@ pub(super) fn peek(channel: &OwnedFd) -> Option<Sender> {
 }
 
 /// Takes the next frame; none where there is no further one.
-pub(super) fn receive(channel: &OwnedFd) -> Option<Result<Frame, Refusal>> {
+pub(super) fn receive(channel: &OwnedFd) -> io::Result<Option<Result<Frame, Refusal>>> {
     // One more than a header, to see a message that is too long.
     let mut bytes = [0; HEADER_LENGTH + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_CONNECTIONS + 1))];
@@ -103,7 +103,8 @@ pub(super) fn receive(channel: &OwnedFd) -> Option<Result<Frame, Refusal>> {
     let message = loop {
         match recvmsg(channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
             Err(Errno::INTR) => {}
-            result => break result.ok()?,
+            Err(Errno::AGAIN) => return Ok(None),
+            result => break result?,
         }
     };
     let fds: Vec<OwnedFd> = ancillary
@@ -115,10 +116,11 @@ pub(super) fn receive(channel: &OwnedFd) -> Option<Result<Frame, Refusal>> {
         .flatten()
         .collect();
     if message.bytes == 0 && fds.is_empty() {
-        return None;
+        return Ok(None);
     }
     let connections = fds.len().saturating_sub(1);
-    Some(read_frame(&bytes[..message.bytes], fds).map_err(|reason| Refusal { connections, reason }))
+    let frame = read_frame(&bytes[..message.bytes], fds);
+    Ok(Some(frame.map_err(|reason| Refusal { connections, reason })))
 }
 
 fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {

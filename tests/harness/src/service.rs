@@ -3,10 +3,11 @@
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use rustix::process::Signal;
 
 use crate::client::{Connection, Target};
@@ -16,27 +17,68 @@ pub struct Service {
     process: Process,
     pub notifications: Notifications,
     pub target: Target,
+    listener: OwnedFd,
 }
 
 impl Service {
-    /// Starts `binary` on a fresh TCP socket, and waits for READY=1.
+    /// Starts `binary` on a fresh TCP socket, and waits for READY=1. Its service manager has no store.
     pub fn start(binary: &str, flags: &[&str]) -> Result<Self> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let target = Target::Tcp(listener.local_addr()?);
-        let mut service = Self::spawn(binary, flags, listener.into(), target)?;
-        service.notifications.wait_for("READY=1")?;
-        Ok(service)
+        let (listener, target) = tcp()?;
+        Self::begin(binary, flags, listener, target, Vec::new(), Notifications::new()?)
     }
 
-    /// Starts `binary` with `socket` as its standard input, as `LISTEN_FDS_FIRST_FD` lets listenfd take it.
-    pub fn spawn(binary: &str, flags: &[&str], socket: OwnedFd, target: Target) -> Result<Self> {
-        let notifications = Notifications::new()?;
+    /// As `start`, with a service manager that has a file descriptor store.
+    pub fn start_with_store(binary: &str, flags: &[&str]) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        Self::begin(binary, flags, listener, target, Vec::new(), Notifications::with_store()?)
+    }
+
+    /// As `start_with_store`, on a Unix socket.
+    pub fn start_on_path(binary: &str, path: &Path) -> Result<Self> {
+        let listener = UnixListener::bind(path)?.into();
+        let target = Target::Unix(path.to_owned());
+        Self::begin(binary, &[], listener, target, Vec::new(), Notifications::with_store()?)
+    }
+
+    /// As `start`, with channels left by a predecessor: one.
+    pub fn start_with_channel(binary: &str, channel: OwnedFd) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        Self::begin(binary, &[], listener, target, vec![channel], Notifications::with_store()?)
+    }
+
+    /// Waits for the end of this process, and starts the next one on the same socket with what was stored.
+    pub fn restart(mut self, binary: &str) -> Result<Self> {
+        let status = self.process.wait()?;
+        ensure!(status.success(), "{status}: {}", read_all(self.process.child().stderr.take()));
+        let stored = self.notifications.take_stored();
+        Self::begin(binary, &[], self.listener, self.target, stored, Notifications::with_store()?)
+    }
+
+    /// The socket is passed as standard input, and a channel as standard output:
+    /// `LISTEN_FDS_FIRST_FD=0` lets listenfd take them.
+    fn begin(
+        binary: &str,
+        flags: &[&str],
+        listener: OwnedFd,
+        target: Target,
+        stored: Vec<OwnedFd>,
+        notifications: Notifications,
+    ) -> Result<Self> {
+        ensure!(stored.len() <= 1, "one channel at the most: {stored:?}");
         let mut command = command(binary, flags);
         command
-            .envs([("LISTEN_FDS", "1"), ("LISTEN_FDS_FIRST_FD", "0")])
+            .env("LISTEN_FDS", (1 + stored.len()).to_string())
+            .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
+            .env("LISTEN_FDS_FIRST_FD", "0")
             .env("NOTIFY_SOCKET", notifications.path())
-            .stdin(socket);
-        Ok(Self { process: Process::spawn(&mut command)?, notifications, target })
+            .stdin(listener.try_clone()?);
+        for channel in stored {
+            command.stdout(channel);
+        }
+        let process = Process::spawn(&mut command)?;
+        let mut service = Self { process, notifications, target, listener };
+        service.notifications.wait_for("READY=1")?;
+        Ok(service)
     }
 
     pub async fn connect(&self) -> Connection {
@@ -63,6 +105,12 @@ impl Service {
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
     }
+}
+
+fn tcp() -> Result<(OwnedFd, Target)> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let target = Target::Tcp(listener.local_addr()?);
+    Ok((listener.into(), target))
 }
 
 /// The binary with nothing of this environment that it would listen to.

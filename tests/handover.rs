@@ -1,0 +1,436 @@
+//! How connections come to rest and go on in the next process, with no systemd around: the tests pass
+//! the stored channel on themselves.
+
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use harness::block_on;
+use harness::client::{Connection, Target, get};
+use harness::service::Service;
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
+    socketpair,
+};
+use rustix::process::Signal;
+
+const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+
+fn start() -> Service {
+    Service::start_with_store(BINARY, &[]).expect("a service")
+}
+
+/// SIGTERM, and the next process when this one has ended.
+fn restart(service: Service) -> Service {
+    service.signal(Signal::TERM);
+    service.restart(BINARY).expect("the next service")
+}
+
+/// Who answers on this connection, and that it stays open.
+async fn generation(connection: &mut Connection) -> String {
+    let answer = connection.ask(&get("/")).await.expect("an answer");
+    assert!(!answer.closes(), "told to close");
+    let text = answer.text();
+    text.split(", ").nth(1).expect("a generation").to_owned()
+}
+
+fn wait_for_in_flight(service: &mut Service, count: usize) {
+    let wanted = format!("{count} in flight");
+    while !service.notifications.wait_for("STATUS=").expect("a status").contains(&wanted) {}
+}
+
+#[test]
+fn an_idle_connection_goes_on_in_the_next_process_and_the_next() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        for number in 1..=3 {
+            assert_eq!(generation(&mut connection).await, format!("generation {number}"));
+            service = restart(service);
+        }
+    });
+}
+
+#[test]
+fn a_fresh_connection_is_answered_by_the_next_process() {
+    let service = start();
+    block_on(async {
+        let mut fresh = service.connect().await;
+        // Another one answered: the fresh one before it has been accepted.
+        generation(&mut service.connect().await).await;
+        let service = restart(service);
+        assert_eq!(generation(&mut fresh).await, "generation 2");
+        drop(service);
+    });
+}
+
+#[test]
+fn a_half_read_request_is_answered_by_the_next_process() {
+    for first_request in [true, false] {
+        let service = start();
+        block_on(async {
+            let mut connection = service.connect().await;
+            if !first_request {
+                generation(&mut connection).await;
+            }
+            for piece in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
+                connection.send(piece.as_bytes()).await.expect("sent");
+                generation(&mut service.connect().await).await;
+            }
+            let _service = restart(service);
+            connection.send(b"\n\r\n").await.expect("sent");
+            let answer = connection.answer().await.expect("an answer");
+            assert!(answer.text().contains("generation 2"), "{}", answer.text());
+            assert_eq!(generation(&mut connection).await, "generation 2");
+        });
+    }
+}
+
+#[test]
+fn a_half_sent_http_2_preface_is_completed_in_the_next_process() {
+    let service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.send(b"PRI * HTTP/2.0\r\n").await.expect("sent");
+        generation(&mut service.connect().await).await;
+        let _service = restart(service);
+        connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+        assert_eq!(connection.take(9).await.expect("a frame")[3], 4, "SETTINGS");
+    });
+}
+
+#[test]
+fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_goes_on() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.send(&get("/sleep?duration=2s")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        let _service = restart(service);
+        let answer = connection.answer().await.expect("the answer");
+        assert_eq!((answer.status, answer.closes()), (200, false));
+        assert_eq!(generation(&mut connection).await, "generation 2");
+    });
+}
+
+#[test]
+fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_goes_on() {
+    for head in [
+        "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234",
+        "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n01234\r\n",
+    ] {
+        let mut service = start();
+        block_on(async {
+            let mut connection = service.connect().await;
+            connection.send(head.as_bytes()).await.expect("sent");
+            wait_for_in_flight(&mut service, 1);
+            service.signal(Signal::TERM);
+            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+            let chunked = head.contains("chunked");
+            let rest = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
+            connection.send(rest.as_bytes()).await.expect("sent");
+            let answer = connection.answer().await.expect("the answer");
+            assert_eq!((answer.text().as_str(), answer.closes()), ("0123456789", false));
+            let _service = service.restart(BINARY).expect("the next service");
+            assert_eq!(generation(&mut connection).await, "generation 2");
+        });
+    }
+}
+
+#[test]
+fn a_client_that_waits_for_100_continue_gets_it_from_the_old_process() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        let head = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n";
+        connection.send(head).await.expect("sent");
+        assert_eq!(connection.head().await.expect("a head").status, 100);
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        connection.send(b"hello").await.expect("sent");
+        assert_eq!(connection.answer().await.expect("an answer").text(), "hello");
+        let _service = service.restart(BINARY).expect("the next service");
+        assert_eq!(generation(&mut connection).await, "generation 2");
+    });
+}
+
+#[test]
+fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        let first: Vec<u8> = [get("/sleep?duration=1500ms"), get("/sleep?duration=1ms")].concat();
+        connection.send(&first).await.expect("sent");
+        // The last of these is cut off, in the middle of its head.
+        connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        let _service = restart(service);
+        connection
+            .send(&[b"st: x\r\n\r\n".to_vec(), get("/sleep?duration=3ms")].concat())
+            .await
+            .expect("sent");
+        for duration in ["1s 500ms", "1ms", "2ms", "3ms"] {
+            let answer = connection.answer().await.expect("an answer");
+            assert_eq!(answer.text(), format!("slept {duration}\n"));
+        }
+        assert_eq!(generation(&mut connection).await, "generation 2");
+    });
+}
+
+#[test]
+fn a_connection_on_a_unix_socket_goes_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let service = Service::start_on_path(BINARY, &folder.path().join("http.sock")).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        generation(&mut connection).await;
+        let _service = restart(service);
+        assert_eq!(generation(&mut connection).await, "generation 2");
+    });
+}
+
+#[test]
+fn connections_that_end_are_not_handed_over() {
+    let mut service = start();
+    block_on(async {
+        let mut last = service.connect().await;
+        last.send(b"GET /sleep?duration=2s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            .await
+            .expect("sent");
+        let mut old = service.connect().await;
+        old.send(b"GET /sleep?duration=2s HTTP/1.0\r\n\r\n").await.expect("sent");
+        wait_for_in_flight(&mut service, 2);
+        service.signal(Signal::TERM);
+        for connection in [&mut last, &mut old] {
+            assert_eq!(connection.answer().await.expect("the answer").text(), "slept 2s\n");
+            assert_eq!(connection.read_more().await.expect("an end"), 0);
+        }
+        let (status, log) = service.end().expect("an end");
+        assert!(
+            status.success() && log.contains("handed over 0 connections, 2 in flight finished, 0 cut off"),
+            "{log}"
+        );
+    });
+}
+
+#[test]
+fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
+    let mut service = start();
+    let url = format!("http://{}/sleep?duration=2s", service.address());
+    let client = std::thread::spawn(move || {
+        Command::new("curl").args(["-sSv", "--http2-prior-knowledge", &url]).output().expect("curl")
+    });
+    wait_for_in_flight(&mut service, 1);
+    service.signal(Signal::TERM);
+    let answer = client.join().expect("an answer");
+    assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 2s\n");
+    let (status, log) = service.end().expect("an end");
+    assert!(status.success() && log.contains("1 in flight finished, 0 cut off"), "{log}");
+}
+
+#[test]
+fn others_are_served_while_a_slow_request_finishes() {
+    let mut service = start();
+    block_on(async {
+        let mut slow = service.connect().await;
+        slow.send(&get("/sleep?duration=3s")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        let mut kept = service.connect().await;
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        let begun = Instant::now();
+        for _ in 0..20 {
+            assert_eq!(generation(&mut kept).await, "generation 1");
+            assert_eq!(generation(&mut service.connect().await).await, "generation 1");
+        }
+        assert!(begun.elapsed() < Duration::from_secs(2), "{:?}", begun.elapsed());
+        let _service = service.restart(BINARY).expect("the next service");
+        assert_eq!(slow.answer().await.expect("the answer").status, 200);
+        assert_eq!(generation(&mut kept).await, "generation 2");
+    });
+}
+
+/// The old process asks all to rest when the first slow request is done, finds the second under way, and
+/// serves on.
+#[test]
+fn a_slow_request_that_came_after_the_signal_makes_nobody_wait() {
+    let mut service = start();
+    block_on(async {
+        let mut first = service.connect().await;
+        first.send(&get("/sleep?duration=2s")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        let mut second = service.connect().await;
+        second.send(&get("/sleep?duration=4s")).await.expect("sent");
+        first.answer().await.expect("the answer");
+        let mut longest = Duration::ZERO;
+        for _ in 0..30 {
+            let begun = Instant::now();
+            assert_eq!(generation(&mut first).await, "generation 1");
+            longest = longest.max(begun.elapsed());
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        assert!(longest < Duration::from_secs(1), "{longest:?}");
+        let _service = service.restart(BINARY).expect("the next service");
+        assert_eq!(second.answer().await.expect("the answer").status, 200);
+        assert_eq!(generation(&mut first).await, "generation 2");
+        assert_eq!(generation(&mut second).await, "generation 2");
+    });
+}
+
+#[test]
+fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
+    let mut service = Service::start_with_store(BINARY, &["--drain-timeout", "1s"]).expect("a service");
+    block_on(async {
+        let mut slow = service.connect().await;
+        let mut idle = service.connect().await;
+        generation(&mut idle).await;
+        slow.send(&get("/sleep?duration=20s")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        let _service = restart(service);
+        assert!(slow.answer().await.is_err());
+        assert_eq!(generation(&mut idle).await, "generation 2");
+    });
+}
+
+#[test]
+fn a_client_that_left_while_parked_is_noticed() {
+    let service = start();
+    block_on(async {
+        let mut stays = service.connect().await;
+        let mut leaves = service.connect().await;
+        generation(&mut leaves).await;
+        generation(&mut stays).await;
+        service.signal(Signal::TERM);
+        // Parked for sure: the process has ended.
+        let mut service = service;
+        service.process().wait().expect("an end");
+        drop(leaves);
+        let mut service = service.restart(BINARY).expect("the next service");
+        assert_eq!(generation(&mut stays).await, "generation 2");
+        let line = "STATUS=serving on http(";
+        while !service
+            .notifications
+            .wait_for(line)
+            .expect("a status")
+            .contains(": 1 connections, 0 in flight")
+        {}
+    });
+}
+
+#[test]
+fn both_ends_say_what_they_did() {
+    let service = start();
+    block_on(async {
+        let mut connections = Vec::new();
+        for _ in 0..300 {
+            let mut connection = service.connect().await;
+            generation(&mut connection).await;
+            connections.push(connection);
+        }
+        service.signal(Signal::TERM);
+        let mut service = service;
+        service.process().wait().expect("an end");
+        let log = service.process().child().stderr.take();
+        let mut said = String::new();
+        std::io::Read::read_to_string(&mut log.expect("piped"), &mut said).expect("text");
+        assert!(said.contains("handed over 300 connections, 0 in flight finished, 0 cut off, in "), "{said}");
+        let mut service = service.restart(BINARY).expect("the next service");
+        let removed = service.notifications.said().iter().any(|line| line == "FDSTOREREMOVE=1");
+        assert!(removed, "taken out of the store: {:?}", service.notifications.said());
+        for connection in &mut connections {
+            assert_eq!(generation(connection).await, "generation 2");
+        }
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("STOPPING=1").expect("stopping");
+        let (_, said) = service.end().expect("an end");
+        assert!(said.contains("took over 300 connections, "), "{said}");
+        assert!(said.contains(" ms after the predecessor's last answer"), "{said}");
+    });
+}
+
+#[test]
+fn what_does_not_fit_is_told_to_close_and_counted() {
+    let mut service = start();
+    block_on(async {
+        let mut idle = service.connect().await;
+        generation(&mut idle).await;
+        let mut slow = service.connect().await;
+        slow.send(&get("/sleep?duration=2s")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        // The store loses the channel: from now on nothing fits.
+        drop(service.notifications.take_stored());
+        assert!(!slow.answer().await.expect("the answer").closes());
+        let answer = idle.ask(&get("/")).await.expect("an answer");
+        assert!(answer.text().contains("generation 1"), "{}", answer.text());
+        let (status, log) = service.end().expect("an end");
+        assert!(status.success(), "{log}");
+        assert!(
+            log.contains("the handover channel is full") && log.contains("handed over 0 connections"),
+            "{log}"
+        );
+    });
+}
+
+// ---- what comes out of the store may be anything ----
+
+/// A channel with one message in it, and these fds.
+fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
+    let (write, read) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a pair");
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
+    sendmsg(&write, &[std::io::IoSlice::new(message)], &mut ancillary, SendFlags::empty()).expect("sent");
+    read
+}
+
+fn frame(version: u16, connections: u16) -> Vec<u8> {
+    let numbers = [7_u64.to_le_bytes(), 0_u64.to_le_bytes()].concat();
+    [&b"hand"[..], &version.to_le_bytes(), &connections.to_le_bytes(), &numbers].concat()
+}
+
+#[test]
+fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
+    let null = std::fs::File::open("/dev/null").expect("a file");
+    let good = frame(1, 1);
+    for (message, expected) in [
+        (frame(2, 1), "frame version 2, where this binary knows 1"),
+        (good[..20].to_vec(), "a frame of a wrong length"),
+        ([good.clone(), vec![0]].concat(), "a frame of a wrong length"),
+        (frame(1, 253), "a frame of 253 connections"),
+        (frame(1, 2), "2 fds with a frame of 2 connections"),
+        (frame(1, 0), "2 fds with a frame of 0 connections"),
+        (good, "its records"),
+        (b"x".to_vec(), "not a frame"),
+        (vec![0xff; 60_000], "not a frame"),
+    ] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let target = Target::Tcp(listener.local_addr().expect("an address"));
+        block_on(async {
+            let mut client = Connection::open(&target).await.expect("a connection");
+            let (connection, _) = listener.accept().expect("accepted");
+            let channel = channel_with(&message, &[null.as_fd(), connection.as_fd()]);
+            drop(connection);
+            let mut service = Service::start_with_channel(BINARY, channel).expect("it starts all the same");
+            assert_eq!(client.read_more().await.expect("closed, not reset"), 0);
+            assert_eq!(generation(&mut service.connect().await).await.is_empty(), false);
+            service.signal(Signal::TERM);
+            service.process().wait().expect("an end");
+            let (_, log) = service.end().expect("an end");
+            assert!(log.contains(expected), "{expected:?} is not in {log}");
+            assert_eq!(log.matches("of the predecessor").count(), 1, "{log}");
+        });
+    }
+}
+
+#[test]
+fn something_else_in_the_place_of_a_channel_does_not_stop_a_start() {
+    let (read, _write) = std::os::unix::net::UnixStream::pair().expect("a pair");
+    let service = Service::start_with_channel(BINARY, read.into()).expect("it starts all the same");
+    block_on(async { generation(&mut service.connect().await).await });
+}
