@@ -83,12 +83,13 @@ pub async fn serve(connection: Connection, registration: Registration, handler: 
     let Connection { stream, peer, listener, unread } = connection;
     let io = Io::new(stream, unread, registration, protocol);
     let service = exchange::service(handler, entry.clone());
+    // Boxed, so that a connection that has not spoken yet takes little memory.
     match protocol {
         Protocol::Http2 => {
-            http2::drive(io, service, &entry).await;
+            Box::pin(http2::drive(io, service, &entry)).await;
             End::Closed
         }
-        Protocol::Http1 => match http1::drive(io, service, &entry).await {
+        Protocol::Http1 => match Box::pin(http1::drive(io, service, &entry)).await {
             http1::End::AtRest(io, unread) => {
                 let (stream, registration) = io.into_parts();
                 End::AtRest(Connection { stream, peer, listener, unread }, registration)

@@ -7,11 +7,11 @@ mod channel;
 mod frame;
 mod parking;
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::ensure;
 use frame::Record;
 pub use parking::Parking;
 use rustix::time::{ClockId, clock_gettime};
@@ -55,12 +55,27 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
 /// What came out of the channels.
 #[derive(Default)]
 pub struct Received {
-    pub connections: Vec<Connection>,
+    pub connections: Vec<Handed>,
     pub sender: Option<Sender>,
     /// Connections closed because nobody here could go on with them.
     pub refused: usize,
     /// Why; the last reason.
     pub reason: Option<String>,
+}
+
+/// A connection as it comes out of a channel.
+pub struct Handed {
+    fd: OwnedFd,
+    record: Record,
+}
+
+impl Handed {
+    /// The connection, in this process's runtime. Fails where the peer is gone.
+    pub fn connect(self) -> io::Result<Connection> {
+        let (stream, peer) = Stream::from_fd(self.fd)?;
+        let Record { listener, unread } = self.record;
+        Ok(Connection { stream, peer, listener: Arc::from(listener), unread })
+    }
 }
 
 /// Empties `channels` of all that their writers have sent. A frame that makes no sense costs the
@@ -82,27 +97,16 @@ impl Received {
                 Ok(frame) => {
                     self.sender = Some(frame.sender);
                     for (fd, record) in frame.connections {
-                        if let Err(error) = self.accept(fd, record, &is_listener) {
-                            self.refuse(1, error.to_string());
+                        if is_listener(&record.listener) {
+                            self.connections.push(Handed { fd, record });
+                        } else {
+                            self.refuse(1, format!("no listener is named {:?} any more", record.listener));
                         }
                     }
                 }
                 Err(refusal) => self.refuse(refusal.connections, refusal.reason),
             }
         }
-        Ok(())
-    }
-
-    fn accept(
-        &mut self,
-        fd: OwnedFd,
-        record: Record,
-        is_listener: impl Fn(&str) -> bool,
-    ) -> anyhow::Result<()> {
-        let Record { listener, unread } = record;
-        ensure!(is_listener(&listener), "no listener is named {listener:?} any more");
-        let (stream, peer) = Stream::from_fd(fd)?;
-        self.connections.push(Connection { stream, peer, listener: Arc::from(listener), unread });
         Ok(())
     }
 

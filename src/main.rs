@@ -6,6 +6,7 @@ mod config;
 mod connection;
 mod drain;
 mod failure;
+mod fds;
 mod handover;
 mod life;
 mod listeners;
@@ -18,17 +19,16 @@ mod stream;
 mod systemd;
 
 use std::io::Write;
-use std::os::fd::OwnedFd;
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::config::{Command, Config};
 use crate::connection::Handler;
 use crate::failure::Result;
+use crate::handover::Received;
 use crate::life::Life;
 use crate::listeners::{Inheritance, Listener};
 use crate::registry::{Counts, Limits, Registry};
@@ -61,6 +61,7 @@ fn run() -> Result<()> {
         check(&inheritance.listeners);
         return Ok(());
     }
+    fds::make_room(config.max_connections);
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
     let served = runtime.block_on(live(&config, life, inheritance));
     // What still runs has had its time.
@@ -91,11 +92,11 @@ async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<(
     tokio::spawn(systemd::feed_watchdog());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
-    if !channels.is_empty() {
-        take_over(&server, channels, &names);
-    }
-    systemd::ready(&status(&registry, &labels));
+    let stored = (!channels.is_empty()).then_some(handover::STORE_NAME);
+    let received = handover::receive(channels, |name| names.iter().any(|known| **known == *name));
+    systemd::ready(&status(&registry, &labels), stored);
     info!(message_id = log::message_id::STARTED, generation = life.generation, "serving on {labels}");
+    take_over(&server, received);
     if let Some(address) = address {
         info!("try it: curl http://{address}/");
     }
@@ -111,25 +112,26 @@ async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<(
 }
 
 /// Goes on with the connections that the predecessor left.
-fn take_over(server: &Server<impl Handler>, channels: Vec<anyhow::Result<OwnedFd>>, names: &[Arc<str>]) {
-    let received = handover::receive(channels, |name| names.iter().any(|known| **known == *name));
-    let taken_over = received.connections.len();
-    for connection in received.connections {
-        server.adopt(connection);
+fn take_over(server: &Server<impl Handler>, received: Received) {
+    let Received { connections, sender, refused, reason } = received;
+    let taken_over = connections.len();
+    for handed in connections {
+        match handed.connect() {
+            Ok(connection) => server.adopt(connection),
+            Err(error) => debug!(%error, "a client left while its connection was parked"),
+        }
     }
-    systemd::unstore(handover::STORE_NAME);
-    let rest_ms = received.sender.map_or(0, |sender| sender.rest().as_millis());
-    info!(
-        message_id = log::message_id::TOOK_OVER,
-        taken_over,
-        rest_ms = u64::try_from(rest_ms).unwrap_or(u64::MAX),
-        "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
-    );
-    if let Some(reason) = received.reason {
-        warn!(
-            refused = received.refused,
-            "closed {} connections of the predecessor: {reason}", received.refused
+    if let Some(sender) = sender {
+        let rest_ms = u64::try_from(sender.rest().as_millis()).unwrap_or(u64::MAX);
+        info!(
+            message_id = log::message_id::TOOK_OVER,
+            taken_over,
+            rest_ms,
+            "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
         );
+    }
+    if let Some(reason) = reason {
+        warn!(refused, "closed {refused} connections of the predecessor: {reason}");
     }
 }
 

@@ -93,6 +93,8 @@ pub struct Registry {
     /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
     changed: Notify,
     open: Mutex<HashMap<u64, Arc<Entry>>>,
+    /// How many of these have their last answer still to give.
+    talking: AtomicU64,
     /// Tasks that may be holding a connection which is not in `open` yet.
     accepting: AtomicU32,
     next_id: AtomicU64,
@@ -175,6 +177,7 @@ impl Registry {
             phase: AtomicU8::new(Phase::Serving as u8),
             changed: Notify::new(),
             open: Mutex::default(),
+            talking: AtomicU64::new(0),
             accepting: AtomicU32::new(0),
             next_id: AtomicU64::new(0),
             answered: AtomicU64::new(0),
@@ -200,6 +203,7 @@ impl Registry {
             movable: AtomicBool::new(true),
             open: AtomicBool::new(true),
         });
+        self.talking.fetch_add(1, SeqCst);
         lock(&self.open).insert(id, entry.clone());
         Registration { entry, _slot: slot }
     }
@@ -209,9 +213,13 @@ impl Registry {
     }
 
     pub fn set_phase(&self, phase: Phase) {
+        let before = self.phase();
         self.phase.store(phase as u8, SeqCst);
         self.changed.notify_waiters();
-        for entry in self.entries() {
+        // Business goes on for most: that is no news to wake thousands for.
+        let is_news =
+            |entry: &Entry| (before, phase) != (Phase::Serving, Phase::Draining) || !entry.is_movable();
+        for entry in self.entries().iter().filter(|entry| is_news(entry)) {
             entry.wake();
         }
     }
@@ -236,8 +244,11 @@ impl Registry {
     }
 
     fn notify_of_change(&self) {
-        if self.phase() != Phase::Serving {
-            self.changed.notify_waiters();
+        match self.phase() {
+            Phase::Serving => {}
+            // By the thousand, and only the last one matters.
+            Phase::Resting if !self.is_done() => {}
+            _ => self.changed.notify_waiters(),
         }
     }
 
@@ -249,7 +260,7 @@ impl Registry {
 
     /// Whether the last answer of every connection is out, and no connection comes any more.
     pub fn is_done(&self) -> bool {
-        self.accepting.load(SeqCst) == 0 && lock(&self.open).values().all(|entry| !entry.has_more_to_say())
+        self.accepting.load(SeqCst) == 0 && self.talking.load(SeqCst) == 0
     }
 
     pub fn entries(&self) -> Vec<Arc<Entry>> {
@@ -323,6 +334,9 @@ impl Drop for Registration {
         registry.answered.fetch_add(self.entry.started.load(SeqCst), SeqCst);
         lock(&registry.open).remove(&self.entry.id);
         self.entry.open.store(false, SeqCst);
+        if self.entry.stage() != Stage::Closing {
+            registry.talking.fetch_sub(1, SeqCst);
+        }
         registry.notify_of_change();
     }
 }
@@ -334,7 +348,10 @@ impl Entry {
 
     pub fn set_stage(&self, stage: Stage) {
         self.touch();
-        self.stage.store(stage as u8, SeqCst);
+        let before = self.stage.swap(stage as u8, SeqCst);
+        if stage == Stage::Closing && before != Stage::Closing as u8 {
+            self.registry.talking.fetch_sub(1, SeqCst);
+        }
         if matches!(stage, Stage::Waiting | Stage::Closing) {
             self.registry.notify_of_change();
         }

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, RecvFlags, SocketType, sockopt};
+use rustix::net::{AddressFamily, RecvFlags};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -43,21 +43,18 @@ impl fmt::Display for Peer {
 impl Stream {
     /// A connected socket that was another process's.
     pub fn from_fd(fd: OwnedFd) -> io::Result<(Self, Peer)> {
-        let kind = (sockopt::socket_domain(&fd)?, sockopt::socket_type(&fd)?);
-        match kind {
-            (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM) => {
-                let stream = std::net::TcpStream::from(fd);
-                stream.set_nonblocking(true)?;
-                let peer = Peer::tcp(stream.peer_addr()?);
-                Ok((Self::Tcp(TcpStream::from_std(stream)?), peer))
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        let peer = rustix::net::getpeername(&fd)?.ok_or(io::ErrorKind::NotConnected)?;
+        match SocketAddr::try_from(peer.clone()) {
+            Ok(address) => {
+                let stream = TcpStream::from_std(fd.into())?;
+                Ok((Self::Tcp(stream), Peer::tcp(address)))
             }
-            (AddressFamily::UNIX, SocketType::STREAM) => {
-                let stream = std::os::unix::net::UnixStream::from(fd);
-                stream.set_nonblocking(true)?;
-                stream.peer_addr()?;
-                Ok((Self::Unix(UnixStream::from_std(stream)?), Peer::Unix))
+            Err(_) if peer.address_family() == AddressFamily::UNIX => {
+                let stream = UnixStream::from_std(fd.into())?;
+                Ok((Self::Unix(stream), Peer::Unix))
             }
-            _ => Err(io::Error::other("not a stream socket")),
+            Err(error) => Err(error.into()),
         }
     }
 

@@ -18,9 +18,13 @@ pub fn is_there() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
 }
 
-/// The service can serve.
-pub fn ready(status: &str) {
-    send(&[NotifyState::Ready, NotifyState::Status(status)]);
+/// The service can serve, and has what was stored under `taken`.
+pub fn ready(status: &str, taken: Option<&str>) {
+    let mut messages = vec![NotifyState::Ready, NotifyState::Status(status)];
+    if let Some(name) = taken {
+        messages.extend([NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+    }
+    send(&messages);
 }
 
 /// The line in `systemctl status`.
@@ -43,11 +47,6 @@ pub fn still_stopping(status: &str, more: Duration) {
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
     sd_notify::notify_with_fds(&keep, &[fd])
-}
-
-/// Takes what was stored under `name` out of the store.
-pub fn unstore(name: &str) {
-    send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
 }
 
 /// Waits until the service manager has dealt with all that was said before: it then closes its end of

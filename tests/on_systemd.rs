@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use harness::client::{Connection, Target, get};
 use harness::container::{Container, Package, Systemd};
 use harness::load::{Connections, Load};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 /// Restarts in a row, each as soon as the one before is done.
-const RESTARTS: u32 = 30;
+const RESTARTS: u32 = 60;
 
 /// Each promise, once for each systemd.
 macro_rules! promises {
@@ -37,6 +38,30 @@ promises! {
     a_service_that_dies_at_start_does_not_close_the_port
     the_journal_has_fields_and_levels
     the_installed_units_are_sound_and_safe
+    restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start
+    ten_thousand_idle_connections_survive_a_restart
+    a_release_that_dies_five_times_leaves_the_connections_parked
+    two_hundred_restarts_leak_nothing
+    a_stop_closes_idle_connections
+    without_a_store_connections_are_told_to_close_and_nothing_is_lost
+    both_ends_of_a_handover_are_in_the_journal
+}
+
+#[test]
+fn a_preserved_store_keeps_connections_over_stop_and_start() {
+    let container = boot(Systemd::V257);
+    container
+        .add_to_unit("service", "preserve", "[Service]\nFileDescriptorStorePreserve=yes\n")
+        .expect("a drop-in");
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(generation(&mut connection).await, 1);
+        container.systemctl("stop").expect("a stop");
+        assert_eq!(container.show("ActiveState").expect("a state"), "inactive");
+        assert!(!connection.is_closed_by_server());
+        container.systemctl("start").expect("a start");
+        assert_eq!(generation(&mut connection).await, 2);
+    });
 }
 
 fn boot(systemd: Systemd) -> Container {
@@ -64,6 +89,13 @@ fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
     assert_eq!(container.show("ActiveState").expect("a state"), "active");
     assert!(text.starts_with(&format!("pid {},", container.show("MainPID").expect("a pid"))), "{text}");
     assert!(container.show("StatusText").expect("a status").starts_with("serving on http(8080): "));
+}
+
+/// Which generation answers on this connection.
+async fn generation(connection: &mut Connection) -> u64 {
+    let text = connection.ask(&get("/")).await.expect("an answer").text();
+    let number = text.split("generation ").nth(1).and_then(|rest| rest.split(',').next());
+    number.expect("a generation").parse().expect("a number")
 }
 
 /// Restarts the service again and again under `load`: no request is lost, no connection is closed.
@@ -173,16 +205,36 @@ fn a_hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
     assert!(timeouts.iter().any(said), "systemd says why");
 }
 
+/// An executable to be put in the place of the installed one.
+struct Release(tempfile::TempPath);
+
+impl Release {
+    fn copy_of(container: &Container) -> Self {
+        let file = tempfile::NamedTempFile::new().expect("a file").into_temp_path();
+        std::fs::copy(container.binary(), &file).expect("a copy");
+        Self::executable(file)
+    }
+
+    fn script(lines: &str) -> Self {
+        let file = tempfile::NamedTempFile::new().expect("a file").into_temp_path();
+        std::fs::write(&file, format!("#!/bin/sh\n{lines}\n")).expect("written");
+        Self::executable(file)
+    }
+
+    fn executable(file: tempfile::TempPath) -> Self {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&file, mode).expect("executable");
+        Self(file)
+    }
+
+    fn path(&self) -> &std::path::Path {
+        &self.0
+    }
+}
+
 fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
     let container = boot(systemd);
-    let good = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::copy(container.binary(), good.path()).expect("a copy");
-    let bad = tempfile::NamedTempFile::new().expect("a file");
-    std::fs::write(bad.path(), "#!/bin/sh\nexit 1\n").expect("written");
-    for file in [&good, &bad] {
-        let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
-        std::fs::set_permissions(file.path(), executable).expect("executable");
-    }
+    let (good, bad) = (Release::copy_of(&container), Release::script("exit 1"));
     container.replace_binary(bad.path()).expect("replaced");
     let text = container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
@@ -248,4 +300,166 @@ fn the_installed_units_are_sound_and_safe(systemd: Systemd) {
     container
         .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
         .expect("an exposure of 0.5 at the most");
+}
+
+fn restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    let running = Load::w2(&Container::target()).start(container.enter());
+    for _ in 0..3 {
+        let text = container.inside(|| async {
+            let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
+            slow.send(&get("/sleep?duration=3s")).await.expect("sent");
+            while !container.show("StatusText").expect("a status").contains("in flight") {}
+            std::thread::scope(|scope| scope.spawn(|| container.systemctl("restart")).join())
+                .expect("joined")
+                .expect("a restart");
+            slow.answer().await.expect("the answer").text()
+        });
+        assert_eq!(text, "slept 3s\n");
+    }
+    let report = running.stop();
+    eprintln!("a request of 3 s in flight at each of 3 restarts: {report}");
+    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert!(report.longest <= Duration::from_millis(250), "{report}");
+}
+
+fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
+    // This process holds the clients' ends.
+    let mut fds = getrlimit(Resource::Nofile);
+    fds.current = fds.maximum;
+    setrlimit(Resource::Nofile, fds).expect("within the hard limit");
+    let container = boot(systemd);
+    ask(&container, "/");
+    // The fastest of three: what other tests do meanwhile is not to be measured.
+    let restart = |connections: usize| {
+        let has_them = format!(": {connections} connections, 0 in flight");
+        let took = (0..3).map(|_| {
+            let begun = Instant::now();
+            container.systemctl("restart").expect("a restart");
+            let took = begun.elapsed();
+            while !container.show("StatusText").expect("a status").contains(&has_them) {}
+            took
+        });
+        took.min().expect("three")
+    };
+    let without = restart(0);
+    let with = container.inside(|| async {
+        let mut connections = Vec::new();
+        for number in 0..10_000 {
+            let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+            // Every other one has been used.
+            if number % 2 == 0 {
+                generation(&mut connection).await;
+            }
+            connections.push(connection);
+        }
+        let with = std::thread::scope(|scope| scope.spawn(|| restart(10_000)).join()).expect("restarts");
+        for connection in &mut connections {
+            assert_eq!(generation(connection).await, 7);
+        }
+        with
+    });
+    eprintln!("a restart: {without:?} with no connection, {with:?} with 10,000 idle ones");
+    assert_eq!(container.show("NFileDescriptorStore").expect("a count"), "0");
+    assert!(with < without * 4, "{with:?} is far from {without:?}");
+}
+
+fn a_release_that_dies_five_times_leaves_the_connections_parked(systemd: Systemd) {
+    let container = boot(systemd);
+    let (good, bad) = (Release::copy_of(&container), Release::script("exit 1"));
+    container.inside(|| async {
+        let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
+        let mut waiting = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(generation(&mut idle).await, 1);
+        assert_eq!(generation(&mut waiting).await, 1);
+        container.replace_binary(bad.path()).expect("replaced");
+        assert!(container.systemctl("restart").is_err(), "a bad release does not start");
+        waiting.send(&get("/")).await.expect("sent");
+        while container.show("NRestarts").expect("a count").parse::<u32>().expect("a number") < 5 {}
+        assert_eq!(container.show("NFileDescriptorStore").expect("a count"), "1");
+        container.replace_binary(good.path()).expect("replaced");
+        assert!(waiting.answer().await.expect("an answer").text().contains("generation 2"));
+        assert_eq!(generation(&mut idle).await, 2);
+    });
+}
+
+fn two_hundred_restarts_leak_nothing(systemd: Systemd) {
+    let container = boot(systemd);
+    let count = |folder: &str| std::fs::read_dir(container.path(folder)).expect("a folder").count();
+    let measure = || {
+        let pid = container.show("MainPID").expect("a pid");
+        let status = std::fs::read_to_string(container.path(&format!("proc/{pid}/status"))).expect("it runs");
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+        let resident: u64 = resident.trim().trim_end_matches(" kB").parse().expect("a number");
+        let stored = container.show("NFileDescriptorStore").expect("a count");
+        (count(&format!("proc/{pid}/fd")), count("proc/1/fd"), stored, resident)
+    };
+    container.inside(|| async {
+        let mut connections = Vec::new();
+        for _ in 0..5 {
+            let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+            generation(&mut connection).await;
+            connections.push(connection);
+        }
+        container.systemctl("restart").expect("a restart");
+        for connection in &mut connections {
+            assert_eq!(generation(connection).await, 2);
+        }
+        let before = measure();
+        for _ in 0..200 {
+            container.systemctl("restart").expect("a restart");
+        }
+        for connection in &mut connections {
+            assert_eq!(generation(connection).await, 202);
+        }
+        let after = measure();
+        eprintln!(
+            "fds of the service, of PID 1, stored, resident kB: {before:?}, 200 restarts later {after:?}"
+        );
+        assert_eq!((before.0, before.1, &before.2), (after.0, after.1, &after.2));
+        assert!(after.3 < before.3 * 3 / 2, "{} kB, before {} kB", after.3, before.3);
+    });
+}
+
+fn a_stop_closes_idle_connections(systemd: Systemd) {
+    let container = boot(systemd);
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        generation(&mut connection).await;
+        container.systemctl("stop").expect("a stop");
+        assert_eq!(connection.read_more().await.expect("closed, not reset"), 0);
+    });
+}
+
+fn without_a_store_connections_are_told_to_close_and_nothing_is_lost(systemd: Systemd) {
+    let container = boot(systemd);
+    container.add_to_unit("service", "store", "[Service]\nFileDescriptorStoreMax=0\n").expect("a drop-in");
+    ask(&container, "/");
+    let running = Load::w2(&Container::target()).start(container.enter());
+    let restarts = 10;
+    for _ in 0..restarts {
+        container.systemctl("restart").expect("a restart");
+    }
+    let report = running.stop();
+    eprintln!("{restarts} restarts without a store: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    assert!(report.told_to_close >= report.asked_for, "{report}");
+    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+}
+
+fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
+    let container = boot(systemd);
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        generation(&mut connection).await;
+        container.systemctl("restart").expect("a restart");
+        generation(&mut connection).await;
+    });
+    let left = container.journal(&["MESSAGE_ID=a81d6e0b9c3f47d5886e2b4f7c0d9e33"]).expect("a journal");
+    assert_eq!((text(&left[0], "HANDED_OVER"), text(&left[0], "GENERATION")), ("1", "1"), "{left:?}");
+    assert_eq!((text(&left[0], "CUT_OFF"), text(&left[0], "FINISHED")), ("0", "0"), "{left:?}");
+    let taken = container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("a journal");
+    assert_eq!((text(&taken[0], "TAKEN_OVER"), text(&taken[0], "GENERATION")), ("1", "2"), "{taken:?}");
+    assert!(text(&taken[0], "REST_MS").parse::<u64>().expect("a number") > 0, "{taken:?}");
 }

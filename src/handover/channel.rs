@@ -40,25 +40,23 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Sends all that fits; gives back the connections that did not (the channel or the process's limit of
-/// fds is full), and why.
+/// Sends all that fits; gives the number of connections sent, and why there are no more of them (the
+/// channel or the process's limit of fds is full).
 pub(super) fn send(
     channel: &OwnedFd,
     sender: Sender,
-    mut connections: Vec<Connection>,
-) -> (Vec<Connection>, Option<io::Error>) {
+    connections: &[Connection],
+) -> (usize, Option<io::Error>) {
     // At least one frame, so that the next process learns its generation.
-    loop {
-        let rest = connections.split_off(connections.len().min(MAX_CONNECTIONS));
-        if let Err(error) = send_frame(channel.as_fd(), sender, &connections) {
-            connections.extend(rest);
-            return (connections, Some(error));
+    let frames = connections.chunks(MAX_CONNECTIONS).chain(connections.is_empty().then_some(&[][..]));
+    let mut sent = 0;
+    for frame in frames {
+        if let Err(error) = send_frame(channel.as_fd(), sender, frame) {
+            return (sent, Some(error));
         }
-        connections = rest;
-        if connections.is_empty() {
-            return (connections, None);
-        }
+        sent += frame.len();
     }
+    (sent, None)
 }
 
 fn send_frame(channel: BorrowedFd<'_>, sender: Sender, connections: &[Connection]) -> io::Result<()> {
