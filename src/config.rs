@@ -8,6 +8,10 @@ use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::failure::{Failure, Result};
 use crate::listeners::Endpoint;
+use crate::registry::Limits;
+
+/// For a peer to take the last answer of a connection and close it.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// An HTTP service that lives under systemd.
 ///
@@ -15,7 +19,8 @@ use crate::listeners::Endpoint;
 /// SERVER_STARTER_PORT (Server::Starter), --listen, 127.0.0.1:8080.
 ///
 /// SIGTERM and SIGINT drain: requests in flight finish, up to --drain-timeout; a second one ends the
-/// drain at once.
+/// drain at once. SIGHUP reloads: a successor with the binary now at the same path takes over the sockets
+/// and connections, and this process ends; without systemd, whoever started it sees its pid go.
 #[derive(Clone, Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub struct Config {
@@ -30,6 +35,10 @@ pub struct Config {
     /// How long requests in flight may go on after SIGTERM. Keep TimeoutStopSec= of the unit above it.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
+
+    /// How long a successor may take to be ready, at a reload; after that the old process stays.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
+    pub takeover_timeout: Duration,
 
     /// How long a client may take to send the head of a request, from its first byte.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
@@ -62,6 +71,9 @@ pub struct Config {
 pub enum Command {
     /// Do everything a start does short of serving; exit 0, or say why not.
     Check,
+    /// Start a successor to the service that runs here, and wait until it has taken over: for ExecReload=,
+    /// with the flags of ExecStart=. Where it cannot start, the old process stays, and this fails.
+    Takeover,
 }
 
 impl Config {
@@ -73,6 +85,16 @@ impl Config {
             Err(help) => help.exit(),
         };
         Self::from_arg_matches(&matches).map_err(|error| Failure::config(one_line(&error)))
+    }
+
+    /// The time limits of a connection.
+    pub fn limits(&self) -> Limits {
+        Limits {
+            head: self.head_timeout,
+            idle: self.idle_timeout,
+            stall: self.request_timeout,
+            close: CLOSE_LIMIT,
+        }
     }
 }
 

@@ -8,7 +8,7 @@ use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 use tracing::{info, warn};
 
 use crate::connection::{Connection, Handler};
-use crate::handover::{Parking, Sender};
+use crate::handover::{Channel, Kind, Parking, Sender, pack};
 use crate::log::message_id;
 use crate::registry::{Phase, Registry, Unfinished};
 use crate::server::Server;
@@ -57,8 +57,11 @@ pub async fn drain(
     };
     let cut_off = limit.passed.map_or(0, |reason| log_remaining(registry, reason));
 
+    log_end(registry, begun, handed_over, counts.in_flight.saturating_sub(cut_off), cut_off);
+}
+
+fn log_end(registry: &Registry, begun: Instant, handed_over: usize, finished: usize, cut_off: usize) {
     let answered = registry.counts().answered;
-    let finished = counts.in_flight.saturating_sub(cut_off);
     let drain_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(
         message_id = message_id::STOPPED,
@@ -92,7 +95,7 @@ async fn hand_over(
         {
             let finished = registry.until(|| {
                 unfinished.retain(Unfinished::is_so);
-                unfinished.is_empty()
+                unfinished.is_empty() && !registry.is_arriving()
             });
             tokio::pin!(finished);
             loop {
@@ -135,6 +138,46 @@ async fn hand_over(
     handed_over
 }
 
+/// Leaves the connections to a successor that is there, each as it comes to rest, within `limit` or until
+/// two signals: one may be meant for both of us.
+pub async fn pass_on(
+    server: &Server<impl Handler>,
+    rested: &mut UnboundedReceiver<Connection>,
+    signals: &mut Signals,
+    limit: Duration,
+    generation: u64,
+    successor: Channel,
+) {
+    let registry = server.registry();
+    let begun = Instant::now();
+    let counts = registry.counts();
+    let mut limit = Limit::new(registry, signals, begun + limit);
+    limit.is_main = false;
+    limit.signals_left = 2;
+    let mut handed_over = 0;
+    registry.set_phase(Phase::Resting);
+    loop {
+        let connection = tokio::select! {
+            connection = rested.recv() => connection,
+            () = registry.until(|| registry.is_done()) => rested.try_recv().ok(),
+            () = limit.passes() => rested.try_recv().ok(),
+        };
+        let Some(connection) = connection else { break };
+        let mut connections = vec![connection];
+        while let Ok(connection) = rested.try_recv() {
+            connections.push(connection);
+        }
+        let sent = successor.send(Kind::Connections, Sender::now(generation), &pack(&connections), "").await;
+        if let Err(error) = sent {
+            warn!(%error, connections = connections.len(), "the successor takes no more connections");
+            break;
+        }
+        handed_over += connections.len();
+    }
+    let cut_off = limit.passed.map_or(0, |reason| log_remaining(registry, reason));
+    log_end(registry, begun, handed_over, counts.in_flight.saturating_sub(cut_off), cut_off);
+}
+
 /// Tells all connections to end with their next answer. Those that were there before are told first;
 /// only then are no more accepted.
 async fn linger(server: &Server<impl Handler>, limit: &mut Limit<'_>) {
@@ -164,13 +207,18 @@ struct Limit<'a> {
     signals: &'a mut Signals,
     deadline: Instant,
     report: Interval,
+    /// Whether this is the main process, of which systemd wants to hear.
+    is_main: bool,
+    /// Signals that it takes to end it.
+    signals_left: u32,
     /// What ended it.
     passed: Option<&'static str>,
 }
 
 impl<'a> Limit<'a> {
     fn new(registry: &'a Registry, signals: &'a mut Signals, deadline: Instant) -> Self {
-        Self { registry, signals, deadline, report: interval(systemd::STATUS_INTERVAL), passed: None }
+        let report = interval(systemd::STATUS_INTERVAL);
+        Self { registry, signals, deadline, report, is_main: true, signals_left: 1, passed: None }
     }
 
     /// Waits for it.
@@ -178,8 +226,13 @@ impl<'a> Limit<'a> {
         while self.passed.is_none() {
             tokio::select! {
                 () = sleep_until(self.deadline) => self.passed = Some("the drain limit"),
-                () = self.signals.terminated() => self.passed = Some("a second signal"),
-                _ = self.report.tick() => {
+                () = self.signals.terminated() => {
+                    self.signals_left -= 1;
+                    if self.signals_left == 0 {
+                        self.passed = Some("a second signal");
+                    }
+                }
+                _ = self.report.tick(), if self.is_main => {
                     let left = self.deadline.saturating_duration_since(Instant::now());
                     systemd::still_stopping(&status(self.registry, left), MORE_TIME);
                 }

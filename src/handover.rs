@@ -2,24 +2,25 @@
 //!
 //! They travel in frames (`frame.rs`) on a `SOCK_SEQPACKET` channel (`channel.rs`). At a restart nobody
 //! is there yet to read: the channel waits, filled, in systemd's file descriptor store (`parking.rs`).
+//! At a reload the successor reads it at once (`takeover.rs`).
 
 mod channel;
 mod frame;
 mod parking;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
-use frame::Record;
-pub use parking::Parking;
+pub use channel::{Channel, Frame, Kind, Next, Record, pair, receive as receive_frame, send as send_frames};
+pub use parking::{Parking, pick_up};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::connection::Connection;
 use crate::stream::Stream;
 
-/// The channel's name in the store, `FDNAME=`.
+/// The channel's name in systemd's store, `FDNAME=`.
 pub const STORE_NAME: &str = "connections";
 
 /// What the sender says of itself in each frame.
@@ -52,17 +53,6 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     senders.map(|sender| sender.generation.saturating_add(1)).max()
 }
 
-/// What came out of the channels.
-#[derive(Default)]
-pub struct Received {
-    pub connections: Vec<Handed>,
-    pub sender: Option<Sender>,
-    /// Connections closed because nobody here could go on with them.
-    pub refused: usize,
-    /// Why; the last reason.
-    pub reason: Option<String>,
-}
-
 /// A connection as it comes out of a channel.
 pub struct Handed {
     fd: OwnedFd,
@@ -70,48 +60,28 @@ pub struct Handed {
 }
 
 impl Handed {
+    /// Refused, with a reason, where no listener of `names` is the one that it came from.
+    pub fn new(fd: OwnedFd, record: Record, names: &[Arc<str>]) -> Result<Self, String> {
+        if names.iter().any(|name| **name == *record.listener) {
+            Ok(Self { fd, record })
+        } else {
+            Err(format!("no listener is named {:?} any more", record.listener))
+        }
+    }
+
     /// The connection, in this process's runtime. Fails where the peer is gone.
     pub fn connect(self) -> io::Result<Connection> {
         let (stream, peer) = Stream::from_fd(self.fd)?;
-        let Record { listener, unread } = self.record;
-        Ok(Connection { stream, peer, listener: Arc::from(listener), unread })
+        let Record { listener, rest } = self.record;
+        Ok(Connection { stream, peer, listener: Arc::from(listener), unread: rest })
     }
 }
 
-/// Empties `channels` of all that their writers have sent. A frame that makes no sense costs the
-/// connections in it, and no others.
-pub fn receive(channels: Vec<anyhow::Result<OwnedFd>>, is_listener: impl Fn(&str) -> bool) -> Received {
-    let mut received = Received::default();
-    for channel in channels {
-        if let Err(error) = channel.and_then(|channel| received.empty(&channel, &is_listener)) {
-            received.refuse(0, format!("{error:#}"));
-        }
-    }
-    received
-}
-
-impl Received {
-    fn empty(&mut self, channel: &OwnedFd, is_listener: impl Fn(&str) -> bool) -> anyhow::Result<()> {
-        while let Some(frame) = channel::receive(channel)? {
-            match frame {
-                Ok(frame) => {
-                    self.sender = Some(frame.sender);
-                    for (fd, record) in frame.connections {
-                        if is_listener(&record.listener) {
-                            self.connections.push(Handed { fd, record });
-                        } else {
-                            self.refuse(1, format!("no listener is named {:?} any more", record.listener));
-                        }
-                    }
-                }
-                Err(refusal) => self.refuse(refusal.connections, refusal.reason),
-            }
-        }
-        Ok(())
-    }
-
-    fn refuse(&mut self, connections: usize, reason: String) {
-        self.refused += connections;
-        self.reason = Some(reason);
-    }
+/// Connections as they go into a channel.
+pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
+    let pack = |connection: &Connection| Record {
+        listener: connection.listener.to_string(),
+        rest: connection.unread.clone(),
+    };
+    connections.iter().map(|connection| (connection.stream.as_fd(), pack(connection))).collect()
 }

@@ -5,13 +5,18 @@
 //! 3. `--listen`, by default 127.0.0.1:8080
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fmt;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use listenfd::ListenFd;
@@ -20,7 +25,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Config;
 use crate::failure::{Failure, Result};
-use crate::handover;
+use crate::handover::{self, Record};
+use crate::systemd;
 
 /// The name of a listener that nobody named.
 const DEFAULT_NAME: &str = "http";
@@ -35,6 +41,8 @@ pub struct Inheritance {
     pub channels: Vec<anyhow::Result<OwnedFd>>,
     /// Which process in a row of restarts this is, where the one who started it counts them.
     pub generation: Option<u64>,
+    /// How long the service manager waits for a sign of life.
+    pub watchdog: Option<Duration>,
 }
 
 /// One listening stream socket.
@@ -55,14 +63,25 @@ pub enum Holder {
     /// The one who passed it on: connections wait in its queue for the next process.
     Parent,
     /// Nobody: whatever waits in the queue would be refused.
-    Nobody(#[expect(dead_code, reason = "held for its Drop")] Option<BoundPath>),
+    Nobody(Option<BoundPath>),
 }
 
 /// A socket file made by this process, removed with its listener.
 pub struct BoundPath(PathBuf);
 
+/// A successor listens on the socket files of this process.
+static PASSED_ON: AtomicBool = AtomicBool::new(false);
+
+/// Leaves the socket files of this process to its successor.
+pub fn pass_on_socket_files() {
+    PASSED_ON.store(true, Ordering::SeqCst);
+}
+
 impl Drop for BoundPath {
     fn drop(&mut self) {
+        if PASSED_ON.load(Ordering::SeqCst) {
+            return;
+        }
         // Gone already, or no longer ours to remove: either way nothing is left to do.
         let _ = std::fs::remove_file(&self.0);
     }
@@ -82,7 +101,12 @@ pub fn take(config: &Config) -> Result<Inheritance> {
             listeners.push(endpoint.bind().map_err(Failure::unavailable)?);
         }
     }
-    Ok(Inheritance { listeners, channels, generation })
+    Ok(Inheritance { listeners, channels, generation, watchdog: systemd::watchdog() })
+}
+
+/// `http(8080) admin(/run/x.sock)`
+pub fn labels(listeners: &[Listener]) -> String {
+    listeners.iter().map(Listener::label).collect::<Vec<_>>().join(" ")
 }
 
 impl Listener {
@@ -110,6 +134,33 @@ impl Listener {
             (ListeningSocket::Tcp(socket), Holder::Nobody(_)) => socket.local_addr().ok(),
             _ => None,
         }
+    }
+
+    /// For a successor: the socket, and who holds it.
+    pub fn pack(&self) -> io::Result<(OwnedFd, Record)> {
+        let fd = match &self.socket {
+            ListeningSocket::Tcp(socket) => socket.as_fd().try_clone_to_owned()?,
+            ListeningSocket::Unix(socket) => socket.as_fd().try_clone_to_owned()?,
+        };
+        let holder = match &self.holder {
+            Holder::Parent => Vec::new(),
+            Holder::Nobody(path) => {
+                let path = path.as_ref().map_or(&[][..], |path| path.0.as_os_str().as_bytes());
+                [b"nobody", path].concat()
+            }
+        };
+        Ok((fd, Record { listener: self.name.to_string(), rest: holder.into() }))
+    }
+
+    /// From a predecessor: what it packed.
+    pub fn unpack((fd, record): (OwnedFd, Record)) -> anyhow::Result<Self> {
+        let listener = Self::inherited(&record.listener, listening(fd)?)?;
+        let holder = match record.rest.strip_prefix(b"nobody") {
+            None => Holder::Parent,
+            Some(b"") => Holder::Nobody(None),
+            Some(path) => Holder::Nobody(Some(BoundPath(OsStr::from_bytes(path).into()))),
+        };
+        Ok(Self { holder, ..listener })
     }
 
     fn inherited(name: &str, socket: ListeningSocket) -> anyhow::Result<Self> {
@@ -229,6 +280,10 @@ fn server_starter_pair(pair: &str) -> Option<(&str, RawFd)> {
 fn adopt(fd: RawFd) -> anyhow::Result<ListeningSocket> {
     let socket = own(fd)?;
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
+    listening(socket)
+}
+
+fn listening(socket: OwnedFd) -> anyhow::Result<ListeningSocket> {
     let domain = sockopt::socket_domain(&socket).context(NOT_LISTENING)?;
     if sockopt::socket_type(&socket)? != SocketType::STREAM {
         bail!("{NOT_LISTENING}");
@@ -329,7 +384,7 @@ impl Endpoint {
 /// A socket file where nobody listens any more would keep the path taken for ever.
 fn remove_if_stale(path: &Path) {
     let refused =
-        UnixStream::connect(path).is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused);
+        UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
     if refused {
         // If it cannot be removed, bind() says so.
         let _ = std::fs::remove_file(path);

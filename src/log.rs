@@ -16,6 +16,8 @@ use crate::systemd;
 pub mod message_id {
     pub const STARTED: &str = "c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11";
     pub const TOOK_OVER: &str = "1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
+    pub const SUCCEEDED: &str = "7c2f8e5d3a9b4160b4d7e1f0c6a58b66";
+    pub const NOT_RELOADED: &str = "f3b1a6c94d2e4857a0e9c8d5b7f41c77";
     pub const DRAINING: &str = "5f0f8c1e6b7a4a52b3a0d9c2e4f61b22";
     pub const STOPPED: &str = "a81d6e0b9c3f47d5886e2b4f7c0d9e33";
     pub const CUT_OFF: &str = "e27b5d4a0f1c4c8e9a6d3b8f5e2c7044";

@@ -15,28 +15,27 @@ mod registry;
 mod requests;
 mod server;
 mod signals;
+mod status;
 mod stream;
 mod systemd;
+mod takeover;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::sync::Arc;
 
 use anyhow::Context;
-use tracing::{debug, info, warn};
+use tracing::info;
 
 use crate::config::{Command, Config};
-use crate::connection::Handler;
-use crate::failure::Result;
-use crate::handover::Received;
+use crate::failure::{Failure, Result};
 use crate::life::Life;
 use crate::listeners::{Inheritance, Listener};
-use crate::registry::{Counts, Limits, Registry};
+use crate::registry::Registry;
 use crate::server::Server;
 use crate::signals::Signals;
-
-/// For a peer to take the last answer of a connection and close it.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+use crate::status::{Status, Voice};
+use crate::takeover::{Ending, Estate, Predecessor, Program, Role, TakeoverSocket};
 
 fn main() -> ExitCode {
     match run() {
@@ -51,101 +50,133 @@ fn main() -> ExitCode {
 }
 
 fn run() -> Result<()> {
-    let config = Config::from_environment()?;
+    let program = Program::current().context("the path of this binary")?;
+    match takeover::role() {
+        Role::First => first(program),
+        Role::Middle => Ok(takeover::be_the_middle(&program)?),
+        Role::Successor => {
+            let mut predecessor = Some(Predecessor::find()?);
+            let result = inherit_and_live(program, &mut predecessor);
+            if let (Err(failure), Some(predecessor)) = (&result, predecessor) {
+                predecessor.give_up(&failure.to_string());
+            }
+            result
+        }
+    }
+}
+
+/// A process that a person or a service manager started.
+fn first(program: Program) -> Result<()> {
+    let config = Config::from_environment().inspect_err(|failure| {
+        if program.is_takeover() {
+            takeover::give_up(&failure.to_string());
+        }
+    })?;
     // No thread exists yet: the environment may be read, and what it names may be taken.
-    let inheritance = listeners::take(&config)?;
+    match config.command {
+        Some(Command::Takeover) => takeover::command(&program, config.takeover_timeout),
+        Some(Command::Check) => {
+            let inheritance = listeners::take(&config)?;
+            log::init(config.log.as_deref(), 1)?;
+            check(&inheritance.listeners);
+            Ok(())
+        }
+        None => {
+            let inheritance = listeners::take(&config)?;
+            live(&config, inheritance, program, &mut None)
+        }
+    }
+}
+
+/// A process that its predecessor or a takeover command started.
+fn inherit_and_live(program: Program, predecessor: &mut Option<Predecessor>) -> Result<()> {
+    let config = Config::from_environment()?;
+    let inherited = predecessor.as_mut().context("no predecessor")?.inherit(config.takeover_timeout);
+    live(&config, inherited.map_err(Failure::unavailable)?, program, predecessor)
+}
+
+fn live(
+    config: &Config,
+    inheritance: Inheritance,
+    program: Program,
+    predecessor: &mut Option<Predecessor>,
+) -> Result<()> {
     let handed_down = handover::next_generation(&inheritance.channels);
     let life = Life::begin(handed_down.or(inheritance.generation).unwrap_or(1));
     log::init(config.log.as_deref(), life.generation)?;
-    if config.command == Some(Command::Check) {
-        check(&inheritance.listeners);
-        return Ok(());
-    }
     fds::make_room(config.max_connections);
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
-    let served = runtime.block_on(live(&config, life, inheritance));
+    let served = runtime.block_on(serve(config, life, inheritance, program, predecessor));
     // What still runs has had its time.
     runtime.shutdown_background();
     served
 }
 
-async fn live(config: &Config, life: Life, inheritance: Inheritance) -> Result<()> {
-    let Inheritance { listeners, channels, .. } = inheritance;
+async fn serve(
+    config: &Config,
+    life: Life,
+    inheritance: Inheritance,
+    program: Program,
+    predecessor: &mut Option<Predecessor>,
+) -> Result<()> {
+    let Inheritance { listeners, channels, watchdog, .. } = inheritance;
     let mut signals = Signals::new().context("could not watch for signals")?;
-    let limits = Limits {
-        head: config.head_timeout,
-        idle: config.idle_timeout,
-        stall: config.request_timeout,
-        close: CLOSE_LIMIT,
-    };
-    let registry = Registry::new(limits);
+    let registry = Registry::new(config.limits());
+    let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
     let service = requests::service(app::router(), life, config);
     let (server, mut rested) = Server::new(service, registry.clone(), config.max_connections);
+    let estate = Estate::new(&listeners, life.generation, watchdog, program, config.takeover_timeout)
+        .context("could not keep the listeners for a successor")?;
+    tokio::spawn(registry.watch());
 
-    let labels = labels(&listeners);
-    let address = listeners.iter().find_map(Listener::bound_address);
+    // Last, when nothing can fail any more: until then the connections are safe where they are.
+    let committed = match predecessor.take() {
+        Some(predecessor) => Some(predecessor.commit().await.map_err(Failure::unavailable)?),
+        None => None,
+    };
     let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
+    let address = listeners.iter().find_map(Listener::bound_address);
     for listener in listeners {
         server.listen(listener)?;
     }
-    tokio::spawn(registry.clone().watch());
-    tokio::spawn(systemd::feed_watchdog());
-
-    // Last, when nothing can fail any more: until then the connections are safe where they are.
-    let stored = (!channels.is_empty()).then_some(handover::STORE_NAME);
-    let received = handover::receive(channels, |name| names.iter().any(|known| **known == *name));
-    systemd::ready(&status(&registry, &labels), stored);
-    info!(message_id = log::message_id::STARTED, generation = life.generation, "serving on {labels}");
-    take_over(&server, received);
+    let socket = if let Some(committed) = committed {
+        let outcome = committed.take_over(server.clone(), names).await;
+        let socket = TakeoverSocket::open();
+        outcome.ok();
+        socket
+    } else {
+        let socket = TakeoverSocket::open();
+        handover::pick_up(&server, channels, &names, || systemd::ready(&status.line()));
+        socket
+    };
+    let generation = life.generation;
+    info!(message_id = log::message_id::STARTED, generation, "serving on {}", status.listeners());
     if let Some(address) = address {
         info!("try it: curl http://{address}/");
     }
-    let report = {
-        let registry = registry.clone();
-        tokio::spawn(systemd::report(move || status(&registry, &labels)))
-    };
-    signals.terminated().await;
+    tokio::spawn(systemd::report(status.clone()));
+    if let Some(watchdog) = watchdog {
+        tokio::spawn(systemd::feed_watchdog(watchdog, status.clone()));
+    }
 
-    report.abort();
-    drain::drain(&server, &mut rested, &mut signals, config.drain_timeout, life.generation).await;
-    Ok(())
-}
-
-/// Goes on with the connections that the predecessor left.
-fn take_over(server: &Server<impl Handler>, received: Received) {
-    let Received { connections, sender, refused, reason } = received;
-    let taken_over = connections.len();
-    for handed in connections {
-        match handed.connect() {
-            Ok(connection) => server.adopt(connection),
-            Err(error) => debug!(%error, "a client left while its connection was parked"),
+    match takeover::serve_until_end(&estate, socket, &mut signals, &status).await {
+        Ending::Terminated => {
+            status.set_voice(Voice::Ending);
+            // Our copies would keep our own ports open.
+            drop(estate);
+            drain::drain(&server, &mut rested, &mut signals, config.drain_timeout, generation).await;
+        }
+        Ending::Succeeded(successor) => {
+            listeners::pass_on_socket_files();
+            let limit = config.drain_timeout;
+            drain::pass_on(&server, &mut rested, &mut signals, limit, generation, successor).await;
         }
     }
-    if let Some(sender) = sender {
-        let rest_ms = u64::try_from(sender.rest().as_millis()).unwrap_or(u64::MAX);
-        info!(
-            message_id = log::message_id::TOOK_OVER,
-            taken_over,
-            rest_ms,
-            "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
-        );
-    }
-    if let Some(reason) = reason {
-        warn!(refused, "closed {refused} connections of the predecessor: {reason}");
-    }
+    Ok(())
 }
 
 /// All that a start does short of serving is done.
 #[expect(clippy::print_stdout, reason = "the answer that was asked for")]
 fn check(listeners: &[Listener]) {
-    println!("ready to serve on {}", labels(listeners));
-}
-
-fn labels(listeners: &[Listener]) -> String {
-    listeners.iter().map(Listener::label).collect::<Vec<_>>().join(" ")
-}
-
-fn status(registry: &Registry, labels: &str) -> String {
-    let Counts { connections, in_flight, answered } = registry.counts();
-    format!("serving on {labels}: {connections} connections, {in_flight} in flight, {answered} answered")
+    println!("ready to serve on {}", listeners::labels(listeners));
 }

@@ -97,6 +97,8 @@ pub struct Registry {
     talking: AtomicU64,
     /// Tasks that may be holding a connection which is not in `open` yet.
     accepting: AtomicU32,
+    /// Predecessors whose connections still come.
+    arriving: AtomicU32,
     next_id: AtomicU64,
     /// Requests answered on connections that are closed.
     answered: AtomicU64,
@@ -179,6 +181,7 @@ impl Registry {
             open: Mutex::default(),
             talking: AtomicU64::new(0),
             accepting: AtomicU32::new(0),
+            arriving: AtomicU32::new(0),
             next_id: AtomicU64::new(0),
             answered: AtomicU64::new(0),
             now: AtomicU64::new(0),
@@ -258,9 +261,19 @@ impl Registry {
         Accepting(self)
     }
 
+    /// While this is held, a predecessor passes connections on.
+    pub fn arriving(&self) -> Arriving<'_> {
+        self.arriving.fetch_add(1, SeqCst);
+        Arriving(self)
+    }
+
+    pub fn is_arriving(&self) -> bool {
+        self.arriving.load(SeqCst) > 0
+    }
+
     /// Whether the last answer of every connection is out, and no connection comes any more.
     pub fn is_done(&self) -> bool {
-        self.accepting.load(SeqCst) == 0 && self.talking.load(SeqCst) == 0
+        self.accepting.load(SeqCst) == 0 && !self.is_arriving() && self.talking.load(SeqCst) == 0
     }
 
     pub fn entries(&self) -> Vec<Arc<Entry>> {
@@ -324,6 +337,16 @@ pub struct Accepting<'a>(&'a Registry);
 impl Drop for Accepting<'_> {
     fn drop(&mut self) {
         self.0.accepting.fetch_sub(1, SeqCst);
+        self.0.notify_of_change();
+    }
+}
+
+/// See [`Registry::arriving`].
+pub struct Arriving<'a>(&'a Registry);
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        self.0.arriving.fetch_sub(1, SeqCst);
         self.0.notify_of_change();
     }
 }

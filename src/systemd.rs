@@ -3,6 +3,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sd_notify::NotifyState;
@@ -10,26 +11,46 @@ use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tracing::warn;
 
+use crate::status::{Status, Voice};
+
 /// How often STATUS= may change.
 pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// For the service manager to say that it has read what was sent.
+pub const BARRIER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Whether anybody listens to what is said.
 pub fn is_there() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
 }
 
-/// The service can serve, and has what was stored under `taken`.
-pub fn ready(status: &str, taken: Option<&str>) {
-    let mut messages = vec![NotifyState::Ready, NotifyState::Status(status)];
-    if let Some(name) = taken {
-        messages.extend([NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
-    }
-    send(&messages);
+/// The service can serve.
+pub fn ready(status: &str) {
+    send(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
 /// The line in `systemctl status`.
-pub fn status(status: &str) {
+fn status(status: &str) {
     send(&[NotifyState::Status(status)]);
+}
+
+/// A successor is being started.
+pub fn reloading(status: &str) {
+    let mut messages = vec![NotifyState::Reloading, NotifyState::Status(status)];
+    messages.extend(NotifyState::monotonic_usec_now().ok());
+    send(&messages);
+}
+
+/// `pid`, which must be a child of the service manager, is the main process from now on. Returns when the
+/// service manager knows.
+pub async fn hand_main_to(pid: u32) {
+    if !is_there() {
+        return;
+    }
+    send(&[NotifyState::MainPid(pid), NotifyState::Ready]);
+    let known = tokio::time::timeout(BARRIER_LIMIT, barrier()).await.map_err(io::Error::from);
+    if let Err(error) = known.flatten() {
+        warn!(%error, "the service manager does not say that it has read a message");
+    }
 }
 
 /// The service goes down.
@@ -47,6 +68,11 @@ pub fn still_stopping(status: &str, more: Duration) {
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
     sd_notify::notify_with_fds(&keep, &[fd])
+}
+
+/// Takes what was stored under `name` out of the store.
+pub fn unstore(name: &str) {
+    send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
 }
 
 /// Waits until the service manager has dealt with all that was said before: it then closes its end of
@@ -70,27 +96,31 @@ pub fn stderr_is_the_journal() -> bool {
 }
 
 /// Says each second what the service is doing, where that has changed.
-pub async fn report(status: impl Fn() -> String) {
+pub async fn report(status: Arc<Status>) {
     let mut said = String::new();
     let mut clock = tokio::time::interval(STATUS_INTERVAL);
-    loop {
-        clock.tick().await;
-        let now = status();
+    while status.voice() == Voice::Serving {
+        let now = status.line();
         if now != said {
             self::status(&now);
             said = now;
         }
+        clock.tick().await;
     }
 }
 
-/// Feeds the watchdog at half its time (`WATCHDOG_USEC`), from a task: if the runtime no longer turns,
-/// nothing is sent, and systemd restarts the service.
-pub async fn feed_watchdog() {
-    let Some(limit) = sd_notify::watchdog_enabled() else { return };
-    let mut clock = tokio::time::interval((limit / 2).max(Duration::from_millis(1)));
-    loop {
-        clock.tick().await;
+/// How long the service manager waits for a sign of life (`WATCHDOG_USEC`).
+pub fn watchdog() -> Option<Duration> {
+    sd_notify::watchdog_enabled()
+}
+
+/// Feeds the watchdog at half its time, from a task: if the runtime no longer turns, nothing is sent, and
+/// systemd restarts the service.
+pub async fn feed_watchdog(watchdog: Duration, status: Arc<Status>) {
+    let mut clock = tokio::time::interval((watchdog / 2).max(Duration::from_millis(1)));
+    while status.voice() < Voice::Silent {
         send(&[NotifyState::Watchdog]);
+        clock.tick().await;
     }
 }
 

@@ -1,18 +1,15 @@
 //! How connections come to rest and go on in the next process, with no systemd around: the tests pass
 //! the stored channel on themselves.
 
-use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::block_on;
 use harness::client::{Connection, Target, get};
+use harness::frames::{self, CONNECTIONS, frame, frame_of};
 use harness::service::Service;
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg,
-    socketpair,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
 
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
@@ -382,29 +379,23 @@ fn what_does_not_fit_is_told_to_close_and_counted() {
 fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
     let (write, read) =
         socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a pair");
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    assert!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)));
-    sendmsg(&write, &[std::io::IoSlice::new(message)], &mut ancillary, SendFlags::empty()).expect("sent");
+    frames::send(&write, message, fds).expect("sent");
     read
-}
-
-fn frame(version: u16, connections: u16) -> Vec<u8> {
-    let numbers = [7_u64.to_le_bytes(), 0_u64.to_le_bytes()].concat();
-    [&b"hand"[..], &version.to_le_bytes(), &connections.to_le_bytes(), &numbers].concat()
 }
 
 #[test]
 fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
     let null = std::fs::File::open("/dev/null").expect("a file");
-    let good = frame(1, 1);
+    let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
-        (frame(2, 1), "frame version 2, where this binary knows 1"),
+        (frame_of(2, CONNECTIONS, 1, ""), "frame version 2, where this binary knows 1"),
         (good[..20].to_vec(), "a frame of a wrong length"),
-        ([good.clone(), vec![0]].concat(), "a frame of a wrong length"),
-        (frame(1, 253), "a frame of 253 connections"),
-        (frame(1, 2), "2 fds with a frame of 2 connections"),
-        (frame(1, 0), "2 fds with a frame of 0 connections"),
+        ([good.clone(), vec![0; 513]].concat(), "a frame of a wrong length"),
+        ([good.clone(), vec![0xff]].concat(), "invalid utf-8"),
+        (frame(9, 1, ""), "a frame of kind 9"),
+        (frame(CONNECTIONS, 253, ""), "a frame of 253 sockets"),
+        (frame(CONNECTIONS, 2, ""), "2 fds with a frame of 2 sockets"),
+        (frame(CONNECTIONS, 0, ""), "2 fds with a frame of 0 sockets"),
         (good, "its records"),
         (b"x".to_vec(), "not a frame"),
         (vec![0xff; 60_000], "not a frame"),

@@ -1,4 +1,4 @@
-//! Frames onto a `SOCK_SEQPACKET` socket, and off it. Neither ever waits.
+//! Frames onto a `SOCK_SEQPACKET` socket, and off it.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -13,45 +13,55 @@ use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
 };
+use tokio::io::Interest;
+use tokio::net::UnixStream;
 
 use super::Sender;
-use super::frame::{HEADER_LENGTH, Header, MAX_CONNECTIONS, Record};
-use crate::connection::Connection;
+use super::frame::{HEADER_LENGTH, Header, MAX_SOCKETS, TEXT_LIMIT};
+pub use super::frame::{Kind, Record};
 
 /// The records of one frame: 252 connections with 1 MiB unread each.
 const RECORDS_LIMIT: u64 = 252 << 20;
 
 /// A frame read.
-pub(super) struct Frame {
-    pub(super) sender: Sender,
-    pub(super) connections: Vec<(OwnedFd, Record)>,
+pub struct Frame {
+    pub kind: Kind,
+    pub sender: Sender,
+    pub sockets: Vec<(OwnedFd, Record)>,
+    pub text: String,
 }
 
-/// A frame that makes no sense.
-pub(super) struct Refusal {
-    /// The fds that came with it.
-    pub(super) connections: usize,
-    pub(super) reason: String,
+/// What was to be read next.
+pub enum Next {
+    Frame(Frame),
+    /// A message that makes no sense, and the number of sockets that came with it.
+    Refused(usize, String),
+    /// Nothing yet.
+    Pending,
+    /// The other end is closed, and all that it sent has been read.
+    End,
 }
 
-/// The two ends of a channel: the one to write to, and the one to read from.
+/// The two ends of a channel.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Sends all that fits; gives the number of connections sent, and why there are no more of them (the
-/// channel or the process's limit of fds is full).
-pub(super) fn send(
-    channel: &OwnedFd,
+/// Sends as many of `sockets` as fit, in frames of `kind`; never waits. Gives their number, and why there
+/// are no more of them (the channel or the process's limit of fds is full).
+pub fn send<S: AsFd>(
+    channel: impl AsFd,
+    kind: Kind,
     sender: Sender,
-    connections: &[Connection],
+    sockets: &[(S, Record)],
+    text: &str,
 ) -> (usize, Option<io::Error>) {
-    // At least one frame, so that the next process learns its generation.
-    let frames = connections.chunks(MAX_CONNECTIONS).chain(connections.is_empty().then_some(&[][..]));
+    // At least one frame, so that its kind, its sender and its text are said.
+    let frames = sockets.chunks(MAX_SOCKETS).chain(sockets.is_empty().then_some(&[][..]));
     let mut sent = 0;
     for frame in frames {
-        if let Err(error) = send_frame(channel.as_fd(), sender, frame) {
+        if let Err(error) = send_frame(channel.as_fd(), kind, sender, frame, text) {
             return (sent, Some(error));
         }
         sent += frame.len();
@@ -59,49 +69,55 @@ pub(super) fn send(
     (sent, None)
 }
 
-fn send_frame(channel: BorrowedFd<'_>, sender: Sender, connections: &[Connection]) -> io::Result<()> {
-    let count = u16::try_from(connections.len()).map_err(io::Error::other)?;
-    let header = Header { connections: count, sender }.encode();
-    let records = if connections.is_empty() { None } else { Some(write_records(connections)?) };
+fn send_frame<S: AsFd>(
+    channel: BorrowedFd<'_>,
+    kind: Kind,
+    sender: Sender,
+    sockets: &[(S, Record)],
+    text: &str,
+) -> io::Result<()> {
+    let count = u16::try_from(sockets.len()).map_err(io::Error::other)?;
+    let header = Header { kind, sockets: count, sender, text: text.to_owned() }.encode();
+    let records = if sockets.is_empty() { None } else { Some(write_records(sockets)?) };
     let mut fds: Vec<BorrowedFd<'_>> = records.iter().map(AsFd::as_fd).collect();
-    fds.extend(connections.iter().map(|connection| connection.stream.as_fd()));
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_CONNECTIONS + 1))];
+    fds.extend(sockets.iter().map(|(socket, _)| socket.as_fd()));
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS + 1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    if !fds.is_empty() {
+        ancillary.push(SendAncillaryMessage::ScmRights(&fds));
+    }
     sendmsg(channel, &[IoSlice::new(&header)], &mut ancillary, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
     Ok(())
 }
 
-fn write_records(connections: &[Connection]) -> io::Result<File> {
+fn write_records<S>(sockets: &[(S, Record)]) -> io::Result<File> {
     let mut bytes = Vec::new();
-    for connection in connections {
-        let Connection { listener, unread, .. } = connection;
-        let record = Record { listener: listener.to_string(), unread: unread.clone() };
+    for (_, record) in sockets {
         record.encode(&mut bytes).map_err(io::Error::other)?;
     }
-    let mut file = File::from(memfd_create("connections", MemfdFlags::CLOEXEC)?);
+    let mut file = File::from(memfd_create("records", MemfdFlags::CLOEXEC)?);
     file.write_all(&bytes)?;
     Ok(file)
 }
 
 /// What the next frame says of its sender; the frame stays.
 pub(super) fn peek(channel: &OwnedFd) -> Option<Sender> {
-    let mut bytes = [0; HEADER_LENGTH];
+    let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let (length, _) = recv(channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
     Header::decode(&bytes[..length]).ok().map(|header| header.sender)
 }
 
-/// Takes the next frame; none where there is no further one.
-pub(super) fn receive(channel: &OwnedFd) -> io::Result<Option<Result<Frame, Refusal>>> {
+/// Takes the next frame; never waits.
+pub fn receive(channel: impl AsFd) -> io::Result<Next> {
     // One more than a header, to see a message that is too long.
-    let mut bytes = [0; HEADER_LENGTH + 1];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_CONNECTIONS + 1))];
+    let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT + 1];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = loop {
-        match recvmsg(channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+        match recvmsg(&channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
             Err(Errno::INTR) => {}
-            Err(Errno::AGAIN) => return Ok(None),
+            Err(Errno::AGAIN) => return Ok(Next::Pending),
             result => break result?,
         }
     };
@@ -114,30 +130,31 @@ pub(super) fn receive(channel: &OwnedFd) -> io::Result<Option<Result<Frame, Refu
         .flatten()
         .collect();
     if message.bytes == 0 && fds.is_empty() {
-        return Ok(None);
+        return Ok(Next::End);
     }
-    let connections = fds.len().saturating_sub(1);
-    let frame = read_frame(&bytes[..message.bytes], fds);
-    Ok(Some(frame.map_err(|reason| Refusal { connections, reason })))
+    let sockets = fds.len().saturating_sub(1);
+    Ok(match read_frame(&bytes[..message.bytes], fds) {
+        Ok(frame) => Next::Frame(frame),
+        Err(reason) => Next::Refused(sockets, reason),
+    })
 }
 
 fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
-    let header = Header::decode(bytes)?;
-    let expected = match usize::from(header.connections) {
+    let Header { kind, sockets, sender, text } = Header::decode(bytes)?;
+    let expected = match usize::from(sockets) {
         0 => 0,
-        connections => connections + 1,
+        sockets => sockets + 1,
     };
     if fds.len() != expected {
-        return Err(format!("{} fds with a frame of {} connections", fds.len(), header.connections));
+        return Err(format!("{} fds with a frame of {sockets} sockets", fds.len()));
     }
     let mut fds = fds.into_iter();
     let mut records = match fds.next() {
         Some(file) => read_records(&file.into()).map_err(|error| format!("its records: {error}"))?,
         None => Bytes::new(),
     };
-    let connections =
-        fds.map(|fd| Ok((fd, Record::decode(&mut records)?))).collect::<Result<Vec<_>, String>>()?;
-    Ok(Frame { sender: header.sender, connections })
+    let sockets = fds.map(|fd| Ok((fd, Record::decode(&mut records)?))).collect::<Result<_, String>>()?;
+    Ok(Frame { kind, sender, sockets, text })
 }
 
 fn read_records(file: &File) -> io::Result<Bytes> {
@@ -148,4 +165,61 @@ fn read_records(file: &File) -> io::Result<Bytes> {
     let mut bytes = vec![0; usize::try_from(metadata.len()).map_err(io::Error::other)?];
     file.read_exact_at(&mut bytes, 0)?;
     Ok(bytes.into())
+}
+
+/// A channel to somebody who is there, as tokio waits for it: to tokio, which only polls it, one Unix
+/// socket is as good as another.
+pub struct Channel(UnixStream);
+
+impl Channel {
+    pub fn new(fd: OwnedFd) -> io::Result<Self> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        Ok(Self(UnixStream::from_std(fd.into())?))
+    }
+
+    /// The next frame; none at the end. A message that makes no sense is an error.
+    pub async fn receive(&self) -> io::Result<Option<Frame>> {
+        loop {
+            self.0.readable().await?;
+            let next = self.0.try_io(Interest::READABLE, || match receive(&self.0)? {
+                Next::Pending => Err(io::ErrorKind::WouldBlock.into()),
+                next => Ok(next),
+            });
+            match next {
+                Ok(Next::Frame(frame)) => return Ok(Some(frame)),
+                Ok(Next::Refused(_, reason)) => return Err(io::Error::other(reason)),
+                Ok(Next::End) => return Ok(None),
+                Ok(Next::Pending) => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Sends all of `sockets`, waiting for the other side to read where need be.
+    pub async fn send<S: AsFd>(
+        &self,
+        kind: Kind,
+        sender: Sender,
+        mut sockets: &[(S, Record)],
+        text: &str,
+    ) -> io::Result<()> {
+        loop {
+            self.0.writable().await?;
+            let sent = self.0.try_io(Interest::WRITABLE, || {
+                let (sent, error) = send(&self.0, kind, sender, sockets, text);
+                sockets = &sockets[sent..];
+                error.map_or(Ok(()), Err)
+            });
+            match sent {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return result,
+            }
+        }
+    }
+
+    /// Says one thing, with no sockets.
+    pub async fn say(&self, kind: Kind, sender: Sender, text: &str) -> io::Result<()> {
+        self.send::<OwnedFd>(kind, sender, &[], text).await
+    }
 }

@@ -3,15 +3,17 @@
 //! ```text
 //! message   4  "hand"                            the same in every version
 //!           2  version                           the same in every version
-//!           2  N, connections in this frame      version 1 from here on
+//!           2  kind                              version 1 from here on
+//!           2  N, sockets in this frame
 //!           8  generation of the sender
 //!           8  when its last answer was out, nanoseconds of CLOCK_MONOTONIC
+//!           .  text, UTF-8, up to 512 bytes
 //! fds       1  a memfd with N records, if N > 0
-//!           N  connections
+//!           N  sockets: connections, or listeners
 //! record    2  length of the listener's name
-//!           4  length of the unread bytes
-//!           .  the listener's name, UTF-8
-//!           .  the bytes read from the connection and not consumed
+//!           4  length of the rest
+//!           .  the listener's name
+//!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
 //! ```
 //! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
 //! socket's buffer, and all messages together may not either.
@@ -21,33 +23,77 @@ use bytes::{Buf, BufMut, Bytes};
 use super::Sender;
 
 pub(super) const VERSION: u16 = 1;
-pub(super) const HEADER_LENGTH: usize = 24;
+pub(super) const HEADER_LENGTH: usize = 26;
+pub(super) const TEXT_LIMIT: usize = 512;
 /// `SCM_MAX_FD` of Linux is 253; one is the memfd.
-pub(super) const MAX_CONNECTIONS: usize = 252;
+pub(super) const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
+/// What a frame says. Connections alone travel at a restart; the others are the words of a takeover
+/// (`takeover.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Header {
-    pub(super) connections: u16,
-    pub(super) sender: Sender,
+#[repr(u16)]
+pub enum Kind {
+    /// Go on with these.
+    Connections,
+    /// The successor: here I am; the text is my pid.
+    Hello,
+    /// Who started the successor: it is now a child of the service manager.
+    Go,
+    /// The predecessor: listen on these; the text is my `WATCHDOG_USEC`.
+    Listeners,
+    /// The successor: I could serve.
+    Ready,
+    /// The predecessor: do.
+    Commit,
+    /// The successor: I accept connections.
+    Accepting,
+    /// The predecessor: you are the main process.
+    Main,
+    /// Either: no; the text says why.
+    Refused,
+}
+
+impl Kind {
+    const ALL: [Self; 9] = [
+        Self::Connections,
+        Self::Hello,
+        Self::Go,
+        Self::Listeners,
+        Self::Ready,
+        Self::Commit,
+        Self::Accepting,
+        Self::Main,
+        Self::Refused,
+    ];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Record {
-    pub(super) listener: String,
-    pub(super) unread: Bytes,
+pub(super) struct Header {
+    pub(super) kind: Kind,
+    pub(super) sockets: u16,
+    pub(super) sender: Sender,
+    pub(super) text: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub listener: String,
+    pub rest: Bytes,
 }
 
 impl Header {
-    pub(super) fn encode(self) -> [u8; HEADER_LENGTH] {
-        let mut bytes = [0; HEADER_LENGTH];
-        let mut into = &mut bytes[..];
-        into.put_slice(MAGIC);
-        into.put_u16_le(VERSION);
-        into.put_u16_le(self.connections);
-        into.put_u64_le(self.sender.generation);
-        into.put_u64_le(self.sender.rested_at);
+    /// A longer text is cut.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.text.len());
+        bytes.put_slice(MAGIC);
+        bytes.put_u16_le(VERSION);
+        bytes.put_u16_le(self.kind as u16);
+        bytes.put_u16_le(self.sockets);
+        bytes.put_u64_le(self.sender.generation);
+        bytes.put_u64_le(self.sender.rested_at);
+        bytes.put_slice(&self.text.as_bytes()[..self.text.floor_char_boundary(TEXT_LIMIT)]);
         bytes
     }
 
@@ -60,24 +106,28 @@ impl Header {
         if version != VERSION {
             return Err(format!("frame version {version}, where this binary knows {VERSION}"));
         }
-        if bytes.len() != HEADER_LENGTH - 6 {
+        let lengths = HEADER_LENGTH - 6..=HEADER_LENGTH - 6 + TEXT_LIMIT;
+        if !lengths.contains(&bytes.len()) {
             return Err("a frame of a wrong length".into());
         }
-        let connections = bytes.get_u16_le();
-        if usize::from(connections) > MAX_CONNECTIONS {
-            return Err(format!("a frame of {connections} connections"));
+        let kind = bytes.get_u16_le();
+        let kind = *Kind::ALL.get(usize::from(kind)).ok_or_else(|| format!("a frame of kind {kind}"))?;
+        let sockets = bytes.get_u16_le();
+        if usize::from(sockets) > MAX_SOCKETS {
+            return Err(format!("a frame of {sockets} sockets"));
         }
         let sender = Sender { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
-        Ok(Self { connections, sender })
+        let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?.to_owned();
+        Ok(Self { kind, sockets, sender, text })
     }
 }
 
 impl Record {
     pub(super) fn encode(&self, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
         into.put_u16_le(self.listener.len().try_into()?);
-        into.put_u32_le(self.unread.len().try_into()?);
+        into.put_u32_le(self.rest.len().try_into()?);
         into.put_slice(self.listener.as_bytes());
-        into.put_slice(&self.unread);
+        into.put_slice(&self.rest);
         Ok(())
     }
 
@@ -87,12 +137,12 @@ impl Record {
         if bytes.len() < 6 {
             return Err(SHORT.into());
         }
-        let (name, unread) = (usize::from(bytes.get_u16_le()), bytes.get_u32_le() as usize);
-        if bytes.len() < name.saturating_add(unread) {
+        let (name, rest) = (usize::from(bytes.get_u16_le()), bytes.get_u32_le() as usize);
+        if bytes.len() < name.saturating_add(rest) {
             return Err(SHORT.into());
         }
         let listener = std::str::from_utf8(&bytes.split_to(name)).map_err(|error| error.to_string())?.into();
-        Ok(Self { listener, unread: bytes.split_to(unread) })
+        Ok(Self { listener, rest: bytes.split_to(rest) })
     }
 }
 
@@ -102,12 +152,18 @@ mod tests {
 
     use super::*;
 
+    fn header(sockets: u16, text: &str) -> Header {
+        let sender = Sender { generation: 3, rested_at: 5 };
+        Header { kind: Kind::Connections, sockets, sender, text: text.into() }
+    }
+
     proptest! {
         #[test]
         fn headers_come_back_as_they_went(
-            connections in 0..=252_u16, generation: u64, rested_at: u64,
+            kind in 0..9_usize, sockets in 0..=252_u16, generation: u64, rested_at: u64, text in ".{0,100}",
         ) {
-            let header = Header { connections, sender: Sender { generation, rested_at } };
+            let sender = Sender { generation, rested_at };
+            let header = Header { kind: Kind::ALL[kind], sockets, sender, text };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
 
@@ -116,10 +172,8 @@ mod tests {
             records in prop::collection::vec((".{0,40}", prop::collection::vec(any::<u8>(), 0..300)), 0..20),
         ) {
             let mut bytes = Vec::new();
-            let records: Vec<Record> = records
-                .into_iter()
-                .map(|(listener, unread)| Record { listener, unread: unread.into() })
-                .collect();
+            let records: Vec<Record> =
+                records.into_iter().map(|(listener, rest)| Record { listener, rest: rest.into() }).collect();
             for record in &records {
                 record.encode(&mut bytes).expect("short enough");
             }
@@ -131,8 +185,12 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_readers_panic(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
+        fn no_bytes_make_the_readers_panic(
+            start in 0..=HEADER_LENGTH, bytes in prop::collection::vec(any::<u8>(), 0..700),
+        ) {
             let _ = Header::decode(&bytes);
+            // Also what begins well.
+            let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
             let mut bytes = Bytes::from(bytes);
             while Record::decode(&mut bytes).is_ok() {}
         }
@@ -141,18 +199,22 @@ mod tests {
         fn a_header_that_is_cut_or_of_another_version_is_refused(
             length in 0..HEADER_LENGTH, version in (VERSION + 1)..,
         ) {
-            let header = Header { connections: 1, sender: Sender { generation: 1, rested_at: 1 } }.encode();
-            prop_assert!(Header::decode(&header[..length]).is_err());
-            let mut other = header;
-            other[4..6].copy_from_slice(&version.to_le_bytes());
-            let refusal = Header::decode(&other).expect_err("another version");
+            let mut bytes = header(1, "").encode();
+            prop_assert!(Header::decode(&bytes[..length]).is_err());
+            bytes[4..6].copy_from_slice(&version.to_le_bytes());
+            let refusal = Header::decode(&bytes).expect_err("another version");
             prop_assert!(refusal.contains("version"), "{}", refusal);
         }
     }
 
     #[test]
-    fn more_connections_than_a_message_can_carry_are_refused() {
-        let header = Header { connections: 253, sender: Sender { generation: 1, rested_at: 1 } };
-        assert!(Header::decode(&header.encode()).is_err());
+    fn more_sockets_than_a_message_can_carry_are_refused() {
+        assert!(Header::decode(&header(253, "").encode()).is_err());
+    }
+
+    #[test]
+    fn a_long_text_is_cut_and_not_refused() {
+        let decoded = Header::decode(&header(0, &"ä".repeat(400)).encode()).expect("a header");
+        assert_eq!(decoded.text, "ä".repeat(256));
     }
 }

@@ -2,17 +2,16 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
+use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
-use super::{STORE_NAME, Sender, channel};
-use crate::connection::Connection;
+use super::{Handed, Kind, Next, STORE_NAME, Sender, channel, pack};
+use crate::connection::{Connection, Handler};
+use crate::log::message_id;
+use crate::server::Server;
 use crate::systemd;
-
-/// For systemd to say that it has read what was sent.
-const BARRIER_LIMIT: Duration = Duration::from_secs(5);
 
 /// The writing end of a channel whose reading end systemd keeps.
 pub struct Parking {
@@ -38,7 +37,7 @@ impl Parking {
     async fn try_open() -> io::Result<Option<Self>> {
         let (channel, to_store) = channel::pair()?;
         systemd::store(STORE_NAME, to_store.as_fd())?;
-        tokio::time::timeout(BARRIER_LIMIT, systemd::barrier()).await??;
+        tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
         // Our copy goes: if systemd has kept none, the channel has no reader, and polls so.
         drop(to_store);
         let mut polled = [PollFd::new(&channel, PollFlags::OUT)];
@@ -52,7 +51,7 @@ impl Parking {
 
     /// Leaves `connections` for the next process; gives back those that did not fit.
     pub fn leave(self, sender: Sender, mut connections: Vec<Connection>) -> Vec<Connection> {
-        let (sent, error) = channel::send(&self.channel, sender, &connections);
+        let (sent, error) = channel::send(&self.channel, Kind::Connections, sender, &pack(&connections), "");
         let left = connections.split_off(sent);
         if let Some(error) = error {
             warn!(%error, connections = left.len(), "the handover channel is full");
@@ -60,5 +59,85 @@ impl Parking {
         // Closing ten thousand one by one takes a while; the kernel does it all at the process's end.
         std::mem::forget(connections);
         left
+    }
+}
+
+/// Goes on with the connections that a predecessor left in `channels`; `say_ready` is for when they are
+/// out of there.
+pub fn pick_up(
+    server: &Server<impl Handler>,
+    channels: Vec<anyhow::Result<OwnedFd>>,
+    names: &[Arc<str>],
+    say_ready: impl FnOnce(),
+) {
+    if channels.is_empty() {
+        return say_ready();
+    }
+    let mut found = Found::default();
+    for channel in channels {
+        if let Err(error) = channel.and_then(|channel| found.empty(&channel, names)) {
+            found.refuse(0, format!("{error:#}"));
+        }
+    }
+    systemd::unstore(STORE_NAME);
+    say_ready();
+    let taken_over = found.connections.len();
+    for handed in found.connections {
+        match handed.connect() {
+            Ok(connection) => server.adopt(connection),
+            Err(error) => debug!(%error, "a client left while its connection was parked"),
+        }
+    }
+    if let Some(sender) = found.sender {
+        let rest_ms = u64::try_from(sender.rest().as_millis()).unwrap_or(u64::MAX);
+        info!(
+            message_id = message_id::TOOK_OVER,
+            taken_over,
+            rest_ms,
+            "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
+        );
+    }
+    if let Some(reason) = found.reason {
+        let refused = found.refused;
+        warn!(refused, "closed {refused} connections of the predecessor: {reason}");
+    }
+}
+
+/// What was in the store.
+#[derive(Default)]
+struct Found {
+    connections: Vec<Handed>,
+    sender: Option<Sender>,
+    /// Connections closed because nobody here could go on with them.
+    refused: usize,
+    /// Why; the last reason.
+    reason: Option<String>,
+}
+
+impl Found {
+    /// Takes all that the channel's writer has sent. A frame that makes no sense costs the connections in
+    /// it, and no others.
+    fn empty(&mut self, channel: &OwnedFd, names: &[Arc<str>]) -> anyhow::Result<()> {
+        loop {
+            match channel::receive(channel)? {
+                Next::Frame(frame) => {
+                    self.sender = Some(frame.sender);
+                    for (fd, record) in frame.sockets {
+                        match Handed::new(fd, record, names) {
+                            Ok(handed) => self.connections.push(handed),
+                            Err(reason) => self.refuse(1, reason),
+                        }
+                    }
+                }
+                Next::Refused(connections, reason) => self.refuse(connections, reason),
+                // Its writer has ended: nothing more will come.
+                Next::Pending | Next::End => return Ok(()),
+            }
+        }
+    }
+
+    fn refuse(&mut self, connections: usize, reason: String) {
+        self.refused += connections;
+        self.reason = Some(reason);
     }
 }

@@ -33,6 +33,14 @@ impl Service {
         Self::begin(binary, flags, listener, target, Vec::new(), Notifications::with_store()?)
     }
 
+    /// As `start`, with a takeover socket in `folder`.
+    pub fn start_in(binary: &str, flags: &[&str], folder: &Path) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        let mut start = Start::new(binary, flags);
+        start.command.env("RUNTIME_DIRECTORY", folder);
+        start.begin(listener, target, Vec::new(), Notifications::new()?)
+    }
+
     /// As `start_with_store`, on a Unix socket.
     pub fn start_on_path(binary: &str, path: &Path) -> Result<Self> {
         let listener = UnixListener::bind(path)?.into();
@@ -54,8 +62,6 @@ impl Service {
         Self::begin(binary, &[], self.listener, self.target, stored, Notifications::with_store()?)
     }
 
-    /// The socket is passed as standard input, and a channel as standard output:
-    /// `LISTEN_FDS_FIRST_FD=0` lets listenfd take them.
     fn begin(
         binary: &str,
         flags: &[&str],
@@ -64,21 +70,11 @@ impl Service {
         stored: Vec<OwnedFd>,
         notifications: Notifications,
     ) -> Result<Self> {
-        ensure!(stored.len() <= 1, "one channel at the most: {stored:?}");
-        let mut command = command(binary, flags);
-        command
-            .env("LISTEN_FDS", (1 + stored.len()).to_string())
-            .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
-            .env("LISTEN_FDS_FIRST_FD", "0")
-            .env("NOTIFY_SOCKET", notifications.path())
-            .stdin(listener.try_clone()?);
-        for channel in stored {
-            command.stdout(channel);
-        }
-        let process = Process::spawn(&mut command)?;
-        let mut service = Self { process, notifications, target, listener };
-        service.notifications.wait_for("READY=1")?;
-        Ok(service)
+        Start::new(binary, flags).begin(listener, target, stored, notifications)
+    }
+
+    pub fn pid(&self) -> i32 {
+        self.process.pid().as_raw_nonzero().get()
     }
 
     pub async fn connect(&self) -> Connection {
@@ -104,6 +100,41 @@ impl Service {
 
     pub fn process(&mut self) -> &mut Process {
         &mut self.process
+    }
+}
+
+struct Start {
+    command: Command,
+}
+
+impl Start {
+    fn new(binary: &str, flags: &[&str]) -> Self {
+        Self { command: command(binary, flags) }
+    }
+
+    /// The socket is passed as standard input, and a channel as standard output:
+    /// `LISTEN_FDS_FIRST_FD=0` lets listenfd take them.
+    fn begin(
+        mut self,
+        listener: OwnedFd,
+        target: Target,
+        stored: Vec<OwnedFd>,
+        notifications: Notifications,
+    ) -> Result<Service> {
+        ensure!(stored.len() <= 1, "one channel at the most: {stored:?}");
+        self.command
+            .env("LISTEN_FDS", (1 + stored.len()).to_string())
+            .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
+            .env("LISTEN_FDS_FIRST_FD", "0")
+            .env("NOTIFY_SOCKET", notifications.path())
+            .stdin(listener.try_clone()?);
+        for channel in stored {
+            self.command.stdout(channel);
+        }
+        let process = Process::spawn(&mut self.command)?;
+        let mut service = Service { process, notifications, target, listener };
+        service.notifications.wait_for("READY=1")?;
+        Ok(service)
     }
 }
 

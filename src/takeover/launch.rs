@@ -1,0 +1,165 @@
+//! Starts a successor that is nobody's child, and hears what becomes of it.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, anyhow, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Tells a process that we start what it is to be.
+const ROLE: &str = "TAKEOVER_ROLE";
+/// What the successor says when it is the main process.
+const OK: &str = "ok";
+
+/// What this process is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Started by a person or a service manager.
+    First,
+    /// Starts the successor, and ends.
+    Middle,
+    Successor,
+}
+
+pub fn role() -> Role {
+    match std::env::var(ROLE).as_deref() {
+        Ok("middle") => Role::Middle,
+        Ok("successor") => Role::Successor,
+        _ => Role::First,
+    }
+}
+
+/// How this service is started: its path, so that a new binary there is used, and its flags.
+#[derive(Clone, Debug)]
+pub struct Program {
+    path: PathBuf,
+    flags: Vec<OsString>,
+    is_takeover: bool,
+}
+
+impl Program {
+    /// This process's, without its subcommand. To be asked for early: the path of a binary that has been
+    /// replaced is not to be had any more.
+    pub fn current() -> io::Result<Self> {
+        let mut flags: Vec<OsString> = std::env::args_os().skip(1).collect();
+        let command = flags.iter().position(|flag| flag == "takeover");
+        if let Some(command) = command {
+            flags.remove(command);
+        }
+        Ok(Self { path: std::env::current_exe()?, flags, is_takeover: command.is_some() })
+    }
+
+    /// Whether this process is the takeover command.
+    pub fn is_takeover(&self) -> bool {
+        self.is_takeover
+    }
+
+    fn command(&self, role: &str) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(&self.flags).env(ROLE, role);
+        command
+    }
+
+    /// Starts a successor with `channel` as its standard input. When this returns, its parent has ended.
+    pub fn launch(&self, channel: OwnedFd) -> Result<Launched> {
+        let (outcome, to_outcome) = pipe_with(PipeFlags::CLOEXEC)?;
+        let mut middle = self.command("middle");
+        middle.stdin(channel).stdout(to_outcome);
+        let path = self.path.display();
+        let status = middle.status().with_context(|| format!("could not start {path}"))?;
+        // Its copy of the pipe's writing end; else the pipe would never end.
+        drop(middle);
+        let mut launched = Launched { outcome: outcome.into(), pid: None };
+        if !status.success() {
+            bail!("could not start a successor: {path} ended with {status}");
+        }
+        let pid = launched.read_line(Instant::now() + Duration::from_secs(5))?;
+        launched.pid = pid.strip_prefix("pid ").and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
+        launched.pid.with_context(|| format!("{path} is no release of this service: it said {pid:?}"))?;
+        Ok(launched)
+    }
+}
+
+/// The middle process's whole life: starts the successor with the same standard input and output.
+pub fn be_the_middle(program: &Program) -> Result<()> {
+    let successor = program.command("successor").spawn().context("could not start the successor")?;
+    writeln!(io::stdout(), "pid {}", successor.id())?;
+    Ok(())
+}
+
+/// A successor under way.
+pub struct Launched {
+    outcome: File,
+    pid: Option<Pid>,
+}
+
+impl Launched {
+    /// Waits until the successor is the main process. One that is not by the end of `limit`, or fails, is
+    /// no more when this returns.
+    pub fn outcome(mut self, limit: Duration) -> Result<()> {
+        let outcome = match self.read_line(Instant::now() + limit) {
+            Ok(line) if line == OK => return Ok(()),
+            Ok(line) if line.is_empty() => Err(anyhow!("the successor died")),
+            Ok(line) => Err(anyhow!(line)),
+            Err(error) => Err(error.context("the successor is not ready")),
+        };
+        if let Some(pid) = self.pid {
+            // It may have ended by itself.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+        outcome
+    }
+
+    /// Empty at the end.
+    fn read_line(&mut self, deadline: Instant) -> Result<String> {
+        let mut line = Vec::new();
+        let mut byte = [0];
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let left = Timespec { tv_sec: left.as_secs().try_into()?, tv_nsec: left.subsec_nanos().into() };
+            if poll(&mut [PollFd::new(&self.outcome, PollFlags::IN)], Some(&left))? == 0 {
+                bail!("nothing was heard within the time limit (--takeover-timeout)");
+            }
+            if self.outcome.read(&mut byte)? == 0 || byte[0] == b'\n' {
+                return Ok(String::from_utf8_lossy(&line).into_owned());
+            }
+            line.push(byte[0]);
+        }
+    }
+}
+
+/// Where a successor says what becomes of it: its standard output.
+pub struct Outcome(File);
+
+impl Outcome {
+    pub(super) fn take() -> io::Result<Self> {
+        let outcome = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
+        let null = File::options().write(true).open("/dev/null")?;
+        rustix::stdio::dup2_stdout(&null)?;
+        Ok(Self(outcome.into()))
+    }
+
+    pub fn ok(mut self) {
+        // Whoever waited may be gone; that changes nothing any more.
+        let _ = writeln!(self.0, "{OK}");
+    }
+
+    pub(super) fn failed(mut self, reason: &str) {
+        let _ = writeln!(self.0, "{}", reason.replace('\n', " "));
+    }
+}
+
+/// A successor's channel: its standard input.
+pub(super) fn take_standard_input() -> io::Result<OwnedFd> {
+    let channel = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
+    let null = File::open("/dev/null")?;
+    rustix::stdio::dup2_stdin(&null)?;
+    Ok(channel)
+}
