@@ -3,14 +3,15 @@
 
 use std::time::{Duration, Instant};
 
-use harness::client::{Connection, Target, get};
+use harness::client::{Connection, Target, get, post};
 use harness::container::{Container, Package, Systemd};
-use harness::load::{Connections, Load};
+use harness::eventually;
+use harness::load::{Connections, Load, Report};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
-/// Restarts in a row, each as soon as the one before is done.
-const RESTARTS: u32 = 60;
+/// Restarts or reloads in a row, each as soon as the one before is done.
+const TIMES: u32 = 60;
 
 /// Each promise, once for each systemd.
 macro_rules! promises {
@@ -45,6 +46,19 @@ promises! {
     a_stop_closes_idle_connections
     without_a_store_connections_are_told_to_close_and_nothing_is_lost
     both_ends_of_a_handover_are_in_the_journal
+    reloads_under_ten_connections_flat_out_lose_nothing
+    reloads_under_fifty_thinking_connections_lose_nothing
+    reloads_under_fifty_blind_connections_lose_nothing
+    reloads_under_one_connection_a_request_lose_nothing
+    reloads_under_posts_lose_nothing
+    a_reload_brings_the_new_binary_environment_and_flags
+    a_release_that_cannot_start_is_rolled_back_under_load
+    after_reloads_a_stop_still_drains
+    a_restart_drains_the_predecessor_of_a_reload_too
+    a_stop_during_a_reload_drains
+    hangup_reloads_too
+    reloads_and_restarts_at_random_lose_nothing
+    the_watchdog_watches_the_successor
 }
 
 #[test]
@@ -98,26 +112,66 @@ async fn generation(connection: &mut Connection) -> u64 {
     number.expect("a generation").parse().expect("a number")
 }
 
-/// Restarts the service again and again under `load`: no request is lost, no connection is closed.
-fn restart_under(container: &Container, load: Load) {
+/// Does `systemctl VERB` again and again under `load`: no request is lost, no connection is closed. Gives
+/// what the clients saw.
+fn again_and_again(verb: &str, container: &Container, load: Load) -> Report {
     let one_each = load.connections == Connections::OneEach;
     ask(container, "/");
     let mut slowest = Duration::ZERO;
     let running = load.start(container.enter());
-    for _ in 0..RESTARTS {
+    for _ in 0..TIMES {
         let begun = Instant::now();
-        container.systemctl("restart").expect("a restart");
+        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
         slowest = slowest.max(begun.elapsed());
     }
     let report = running.stop();
-    eprintln!("{RESTARTS} restarts, the slowest {} ms: {report}", slowest.as_millis());
-    assert!(report.answered > u64::from(RESTARTS), "hardly a load: {report}");
+    eprintln!("{TIMES} times {verb}, the slowest {} ms: {report}", slowest.as_millis());
+    assert!(report.answered > u64::from(TIMES), "hardly a load: {report}");
     assert_eq!(report.lost(), 0, "{report}");
-    if one_each {
-        assert_eq!(report.connections, report.answered, "{report}");
-    } else {
-        assert_eq!(report.connections, report.asked_for, "{report}");
-    }
+    let wanted = if one_each { report.answered } else { report.asked_for };
+    assert_eq!(report.connections, wanted, "{report}");
+    report
+}
+
+fn restart_under(container: &Container, load: Load) {
+    again_and_again("restart", container, load);
+}
+
+/// No request waits much longer than one does without reloads.
+fn reload_under(systemd: Systemd, load: Load) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    let running = load.clone().start(container.enter());
+    std::thread::sleep(Duration::from_secs(2));
+    let quiet = running.stop();
+    let report = again_and_again("reload", &container, load);
+    eprintln!(
+        "longest wait {} ms, without reloads {} ms",
+        report.longest.as_millis(),
+        quiet.longest.as_millis()
+    );
+    // Twenty times: two cores run the clients, systemd and both generations. `cargo bench` measures.
+    assert!(report.longest < quiet.longest * 20, "{report}, without reloads {quiet}");
+}
+
+fn reloads_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::w1(&Container::target()));
+}
+
+fn reloads_under_fifty_thinking_connections_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::w2(&Container::target()));
+}
+
+fn reloads_under_fifty_blind_connections_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::w3(&Container::target()));
+}
+
+fn reloads_under_one_connection_a_request_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::w4(&Container::target()));
+}
+
+fn reloads_under_posts_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::post(&Container::target()));
 }
 
 fn restarts_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
@@ -217,8 +271,24 @@ impl Release {
 
     fn script(lines: &str) -> Self {
         let file = tempfile::NamedTempFile::new().expect("a file").into_temp_path();
-        std::fs::write(&file, format!("#!/bin/sh\n{lines}\n")).expect("written");
+        std::fs::write(&file, format!("#!/bin/bash\n{lines}\n")).expect("written");
         Self::executable(file)
+    }
+
+    /// One whose takeover command works, and whose successor does `instead` of serving.
+    fn bad_successor(container: &Container, instead: &str) -> Self {
+        let good = container.path("usr/local/lib/good");
+        std::fs::copy(container.binary(), &good).expect("a copy");
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        std::fs::set_permissions(&good, mode).expect("executable");
+        // The good one would start itself again: the script speaks for its middle process.
+        Self::script(&format!(
+            "case $TAKEOVER_ROLE in\n\
+             middle) TAKEOVER_ROLE=successor \"$0\" & echo pid $!;;\n\
+             successor) {instead};;\n\
+             *) exec -a \"$0\" /usr/local/lib/good \"$@\";;\n\
+             esac"
+        ))
     }
 
     fn executable(file: tempfile::TempPath) -> Self {
@@ -462,4 +532,194 @@ fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
     let taken = container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("a journal");
     assert_eq!((text(&taken[0], "TAKEN_OVER"), text(&taken[0], "GENERATION")), ("1", "2"), "{taken:?}");
     assert!(text(&taken[0], "REST_MS").parse::<u64>().expect("a number") > 0, "{taken:?}");
+}
+
+// ---- reload ----
+
+fn variables(container: &Container, lines: &[(&str, &str)]) {
+    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+    let text: String = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
+    container.write(&format!("etc/default/{}", env!("CARGO_PKG_NAME")), &text).expect("written");
+}
+
+fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
+    let container = boot(systemd);
+    let before = ask(&container, "/");
+    assert!(before.contains("generation 1"), "{before}");
+    container.replace_binary(Release::copy_of(&container).path()).expect("replaced");
+    variables(&container, &[("BODY_LIMIT", "1KiB")]);
+    let name = env!("CARGO_PKG_NAME");
+    let flags = "--request-timeout 300ms";
+    let lines = format!(
+        "[Service]\nExecStart=\nExecStart={name} {flags}\nExecReload=\nExecReload={name} takeover {flags}\n"
+    );
+    container.add_to_unit("service", "flags", &lines).expect("a drop-in");
+    container.systemctl("reload").expect("a reload");
+    // All of it holds at once, when systemctl returns.
+    let pid = container.show("MainPID").expect("a pid");
+    let text = ask(&container, "/");
+    assert!(text.starts_with(&format!("pid {pid}, generation 2,")), "{text}");
+    use std::os::unix::fs::MetadataExt;
+    let runs = std::fs::metadata(container.path(&format!("proc/{pid}/exe"))).expect("it runs");
+    let installed = std::fs::metadata(container.binary()).expect("it is there");
+    assert_eq!(runs.ino(), installed.ino(), "the new binary runs");
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(connection.ask(&get("/sleep?duration=5s")).await.expect("an answer").status, 503);
+        assert_eq!(connection.ask(&post("/echo", 1025)).await.expect("an answer").status, 413);
+    });
+    eventually("the status is the successor's", || {
+        container.show("StatusText").expect("a status").contains("3 answered")
+    });
+}
+
+fn a_release_that_cannot_start_is_rolled_back_under_load(systemd: Systemd) {
+    let container = boot(systemd);
+    variables(&container, &[("TAKEOVER_TIMEOUT", "1s")]);
+    ask(&container, "/");
+    let pid = container.show("MainPID").expect("a pid");
+    let good = Release::copy_of(&container);
+    let running = Load::w2(&Container::target()).start(container.enter());
+    for (release, reason) in [
+        // The takeover command itself fails: systemd says so.
+        (Release::script("exit 1"), "status=1/FAILURE"),
+        (Release::script("kill -KILL $$"), "status=9/KILL"),
+        // The command is a good one; the successor dies, or hangs.
+        (Release::bad_successor(&container, "exit 3"), "the successor died"),
+        (Release::bad_successor(&container, "exec sleep 1000"), "nothing was heard within the time limit"),
+    ] {
+        container.replace_binary(release.path()).expect("replaced");
+        container.systemctl("reload").expect_err("such a release does not take over");
+        assert_eq!(container.show("MainPID").expect("a pid"), pid, "{reason}");
+        assert_eq!(container.show("ActiveState").expect("a state"), "active", "{reason}");
+        let journal = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+        let said = |entry: &Value| text(entry, "MESSAGE").contains(reason);
+        assert!(journal.iter().any(said), "{reason:?} is not in the journal");
+    }
+    // Its own line, in the journal and in the status.
+    container.replace_binary(good.path()).expect("replaced");
+    variables(&container, &[("IDLE_TIMEOUT", "soon")]);
+    container.systemctl("reload").expect_err("such a configuration does not take over");
+    eventually("the status says why", || {
+        container.show("StatusText").expect("a status").contains("last reload failed: invalid value 'soon'")
+    });
+    assert_eq!(container.show("MainPID").expect("a pid"), pid);
+    variables(&container, &[]);
+    container.systemctl("reload").expect("a good one takes over");
+    assert_ne!(container.show("MainPID").expect("a pid"), pid);
+    let report = running.stop();
+    eprintln!("5 failed reloads and a good one: {report}");
+    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+}
+
+/// A request that takes 3 s, in flight on a connection of its own.
+async fn slow_request(container: &Container) -> Connection {
+    let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
+    slow.send(&get("/sleep?duration=3s")).await.expect("sent");
+    eventually("it is in flight", || container.show("StatusText").expect("a status").contains("1 in flight"));
+    slow
+}
+
+fn after_reloads_a_stop_still_drains(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    for _ in 0..3 {
+        container.systemctl("reload").expect("a reload");
+    }
+    container.inside(|| async {
+        let mut slow = slow_request(&container).await;
+        let begun = Instant::now();
+        container.systemctl("stop").expect("a stop");
+        assert!(begun.elapsed() > Duration::from_secs(1), "killed without a drain");
+        assert_eq!(slow.answer().await.expect("the answer").text(), "slept 3s\n");
+    });
+    assert_eq!(container.show("Result").expect("a result"), "success");
+}
+
+fn a_restart_drains_the_predecessor_of_a_reload_too(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    container.inside(|| async {
+        let mut slow = slow_request(&container).await;
+        let begun = Instant::now();
+        container.systemctl("reload").expect("a reload");
+        assert!(begun.elapsed() < Duration::from_secs(2), "it does not wait for the slow request");
+        container.systemctl("restart").expect("a restart");
+        assert_eq!(slow.answer().await.expect("the answer").text(), "slept 3s\n");
+        assert_eq!(generation(&mut slow).await, 3, "its connection went all the way");
+    });
+}
+
+fn a_stop_during_a_reload_drains(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    container.inside(|| async {
+        let mut slow = slow_request(&container).await;
+        let hangs = Release::bad_successor(&container, "exec sleep 1000");
+        container.replace_binary(hangs.path()).expect("replaced");
+        let name = container.unit("service");
+        container.run(&["systemctl", "reload", "--no-block", &name]).expect("under way");
+        eventually("the successor hangs", || container.show("SubState").expect("a state").contains("reload"));
+        container.systemctl("stop").expect("a stop");
+        assert_eq!(slow.answer().await.expect("the answer").text(), "slept 3s\n");
+    });
+}
+
+fn hangup_reloads_too(systemd: Systemd) {
+    let container = boot(systemd);
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(generation(&mut connection).await, 1);
+        let pid = container.show("MainPID").expect("a pid");
+        container
+            .run(&["systemctl", "kill", "--kill-whom=main", "--signal=HUP", &container.unit("service")])
+            .expect("sent");
+        eventually("another main process", || container.show("MainPID").expect("a pid") != pid);
+        assert_eq!(generation(&mut connection).await, 2);
+        container.systemctl("restart").expect("a restart");
+        assert_eq!(generation(&mut connection).await, 3);
+    });
+}
+
+fn reloads_and_restarts_at_random_lose_nothing(systemd: Systemd) {
+    let container = boot(systemd);
+    let preserves = systemd == Systemd::V257;
+    if preserves {
+        let lines = "[Service]\nFileDescriptorStorePreserve=yes\n";
+        container.add_to_unit("service", "preserve", lines).expect("a drop-in");
+    }
+    ask(&container, "/");
+    let seed = std::process::id();
+    let mut random = seed;
+    let running = Load::w2(&Container::target()).start(container.enter());
+    for _ in 0..30 {
+        // A linear congruential generator is random enough.
+        random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        match (random >> 16) % if preserves { 4 } else { 3 } {
+            0 | 1 => container.systemctl("reload").map(drop),
+            2 => container.systemctl("restart").map(drop),
+            _ => container.systemctl("stop").and_then(|_| container.systemctl("start")).map(drop),
+        }
+        .unwrap_or_else(|error| panic!("seed {seed}: {error:#}"));
+    }
+    let report = running.stop();
+    eprintln!("30 rounds at random, seed {seed}: {report}");
+    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "seed {seed}: {report}");
+}
+
+fn the_watchdog_watches_the_successor(systemd: Systemd) {
+    let container = boot(systemd);
+    container
+        .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=1s\nTimeoutAbortSec=1s\n")
+        .expect("a drop-in");
+    ask(&container, "/");
+    container.systemctl("reload").expect("a reload");
+    let pid = container.show("MainPID").expect("a pid");
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(container.show("MainPID").expect("a pid"), pid, "it feeds the watchdog");
+    container
+        .run(&["systemctl", "kill", "--kill-whom=main", "--signal=STOP", &container.unit("service")])
+        .expect("sent");
+    eventually("it is restarted", || container.show("MainPID").expect("a pid") != pid);
+    assert!(!ask(&container, "/").is_empty());
 }

@@ -53,7 +53,11 @@ impl Program {
         if let Some(command) = command {
             flags.remove(command);
         }
-        Ok(Self { path: std::env::current_exe()?, flags, is_takeover: command.is_some() })
+        // The path that we were called by, where there is one: it may be a link to the release of the day.
+        let called = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+        let is_path = called.components().count() > 1;
+        let path = if is_path { std::path::absolute(called)? } else { std::env::current_exe()? };
+        Ok(Self { path, flags, is_takeover: command.is_some() })
     }
 
     /// Whether this process is the takeover command.
