@@ -2,19 +2,24 @@
 //!
 //! Nothing here knows of sockets, processes or systemd. What the rest of the house offers a handler:
 //! - `Extension<Life>`: which process answers;
+//! - `Extension<Shutdown>`: when a handler that would go on for ever is to end;
 //! - `ConnectInfo<Peer>`: who asks;
 //! - the request's span, so that each `tracing` event carries its request id.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::body::Body;
 use axum::extract::Query;
+use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade, close_code};
 use axum::http::StatusCode;
+use axum::response::Response;
+use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
 use axum::{Extension, Router};
-use futures_util::StreamExt;
+use futures_util::stream::{self, Stream, StreamExt};
 
-use crate::life::Life;
+use crate::life::{Life, Shutdown};
 
 /// All routes.
 pub fn router() -> Router {
@@ -23,6 +28,8 @@ pub fn router() -> Router {
         .route("/sleep", get(sleep))
         .route("/sleep/", get(sleep))
         .route("/echo", any(echo))
+        .route("/events", get(events))
+        .route("/socket", any(socket))
 }
 
 /// Says which process answers.
@@ -47,6 +54,45 @@ async fn echo(body: Body) -> Body {
     // A client that waits for 100 Continue gets it when its body is first asked for.
     pieces.as_mut().peek().await;
     Body::from_stream(pieces)
+}
+
+/// An event each second, until the service goes down: the client then comes back, to the next process.
+async fn events(
+    Extension(shutdown): Extension<Shutdown>,
+) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    let event = async |number: u64| {
+        if number > 0 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+        }
+        Some((Ok(Event::default().id(number.to_string()).data("tick")), number + 1))
+    };
+    let end = async move { shutdown.begun().await };
+    Sse::new(stream::unfold(0, event).take_until(Box::pin(end)))
+}
+
+/// Sends each message back, until the service goes down: it then says 1012, service restart.
+async fn socket(upgrade: WebSocketUpgrade, Extension(shutdown): Extension<Shutdown>) -> Response {
+    upgrade.on_upgrade(async move |mut socket| {
+        loop {
+            tokio::select! {
+                message = socket.recv() => match message {
+                    Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
+                        if socket.send(message).await.is_err() {
+                            return;
+                        }
+                    }
+                    Some(Ok(_)) => {}
+                    Some(Err(_)) | None => return,
+                },
+                () = shutdown.begun() => break,
+            }
+        }
+        let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
+        if socket.send(Message::Close(Some(restart))).await.is_ok() {
+            // Until the peer has closed too.
+            while let Some(Ok(_)) = socket.recv().await {}
+        }
+    })
 }
 
 #[cfg(test)]

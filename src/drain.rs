@@ -57,22 +57,26 @@ pub async fn drain(
     };
     let cut_off = limit.passed.map_or(0, |reason| log_remaining(registry, reason));
 
-    log_end(registry, begun, handed_over, counts.in_flight.saturating_sub(cut_off), cut_off);
+    let finished = counts.in_flight.saturating_sub(cut_off);
+    systemd::status(&log_end(registry, begun, handed_over, finished, cut_off));
 }
 
-fn log_end(registry: &Registry, begun: Instant, handed_over: usize, finished: usize, cut_off: usize) {
+/// Says how it ended; gives the line.
+fn log_end(
+    registry: &Registry,
+    begun: Instant,
+    handed_over: usize,
+    finished: usize,
+    cut_off: usize,
+) -> String {
     let answered = registry.counts().answered;
     let drain_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(
-        message_id = message_id::STOPPED,
-        handed_over,
-        finished,
-        cut_off,
-        answered,
-        drain_ms,
+    let line = format!(
         "handed over {handed_over} connections, {finished} in flight finished, {cut_off} cut off, in {drain_ms} ms; \
-         {answered} answered in all",
+         {answered} answered in all"
     );
+    info!(message_id = message_id::STOPPED, handed_over, finished, cut_off, answered, drain_ms, "{line}");
+    line
 }
 
 /// Leaves all connections that can move to the next process; gives their number.

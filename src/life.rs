@@ -2,6 +2,8 @@
 
 use std::time::SystemTime;
 
+use tokio_util::sync::CancellationToken;
+
 /// Who serves. Handlers get it with `Extension<Life>`.
 #[derive(Clone, Copy, Debug)]
 pub struct Life {
@@ -14,5 +16,21 @@ pub struct Life {
 impl Life {
     pub fn begin(generation: u64) -> Self {
         Self { pid: std::process::id(), generation, since: SystemTime::now() }
+    }
+}
+
+/// The end of this process's serving. Handlers that would go on for ever (WebSocket, event streams) get
+/// it with `Extension<Shutdown>`.
+#[derive(Clone, Default)]
+pub struct Shutdown(CancellationToken);
+
+impl Shutdown {
+    /// Waits until the process begins to end. Whoever answers on has until the drain limit.
+    pub async fn begun(&self) {
+        self.0.cancelled().await;
+    }
+
+    pub fn begin(&self) {
+        self.0.cancel();
     }
 }

@@ -29,7 +29,7 @@ use tracing::info;
 
 use crate::config::{Command, Config};
 use crate::failure::{Failure, Result};
-use crate::life::Life;
+use crate::life::{Life, Shutdown};
 use crate::listeners::{Inheritance, Listener};
 use crate::registry::Registry;
 use crate::server::Server;
@@ -121,9 +121,10 @@ async fn serve(
 ) -> Result<()> {
     let Inheritance { listeners, channels, watchdog, .. } = inheritance;
     let mut signals = Signals::new().context("could not watch for signals")?;
-    let registry = Registry::new(config.limits());
+    let shutdown = Shutdown::default();
+    let registry = Registry::new(config.limits(), shutdown.clone());
     let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
-    let service = requests::service(app::router(), life, config);
+    let service = requests::service(app::router(), life, shutdown, config);
     let (server, mut rested) = Server::new(service, registry.clone(), config.max_connections);
     let estate = Estate::new(&listeners, life.generation, watchdog, program, config.takeover_timeout)
         .context("could not keep the listeners for a successor")?;
@@ -140,13 +141,13 @@ async fn serve(
         server.listen(listener)?;
     }
     let socket = if let Some(committed) = committed {
-        let outcome = committed.take_over(server.clone(), names).await;
+        let outcome = committed.take_over(server.clone(), names, status.clone()).await;
         let socket = TakeoverSocket::open();
         outcome.ok();
         socket
     } else {
         let socket = TakeoverSocket::open();
-        handover::pick_up(&server, channels, &names, || systemd::ready(&status.line()));
+        handover::pick_up(&server, channels, &names, &status);
         socket
     };
     let generation = life.generation;

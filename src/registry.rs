@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use hyper::Uri;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
+use crate::life::Shutdown;
 use crate::stream::Peer;
 
 /// What the process wants of its connections.
@@ -89,6 +90,7 @@ impl Limits {
 pub struct Registry {
     born: Instant,
     limits: Limits,
+    shutdown: Shutdown,
     phase: AtomicU8,
     /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
     changed: Notify,
@@ -172,10 +174,12 @@ pub struct Registration {
 }
 
 impl Registry {
-    pub fn new(limits: Limits) -> Arc<Self> {
+    /// `shutdown` begins with the first phase that is not `Serving`.
+    pub fn new(limits: Limits, shutdown: Shutdown) -> Arc<Self> {
         Arc::new(Self {
             born: Instant::now(),
             limits,
+            shutdown,
             phase: AtomicU8::new(Phase::Serving as u8),
             changed: Notify::new(),
             open: Mutex::default(),
@@ -215,9 +219,11 @@ impl Registry {
         Phase::ALL[usize::from(self.phase.load(SeqCst))]
     }
 
+    /// Sets a phase after `Serving`.
     pub fn set_phase(&self, phase: Phase) {
         let before = self.phase();
         self.phase.store(phase as u8, SeqCst);
+        self.shutdown.begin();
         self.changed.notify_waiters();
         // Business goes on for most: that is no news to wake thousands for.
         let is_news =

@@ -20,14 +20,14 @@ use tracing::{Span, debug, error, info_span};
 
 use crate::config::Config;
 use crate::connection::Handler;
-use crate::life::Life;
+use crate::life::{Life, Shutdown};
 use crate::stream::Peer;
 
 /// `--log info,request=debug` shows each request.
 const TARGET: &str = "request";
 
 /// The whole service: `router` behind the limits of `config`.
-pub fn service(router: Router, life: Life, config: &Config) -> impl Handler + use<> {
+pub fn service(router: Router, life: Life, shutdown: Shutdown, config: &Config) -> impl Handler + use<> {
     let trace = TraceLayer::new_for_http()
         .make_span_with(span)
         .on_request(())
@@ -46,6 +46,7 @@ pub fn service(router: Router, life: Life, config: &Config) -> impl Handler + us
         .layer(DefaultBodyLimit::disable())
         .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)))
         .layer(Extension(life))
+        .layer(Extension(shutdown))
         .service(router)
 }
 
@@ -121,7 +122,10 @@ mod tests {
         let config = Config::parse_from(["x", "--body-limit", "4MiB"]);
         let length = |body: Bytes| async move { body.len().to_string() };
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
-        let response = service(router, Life::begin(1), &config).oneshot(request).await.expect("infallible");
+        let response = service(router, Life::begin(1), Shutdown::default(), &config)
+            .oneshot(request)
+            .await
+            .expect("infallible");
         let status = response.status();
         let body = response.into_body().collect().await.expect("a whole body").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned())
@@ -143,7 +147,7 @@ mod tests {
     #[tokio::test]
     async fn a_request_id_is_made_or_kept_and_given_back() {
         let config = Config::parse_from(["x"]);
-        let service = service(Router::new(), Life::begin(1), &config);
+        let service = service(Router::new(), Life::begin(1), Shutdown::default(), &config);
         let id = async |request: Request<Body>| {
             let response = service.clone().oneshot(request).await.expect("infallible");
             response.headers()["x-request-id"].to_str().expect("text").to_owned()

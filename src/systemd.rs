@@ -29,7 +29,7 @@ pub fn ready(status: &str) {
 }
 
 /// The line in `systemctl status`.
-fn status(status: &str) {
+pub fn status(status: &str) {
     send(&[NotifyState::Status(status)]);
 }
 

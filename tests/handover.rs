@@ -227,6 +227,83 @@ fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
 }
 
 #[test]
+fn an_idle_http_2_connection_gets_goaway_at_once() {
+    let service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+        let mut goaways = 0;
+        loop {
+            let head = connection.take(9).await.expect("a frame");
+            let length = usize::from(head[1]) << 8 | usize::from(head[2]);
+            let payload = connection.take(length).await.expect("its payload");
+            goaways += u32::from(head[3] == 7);
+            match (head[3], head[4]) {
+                (4, 0) => {
+                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
+                    service.signal(Signal::TERM);
+                }
+                // A PING, to know when we have heard of the end.
+                (6, 0) => {
+                    let answer = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
+                    connection.send(&answer).await.expect("PING acknowledged");
+                }
+                // The first lets streams begin that are on their way, the second is final.
+                (7, _) if goaways == 2 => break,
+                _ => {}
+            }
+        }
+        let (status, log) = service.end().expect("an end");
+        assert!(status.success() && log.contains("0 cut off"), "{log}");
+    });
+}
+
+#[test]
+fn a_websocket_is_told_to_come_back_and_ends() {
+    let mut service = start();
+    block_on(async {
+        let mut idle = service.connect().await;
+        generation(&mut idle).await;
+        let mut connection = service.connect().await;
+        let head = "GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                    sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+        assert_eq!(connection.ask(head.as_bytes()).await.expect("an answer").status, 101);
+        // "hi", masked with zeros.
+        connection.send(b"\x81\x82\0\0\0\0hi").await.expect("sent");
+        assert_eq!(connection.take(4).await.expect("the echo"), b"\x81\x02hi");
+        service.signal(Signal::TERM);
+        let close = connection.take(4).await.expect("a close frame");
+        assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
+        // Others go on meanwhile.
+        assert_eq!(generation(&mut idle).await, "generation 1");
+        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("closed too");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
+        let service = service.restart(BINARY).expect("the next service");
+        assert_eq!(generation(&mut idle).await, "generation 2");
+        drop(service);
+    });
+}
+
+#[test]
+fn an_event_stream_ends_and_its_connection_goes_on() {
+    let service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.send(&get("/events")).await.expect("sent");
+        assert_eq!(connection.head().await.expect("a head").status, 200);
+        connection.read_more().await.expect("an event");
+        service.signal(Signal::TERM);
+        while !connection.unread().ends_with(b"0\r\n\r\n") {
+            assert!(connection.read_more().await.expect("the end of the stream") > 0, "closed");
+        }
+        let whole = connection.unread().len();
+        connection.take(whole).await.expect("read");
+        let _service = service.restart(BINARY).expect("the next service");
+        assert_eq!(generation(&mut connection).await, "generation 2");
+    });
+}
+
+#[test]
 fn others_are_served_while_a_slow_request_finishes() {
     let mut service = start();
     block_on(async {

@@ -1,6 +1,7 @@
 //! What `systemctl` promises, on real systemds: this machine's and 257, each test in a container of its
 //! own.
 
+use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
 use harness::client::{Connection, Target, get, post};
@@ -150,8 +151,9 @@ fn reload_under(systemd: Systemd, load: Load) {
         report.longest.as_millis(),
         quiet.longest.as_millis()
     );
-    // Twenty times: two cores run the clients, systemd and both generations. `cargo bench` measures.
-    assert!(report.longest < quiet.longest * 20, "{report}, without reloads {quiet}");
+    // Two cores run the clients of two tests, systemd and both generations: hence the margin.
+    let limit = Duration::from_millis(100).max(quiet.longest * 2);
+    assert!(report.longest < limit, "{report}, without reloads {quiet}");
 }
 
 fn reloads_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
@@ -538,7 +540,8 @@ fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
 
 fn variables(container: &Container, lines: &[(&str, &str)]) {
     let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
-    let text: String = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
+    let lines: Vec<_> = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
+    let text = lines.concat();
     container.write(&format!("etc/default/{}", env!("CARGO_PKG_NAME")), &text).expect("written");
 }
 
@@ -559,7 +562,6 @@ fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
     let pid = container.show("MainPID").expect("a pid");
     let text = ask(&container, "/");
     assert!(text.starts_with(&format!("pid {pid}, generation 2,")), "{text}");
-    use std::os::unix::fs::MetadataExt;
     let runs = std::fs::metadata(container.path(&format!("proc/{pid}/exe"))).expect("it runs");
     let installed = std::fs::metadata(container.binary()).expect("it is there");
     assert_eq!(runs.ino(), installed.ino(), "the new binary runs");

@@ -64,3 +64,22 @@ fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
         assert!(!refused.status.success(), "NAME={name} DIR={folder}");
     }
 }
+
+#[test]
+fn uninstall_removes_all_that_install_brought() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let make = |goal: &str| {
+        let mut make = Command::new("make");
+        make.args(["--silent", goal, "PREFIX=/usr", &format!("DESTDIR={}", folder.path().display())]);
+        make.arg(format!("BINARY={}", env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))));
+        run(make.current_dir(FOLDER).env_remove("MAKEFLAGS"));
+        let mut find = Command::new("find");
+        run(find.args([".", "-type", "f"]).current_dir(folder.path()))
+    };
+    let installed = make("install");
+    for file in ["usr/bin/NAME", "usr/lib/systemd/system/NAME.service", "usr/lib/systemd/system/NAME.socket"]
+    {
+        assert!(installed.contains(&file.replace("NAME", OLD_NAME)), "{installed}");
+    }
+    assert_eq!(make("uninstall"), "");
+}

@@ -223,3 +223,55 @@ impl Channel {
         self.send::<OwnedFd>(kind, sender, &[], text).await
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Sockets that are worth nothing, to be sent.
+    fn sockets(count: usize) -> Vec<(File, Record)> {
+        let null = File::open("/dev/null").expect("a file");
+        let record = |number: usize| Record { listener: number.to_string(), rest: Bytes::new() };
+        (0..count).map(|number| (null.try_clone().expect("a file"), record(number))).collect()
+    }
+
+    #[test]
+    fn a_full_channel_takes_what_fits_and_says_how_many_that_are() {
+        let (write, read) = pair().expect("a pair");
+        rustix::net::sockopt::set_socket_send_buffer_size(&write, 1).expect("the smallest");
+        let sender = Sender::now(1);
+        let all = sockets(900);
+        // The smallest buffer takes a few messages: fill it.
+        let mut fitted = 0;
+        let error = loop {
+            match send(&write, Kind::Connections, sender, &all, "") {
+                (sent, None) => fitted += sent,
+                (sent, Some(error)) => break (fitted += sent, error).1,
+            }
+        };
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+        let mut received = 0;
+        while let Next::Frame(frame) = receive(&read).expect("a frame") {
+            received += frame.sockets.len();
+        }
+        assert_eq!(received, fitted);
+    }
+
+    #[test]
+    fn a_thousand_sockets_come_back_in_order_with_their_records() {
+        let (write, read) = pair().expect("a pair");
+        assert_eq!(send(&write, Kind::Connections, Sender::now(1), &sockets(1000), "").0, 1000);
+        drop(write);
+        let mut names = Vec::new();
+        loop {
+            match receive(&read).expect("readable") {
+                Next::Frame(frame) => {
+                    names.extend(frame.sockets.into_iter().map(|(_, record)| record.listener))
+                }
+                Next::End => break,
+                _ => panic!("neither a frame nor the end"),
+            }
+        }
+        assert_eq!(names, (0..1000).map(|number| number.to_string()).collect::<Vec<_>>());
+    }
+}

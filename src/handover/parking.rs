@@ -11,6 +11,7 @@ use super::{Handed, Kind, Next, STORE_NAME, Sender, channel, pack};
 use crate::connection::{Connection, Handler};
 use crate::log::message_id;
 use crate::server::Server;
+use crate::status::Status;
 use crate::systemd;
 
 /// The writing end of a channel whose reading end systemd keeps.
@@ -62,16 +63,17 @@ impl Parking {
     }
 }
 
-/// Goes on with the connections that a predecessor left in `channels`; `say_ready` is for when they are
-/// out of there.
+/// Says that we are ready, with the connections that a predecessor left in `channels`, and goes on with
+/// them.
 pub fn pick_up(
     server: &Server<impl Handler>,
     channels: Vec<anyhow::Result<OwnedFd>>,
     names: &[Arc<str>],
-    say_ready: impl FnOnce(),
+    status: &Status,
 ) {
     if channels.is_empty() {
-        return say_ready();
+        systemd::ready(&status.line());
+        return;
     }
     let mut found = Found::default();
     for channel in channels {
@@ -79,9 +81,10 @@ pub fn pick_up(
             found.refuse(0, format!("{error:#}"));
         }
     }
-    systemd::unstore(STORE_NAME);
-    say_ready();
     let taken_over = found.connections.len();
+    status.remark(format!("took over {taken_over} connections"));
+    systemd::unstore(STORE_NAME);
+    systemd::ready(&status.line());
     for handed in found.connections {
         match handed.connect() {
             Ok(connection) => server.adopt(connection),

@@ -15,6 +15,7 @@ use crate::handover::{Channel, Handed, Kind, Next, Sender, receive_frame, send_f
 use crate::listeners::{Inheritance, Listener};
 use crate::log::message_id;
 use crate::server::Server;
+use crate::status::Status;
 
 /// The process that we take over from.
 pub struct Predecessor {
@@ -106,13 +107,18 @@ pub struct Committed {
 impl Committed {
     /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
     /// process is the main one, which is still to be told to whoever waits for the outcome.
-    pub async fn take_over(self, server: Server<impl Handler>, names: Vec<Arc<str>>) -> Outcome {
+    pub async fn take_over(
+        self,
+        server: Server<impl Handler>,
+        names: Vec<Arc<str>>,
+        status: Arc<Status>,
+    ) -> Outcome {
         let Self { channel, outcome, me } = self;
         if let Err(error) = channel.say(Kind::Accepting, me, "").await {
             warn!(%error, "the predecessor is gone");
         }
         let (to_main, is_main) = oneshot::channel();
-        tokio::spawn(receive(channel, server, names, to_main));
+        tokio::spawn(receive(channel, server, names, status, to_main));
         // A predecessor that died leaves nobody else to be it.
         let _ = is_main.await;
         outcome
@@ -123,6 +129,7 @@ async fn receive(
     channel: Channel,
     server: Server<impl Handler>,
     names: Vec<Arc<str>>,
+    status: Arc<Status>,
     to_main: oneshot::Sender<()>,
 ) {
     let _arriving = server.registry().arriving();
@@ -161,6 +168,7 @@ async fn receive(
             other => debug!(?other, "not expected here"),
         }
     }
+    status.remark(format!("took over {taken_over} connections"));
     let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
     info!(
         message_id = message_id::TOOK_OVER,
