@@ -174,6 +174,7 @@ pub async fn pass_on(
         let sent = successor.send(Kind::Connections, Sender::now(generation), &pack(&connections), "").await;
         if let Err(error) = sent {
             warn!(%error, connections = connections.len(), "the successor takes no more connections");
+            limit.passed = Some("the successor's end");
             break;
         }
         handed_over += connections.len();

@@ -155,6 +155,32 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
 }
 
 #[test]
+fn a_release_that_does_nothing_at_all_is_given_up() {
+    let folder = tempfile::tempdir().expect("a folder");
+    // The service is called by a path where a release will be that hangs.
+    let path = folder.path().join("service");
+    std::os::unix::fs::symlink(BINARY, &path).expect("a link");
+    let binary = path.display().to_string();
+    let service = Service::start_in(&binary, &["--takeover-timeout", "500ms"], folder.path());
+    let mut service = service.expect("a service");
+    let hangs = folder.path().join("hangs");
+    std::fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").expect("written");
+    std::fs::set_permissions(&hangs, std::fs::Permissions::from_mode(0o755)).expect("executable");
+    std::fs::rename(&hangs, &path).expect("in its place");
+    block_on(async {
+        let mut connection = service.connect().await;
+        for _ in 0..2 {
+            service.signal(Signal::HUP);
+            service.notifications.wait_for("READY=1").expect("given up");
+        }
+        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+    });
+    service.signal(Signal::TERM);
+    let (_, log) = service.end().expect("an end");
+    assert_eq!(log.matches("not reloaded: could not start a successor").count(), 2, "{log}");
+}
+
+#[test]
 fn a_takeover_with_nobody_there_or_no_folder_says_so() {
     let folder = tempfile::tempdir().expect("a folder");
     let nowhere = folder.path().join("notify");

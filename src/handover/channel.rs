@@ -266,7 +266,7 @@ mod tests {
         loop {
             match receive(&read).expect("readable") {
                 Next::Frame(frame) => {
-                    names.extend(frame.sockets.into_iter().map(|(_, record)| record.listener))
+                    names.extend(frame.sockets.into_iter().map(|(_, record)| record.listener));
                 }
                 Next::End => break,
                 _ => panic!("neither a frame nor the end"),

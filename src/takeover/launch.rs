@@ -3,15 +3,15 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -71,24 +71,36 @@ impl Program {
         command
     }
 
-    /// Starts a successor with `channel` as its standard input. When this returns, its parent has ended.
-    pub fn launch(&self, channel: OwnedFd) -> Result<Launched> {
+    /// Starts a successor with `channel` as its standard input, within `limit`. When this returns, its
+    /// parent has ended.
+    pub fn launch(&self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
+        let deadline = Instant::now() + limit;
         let (outcome, to_outcome) = pipe_with(PipeFlags::CLOEXEC)?;
         let mut middle = self.command("middle");
         middle.stdin(channel).stdout(to_outcome);
         let path = self.path.display();
-        let status = middle.status().with_context(|| format!("could not start {path}"))?;
+        let mut child = middle.spawn().with_context(|| format!("could not start {path}"))?;
         // Its copy of the pipe's writing end; else the pipe would never end.
         drop(middle);
-        let mut launched = Launched { outcome: outcome.into(), pid: None };
-        if !status.success() {
-            bail!("could not start a successor: {path} ended with {status}");
+        let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        if !is_readable(&ended, deadline)? {
+            child.kill()?;
         }
-        let pid = launched.read_line(Instant::now() + Duration::from_secs(5))?;
+        let status = child.wait()?;
+        ensure!(status.success(), "could not start a successor: {path} ended with {status}");
+        let mut launched = Launched { outcome: outcome.into(), pid: None };
+        let pid = launched.read_line(deadline)?;
         launched.pid = pid.strip_prefix("pid ").and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
         launched.pid.with_context(|| format!("{path} is no release of this service: it said {pid:?}"))?;
         Ok(launched)
     }
+}
+
+/// Waits for `fd`; false at the deadline.
+pub(super) fn is_readable(fd: impl AsFd, deadline: Instant) -> Result<bool> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    let left = Timespec { tv_sec: left.as_secs().try_into()?, tv_nsec: left.subsec_nanos().into() };
+    Ok(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left))? > 0)
 }
 
 /// The middle process's whole life: starts the successor with the same standard input and output.
@@ -126,11 +138,10 @@ impl Launched {
         let mut line = Vec::new();
         let mut byte = [0];
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            let left = Timespec { tv_sec: left.as_secs().try_into()?, tv_nsec: left.subsec_nanos().into() };
-            if poll(&mut [PollFd::new(&self.outcome, PollFlags::IN)], Some(&left))? == 0 {
-                bail!("nothing was heard within the time limit (--takeover-timeout)");
-            }
+            ensure!(
+                is_readable(&self.outcome, deadline)?,
+                "nothing was heard within the time limit (--takeover-timeout)"
+            );
             if self.outcome.read(&mut byte)? == 0 || byte[0] == b'\n' {
                 return Ok(String::from_utf8_lossy(&line).into_owned());
             }

@@ -124,8 +124,8 @@ async fn offer_to_own(estate: &Estate, status: &Status) -> Result<Channel> {
     let (ours, theirs) = pair().context("a channel")?;
     let channel = Channel::new(ours)?;
     let program = estate.program.clone();
-    let launched = tokio::task::spawn_blocking(move || program.launch(theirs)).await??;
     let limit = estate.limit;
+    let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     match timeout(limit, offer(estate, &channel, true, status)).await {
         Ok(Ok(())) => Ok(channel),

@@ -91,7 +91,7 @@ impl TakeoverSocket {
 pub fn command(program: &Program, limit: Duration) -> Result<()> {
     let channel = knock()?;
     let say = |kind, text: &str| send_frames::<OwnedFd>(&channel, kind, Sender::now(0), &[], text);
-    let launched = channel.try_clone().context("a socket").and_then(|channel| program.launch(channel));
+    let launched = channel.try_clone().context("a socket").and_then(|channel| program.launch(channel, limit));
     let launched = launched.map_err(|error| {
         say(Kind::Refused, &format!("{error:#}"));
         Failure::unavailable(error)

@@ -5,11 +5,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
-use super::launch::{Outcome, take_standard_input};
+use super::launch::{Outcome, is_readable, take_standard_input};
 use crate::connection::Handler;
 use crate::handover::{Channel, Handed, Kind, Next, Sender, receive_frame, send_frames};
 use crate::listeners::{Inheritance, Listener};
@@ -40,10 +39,8 @@ impl Predecessor {
         // Where nobody listens any more, the reason may lie in the channel.
         send_frames::<OwnedFd>(&self.channel, Kind::Hello, self.me, &[], &pid);
         let frame = loop {
-            let left = self.deadline.saturating_duration_since(Instant::now());
-            let left = Timespec { tv_sec: left.as_secs().try_into()?, tv_nsec: left.subsec_nanos().into() };
             ensure!(
-                poll(&mut [PollFd::new(&self.channel, PollFlags::IN)], Some(&left))? > 0,
+                is_readable(&self.channel, self.deadline)?,
                 "no listeners from the predecessor within --takeover-timeout"
             );
             match receive_frame(&self.channel)? {
@@ -70,7 +67,7 @@ impl Predecessor {
     pub async fn commit(self) -> Result<Committed> {
         let Self { channel, outcome, me, deadline } = self;
         match ask_to_commit(channel, me, deadline).await {
-            Ok(channel) => Ok(Committed { channel, outcome, me }),
+            Ok(channel) => Ok(Committed { channel, outcome, me, deadline }),
             Err(error) => {
                 outcome.failed(&format!("{error:#}"));
                 Err(error)
@@ -102,6 +99,7 @@ pub struct Committed {
     channel: Channel,
     outcome: Outcome,
     me: Sender,
+    deadline: Instant,
 }
 
 impl Committed {
@@ -113,14 +111,14 @@ impl Committed {
         names: Vec<Arc<str>>,
         status: Arc<Status>,
     ) -> Outcome {
-        let Self { channel, outcome, me } = self;
+        let Self { channel, outcome, me, deadline } = self;
         if let Err(error) = channel.say(Kind::Accepting, me, "").await {
             warn!(%error, "the predecessor is gone");
         }
         let (to_main, is_main) = oneshot::channel();
         tokio::spawn(receive(channel, server, names, status, to_main));
-        // A predecessor that died leaves nobody else to be it.
-        let _ = is_main.await;
+        // A predecessor that died, or hangs, leaves nobody else to be it.
+        let _ = tokio::time::timeout_at(deadline.into(), is_main).await;
         outcome
     }
 }
