@@ -28,6 +28,7 @@ use anyhow::Context;
 use tracing::info;
 
 use crate::config::{Command, Config};
+use crate::drain::Drain;
 use crate::failure::{Failure, Result};
 use crate::life::{Life, Shutdown};
 use crate::listeners::{Inheritance, Listener};
@@ -160,17 +161,18 @@ async fn serve(
         tokio::spawn(systemd::feed_watchdog(watchdog, status.clone()));
     }
 
-    match takeover::serve_until_end(&estate, socket, &mut signals, &status).await {
+    let ending = takeover::serve_until_end(&estate, socket, &mut signals, &status).await;
+    let drain = Drain::begin(&server, &mut rested, &mut signals, config.drain_timeout, generation);
+    match ending {
         Ending::Terminated => {
             status.set_voice(Voice::Ending);
             // Our copies would keep our own ports open.
             drop(estate);
-            drain::drain(&server, &mut rested, &mut signals, config.drain_timeout, generation).await;
+            drain.leave().await;
         }
         Ending::Succeeded(successor) => {
             listeners::pass_on_socket_files();
-            let limit = config.drain_timeout;
-            drain::pass_on(&server, &mut rested, &mut signals, limit, generation, successor).await;
+            drain.pass_on(successor).await;
         }
     }
     Ok(())
