@@ -254,6 +254,24 @@ fn a_half_told_takeover_changes_nothing() {
     assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
 }
 
+/// Systemd would kill a main process that is another's child without a drain.
+#[test]
+fn nothing_is_passed_on_before_the_successor_is_nobodys_child() {
+    let (_service, folder) = start(&[]);
+    let channel = knock(folder.path());
+    say(&channel, HELLO, &std::process::id().to_string());
+    rustix::net::sockopt::set_socket_timeout(
+        &channel,
+        rustix::net::sockopt::Timeout::Recv,
+        Some(Duration::from_millis(300)),
+    )
+    .expect("a time limit");
+    let early = recv(&channel, &mut [0; 1024], RecvFlags::empty());
+    assert_eq!(early.expect_err("a word too early"), rustix::io::Errno::AGAIN);
+    say(&channel, GO, "");
+    assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
+}
+
 #[test]
 fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving() {
     let (mut service, folder) = start(&[]);
