@@ -372,6 +372,13 @@ fn the_installed_units_are_sound_and_safe(systemd: Systemd) {
     container
         .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
         .expect("an exposure of 0.5 at the most");
+    // What the unit's own comments promise of its numbers.
+    let number =
+        |property: &str| container.show(property).expect("a property").parse::<u64>().expect("a number");
+    assert!(number("LimitNOFILE") > 20_000, "above --max-connections");
+    assert_ne!(container.show("WatchdogUSec").expect("a property"), "0");
+    assert_eq!(container.show("TimeoutStopUSec").expect("a property"), "45s", "above --drain-timeout");
+    assert_eq!(container.show("TimeoutStartUSec").expect("a property"), "45s", "above --takeover-timeout");
 }
 
 fn restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start(systemd: Systemd) {
