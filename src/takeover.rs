@@ -2,7 +2,7 @@
 //! go. If it cannot start, we stay.
 //!
 //! ```text
-//! app takeover (ExecReload=)     predecessor                      successor
+//! takeover (ExecReload=)         predecessor                      successor
 //!   connects to the socket  ---->  (socket.rs)
 //!   starts a middle process, which starts the successor with the connection as its standard input,
 //!   and ends: the successor is a child of systemd now          (launch.rs)

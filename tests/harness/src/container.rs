@@ -122,6 +122,11 @@ impl Container {
         Ok(value.trim().to_owned())
     }
 
+    /// Waits until a property of the service is as `wanted`.
+    pub fn until(&self, property: &str, wanted: impl Fn(&str) -> bool) {
+        crate::eventually(property, || wanted(&self.show(property).expect("a property")));
+    }
+
     /// The journal's entries that match, each with its fields.
     pub fn journal(&self, matches: &[&str]) -> Result<Vec<Value>> {
         self.run(&["journalctl", "--sync"])?;
