@@ -38,6 +38,7 @@ promises! {
     a_crash_costs_its_own_requests_and_no_others
     a_hung_service_is_restarted_by_the_watchdog
     a_service_that_dies_at_start_does_not_close_the_port
+    a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port
     the_journal_has_fields_and_levels
     the_installed_units_are_sound_and_safe
     restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start
@@ -338,6 +339,27 @@ fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
         container.run(&["systemctl", "is-active", &container.unit("socket")]).expect("active"),
         "active\n"
     );
+}
+
+fn a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port(systemd: Systemd) {
+    let container = boot(systemd);
+    // Nothing but the socket starts it then.
+    container.add_to_unit("service", "restart", "[Service]\nRestart=no\n").expect("a drop-in");
+    let (good, bad) = (Release::copy_of(&container), Release::script("exit 1"));
+    container.replace_binary(bad.path()).expect("replaced");
+    let service = container.unit("service");
+    let starts = || {
+        let entries = container.journal(&["-u", &service]).expect("a journal");
+        entries.iter().filter(|entry| text(entry, "MESSAGE").contains("Failed with result")).count()
+    };
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        connection.send(&get("/")).await.expect("sent");
+        eventually("it was started forty times", || starts() >= 40);
+        container.replace_binary(good.path()).expect("replaced");
+        let answer = connection.answer().await.expect("the request that waited is answered");
+        assert!(answer.text().contains("pid "), "{}", answer.text());
+    });
 }
 
 fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
