@@ -15,11 +15,8 @@ UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 run:
 	cargo run --release
 
-.PHONY: build
-build:
-	cargo build --release
-
-target/release/$(PACKAGE):
+# Also when a source is newer, so that what is installed is what was written.
+target/release/$(PACKAGE): Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 	cargo build --release
 
 .PHONY: install

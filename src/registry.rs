@@ -1,6 +1,6 @@
 //! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
-//! its time limits. A connection's own task writes its entry with plain atomic stores; nothing here is
-//! locked while a request is answered, but the entry's list of its own requests.
+//! its time limits. A connection's own task writes its entry with atomic stores; while a request is answered
+//! nothing is locked that another connection uses, only the entry's own lists.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
