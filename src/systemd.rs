@@ -64,6 +64,20 @@ pub fn still_stopping(status: &str, more: Duration) {
     send(&[NotifyState::ExtendTimeoutUsec(more), NotifyState::Status(status)]);
 }
 
+/// Whether fds are kept for this unit; None where the service manager is too old to say.
+///
+/// From systemd 254 on it does: `$FDSTORE` is there where `FileDescriptorStoreMax=` is above 0. A manager
+/// that says nothing of it, but sets another variable of that age, keeps none.
+pub fn has_store() -> Option<bool> {
+    if !is_there() {
+        return Some(false);
+    }
+    match std::env::var("FDSTORE") {
+        Ok(count) => Some(count != "0"),
+        Err(_) => std::env::var_os("MEMORY_PRESSURE_WATCH").map(|_| false),
+    }
+}
+
 /// Asks for `fd` to be kept for the next process (`FileDescriptorStoreMax=`), whatever it polls.
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];

@@ -426,7 +426,7 @@ fn both_ends_say_what_they_did() {
 }
 
 #[test]
-fn what_does_not_fit_is_told_to_close_and_counted() {
+fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
@@ -436,7 +436,7 @@ fn what_does_not_fit_is_told_to_close_and_counted() {
         wait_for_in_flight(&mut service, 1);
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        // The store loses the channel: from now on nothing fits.
+        // The store loses the channel: whatever is sent now goes nowhere.
         drop(service.notifications.take_stored());
         assert!(!slow.answer().await.expect("the answer").closes());
         let answer = idle.ask(&get("/")).await.expect("an answer");
@@ -444,7 +444,7 @@ fn what_does_not_fit_is_told_to_close_and_counted() {
         let (status, log) = service.end().expect("an end");
         assert!(status.success(), "{log}");
         assert!(
-            log.contains("the handover channel is full") && log.contains("handed over 0 connections"),
+            log.contains("systemd has closed the handover channel") && log.contains("handed over 0 connections"),
             "{log}"
         );
     });

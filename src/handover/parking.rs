@@ -23,7 +23,7 @@ impl Parking {
     /// Opens a channel into the store. None where there is no store: no systemd, or
     /// `FileDescriptorStoreMax=0`.
     pub async fn open() -> Option<Self> {
-        if !systemd::is_there() {
+        if systemd::has_store() == Some(false) {
             return None;
         }
         match Self::try_open().await {
@@ -39,20 +39,31 @@ impl Parking {
         let (channel, to_store) = channel::pair()?;
         systemd::store(STORE_NAME, to_store.as_fd())?;
         tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
-        // Our copy goes: if systemd has kept none, the channel has no reader, and polls so.
+        // Our copy goes: if systemd has kept none, the channel has no reader.
         drop(to_store);
-        let mut polled = [PollFd::new(&channel, PollFlags::OUT)];
-        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-        let kept = !polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR);
-        if !kept {
+        let parking = Self { channel };
+        let is_kept = parking.is_kept()?;
+        if !is_kept {
             debug!("systemd keeps no fds for this unit (FileDescriptorStoreMax=)");
         }
-        Ok(kept.then_some(Self { channel }))
+        Ok(is_kept.then_some(parking))
+    }
+
+    /// Whether the reading end is still open, which shows in how the writing end polls.
+    fn is_kept(&self) -> io::Result<bool> {
+        let mut polled = [PollFd::new(&self.channel, PollFlags::OUT)];
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        Ok(!polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
     }
 
     /// Leaves `connections` for the next process; gives back those that did not fit.
     pub fn leave(self, sender: Sender, mut connections: Vec<Connection>) -> Vec<Connection> {
         let (sent, error) = channel::send(&self.channel, Kind::Connections, sender, &pack(&connections), "");
+        // systemd may close what it does not keep a while after it has said that it has read the message.
+        if !self.is_kept().unwrap_or(false) {
+            warn!(connections = connections.len(), "systemd has closed the handover channel");
+            return connections;
+        }
         let left = connections.split_off(sent);
         if let Some(error) = error {
             warn!(%error, connections = left.len(), "the handover channel is full");

@@ -150,7 +150,20 @@ pub fn command(binary: &str, flags: &[&str]) -> Command {
     let prefix = format!("{}_", prefix.replace('-', "_"));
     let mut command = Command::new(binary);
     command.args(flags).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let ours = ["LISTEN_", "NOTIFY_", "SERVER_STARTER_", "WATCHDOG_", "RUST_LOG", "JOURNAL_", &prefix];
+    let ours = [
+        "CREDENTIALS_",
+        "FDSTORE",
+        "JOURNAL_",
+        "LISTEN_",
+        "MEMORY_PRESSURE_",
+        "NOTIFY_",
+        "RUNTIME_DIRECTORY",
+        "RUST_LOG",
+        "SERVER_STARTER_",
+        "TAKEOVER_",
+        "WATCHDOG_",
+        &prefix,
+    ];
     for (name, _) in std::env::vars_os() {
         if ours.iter().any(|start| name.to_string_lossy().starts_with(start)) {
             command.env_remove(name);
