@@ -1,13 +1,14 @@
 //! Flags and their variables. Each flag is also an environment variable: `--drain-timeout` of a
 //! package named `shop` is `SHOP_DRAIN_TIMEOUT`. A flag wins over its variable.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
 use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 
 use crate::failure::{Failure, Result};
-use crate::listeners::Endpoint;
+use crate::listeners::Listen;
 use crate::registry::Limits;
 
 /// For a peer to take the last answer of a connection and close it.
@@ -28,9 +29,24 @@ pub struct Config {
     pub command: Option<Command>,
 
     /// Where to listen when no socket was inherited: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
-    /// unix:/run/x.sock or unix:@abstract. May be repeated; the variable takes commas.
-    #[arg(long, value_name = "ADDR", value_delimiter = ',', default_value = "127.0.0.1:8080")]
-    pub listen: Vec<Endpoint>,
+    /// unix:/run/x.sock or unix:@abstract. A name before it decides what is spoken there, as
+    /// FileDescriptorName= of a socket unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). May be
+    /// repeated; the variable takes commas.
+    #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',', default_value = "127.0.0.1:8080")]
+    pub listen: Vec<Listen>,
+
+    /// The certificate chain for https, PEM; by default tls.crt of the unit's credentials.
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Its key, PEM; by default tls.key of the unit's credentials.
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_key: Option<PathBuf>,
+
+    /// How long to accept and serve on after SIGTERM, while /readyz says 503, for a load balancer to take
+    /// notice; --drain-timeout counts from its end. Not needed where a socket unit holds the port.
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    pub drain_delay: Duration,
 
     /// How long requests in flight may go on after SIGTERM. Keep TimeoutStopSec= of the unit above it.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
@@ -40,7 +56,8 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub takeover_timeout: Duration,
 
-    /// How long a client may take to send the head of a request, from its first byte.
+    /// How long a client may take to send the head of a request, from its first byte, and for a TLS
+    /// handshake.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub head_timeout: Duration,
 

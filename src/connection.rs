@@ -1,44 +1,38 @@
 //! One connection's life, from its first byte to its end or its rest.
 
 mod exchange;
+mod handshake;
 mod http1;
 mod http2;
 mod io;
 
-use std::convert::Infallible;
 use std::future::poll_fn;
-use std::sync::Arc;
 use std::task::Poll;
 
-use axum::body::Body;
+use axum::Router;
 use bytes::Bytes;
-use hyper::{Request, Response};
-use tower::Service;
+use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
+use crate::door::{Door, Name};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::{Peer, Stream};
-use io::Io;
+use io::{Io, Wire};
 
-/// The service behind every connection.
-pub trait Handler:
-    Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send> + Clone + Send + 'static
-{
-}
-impl<S> Handler for S where
-    S: Service<Request<Body>, Response = Response<Body>, Error = Infallible, Future: Send>
-        + Clone
-        + Send
-        + 'static
-{
+/// What is behind the doors.
+pub struct Doors {
+    pub app: Router,
+    pub admin: Router,
+    /// Where a listener is named https.
+    pub tls: Option<TlsAcceptor>,
 }
 
 /// A connection at rest, with what it takes to go on with it: here, or in the next process.
 pub struct Connection {
     pub stream: Stream,
     pub peer: Peer,
-    /// The name of the listener that it came from.
-    pub listener: Arc<str>,
+    /// Of the listener that it came from.
+    pub listener: Name,
     /// What was read from it and not consumed.
     pub unread: Bytes,
 }
@@ -59,30 +53,49 @@ enum Protocol {
     Http2,
 }
 
-enum Sniffed {
-    As(Protocol),
-    /// The phase asks for it: fresh connections are at rest.
+/// How the wait for a connection's first bytes ended.
+enum Arrived {
+    /// They are there, not taken: this many.
+    Bytes(usize),
+    /// They have begun to come, and did not all come in time.
+    Late,
+    /// The phase asks for it: a connection from which nothing was taken is at rest.
     AtRest,
     Gone,
 }
 
 /// Serves `connection` until it closes or comes to rest.
-pub async fn serve(connection: Connection, registration: Registration, handler: impl Handler) -> End {
+pub async fn serve(connection: Connection, registration: Registration, doors: &Doors) -> End {
+    match (connection.listener.door(), &doors.tls) {
+        (Door::Http, _) => serve_plain(connection, registration, &doors.app).await,
+        (Door::Admin, _) => serve_plain(connection, registration, &doors.admin).await,
+        (Door::Https, Some(tls)) => {
+            Box::pin(handshake::serve(connection, registration, tls, &doors.app)).await
+        }
+        (Door::Https, None) => unreachable!("a certificate is loaded where a listener is named https"),
+    }
+}
+
+async fn serve_plain(connection: Connection, registration: Registration, router: &Router) -> End {
     let entry = registration.entry.clone();
-    let sniffed = if connection.unread.is_empty() {
-        sniff(&connection.stream, &entry).await
+    let mut bytes = [0; PREFACE.len()];
+    let arrived = if connection.unread.is_empty() {
+        let is_enough = |bytes: &[u8]| bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
+        first_bytes(&connection.stream, &entry, &mut bytes, is_enough).await
     } else {
         entry.received();
-        Sniffed::As(Protocol::Http1)
+        Arrived::Bytes(0)
     };
-    let protocol = match sniffed {
-        Sniffed::As(protocol) => protocol,
-        Sniffed::AtRest => return End::AtRest(connection, registration),
-        Sniffed::Gone => return End::Closed,
+    let protocol = match arrived {
+        Arrived::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
+        // HTTP/1 answers a head that does not come, and closes.
+        Arrived::Bytes(_) | Arrived::Late => Protocol::Http1,
+        Arrived::AtRest => return End::AtRest(connection, registration),
+        Arrived::Gone => return End::Closed,
     };
     let Connection { stream, peer, listener, unread } = connection;
-    let io = Io::new(stream, unread, registration, protocol);
-    let service = exchange::service(handler, entry.clone());
+    let io = Io::new(Wire::Plain(stream), unread, registration, protocol);
+    let service = exchange::Service::new(router.clone(), entry.clone());
     // Boxed, so that a connection that has not spoken yet takes little memory.
     match protocol {
         Protocol::Http2 => {
@@ -90,8 +103,7 @@ pub async fn serve(connection: Connection, registration: Registration, handler: 
             End::Closed
         }
         Protocol::Http1 => match Box::pin(http1::drive(io, service, &entry)).await {
-            http1::End::AtRest(io, unread) => {
-                let (stream, registration) = io.into_parts();
+            http1::End::AtRest(stream, registration, unread) => {
                 End::AtRest(Connection { stream, peer, listener, unread }, registration)
             }
             http1::End::Closed => End::Closed,
@@ -99,34 +111,33 @@ pub async fn serve(connection: Connection, registration: Registration, handler: 
     }
 }
 
-/// Tells HTTP/1 from HTTP/2 by the first bytes, and consumes none.
-async fn sniff(stream: &Stream, entry: &Entry) -> Sniffed {
-    let mut bytes = [0; PREFACE.len()];
+/// Waits for a connection's first bytes, up to where they are `enough`, and takes none.
+async fn first_bytes(
+    stream: &Stream,
+    entry: &Entry,
+    bytes: &mut [u8],
+    enough: impl Fn(&[u8]) -> bool,
+) -> Arrived {
     poll_fn(|cx| {
         entry.wake_on_change(cx);
-        let decided = |bytes: &[u8]| {
+        let is_enough = |bytes: &[u8]| {
             entry.received();
-            bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes)
+            enough(bytes)
         };
-        if let Poll::Ready(length) = stream.poll_peek(cx, &mut bytes, decided) {
+        if let Poll::Ready(length) = stream.poll_peek(cx, bytes, is_enough) {
             return Poll::Ready(match length {
-                Ok(0) => Sniffed::Gone,
-                Ok(length) if &bytes[..length] == PREFACE => Sniffed::As(Protocol::Http2),
-                Ok(_) => Sniffed::As(Protocol::Http1),
+                Ok(0) => Arrived::Gone,
+                Ok(length) => Arrived::Bytes(length),
                 Err(error) => {
                     debug!(peer = %entry.peer, %error, "connection lost");
-                    Sniffed::Gone
+                    Arrived::Gone
                 }
             });
         }
         if entry.is_overdue() {
-            return Poll::Ready(match entry.stage() {
-                // HTTP/1 answers a head that does not come, and closes.
-                Stage::Head => Sniffed::As(Protocol::Http1),
-                _ => Sniffed::Gone,
-            });
+            return Poll::Ready(if entry.stage() == Stage::Head { Arrived::Late } else { Arrived::Gone });
         }
-        if entry.phase() == Phase::Resting { Poll::Ready(Sniffed::AtRest) } else { Poll::Pending }
+        if entry.phase() == Phase::Resting { Poll::Ready(Arrived::AtRest) } else { Poll::Pending }
     })
     .await
 }

@@ -7,9 +7,10 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
 use tracing::{info, warn};
 
-use crate::connection::{Connection, Handler};
+use crate::connection::Connection;
 use crate::handover::{Channel, Kind, Parking, Sender, pack};
 use crate::log::message_id;
+use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
 use crate::server::Server;
 use crate::signals::Signals;
@@ -25,8 +26,8 @@ const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
 const MORE_TIME: Duration = Duration::from_secs(5);
 
 /// The end of a process's serving, under way.
-pub struct Drain<'a, H> {
-    server: &'a Server<H>,
+pub struct Drain<'a> {
+    server: &'a Server,
     rested: &'a mut UnboundedReceiver<Connection>,
     generation: u64,
     begun: Instant,
@@ -35,32 +36,52 @@ pub struct Drain<'a, H> {
     limit: Limit<'a>,
 }
 
-impl<'a, H: Handler> Drain<'a, H> {
-    /// Begins a drain that ends within `limit`, or at a further signal.
-    pub fn begin(
-        server: &'a Server<H>,
+impl<'a> Drain<'a> {
+    /// A drain that ends within `limit`, or at a further signal.
+    pub fn new(
+        server: &'a Server,
         rested: &'a mut UnboundedReceiver<Connection>,
         signals: &'a mut Signals,
         limit: Duration,
         generation: u64,
     ) -> Self {
-        let begun = Instant::now();
-        let Counts { connections, in_flight, .. } = server.registry().counts();
+        let limit = Limit::new(server.registry(), signals, limit);
+        Self { server, rested, generation, begun: Instant::now(), in_flight: 0, limit }
+    }
+
+    /// Serves on for `delay`, with only `/readyz` saying that it will end.
+    async fn announce(&mut self, delay: Duration) {
+        self.limit.deadline += delay;
+        self.server.registry().set_phase(Phase::Announcing);
+        info!("serving on for {}", humantime::format_duration(delay));
+        tokio::select! {
+            () = sleep(delay) => {}
+            () = self.limit.passes() => {}
+        }
+    }
+
+    fn begin(&mut self) {
+        self.begun = Instant::now();
+        let Counts { connections, in_flight, .. } = self.server.registry().counts();
+        self.in_flight = in_flight;
         info!(
             message_id = message_id::DRAINING,
             connections,
             in_flight,
             "draining: {in_flight} in flight on {connections} connections, up to {}",
-            humantime::format_duration(limit),
+            humantime::format_duration(self.limit.length),
         );
-        let limit = Limit::new(server.registry(), signals, begun + limit);
-        Self { server, rested, generation, begun, in_flight, limit }
     }
 
     /// Ends with no successor there: what can move waits in systemd's store for the next process, where
     /// there is one.
-    pub async fn leave(mut self) {
+    /// Before it begins, it is announced for `delay`.
+    pub async fn leave(mut self, delay: Duration) {
         systemd::stopping(&self.limit.status());
+        if !delay.is_zero() {
+            self.announce(delay).await;
+        }
+        self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let parking = if self.server.owns_ports() { None } else { Parking::open().await };
         let handed_over = if let Some(parking) = parking {
@@ -153,6 +174,7 @@ impl<'a, H: Handler> Drain<'a, H> {
 
     /// Ends with a successor there: each connection goes to it as it comes to rest.
     pub async fn pass_on(mut self, successor: Channel) {
+        self.begin();
         let Self { server, rested, limit, generation, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
@@ -176,6 +198,7 @@ impl<'a, H: Handler> Drain<'a, H> {
                 break;
             }
             handed_over += connections.len();
+            metrics::HANDED_OVER.inc_by(connections.len() as u64);
         }
         self.log_end(handed_over);
     }
@@ -184,6 +207,7 @@ impl<'a, H: Handler> Drain<'a, H> {
     fn log_end(&self, handed_over: usize) -> String {
         let registry = self.server.registry();
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
+        metrics::CUT_OFF.inc_by(cut_off as u64);
         let finished = self.in_flight.saturating_sub(cut_off);
         let answered = registry.counts().answered;
         let drain_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -205,6 +229,7 @@ fn take_all(rested: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
 struct Limit<'a> {
     registry: &'a Registry,
     signals: &'a mut Signals,
+    length: Duration,
     deadline: Instant,
     report: Interval,
     /// Whether this is the main process, of which systemd wants to hear.
@@ -216,9 +241,10 @@ struct Limit<'a> {
 }
 
 impl<'a> Limit<'a> {
-    fn new(registry: &'a Registry, signals: &'a mut Signals, deadline: Instant) -> Self {
+    fn new(registry: &'a Registry, signals: &'a mut Signals, length: Duration) -> Self {
+        let deadline = Instant::now() + length;
         let report = interval(systemd::STATUS_INTERVAL);
-        Self { registry, signals, deadline, report, is_main: true, signals_left: 1, passed: None }
+        Self { registry, signals, length, deadline, report, is_main: true, signals_left: 1, passed: None }
     }
 
     /// Waits for it.

@@ -10,14 +10,15 @@ mod parking;
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 pub use channel::{Channel, Frame, Kind, Next, Record, pair, receive as receive_frame, send as send_frames};
 pub use parking::{Parking, pick_up};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::connection::Connection;
+use crate::door::Name;
 use crate::stream::Stream;
 
 /// The channel's name in systemd's store, `FDNAME=`.
@@ -56,24 +57,23 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
 /// A connection as it comes out of a channel.
 pub struct Handed {
     fd: OwnedFd,
-    record: Record,
+    name: Name,
+    unread: Bytes,
 }
 
 impl Handed {
     /// Refused, with a reason, where no listener of `names` is the one that it came from.
-    pub fn new(fd: OwnedFd, record: Record, names: &[Arc<str>]) -> Result<Self, String> {
-        if names.iter().any(|name| **name == *record.listener) {
-            Ok(Self { fd, record })
-        } else {
-            Err(format!("no listener is named {:?} any more", record.listener))
+    pub fn new(fd: OwnedFd, record: Record, names: &[Name]) -> Result<Self, String> {
+        match names.iter().find(|name| name.as_str() == record.listener) {
+            Some(name) => Ok(Self { fd, name: name.clone(), unread: record.rest }),
+            None => Err(format!("no listener is named {:?} any more", record.listener)),
         }
     }
 
     /// The connection, in this process's runtime. Fails where the peer is gone.
     pub fn connect(self) -> io::Result<Connection> {
         let (stream, peer) = Stream::from_fd(self.fd)?;
-        let Record { listener, rest } = self.record;
-        Ok(Connection { stream, peer, listener: Arc::from(listener), unread: rest })
+        Ok(Connection { stream, peer, listener: self.name, unread: self.unread })
     }
 }
 

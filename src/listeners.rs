@@ -14,7 +14,6 @@ use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -24,12 +23,12 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Config;
+use crate::door::{Door, Name};
 use crate::failure::{Failure, Result};
 use crate::handover::{self, Record};
+use crate::raw;
 use crate::systemd;
 
-/// The name of a listener that nobody named.
-const DEFAULT_NAME: &str = "http";
 /// Connections that may wait to be accepted, where the system allows as many (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
@@ -47,8 +46,7 @@ pub struct Inheritance {
 
 /// One listening stream socket.
 pub struct Listener {
-    /// What the socket unit calls it (`FileDescriptorName=`).
-    pub name: Arc<str>,
+    pub name: Name,
     pub socket: ListeningSocket,
     pub holder: Holder,
 }
@@ -136,6 +134,10 @@ impl Listener {
         }
     }
 
+    pub fn door(&self) -> Door {
+        self.name.door()
+    }
+
     /// For a successor: the socket, and who holds it.
     pub fn pack(&self) -> io::Result<(OwnedFd, Record)> {
         let fd = match &self.socket {
@@ -154,7 +156,7 @@ impl Listener {
 
     /// From a predecessor: what it packed.
     pub fn unpack((fd, record): (OwnedFd, Record)) -> anyhow::Result<Self> {
-        let listener = Self::inherited(&record.listener, listening(fd)?)?;
+        let listener = Self::inherited(record.listener.parse()?, listening(fd)?)?;
         let holder = match record.rest.strip_prefix(b"nobody") {
             None => Holder::Parent,
             Some(b"") => Holder::Nobody(None),
@@ -163,12 +165,12 @@ impl Listener {
         Ok(Self { holder, ..listener })
     }
 
-    fn inherited(name: &str, socket: ListeningSocket) -> anyhow::Result<Self> {
+    fn inherited(name: Name, socket: ListeningSocket) -> anyhow::Result<Self> {
         match &socket {
             ListeningSocket::Tcp(socket) => socket.set_nonblocking(true)?,
             ListeningSocket::Unix(socket) => socket.set_nonblocking(true)?,
         }
-        Ok(Self { name: name.into(), socket, holder: Holder::Parent })
+        Ok(Self { name, socket, holder: Holder::Parent })
     }
 }
 
@@ -209,7 +211,8 @@ fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedF
             channels.push(take_channel(&mut passed, index).with_context(place));
         } else {
             let socket = take_listener(&mut passed, index).with_context(place)?;
-            listeners.push(Listener::inherited(listener_name(name), socket).with_context(place)?);
+            let name = listener_name(name).with_context(place)?;
+            listeners.push(Listener::inherited(name, socket).with_context(place)?);
         }
     }
     Ok((listeners, channels))
@@ -242,12 +245,12 @@ fn require_listening(socket: impl AsFd) -> anyhow::Result<()> {
 }
 
 /// Where `FileDescriptorName=` is absent, systemd says the name of the unit, and others `unknown`.
-fn listener_name(name: &str) -> &str {
+fn listener_name(name: &str) -> anyhow::Result<Name> {
     if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket")
     {
-        DEFAULT_NAME
+        Ok(Name::default())
     } else {
-        name
+        name.parse()
     }
 }
 
@@ -265,7 +268,7 @@ fn from_server_starter() -> anyhow::Result<Vec<Listener>> {
                 bail!("SERVER_STARTER_PORT={text}: fd {fd} stands there twice");
             }
             adopt(fd)
-                .and_then(|socket| Listener::inherited(DEFAULT_NAME, socket))
+                .and_then(|socket| Listener::inherited(Name::default(), socket))
                 .with_context(|| format!("SERVER_STARTER_PORT: fd {fd} ({place})"))
         })
         .collect()
@@ -278,7 +281,7 @@ fn server_starter_pair(pair: &str) -> Option<(&str, RawFd)> {
 }
 
 fn adopt(fd: RawFd) -> anyhow::Result<ListeningSocket> {
-    let socket = own(fd)?;
+    let socket = raw::own(fd)?;
     rustix::io::fcntl_setfd(&socket, rustix::io::FdFlags::CLOEXEC)?;
     listening(socket)
 }
@@ -296,19 +299,36 @@ fn listening(socket: OwnedFd) -> anyhow::Result<ListeningSocket> {
     }
 }
 
-/// The owner of an fd that is known by its number alone.
-#[expect(unsafe_code, reason = "no safe crate turns the number in SERVER_STARTER_PORT into an owned fd")]
-fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    if !Path::new(&format!("/proc/self/fd/{fd}")).exists() {
-        bail!("not open in this process");
-    }
-    // SAFETY: the fd is open, and was passed to this process for it to own; each number is taken once,
-    // before any other code could have come to hold it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+// ---- --listen ----
+
+/// An address to bind, and the listener's name: `127.0.0.1:8080`, `https=127.0.0.1:8443`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    name: Name,
+    endpoint: Endpoint,
 }
 
-// ---- --listen ----
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        let is_name = |start: &str| start.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        let (name, endpoint) = match text.split_once('=') {
+            Some((name, endpoint)) if is_name(name) => {
+                (name.parse().map_err(|error| format!("{name}: {error}"))?, endpoint)
+            }
+            _ => (Name::default(), text),
+        };
+        Ok(Self { name, endpoint: endpoint.parse()? })
+    }
+}
+
+impl Listen {
+    fn bind(&self) -> anyhow::Result<Listener> {
+        let (socket, path) = self.endpoint.bind()?;
+        Ok(Listener { name: self.name.clone(), socket, holder: Holder::Nobody(path) })
+    }
+}
 
 /// An address to bind.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -347,7 +367,7 @@ impl fmt::Display for Endpoint {
 }
 
 impl Endpoint {
-    fn bind(&self) -> anyhow::Result<Listener> {
+    fn bind(&self) -> anyhow::Result<(ListeningSocket, Option<BoundPath>)> {
         let (socket, path) = match self {
             Self::Tcp(address) => {
                 let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
@@ -368,7 +388,7 @@ impl Endpoint {
             Self::Tcp(_) => ListeningSocket::Tcp(socket.into()),
             Self::Path(_) | Self::Abstract(_) => ListeningSocket::Unix(socket.into()),
         };
-        Ok(Listener { name: DEFAULT_NAME.into(), socket, holder: Holder::Nobody(path) })
+        Ok((socket, path))
     }
 
     fn listen(&self, socket: Socket, address: &SockAddr) -> anyhow::Result<Socket> {
@@ -427,6 +447,20 @@ mod tests {
     }
 
     #[test]
+    fn an_address_may_have_a_name_before_it() {
+        let read = |text: &str| {
+            text.parse().map(|Listen { name, endpoint }| (name.as_str().to_owned(), endpoint.to_string()))
+        };
+        let pair = |name: &str, endpoint: &str| Ok((name.to_owned(), endpoint.to_owned()));
+        assert_eq!(read("127.0.0.1:80"), pair("http", "127.0.0.1:80"));
+        assert_eq!(read("https=[::1]:443"), pair("https", "[::1]:443"));
+        assert_eq!(read("admin=/run/a=b.sock"), pair("admin", "/run/a=b.sock"));
+        assert_eq!(read("/run/a=b.sock"), pair("http", "/run/a=b.sock"));
+        assert!(read("web=127.0.0.1:80").is_err_and(|error| error.contains("http…, https… or admin")));
+        assert!(read("https=").is_err() && read("=127.0.0.1:80").is_err());
+    }
+
+    #[test]
     fn server_starter_pairs_are_read_from_the_right() {
         assert_eq!(server_starter_pair("127.0.0.1:80=4"), Some(("127.0.0.1:80", 4)));
         assert_eq!(server_starter_pair("/run/a=b.sock=5"), Some(("/run/a=b.sock", 5)));
@@ -438,15 +472,16 @@ mod tests {
     #[test]
     fn a_socket_that_nobody_named_is_http() {
         for name in ["", "unknown", "shop.socket", "http"] {
-            assert_eq!(listener_name(name), "http");
+            assert_eq!(listener_name(name).expect(name).as_str(), "http");
         }
-        assert_eq!(listener_name("admin"), "admin");
+        assert_eq!(listener_name("admin").expect("a name").as_str(), "admin");
+        assert!(listener_name("web").is_err());
     }
 
     proptest! {
         #[test]
         fn no_text_makes_the_parsers_panic(text in ".{0,64}") {
-            let _ = text.parse::<Endpoint>();
+            let _ = text.parse::<Listen>();
             let _ = server_starter_pair(&text);
         }
     }

@@ -1,9 +1,11 @@
 //! The life of the service, in order:
 //! inherit -> listen -> take over -> ready -> serve -> drain -> hand over.
 
+mod admin;
 mod app;
 mod config;
 mod connection;
+mod door;
 mod drain;
 mod failure;
 mod fds;
@@ -11,6 +13,8 @@ mod handover;
 mod life;
 mod listeners;
 mod log;
+mod metrics;
+mod raw;
 mod registry;
 mod requests;
 mod server;
@@ -19,21 +23,26 @@ mod status;
 mod stream;
 mod systemd;
 mod takeover;
+mod tls;
 
 use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
+use tokio_rustls::TlsAcceptor;
 use tracing::info;
 
+use crate::admin::Admin;
 use crate::config::{Command, Config};
+use crate::connection::Doors;
+use crate::door::Door;
 use crate::drain::Drain;
 use crate::failure::{Failure, Result};
 use crate::life::{Life, Shutdown};
 use crate::listeners::{Inheritance, Listener};
 use crate::registry::Registry;
-use crate::server::Server;
+use crate::server::{Queues, Server};
 use crate::signals::Signals;
 use crate::status::{Status, Voice};
 use crate::takeover::{Ending, Estate, Predecessor, Program, Role, TakeoverSocket};
@@ -79,6 +88,7 @@ fn first(program: Program) -> Result<()> {
         Some(Command::Check) => {
             let inheritance = listeners::take(&config)?;
             log::init(config.log.as_deref(), 1)?;
+            tls_of(&config, &inheritance.listeners)?;
             check(&inheritance.listeners);
             Ok(())
         }
@@ -125,8 +135,14 @@ async fn serve(
     let shutdown = Shutdown::default();
     let registry = Registry::new(config.limits(), shutdown.clone());
     let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
-    let service = requests::service(app::router(), life, shutdown, config);
-    let (server, mut rested) = Server::new(service, registry.clone(), config.max_connections);
+    let queues = Queues::default();
+    let admin = Admin { life, registry: registry.clone(), queues: queues.clone() };
+    let doors = Doors {
+        app: requests::prepare(app::router(), life, shutdown.clone(), config),
+        admin: requests::prepare(admin::router(admin), life, shutdown, config),
+        tls: tls_of(config, &listeners)?,
+    };
+    let (server, mut rested) = Server::new(doors, registry.clone(), config.max_connections, queues);
     let estate = Estate::new(&listeners, life.generation, watchdog, program, config.takeover_timeout)
         .context("could not keep the listeners for a successor")?;
     tokio::spawn(registry.watch());
@@ -162,13 +178,13 @@ async fn serve(
     }
 
     let ending = takeover::serve_until_end(&estate, socket, &mut signals, &status).await;
-    let drain = Drain::begin(&server, &mut rested, &mut signals, config.drain_timeout, generation);
+    let drain = Drain::new(&server, &mut rested, &mut signals, config.drain_timeout, generation);
     match ending {
         Ending::Terminated => {
             status.set_voice(Voice::Ending);
             // Our copies would keep our own ports open.
             drop(estate);
-            drain.leave().await;
+            drain.leave(config.drain_delay).await;
         }
         Ending::Succeeded(successor) => {
             listeners::pass_on_socket_files();
@@ -176,6 +192,12 @@ async fn serve(
         }
     }
     Ok(())
+}
+
+/// What the https listeners shake hands with, where there are any.
+fn tls_of(config: &Config, listeners: &[Listener]) -> Result<Option<TlsAcceptor>> {
+    let is_wanted = listeners.iter().any(|listener| listener.door() == Door::Https);
+    is_wanted.then(|| tls::acceptor(config).map_err(Failure::config)).transpose()
 }
 
 /// All that a start does short of serving is done.

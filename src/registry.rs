@@ -20,6 +20,8 @@ use crate::stream::Peer;
 pub enum Phase {
     /// Business as usual.
     Serving,
+    /// Business as usual, for load balancers to take notice that it will end (`/readyz`).
+    Announcing,
     /// Business goes on; connections that cannot move are told to end.
     Draining,
     /// Nothing is accepted; connections that can move come to rest and leave.
@@ -32,16 +34,17 @@ pub enum Phase {
 }
 
 impl Phase {
-    const ALL: [Self; 5] = [Self::Serving, Self::Draining, Self::Resting, Self::Lingering, Self::Closing];
+    const ALL: [Self; 6] =
+        [Self::Serving, Self::Announcing, Self::Draining, Self::Resting, Self::Lingering, Self::Closing];
 
     pub fn accepts(self) -> bool {
-        matches!(self, Self::Serving | Self::Draining | Self::Lingering)
+        matches!(self, Self::Serving | Self::Announcing | Self::Draining | Self::Lingering)
     }
 
     /// Whether a connection is told to end with its next answer.
     pub fn ends(self, movable: bool) -> bool {
         match self {
-            Self::Serving => false,
+            Self::Serving | Self::Announcing => false,
             Self::Draining | Self::Resting => !movable,
             Self::Lingering | Self::Closing => true,
         }
@@ -65,7 +68,18 @@ pub enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 5] = [Self::Waiting, Self::Head, Self::InFlight, Self::Upgraded, Self::Closing];
+    /// As `/metrics` shows it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Waiting => "waiting",
+            Self::Head => "head",
+            Self::InFlight => "in_flight",
+            Self::Upgraded => "upgraded",
+            Self::Closing => "closing",
+        }
+    }
+
+    pub const ALL: [Self; 5] = [Self::Waiting, Self::Head, Self::InFlight, Self::Upgraded, Self::Closing];
 }
 
 /// Time limits that the registry watches over.
@@ -174,7 +188,7 @@ pub struct Registration {
 }
 
 impl Registry {
-    /// `shutdown` begins with the first phase that is not `Serving`.
+    /// `shutdown` begins with the first phase that is no business as usual.
     pub fn new(limits: Limits, shutdown: Shutdown) -> Arc<Self> {
         Arc::new(Self {
             born: Instant::now(),
@@ -223,12 +237,15 @@ impl Registry {
     pub fn set_phase(&self, phase: Phase) {
         let before = self.phase();
         self.phase.store(phase as u8, SeqCst);
-        self.shutdown.begin();
         self.changed.notify_waiters();
+        if phase == Phase::Announcing {
+            return;
+        }
+        self.shutdown.begin();
         // Business goes on for most: that is no news to wake thousands for.
-        let is_news =
-            |entry: &Entry| (before, phase) != (Phase::Serving, Phase::Draining) || !entry.is_movable();
-        for entry in self.entries().iter().filter(|entry| is_news(entry)) {
+        let is_first = matches!(before, Phase::Serving | Phase::Announcing);
+        let is_old = |entry: &Entry| is_first && phase == Phase::Draining && entry.is_movable();
+        for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
         }
     }
@@ -254,7 +271,7 @@ impl Registry {
 
     fn notify_of_change(&self) {
         match self.phase() {
-            Phase::Serving => {}
+            Phase::Serving | Phase::Announcing => {}
             // By the thousand, and only the last one matters.
             Phase::Resting if !self.is_done() => {}
             _ => self.changed.notify_waiters(),

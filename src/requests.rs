@@ -19,15 +19,15 @@ use tower_http::trace::TraceLayer;
 use tracing::{Span, debug, error, info_span};
 
 use crate::config::Config;
-use crate::connection::Handler;
 use crate::life::{Life, Shutdown};
+use crate::metrics::MeasureLayer;
 use crate::stream::Peer;
 
 /// `--log info,request=debug` shows each request.
 const TARGET: &str = "request";
 
-/// The whole service: `router` behind the limits of `config`.
-pub fn service(router: Router, life: Life, shutdown: Shutdown, config: &Config) -> impl Handler + use<> {
+/// `router` behind the limits of `config`.
+pub fn prepare(router: Router, life: Life, shutdown: Shutdown, config: &Config) -> Router {
     let trace = TraceLayer::new_for_http()
         .make_span_with(span)
         .on_request(())
@@ -35,7 +35,8 @@ pub fn service(router: Router, life: Life, shutdown: Shutdown, config: &Config) 
         .on_body_chunk(())
         .on_eos(())
         .on_failure(());
-    ServiceBuilder::new()
+    let layers = ServiceBuilder::new()
+        .layer(MeasureLayer)
         .layer(MapResponseBodyLayer::new(Body::new))
         .layer(SetRequestIdLayer::x_request_id(Numbered::new()))
         .layer(trace)
@@ -46,8 +47,8 @@ pub fn service(router: Router, life: Life, shutdown: Shutdown, config: &Config) 
         .layer(DefaultBodyLimit::disable())
         .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)))
         .layer(Extension(life))
-        .layer(Extension(shutdown))
-        .service(router)
+        .layer(Extension(shutdown));
+    router.layer(layers)
 }
 
 fn span<B>(request: &Request<B>) -> Span {
@@ -122,7 +123,7 @@ mod tests {
         let config = Config::parse_from(["x", "--body-limit", "4MiB"]);
         let length = |body: Bytes| async move { body.len().to_string() };
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
-        let response = service(router, Life::begin(1), Shutdown::default(), &config)
+        let response = prepare(router, Life::begin(1), Shutdown::default(), &config)
             .oneshot(request)
             .await
             .expect("infallible");
@@ -147,7 +148,7 @@ mod tests {
     #[tokio::test]
     async fn a_request_id_is_made_or_kept_and_given_back() {
         let config = Config::parse_from(["x"]);
-        let service = service(Router::new(), Life::begin(1), Shutdown::default(), &config);
+        let service = prepare(Router::new(), Life::begin(1), Shutdown::default(), &config);
         let id = async |request: Request<Body>| {
             let response = service.clone().oneshot(request).await.expect("infallible");
             response.headers()["x-request-id"].to_str().expect("text").to_owned()

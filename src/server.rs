@@ -1,7 +1,7 @@
 //! Accepts connections, and serves each in a task of its own.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -11,8 +11,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::connection::{self, Connection, End, Handler};
+use crate::connection::{self, Connection, Doors, End};
+use crate::door::{Door, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
+use crate::raw;
 use crate::registry::Registry;
 use crate::stream::{Peer, Stream};
 
@@ -21,36 +23,61 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How often it is logged that accepting fails.
 const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
+/// How many connections may be open to the admin listeners.
+const ADMIN_CONNECTIONS: usize = 64;
+
 /// Serves connections. A clone serves in the same registry.
 #[derive(Clone)]
-pub struct Server<H> {
-    handler: H,
+pub struct Server {
+    doors: Arc<Doors>,
     registry: Arc<Registry>,
     slots: Arc<Semaphore>,
+    /// Of their own, so that a full house can still be looked at.
+    admin_slots: Arc<Semaphore>,
     at_rest: mpsc::UnboundedSender<Connection>,
     /// The tasks that accept from listeners that nobody else holds.
     own_ports: TaskTracker,
+    queues: Queues,
 }
 
-impl<H: Handler> Server<H> {
+/// The queues of the listeners, for as long as they are open.
+#[derive(Clone, Default)]
+pub struct Queues(Arc<Mutex<Vec<Weak<Acceptor>>>>);
+
+impl Queues {
+    /// How many connections wait to be accepted, by TCP listener.
+    pub fn lengths(&self) -> Vec<(String, u32)> {
+        let acceptors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = acceptors.iter().filter_map(Weak::upgrade);
+        open.filter_map(|acceptor| Some((acceptor.label.clone(), acceptor.queue()?))).collect()
+    }
+
+    fn add(&self, acceptor: &Arc<Acceptor>) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(acceptor));
+    }
+}
+
+impl Server {
     /// The server, and where its connections go when they come to rest.
     pub fn new(
-        handler: H,
+        doors: Doors,
         registry: Arc<Registry>,
         max_connections: u32,
+        queues: Queues,
     ) -> (Self, mpsc::UnboundedReceiver<Connection>) {
         let (at_rest, rested) = mpsc::unbounded_channel();
         let slots = Arc::new(Semaphore::new(max_connections as usize));
-        (Self { handler, registry, slots, at_rest, own_ports: TaskTracker::new() }, rested)
+        let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
+        let own_ports = TaskTracker::new();
+        (Self { doors: Arc::new(doors), registry, slots, admin_slots, at_rest, own_ports, queues }, rested)
     }
 
     /// Accepts from `listener` from now on, whenever the phase allows.
-    pub fn listen(&self, listener: Listener) -> anyhow::Result<()>
-    where
-        H: Sync,
-    {
+    pub fn listen(&self, listener: Listener) -> anyhow::Result<()> {
         let label = listener.label();
         let acceptor = Acceptor::new(listener).with_context(|| format!("could not listen on {label}"))?;
+        let acceptor = Arc::new(acceptor);
+        self.queues.add(&acceptor);
         let is_own = matches!(acceptor.holder, Holder::Nobody(_));
         let accept = self.clone().accept(acceptor);
         if is_own {
@@ -79,17 +106,21 @@ impl<H: Handler> Server<H> {
 
     /// Serves a connection, above `--max-connections` if need be: it is there already.
     pub fn adopt(&self, connection: Connection) {
-        let slot = self.slots.clone().try_acquire_owned().ok();
+        let slot = self.slots(&connection.listener).clone().try_acquire_owned().ok();
         self.serve(connection, slot);
+    }
+
+    fn slots(&self, listener: &Name) -> &Arc<Semaphore> {
+        if listener.door() == Door::Admin { &self.admin_slots } else { &self.slots }
     }
 
     fn serve(&self, connection: Connection, slot: Option<OwnedSemaphorePermit>) {
         let registration = self.registry.register(connection.peer, slot);
-        let handler = self.handler.clone();
+        let doors = self.doors.clone();
         let at_rest = self.at_rest.clone();
         tokio::spawn(async move {
             if let End::AtRest(connection, registration) =
-                connection::serve(connection, registration, handler).await
+                connection::serve(connection, registration, &doors).await
             {
                 // Sent before it leaves the registry, so that a done registry means a full channel.
                 // Where nobody collects any more, the process is ending.
@@ -99,7 +130,7 @@ impl<H: Handler> Server<H> {
         });
     }
 
-    async fn accept(self, acceptor: Acceptor) {
+    async fn accept(self, acceptor: Arc<Acceptor>) {
         let mut trouble = Trouble::default();
         loop {
             let registry = &self.registry;
@@ -114,7 +145,7 @@ impl<H: Handler> Server<H> {
             }
             // A slot first: what cannot be served yet waits in the socket's queue.
             let accepted = async {
-                let slot = self.slots.clone().acquire_owned().await.ok();
+                let slot = self.slots(&acceptor.name).clone().acquire_owned().await.ok();
                 acceptor.accept().await.map(|connection| (connection, slot))
             };
             tokio::select! {
@@ -144,8 +175,9 @@ impl<H: Handler> Server<H> {
 }
 
 struct Acceptor {
+    label: String,
     socket: AcceptorSocket,
-    name: Arc<str>,
+    name: Name,
     holder: Holder,
 }
 
@@ -156,12 +188,13 @@ enum AcceptorSocket {
 
 impl Acceptor {
     fn new(listener: Listener) -> io::Result<Self> {
+        let label = listener.label();
         let Listener { name, socket, holder } = listener;
         let socket = match socket {
             ListeningSocket::Tcp(socket) => AcceptorSocket::Tcp(TcpListener::from_std(socket)?),
             ListeningSocket::Unix(socket) => AcceptorSocket::Unix(UnixListener::from_std(socket)?),
         };
-        Ok(Self { socket, name, holder })
+        Ok(Self { label, socket, name, holder })
     }
 
     async fn accept(&self) -> io::Result<Connection> {
@@ -177,6 +210,13 @@ impl Acceptor {
             }
         };
         Ok(Connection { stream, peer, listener: self.name.clone(), unread: Bytes::new() })
+    }
+
+    fn queue(&self) -> Option<u32> {
+        match &self.socket {
+            AcceptorSocket::Tcp(socket) => raw::accept_queue(socket),
+            AcceptorSocket::Unix(_) => None,
+        }
     }
 
     /// Whether this process, which is ending, is the only one that ever accepts here.

@@ -444,7 +444,8 @@ fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
         let (status, log) = service.end().expect("an end");
         assert!(status.success(), "{log}");
         assert!(
-            log.contains("systemd has closed the handover channel") && log.contains("handed over 0 connections"),
+            log.contains("systemd has closed the handover channel")
+                && log.contains("handed over 0 connections"),
             "{log}"
         );
     });

@@ -5,37 +5,68 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use axum::Router;
 use axum::body::Body;
 use axum::extract::ConnectInfo;
+use axum::routing::future::RouteFuture;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
-use hyper::service::{HttpService, service_fn};
 use hyper::{Method, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
-use tower::ServiceExt;
+use tower::Service as _;
 
-use super::Handler;
 use crate::registry::{Entry, Stage};
 
-/// `handler` as hyper calls it, with each request entered in the registry.
-pub(super) fn service(
-    handler: impl Handler,
+/// A router as hyper calls it, with each request entered in the registry.
+pub(super) struct Service {
+    router: Router,
     entry: Arc<Entry>,
-) -> impl HttpService<Incoming, ResBody = AnswerBody, Error = Infallible, Future: Send> + Send {
-    service_fn(move |request: Request<Incoming>| {
-        let exchange = Exchange::begin(&entry, &request);
-        let handler = handler.clone();
-        async move {
-            let method = request.method().clone();
-            let version = request.version();
-            let mut request = request.map(|body| exchange.request_body(body));
-            request.extensions_mut().insert(ConnectInfo(exchange.entry.peer));
-            let Ok(response) = handler.oneshot(request).await;
-            Ok(exchange.answer(response, &method, version))
-        }
-    })
+}
+
+impl Service {
+    pub(super) fn new(router: Router, entry: Arc<Entry>) -> Self {
+        Self { router, entry }
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for Service {
+    type Response = Response<AnswerBody>;
+    type Error = Infallible;
+    type Future = Answering;
+
+    fn call(&self, request: Request<Incoming>) -> Answering {
+        let exchange = Exchange::begin(&self.entry, &request);
+        let connects = request.method() == Method::CONNECT;
+        let version = request.version();
+        let mut request = request.map(|body| exchange.request_body(body));
+        request.extensions_mut().insert(ConnectInfo(self.entry.peer));
+        let future = self.router.clone().call(request);
+        Answering { future, exchange: Some(exchange), connects, version }
+    }
+}
+
+pin_project! {
+    /// A request until its answer begins.
+    pub(super) struct Answering {
+        #[pin]
+        future: RouteFuture<Infallible>,
+        exchange: Option<Exchange>,
+        connects: bool,
+        version: Version,
+    }
+}
+
+impl Future for Answering {
+    type Output = Result<Response<AnswerBody>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let Ok(response) = std::task::ready!(this.future.poll(cx));
+        let exchange = this.exchange.take().expect("asked once");
+        Poll::Ready(Ok(exchange.answer(response, *this.connects, *this.version)))
+    }
 }
 
 /// In the registry from its beginning until it is dropped.
@@ -57,9 +88,10 @@ impl Exchange {
         Body::new(RequestBody { body, _reading: Reading { entry: self.entry.clone() } })
     }
 
-    fn answer(self, mut response: Response<Body>, method: &Method, version: Version) -> Response<AnswerBody> {
+    /// `connects`: the request was a CONNECT.
+    fn answer(self, mut response: Response<Body>, connects: bool, version: Version) -> Response<AnswerBody> {
         let upgrades = response.status() == StatusCode::SWITCHING_PROTOCOLS
-            || (method == Method::CONNECT && response.status().is_success());
+            || (connects && response.status().is_success());
         if version == Version::HTTP_2 {
             // Its connection is told by GOAWAY.
         } else if upgrades {

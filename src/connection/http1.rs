@@ -1,28 +1,29 @@
 //! Drives HTTP/1.1 on one connection, and brings it to rest.
 
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
 
 use bytes::Bytes;
-use hyper::body::Incoming;
 use hyper::server::conn::http1::Builder;
-use hyper::service::HttpService;
 use hyper_util::rt::TokioIo;
 use tracing::{debug, warn};
 
-use super::exchange::AnswerBody;
+use super::exchange::Service;
 use super::io::Io;
-use crate::registry::{Entry, Phase, Stage};
+use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::stream::Stream;
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
 
+/// The answer to a request whose head does not come in time.
+const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
 pub(super) enum End {
     Closed,
     /// The stream, and what was read from it and not consumed.
-    AtRest(Io, Bytes),
+    AtRest(Stream, Registration, Bytes),
 }
 
 enum Turn {
@@ -32,10 +33,7 @@ enum Turn {
     Overdue(Stage),
 }
 
-pub(super) async fn drive<S>(io: Io, service: S, entry: &Entry) -> End
-where
-    S: HttpService<Incoming, ResBody = AnswerBody, Error = Infallible, Future: Send> + Send,
-{
+pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry watches over the time limits
         .max_header_size(HEAD_LIMIT)
@@ -51,7 +49,8 @@ where
         if entry.is_overdue() {
             return Poll::Ready(Turn::Overdue(stage));
         }
-        let at_rest = matches!(stage, Stage::Waiting | Stage::Head) && entry.is_flushed();
+        let at_rest =
+            matches!(stage, Stage::Waiting | Stage::Head) && entry.is_flushed() && entry.is_movable();
         if !at_rest || entry.phase() != Phase::Resting {
             return Poll::Pending;
         }
@@ -73,8 +72,12 @@ where
     let Some(parts) = connection.into_parts() else { return End::Closed };
     let io = parts.io.into_inner();
     match turn {
-        Turn::AtRest => return End::AtRest(io, parts.read_buf),
-        Turn::Overdue(Stage::Head) => io.refuse().await,
+        Turn::AtRest => {
+            if let Some((stream, registration)) = io.into_parts() {
+                return End::AtRest(stream, registration, parts.read_buf);
+            }
+        }
+        Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
         Turn::Overdue(Stage::InFlight) => {
             warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off");
         }

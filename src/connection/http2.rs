@@ -1,19 +1,16 @@
 //! Drives HTTP/2 on one connection. It cannot move: when asked to end it sends GOAWAY, finishes its
 //! streams and closes.
 
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
 use std::time::Duration;
 
-use hyper::body::Incoming;
 use hyper::server::conn::http2::Builder;
-use hyper::service::HttpService;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tracing::debug;
 
-use super::exchange::AnswerBody;
+use super::exchange::Service;
 use super::io::Io;
 use crate::registry::{Entry, Stage};
 
@@ -23,11 +20,7 @@ const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests that one connection may have in flight.
 const MAX_STREAMS: u32 = 200;
 
-pub(super) async fn drive<S>(io: Io, service: S, entry: &Entry)
-where
-    S: HttpService<Incoming, ResBody = AnswerBody, Error = Infallible, Future: Send> + Send,
-    S::Future: 'static,
-{
+pub(super) async fn drive(io: Io, service: Service, entry: &Entry) {
     let mut connection = Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)

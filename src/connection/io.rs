@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio_rustls::server::TlsStream;
 
 use super::Protocol;
 use crate::registry::{Entry, Phase, Registration, Stage};
@@ -14,8 +15,14 @@ use crate::stream::Stream;
 /// How much a peer may still send while we wait for it to take our last answer, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
 
+/// What carries a connection's bytes.
+pub(super) enum Wire {
+    Plain(Stream),
+    Tls(Box<TlsStream<Stream>>),
+}
+
 pub(super) struct Io {
-    stream: Stream,
+    wire: Wire,
     /// Bytes that came with the connection, read before any others.
     unread: Bytes,
     registration: Registration,
@@ -23,12 +30,16 @@ pub(super) struct Io {
 }
 
 impl Io {
-    pub(super) fn new(stream: Stream, unread: Bytes, registration: Registration, protocol: Protocol) -> Self {
-        Self { stream, unread, registration, protocol }
+    pub(super) fn new(wire: Wire, unread: Bytes, registration: Registration, protocol: Protocol) -> Self {
+        Self { wire, unread, registration, protocol }
     }
 
-    pub(super) fn into_parts(self) -> (Stream, Registration) {
-        (self.stream, self.registration)
+    /// What it takes to go on elsewhere. None behind TLS.
+    pub(super) fn into_parts(self) -> Option<(Stream, Registration)> {
+        match self.wire {
+            Wire::Plain(stream) => Some((stream, self.registration)),
+            Wire::Tls(_) => None,
+        }
     }
 
     fn entry(&self) -> &Entry {
@@ -39,7 +50,7 @@ impl Io {
     /// in the socket would reset it (RFC 9112 section 9.6). Bounded by the registry's close limit.
     pub(super) async fn close(mut self) {
         self.entry().set_stage(Stage::Closing);
-        if self.stream.shutdown().await.is_err() {
+        if self.wire.shutdown().await.is_err() {
             return;
         }
         let mut discard = [0; 4096];
@@ -48,7 +59,7 @@ impl Io {
             let read = std::future::poll_fn(|cx| {
                 self.registration.entry.wake_on_change(cx);
                 let mut into = ReadBuf::new(&mut discard);
-                match Pin::new(&mut self.stream).poll_read(cx, &mut into) {
+                match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
                     Poll::Ready(Ok(())) => Poll::Ready(into.filled().len()),
                     Poll::Ready(Err(_)) => Poll::Ready(0),
                     Poll::Pending if self.registration.entry.is_overdue() => Poll::Ready(0),
@@ -62,12 +73,10 @@ impl Io {
         }
     }
 
-    /// Answers a request whose head did not come in time, and closes.
-    pub(super) async fn refuse(mut self) {
-        const TIMEOUT: &[u8] =
-            b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+    /// Sends an answer of our own, and closes.
+    pub(super) async fn refuse(mut self, answer: &[u8]) {
         // A fresh socket buffer takes it at once; where it does not, the peer does not read anyway.
-        if self.stream.write(TIMEOUT).await.is_ok() {
+        if self.wire.write(answer).await.is_ok() && self.wire.flush().await.is_ok() {
             self.close().await;
         }
     }
@@ -89,7 +98,7 @@ impl AsyncRead for Io {
             return Poll::Ready(Ok(()));
         }
         let before = into.filled().len();
-        std::task::ready!(Pin::new(&mut this.stream).poll_read(cx, into))?;
+        std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
         if this.protocol == Protocol::Http1 && into.filled().len() > before {
             entry.received();
         }
@@ -100,7 +109,7 @@ impl AsyncRead for Io {
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.entry().writing();
-        let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
+        let written = Pin::new(&mut self.wire).poll_write(cx, bytes);
         if written.is_ready() {
             self.entry().wrote();
         }
@@ -113,7 +122,7 @@ impl AsyncWrite for Io {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         self.entry().writing();
-        let written = Pin::new(&mut self.stream).poll_write_vectored(cx, slices);
+        let written = Pin::new(&mut self.wire).poll_write_vectored(cx, slices);
         if written.is_ready() {
             self.entry().wrote();
         }
@@ -121,12 +130,12 @@ impl AsyncWrite for Io {
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.wire.is_write_vectored()
     }
 
     /// hyper flushes when all that it had to send has been written.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = Pin::new(&mut self.stream).poll_flush(cx);
+        let flushed = Pin::new(&mut self.wire).poll_flush(cx);
         if flushed.is_ready() {
             self.entry().flushed();
         }
@@ -137,8 +146,55 @@ impl AsyncWrite for Io {
     /// over; an upgraded one belongs to its handler.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.entry().stage() {
-            Stage::Upgraded => Pin::new(&mut self.stream).poll_shutdown(cx),
+            Stage::Upgraded => Pin::new(&mut self.wire).poll_shutdown(cx),
             _ => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+impl AsyncRead for Wire {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_read(cx, into),
+            Self::Tls(stream) => Pin::new(stream).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for Wire {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -2,14 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
 use super::{Handed, Kind, Next, STORE_NAME, Sender, channel, pack};
-use crate::connection::{Connection, Handler};
+use crate::connection::Connection;
+use crate::door::Name;
 use crate::log::message_id;
+use crate::metrics;
 use crate::server::Server;
 use crate::status::Status;
 use crate::systemd;
@@ -76,12 +77,7 @@ impl Parking {
 
 /// Says that we are ready, with the connections that a predecessor left in `channels`, and goes on with
 /// them.
-pub fn pick_up(
-    server: &Server<impl Handler>,
-    channels: Vec<anyhow::Result<OwnedFd>>,
-    names: &[Arc<str>],
-    status: &Status,
-) {
+pub fn pick_up(server: &Server, channels: Vec<anyhow::Result<OwnedFd>>, names: &[Name], status: &Status) {
     if channels.is_empty() {
         systemd::ready(&status.line());
         return;
@@ -93,6 +89,7 @@ pub fn pick_up(
         }
     }
     let taken_over = found.connections.len();
+    metrics::TAKEN_OVER.inc_by(taken_over as u64);
     status.remark(format!("took over {taken_over} connections"));
     systemd::unstore(STORE_NAME);
     systemd::ready(&status.line());
@@ -131,7 +128,7 @@ struct Found {
 impl Found {
     /// Takes all that the channel's writer has sent. A frame that makes no sense costs the connections in
     /// it, and no others.
-    fn empty(&mut self, channel: &OwnedFd, names: &[Arc<str>]) -> anyhow::Result<()> {
+    fn empty(&mut self, channel: &OwnedFd, names: &[Name]) -> anyhow::Result<()> {
         loop {
             match channel::receive(channel)? {
                 Next::Frame(frame) => {

@@ -9,10 +9,11 @@ use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
 use super::launch::{Outcome, is_readable, take_standard_input};
-use crate::connection::Handler;
+use crate::door::Name;
 use crate::handover::{Channel, Handed, Kind, Next, Sender, receive_frame, send_frames};
 use crate::listeners::{Inheritance, Listener};
 use crate::log::message_id;
+use crate::metrics;
 use crate::server::Server;
 use crate::status::Status;
 
@@ -105,12 +106,7 @@ pub struct Committed {
 impl Committed {
     /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
     /// process is the main one, which is still to be told to whoever waits for the outcome.
-    pub async fn take_over(
-        self,
-        server: Server<impl Handler>,
-        names: Vec<Arc<str>>,
-        status: Arc<Status>,
-    ) -> Outcome {
+    pub async fn take_over(self, server: Server, names: Vec<Name>, status: Arc<Status>) -> Outcome {
         let Self { channel, outcome, me, deadline } = self;
         if let Err(error) = channel.say(Kind::Accepting, me, "").await {
             warn!(%error, "the predecessor is gone");
@@ -125,8 +121,8 @@ impl Committed {
 
 async fn receive(
     channel: Channel,
-    server: Server<impl Handler>,
-    names: Vec<Arc<str>>,
+    server: Server,
+    names: Vec<Name>,
     status: Arc<Status>,
     to_main: oneshot::Sender<()>,
 ) {
@@ -157,6 +153,7 @@ async fn receive(
                     match handed.connect() {
                         Ok(connection) => {
                             taken_over += 1;
+                            metrics::TAKEN_OVER.inc();
                             server.adopt(connection);
                         }
                         Err(error) => debug!(%error, "a client left while its connection moved"),

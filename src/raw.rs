@@ -1,0 +1,64 @@
+//! What no safe crate does: all the unsafe code that there is.
+
+use std::mem::{MaybeUninit, size_of};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::path::Path;
+
+/// The owner of an fd that is known by its number alone (`SERVER_STARTER_PORT`). To be called before any
+/// other code could have come to hold it, and once for each number.
+#[expect(unsafe_code, reason = "no safe crate turns a number into an owned fd")]
+pub fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
+    anyhow::ensure!(Path::new(&format!("/proc/self/fd/{fd}")).exists(), "not open in this process");
+    // SAFETY: the fd is open, and was passed to this process for it to own.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// How many connections wait to be accepted on a listening TCP socket; `tcp_info` of `tcp(7)` has it in
+/// `tcpi_unacked`. None for other sockets.
+#[expect(unsafe_code, reason = "no safe crate reads TCP_INFO, and a sandbox leaves no other way")]
+pub fn accept_queue(socket: impl AsFd) -> Option<u32> {
+    let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of::<libc::tcp_info>()).ok()?;
+    // SAFETY: the kernel writes up to `length` bytes, which `info` has; any bytes make a `tcp_info`.
+    let info = unsafe {
+        let result = libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        );
+        if result != 0 {
+            return None;
+        }
+        info.assume_init()
+    };
+    Some(info.tcpi_unacked)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::unix::net::UnixListener;
+
+    use super::*;
+
+    #[test]
+    fn the_accept_queue_is_as_long_as_connections_wait() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        assert_eq!(accept_queue(&listener), Some(0));
+        let address = listener.local_addr().expect("an address");
+        let waiting = [(); 3].map(|()| TcpStream::connect(address).expect("a connection"));
+        assert_eq!(accept_queue(&listener), Some(3));
+        drop(listener.accept().expect("one of them"));
+        assert_eq!(accept_queue(&listener), Some(2));
+        drop(waiting);
+    }
+
+    #[test]
+    fn a_socket_that_is_not_tcp_has_none() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let listener = UnixListener::bind(folder.path().join("socket")).expect("a listener");
+        assert_eq!(accept_queue(&listener), None);
+    }
+}
