@@ -12,7 +12,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::Query;
 use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade, close_code};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
@@ -56,18 +56,21 @@ async fn echo(body: Body) -> Body {
     Body::from_stream(pieces)
 }
 
-/// An event each second, until the service goes down: the client then comes back, to the next process.
+/// An event each second, until the service goes down: the client then comes back, to the next process, says
+/// which event it saw last, and misses none.
 async fn events(
     Extension(shutdown): Extension<Shutdown>,
+    headers: HeaderMap,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let event = async |number: u64| {
-        if number > 0 {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-        }
-        Some((Ok(Event::default().id(number.to_string()).data("tick")), number + 1))
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let first = (last.map_or(0, |last| last.wrapping_add(1)), Duration::ZERO);
+    let event = async |(number, wait): (u64, Duration)| {
+        tokio::time::sleep(wait).await;
+        let event = Event::default().id(number.to_string()).data("tick");
+        Some((Ok(event), (number.wrapping_add(1), Duration::from_secs(1))))
     };
     let end = async move { shutdown.begun().await };
-    Sse::new(stream::unfold(0, event).take_until(Box::pin(end)))
+    Sse::new(stream::unfold(first, event).take_until(Box::pin(end)))
 }
 
 /// Sends each message back, until the service goes down: it then says 1012, service restart.

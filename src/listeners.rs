@@ -126,12 +126,17 @@ impl Listener {
         format!("{}({place})", self.name)
     }
 
-    /// The address for a person to try, of a listener that this process bound itself.
-    pub fn bound_address(&self) -> Option<SocketAddr> {
-        match (&self.socket, &self.holder) {
-            (ListeningSocket::Tcp(socket), Holder::Nobody(_)) => socket.local_addr().ok(),
-            _ => None,
-        }
+    /// A command for a person to try, of a listener that this process bound itself.
+    pub fn try_it(&self) -> Option<String> {
+        let (ListeningSocket::Tcp(socket), Holder::Nobody(_)) = (&self.socket, &self.holder) else {
+            return None;
+        };
+        let address = socket.local_addr().ok()?;
+        Some(match self.door() {
+            Door::Http => format!("curl http://{address}/"),
+            Door::Https => format!("curl --insecure https://{address}/"),
+            Door::Admin => format!("curl http://{address}/metrics"),
+        })
     }
 
     pub fn door(&self) -> Door {

@@ -153,7 +153,7 @@ async fn serve(
         None => None,
     };
     let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
-    let address = listeners.iter().find_map(Listener::bound_address);
+    let example = listeners.iter().find_map(Listener::try_it);
     for listener in listeners {
         server.listen(listener)?;
     }
@@ -169,8 +169,8 @@ async fn serve(
     };
     let generation = life.generation;
     info!(message_id = log::message_id::STARTED, generation, "serving on {}", status.listeners());
-    if let Some(address) = address {
-        info!("try it: curl http://{address}/");
+    if let Some(example) = example {
+        info!("try it: {example}");
     }
     tokio::spawn(systemd::report(status.clone()));
     if let Some(watchdog) = watchdog {

@@ -7,10 +7,10 @@ use std::sync::Arc;
 
 use anyhow::{Context, anyhow, ensure};
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::ServerConfig;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{self, ServerConfig};
 
 use crate::config::Config;
 
@@ -37,6 +37,10 @@ pub fn acceptor(config: &Config) -> anyhow::Result<TlsAcceptor> {
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(chain, key)
+        .map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => anyhow!("the key is not the certificate's"),
+            error => error.into(),
+        })
         .with_context(|| format!("{} and {}", chain_path.display(), key_path.display()))?;
     tls.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
     tls.ticketer = ring::Ticketer::new()?;

@@ -1,5 +1,6 @@
 //! A connection's stream as hyper reads and writes it, reporting to the registry what passes.
 
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -27,11 +28,22 @@ pub(super) struct Io {
     unread: Bytes,
     registration: Registration,
     protocol: Protocol,
+    end: Ending,
+}
+
+/// How far a connection's end has come.
+#[derive(Clone, Copy)]
+enum Ending {
+    No,
+    /// Saying that nothing more will come from here.
+    Shutting,
+    /// Reading what the peer still sends, up to so many bytes, until it closes too.
+    Discarding(usize),
 }
 
 impl Io {
     pub(super) fn new(wire: Wire, unread: Bytes, registration: Registration, protocol: Protocol) -> Self {
-        Self { wire, unread, registration, protocol }
+        Self { wire, unread, registration, protocol, end: Ending::No }
     }
 
     /// What it takes to go on elsewhere. None behind TLS.
@@ -47,29 +59,45 @@ impl Io {
     }
 
     /// Ends the connection so that the peer gets the last answer whole: closing with unread bytes
-    /// in the socket would reset it (RFC 9112 section 9.6). Bounded by the registry's close limit.
+    /// in the socket would reset it (RFC 9112 section 9.6). Bounded by the registry's limits.
     pub(super) async fn close(mut self) {
-        self.entry().set_stage(Stage::Closing);
-        if self.wire.shutdown().await.is_err() {
-            return;
-        }
-        let mut discard = [0; 4096];
-        let mut left = DISCARD_LIMIT;
-        while left > 0 {
-            let read = std::future::poll_fn(|cx| {
-                self.registration.entry.wake_on_change(cx);
-                let mut into = ReadBuf::new(&mut discard);
-                match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
-                    Poll::Ready(Ok(())) => Poll::Ready(into.filled().len()),
-                    Poll::Ready(Err(_)) => Poll::Ready(0),
-                    Poll::Pending if self.registration.entry.is_overdue() => Poll::Ready(0),
-                    Poll::Pending => Poll::Pending,
+        poll_fn(|cx| {
+            self.entry().wake_on_change(cx);
+            self.poll_close(cx)
+        })
+        .await;
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let is_overdue = self.entry().is_overdue();
+            let next = match self.end {
+                // Behind TLS there is a word to say, which counts as the last answer's.
+                Ending::No => {
+                    self.entry().set_stage(Stage::InFlight);
+                    Ending::Shutting
                 }
-            });
-            match read.await {
-                0 => return,
-                length => left = left.saturating_sub(length),
-            }
+                Ending::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
+                    Poll::Ready(Ok(())) => {
+                        self.entry().set_stage(Stage::Closing);
+                        Ending::Discarding(DISCARD_LIMIT)
+                    }
+                    Poll::Pending if !is_overdue => return Poll::Pending,
+                    Poll::Ready(Err(_)) | Poll::Pending => return Poll::Ready(()),
+                },
+                Ending::Discarding(left) => {
+                    let mut discard = [0; 4096];
+                    let mut into = ReadBuf::new(&mut discard);
+                    match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
+                        Poll::Ready(Ok(())) if !into.filled().is_empty() && left > into.filled().len() => {
+                            Ending::Discarding(left - into.filled().len())
+                        }
+                        Poll::Pending if !is_overdue => return Poll::Pending,
+                        Poll::Ready(_) | Poll::Pending => return Poll::Ready(()),
+                    }
+                }
+            };
+            self.end = next;
         }
     }
 
@@ -142,12 +170,13 @@ impl AsyncWrite for Io {
         flushed
     }
 
-    /// hyper's way to say that it is done. The drivers close the stream themselves (`close`), or hand it
-    /// over; an upgraded one belongs to its handler.
+    /// hyper's way to say that it is done. The driver of HTTP/1 closes the stream itself (`close`), or hands
+    /// it over; an upgraded one belongs to its handler.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.entry().stage() {
-            Stage::Upgraded => Pin::new(&mut self.wire).poll_shutdown(cx),
-            _ => Poll::Ready(Ok(())),
+        match (self.protocol, self.entry().stage()) {
+            (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
+            (Protocol::Http1, Stage::Upgraded) => Pin::new(&mut self.wire).poll_shutdown(cx),
+            (Protocol::Http1, _) => Poll::Ready(Ok(())),
         }
     }
 }

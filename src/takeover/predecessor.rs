@@ -20,6 +20,9 @@ use crate::systemd;
 
 const UNDER_WAY: &str = "a takeover is under way already";
 
+/// The end of a container's PID 1 is the end of all in it, successors too.
+const PID_1: &str = "no reload as PID 1 of a container: start another container";
+
 /// What a successor inherits.
 pub struct Estate {
     listeners: Vec<(OwnedFd, Record)>,
@@ -79,6 +82,7 @@ pub async fn serve_until_end(
                 // An offer under way is dropped: its successor hears that nobody is there, and ends.
                 Asked::End => return Ending::Terminated,
                 Asked::Reload if offer.is_some() => error!("SIGHUP: {UNDER_WAY}"),
+                Asked::Reload if std::process::id() == 1 => error!("SIGHUP: {PID_1}"),
                 Asked::Reload => offer = Some(Box::pin(offer_to_own(estate, status))),
             },
             outcome = outcome => {

@@ -1,21 +1,55 @@
-//! An HTTP/1.1 client that never retries, and sees each byte.
+//! Clients that never retry: HTTP/1.1, which sees each byte, and HTTP/2.
 
 use std::fmt;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::sync::Arc;
+use std::task::{Context, Poll, Waker};
 
 use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::Request;
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::ClientConfig;
 
 #[derive(Clone, Debug)]
 pub enum Target {
     Tcp(SocketAddr),
     Unix(PathBuf),
+    /// TLS, with whom the client trusts and what it speaks.
+    Tls(SocketAddr, Arc<ClientConfig>),
 }
+
+impl Target {
+    async fn connect(&self) -> io::Result<Stream> {
+        Ok(match self {
+            Self::Tcp(address) => Box::pin(connect(*address).await?),
+            Self::Unix(path) => Box::pin(UnixStream::connect(path).await?),
+            Self::Tls(address, client) => {
+                let stream = connect(*address).await?;
+                Box::pin(TlsConnector::from(client.clone()).connect(address.ip().into(), stream).await?)
+            }
+        })
+    }
+}
+
+async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
+    let stream = TcpStream::connect(address).await?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// What carries the bytes.
+trait Duplex: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+type Stream = Pin<Box<dyn Duplex>>;
 
 /// An answer, whole.
 #[derive(Clone, Debug)]
@@ -46,11 +80,6 @@ pub struct Connection {
     buffer: Vec<u8>,
 }
 
-enum Stream {
-    Tcp(TcpStream),
-    Unix(UnixStream),
-}
-
 /// A GET for `path`.
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").into_bytes()
@@ -66,15 +95,7 @@ pub fn post(path: &str, length: usize) -> Vec<u8> {
 
 impl Connection {
     pub async fn open(target: &Target) -> io::Result<Self> {
-        let stream = match target {
-            Target::Tcp(address) => {
-                let stream = TcpStream::connect(address).await?;
-                stream.set_nodelay(true)?;
-                Stream::Tcp(stream)
-            }
-            Target::Unix(path) => Stream::Unix(UnixStream::connect(path).await?),
-        };
-        Ok(Self { stream, buffer: Vec::new() })
+        Ok(Self { stream: target.connect().await?, buffer: Vec::new() })
     }
 
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
@@ -185,17 +206,14 @@ impl Connection {
     /// Whether the server has closed this connection, as far as can be seen now.
     pub fn is_closed_by_server(&mut self) -> bool {
         let mut byte = [0];
-        let read = match &self.stream {
-            Stream::Tcp(stream) => stream.try_read(&mut byte),
-            Stream::Unix(stream) => stream.try_read(&mut byte),
-        };
-        match read {
-            Ok(0) => true,
-            Ok(_) => {
-                self.buffer.push(byte[0]);
-                false
+        let mut into = ReadBuf::new(&mut byte);
+        match self.stream.as_mut().poll_read(&mut Context::from_waker(Waker::noop()), &mut into) {
+            Poll::Ready(Ok(())) => {
+                self.buffer.extend_from_slice(into.filled());
+                into.filled().is_empty()
             }
-            Err(error) => error.kind() != io::ErrorKind::WouldBlock,
+            Poll::Ready(Err(_)) => true,
+            Poll::Pending => false,
         }
     }
 }
@@ -206,31 +224,31 @@ impl fmt::Debug for Connection {
     }
 }
 
-impl AsyncRead for Stream {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),
-        }
-    }
+/// One HTTP/2 connection.
+pub struct Http2 {
+    sender: SendRequest<Full<Bytes>>,
 }
 
-impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
+impl Http2 {
+    pub async fn open(target: &Target) -> Result<Self> {
+        let stream = TokioIo::new(target.connect().await?);
+        let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
+        // Its end shows in what the sender says.
+        tokio::spawn(async move { drop(connection.await) });
+        Ok(Self { sender })
     }
 
-    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
+    /// Whether the server has said GOAWAY, or the connection is closed.
+    pub async fn is_over(&mut self) -> bool {
+        self.sender.ready().await.is_err()
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
+    /// The status and body of a GET.
+    pub async fn get(&mut self, path: &str) -> Result<(u16, String)> {
+        let request = Request::get(format!("https://localhost{path}")).body(Full::default())?;
+        let response = self.sender.send_request(request).await?;
+        let status = response.status().as_u16();
+        let body = response.into_body().collect().await?.to_bytes();
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
     }
 }

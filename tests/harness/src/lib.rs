@@ -1,5 +1,6 @@
 //! What the tests and the benchmark share.
 
+pub mod certificate;
 pub mod client;
 pub mod container;
 pub mod frames;

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, bail};
 use tokio::task::JoinSet;
 
-use crate::client::{Connection, Target, get, post};
+use crate::client::{Connection, Http2, Target, get, post};
 
 /// No answer within this is a lost request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
@@ -33,6 +33,8 @@ pub enum Connections {
     KeptBlindly,
     /// One a request, which says `Connection: close`.
     OneEach,
+    /// One HTTP/2 connection for all requests, until the server says GOAWAY.
+    Http2,
 }
 
 impl Load {
@@ -67,6 +69,11 @@ impl Load {
         Self { request: post("/echo", 1024), ..Self::w1(target) }
     }
 
+    /// 10 HTTP/2 connections, one request at a time on each, flat out.
+    pub fn http2(target: &Target) -> Self {
+        Self { connections: Connections::Http2, ..Self::w1(target) }
+    }
+
     /// Starts the load in a thread of its own, which first does `enter` (to go into a container).
     pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
         let stop = Arc::new(AtomicBool::new(false));
@@ -80,8 +87,13 @@ impl Load {
 
     async fn run(self: Arc<Self>, stopped: Arc<AtomicBool>) -> Report {
         let mut clients = JoinSet::new();
+        let start = Instant::now();
         for _ in 0..self.clients {
-            clients.spawn(self.clone().client(stopped.clone()));
+            if self.connections == Connections::Http2 {
+                clients.spawn(self.clone().http2_client(start, stopped.clone()));
+            } else {
+                clients.spawn(self.clone().client(start, stopped.clone()));
+            }
         }
         let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
         for each in clients.join_all().await {
@@ -90,7 +102,7 @@ impl Load {
         report
     }
 
-    async fn client(self: Arc<Self>, stopped: Arc<AtomicBool>) -> Report {
+    async fn client(self: Arc<Self>, start: Instant, stopped: Arc<AtomicBool>) -> Report {
         let mut report = Report::default();
         let mut kept: Option<Connection> = None;
         while !stopped.load(Ordering::Relaxed) {
@@ -103,19 +115,52 @@ impl Load {
             let begun = Instant::now();
             let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&mut kept, &mut report)).await;
             let asked = asked.unwrap_or_else(|_| bail_timeout());
-            report.longest = report.longest.max(begun.elapsed());
-            match asked {
-                Ok(()) => report.answered += 1,
-                Err(error) => {
-                    *report.lost.entry(format!("{error:#}")).or_default() += 1;
-                    kept = None;
-                }
+            if asked.is_err() {
+                kept = None;
             }
+            report.note(start, begun, asked);
             if self.think > Duration::ZERO {
                 tokio::time::sleep(self.think).await;
             }
         }
         report
+    }
+
+    async fn http2_client(self: Arc<Self>, start: Instant, stopped: Arc<AtomicBool>) -> Report {
+        let mut report = Report::default();
+        let mut kept: Option<Http2> = None;
+        while !stopped.load(Ordering::Relaxed) {
+            let begun = Instant::now();
+            let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask_http2(&mut kept, &mut report)).await;
+            let asked = asked.unwrap_or_else(|_| bail_timeout());
+            if asked.is_err() {
+                kept = None;
+            }
+            report.note(start, begun, asked);
+            if self.think > Duration::ZERO {
+                tokio::time::sleep(self.think).await;
+            }
+        }
+        report
+    }
+
+    async fn ask_http2(&self, kept: &mut Option<Http2>, report: &mut Report) -> Result<()> {
+        if let Some(connection) = kept
+            && connection.is_over().await
+        {
+            report.told_to_close += 1;
+            *kept = None;
+        }
+        let connection = if let Some(connection) = kept {
+            connection
+        } else {
+            report.connections += 1;
+            kept.insert(Http2::open(&self.target).await?)
+        };
+        match connection.get("/").await? {
+            (200, _) => Ok(()),
+            (status, _) => bail!("status {status}"),
+        }
     }
 
     async fn ask(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
@@ -170,10 +215,23 @@ pub struct Report {
     /// Connections found closed between two requests.
     pub closed_idle: u64,
     pub longest: Duration,
+    /// Each request.
+    pub samples: Vec<Sample>,
+}
+
+/// One request.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// When it was sent; microseconds from the beginning of the load.
+    pub at: u32,
+    /// How long its answer, or its loss, took; microseconds.
+    pub took: u32,
+    pub is_lost: bool,
 }
 
 impl Report {
     fn add(&mut self, other: Self) {
+        self.samples.extend(other.samples);
         self.answered += other.answered;
         for (kind, count) in other.lost {
             *self.lost.entry(kind).or_default() += count;
@@ -187,6 +245,31 @@ impl Report {
 
     pub fn lost(&self) -> u64 {
         self.lost.values().sum()
+    }
+
+    /// The time that `share` of all requests took at the most: 0.99 for the 99th percentile.
+    pub fn percentile(&self, share: f64) -> Duration {
+        let mut took: Vec<u32> = self.samples.iter().map(|sample| sample.took).collect();
+        if took.is_empty() {
+            return Duration::ZERO;
+        }
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        let index = ((took.len() - 1) as f64 * share).round() as usize;
+        let (_, took, _) = took.select_nth_unstable(index);
+        Duration::from_micros(u64::from(*took))
+    }
+
+    /// What became of a request sent at `begun`; the load began at `start`.
+    fn note(&mut self, start: Instant, begun: Instant, asked: Result<()>) {
+        let took = begun.elapsed();
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        let at = micros(begun.duration_since(start));
+        self.samples.push(Sample { at, took: micros(took), is_lost: asked.is_err() });
+        self.longest = self.longest.max(took);
+        match asked {
+            Ok(()) => self.answered += 1,
+            Err(error) => *self.lost.entry(format!("{error:#}")).or_default() += 1,
+        }
     }
 }
 

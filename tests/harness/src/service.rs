@@ -84,7 +84,7 @@ impl Service {
     pub fn address(&self) -> SocketAddr {
         match self.target {
             Target::Tcp(address) => address,
-            Target::Unix(_) => panic!("this service listens on a Unix socket"),
+            _ => panic!("this service does not listen on TCP"),
         }
     }
 

@@ -1,0 +1,64 @@
+//! A certificate of its own for each test.
+
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use tempfile::TempDir;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+/// A certificate for `localhost` and 127.0.0.1, signed by itself.
+pub struct Certificate {
+    folder: TempDir,
+}
+
+impl Certificate {
+    /// `openssl` makes it.
+    pub fn new() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let certificate = Self { folder };
+        let made = Command::new("openssl")
+            .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"])
+            .args(["-days", "30", "-subj", "/CN=localhost", "-addext", "basicConstraints=critical,CA:FALSE"])
+            .args(["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"])
+            .arg("-keyout")
+            .arg(certificate.key())
+            .arg("-out")
+            .arg(certificate.chain())
+            .output()
+            .context("openssl")?;
+        ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
+        Ok(certificate)
+    }
+
+    pub fn chain(&self) -> PathBuf {
+        self.folder.path().join("tls.crt")
+    }
+
+    pub fn key(&self) -> PathBuf {
+        self.folder.path().join("tls.key")
+    }
+
+    /// Puts this certificate in the place of the one that `other` has, as a renewal does.
+    pub fn renew(&self, other: &Self) -> Result<()> {
+        std::fs::copy(self.chain(), other.chain())?;
+        std::fs::copy(self.key(), other.key())?;
+        Ok(())
+    }
+
+    /// A client that trusts this certificate alone, and asks for these protocols (ALPN).
+    pub fn client(&self, protocols: &[&str]) -> Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(self.chain())?)?;
+        let mut client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        client.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+        Ok(Arc::new(client))
+    }
+}
