@@ -23,6 +23,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::config::Config;
+use crate::credentials::Credentials;
 use crate::door::{Door, Name};
 use crate::failure::{Failure, Result};
 use crate::handover::{self, Record};
@@ -38,6 +39,7 @@ pub struct Inheritance {
     /// Where the predecessor left its connections; something else in the place of a channel is no reason
     /// not to start.
     pub channels: Vec<anyhow::Result<OwnedFd>>,
+    pub credentials: Credentials,
     /// Which process in a row of restarts this is, where the one who started it counts them.
     pub generation: Option<u64>,
     /// How long the service manager waits for a sign of life.
@@ -99,7 +101,8 @@ pub fn take(config: &Config) -> Result<Inheritance> {
             listeners.push(endpoint.bind().map_err(Failure::unavailable)?);
         }
     }
-    Ok(Inheritance { listeners, channels, generation, watchdog: systemd::watchdog() })
+    let credentials = Credentials::of_environment().map_err(Failure::config)?;
+    Ok(Inheritance { listeners, channels, credentials, generation, watchdog: systemd::watchdog() })
 }
 
 /// `http(8080) admin(/run/x.sock)`

@@ -5,6 +5,7 @@ mod admin;
 mod app;
 mod config;
 mod connection;
+mod credentials;
 mod door;
 mod drain;
 mod failure;
@@ -88,7 +89,7 @@ fn first(program: Program) -> Result<()> {
         Some(Command::Check) => {
             let inheritance = listeners::take(&config)?;
             log::init(config.log.as_deref(), 1)?;
-            tls_of(&config, &inheritance.listeners)?;
+            tls_of(&config, &inheritance)?;
             check(&inheritance.listeners);
             Ok(())
         }
@@ -130,7 +131,8 @@ async fn serve(
     program: Program,
     predecessor: &mut Option<Predecessor>,
 ) -> Result<()> {
-    let Inheritance { listeners, channels, watchdog, .. } = inheritance;
+    let tls = tls_of(config, &inheritance)?;
+    let Inheritance { listeners, channels, credentials, watchdog, .. } = inheritance;
     let mut signals = Signals::new().context("could not watch for signals")?;
     let shutdown = Shutdown::default();
     let registry = Registry::new(config.limits(), shutdown.clone());
@@ -140,11 +142,12 @@ async fn serve(
     let doors = Doors {
         app: requests::prepare(app::router(), life, shutdown.clone(), config),
         admin: requests::prepare(admin::router(admin), life, shutdown, config),
-        tls: tls_of(config, &listeners)?,
+        tls,
     };
     let (server, mut rested) = Server::new(doors, registry.clone(), config.max_connections, queues);
-    let estate = Estate::new(&listeners, life.generation, watchdog, program, config.takeover_timeout)
-        .context("could not keep the listeners for a successor")?;
+    let estate =
+        Estate::new(&listeners, &credentials, life.generation, watchdog, program, config.takeover_timeout)
+            .context("could not keep the listeners for a successor")?;
     tokio::spawn(registry.watch());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
@@ -195,9 +198,9 @@ async fn serve(
 }
 
 /// What the https listeners shake hands with, where there are any.
-fn tls_of(config: &Config, listeners: &[Listener]) -> Result<Option<TlsAcceptor>> {
-    let is_wanted = listeners.iter().any(|listener| listener.door() == Door::Https);
-    is_wanted.then(|| tls::acceptor(config).map_err(Failure::config)).transpose()
+fn tls_of(config: &Config, inheritance: &Inheritance) -> Result<Option<TlsAcceptor>> {
+    let is_wanted = inheritance.listeners.iter().any(|listener| listener.door() == Door::Https);
+    is_wanted.then(|| tls::acceptor(config, &inheritance.credentials).map_err(Failure::config)).transpose()
 }
 
 /// All that a start does short of serving is done.

@@ -9,7 +9,7 @@
 //!   Go                      ---->
 //!                                      <---- Hello                  is there
 //!                                  RELOADING=1
-//!                                  Listeners ---->                  builds its service on them
+//!                                  Listeners ---->                  builds its service on them, and on the credentials
 //!                                      <---- Ready                  could serve
 //!                                  Commit ---->                     accepts
 //!                                      <---- Accepting
@@ -28,6 +28,9 @@ mod launch;
 mod predecessor;
 mod socket;
 mod successor;
+
+/// What the folder of the credentials is called where the listeners stand with their names.
+const CREDENTIALS: &str = "credentials";
 
 pub use launch::{Program, Role, be_the_middle, role};
 pub use predecessor::{Ending, Estate, serve_until_end};

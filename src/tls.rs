@@ -1,8 +1,9 @@
 //! TLS 1.2 and 1.3 by rustls, with ring as its provider of cryptography: it builds with a C compiler
 //! alone, for a static binary too.
 
-use std::io;
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, anyhow, ensure};
@@ -13,6 +14,7 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
 
 use crate::config::Config;
+use crate::credentials::Credentials;
 
 /// What the unit's `LoadCredential=` lines call the two files.
 const CERTIFICATE: &str = "tls.crt";
@@ -24,51 +26,55 @@ const FILE_LIMIT: u64 = 1024 * 1024;
 pub const HTTP2: &[u8] = b"h2";
 const HTTP1: &[u8] = b"http/1.1";
 
-/// The certificate and its key: from the flags, else from the unit's credentials (`systemd.exec(5)`).
-pub fn acceptor(config: &Config) -> anyhow::Result<TlsAcceptor> {
-    let chain_path = path(config.tls_cert.as_deref(), CERTIFICATE)?;
-    let key_path = path(config.tls_key.as_deref(), KEY)?;
-    let chain: Vec<_> = CertificateDer::pem_slice_iter(&read(&chain_path)?)
+/// The certificate and its key: from the flags, else from the unit's credentials.
+pub fn acceptor(config: &Config, credentials: &Credentials) -> anyhow::Result<TlsAcceptor> {
+    let (certificate, text) = read(config.tls_cert.as_deref(), CERTIFICATE, credentials)?;
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<_, _>>()
-        .map_err(|error| not_pem(&chain_path, &error))?;
-    ensure!(!chain.is_empty(), "{}: no certificate (PEM) in it", chain_path.display());
-    let key = PrivateKeyDer::from_pem_slice(&read(&key_path)?).map_err(|error| not_pem(&key_path, &error))?;
+        .map_err(|error| not_pem(&certificate, &error))?;
+    ensure!(!chain.is_empty(), "{certificate}: no certificate (PEM) in it");
+    let (key, text) = read(config.tls_key.as_deref(), KEY, credentials)?;
+    let key_der = PrivateKeyDer::from_pem_slice(&text).map_err(|error| not_pem(&key, &error))?;
     let mut tls = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
-        .with_single_cert(chain, key)
+        .with_single_cert(chain, key_der)
         .map_err(|error| match error {
             rustls::Error::InconsistentKeys(_) => anyhow!("the key is not the certificate's"),
             error => error.into(),
         })
-        .with_context(|| format!("{} and {}", chain_path.display(), key_path.display()))?;
+        .with_context(|| format!("{certificate} and {key}"))?;
     tls.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
     tls.ticketer = ring::Ticketer::new()?;
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }
 
-fn path(flag: Option<&Path>, credential: &str) -> anyhow::Result<PathBuf> {
-    if let Some(path) = flag {
-        return Ok(path.to_owned());
-    }
-    let folder = std::env::var_os("CREDENTIALS_DIRECTORY").with_context(|| {
-        format!("no {credential} for the https listener: LoadCredential={credential}:… in the unit, or --tls-cert and --tls-key")
-    })?;
-    Ok(Path::new(&folder).join(credential))
-}
-
-fn read(path: &Path) -> anyhow::Result<Vec<u8>> {
-    let read = || {
-        let length = std::fs::metadata(path)?.len();
-        if length > FILE_LIMIT { Err(io::ErrorKind::FileTooLarge.into()) } else { std::fs::read(path) }
+/// What a file is called, and what is in it.
+fn read(
+    flag: Option<&Path>,
+    credential: &str,
+    credentials: &Credentials,
+) -> anyhow::Result<(String, Vec<u8>)> {
+    let name = flag.map_or_else(|| credential.to_owned(), |path| path.display().to_string());
+    let file = match flag {
+        Some(path) => File::open(path).with_context(|| format!("could not read {name}"))?,
+        None => credentials.open(credential).with_context(|| {
+            format!(
+                "no {credential} for the https listener: LoadCredential={credential}:… in the unit, or \
+                 --tls-cert and --tls-key"
+            )
+        })??,
     };
-    read().with_context(|| format!("could not read {}", path.display()))
+    let mut text = Vec::new();
+    file.take(FILE_LIMIT + 1).read_to_end(&mut text).with_context(|| format!("could not read {name}"))?;
+    ensure!(text.len() as u64 <= FILE_LIMIT, "{name}: larger than a certificate or a key can be");
+    Ok((name, text))
 }
 
-fn not_pem(path: &Path, error: &pem::Error) -> anyhow::Error {
+fn not_pem(name: &str, error: &pem::Error) -> anyhow::Error {
     let error = match error {
         pem::Error::NoItemsFound => "nothing of the kind in it".to_owned(),
         error => error.to_string(),
     };
-    anyhow!("{}: {error} (PEM is expected)", path.display())
+    anyhow!("{name}: {error} (PEM is expected)")
 }

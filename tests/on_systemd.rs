@@ -2,8 +2,10 @@
 //! own.
 
 use std::os::unix::fs::MetadataExt;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use harness::certificate::{Certificate, ClientConfig, client_of};
 use harness::client::{Connection, Target, get, post};
 use harness::container::{Container, Package, Systemd};
 use harness::eventually;
@@ -61,6 +63,13 @@ promises! {
     hangup_reloads_too
     reloads_and_restarts_at_random_lose_nothing
     the_watchdog_watches_the_successor
+    restarts_under_https_lose_nothing
+    restarts_under_http2_lose_nothing
+    reloads_under_https_and_http2_lose_nothing
+    h2load_sees_no_failure_over_restarts
+    a_renewed_certificate_is_in_use_after_a_restart_with_credentials
+    a_renewed_certificate_is_in_use_after_a_reload_with_files
+    the_admin_socket_says_no_during_a_drain_and_yes_after_it
 }
 
 #[test]
@@ -764,4 +773,163 @@ fn the_watchdog_watches_the_successor(systemd: Systemd) {
         .expect("sent");
     container.until("MainPID", |main| main != pid);
     assert!(!ask(&container, "/").is_empty());
+}
+
+// ---- TLS and admin ----
+
+fn https(clients: Arc<ClientConfig>) -> Target {
+    Target::Tls(([127, 0, 0, 1], 8443).into(), clients)
+}
+
+/// Puts a certificate where the unit has its credentials.
+fn install(container: &Container, certificate: &Certificate) {
+    for (file, path) in [("tls.crt", certificate.chain()), ("tls.key", certificate.key())] {
+        let text = std::fs::read_to_string(path).expect("a file");
+        container.write(&format!("etc/{}/{file}", env!("CARGO_PKG_NAME")), &text).expect("written");
+    }
+}
+
+fn start_socket(container: &Container, kind: &str) {
+    let unit = format!("{}-{kind}.socket", env!("CARGO_PKG_NAME"));
+    container.run(&["systemctl", "start", &unit]).expect("a socket");
+}
+
+/// With the TLS socket, and the lines of the service that go with it.
+fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
+    let container = boot(systemd);
+    install(&container, certificate);
+    let unit = std::fs::read_to_string(format!(
+        "{}/systemd/{}",
+        env!("CARGO_MANIFEST_DIR"),
+        container.unit("service")
+    ));
+    let unit = unit.expect("the unit");
+    let lines: Vec<&str> = unit.lines().filter_map(|line| line.strip_prefix("#LoadCredential=")).collect();
+    assert_eq!(lines.len(), 2, "{unit}");
+    let lines = lines.iter().map(|line| format!("LoadCredential={line}\n")).collect::<Vec<_>>().concat();
+    container.add_to_unit("service", "tls", &format!("[Service]\n{lines}")).expect("a drop-in");
+    start_socket(&container, "tls");
+    ask(&container, "/");
+    container
+}
+
+/// As `again_and_again`, for clients whose connections cannot move: they are told, and come back.
+fn again_and_again_told(verb: &str, container: &Container, load: Load) {
+    let running = load.start(container.enter());
+    for _ in 0..TIMES / 3 {
+        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+    }
+    let report = running.stop();
+    eprintln!("{} times {verb}: {report}", TIMES / 3);
+    assert!(report.answered > u64::from(TIMES), "hardly a load: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert!(report.told_to_close >= u64::from(TIMES / 3), "{report}");
+}
+
+fn restarts_under_https_lose_nothing(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let target = https(certificate.client(&["http/1.1"]).expect("a client"));
+    again_and_again_told("restart", &container, Load { clients: 10, ..Load::w2(&target) });
+}
+
+fn restarts_under_http2_lose_nothing(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let target = https(certificate.client(&["h2"]).expect("a client"));
+    again_and_again_told("restart", &container, Load::http2(&target));
+}
+
+fn reloads_under_https_and_http2_lose_nothing(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let https1 = https(certificate.client(&["http/1.1"]).expect("a client"));
+    let https2 = https(certificate.client(&["h2"]).expect("a client"));
+    let beside = Load { clients: 5, ..Load::http2(&https2) }.start(container.enter());
+    again_and_again_told("reload", &container, Load { clients: 10, ..Load::w2(&https1) });
+    let report = beside.stop();
+    assert_eq!(report.lost(), 0, "{report}");
+    assert!(report.told_to_close >= u64::from(TIMES / 3), "{report}");
+}
+
+fn h2load_sees_no_failure_over_restarts(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let mut h2load =
+        container.outside(&["h2load", "--clients=10", "--duration=5", "https://127.0.0.1:8443/"]);
+    let h2load = std::thread::spawn(move || h2load.output().expect("h2load"));
+    while !h2load.is_finished() {
+        container.systemctl("restart").expect("a restart");
+        std::thread::sleep(Duration::from_millis(500));
+    }
+    let output = h2load.join().expect("h2load");
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
+    eprintln!("{line}");
+    assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
+}
+
+fn a_renewed_certificate_is_in_use_after_a_restart_with_credentials(systemd: Systemd) {
+    let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
+    let container = boot_with_tls(systemd, &old);
+    renew(&container, "restart", &old, &new);
+}
+
+fn a_renewed_certificate_is_in_use_after_a_reload_with_files(systemd: Systemd) {
+    let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
+    let container = boot(systemd);
+    install(&container, &old);
+    let folder = format!("/etc/{}", env!("CARGO_PKG_NAME"));
+    variables(
+        &container,
+        &[("TLS_CERT", &format!("{folder}/tls.crt")), ("TLS_KEY", &format!("{folder}/tls.key"))],
+    );
+    start_socket(&container, "tls");
+    ask(&container, "/");
+    renew(&container, "reload", &old, &new);
+}
+
+/// Renews the certificate and does `systemctl VERB`, under load: nothing is lost.
+fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate) {
+    let of = |certificates: &[&Certificate]| https(client_of(certificates, &["http/1.1"]).expect("a client"));
+    let handshake = |certificate: &Certificate| {
+        let target = of(&[certificate]);
+        container.inside(|| async move { Connection::open(&target).await.is_ok() })
+    };
+    assert!(handshake(old) && !handshake(new));
+    let running = Load { clients: 10, ..Load::w2(&of(&[old, new])) }.start(container.enter());
+    install(container, new);
+    assert!(handshake(old) && !handshake(new), "nothing changes before");
+    container.systemctl(verb).expect("done");
+    assert!(handshake(new) && !handshake(old));
+    let report = running.stop();
+    eprintln!("renewed by a {verb}: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+}
+
+fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
+    let container = boot(systemd);
+    start_socket(&container, "admin");
+    let readiness = || {
+        let socket = format!("/run/{}-admin.sock", env!("CARGO_PKG_NAME"));
+        let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--output", "/dev/null"]);
+        curl.args(["--write-out", "%{response_code}", "--unix-socket"]);
+        curl.arg(container.path(socket.trim_start_matches('/'))).arg("http://localhost/readyz");
+        String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()
+    };
+    assert_eq!(readiness(), "200");
+    container.inside(|| async {
+        let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
+        slow.send(&get("/sleep?duration=3s")).await.expect("sent");
+        container.until("StatusText", |status| {
+            status.contains(" 2 connections, 1 in flight") || status.contains(" 1 in flight")
+        });
+        let name = container.unit("service");
+        container.run(&["systemctl", "restart", "--no-block", &name]).expect("a restart");
+        eventually("a drain", || readiness() == "503");
+        assert_eq!(slow.answer().await.expect("an answer").status, 200);
+        eventually("the next process", || readiness() == "200");
+        assert_eq!(generation(&mut slow).await, 2);
+    });
 }

@@ -41,7 +41,7 @@ pub enum Kind {
     Hello,
     /// Who started the successor: it is now a child of the service manager.
     Go,
-    /// The predecessor: listen on these; the text is my `WATCHDOG_USEC`.
+    /// The predecessor: listen on these, and here are my credentials; the text is my `WATCHDOG_USEC`.
     Listeners,
     /// The successor: I could serve.
     Ready,

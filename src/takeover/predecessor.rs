@@ -1,16 +1,19 @@
 //! The old process's side: it serves until it is told to end, or a successor has taken over.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::{error, info};
 
+use super::CREDENTIALS;
 use super::launch::Program;
 use super::socket::TakeoverSocket;
+use crate::credentials::Credentials;
 use crate::handover::{Channel, Frame, Kind, Record, Sender, pair};
 use crate::listeners::Listener;
 use crate::log::message_id;
@@ -25,7 +28,8 @@ const PID_1: &str = "no reload as PID 1 of a container: start another container"
 
 /// What a successor inherits.
 pub struct Estate {
-    listeners: Vec<(OwnedFd, Record)>,
+    /// Its listeners, and the folder of its credentials.
+    fds: Vec<(OwnedFd, Record)>,
     pub generation: u64,
     pub watchdog: Option<Duration>,
     pub program: Program,
@@ -44,13 +48,18 @@ pub enum Ending {
 impl Estate {
     pub fn new(
         listeners: &[Listener],
+        credentials: &Credentials,
         generation: u64,
         watchdog: Option<Duration>,
         program: Program,
         limit: Duration,
     ) -> io::Result<Self> {
-        let listeners = listeners.iter().map(Listener::pack).collect::<io::Result<_>>()?;
-        Ok(Self { listeners, generation, watchdog, program, limit })
+        let mut fds = listeners.iter().map(Listener::pack).collect::<io::Result<Vec<_>>>()?;
+        if let Some(folder) = credentials.folder() {
+            let record = Record { listener: CREDENTIALS.to_owned(), rest: Bytes::new() };
+            fds.push((folder.as_fd().try_clone_to_owned()?, record));
+        }
+        Ok(Self { fds, generation, watchdog, program, limit })
     }
 }
 
@@ -161,7 +170,7 @@ async fn offer(estate: &Estate, channel: &Channel, reparented: bool, status: &St
     let pid = pid.unwrap_or_default();
     systemd::reloading(&format!("generation {} takes over: pid {pid}", estate.generation + 1));
     let watchdog = estate.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
-    channel.send(Kind::Listeners, me, &estate.listeners, &watchdog).await?;
+    channel.send(Kind::Listeners, me, &estate.fds, &watchdog).await?;
     expect(channel, Kind::Ready).await?;
     channel.say(Kind::Commit, me, "").await?;
     expect(channel, Kind::Accepting).await?;

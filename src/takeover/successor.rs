@@ -8,7 +8,9 @@ use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
+use super::CREDENTIALS;
 use super::launch::{Outcome, is_readable, take_standard_input};
+use crate::credentials::Credentials;
 use crate::door::Name;
 use crate::handover::{Channel, Handed, Kind, Next, Sender, receive_frame, send_frames};
 use crate::listeners::{Inheritance, Listener};
@@ -56,12 +58,21 @@ impl Predecessor {
             Kind::Refused => bail!("{}", frame.text),
             other => bail!("listeners were to come from the predecessor, and {other:?} came"),
         }
-        let listeners = frame.sockets.into_iter().map(Listener::unpack).collect::<Result<Vec<_>>>()?;
+        let mut listeners = Vec::new();
+        let mut credentials = Credentials::default();
+        for (fd, record) in frame.sockets {
+            if record.listener == CREDENTIALS {
+                credentials = Credentials::of_predecessor(fd);
+            } else {
+                listeners.push(Listener::unpack((fd, record))?);
+            }
+        }
         let generation = frame.sender.generation.saturating_add(1);
         self.me = Sender::now(generation);
         // systemd gives WATCHDOG_USEC to what ExecStart= starts, and not to us.
         let watchdog = frame.text.parse().ok().map(Duration::from_micros);
-        Ok(Inheritance { listeners, channels: Vec::new(), generation: Some(generation), watchdog })
+        let generation = Some(generation);
+        Ok(Inheritance { listeners, channels: Vec::new(), credentials, generation, watchdog })
     }
 
     /// Says that we could serve, and waits for the predecessor to say: do.

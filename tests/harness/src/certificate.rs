@@ -6,10 +6,12 @@ use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 use tempfile::TempDir;
+pub use tokio_rustls::rustls::ClientConfig;
+use tokio_rustls::rustls::RootCertStore;
+use tokio_rustls::rustls::client::Resumption;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 /// A certificate for `localhost` and 127.0.0.1, signed by itself.
 pub struct Certificate {
@@ -43,22 +45,24 @@ impl Certificate {
         self.folder.path().join("tls.key")
     }
 
-    /// Puts this certificate in the place of the one that `other` has, as a renewal does.
-    pub fn renew(&self, other: &Self) -> Result<()> {
-        std::fs::copy(self.chain(), other.chain())?;
-        std::fs::copy(self.key(), other.key())?;
-        Ok(())
-    }
-
     /// A client that trusts this certificate alone, and asks for these protocols (ALPN).
     pub fn client(&self, protocols: &[&str]) -> Result<Arc<ClientConfig>> {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(self.chain())?)?;
-        let mut client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()?
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        client.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-        Ok(Arc::new(client))
+        client_of(&[self], protocols)
     }
+}
+
+/// A client that trusts these certificates, and asks for these protocols (ALPN).
+pub fn client_of(certificates: &[&Certificate], protocols: &[&str]) -> Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    for certificate in certificates {
+        roots.add(CertificateDer::from_pem_file(certificate.chain())?)?;
+    }
+    let mut client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    client.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+    // Each handshake shows the certificate.
+    client.resumption = Resumption::disabled();
+    Ok(Arc::new(client))
 }

@@ -1,6 +1,7 @@
 //! Clients that never retry: HTTP/1.1, which sees each byte, and HTTP/2.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -10,10 +11,7 @@ use std::task::{Context, Poll, Waker};
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use http_body_util::{BodyExt, Full};
-use hyper::Request;
-use hyper::client::conn::http2::{self, SendRequest};
-use hyper_util::rt::{TokioExecutor, TokioIo};
+use h2::client::SendRequest;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
@@ -226,13 +224,12 @@ impl fmt::Debug for Connection {
 
 /// One HTTP/2 connection.
 pub struct Http2 {
-    sender: SendRequest<Full<Bytes>>,
+    sender: SendRequest<Bytes>,
 }
 
 impl Http2 {
     pub async fn open(target: &Target) -> Result<Self> {
-        let stream = TokioIo::new(target.connect().await?);
-        let (sender, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
+        let (sender, connection) = h2::client::handshake(target.connect().await?).await?;
         // Its end shows in what the sender says.
         tokio::spawn(async move { drop(connection.await) });
         Ok(Self { sender })
@@ -240,15 +237,23 @@ impl Http2 {
 
     /// Whether the server has said GOAWAY, or the connection is closed.
     pub async fn is_over(&mut self) -> bool {
-        self.sender.ready().await.is_err()
+        poll_fn(|cx| self.sender.poll_ready(cx)).await.is_err()
     }
 
-    /// The status and body of a GET.
-    pub async fn get(&mut self, path: &str) -> Result<(u16, String)> {
-        let request = Request::get(format!("https://localhost{path}")).body(Full::default())?;
-        let response = self.sender.send_request(request).await?;
-        let status = response.status().as_u16();
-        let body = response.into_body().collect().await?.to_bytes();
-        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    /// The status and body of a GET. None where nothing was sent, since the server had said GOAWAY.
+    pub async fn get(&mut self, path: &str) -> Result<Option<(u16, String)>> {
+        let request = http::Request::get(format!("https://localhost{path}")).body(())?;
+        if self.is_over().await {
+            return Ok(None);
+        }
+        let Ok((response, _)) = self.sender.send_request(request, true) else { return Ok(None) };
+        let (head, mut body) = response.await?.into_parts();
+        let mut text = Vec::new();
+        while let Some(data) = body.data().await {
+            let data = data?;
+            body.flow_control().release_capacity(data.len())?;
+            text.extend_from_slice(&data);
+        }
+        Ok(Some((head.status.as_u16(), String::from_utf8_lossy(&text).into_owned())))
     }
 }

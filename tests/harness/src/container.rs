@@ -67,10 +67,14 @@ impl Container {
             .output()
             .context("systemctl enable")?;
         ensure!(enabled.status.success(), "systemctl enable: {}", String::from_utf8_lossy(&enabled.stderr));
+        // At its first boot a systemd enables whatever has an [Install] section, unless told not to.
+        let presets = stage.path().join("etc/systemd/system-preset");
+        fs::create_dir_all(&presets)?;
+        fs::write(presets.join("00-none.preset"), "disable *\n")?;
         let mut notifications = Notifications::new()?;
         let cgroups = Cgroups::new()?;
         let mut command = nspawn(systemd, package.folder, &cgroups)?;
-        for folder in ["usr/local", "etc/systemd/system"] {
+        for folder in ["usr/local", "etc/systemd/system", "etc/systemd/system-preset"] {
             command.arg(format!("--bind={}:/{folder}", stage.path().join(folder).display()));
         }
         command
@@ -104,6 +108,14 @@ impl Container {
             .args(["--all", "--"])
             .args(command)
             .stdin(Stdio::null());
+        entered
+    }
+
+    /// A command of this machine's, to be run on the container's network.
+    pub fn outside(&self, command: &[&str]) -> Command {
+        let mut entered = Command::new("nsenter");
+        let target = format!("--target={}", self.leader.as_raw_nonzero());
+        entered.args([&target, "--net", "--"]).args(command).stdin(Stdio::null());
         entered
     }
 

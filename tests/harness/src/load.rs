@@ -145,21 +145,21 @@ impl Load {
     }
 
     async fn ask_http2(&self, kept: &mut Option<Http2>, report: &mut Report) -> Result<()> {
-        if let Some(connection) = kept
-            && connection.is_over().await
-        {
-            report.told_to_close += 1;
-            *kept = None;
-        }
-        let connection = if let Some(connection) = kept {
-            connection
-        } else {
-            report.connections += 1;
-            kept.insert(Http2::open(&self.target).await?)
-        };
-        match connection.get("/").await? {
-            (200, _) => Ok(()),
-            (status, _) => bail!("status {status}"),
+        loop {
+            let connection = if let Some(connection) = kept {
+                connection
+            } else {
+                report.connections += 1;
+                kept.insert(Http2::open(&self.target).await?)
+            };
+            match connection.get("/").await? {
+                Some((200, _)) => return Ok(()),
+                Some((status, _)) => bail!("status {status}"),
+                None => {
+                    report.told_to_close += 1;
+                    *kept = None;
+                }
+            }
         }
     }
 

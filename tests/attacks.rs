@@ -1,0 +1,258 @@
+//! What comes in at a door may be wrong, late, huge or hostile: it is refused within its limit, while a
+//! polite client beside it is served as ever.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use harness::block_on;
+use harness::certificate::Certificate;
+use harness::client::{Connection, Target, get};
+use harness::load::Load;
+use harness::process::{Notifications, Process};
+use harness::service::command;
+use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+/// Nobody polite waits longer than this at the 99th percentile, on two busy cores and in a debug build.
+const POLITE_LIMIT: Duration = Duration::from_millis(250);
+/// The head limit of the service under attack, and the idle limit.
+const LIMIT: Duration = Duration::from_secs(2);
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// An empty SETTINGS frame.
+const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+struct Victim {
+    http: SocketAddr,
+    https: SocketAddr,
+    certificate: Certificate,
+    _process: Process,
+    _notifications: Notifications,
+}
+
+impl Victim {
+    /// Does `attack` again and again, for a second at least, while a polite client asks.
+    fn under(attack: impl AsyncFn(&Self) + Copy) {
+        let certificate = Certificate::new().expect("a certificate");
+        let mut notifications = Notifications::new().expect("a socket");
+        let limit = humantime::format_duration(LIMIT).to_string();
+        let mut command = command(BINARY, &["--head-timeout", &limit, "--idle-timeout", &limit]);
+        command
+            .args(["--listen", "127.0.0.1:0", "--listen", "https=127.0.0.1:0"])
+            .args(["--tls-cert".into(), certificate.chain(), "--tls-key".into(), certificate.key()])
+            .env("NOTIFY_SOCKET", notifications.path());
+        let process = Process::spawn(&mut command).expect("a service");
+        let status = notifications.wait_for("STATUS=serving on").expect("ready");
+        let address = |name: &str| {
+            let port = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
+            SocketAddr::from(([127, 0, 0, 1], port.expect(&status).parse().expect("a port")))
+        };
+        let (http, https) = (address("http"), address("https"));
+        let victim = Self { http, https, certificate, _process: process, _notifications: notifications };
+        let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(http)) }.start(|| {});
+        let begun = Instant::now();
+        while begun.elapsed() < Duration::from_secs(1) {
+            block_on(attack(&victim));
+        }
+        let report = polite.stop();
+        let p99 = report.percentile(0.99);
+        eprintln!("beside it: {report}, p99 {:.1} ms", p99.as_secs_f64() * 1000.0);
+        assert!(report.answered > 50, "too few to measure: {report}");
+        assert_eq!(report.lost(), 0, "{report}");
+        assert!(p99 < POLITE_LIMIT, "p99 {p99:?}: {report}");
+    }
+
+    fn tls(&self) -> Target {
+        Target::Tls(self.https, self.certificate.client(&[]).expect("a client"))
+    }
+}
+
+/// Sends `bytes`, and gives all that comes back until the end, which is to come within the limit.
+async fn send_and_read(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    // Refused before it is all sent, perhaps.
+    let _ = stream.write_all(bytes).await;
+    read_to_end(&mut stream).await
+}
+
+async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(3 * LIMIT, stream.read_to_end(&mut answer)).await;
+    // A reset is an end too.
+    let _ = ended.expect("an end within the limit");
+    answer
+}
+
+fn assert_starts(answer: &[u8], wanted: &str) {
+    assert!(answer.starts_with(wanted.as_bytes()), "{wanted}: {:?}", String::from_utf8_lossy(answer));
+}
+
+#[test]
+fn tls_to_the_plain_port_is_a_bad_request() {
+    Victim::under(async |victim| {
+        // The beginning of a ClientHello.
+        let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
+        assert_starts(&send_and_read(victim.http, &hello).await, "HTTP/1.1 400 ");
+    });
+}
+
+#[test]
+fn plain_http_to_the_tls_port_is_told_so() {
+    Victim::under(async |victim| {
+        let answer = send_and_read(victim.https, &get("/")).await;
+        assert_starts(&answer, "HTTP/1.1 400 ");
+        assert!(String::from_utf8_lossy(&answer).contains("speaks TLS"));
+    });
+}
+
+#[test]
+fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
+    Victim::under(async |victim| {
+        let answer = send_and_read(victim.https, &[22; 4096]).await;
+        assert_eq!(answer.first(), Some(&21), "an alert record: {answer:?}");
+    });
+}
+
+#[test]
+fn an_http2_preface_cut_in_two_is_http2() {
+    Victim::under(async |victim| {
+        for cut in [1, 3, 14, 23] {
+            let mut stream = TcpStream::connect(victim.http).await.expect("a connection");
+            stream.set_nodelay(true).expect("at once");
+            stream.write_all(&PREFACE[..cut]).await.expect("sent");
+            // Another client's turn: by then the first half has been looked at.
+            let mut other = Connection::open(&Target::Tcp(victim.http)).await.expect("a connection");
+            other.ask(&get("/")).await.expect("an answer");
+            stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("sent");
+            let mut frame = [0; 9];
+            stream.read_exact(&mut frame).await.expect("a frame");
+            assert_eq!(frame[3], 4, "SETTINGS: {frame:?}");
+        }
+    });
+}
+
+#[test]
+fn a_head_that_is_too_large_is_refused_in_each_protocol() {
+    Victim::under(async |victim| {
+        let large = "x".repeat(96 * 1024);
+        let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
+        assert_starts(&send_and_read(victim.http, head.as_bytes()).await, "HTTP/1.1 431 ");
+        let mut tls = Connection::open(&victim.tls()).await.expect("a connection");
+        let _ = tls.send(head.as_bytes()).await;
+        assert_eq!(tls.head().await.expect("an answer").status, 431);
+        // curl itself sends no more than 64 KiB.
+        let large = &large[..40 * 1024];
+        for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
+            let output = tokio::process::Command::new("curl")
+                .args(["--silent", "--max-time", "10", "--output", "/dev/null", protocol])
+                .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
+                .arg(format!("http://{}/", victim.http))
+                .output()
+                .await
+                .expect("curl");
+            assert_eq!(String::from_utf8_lossy(&output.stdout), status, "{protocol}");
+        }
+    });
+}
+
+#[test]
+fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
+    Victim::under(async |victim| {
+        let head = get("/");
+        let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
+        let mut attackers = JoinSet::new();
+        for (address, bytes, answer) in [
+            (victim.http, head, "HTTP/1.1 408 "),
+            (victim.https, hello, ""),
+            (victim.http, PREFACE.to_vec(), ""),
+        ] {
+            for _ in 0..20 {
+                let (bytes, begun) = (bytes.clone(), Instant::now());
+                attackers.spawn(async move {
+                    let stream = TcpStream::connect(address).await.expect("a connection");
+                    let (mut from, mut to) = stream.into_split();
+                    let trickle = tokio::spawn(async move {
+                        for byte in bytes {
+                            if to.write_all(&[byte]).await.is_err() {
+                                return;
+                            }
+                            tokio::time::sleep(LIMIT / 10).await;
+                        }
+                    });
+                    let mut answered = Vec::new();
+                    let _ = from.read_to_end(&mut answered).await;
+                    trickle.abort();
+                    assert_starts(&answered, answer);
+                    assert!(
+                        begun.elapsed() > LIMIT / 2 && begun.elapsed() < 3 * LIMIT,
+                        "{:?}",
+                        begun.elapsed()
+                    );
+                });
+            }
+        }
+        while let Some(attacker) = attackers.join_next().await {
+            attacker.expect("cut short");
+        }
+    });
+}
+
+#[test]
+fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("more files");
+    Victim::under(async |victim| {
+        let mut silent = Vec::new();
+        for number in 0..10_000 {
+            let address = if number % 2 == 0 { victim.http } else { victim.https };
+            silent.push(TcpStream::connect(address).await.expect("a connection"));
+        }
+        for mut stream in silent {
+            assert_eq!(read_to_end(&mut stream).await, b"");
+        }
+    });
+}
+
+#[test]
+fn http2_rapid_reset_is_ended_with_goaway() {
+    Victim::under(async |victim| {
+        // GET / and at once RST_STREAM, on a hundred thousand streams.
+        let mut bytes = [PREFACE, SETTINGS].concat();
+        for stream in (1..200_000_u32).step_by(2) {
+            let id = stream.to_be_bytes();
+            let block = [0x82, 0x86, 0x84, 0x41, 1, b'x'];
+            bytes.extend([0, 0, 6, 1, 5]);
+            bytes.extend(id);
+            bytes.extend(block);
+            bytes.extend([0, 0, 4, 3, 0]);
+            bytes.extend(id);
+            bytes.extend([0, 0, 0, 8]);
+        }
+        let mut stream = TcpStream::connect(victim.http).await.expect("a connection");
+        let (mut from, mut to) = stream.split();
+        let mut answer = Vec::new();
+        let ended = tokio::time::timeout(5 * LIMIT, async {
+            let _ = tokio::join!(to.write_all(&bytes), from.read_to_end(&mut answer));
+        });
+        ended.await.expect("an end within the limit");
+        assert_eq!(last_frame(&answer), Some(7), "GOAWAY comes last");
+    });
+}
+
+/// The type of the last whole HTTP/2 frame.
+fn last_frame(mut bytes: &[u8]) -> Option<u8> {
+    let mut last = None;
+    while let [high, middle, low, kind, ..] = *bytes {
+        let length = 9 + u32::from_be_bytes([0, high, middle, low]) as usize;
+        if bytes.len() < length {
+            break;
+        }
+        last = Some(kind);
+        bytes = &bytes[length..];
+    }
+    last
+}
