@@ -1,0 +1,106 @@
+//! Under the real `start_server` of Server::Starter: it holds the port, starts the next process on SIGHUP, and
+//! only then ends the old one.
+
+use std::net::TcpListener;
+use std::process::Stdio;
+use std::time::Duration;
+
+use harness::client::{Connection, Target, get};
+use harness::load::{Connections, Load};
+use harness::process::Process;
+use harness::service::command;
+use harness::{block_on, eventually};
+use rustix::process::Signal;
+
+const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+/// Times that it is told to start the next process, one a second.
+const TIMES: u64 = 5;
+
+/// Which generation answers a fresh connection, if any does.
+fn generation(target: &Target) -> Option<u64> {
+    block_on(async {
+        let mut connection = Connection::open(target).await.ok()?;
+        let text = connection.ask(&get("/")).await.ok()?.text();
+        text.split("generation ").nth(1)?.split(',').next()?.parse().ok()
+    })
+}
+
+fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
+    // Its command line is ours but for the program.
+    let mut start_server = command("start_server", &[flag, "--interval=1", "--", BINARY]);
+    start_server.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut start_server = Process::spawn(&mut start_server).expect("start_server");
+    eventually("the first process", || generation(target).is_some());
+    assert_eq!(generation(target), Some(1));
+    let one_each = load.connections == Connections::OneEach;
+    let running = load.start(|| {});
+    for next in 2..2 + TIMES {
+        start_server.signal(Signal::HUP);
+        // Both accept for a while; then the old one is gone.
+        eventually("the next process", || (0..10).all(|_| generation(target) == Some(next)));
+    }
+    let report = running.stop();
+    eprintln!("{TIMES} times HUP: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert!(one_each || report.told_to_close >= TIMES, "{report}");
+    start_server.signal(Signal::TERM);
+    assert!(start_server.wait().expect("an end").success());
+}
+
+fn on_a_port(load: impl FnOnce(&Target) -> Load) {
+    let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let target = Target::Tcp(address);
+    hang_up_each_second_under(&format!("--port={address}"), &target, load(&target));
+}
+
+#[test]
+fn ten_connections_flat_out_lose_nothing() {
+    on_a_port(Load::w1);
+}
+
+#[test]
+fn fifty_thinking_connections_lose_nothing() {
+    on_a_port(Load::w2);
+}
+
+#[test]
+fn fifty_blind_connections_lose_nothing() {
+    on_a_port(Load::w3);
+}
+
+#[test]
+fn one_connection_a_request_loses_nothing() {
+    on_a_port(Load::w4);
+}
+
+#[test]
+fn a_unix_path_loses_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("http.sock");
+    let target = Target::Unix(path.clone());
+    hang_up_each_second_under(&format!("--path={}", path.display()), &target, Load::w2(&target));
+}
+
+#[test]
+fn an_idle_connection_is_answered_once_more_by_the_old_process() {
+    let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let target = Target::Tcp(address);
+    let flag = format!("--port={address}");
+    let mut start_server = command("start_server", &[&flag, "--interval=1", "--", BINARY]);
+    start_server.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut start_server = Process::spawn(&mut start_server).expect("start_server");
+    eventually("the first process", || generation(&target).is_some());
+    block_on(async {
+        let mut idle = Connection::open(&target).await.expect("a connection");
+        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
+        start_server.signal(Signal::HUP);
+        // Long after the next one has taken over.
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        let answer = idle.ask(&get("/")).await.expect("an answer");
+        assert!(answer.closes() && answer.text().contains("generation 1,"), "{}", answer.text());
+    });
+    assert_eq!(generation(&target), Some(2));
+    start_server.signal(Signal::TERM);
+    assert!(start_server.wait().expect("an end").success());
+}
