@@ -1,7 +1,9 @@
 # make run            build, and serve on 127.0.0.1:8080
+# make dev            the same, built and started again at each change of the sources
 # make test           all tests; they boot real systemds, as root
 # make check          formatting, lints, dependencies, units
 # make new NAME=shop DIR=../shop
+# make static         a binary that needs nothing beside it, for a container: target/static/$(PACKAGE)
 # make install        then: systemctl enable --now $(PACKAGE).socket
 
 PACKAGE := $(shell sed -n '/^name = /{s/.*"\(.*\)"/\1/p;q}' Cargo.toml)
@@ -9,11 +11,29 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 BINARY ?= target/release/$(PACKAGE)
 UNITS := $(wildcard systemd/$(PACKAGE)*)
+TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
 .PHONY: run
 run:
 	cargo run --release
+
+# The socket stays open all the while: what comes during a build, or is refused by the compiler, waits.
+DEV := 127.0.0.1:8080
+.PHONY: dev
+dev: | tools
+	command -v systemfd >/dev/null || cargo install --quiet --locked --debug --root target/tools systemfd
+	$(call VARIABLE,$(PACKAGE))_DRAIN_TIMEOUT=1s systemfd --no-pid --backlog 4096 --socket http::$(DEV) -- sh -c '\
+		while :; do \
+			inotifywait --quiet --recursive --event close_write,move,delete src Cargo.toml & changed=$$!; \
+			cargo build && { [ -z "$$pid" ] || kill $$pid; "$${CARGO_TARGET_DIR:-target}/debug/$(PACKAGE)" & pid=$$!; }; \
+			wait $$changed || exit; \
+		done'
+
+.PHONY: static
+static:
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target $(TRIPLE)
+	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
 # Also when a source is newer, so that what is installed is what was written.
 target/release/$(PACKAGE): Cargo.toml Cargo.lock $(shell find src -name '*.rs')
@@ -31,8 +51,9 @@ uninstall:
 # ---- tests and checks ----
 
 # What they run besides cargo, and the Debian packages that it comes in.
-TOOLS := curl mmdebstrap prlimit systemctl systemd-nspawn systemd-socket-activate
-DEBIAN := ca-certificates curl mmdebstrap systemd systemd-container util-linux
+TOOLS := curl h2load inotifywait mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate
+DEBIAN := ca-certificates curl inotify-tools libserver-starter-perl mmdebstrap nghttp2-client openssl systemd \
+	systemd-container util-linux
 INSTALL := apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 

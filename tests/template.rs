@@ -3,6 +3,10 @@
 use std::path::Path;
 use std::process::Command;
 
+use harness::client::{Connection, Target, get};
+use harness::process::Process;
+use rustix::process::Signal;
+
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 const OLD_NAME: &str = env!("CARGO_PKG_NAME");
 const NEW_NAME: &str = "shop-front";
@@ -51,6 +55,47 @@ fn a_copy_builds_and_passes_its_tests() {
     }
     let said = run(&mut cargo);
     assert_eq!(said.matches("test result: ok").count(), 2, "{said}");
+}
+
+#[test]
+fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let copied = folder.path().join("copy");
+    copy(&copied);
+    let address =
+        std::net::TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let mut make = Command::new("make");
+    // systemfd is installed once, here.
+    let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").expect("a PATH"));
+    make.args(["--silent", "dev", &format!("DEV={address}")]).current_dir(&copied);
+    make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("PATH", path).env_remove("MAKEFLAGS");
+    // A group of its own, so that all of it can be ended.
+    std::os::unix::process::CommandExt::process_group(&mut make, 0);
+    let make = Group(Process::spawn(&mut make).expect("make dev"));
+    let target = Target::Tcp(address);
+    let ask = || {
+        harness::block_on(async {
+            let mut connection = Connection::open(&target).await.ok()?;
+            Some(connection.ask(&get("/")).await.ok()?.text())
+        })
+    };
+    harness::eventually("the first build", || ask().is_some_and(|text| text.starts_with("pid ")));
+    let app = copied.join("src/app.rs");
+    let source = std::fs::read_to_string(&app).expect("the routes");
+    // What does not compile changes nothing; what does is there soon, and until then nothing is refused.
+    std::fs::write(&app, source.replace("pid {pid}", "PID {pid")).expect("written");
+    std::fs::write(&app, source.replace("pid {pid}", "PID {pid}")).expect("written");
+    harness::eventually("the change", || ask().expect("never refused").starts_with("PID "));
+    make.0.signal(Signal::TERM);
+}
+
+/// `make` and all that it started, ended together.
+struct Group(Process);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        let _ = rustix::process::kill_process_group(self.0.pid(), Signal::KILL);
+    }
 }
 
 #[test]

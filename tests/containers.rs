@@ -1,0 +1,102 @@
+//! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use harness::client::{Connection, Target, get};
+use harness::process::Process;
+use harness::service::command;
+use harness::{block_on, eventually};
+use rustix::process::{Pid, Signal, kill_process};
+
+const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+
+/// A container of one process.
+struct Container {
+    unshare: Process,
+    target: Target,
+    log: std::thread::JoinHandle<String>,
+    _root: tempfile::TempDir,
+}
+
+impl Container {
+    fn start() -> Self {
+        let name = env!("CARGO_PKG_NAME");
+        let made = Command::new("make")
+            .args(["--silent", "static"])
+            .current_dir(FOLDER)
+            .env_remove("MAKEFLAGS")
+            .output();
+        let made = made.expect("make");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        let root = tempfile::tempdir().expect("a folder");
+        std::fs::copy(Path::new(FOLDER).join("target/static").join(name), root.path().join(name))
+            .expect("a copy");
+        std::fs::create_dir(root.path().join("proc")).expect("a folder");
+        let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+        let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
+        unshare
+            .arg("--mount-proc")
+            .arg(format!("--root={}", root.path().display()))
+            .args(["--setgid=65534", "--setuid=65534", &format!("/{name}"), &format!("--listen={address}")])
+            .env_clear()
+            .stdout(Stdio::null());
+        let mut unshare = Process::spawn(&mut unshare).expect("a container");
+        let mut stderr = unshare.child().stderr.take().expect("piped");
+        let log = std::thread::spawn(move || std::io::read_to_string(&mut stderr).expect("text"));
+        let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
+        eventually("the service", || std::net::TcpStream::connect(address).is_ok());
+        container
+    }
+
+    /// A signal to PID 1.
+    fn signal(&self, signal: Signal) {
+        let parent = self.unshare.pid().as_raw_nonzero();
+        let children =
+            std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("children");
+        let child = children.trim().parse().ok().and_then(Pid::from_raw).expect(&children);
+        kill_process(child, signal).expect("it runs");
+    }
+
+    /// Expects it to end by itself, and well; gives what it said.
+    fn end(mut self) -> String {
+        let status = self.unshare.wait().expect("an end");
+        let log = self.log.join().expect("a log");
+        assert!(status.success(), "{status}: {log}");
+        log
+    }
+}
+
+#[test]
+fn a_static_binary_drains_as_pid_1() {
+    let container = Container::start();
+    block_on(async {
+        let mut slow = Connection::open(&container.target).await.expect("a connection");
+        assert!(slow.ask(&get("/")).await.expect("an answer").text().starts_with("pid 1, "));
+        slow.send(&get("/sleep?duration=1s")).await.expect("sent");
+        let mut other = Connection::open(&container.target).await.expect("a connection");
+        other.ask(&get("/")).await.expect("an answer");
+        container.signal(Signal::TERM);
+        assert_eq!(slow.answer().await.expect("an answer").text(), "slept 1s\n");
+        assert!(other.ask(&get("/")).await.expect("an answer").closes());
+    });
+    let log = container.end();
+    assert!(log.contains("draining: ") && log.contains(" 0 cut off"), "{log}");
+}
+
+#[test]
+fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
+    let container = Container::start();
+    container.signal(Signal::HUP);
+    block_on(async {
+        let mut connection = Connection::open(&container.target).await.expect("a connection");
+        assert!(
+            connection.ask(&get("/sleep?duration=100ms")).await.expect("an answer").text().contains("slept")
+        );
+        assert!(connection.ask(&get("/")).await.expect("an answer").text().contains("generation 1"));
+    });
+    container.signal(Signal::INT);
+    let log = container.end();
+    assert!(log.contains("no reload as PID 1"), "{log}");
+}
