@@ -1,14 +1,15 @@
 //! YOUR CODE: the routes of the service.
 //!
 //! Nothing here knows of sockets, processes or systemd. What the rest of the house offers a handler:
-//! - `Extension<Life>`: which process answers;
-//! - `Extension<Shutdown>`: when a handler that would go on for ever is to end;
-//! - `ConnectInfo<Peer>`: who asks;
-//! - the request's span, so that each `tracing` event carries its request id.
+//! - `life: Life`: which process answers;
+//! - `shutdown: Shutdown`: when a handler that would go on for ever is to end;
+//! - `peer: Peer`: who asks;
+//! - with `--log info,request=debug`, a span that gives each `tracing` event its request's id.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
+use axum::Router;
 use axum::body::Body;
 use axum::extract::Query;
 use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade, close_code};
@@ -16,7 +17,6 @@ use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
-use axum::{Extension, Router};
 use futures_util::stream::{self, Stream, StreamExt};
 
 use crate::life::{Life, Shutdown};
@@ -33,7 +33,7 @@ pub fn router() -> Router {
 }
 
 /// Says which process answers.
-async fn who(Extension(life): Extension<Life>) -> String {
+async fn who(life: Life) -> String {
     let Life { pid, generation, since } = life;
     let since = humantime::format_rfc3339_seconds(since);
     format!("pid {pid}, generation {generation}, since {since}\n")
@@ -59,7 +59,7 @@ async fn echo(body: Body) -> Body {
 /// An event each second, until the service goes down: the client then comes back, to the next process, says
 /// which event it saw last, and misses none.
 async fn events(
-    Extension(shutdown): Extension<Shutdown>,
+    shutdown: Shutdown,
     headers: HeaderMap,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
@@ -74,7 +74,7 @@ async fn events(
 }
 
 /// Sends each message back, until the service goes down: it then says 1012, service restart.
-async fn socket(upgrade: WebSocketUpgrade, Extension(shutdown): Extension<Shutdown>) -> Response {
+async fn socket(upgrade: WebSocketUpgrade, shutdown: Shutdown) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
         loop {
             tokio::select! {
@@ -100,16 +100,21 @@ async fn socket(upgrade: WebSocketUpgrade, Extension(shutdown): Extension<Shutdo
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use axum::http::Request;
     use http_body_util::BodyExt;
     use tower::ServiceExt;
 
     use super::*;
+    use crate::context::Context;
+    use crate::stream::Peer;
 
     async fn ask(path: &str, body: &'static str) -> (StatusCode, String) {
-        let request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
-        let service = router().layer(Extension(Life::begin(7)));
-        let response = service.oneshot(request).await.expect("infallible");
+        let mut request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
+        let context = Context { life: Life::begin(7), shutdown: Shutdown::default(), peer: Peer::Unix };
+        request.extensions_mut().insert(Arc::new(context));
+        let response = router().oneshot(request).await.expect("infallible");
         let status = response.status();
         let bytes = response.into_body().collect().await.expect("a whole body").to_bytes();
         (status, String::from_utf8(bytes.to_vec()).expect("text"))

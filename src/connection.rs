@@ -7,24 +7,38 @@ mod http2;
 mod io;
 
 use std::future::poll_fn;
+use std::sync::Arc;
 use std::task::Poll;
 
-use axum::Router;
 use bytes::Bytes;
 use tokio_rustls::TlsAcceptor;
 use tracing::debug;
 
+use crate::context::Context;
 use crate::door::{Door, Name};
+use crate::life::{Life, Shutdown};
 use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::requests::Routes;
 use crate::stream::{Peer, Stream};
 use io::{Io, Wire};
 
 /// What is behind the doors.
 pub struct Doors {
-    pub app: Router,
-    pub admin: Router,
+    pub app: Routes,
+    pub admin: Routes,
     /// Where a listener is named https.
     pub tls: Option<TlsAcceptor>,
+    pub life: Life,
+    pub shutdown: Shutdown,
+}
+
+impl Doors {
+    /// What hyper calls for each request of a connection.
+    fn service(&self, routes: &Routes, entry: &Arc<Entry>) -> exchange::Service {
+        let Self { life, shutdown, .. } = self;
+        let context = Context { life: *life, shutdown: shutdown.clone(), peer: entry.peer };
+        exchange::Service::new(routes.clone(), context, entry.clone())
+    }
 }
 
 /// A connection at rest, with what it takes to go on with it: here, or in the next process.
@@ -67,16 +81,19 @@ enum Arrived {
 /// Serves `connection` until it closes or comes to rest.
 pub async fn serve(connection: Connection, registration: Registration, doors: &Doors) -> End {
     match (connection.listener.door(), &doors.tls) {
-        (Door::Http, _) => serve_plain(connection, registration, &doors.app).await,
-        (Door::Admin, _) => serve_plain(connection, registration, &doors.admin).await,
-        (Door::Https, Some(tls)) => {
-            Box::pin(handshake::serve(connection, registration, tls, &doors.app)).await
-        }
+        (Door::Http, _) => serve_plain(connection, registration, doors, &doors.app).await,
+        (Door::Admin, _) => serve_plain(connection, registration, doors, &doors.admin).await,
+        (Door::Https, Some(tls)) => Box::pin(handshake::serve(connection, registration, doors, tls)).await,
         (Door::Https, None) => unreachable!("a certificate is loaded where a listener is named https"),
     }
 }
 
-async fn serve_plain(connection: Connection, registration: Registration, router: &Router) -> End {
+async fn serve_plain(
+    connection: Connection,
+    registration: Registration,
+    doors: &Doors,
+    routes: &Routes,
+) -> End {
     let entry = registration.entry.clone();
     let mut bytes = [0; PREFACE.len()];
     let arrived = if connection.unread.is_empty() {
@@ -95,7 +112,7 @@ async fn serve_plain(connection: Connection, registration: Registration, router:
     };
     let Connection { stream, peer, listener, unread } = connection;
     let io = Io::new(Wire::Plain(stream), unread, registration, protocol);
-    let service = exchange::Service::new(router.clone(), entry.clone());
+    let service = doors.service(routes, &entry);
     // Boxed, so that a connection that has not spoken yet takes little memory.
     match protocol {
         Protocol::Http2 => {

@@ -4,7 +4,7 @@ use std::time::SystemTime;
 
 use tokio_util::sync::CancellationToken;
 
-/// Who serves. Handlers get it with `Extension<Life>`.
+/// Who serves.
 #[derive(Clone, Copy, Debug)]
 pub struct Life {
     pub pid: u32,
@@ -19,8 +19,8 @@ impl Life {
     }
 }
 
-/// The end of this process's serving. Handlers that would go on for ever (WebSocket, event streams) get
-/// it with `Extension<Shutdown>`.
+/// The end of this process's serving. Handlers that would go on for ever (WebSocket, event streams)
+/// wait for it.
 #[derive(Clone, Default)]
 pub struct Shutdown(CancellationToken);
 

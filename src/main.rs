@@ -5,6 +5,7 @@ mod admin;
 mod app;
 mod config;
 mod connection;
+mod context;
 mod credentials;
 mod door;
 mod drain;
@@ -43,6 +44,7 @@ use crate::failure::{Failure, Result};
 use crate::life::{Life, Shutdown};
 use crate::listeners::{Inheritance, Listener};
 use crate::registry::Registry;
+use crate::requests::Routes;
 use crate::server::{Queues, Server};
 use crate::signals::Signals;
 use crate::status::{Status, Voice};
@@ -140,9 +142,11 @@ async fn serve(
     let queues = Queues::default();
     let admin = Admin { life, registry: registry.clone(), queues: queues.clone() };
     let doors = Doors {
-        app: requests::prepare(app::router(), life, shutdown.clone(), config),
-        admin: requests::prepare(admin::router(admin), life, shutdown, config),
+        app: Routes::new(app::router(), config),
+        admin: Routes::new(admin::router(admin), config),
         tls,
+        life,
+        shutdown,
     };
     let (server, mut rested) = Server::new(doors, registry.clone(), config.max_connections, queues);
     let estate =

@@ -1,20 +1,14 @@
 //! What is counted. Your own go beside these: whatever is registered with the `prometheus` crate's default
 //! registry is at `/metrics` of the admin listeners.
 
-use std::pin::Pin;
 use std::sync::LazyLock;
-use std::task::{Context, Poll};
-use std::time::Instant;
+use std::time::Duration;
 
-use axum::body::Body;
-use axum::extract::MatchedPath;
-use hyper::{Method, Request, Response};
-use pin_project_lite::pin_project;
+use hyper::{Method, StatusCode};
 use prometheus::{
     HistogramVec, IntCounter, IntGauge, IntGaugeVec, register_histogram_vec, register_int_counter,
     register_int_gauge, register_int_gauge_vec,
 };
-use tower::{Layer, Service};
 
 /// Upper bounds of the latency histogram, in seconds.
 const LATENCIES: [f64; 14] =
@@ -61,70 +55,13 @@ pub static GENERATION: LazyLock<IntGauge> = metric!(
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(register_int_gauge, "uptime_seconds", "Seconds since this process began to live.");
 
-/// Measures each request of a router's routes.
-#[derive(Clone, Copy)]
-pub struct MeasureLayer;
-
-#[derive(Clone)]
-pub struct Measure<S> {
-    inner: S,
-}
-
-impl<S> Layer<S> for MeasureLayer {
-    type Service = Measure<S>;
-
-    fn layer(&self, inner: S) -> Measure<S> {
-        Measure { inner }
-    }
-}
-
-impl<S: Service<Request<Body>, Response = Response<B>>, B> Service<Request<Body>> for Measure<S> {
-    type Response = S::Response;
-    type Error = S::Error;
-    type Future = Measuring<S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Measuring<S::Future> {
-        Measuring {
-            begun: Instant::now(),
-            route: request.extensions().get::<MatchedPath>().cloned(),
-            method: name(request.method()),
-            future: self.inner.call(request),
-        }
-    }
-}
-
-pin_project! {
-    pub struct Measuring<F> {
-        begun: Instant,
-        route: Option<MatchedPath>,
-        method: &'static str,
-        #[pin]
-        future: F,
-    }
-}
-
-impl<F: Future<Output = Result<Response<B>, E>>, B, E> Future for Measuring<F> {
-    type Output = F::Output;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
-        let this = self.project();
-        let result = std::task::ready!(this.future.poll(cx));
-        if let Ok(response) = &result {
-            let route = this.route.as_ref().map_or("", MatchedPath::as_str);
-            REQUESTS
-                .with_label_values(&[route, this.method, response.status().as_str()])
-                .observe(this.begun.elapsed().as_secs_f64());
-        }
-        Poll::Ready(result)
-    }
+/// A request has been answered; `route` is its template, empty where there is none.
+pub fn answered(route: &str, method: &str, status: StatusCode, took: Duration) {
+    REQUESTS.with_label_values(&[route, method, status.as_str()]).observe(took.as_secs_f64());
 }
 
 /// A client may make methods up, and each would be counted for ever.
-fn name(method: &Method) -> &'static str {
+pub fn method(method: &Method) -> &'static str {
     const KNOWN: [&str; 9] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "PATCH", "TRACE"];
     KNOWN.into_iter().find(|known| *known == method.as_str()).unwrap_or("other")
 }

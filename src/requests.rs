@@ -1,108 +1,197 @@
-//! What every request passes through before it reaches `app.rs`, outermost first.
+//! What every request passes through before it reaches `app.rs`.
 
 use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, Instant, SystemTime};
 
+use axum::Router;
 use axum::body::Body;
-use axum::extract::{ConnectInfo, DefaultBodyLimit};
-use axum::{Extension, Router};
-use hyper::header::{CONTENT_TYPE, HeaderValue};
+use axum::extract::{DefaultBodyLimit, MatchedPath};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
-use tower::ServiceBuilder;
-use tower_http::catch_panic::CatchPanicLayer;
+use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep_until};
+use tower::{Layer, Service, ServiceBuilder};
 use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::map_response_body::MapResponseBodyLayer;
-use tower_http::request_id::{MakeRequestId, PropagateRequestIdLayer, RequestId, SetRequestIdLayer};
-use tower_http::timeout::{RequestBodyTimeoutLayer, TimeoutLayer};
-use tower_http::trace::TraceLayer;
-use tracing::{Span, debug, error, info_span};
+use tower_http::timeout::RequestBodyTimeoutLayer;
+use tracing::{Span, debug, debug_span, error};
 
 use crate::config::Config;
-use crate::life::{Life, Shutdown};
-use crate::metrics::MeasureLayer;
-use crate::stream::Peer;
+use crate::context::Context;
+use crate::metrics;
 
-/// `--log info,request=debug` shows each request.
+/// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
 const TARGET: &str = "request";
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// `router` behind the limits of `config`.
-pub fn prepare(router: Router, life: Life, shutdown: Shutdown, config: &Config) -> Router {
-    let trace = TraceLayer::new_for_http()
-        .make_span_with(span)
-        .on_request(())
-        .on_response(log)
-        .on_body_chunk(())
-        .on_eos(())
-        .on_failure(());
-    let layers = ServiceBuilder::new()
-        .layer(MeasureLayer)
-        .layer(MapResponseBodyLayer::new(Body::new))
-        .layer(SetRequestIdLayer::x_request_id(Numbered::new()))
-        .layer(trace)
-        .layer(PropagateRequestIdLayer::x_request_id())
-        .layer(CatchPanicLayer::custom(internal_error))
-        .layer(TimeoutLayer::with_status_code(StatusCode::SERVICE_UNAVAILABLE, config.request_timeout))
-        .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
-        .layer(DefaultBodyLimit::disable())
-        .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)))
-        .layer(Extension(life))
-        .layer(Extension(shutdown));
-    router.layer(layers)
+/// A router behind the limits of the configuration.
+#[derive(Clone)]
+pub struct Routes {
+    /// For requests without a body, which are most: what limits bodies costs them nothing.
+    bodiless: Router,
+    with_body: Router,
 }
 
-fn span<B>(request: &Request<B>) -> Span {
-    let id = request.extensions().get::<RequestId>().and_then(|id| id.header_value().to_str().ok());
-    let peer = request.extensions().get::<ConnectInfo<Peer>>().map(|ConnectInfo(peer)| peer);
-    info_span!(
+impl Routes {
+    pub fn new(router: Router, config: &Config) -> Self {
+        let care = CareLayer { ids: Numbers::new(), limit: config.request_timeout };
+        let limits = ServiceBuilder::new()
+            .layer(care.clone())
+            .layer(MapResponseBodyLayer::new(Body::new))
+            .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
+            .layer(DefaultBodyLimit::disable())
+            .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)));
+        Self { bodiless: router.clone().layer(care), with_body: router.layer(limits) }
+    }
+
+    pub fn for_request(&self, has_body: bool) -> &Router {
+        if has_body { &self.with_body } else { &self.bodiless }
+    }
+}
+
+/// Names, traces and measures each request, and answers where the router does not: after a panic, and when it
+/// takes too long.
+#[derive(Clone)]
+struct CareLayer {
+    ids: Numbers,
+    limit: Duration,
+}
+
+#[derive(Clone)]
+struct Care<S> {
+    inner: S,
+    layer: CareLayer,
+}
+
+impl<S> Layer<S> for CareLayer {
+    type Service = Care<S>;
+
+    fn layer(&self, inner: S) -> Care<S> {
+        Care { inner, layer: self.clone() }
+    }
+}
+
+impl<S: Service<Request<Body>, Response = Response<Body>>> Service<Request<Body>> for Care<S> {
+    type Response = Response<Body>;
+    type Error = S::Error;
+    type Future = Caring<S::Future>;
+
+    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<Body>) -> Caring<S::Future> {
+        let id = request.headers().get(REQUEST_ID).cloned().unwrap_or_else(|| self.layer.ids.next());
+        Caring {
+            span: span(&request, &id),
+            id: Some(id),
+            route: request.extensions().get::<MatchedPath>().cloned(),
+            method: metrics::method(request.method()),
+            begun: Instant::now(),
+            limit: self.layer.limit,
+            late: None,
+            future: self.inner.call(request),
+        }
+    }
+}
+
+pin_project! {
+    struct Caring<F> {
+        span: Span,
+        id: Option<HeaderValue>,
+        route: Option<MatchedPath>,
+        method: &'static str,
+        begun: Instant,
+        limit: Duration,
+        // Most answers are there at once, and need no timer.
+        late: Option<Pin<Box<Sleep>>>,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<F::Output> {
+        let mut this = self.project();
+        let _entered = this.span.enter();
+        let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
+        let mut response = match polled {
+            Ok(Poll::Ready(Ok(response))) => response,
+            Ok(Poll::Ready(Err(error))) => return Poll::Ready(Err(error)),
+            Ok(Poll::Pending) => {
+                let deadline = *this.begun + *this.limit;
+                let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline.into())));
+                std::task::ready!(late.as_mut().poll(cx));
+                answer(StatusCode::SERVICE_UNAVAILABLE, "no answer in time\n")
+            }
+            Err(panic) => internal_error(&panic),
+        };
+        let took = this.begun.elapsed();
+        let route = this.route.as_ref().map_or("", MatchedPath::as_str);
+        metrics::answered(route, this.method, response.status(), took);
+        log(response.status(), took);
+        if let Some(id) = this.id.take() {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        Poll::Ready(Ok(response))
+    }
+}
+
+fn span(request: &Request<Body>, id: &HeaderValue) -> Span {
+    debug_span!(
         target: TARGET,
         "request",
-        request_id = id,
+        request_id = id.to_str().ok(),
         method = %request.method(),
         path = request.uri().path(),
-        peer = peer.map(tracing::field::display),
+        peer = request.extensions().get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
     )
 }
 
-fn log<B>(response: &Response<B>, latency: Duration, _span: &Span) {
-    let status = response.status().as_u16();
-    let latency = humantime::format_duration(Duration::from_micros(
-        u64::try_from(latency.as_micros()).unwrap_or(u64::MAX),
-    ));
-    if response.status().is_server_error() {
-        error!(target: TARGET, status, %latency, "failed");
+fn log(status: StatusCode, took: Duration) {
+    let micros = || Duration::from_micros(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
+    let status_code = status.as_u16();
+    if status.is_server_error() {
+        error!(target: TARGET, status = status_code, latency = %humantime::format_duration(micros()), "failed");
     } else {
-        debug!(target: TARGET, status, %latency, "answered");
+        debug!(target: TARGET, status = status_code, latency = %humantime::format_duration(micros()), "answered");
     }
 }
 
 /// The panic itself is logged where it happens (`log::init`).
-fn internal_error(_panic: Box<dyn Any + Send>) -> Response<Body> {
-    let mut response = Response::new(Body::from("internal error\n"));
-    *response.status_mut() = StatusCode::INTERNAL_SERVER_ERROR;
+fn internal_error(_panic: &(dyn Any + Send)) -> Response<Body> {
+    answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n")
+}
+
+fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
 }
 
 /// Request ids that differ over restarts, and cost a counter: when the process was born, and a number.
 #[derive(Clone)]
-struct Numbered {
-    born: u64,
-    next: std::sync::Arc<AtomicU64>,
-}
+struct Numbers(Arc<(String, AtomicU64)>);
 
-impl Numbered {
+impl Numbers {
     fn new() -> Self {
         let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Self { born: u64::try_from(born.as_micros()).unwrap_or(0), next: std::sync::Arc::default() }
+        Self(Arc::new((format!("{:x}-", born.as_micros()), AtomicU64::new(0))))
     }
-}
 
-impl MakeRequestId for Numbered {
-    fn make_request_id<B>(&mut self, _request: &Request<B>) -> Option<RequestId> {
-        let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{:x}-{number:x}", self.born);
-        HeaderValue::try_from(id).ok().map(RequestId::new)
+    fn next(&self) -> HeaderValue {
+        let (start, next) = &*self.0;
+        let number = next.fetch_add(1, Ordering::Relaxed);
+        let id = format!("{start}{number:x}");
+        HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 }
 
@@ -111,6 +200,7 @@ mod tests {
     use axum::body::Bytes;
     use axum::routing::{get, post};
     use clap::Parser;
+    use http_body::Body as _;
     use http_body_util::BodyExt;
     use tower::ServiceExt;
 
@@ -123,7 +213,10 @@ mod tests {
         let config = Config::parse_from(["x", "--body-limit", "4MiB"]);
         let length = |body: Bytes| async move { body.len().to_string() };
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
-        let response = prepare(router, Life::begin(1), Shutdown::default(), &config)
+        let has_body = !request.body().is_end_stream();
+        let response = Routes::new(router, &config)
+            .for_request(has_body)
+            .clone()
             .oneshot(request)
             .await
             .expect("infallible");
@@ -148,9 +241,9 @@ mod tests {
     #[tokio::test]
     async fn a_request_id_is_made_or_kept_and_given_back() {
         let config = Config::parse_from(["x"]);
-        let service = prepare(Router::new(), Life::begin(1), Shutdown::default(), &config);
+        let routes = Routes::new(Router::new(), &config);
         let id = async |request: Request<Body>| {
-            let response = service.clone().oneshot(request).await.expect("infallible");
+            let response = routes.for_request(false).clone().oneshot(request).await.expect("infallible");
             response.headers()["x-request-id"].to_str().expect("text").to_owned()
         };
         let request = || Request::get("/").body(Body::empty()).expect("a request");

@@ -17,7 +17,7 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-/// Who is at the other end. Handlers get it with `ConnectInfo<Peer>`.
+/// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     Tcp(SocketAddr),

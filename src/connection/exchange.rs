@@ -5,9 +5,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use axum::Router;
 use axum::body::Body;
-use axum::extract::ConnectInfo;
 use axum::routing::future::RouteFuture;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
@@ -17,17 +15,20 @@ use hyper::{Method, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
 use tower::Service as _;
 
+use crate::context::Context as RequestContext;
 use crate::registry::{Entry, Stage};
+use crate::requests::Routes;
 
 /// A router as hyper calls it, with each request entered in the registry.
 pub(super) struct Service {
-    router: Router,
+    routes: Routes,
+    context: Arc<RequestContext>,
     entry: Arc<Entry>,
 }
 
 impl Service {
-    pub(super) fn new(router: Router, entry: Arc<Entry>) -> Self {
-        Self { router, entry }
+    pub(super) fn new(routes: Routes, context: RequestContext, entry: Arc<Entry>) -> Self {
+        Self { routes, context: Arc::new(context), entry }
     }
 }
 
@@ -40,9 +41,10 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let exchange = Exchange::begin(&self.entry, &request);
         let connects = request.method() == Method::CONNECT;
         let version = request.version();
+        let mut router = self.routes.for_request(!request.body().is_end_stream()).clone();
         let mut request = request.map(|body| exchange.request_body(body));
-        request.extensions_mut().insert(ConnectInfo(self.entry.peer));
-        let future = self.router.clone().call(request);
+        request.extensions_mut().insert(self.context.clone());
+        let future = router.call(request);
         Answering { future, exchange: Some(exchange), connects, version }
     }
 }

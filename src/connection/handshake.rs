@@ -4,14 +4,13 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
 
-use axum::Router;
 use bytes::Bytes;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::io::{Io, Wire};
-use super::{Arrived, Connection, End, Protocol, exchange, first_bytes, http1, http2};
+use super::{Arrived, Connection, Doors, End, Protocol, first_bytes, http1, http2};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::Stream;
 use crate::tls;
@@ -26,8 +25,8 @@ const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\nconten
 pub(super) async fn serve(
     connection: Connection,
     registration: Registration,
+    doors: &Doors,
     tls: &TlsAcceptor,
-    router: &Router,
 ) -> End {
     let entry = registration.entry.clone();
     let mut first = [0];
@@ -55,7 +54,7 @@ pub(super) async fn serve(
         Protocol::Http1
     };
     let io = Io::new(Wire::Tls(Box::new(stream)), Bytes::new(), registration, protocol);
-    let service = exchange::Service::new(router.clone(), entry.clone());
+    let service = doors.service(&doors.app, &entry);
     match protocol {
         Protocol::Http2 => http2::drive(io, service, &entry).await,
         Protocol::Http1 => {
