@@ -1,9 +1,7 @@
-//! The template that everybody writes: what the benchmark compares with.
-
-use std::time::Duration;
+//! The template that everybody writes, with the routes of ours: what the benchmark compares with.
 
 use axum::Router;
-use axum::routing::get;
+use axum::routing::{get, post};
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
 use tokio::net::TcpListener;
@@ -11,29 +9,23 @@ use tokio::signal::unix::{SignalKind, signal};
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let router = Router::new()
-        .route(
-            "/",
-            get(async || {
-                let since = humantime::format_rfc3339_seconds(std::time::SystemTime::now());
-                format!("pid {}, generation {}, since {since}\n", std::process::id(), 1)
-            }),
-        )
-        .route("/echo", axum::routing::post(async |body: String| body));
-    let listener = match ListenFd::from_env().take_tcp_listener(0)? {
-        Some(listener) => {
-            listener.set_nonblocking(true)?;
-            TcpListener::from_std(listener)?
-        }
-        None => TcpListener::bind("127.0.0.1:8081").await?,
+    let (pid, since) = (std::process::id(), std::time::SystemTime::now());
+    let who = async move || {
+        let since = humantime::format_rfc3339_seconds(since);
+        format!("pid {pid}, generation 1, since {since}\n")
+    };
+    let router = Router::new().route("/", get(who)).route("/echo", post(async |body: String| body));
+    let listener = if let Some(listener) = ListenFd::from_env().take_tcp_listener(0)? {
+        listener.set_nonblocking(true)?;
+        TcpListener::from_std(listener)?
+    } else {
+        TcpListener::bind("127.0.0.1:8081").await?
     };
     let mut terminate = signal(SignalKind::terminate())?;
+    let terminated = async move {
+        terminate.recv().await;
+    };
     sd_notify::notify(&[NotifyState::Ready])?;
-    let _ = Duration::ZERO;
-    axum::serve(listener, router)
-        .with_graceful_shutdown(async move {
-            terminate.recv().await;
-        })
-        .await?;
+    axum::serve(listener, router).with_graceful_shutdown(terminated).await?;
     Ok(())
 }

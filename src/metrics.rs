@@ -1,12 +1,14 @@
 //! What is counted. Your own go beside these: whatever is registered with the `prometheus` crate's default
 //! registry is at `/metrics` of the admin listeners.
 
+use std::cell::RefCell;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use axum::extract::MatchedPath;
 use hyper::{Method, StatusCode};
 use prometheus::{
-    HistogramVec, IntCounter, IntGauge, IntGaugeVec, register_histogram_vec, register_int_counter,
+    Histogram, HistogramVec, IntCounter, IntGauge, IntGaugeVec, register_histogram_vec, register_int_counter,
     register_int_gauge, register_int_gauge_vec,
 };
 
@@ -55,9 +57,38 @@ pub static GENERATION: LazyLock<IntGauge> = metric!(
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(register_int_gauge, "uptime_seconds", "Seconds since this process began to live.");
 
-/// A request has been answered; `route` is its template, empty where there is none.
-pub fn answered(route: &str, method: &str, status: StatusCode, took: Duration) {
-    REQUESTS.with_label_values(&[route, method, status.as_str()]).observe(took.as_secs_f64());
+/// One of the series of `REQUESTS`.
+struct Series {
+    route: Option<MatchedPath>,
+    method: &'static str,
+    status: StatusCode,
+    histogram: Histogram,
+}
+
+thread_local! {
+    /// Those that this thread has met: to look through them costs less than to hash three labels. They are no
+    /// more than the routes, methods and statuses that there are.
+    static MET: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A request has been answered, by a route or by none.
+pub fn answered(route: Option<&MatchedPath>, method: &'static str, status: StatusCode, took: Duration) {
+    let seconds = took.as_secs_f64();
+    MET.with_borrow_mut(|met| {
+        let is_same = |series: &&Series| {
+            series.status == status
+                && series.method == method
+                && series.route.as_ref().map(MatchedPath::as_str) == route.map(MatchedPath::as_str)
+        };
+        if let Some(series) = met.iter().find(is_same) {
+            series.histogram.observe(seconds);
+            return;
+        }
+        let histogram =
+            REQUESTS.with_label_values(&[route.map_or("", MatchedPath::as_str), method, status.as_str()]);
+        histogram.observe(seconds);
+        met.push(Series { route: route.cloned(), method, status, histogram });
+    });
 }
 
 /// A client may make methods up, and each would be counted for ever.

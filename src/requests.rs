@@ -46,7 +46,11 @@ impl Routes {
             .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
             .layer(DefaultBodyLimit::disable())
             .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)));
-        Self { bodiless: router.clone().layer(care), with_body: router.layer(limits) }
+        // With its state, if only (), a router is built once, and not anew for each request.
+        Self {
+            bodiless: router.clone().layer(care).with_state(()),
+            with_body: router.layer(limits).with_state(()),
+        }
     }
 
     pub fn for_request(&self, has_body: bool) -> &Router {
@@ -134,8 +138,7 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
             Err(panic) => internal_error(&panic),
         };
         let took = this.begun.elapsed();
-        let route = this.route.as_ref().map_or("", MatchedPath::as_str);
-        metrics::answered(route, this.method, response.status(), took);
+        metrics::answered(this.route.as_ref(), this.method, response.status(), took);
         log(response.status(), took);
         if let Some(id) = this.id.take() {
             response.headers_mut().insert(REQUEST_ID, id);
@@ -179,19 +182,22 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
 
 /// Request ids that differ over restarts, and cost a counter: when the process was born, and a number.
 #[derive(Clone)]
-struct Numbers(Arc<(String, AtomicU64)>);
+struct Numbers(Arc<(u64, AtomicU64)>);
 
 impl Numbers {
     fn new() -> Self {
         let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Self(Arc::new((format!("{:x}-", born.as_micros()), AtomicU64::new(0))))
+        Self(Arc::new((u64::try_from(born.as_micros()).unwrap_or(0), AtomicU64::new(0))))
     }
 
+    /// 24 hexadecimal digits: 14 of the birth, 10 of the number.
     fn next(&self) -> HeaderValue {
-        let (start, next) = &*self.0;
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let (born, next) = &*self.0;
         let number = next.fetch_add(1, Ordering::Relaxed);
-        let id = format!("{start}{number:x}");
-        HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static(""))
+        let id = u128::from(*born) << 40 | u128::from(number & 0xff_ffff_ffff);
+        let digits: [u8; 24] = std::array::from_fn(|place| DIGITS[(id >> (4 * (23 - place))) as usize & 15]);
+        HeaderValue::from_bytes(&digits).unwrap_or_else(|_| HeaderValue::from_static(""))
     }
 }
 
