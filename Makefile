@@ -1,6 +1,7 @@
 # make run            build, and serve on 127.0.0.1:8080
 # make dev            the same, built and started again at each change of the sources
 # make test           all tests; they boot real systemds, as root
+# make bench          the experiment: restarts under load, beside other servers
 # make check          formatting, lints, dependencies, units
 # make new NAME=shop DIR=../shop
 # make static         a binary that needs nothing beside it, for a container: target/static/$(PACKAGE)
@@ -60,6 +61,14 @@ export PATH := $(PATH):$(CURDIR)/target/tools/bin
 .PHONY: test
 test: root tools target/systemd-257
 	cargo test --workspace
+
+# Restarts under load, beside other servers; BENCH=--quick takes a minute.
+.PHONY: bench bench-readme
+bench: root tools
+	cargo build --release --example bare
+	cargo bench --bench experiment -- $(BENCH)
+bench-readme:
+	$(MAKE) bench BENCH=--readme
 
 .PHONY: root
 root:

@@ -153,7 +153,7 @@ impl Load {
                 kept.insert(Http2::open(&self.target).await?)
             };
             match connection.get("/").await? {
-                Some((200, _)) => return Ok(()),
+                Some((200, text)) => return self.check(&text),
                 Some((status, _)) => bail!("status {status}"),
                 None => {
                     report.told_to_close += 1;
@@ -161,6 +161,17 @@ impl Load {
                 }
             }
         }
+    }
+
+    /// Whether it is this request's answer: `/` says who answers, and `/echo` gives the body back.
+    fn check(&self, text: &str) -> Result<()> {
+        let body = self
+            .request
+            .windows(4)
+            .position(|four| four == b"\r\n\r\n")
+            .map_or(&[][..], |at| &self.request[at + 4..]);
+        let is_right = if body.is_empty() { text.starts_with("pid ") } else { text.as_bytes() == body };
+        if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
     }
 
     async fn ask(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
@@ -174,6 +185,7 @@ impl Load {
         if answer.status != 200 {
             bail!("status {}", answer.status);
         }
+        self.check(&answer.text())?;
         if answer.closes() {
             report.told_to_close += u64::from(self.connections != Connections::OneEach);
             *kept = None;

@@ -1,0 +1,229 @@
+//! The servers that are compared, and how each is told to start anew.
+
+use std::fmt::Write;
+use std::net::{SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use harness::certificate::Certificate;
+use harness::client::Target;
+use harness::container::{Container, Package, Systemd};
+use harness::process::Process;
+use harness::service::command;
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+pub const OURS: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+const NAME: &str = env!("CARGO_PKG_NAME");
+const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+
+/// What is there to compare with.
+pub struct Peers {
+    /// `axum::serve`, under the name of ours, so that the same units start it.
+    bare: PathBuf,
+    go: Option<PathBuf>,
+    has_start_server: bool,
+    pub has_wrk: bool,
+    pub has_nginx: bool,
+    folder: TempDir,
+}
+
+fn has(tool: &str) -> bool {
+    let paths = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&paths).chain([PathBuf::from("/usr/sbin")]).any(|path| path.join(tool).is_file())
+}
+
+impl Peers {
+    pub fn find() -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let built = Path::new(OURS).with_file_name("examples").join("bare");
+        let bare = folder.path().join(NAME);
+        std::fs::copy(&built, &bare)
+            .with_context(|| format!("{}: cargo build --release --example bare", built.display()))?;
+        let go = if has("go") { Some(build_go(folder.path())?) } else { None };
+        let (has_start_server, has_wrk, has_nginx) = (has("start_server"), has("wrk"), has("nginx"));
+        Ok(Self { bare, go, has_start_server, has_wrk, has_nginx, folder })
+    }
+
+    pub fn left_out(&self) -> Vec<&'static str> {
+        [
+            (self.go.is_some(), "Go's net/http: no go here"),
+            (self.has_start_server, "start_server is not installed (libserver-starter-perl)"),
+            (self.has_wrk, "throughput: wrk is not installed"),
+            (self.has_nginx, "nginx is not installed"),
+            (false, "HTTP/2 over TLS of the others: the bare template and the Go server speak plain HTTP"),
+        ]
+        .into_iter()
+        .filter_map(|(is_there, why)| (!is_there).then_some(why))
+        .collect()
+    }
+
+    pub fn bare(&self) -> &Path {
+        &self.bare
+    }
+
+    pub fn go(&self) -> Option<&Path> {
+        self.go.as_deref()
+    }
+
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    pub fn contenders(&self) -> Vec<Contender> {
+        let ours = Path::new(OURS).to_owned();
+        let on_systemd =
+            |binary: &Path, label, verb| Some(Contender { label, binary: binary.to_owned(), verb });
+        let under_start_server = |binary: Option<&Path>, label| {
+            let binary = binary.filter(|_| self.has_start_server)?.to_owned();
+            Some(Contender { label, binary, verb: Verb::Hangup })
+        };
+        [
+            on_systemd(&ours, "this service, systemctl restart", Verb::Restart),
+            on_systemd(&ours, "this service, systemctl reload", Verb::Reload),
+            on_systemd(&self.bare, "bare axum::serve, systemctl restart", Verb::Restart),
+            under_start_server(Some(&ours), "this service under start_server, HUP"),
+            under_start_server(self.go(), "Go net/http under start_server, HUP"),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+}
+
+fn build_go(folder: &Path) -> Result<PathBuf> {
+    let binary = folder.join("net_http");
+    let built = Command::new("go")
+        .args(["build", "-o"])
+        .arg(&binary)
+        .arg(Path::new(FOLDER).join("benches/net_http.go"))
+        .env("GOCACHE", folder.join("go-cache"))
+        .env("GOFLAGS", "-mod=mod")
+        .output()?;
+    ensure!(built.status.success(), "go build: {}", String::from_utf8_lossy(&built.stderr));
+    Ok(binary)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Verb {
+    Restart,
+    Reload,
+    Hangup,
+}
+
+pub struct Contender {
+    pub label: &'static str,
+    binary: PathBuf,
+    verb: Verb,
+}
+
+impl Contender {
+    pub fn is_ours(&self) -> bool {
+        self.binary == Path::new(OURS)
+    }
+
+    /// Whether it speaks TLS here.
+    pub fn has_tls(&self) -> bool {
+        self.is_ours() && self.verb != Verb::Hangup
+    }
+
+    pub fn start(&self) -> Result<Server> {
+        let certificate = Certificate::new()?;
+        if self.verb == Verb::Hangup {
+            let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+            let mut start_server = command("start_server", &["--interval=1"]);
+            start_server.arg(format!("--port={address}")).arg("--").arg(&self.binary);
+            start_server.stdout(Stdio::null()).stderr(Stdio::null());
+            let process = Process::spawn(&mut start_server)?;
+            wait_for(address);
+            return Ok(Server {
+                kind: Kind::StartServer(process),
+                target: Target::Tcp(address),
+                certificate,
+                verb: "",
+            });
+        }
+        let container = boot(&self.binary)?;
+        if self.has_tls() {
+            give_certificate(&container, &certificate)?;
+        }
+        container.systemctl("start")?;
+        let verb = if self.verb == Verb::Reload { "reload" } else { "restart" };
+        Ok(Server { kind: Kind::Container(container), target: Container::target(), certificate, verb })
+    }
+}
+
+/// A systemd with `binary` as the service.
+pub fn boot(binary: &Path) -> Result<Container> {
+    let binary = binary.to_str().context("a path")?;
+    Container::boot(Systemd::Host, Package { name: NAME, binary, folder: FOLDER })
+}
+
+fn give_certificate(container: &Container, certificate: &Certificate) -> Result<()> {
+    let mut lines = "[Service]\n".to_owned();
+    for (file, path) in [("tls.crt", certificate.chain()), ("tls.key", certificate.key())] {
+        container.write(&format!("etc/{NAME}/{file}"), &std::fs::read_to_string(path)?)?;
+        writeln!(lines, "LoadCredential={file}:/etc/{NAME}/{file}")?;
+    }
+    container.add_to_unit("service", "tls", &lines)?;
+    container.run(&["systemctl", "start", &format!("{NAME}-tls.socket")])?;
+    Ok(())
+}
+
+/// Waits until a server that was just started listens.
+pub fn wait_for(address: SocketAddr) {
+    harness::eventually("a server", || std::net::TcpStream::connect(address).is_ok());
+}
+
+/// A server that runs.
+pub struct Server {
+    kind: Kind,
+    pub target: Target,
+    certificate: Certificate,
+    verb: &'static str,
+}
+
+enum Kind {
+    Container(Container),
+    StartServer(Process),
+}
+
+impl Server {
+    /// Tells it to start anew; gives how long that took, where whoever is told says when it is done.
+    pub fn start_anew(&self) -> Result<Option<Duration>> {
+        let begun = Instant::now();
+        match &self.kind {
+            Kind::Container(container) => {
+                container.systemctl(self.verb)?;
+                Ok(Some(begun.elapsed()))
+            }
+            Kind::StartServer(process) => {
+                process.signal(Signal::HUP);
+                Ok(None)
+            }
+        }
+    }
+
+    pub fn tls(&self) -> Result<Target> {
+        Ok(Target::Tls(SocketAddr::from(([127, 0, 0, 1], 8443)), self.certificate.client(&["h2"])?))
+    }
+
+    /// What a load's thread does first.
+    pub fn enter(&self) -> Box<dyn FnOnce() + Send> {
+        match &self.kind {
+            Kind::Container(container) => Box::new(container.enter()),
+            Kind::StartServer(_) => Box::new(|| {}),
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Kind::StartServer(process) = &mut self.kind {
+            process.signal(Signal::TERM);
+            let _ = process.wait();
+        }
+    }
+}

@@ -1,0 +1,61 @@
+// Go's net/http with Server.Shutdown under start_server, as the write-ups on graceful restarts have it.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+func main() {
+	since := time.Now().UTC().Format(time.RFC3339)
+	http.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		fmt.Fprintf(w, "pid %d, generation 1, since %s\n", os.Getpid(), since)
+	})
+	http.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
+		// All of it first: what is not read when the answer begins is not read at all.
+		body, _ := io.ReadAll(r.Body)
+		w.Write(body)
+	})
+	listener := listen()
+	server := &http.Server{}
+	terminated := make(chan os.Signal, 1)
+	signal.Notify(terminated, syscall.SIGTERM)
+	ended := make(chan struct{})
+	go func() {
+		<-terminated
+		server.Shutdown(context.Background())
+		close(ended)
+	}()
+	server.Serve(listener)
+	<-ended
+}
+
+// 127.0.0.1:8080=3 from start_server, or an address to bind.
+func listen() net.Listener {
+	place, fd, found := strings.Cut(os.Getenv("SERVER_STARTER_PORT"), "=")
+	if !found {
+		listener, err := net.Listen("tcp", os.Args[1])
+		if err != nil {
+			panic(err)
+		}
+		return listener
+	}
+	number, err := strconv.Atoi(fd)
+	if err != nil {
+		panic(err)
+	}
+	listener, err := net.FileListener(os.NewFile(uintptr(number), place))
+	if err != nil {
+		panic(err)
+	}
+	return listener
+}
