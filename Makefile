@@ -22,14 +22,18 @@ run:
 # The socket stays open all the while: what comes during a build, or is refused by the compiler, waits.
 DEV := 127.0.0.1:8080
 .PHONY: dev
-dev: | tools
-	command -v systemfd >/dev/null || cargo install --quiet --locked --debug --root target/tools systemfd
+dev: systemfd
+	@command -v inotifywait >/dev/null || { echo 'inotifywait is missing: apt-get install inotify-tools'; exit 1; }
 	$(call VARIABLE,$(PACKAGE))_DRAIN_TIMEOUT=1s systemfd --no-pid --backlog 4096 --socket http::$(DEV) -- sh -c '\
 		while :; do \
 			inotifywait --quiet --recursive --event close_write,move,delete src Cargo.toml & changed=$$!; \
 			cargo build && { [ -z "$$pid" ] || kill $$pid; "$${CARGO_TARGET_DIR:-target}/debug/$(PACKAGE)" & pid=$$!; }; \
 			wait $$changed || exit; \
 		done'
+
+.PHONY: systemfd
+systemfd:
+	@command -v systemfd >/dev/null || cargo install --quiet --locked --debug --root target/tools systemfd
 
 .PHONY: static
 static:
@@ -59,7 +63,7 @@ INSTALL := apt-get update && apt-get install --yes --no-install-recommends $(DEB
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 .PHONY: test
-test: root tools target/systemd-257
+test: root tools systemfd target/systemd-257
 	cargo test --workspace
 
 # Restarts under load, beside other servers; BENCH=--quick takes a minute.

@@ -111,7 +111,7 @@ async fn serve_plain(
         Arrived::Gone => return End::Closed,
     };
     let Connection { stream, peer, listener, unread } = connection;
-    let io = Io::new(Wire::Plain(stream), unread, registration, protocol);
+    let io = Io::new(Wire::Left(stream), unread, registration, protocol);
     let service = doors.service(routes, &entry);
     // Boxed, so that a connection that has not spoken yet takes little memory.
     match protocol {

@@ -5,11 +5,9 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use harness::block_on;
-use harness::certificate::Certificate;
 use harness::client::{Connection, Target, get};
+use harness::house::House;
 use harness::load::Load;
-use harness::process::{Notifications, Process};
-use harness::service::command;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -25,49 +23,22 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// An empty SETTINGS frame.
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
-struct Victim {
-    http: SocketAddr,
-    https: SocketAddr,
-    certificate: Certificate,
-    _process: Process,
-    _notifications: Notifications,
-}
-
-impl Victim {
-    /// Does `attack` again and again, for a second at least, while a polite client asks.
-    fn under(attack: impl AsyncFn(&Self) + Copy) {
-        let certificate = Certificate::new().expect("a certificate");
-        let mut notifications = Notifications::new().expect("a socket");
-        let limit = humantime::format_duration(LIMIT).to_string();
-        let mut command = command(BINARY, &["--head-timeout", &limit, "--idle-timeout", &limit]);
-        command
-            .args(["--listen", "127.0.0.1:0", "--listen", "https=127.0.0.1:0"])
-            .args(["--tls-cert".into(), certificate.chain(), "--tls-key".into(), certificate.key()])
-            .env("NOTIFY_SOCKET", notifications.path());
-        let process = Process::spawn(&mut command).expect("a service");
-        let status = notifications.wait_for("STATUS=serving on").expect("ready");
-        let address = |name: &str| {
-            let port = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
-            SocketAddr::from(([127, 0, 0, 1], port.expect(&status).parse().expect("a port")))
-        };
-        let (http, https) = (address("http"), address("https"));
-        let victim = Self { http, https, certificate, _process: process, _notifications: notifications };
-        let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(http)) }.start(|| {});
-        let begun = Instant::now();
-        while begun.elapsed() < Duration::from_secs(1) {
-            block_on(attack(&victim));
-        }
-        let report = polite.stop();
-        let p99 = report.percentile(0.99);
-        eprintln!("beside it: {report}, p99 {:.1} ms", p99.as_secs_f64() * 1000.0);
-        assert!(report.answered > 50, "too few to measure: {report}");
-        assert_eq!(report.lost(), 0, "{report}");
-        assert!(p99 < POLITE_LIMIT, "p99 {p99:?}: {report}");
+/// Does `attack` again and again, for a second at least, while a polite client asks.
+fn under(attack: impl AsyncFn(&House) + Copy) {
+    let limit = humantime::format_duration(LIMIT).to_string();
+    let house =
+        House::start(BINARY, &["--head-timeout", &limit, "--idle-timeout", &limit]).expect("a service");
+    let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(house.http)) }.start(|| {});
+    let begun = Instant::now();
+    while begun.elapsed() < Duration::from_secs(1) {
+        block_on(attack(&house));
     }
-
-    fn tls(&self) -> Target {
-        Target::Tls(self.https, self.certificate.client(&[]).expect("a client"))
-    }
+    let report = polite.stop();
+    let p99 = report.percentile(0.99);
+    eprintln!("beside it: {report}, p99 {:.1} ms", p99.as_secs_f64() * 1000.0);
+    assert!(report.answered > 50, "too few to measure: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    assert!(p99 < POLITE_LIMIT, "p99 {p99:?}: {report}");
 }
 
 /// Sends `bytes`, and gives all that comes back until the end, which is to come within the limit.
@@ -92,17 +63,17 @@ fn assert_starts(answer: &[u8], wanted: &str) {
 
 #[test]
 fn tls_to_the_plain_port_is_a_bad_request() {
-    Victim::under(async |victim| {
+    under(async |house| {
         // The beginning of a ClientHello.
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
-        assert_starts(&send_and_read(victim.http, &hello).await, "HTTP/1.1 400 ");
+        assert_starts(&send_and_read(house.http, &hello).await, "HTTP/1.1 400 ");
     });
 }
 
 #[test]
 fn plain_http_to_the_tls_port_is_told_so() {
-    Victim::under(async |victim| {
-        let answer = send_and_read(victim.https, &get("/")).await;
+    under(async |house| {
+        let answer = send_and_read(house.https, &get("/")).await;
         assert_starts(&answer, "HTTP/1.1 400 ");
         assert!(String::from_utf8_lossy(&answer).contains("speaks TLS"));
     });
@@ -110,21 +81,21 @@ fn plain_http_to_the_tls_port_is_told_so() {
 
 #[test]
 fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
-    Victim::under(async |victim| {
-        let answer = send_and_read(victim.https, &[22; 4096]).await;
+    under(async |house| {
+        let answer = send_and_read(house.https, &[22; 4096]).await;
         assert_eq!(answer.first(), Some(&21), "an alert record: {answer:?}");
     });
 }
 
 #[test]
 fn an_http2_preface_cut_in_two_is_http2() {
-    Victim::under(async |victim| {
+    under(async |house| {
         for cut in [1, 3, 14, 23] {
-            let mut stream = TcpStream::connect(victim.http).await.expect("a connection");
+            let mut stream = TcpStream::connect(house.http).await.expect("a connection");
             stream.set_nodelay(true).expect("at once");
             stream.write_all(&PREFACE[..cut]).await.expect("sent");
             // Another client's turn: by then the first half has been looked at.
-            let mut other = Connection::open(&Target::Tcp(victim.http)).await.expect("a connection");
+            let mut other = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
             other.ask(&get("/")).await.expect("an answer");
             stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("sent");
             let mut frame = [0; 9];
@@ -136,11 +107,11 @@ fn an_http2_preface_cut_in_two_is_http2() {
 
 #[test]
 fn a_head_that_is_too_large_is_refused_in_each_protocol() {
-    Victim::under(async |victim| {
+    under(async |house| {
         let large = "x".repeat(96 * 1024);
         let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
-        assert_starts(&send_and_read(victim.http, head.as_bytes()).await, "HTTP/1.1 431 ");
-        let mut tls = Connection::open(&victim.tls()).await.expect("a connection");
+        assert_starts(&send_and_read(house.http, head.as_bytes()).await, "HTTP/1.1 431 ");
+        let mut tls = Connection::open(&house.https(&[]).expect("a client")).await.expect("a connection");
         let _ = tls.send(head.as_bytes()).await;
         assert_eq!(tls.head().await.expect("an answer").status, 431);
         // curl itself sends no more than 64 KiB.
@@ -149,7 +120,7 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
             let output = tokio::process::Command::new("curl")
                 .args(["--silent", "--max-time", "10", "--output", "/dev/null", protocol])
                 .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
-                .arg(format!("http://{}/", victim.http))
+                .arg(format!("http://{}/", house.http))
                 .output()
                 .await
                 .expect("curl");
@@ -160,14 +131,14 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
 
 #[test]
 fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
-    Victim::under(async |victim| {
+    under(async |house| {
         let head = get("/");
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
         let mut attackers = JoinSet::new();
         for (address, bytes, answer) in [
-            (victim.http, head, "HTTP/1.1 408 "),
-            (victim.https, hello, ""),
-            (victim.http, PREFACE.to_vec(), ""),
+            (house.http, head, "HTTP/1.1 408 "),
+            (house.https, hello, ""),
+            (house.http, PREFACE.to_vec(), ""),
         ] {
             for _ in 0..20 {
                 let (bytes, begun) = (bytes.clone(), Instant::now());
@@ -205,10 +176,10 @@ fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("more files");
-    Victim::under(async |victim| {
+    under(async |house| {
         let mut silent = Vec::new();
         for number in 0..10_000 {
-            let address = if number % 2 == 0 { victim.http } else { victim.https };
+            let address = if number % 2 == 0 { house.http } else { house.https };
             silent.push(TcpStream::connect(address).await.expect("a connection"));
         }
         for mut stream in silent {
@@ -219,7 +190,7 @@ fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
 
 #[test]
 fn http2_rapid_reset_is_ended_with_goaway() {
-    Victim::under(async |victim| {
+    under(async |house| {
         // GET / and at once RST_STREAM, on a hundred thousand streams.
         let mut bytes = [PREFACE, SETTINGS].concat();
         for stream in (1..200_000_u32).step_by(2) {
@@ -232,7 +203,7 @@ fn http2_rapid_reset_is_ended_with_goaway() {
             bytes.extend(id);
             bytes.extend([0, 0, 0, 8]);
         }
-        let mut stream = TcpStream::connect(victim.http).await.expect("a connection");
+        let mut stream = TcpStream::connect(house.http).await.expect("a connection");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
         let ended = tokio::time::timeout(5 * LIMIT, async {

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use harness::client::{Connection, Target, get};
 use harness::process::Process;
-use harness::service::command;
+use harness::service::{command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -99,4 +99,48 @@ fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
     container.signal(Signal::INT);
     let log = container.end();
     assert!(log.contains("no reload as PID 1"), "{log}");
+}
+
+// ---- the README's recipes ----
+
+/// The first block of the README in this language.
+fn recipe(language: &str) -> String {
+    let readme = std::fs::read_to_string(Path::new(FOLDER).join("README.md")).expect("the README");
+    let block = readme.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
+    block.expect("a recipe").to_owned()
+}
+
+/// What stands between `before` and the next blank or brace.
+fn value(text: &str, before: &str) -> String {
+    let rest = text.split(before).nth(1).expect(before);
+    rest.split([' ', '\n', '}']).find(|word| !word.is_empty()).expect(before).to_owned()
+}
+
+#[test]
+fn the_recipes_for_containers_say_what_the_binary_takes() {
+    let (file, deployment) = (recipe("Dockerfile"), recipe("yaml"));
+    assert!(file.contains("make -C /src static\n"), "{file}");
+    let variable = format!("{}_LISTEN=", env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_"));
+    let listen = value(&file, &variable);
+    let mut check = command(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))), &["check"]);
+    // Any ports will do for a check, and these may be taken.
+    check.env(variable.trim_end_matches('='), listen.replace(":8080", ":0").replace(":9090", ":0"));
+    let prefix = variable.trim_end_matches("LISTEN=");
+    let time = |name: &str| {
+        let value = value(&deployment, &format!("{prefix}{name}, value: "));
+        (format!("{prefix}{name}"), value.clone(), humantime::parse_duration(&value).expect("a time"))
+    };
+    let times = [time("DRAIN_DELAY"), time("DRAIN_TIMEOUT")];
+    for (name, value, _) in &times {
+        check.env(name, value);
+    }
+    let (code, said, log) = run_to_end(&mut check).expect("an end");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(said.contains("http(") && said.contains("admin("), "{said}");
+    let grace: u64 = value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("seconds");
+    assert!(grace > times.iter().map(|(_, _, time)| time.as_secs()).sum(), "{deployment}");
+    let admin = listen.rsplit(':').next().expect("a port");
+    for probe in ["/readyz", "/healthz"] {
+        assert!(deployment.contains(&format!("path: {probe}, port: {admin} ")), "{deployment}");
+    }
 }

@@ -1,6 +1,5 @@
 //! What is spoken at each door, with clients that nobody here wrote: curl, openssl, a WebSocket client.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
@@ -8,74 +7,41 @@ use std::time::Duration;
 use futures_util::{SinkExt, StreamExt};
 use harness::certificate::Certificate;
 use harness::client::{Connection, Http2, Target, get};
-use harness::process::{Notifications, Process};
+use harness::house::House;
 use harness::service::{command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::Signal;
-use tempfile::TempDir;
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 
-/// A service with a door of each kind, bound by itself.
-struct House {
-    process: Process,
-    notifications: Notifications,
-    http: SocketAddr,
-    https: SocketAddr,
-    certificate: Certificate,
-    folder: TempDir,
+fn start(flags: &[&str]) -> House {
+    House::start(BINARY, flags).expect("a service")
 }
 
-impl House {
-    fn start(flags: &[&str]) -> Self {
-        let certificate = Certificate::new().expect("a certificate");
-        let folder = tempfile::tempdir().expect("a folder");
-        let mut notifications = Notifications::new().expect("a socket");
-        let mut command = command(BINARY, flags);
-        command
-            .args(["--listen", "127.0.0.1:0", "--listen", "https=127.0.0.1:0"])
-            .arg(format!("--listen=admin={}", folder.path().join("admin.sock").display()))
-            .args(["--tls-cert".into(), certificate.chain(), "--tls-key".into(), certificate.key()])
-            .env("NOTIFY_SOCKET", notifications.path());
-        let process = Process::spawn(&mut command).expect("a service");
-        let status = notifications.wait_for("STATUS=serving on").expect("ready");
-        let address = |name: &str| {
-            let port = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
-            SocketAddr::from(([127, 0, 0, 1], port.expect(&status).parse().expect("a port")))
-        };
-        Self { process, notifications, http: address("http"), https: address("https"), certificate, folder }
-    }
+fn https(house: &House, protocol: &str) -> Target {
+    house.https(&[protocol]).expect("a client")
+}
 
-    fn admin(&self) -> Target {
-        Target::Unix(self.folder.path().join("admin.sock"))
-    }
+fn terminate(house: &mut House) {
+    house.terminate().expect("stopping");
+}
 
-    fn https(&self, protocol: &str) -> Target {
-        Target::Tls(self.https, self.certificate.client(&[protocol]).expect("a client"))
-    }
+/// Expects a clean end.
+fn end(mut house: House) {
+    assert!(house.process.wait().expect("an end").success());
+}
 
-    fn terminate(&mut self) {
-        self.process.signal(Signal::TERM);
-        self.notifications.wait_for("STOPPING=1").expect("stopping");
-    }
+async fn metrics(house: &House) -> String {
+    let mut admin = Connection::open(&house.admin()).await.expect("the admin door");
+    admin.ask(&get("/metrics")).await.expect("an answer").text()
+}
 
-    /// Expects a clean end.
-    fn end(mut self) {
-        assert!(self.process.wait().expect("an end").success());
-    }
-
-    async fn metrics(&self) -> String {
-        let mut admin = Connection::open(&self.admin()).await.expect("the admin door");
-        admin.ask(&get("/metrics")).await.expect("an answer").text()
-    }
-
-    /// Waits until a request is being answered, besides the one that asks.
-    async fn wait_for_in_flight(&self) {
-        while !self.metrics().await.contains("http_requests_in_flight 2") {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-        }
+/// Waits until a request is being answered, besides the one that asks.
+async fn wait_for_in_flight(house: &House) {
+    while !metrics(house).await.contains("http_requests_in_flight 2") {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
@@ -95,7 +61,7 @@ fn curl(arguments: &[&str]) -> Result<String, i32> {
 
 #[test]
 fn curl_is_answered_at_each_door_in_each_protocol() {
-    let house = House::start(&[]);
+    let house = start(&[]);
     let certificate = house.certificate.chain();
     let trust = ["--cacert", certificate.to_str().expect("a path")];
     let version = ["--output", "/dev/null", "--write-out", "%{http_version} %{response_code}"];
@@ -107,7 +73,7 @@ fn curl_is_answered_at_each_door_in_each_protocol() {
     assert_eq!(ask(&["--http1.1"], &https).as_deref(), Ok("1.1 200"));
     assert_eq!(ask(&["--http2"], &https).as_deref(), Ok("2 200"));
     assert_eq!(ask(&["--no-alpn"], &https).as_deref(), Ok("1.1 200"));
-    let admin = house.folder.path().join("admin.sock");
+    let Target::Unix(admin) = house.admin() else { panic!("a path") };
     let socket = ["--unix-socket", admin.to_str().expect("a path")];
     assert_eq!(ask(&socket, "http://localhost/healthz").as_deref(), Ok("1.1 200"));
     // Each door has its own routes.
@@ -119,7 +85,7 @@ fn curl_is_answered_at_each_door_in_each_protocol() {
 
 #[test]
 fn openssl_shakes_hands_with_tls_1_2_and_1_3_and_nothing_older() {
-    let house = House::start(&[]);
+    let house = start(&[]);
     let shake = |version: &str| {
         Command::new("openssl")
             .args(["s_client", "-brief", "-alpn", "h2,http/1.1", "-verify_return_error", version])
@@ -165,7 +131,7 @@ fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
         (one.chain(), missing, "could not read"),
         (one.key(), one.key(), "no certificate"),
         (one.chain(), one.chain(), "nothing of the kind"),
-        (huge, one.key(), "could not read"),
+        (huge, one.key(), "larger than a certificate"),
     ];
     for (chain, key, reason) in cases {
         for subcommand in [&["check"][..], &[]] {
@@ -196,14 +162,14 @@ fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
 
 #[test]
 fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
-    let house = House::start(&[]);
+    let house = start(&[]);
     block_on(async {
         let mut connection = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
         for path in ["/", "/", "/sleep?duration=1ms", "/made-up/1", "/made-up/2"] {
             connection.ask(&get(path)).await.expect("an answer");
         }
         connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("an answer");
-        let text = house.metrics().await;
+        let text = metrics(&house).await;
         let count = |labels: &str| {
             let name = format!("http_request_duration_seconds_count{{{labels}}} ");
             text.lines().find_map(|line| line.strip_prefix(&name)).map(str::to_owned)
@@ -233,7 +199,7 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
 
 #[test]
 fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
-    let house = House::start(&["--max-connections", "1"]);
+    let house = start(&["--max-connections", "1"]);
     block_on(async {
         let target = Target::Tcp(house.http);
         let mut only = Connection::open(&target).await.expect("a connection");
@@ -243,18 +209,18 @@ fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
             Connection::open(&target).await.expect("queued"),
         ];
         let line = format!("accept_queue_length{{listener=\"http({})\"}} 2", house.http.port());
-        let text = house.metrics().await;
+        let text = metrics(&house).await;
         assert!(text.lines().any(|found| found == line), "{text}");
     });
 }
 
 #[test]
 fn readyz_says_no_from_the_beginning_of_a_drain_and_healthz_does_not() {
-    let mut house = House::start(&["--drain-delay", "1min"]);
+    let mut house = start(&["--drain-delay", "1min"]);
     block_on(async {
         let mut admin = Connection::open(&house.admin()).await.expect("the admin door");
         assert_eq!(admin.ask(&get("/readyz")).await.expect("an answer").status, 200);
-        house.terminate();
+        terminate(&mut house);
         let mut refused = false;
         while !refused {
             refused = admin.ask(&get("/readyz")).await.expect("an answer").status == 503;
@@ -265,13 +231,13 @@ fn readyz_says_no_from_the_beginning_of_a_drain_and_healthz_does_not() {
 
 #[test]
 fn the_drain_delay_goes_on_accepting_and_then_closes_the_port() {
-    let mut house = House::start(&["--drain-delay", "2s"]);
+    let mut house = start(&["--drain-delay", "2s"]);
     block_on(async {
         let target = Target::Tcp(house.http);
         let mut before = Connection::open(&target).await.expect("a connection");
         before.ask(&get("/")).await.expect("an answer");
         let begun = std::time::Instant::now();
-        house.terminate();
+        terminate(&mut house);
         // Business as usual, for connections old and new.
         let mut fresh = Connection::open(&target).await.expect("the port is open");
         assert!(!fresh.ask(&get("/")).await.expect("an answer").closes());
@@ -285,63 +251,63 @@ fn the_drain_delay_goes_on_accepting_and_then_closes_the_port() {
         eventually("a closed port", || std::net::TcpStream::connect(house.http).is_err());
         assert!(fresh.ask(&get("/")).await.expect("an answer").closes());
     });
-    house.end();
+    end(house);
 }
 
 #[test]
 fn a_second_signal_ends_the_drain_delay() {
-    let mut house = House::start(&["--drain-delay", "10min"]);
-    house.terminate();
+    let mut house = start(&["--drain-delay", "10min"]);
+    terminate(&mut house);
     house.process.signal(Signal::TERM);
-    house.end();
+    end(house);
 }
 
 // ---- the end, behind TLS ----
 
 #[test]
 fn an_https_connection_is_told_to_close_with_its_next_answer() {
-    let mut house = House::start(&[]);
+    let mut house = start(&[]);
     block_on(async {
-        let mut idle = Connection::open(&house.https("http/1.1")).await.expect("a connection");
+        let mut idle = Connection::open(&https(&house, "http/1.1")).await.expect("a connection");
         assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
-        let mut busy = Connection::open(&house.https("http/1.1")).await.expect("a connection");
+        let mut busy = Connection::open(&https(&house, "http/1.1")).await.expect("a connection");
         busy.send(&get("/sleep?duration=2s")).await.expect("sent");
-        house.wait_for_in_flight().await;
-        house.terminate();
+        wait_for_in_flight(&house).await;
+        terminate(&mut house);
         assert!(busy.answer().await.expect("an answer").closes());
         assert!(idle.ask(&get("/")).await.expect("an answer").closes());
         // Both ends say goodbye: a TLS client can tell this from a connection cut short.
         assert_eq!(idle.read_more().await.expect("close_notify"), 0);
     });
-    house.end();
+    end(house);
 }
 
 #[test]
 fn http2_gets_goaway_and_its_stream_finishes() {
-    let mut house = House::start(&[]);
+    let mut house = start(&[]);
     block_on(async {
-        let mut idle = Http2::open(&house.https("h2")).await.expect("a connection");
+        let mut idle = Http2::open(&https(&house, "h2")).await.expect("a connection");
         assert_eq!(idle.get("/").await.expect("an answer").expect("sent").0, 200);
-        let mut busy = Http2::open(&house.https("h2")).await.expect("a connection");
+        let mut busy = Http2::open(&https(&house, "h2")).await.expect("a connection");
         let answer = tokio::spawn(async move { busy.get("/sleep?duration=2s").await });
-        house.wait_for_in_flight().await;
-        house.terminate();
+        wait_for_in_flight(&house).await;
+        terminate(&mut house);
         let answer = answer.await.expect("a task").expect("an answer");
         assert_eq!(answer, Some((200, "slept 2s\n".to_owned())));
         while !idle.is_over().await {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     });
-    house.end();
+    end(house);
 }
 
 #[test]
 fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
-    let mut house = House::start(&["--drain-timeout", "2s"]);
+    let mut house = start(&["--drain-timeout", "2s"]);
     block_on(async {
         let silent = TcpStream::connect(house.https).await.expect("a connection");
-        house.terminate();
-        house.end();
+        terminate(&mut house);
+        end(house);
         drop(silent);
     });
 }
@@ -351,7 +317,7 @@ fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
 #[test]
 fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
     let messages = 300;
-    let mut houses = vec![House::start(&[])];
+    let mut houses = vec![start(&[])];
     block_on(async {
         let mut acknowledged: Vec<u32> = Vec::new();
         for round in 0..3 {
@@ -387,7 +353,7 @@ fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
             if !closed {
                 // To the end: the server waits for our half.
                 while socket.next().await.is_some_and(|message| message.is_ok()) {}
-                houses.push(House::start(&[]));
+                houses.push(start(&[]));
             }
         }
         // What was not acknowledged was sent again: nothing is missing, nothing came twice.
@@ -401,7 +367,7 @@ fn an_event_stream_goes_on_where_it_was_in_the_next_process() {
     block_on(async {
         let mut seen: Vec<u64> = Vec::new();
         for _ in 0..2 {
-            let mut house = House::start(&[]);
+            let mut house = start(&[]);
             let mut connection = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
             let last = seen.last().map_or_else(String::new, |id| format!("last-event-id: {id}\r\n"));
             let request = format!("GET /events HTTP/1.1\r\nhost: x\r\n{last}\r\n");
@@ -411,7 +377,7 @@ fn an_event_stream_goes_on_where_it_was_in_the_next_process() {
             while count(connection.unread()) < 2 {
                 assert!(connection.read_more().await.expect("events") > 0);
             }
-            house.terminate();
+            terminate(&mut house);
             while !connection.unread().ends_with(b"0\r\n\r\n") {
                 assert!(connection.read_more().await.expect("a clean end") > 0);
             }
@@ -420,7 +386,7 @@ fn an_event_stream_goes_on_where_it_was_in_the_next_process() {
                 text.lines().filter_map(|line| line.strip_prefix("id: ")?.trim().parse::<u64>().ok()),
             );
             drop(connection);
-            house.end();
+            end(house);
         }
         let all: Vec<u64> = (0..seen.len() as u64).collect();
         assert!(seen.len() >= 4 && seen == all, "{seen:?}");

@@ -271,7 +271,10 @@ fn sandbox() -> Vec<(&'static str, Vec<&'static str>)> {
 }
 
 fn sleeper(container: &Container, name: &str, lines: &[&str]) -> Result<()> {
-    let unit = format!("[Service]\nType=exec\nExecStart=sleep infinity\n{}\n", lines.join("\n"));
+    let unit = format!(
+        "[Unit]\nStartLimitIntervalSec=0\n[Service]\nType=exec\nExecStart=sleep infinity\n{}\n",
+        lines.join("\n")
+    );
     container.write(&format!("etc/systemd/system/{name}.service"), &unit)
 }
 

@@ -35,7 +35,7 @@ const FULL: Extent = Extent {
     idle_connections: &[0, 100, 1_000, 10_000],
 };
 const QUICK: Extent = Extent {
-    load: Duration::from_millis(1_200),
+    load: Duration::from_secs(1),
     rounds: 1,
     round: Duration::from_secs(1),
     starts: 3,

@@ -1,6 +1,6 @@
 //! The picture: the latency of every request over time, one strip a server.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::time::Duration;
 
@@ -13,8 +13,9 @@ const WIDTH: u32 = 960;
 const STRIP_HEIGHT: u32 = 150;
 /// From a hundredth of a millisecond to ten seconds.
 const LATENCIES: std::ops::Range<f64> = 0.01..10_000.0;
-/// Requests this near to each other are one dot, in pixels: there are millions.
-const GRAIN: f64 = 2.0;
+/// Answered requests this near to each other are drawn as one.
+const COLUMNS: f64 = 320.0;
+const ROWS: f64 = 50.0;
 
 const ANSWERED: RGBColor = RGBColor(38, 92, 160);
 const LOST: RGBColor = RGBColor(208, 32, 32);
@@ -50,37 +51,50 @@ pub fn draw(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
             PathElement::new(vec![(x, LATENCIES.start), (x, LATENCIES.end)], TOLD)
         });
         chart.draw_series(told)?;
-        // The lost ones last, and larger: none of them may hide.
-        for (is_lost, color, size) in [(false, ANSWERED, 1), (true, LOST, 3)] {
-            let dots = dots(strip, is_lost, length).into_iter();
-            chart.draw_series(dots.map(|dot| Circle::new(dot, size, color.filled())))?;
-        }
+        let column = length.as_secs_f64() / COLUMNS;
+        let answered = bars(strip, length).into_iter().map(|(place, from, to)| {
+            let left = f64::from(place) * column;
+            Rectangle::new([(left, latency(from)), (left + column, latency(to))], ANSWERED.filled())
+        });
+        chart.draw_series(answered)?;
+        // The lost ones last, each by itself: none of them may hide.
+        let lost = strip.report.samples.iter().filter(|sample| sample.is_lost);
+        chart.draw_series(lost.map(|sample| {
+            let place = (f64::from(sample.at) / 1e6, f64::from(sample.took) / 1e3);
+            Circle::new(place, 3, LOST.filled())
+        }))?;
     }
     root.present()?;
     Ok(())
 }
 
-/// Where requests are to be drawn: seconds, and milliseconds.
-fn dots(strip: &Strip, is_lost: bool, length: Duration) -> Vec<(f64, f64)> {
-    let columns = f64::from(WIDTH) / GRAIN;
-    let rows = f64::from(STRIP_HEIGHT) / GRAIN;
+/// The bars that answered requests make, since there are millions: column, and from which row to which.
+fn bars(strip: &Strip, length: Duration) -> Vec<(u16, u16, u16)> {
     let decades = (LATENCIES.end / LATENCIES.start).log10();
-    let mut seen = HashSet::new();
-    let mut dots = Vec::new();
-    for sample in strip.report.samples.iter().filter(|sample| sample.is_lost == is_lost) {
-        let seconds = f64::from(sample.at) / 1e6;
+    let mut cells = BTreeSet::new();
+    for sample in strip.report.samples.iter().filter(|sample| !sample.is_lost) {
+        let share = f64::from(sample.at) / 1e6 / length.as_secs_f64();
         let millis = (f64::from(sample.took) / 1e3).clamp(LATENCIES.start, LATENCIES.end);
-        if seconds > length.as_secs_f64() {
-            continue;
-        }
-        #[expect(clippy::cast_possible_truncation, reason = "a place on the paper")]
-        let place = (
-            (seconds / length.as_secs_f64() * columns) as i32,
-            ((millis / LATENCIES.start).log10() / decades * rows) as i32,
-        );
-        if seen.insert(place) {
-            dots.push((seconds, millis));
+        if share < 1.0 {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "places on paper")]
+            cells.insert((
+                (share * COLUMNS) as u16,
+                ((millis / LATENCIES.start).log10() / decades * ROWS) as u16,
+            ));
         }
     }
-    dots
+    let mut bars: Vec<(u16, u16, u16)> = Vec::new();
+    for (column, row) in cells {
+        match bars.last_mut() {
+            Some((last, _, to)) if *last == column && *to == row => *to = row + 1,
+            _ => bars.push((column, row, row + 1)),
+        }
+    }
+    bars
+}
+
+/// The latency at the lower edge of a row, in milliseconds.
+fn latency(row: u16) -> f64 {
+    let decades = (LATENCIES.end / LATENCIES.start).log10();
+    LATENCIES.start * 10_f64.powf(f64::from(row) / ROWS * decades)
 }

@@ -41,7 +41,7 @@ pub(super) async fn serve(
     }
     entry.set_immovable();
     if first != [HANDSHAKE] {
-        let io = Io::new(Wire::Plain(connection.stream), Bytes::new(), registration, Protocol::Http1);
+        let io = Io::new(Wire::Left(connection.stream), Bytes::new(), registration, Protocol::Http1);
         io.refuse(NOT_TLS).await;
         return End::Closed;
     }
@@ -53,7 +53,7 @@ pub(super) async fn serve(
     } else {
         Protocol::Http1
     };
-    let io = Io::new(Wire::Tls(Box::new(stream)), Bytes::new(), registration, protocol);
+    let io = Io::new(Wire::Right(Box::new(stream)), Bytes::new(), registration, protocol);
     let service = doors.service(&doors.app, &entry);
     match protocol {
         Protocol::Http2 => http2::drive(io, service, &entry).await,

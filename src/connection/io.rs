@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
 
 use super::Protocol;
 use crate::registry::{Entry, Phase, Registration, Stage};
@@ -16,11 +17,8 @@ use crate::stream::Stream;
 /// How much a peer may still send while we wait for it to take our last answer, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
 
-/// What carries a connection's bytes.
-pub(super) enum Wire {
-    Plain(Stream),
-    Tls(Box<TlsStream<Stream>>),
-}
+/// What carries a connection's bytes: the stream itself, or TLS on it.
+pub(super) type Wire = Either<Stream, Box<TlsStream<Stream>>>;
 
 pub(super) struct Io {
     wire: Wire,
@@ -49,8 +47,8 @@ impl Io {
     /// What it takes to go on elsewhere. None behind TLS.
     pub(super) fn into_parts(self) -> Option<(Stream, Registration)> {
         match self.wire {
-            Wire::Plain(stream) => Some((stream, self.registration)),
-            Wire::Tls(_) => None,
+            Wire::Left(stream) => Some((stream, self.registration)),
+            Wire::Right(_) => None,
         }
     }
 
@@ -177,53 +175,6 @@ impl AsyncWrite for Io {
             (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
             (Protocol::Http1, Stage::Upgraded) => Pin::new(&mut self.wire).poll_shutdown(cx),
             (Protocol::Http1, _) => Poll::Ready(Ok(())),
-        }
-    }
-}
-
-impl AsyncRead for Wire {
-    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, into),
-        }
-    }
-}
-
-impl AsyncWrite for Wire {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        true
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

@@ -4,6 +4,7 @@ pub mod certificate;
 pub mod client;
 pub mod container;
 pub mod frames;
+pub mod house;
 pub mod load;
 pub mod process;
 pub mod service;

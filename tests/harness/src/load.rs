@@ -37,6 +37,13 @@ pub enum Connections {
     Http2,
 }
 
+/// A client's connection, if it has one.
+#[derive(Default)]
+struct Kept {
+    http1: Option<Connection>,
+    http2: Option<Http2>,
+}
+
 impl Load {
     fn kept(target: &Target, clients: usize, think: Duration) -> Self {
         Self { target: target.clone(), clients, request: get("/"), connections: Connections::Kept, think }
@@ -89,11 +96,7 @@ impl Load {
         let mut clients = JoinSet::new();
         let start = Instant::now();
         for _ in 0..self.clients {
-            if self.connections == Connections::Http2 {
-                clients.spawn(self.clone().http2_client(start, stopped.clone()));
-            } else {
-                clients.spawn(self.clone().client(start, stopped.clone()));
-            }
+            clients.spawn(self.clone().client(start, stopped.clone()));
         }
         let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
         for each in clients.join_all().await {
@@ -104,19 +107,19 @@ impl Load {
 
     async fn client(self: Arc<Self>, start: Instant, stopped: Arc<AtomicBool>) -> Report {
         let mut report = Report::default();
-        let mut kept: Option<Connection> = None;
+        let mut kept = Kept::default();
         while !stopped.load(Ordering::Relaxed) {
             if self.connections == Connections::Kept
-                && kept.as_mut().is_some_and(Connection::is_closed_by_server)
+                && kept.http1.as_mut().is_some_and(Connection::is_closed_by_server)
             {
                 report.closed_idle += 1;
-                kept = None;
+                kept = Kept::default();
             }
             let begun = Instant::now();
             let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&mut kept, &mut report)).await;
             let asked = asked.unwrap_or_else(|_| bail_timeout());
             if asked.is_err() {
-                kept = None;
+                kept = Kept::default();
             }
             report.note(start, begun, asked);
             if self.think > Duration::ZERO {
@@ -126,22 +129,11 @@ impl Load {
         report
     }
 
-    async fn http2_client(self: Arc<Self>, start: Instant, stopped: Arc<AtomicBool>) -> Report {
-        let mut report = Report::default();
-        let mut kept: Option<Http2> = None;
-        while !stopped.load(Ordering::Relaxed) {
-            let begun = Instant::now();
-            let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask_http2(&mut kept, &mut report)).await;
-            let asked = asked.unwrap_or_else(|_| bail_timeout());
-            if asked.is_err() {
-                kept = None;
-            }
-            report.note(start, begun, asked);
-            if self.think > Duration::ZERO {
-                tokio::time::sleep(self.think).await;
-            }
+    async fn ask(&self, kept: &mut Kept, report: &mut Report) -> Result<()> {
+        match self.connections {
+            Connections::Http2 => self.ask_http2(&mut kept.http2, report).await,
+            _ => self.ask_http1(&mut kept.http1, report).await,
         }
-        report
     }
 
     async fn ask_http2(&self, kept: &mut Option<Http2>, report: &mut Report) -> Result<()> {
@@ -174,7 +166,7 @@ impl Load {
         if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
     }
 
-    async fn ask(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
+    async fn ask_http1(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
         let connection = if let Some(connection) = kept {
             connection
         } else {
