@@ -24,7 +24,7 @@ use io::{Io, Wire};
 
 /// What is behind the doors.
 pub struct Doors {
-    pub app: Routes,
+    pub routes: Routes,
     pub admin: Routes,
     /// Where a listener is named https.
     pub tls: Option<TlsAcceptor>,
@@ -81,7 +81,7 @@ enum Arrived {
 /// Serves `connection` until it closes or comes to rest.
 pub async fn serve(connection: Connection, registration: Registration, doors: &Doors) -> End {
     match (connection.listener.door(), &doors.tls) {
-        (Door::Http, _) => serve_plain(connection, registration, doors, &doors.app).await,
+        (Door::Http, _) => serve_plain(connection, registration, doors, &doors.routes).await,
         (Door::Admin, _) => serve_plain(connection, registration, doors, &doors.admin).await,
         (Door::Https, Some(tls)) => Box::pin(handshake::serve(connection, registration, doors, tls)).await,
         (Door::Https, None) => unreachable!("a certificate is loaded where a listener is named https"),

@@ -145,7 +145,7 @@ async fn serve(
     let queues = Queues::default();
     let admin = Admin { life, registry: registry.clone(), queues: queues.clone() };
     let doors = Doors {
-        app: Routes::new(app::router(), config),
+        routes: Routes::new(app::router(), config),
         admin: Routes::new(admin::router(admin), config),
         tls,
         life,

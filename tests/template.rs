@@ -80,11 +80,11 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
         })
     };
     harness::eventually("the first build", || ask().is_some_and(|text| text.starts_with("pid ")));
-    let app = copied.join("src/app.rs");
-    let source = std::fs::read_to_string(&app).expect("the routes");
+    let routes = copied.join("src/app.rs");
+    let source = std::fs::read_to_string(&routes).expect("the routes");
     // What does not compile changes nothing; what does is there soon, and until then nothing is refused.
-    std::fs::write(&app, source.replace("pid {pid}", "PID {pid")).expect("written");
-    std::fs::write(&app, source.replace("pid {pid}", "PID {pid}")).expect("written");
+    std::fs::write(&routes, source.replace("pid {pid}", "PID {pid")).expect("written");
+    std::fs::write(&routes, source.replace("pid {pid}", "PID {pid}")).expect("written");
     harness::eventually("the change", || ask().expect("never refused").starts_with("PID "));
     make.0.signal(Signal::TERM);
 }

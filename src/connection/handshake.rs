@@ -54,7 +54,7 @@ pub(super) async fn serve(
         Protocol::Http1
     };
     let io = Io::new(Wire::Right(Box::new(stream)), Bytes::new(), registration, protocol);
-    let service = doors.service(&doors.app, &entry);
+    let service = doors.service(&doors.routes, &entry);
     match protocol {
         Protocol::Http2 => http2::drive(io, service, &entry).await,
         Protocol::Http1 => {
