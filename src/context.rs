@@ -11,7 +11,6 @@ use crate::life::{Life, Shutdown};
 use crate::stream::Peer;
 
 /// Goes with each request of a connection.
-#[derive(Clone)]
 pub struct Context {
     pub life: Life,
     pub shutdown: Shutdown,

@@ -1,6 +1,5 @@
 //! What every request passes through before it reaches `app.rs`.
 
-use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,8 +10,9 @@ use std::time::{Duration, Instant, SystemTime};
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, MatchedPath};
+use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use hyper::{Request, Response, StatusCode};
+use hyper::{Request, Response, StatusCode, Uri};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower::{Layer, Service, ServiceBuilder};
@@ -96,6 +96,7 @@ impl<S: Service<Request<Body>, Response = Response<Body>>> Service<Request<Body>
             id: Some(id),
             route: request.extensions().get::<MatchedPath>().cloned(),
             method: metrics::method(request.method()),
+            uri: request.uri().clone(),
             begun: Instant::now(),
             limit: self.layer.limit,
             late: None,
@@ -110,6 +111,7 @@ pin_project! {
         id: Option<HeaderValue>,
         route: Option<MatchedPath>,
         method: &'static str,
+        uri: Uri,
         begun: Instant,
         limit: Duration,
         // Most answers are there at once, and need no timer.
@@ -135,11 +137,25 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
                 std::task::ready!(late.as_mut().poll(cx));
                 answer(StatusCode::SERVICE_UNAVAILABLE, "no answer in time\n")
             }
-            Err(panic) => internal_error(&panic),
+            // Logged where it happened (`log::init`).
+            Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
         let took = this.begun.elapsed();
         metrics::answered(this.route.as_ref(), this.method, response.status(), took);
-        log(response.status(), took);
+        let status = response.status();
+        if status.is_server_error() {
+            let (status, latency) = (status.as_u16(), latency(took));
+            if this.span.is_disabled() {
+                // Nobody asked for spans; whoever reads of a failure wants to know of which request.
+                let id = this.id.as_ref().and_then(|id| id.to_str().ok());
+                let (method, path) = (*this.method, this.uri.path());
+                error!(target: TARGET, request_id = id, method, path, status, %latency, "failed");
+            } else {
+                error!(target: TARGET, status, %latency, "failed");
+            }
+        } else {
+            debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
+        }
         if let Some(id) = this.id.take() {
             response.headers_mut().insert(REQUEST_ID, id);
         }
@@ -158,19 +174,8 @@ fn span(request: &Request<Body>, id: &HeaderValue) -> Span {
     )
 }
 
-fn log(status: StatusCode, took: Duration) {
-    let micros = || Duration::from_micros(u64::try_from(took.as_micros()).unwrap_or(u64::MAX));
-    let status_code = status.as_u16();
-    if status.is_server_error() {
-        error!(target: TARGET, status = status_code, latency = %humantime::format_duration(micros()), "failed");
-    } else {
-        debug!(target: TARGET, status = status_code, latency = %humantime::format_duration(micros()), "answered");
-    }
-}
-
-/// The panic itself is logged where it happens (`log::init`).
-fn internal_error(_panic: &(dyn Any + Send)) -> Response<Body> {
-    answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n")
+fn latency(took: Duration) -> FormattedDuration {
+    humantime::format_duration(Duration::from_micros(u64::try_from(took.as_micros()).unwrap_or(u64::MAX)))
 }
 
 fn answer(status: StatusCode, text: &'static str) -> Response<Body> {

@@ -448,6 +448,22 @@ fn an_http_2_request_in_flight_finishes_after_the_signal() {
 }
 
 #[test]
+fn a_request_that_fails_is_named_in_the_log_unasked() {
+    let service = start(&["--request-timeout", "100ms"]);
+    let id = block_on(async {
+        let answer = service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("an answer");
+        assert_eq!(answer.status, 503);
+        answer.header("x-request-id").expect("an id").to_owned()
+    });
+    service.signal(Signal::TERM);
+    let log = assert_success(service);
+    let line = log.lines().find(|line| line.contains("failed")).expect(&log);
+    for word in [&id, "GET", "/sleep", "503"] {
+        assert!(line.contains(word), "{word} is not in {line}");
+    }
+}
+
+#[test]
 fn pipelined_requests_are_answered_in_order() {
     let service = start(&[]);
     block_on(async {
