@@ -5,7 +5,6 @@ use std::cell::RefCell;
 use std::sync::LazyLock;
 use std::time::Duration;
 
-use axum::extract::MatchedPath;
 use hyper::{Method, StatusCode};
 use prometheus::{
     Histogram, HistogramVec, IntCounter, IntGauge, IntGaugeVec, register_histogram_vec, register_int_counter,
@@ -22,7 +21,7 @@ macro_rules! metric {
     };
 }
 
-/// From a request's arrival at the router to the head of its answer.
+/// From a request's head to that of its answer.
 pub static REQUESTS: LazyLock<HistogramVec> = metric!(
     register_histogram_vec,
     "http_request_duration_seconds",
@@ -59,7 +58,7 @@ pub static UPTIME: LazyLock<IntGauge> =
 
 /// One of the series of `REQUESTS`.
 struct Series {
-    route: Option<MatchedPath>,
+    route: &'static str,
     method: &'static str,
     status: StatusCode,
     histogram: Histogram,
@@ -71,23 +70,19 @@ thread_local! {
     static MET: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A request has been answered, by a route or by none.
-pub fn answered(route: Option<&MatchedPath>, method: &'static str, status: StatusCode, took: Duration) {
+/// A request has been answered, by a route or, where that is "", by none.
+pub fn answered(route: &'static str, method: &'static str, status: StatusCode, took: Duration) {
     let seconds = took.as_secs_f64();
     MET.with_borrow_mut(|met| {
-        let is_same = |series: &&Series| {
-            series.status == status
-                && series.method == method
-                && series.route.as_ref().map(MatchedPath::as_str) == route.map(MatchedPath::as_str)
-        };
+        let is_same =
+            |series: &&Series| series.status == status && series.method == method && series.route == route;
         if let Some(series) = met.iter().find(is_same) {
             series.histogram.observe(seconds);
             return;
         }
-        let histogram =
-            REQUESTS.with_label_values(&[route.map_or("", MatchedPath::as_str), method, status.as_str()]);
+        let histogram = REQUESTS.with_label_values(&[route, method, status.as_str()]);
         histogram.observe(seconds);
-        met.push(Series { route: route.cloned(), method, status, histogram });
+        met.push(Series { route, method, status, histogram });
     });
 }
 

@@ -1,9 +1,10 @@
 //! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
-//! its time limits. A connection's own task writes its entry with atomic stores; while a request is answered
-//! nothing is locked that another connection uses, only the entry's own lists.
+//! its time limits. A connection's own task writes its entry, with plain stores where nobody waits for what they
+//! say; a request that is answered at once takes no lock.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::SeqCst};
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
@@ -132,13 +133,17 @@ pub struct Entry {
     /// When it came to this stage, by the registry's clock.
     since: AtomicU64,
     task: Mutex<Option<Waker>>,
-    /// Bodies being read and answers being written.
-    busy: AtomicU32,
+    /// Whether there is none in `task`.
+    is_woken: AtomicBool,
     /// Request bodies being read.
     reading: AtomicU32,
     unflushed: AtomicBool,
-    requests: Mutex<Vec<InFlight>>,
+    /// Requests that have begun; one task alone counts them.
     started: AtomicU64,
+    /// Of these, how many are over.
+    ended: AtomicU64,
+    /// Those in flight that were not answered at once.
+    slow: Mutex<Vec<InFlight>>,
     /// Whether it can go on in another process.
     movable: AtomicBool,
     open: AtomicBool,
@@ -147,6 +152,7 @@ pub struct Entry {
 /// A request being answered.
 #[derive(Clone)]
 pub struct InFlight {
+    /// Of those of its connection.
     pub number: u64,
     pub uri: Uri,
     pub since: Instant,
@@ -216,11 +222,12 @@ impl Registry {
             stage: AtomicU8::new(Stage::Waiting as u8),
             since: AtomicU64::new(self.now.load(SeqCst)),
             task: Mutex::default(),
-            busy: AtomicU32::new(0),
+            is_woken: AtomicBool::new(true),
             reading: AtomicU32::new(0),
             unflushed: AtomicBool::new(false),
-            requests: Mutex::default(),
             started: AtomicU64::new(0),
+            ended: AtomicU64::new(0),
+            slow: Mutex::default(),
             movable: AtomicBool::new(true),
             open: AtomicBool::new(true),
         });
@@ -308,8 +315,8 @@ impl Registry {
         entries.iter().fold(
             Counts { connections: entries.len(), in_flight: 0, answered: self.answered.load(SeqCst) },
             |counts, entry| {
-                let in_flight = lock(&entry.requests).len();
-                let answered = entry.started.load(SeqCst).saturating_sub(in_flight as u64);
+                let answered = entry.ended.load(Acquire);
+                let in_flight = usize::try_from(entry.started().saturating_sub(answered)).unwrap_or(0);
                 Counts {
                     in_flight: counts.in_flight + in_flight,
                     answered: counts.answered + answered,
@@ -333,7 +340,7 @@ impl Registry {
         let remaining = |entry: Arc<Entry>| Remaining {
             peer: entry.peer,
             age: entry.opened.elapsed(),
-            requests: lock(&entry.requests).clone(),
+            requests: lock(&entry.slow).clone(),
         };
         self.entries().into_iter().map(remaining).collect()
     }
@@ -377,7 +384,7 @@ impl Drop for Arriving<'_> {
 impl Drop for Registration {
     fn drop(&mut self) {
         let registry = &self.entry.registry;
-        registry.answered.fetch_add(self.entry.started.load(SeqCst), SeqCst);
+        registry.answered.fetch_add(self.entry.started(), SeqCst);
         lock(&registry.open).remove(&self.entry.id);
         self.entry.open.store(false, SeqCst);
         if self.entry.stage() != Stage::Closing {
@@ -394,13 +401,16 @@ impl Entry {
 
     pub fn set_stage(&self, stage: Stage) {
         self.touch();
+        if !matches!(stage, Stage::Waiting | Stage::Closing) {
+            self.stage.store(stage as u8, Release);
+            return;
+        }
+        // Somebody may wait for this: what he reads is not to be older than the phase that we read.
         let before = self.stage.swap(stage as u8, SeqCst);
         if stage == Stage::Closing && before != Stage::Closing as u8 {
             self.registry.talking.fetch_sub(1, SeqCst);
         }
-        if matches!(stage, Stage::Waiting | Stage::Closing) {
-            self.registry.notify_of_change();
-        }
+        self.registry.notify_of_change();
     }
 
     pub fn phase(&self) -> Phase {
@@ -412,12 +422,14 @@ impl Entry {
         self.open.load(SeqCst) && self.stage() != Stage::Closing
     }
 
-    /// Makes the task of `cx` the one that is woken when the phase changes or a limit has passed.
+    /// Makes the task of `cx`, which is the same each time, the one that is woken when the phase changes or a
+    /// limit has passed.
     pub fn wake_on_change(&self, cx: &Context<'_>) {
-        let mut task = lock(&self.task);
-        match &mut *task {
-            Some(waker) => waker.clone_from(cx.waker()),
-            None => *task = Some(cx.waker().clone()),
+        // Whoever wakes it says so first: a task that reads here that it will be woken will be.
+        if self.is_woken.load(Acquire) {
+            let mut task = lock(&self.task);
+            *task = Some(cx.waker().clone());
+            self.is_woken.store(false, Relaxed);
         }
     }
 
@@ -431,17 +443,22 @@ impl Entry {
             Stage::InFlight | Stage::Upgraded => return false,
             Stage::Closing => limits.close,
         };
-        let spent = self.registry.now.load(SeqCst).saturating_sub(self.since.load(SeqCst));
+        let spent = self.registry.now.load(Relaxed).saturating_sub(self.since.load(Relaxed));
         u128::from(spent) > limit.as_millis()
     }
 
     /// The time in this stage counts from now.
     fn touch(&self) {
-        self.since.store(self.registry.now.load(SeqCst), SeqCst);
+        self.since.store(self.registry.now.load(Relaxed), Relaxed);
     }
 
     fn wake(&self) {
-        if let Some(waker) = lock(&self.task).take() {
+        let waker = {
+            let mut task = lock(&self.task);
+            self.is_woken.store(true, Relaxed);
+            task.take()
+        };
+        if let Some(waker) = waker {
             waker.wake();
         }
     }
@@ -471,7 +488,8 @@ impl Entry {
 
     /// The connection has something to send.
     pub fn writing(&self) {
-        if !self.unflushed.swap(true, SeqCst) {
+        if self.is_flushed() {
+            self.unflushed.store(true, Release);
             self.touch();
         }
     }
@@ -483,55 +501,66 @@ impl Entry {
 
     /// All of it is out.
     pub fn flushed(&self) {
-        self.unflushed.store(false, SeqCst);
+        self.unflushed.store(false, Release);
     }
 
     pub fn is_flushed(&self) -> bool {
-        !self.unflushed.load(SeqCst)
+        !self.unflushed.load(Acquire)
     }
 
     // ---- what the connection's requests report ----
 
-    /// A request begins; the number names it to `answered`.
-    pub fn begin(&self, uri: &Uri) -> u64 {
+    /// A request begins.
+    pub fn begin(&self, uri: Uri) -> InFlight {
         if self.stage() != Stage::InFlight {
             self.set_stage(Stage::InFlight);
         }
-        let number = self.started.fetch_add(1, SeqCst);
-        self.busy.fetch_add(1, SeqCst);
-        lock(&self.requests).push(InFlight { number, uri: uri.clone(), since: Instant::now() });
-        number
+        let number = self.started();
+        self.started.store(number + 1, Release);
+        InFlight { number, uri, since: Instant::now() }
     }
 
-    /// The answer's last byte has been given to the connection, or the request was given up.
-    pub fn answered(&self, number: u64) {
-        lock(&self.requests).retain(|request| request.number != number);
-        self.busy.fetch_sub(1, SeqCst);
+    /// A request is not answered at once.
+    pub fn enter_slow(&self, request: InFlight) {
+        lock(&self.slow).push(request);
+    }
+
+    pub fn leave_slow(&self, request: &InFlight) {
+        lock(&self.slow).retain(|other| other.number != request.number);
+    }
+
+    /// The last byte of a request's answer has been given to the connection, or the request was given up.
+    pub fn answered(&self) {
+        self.ended.fetch_add(1, Release);
+    }
+
+    /// Whether a request has begun that is not over.
+    pub fn is_in_flight(&self) -> bool {
+        self.ended.load(Acquire) != self.started()
     }
 
     pub fn begin_reading(&self) {
-        self.busy.fetch_add(1, SeqCst);
-        self.reading.fetch_add(1, SeqCst);
+        self.reading.fetch_add(1, Relaxed);
     }
 
     pub fn end_reading(&self) {
-        self.reading.fetch_sub(1, SeqCst);
-        self.busy.fetch_sub(1, SeqCst);
+        self.reading.fetch_sub(1, Release);
     }
 
     /// Whether a request's body is still being read.
     pub fn is_reading(&self) -> bool {
-        self.reading.load(SeqCst) > 0
+        self.reading.load(Acquire) > 0
     }
 
     /// How many requests have begun on this connection in this process.
     pub fn started(&self) -> u64 {
-        self.started.load(SeqCst)
+        self.started.load(Acquire)
     }
 
     /// Called by the driver after each turn: a connection whose answers are all out waits again.
     pub fn settle(&self) {
-        if self.stage() == Stage::InFlight && self.busy.load(SeqCst) == 0 && self.is_flushed() {
+        let is_busy = self.is_in_flight() || self.is_reading();
+        if self.stage() == Stage::InFlight && !is_busy && self.is_flushed() {
             self.set_stage(Stage::Waiting);
         }
     }

@@ -1,21 +1,27 @@
-//! What every request passes through before it reaches `app.rs`.
+//! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer even
+//! after a panic, and is traced and measured.
 
+mod labels;
+
+use std::cell::Cell;
+use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
 use std::task::{Context as TaskContext, Poll};
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, SystemTime};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, MatchedPath};
+use axum::extract::DefaultBodyLimit;
+use axum::routing::future::RouteFuture;
 use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
-use hyper::{Request, Response, StatusCode, Uri};
+use hyper::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
-use tower::{Layer, Service, ServiceBuilder};
+use tower::{Service, ServiceBuilder};
 use tower_http::limit::RequestBodyLimitLayer;
 use tower_http::map_response_body::MapResponseBodyLayer;
 use tower_http::timeout::RequestBodyTimeoutLayer;
@@ -24,115 +30,95 @@ use tracing::{Span, debug, debug_span, error};
 use crate::config::Config;
 use crate::context::Context;
 use crate::metrics;
+use crate::registry::InFlight;
+use labels::Labels;
 
 /// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
 const TARGET: &str = "request";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// A router behind the limits of the configuration.
+/// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share one
+/// wait for each other.
 #[derive(Clone)]
 pub struct Routes {
     /// For requests without a body, which are most: what limits bodies costs them nothing.
     bodiless: Router,
+    /// The same for requests whose route is not known before the router has chosen it.
+    telling: Router,
     with_body: Router,
+    labels: Labels,
+    limit: Duration,
 }
 
 impl Routes {
     pub fn new(router: Router, config: &Config) -> Self {
-        let care = CareLayer { ids: Numbers::new(), limit: config.request_timeout };
+        let labels = Labels::new();
         let limits = ServiceBuilder::new()
-            .layer(care.clone())
+            .layer(labels)
             .layer(MapResponseBodyLayer::new(Body::new))
             .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
             .layer(DefaultBodyLimit::disable())
             .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)));
         // With its state, if only (), a router is built once, and not anew for each request.
         Self {
-            bodiless: router.clone().layer(care).with_state(()),
+            bodiless: router.clone().with_state(()),
+            telling: router.clone().layer(labels).with_state(()),
             with_body: router.layer(limits).with_state(()),
+            labels,
+            limit: config.request_timeout,
         }
     }
 
-    pub fn for_request(&self, has_body: bool) -> &Router {
-        if has_body { &self.with_body } else { &self.bodiless }
-    }
-}
-
-/// Names, traces and measures each request, and answers where the router does not: after a panic, and when it
-/// takes too long.
-#[derive(Clone)]
-struct CareLayer {
-    ids: Numbers,
-    limit: Duration,
-}
-
-#[derive(Clone)]
-struct Care<S> {
-    inner: S,
-    layer: CareLayer,
-}
-
-impl<S> Layer<S> for CareLayer {
-    type Service = Care<S>;
-
-    fn layer(&self, inner: S) -> Care<S> {
-        Care { inner, layer: self.clone() }
-    }
-}
-
-impl<S: Service<Request<Body>, Response = Response<Body>>> Service<Request<Body>> for Care<S> {
-    type Response = Response<Body>;
-    type Error = S::Error;
-    type Future = Caring<S::Future>;
-
-    fn poll_ready(&mut self, cx: &mut TaskContext<'_>) -> Poll<Result<(), S::Error>> {
-        self.inner.poll_ready(cx)
-    }
-
-    fn call(&mut self, request: Request<Body>) -> Caring<S::Future> {
-        let id = request.headers().get(REQUEST_ID).cloned().unwrap_or_else(|| self.layer.ids.next());
-        Caring {
+    /// `has_body`: the request has one.
+    pub fn answer(&mut self, request: Request<Body>, has_body: bool) -> Answering {
+        let id = request.headers().get(REQUEST_ID).cloned().unwrap_or_else(new_id);
+        let route = self.labels.of_path(request.uri().path());
+        let router = match route {
+            _ if has_body => &mut self.with_body,
+            Some(_) => &mut self.bodiless,
+            None => &mut self.telling,
+        };
+        Answering {
             span: span(&request, &id),
             id: Some(id),
-            route: request.extensions().get::<MatchedPath>().cloned(),
             method: metrics::method(request.method()),
-            uri: request.uri().clone(),
-            begun: Instant::now(),
-            limit: self.layer.limit,
+            route: route.unwrap_or_default(),
+            limit: self.limit,
             late: None,
-            future: self.inner.call(request),
+            future: router.call(request),
         }
     }
 }
 
 pin_project! {
-    struct Caring<F> {
+    /// A request until its answer begins.
+    pub struct Answering {
         span: Span,
         id: Option<HeaderValue>,
-        route: Option<MatchedPath>,
         method: &'static str,
-        uri: Uri,
-        begun: Instant,
+        route: &'static str,
         limit: Duration,
         // Most answers are there at once, and need no timer.
         late: Option<Pin<Box<Sleep>>>,
         #[pin]
-        future: F,
+        future: RouteFuture<Infallible>,
     }
 }
 
-impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
-    type Output = F::Output;
-
-    fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>) -> Poll<F::Output> {
+impl Answering {
+    /// Ready with the answer to `request`.
+    pub fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, request: &InFlight) -> Poll<Response<Body>> {
         let mut this = self.project();
         let _entered = this.span.enter();
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
+        match labels::chosen() {
+            "" => {}
+            route => *this.route = route,
+        }
         let mut response = match polled {
             Ok(Poll::Ready(Ok(response))) => response,
-            Ok(Poll::Ready(Err(error))) => return Poll::Ready(Err(error)),
             Ok(Poll::Pending) => {
-                let deadline = *this.begun + *this.limit;
+                let deadline = request.since + *this.limit;
                 let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline.into())));
                 std::task::ready!(late.as_mut().poll(cx));
                 answer(StatusCode::SERVICE_UNAVAILABLE, "no answer in time\n")
@@ -140,15 +126,15 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
             // Logged where it happened (`log::init`).
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
-        let took = this.begun.elapsed();
-        metrics::answered(this.route.as_ref(), this.method, response.status(), took);
+        let took = request.since.elapsed();
         let status = response.status();
+        metrics::answered(this.route, this.method, status, took);
         if status.is_server_error() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
                 // Nobody asked for spans; whoever reads of a failure wants to know of which request.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
-                let (method, path) = (*this.method, this.uri.path());
+                let (method, path) = (*this.method, request.uri.path());
                 error!(target: TARGET, request_id = id, method, path, status, %latency, "failed");
             } else {
                 error!(target: TARGET, status, %latency, "failed");
@@ -159,7 +145,7 @@ impl<F: Future<Output = Result<Response<Body>, E>>, E> Future for Caring<F> {
         if let Some(id) = this.id.take() {
             response.headers_mut().insert(REQUEST_ID, id);
         }
-        Poll::Ready(Ok(response))
+        Poll::Ready(response)
     }
 }
 
@@ -185,37 +171,50 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     response
 }
 
-/// Request ids that differ over restarts, and cost a counter: when the process was born, and a number.
-#[derive(Clone)]
-struct Numbers(Arc<(u64, AtomicU64)>);
+/// How many ids a thread takes at once, so that threads seldom meet over them.
+const BLOCK: u64 = 1024;
 
-impl Numbers {
-    fn new() -> Self {
+/// An id that no other process gives: 24 hexadecimal digits, 14 of when this one was born, 10 of a number.
+fn new_id() -> HeaderValue {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    static BORN: LazyLock<u64> = LazyLock::new(|| {
         let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Self(Arc::new((u64::try_from(born.as_micros()).unwrap_or(0), AtomicU64::new(0))))
+        u64::try_from(born.as_micros()).unwrap_or(0)
+    });
+    static BLOCKS: AtomicU64 = AtomicU64::new(0);
+    thread_local! {
+        static NEXT: Cell<u64> = const { Cell::new(0) };
     }
-
-    /// 24 hexadecimal digits: 14 of the birth, 10 of the number.
-    fn next(&self) -> HeaderValue {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let (born, next) = &*self.0;
-        let number = next.fetch_add(1, Ordering::Relaxed);
-        let id = u128::from(*born) << 40 | u128::from(number & 0xff_ffff_ffff);
-        let digits: [u8; 24] = std::array::from_fn(|place| DIGITS[(id >> (4 * (23 - place))) as usize & 15]);
-        HeaderValue::from_bytes(&digits).unwrap_or_else(|_| HeaderValue::from_static(""))
+    let mut number = NEXT.get();
+    if number.is_multiple_of(BLOCK) {
+        number = BLOCKS.fetch_add(BLOCK, Ordering::Relaxed);
     }
+    NEXT.set(number + 1);
+    let id = u128::from(*BORN) << 40 | u128::from(number & 0xff_ffff_ffff);
+    let digits: [u8; 24] = std::array::from_fn(|place| DIGITS[(id >> (4 * (23 - place))) as usize & 15]);
+    HeaderValue::from_bytes(&digits).unwrap_or_else(|_| HeaderValue::from_static(""))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+    use std::time::Instant;
+
     use axum::body::Bytes;
-    use axum::routing::{get, post};
+    use axum::routing::{delete, get, post};
     use clap::Parser;
     use http_body::Body as _;
     use http_body_util::BodyExt;
-    use tower::ServiceExt;
 
     use super::*;
+
+    async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
+        let in_flight = InFlight { number: 0, uri: request.uri().clone(), since: Instant::now() };
+        let has_body = !request.body().is_end_stream();
+        let mut answering = pin!(routes.answer(request, has_body));
+        poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
+    }
 
     async fn ask(request: Request<Body>) -> (StatusCode, String) {
         async fn panics() {
@@ -224,13 +223,7 @@ mod tests {
         let config = Config::parse_from(["x", "--body-limit", "4MiB"]);
         let length = |body: Bytes| async move { body.len().to_string() };
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
-        let has_body = !request.body().is_end_stream();
-        let response = Routes::new(router, &config)
-            .for_request(has_body)
-            .clone()
-            .oneshot(request)
-            .await
-            .expect("infallible");
+        let response = answer_to(&mut Routes::new(router, &config), request).await;
         let status = response.status();
         let body = response.into_body().collect().await.expect("a whole body").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned())
@@ -250,11 +243,31 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_request_is_counted_by_the_template_of_its_route() {
+        let config = Config::parse_from(["x"]);
+        let plan = || Router::new().route("/counted/by/{name}", delete(async || ()));
+        let mut routes = Routes::new(plan().route("/counted/fixed", delete(async || ())), &config);
+        let mut others = Routes::new(plan(), &config);
+        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("a request");
+        for path in ["/counted/fixed", "/counted/fixed", "/counted/by/me", "/counted/by/{name}"] {
+            answer_to(&mut routes, request(path)).await;
+        }
+        answer_to(&mut others, request("/counted/fixed")).await;
+        let count = |route, status| {
+            metrics::REQUESTS.with_label_values(&[route, "DELETE", status]).get_sample_count()
+        };
+        assert_eq!(count("/counted/fixed", "200"), 2);
+        assert_eq!(count("/counted/by/{name}", "200"), 2);
+        assert_eq!(count("/counted/fixed", "404"), 0, "it is a route of another router");
+        assert_eq!(count("", "404"), 1);
+    }
+
+    #[tokio::test]
     async fn a_request_id_is_made_or_kept_and_given_back() {
         let config = Config::parse_from(["x"]);
-        let routes = Routes::new(Router::new(), &config);
-        let id = async |request: Request<Body>| {
-            let response = routes.for_request(false).clone().oneshot(request).await.expect("infallible");
+        let mut routes = Routes::new(Router::new(), &config);
+        let mut id = async |request: Request<Body>| {
+            let response = answer_to(&mut routes, request).await;
             response.headers()["x-request-id"].to_str().expect("text").to_owned()
         };
         let request = || Request::get("/").body(Body::empty()).expect("a request");

@@ -448,6 +448,31 @@ fn an_http_2_request_in_flight_finishes_after_the_signal() {
 }
 
 #[test]
+fn a_handler_whose_client_has_gone_stops() {
+    let mut service = start(&["--request-timeout", "1h"]);
+    block_on(async {
+        let mut client = service.connect().await;
+        client.send(&get("/sleep?duration=1h")).await.expect("sent");
+        wait_for_in_flight(&mut service, 1);
+        drop(client);
+        wait_for_in_flight(&mut service, 0);
+    });
+    service.signal(Signal::TERM);
+    assert_success(service);
+}
+
+#[test]
+fn a_client_that_has_said_all_is_answered() {
+    let service = start(&[]);
+    block_on(async {
+        let mut client = service.connect().await;
+        client.send(&get("/")).await.expect("sent");
+        client.finish_sending().await.expect("finished");
+        assert_eq!(client.answer().await.expect("an answer").status, 200);
+    });
+}
+
+#[test]
 fn a_request_that_fails_is_named_in_the_log_unasked() {
     let service = start(&["--request-timeout", "100ms"]);
     let id = block_on(async {

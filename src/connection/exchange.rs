@@ -1,34 +1,33 @@
 //! One request and its answer: in flight from its head until both bodies have ended.
 
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
-use axum::routing::future::RouteFuture;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
-use tower::Service as _;
 
 use crate::context::Context as RequestContext;
-use crate::registry::{Entry, Stage};
-use crate::requests::Routes;
+use crate::registry::{Entry, InFlight, Stage};
+use crate::requests::{self, Routes};
 
-/// A router as hyper calls it, with each request entered in the registry.
+/// Routes as hyper calls them, with each request entered in the registry.
 pub(super) struct Service {
-    routes: Routes,
+    routes: RefCell<Routes>,
     context: Arc<RequestContext>,
     entry: Arc<Entry>,
 }
 
 impl Service {
     pub(super) fn new(routes: Routes, context: RequestContext, entry: Arc<Entry>) -> Self {
-        Self { routes, context: Arc::new(context), entry }
+        Self { routes: routes.into(), context: Arc::new(context), entry }
     }
 }
 
@@ -38,13 +37,13 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     type Future = Answering;
 
     fn call(&self, request: Request<Incoming>) -> Answering {
-        let exchange = Exchange::begin(&self.entry, &request);
+        let exchange = Exchange::begin(&self.entry, request.uri());
         let connects = request.method() == Method::CONNECT;
         let version = request.version();
-        let mut router = self.routes.for_request(!request.body().is_end_stream()).clone();
+        let has_body = !request.body().is_end_stream();
         let mut request = request.map(|body| exchange.request_body(body));
         request.extensions_mut().insert(self.context.clone());
-        let future = router.call(request);
+        let future = self.routes.borrow_mut().answer(request, has_body);
         Answering { future, exchange: Some(exchange), connects, version }
     }
 }
@@ -53,7 +52,7 @@ pin_project! {
     /// A request until its answer begins.
     pub(super) struct Answering {
         #[pin]
-        future: RouteFuture<Infallible>,
+        future: requests::Answering,
         exchange: Option<Exchange>,
         connects: bool,
         version: Version,
@@ -65,21 +64,26 @@ impl Future for Answering {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let Ok(response) = std::task::ready!(this.future.poll(cx));
-        let exchange = this.exchange.take().expect("asked once");
+        let exchange = this.exchange.as_mut().expect("asked until it has answered");
+        let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
+            exchange.is_slow();
+            return Poll::Pending;
+        };
+        let exchange = this.exchange.take().expect("it is there");
         Poll::Ready(Ok(exchange.answer(response, *this.connects, *this.version)))
     }
 }
 
-/// In the registry from its beginning until it is dropped.
+/// In flight from its beginning until it is dropped.
 struct Exchange {
     entry: Arc<Entry>,
-    number: u64,
+    request: InFlight,
+    slow: bool,
 }
 
 impl Exchange {
-    fn begin(entry: &Arc<Entry>, request: &Request<Incoming>) -> Self {
-        Self { entry: entry.clone(), number: entry.begin(request.uri()) }
+    fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
+        Self { entry: entry.clone(), request: entry.begin(uri.clone()), slow: false }
     }
 
     fn request_body(&self, body: Incoming) -> Body {
@@ -90,25 +94,42 @@ impl Exchange {
         Body::new(RequestBody { body, _reading: Reading { entry: self.entry.clone() } })
     }
 
+    /// It has not been answered at once: whoever asks what is in flight is told.
+    fn is_slow(&mut self) {
+        if !self.slow {
+            self.slow = true;
+            self.entry.enter_slow(self.request.clone());
+        }
+    }
+
     /// `connects`: the request was a CONNECT.
-    fn answer(self, mut response: Response<Body>, connects: bool, version: Version) -> Response<AnswerBody> {
+    fn answer(
+        mut self,
+        mut response: Response<Body>,
+        connects: bool,
+        version: Version,
+    ) -> Response<AnswerBody> {
         let upgrades = response.status() == StatusCode::SWITCHING_PROTOCOLS
             || (connects && response.status().is_success());
         if version == Version::HTTP_2 {
-            // Its connection is told by GOAWAY.
+            // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
+            self.is_slow();
         } else if upgrades {
             self.entry.set_immovable();
             self.entry.set_stage(Stage::Upgraded);
         } else if self.entry.is_to_end() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        response.map(|body| AnswerBody { body, _exchange: self })
+        response.map(|body| AnswerBody { body, exchange: self })
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        self.entry.answered(self.number);
+        if self.slow {
+            self.entry.leave_slow(&self.request);
+        }
+        self.entry.answered();
     }
 }
 
@@ -136,7 +157,7 @@ pin_project! {
     pub(super) struct AnswerBody {
         #[pin]
         body: Body,
-        _exchange: Exchange,
+        exchange: Exchange,
     }
 }
 
@@ -168,7 +189,12 @@ impl HttpBody for AnswerBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.project().body.poll_frame(cx)
+        let mut this = self.project();
+        let frame = this.body.as_mut().poll_frame(cx);
+        if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
+            this.exchange.is_slow();
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {

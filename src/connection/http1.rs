@@ -36,6 +36,7 @@ enum Turn {
 pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry watches over the time limits
+        .half_close(io.looks_for_end()) // hyper is not to look as well
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();

@@ -99,6 +99,24 @@ impl Io {
         }
     }
 
+    /// Whether this looks for a peer that gives up, in the place of hyper, which takes a new buffer to look with each time
+    /// that a request begins. Behind TLS only hyper can.
+    pub(super) fn looks_for_end(&self) -> bool {
+        self.protocol == Protocol::Http1 && matches!(self.wire, Wire::Left(_))
+    }
+
+    /// Whether the peer has gone before its answer was out.
+    fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
+        let Wire::Left(stream) = &self.wire else { return false };
+        let entry = self.entry();
+        let waits = entry.stage() == Stage::InFlight && entry.is_in_flight() && !entry.is_reading();
+        if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
+            return false;
+        }
+        // What comes is the next request, and this one's peer is there.
+        matches!(stream.poll_peek(cx, &mut [0], |_| true), Poll::Ready(Ok(0) | Err(_)))
+    }
+
     /// Sends an answer of our own, and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
         // A fresh socket buffer takes it at once; where it does not, the peer does not read anyway.
@@ -159,13 +177,14 @@ impl AsyncWrite for Io {
         self.wire.is_write_vectored()
     }
 
-    /// hyper flushes when all that it had to send has been written.
+    /// hyper flushes when all that it had to send has been written, and at the end of each turn.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let flushed = Pin::new(&mut self.wire).poll_flush(cx);
-        if flushed.is_ready() {
-            self.entry().flushed();
+        std::task::ready!(Pin::new(&mut self.wire).poll_flush(cx))?;
+        self.entry().flushed();
+        if self.is_given_up(cx) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        flushed
+        Poll::Ready(Ok(()))
     }
 
     /// hyper's way to say that it is done. The driver of HTTP/1 closes the stream itself (`close`), or hands
