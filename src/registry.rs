@@ -143,7 +143,7 @@ pub struct Entry {
     /// Of these, how many are over.
     ended: AtomicU64,
     /// Those in flight that were not answered at once.
-    slow: Mutex<Vec<InFlight>>,
+    listed: Mutex<Vec<InFlight>>,
     /// Whether it can go on in another process.
     movable: AtomicBool,
     open: AtomicBool,
@@ -227,7 +227,7 @@ impl Registry {
             unflushed: AtomicBool::new(false),
             started: AtomicU64::new(0),
             ended: AtomicU64::new(0),
-            slow: Mutex::default(),
+            listed: Mutex::default(),
             movable: AtomicBool::new(true),
             open: AtomicBool::new(true),
         });
@@ -340,7 +340,7 @@ impl Registry {
         let remaining = |entry: Arc<Entry>| Remaining {
             peer: entry.peer,
             age: entry.opened.elapsed(),
-            requests: lock(&entry.slow).clone(),
+            requests: lock(&entry.listed).clone(),
         };
         self.entries().into_iter().map(remaining).collect()
     }
@@ -405,7 +405,7 @@ impl Entry {
             self.stage.store(stage as u8, Release);
             return;
         }
-        // Somebody may wait for this: what he reads is not to be older than the phase that we read.
+        // Somebody may wait for this: what they read is not to be older than the phase that we read.
         let before = self.stage.swap(stage as u8, SeqCst);
         if stage == Stage::Closing && before != Stage::Closing as u8 {
             self.registry.talking.fetch_sub(1, SeqCst);
@@ -521,12 +521,12 @@ impl Entry {
     }
 
     /// A request is not answered at once.
-    pub fn enter_slow(&self, request: InFlight) {
-        lock(&self.slow).push(request);
+    pub fn list(&self, request: InFlight) {
+        lock(&self.listed).push(request);
     }
 
-    pub fn leave_slow(&self, request: &InFlight) {
-        lock(&self.slow).retain(|other| other.number != request.number);
+    pub fn unlist(&self, request: &InFlight) {
+        lock(&self.listed).retain(|other| other.number != request.number);
     }
 
     /// The last byte of a request's answer has been given to the connection, or the request was given up.

@@ -66,7 +66,7 @@ impl Future for Answering {
         let this = self.project();
         let exchange = this.exchange.as_mut().expect("asked until it has answered");
         let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
-            exchange.is_slow();
+            exchange.list();
             return Poll::Pending;
         };
         let exchange = this.exchange.take().expect("it is there");
@@ -78,12 +78,12 @@ impl Future for Answering {
 struct Exchange {
     entry: Arc<Entry>,
     request: InFlight,
-    slow: bool,
+    is_listed: bool,
 }
 
 impl Exchange {
     fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
-        Self { entry: entry.clone(), request: entry.begin(uri.clone()), slow: false }
+        Self { entry: entry.clone(), request: entry.begin(uri.clone()), is_listed: false }
     }
 
     fn request_body(&self, body: Incoming) -> Body {
@@ -94,11 +94,11 @@ impl Exchange {
         Body::new(RequestBody { body, _reading: Reading { entry: self.entry.clone() } })
     }
 
-    /// It has not been answered at once: whoever asks what is in flight is told.
-    fn is_slow(&mut self) {
-        if !self.slow {
-            self.slow = true;
-            self.entry.enter_slow(self.request.clone());
+    /// Not answered at once: whoever asks what is in flight is told of it.
+    fn list(&mut self) {
+        if !self.is_listed {
+            self.is_listed = true;
+            self.entry.list(self.request.clone());
         }
     }
 
@@ -113,7 +113,7 @@ impl Exchange {
             || (connects && response.status().is_success());
         if version == Version::HTTP_2 {
             // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
-            self.is_slow();
+            self.list();
         } else if upgrades {
             self.entry.set_immovable();
             self.entry.set_stage(Stage::Upgraded);
@@ -126,8 +126,8 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        if self.slow {
-            self.entry.leave_slow(&self.request);
+        if self.is_listed {
+            self.entry.unlist(&self.request);
         }
         self.entry.answered();
     }
@@ -192,7 +192,7 @@ impl HttpBody for AnswerBody {
         let mut this = self.project();
         let frame = this.body.as_mut().poll_frame(cx);
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
-            this.exchange.is_slow();
+            this.exchange.list();
         }
         frame
     }

@@ -99,8 +99,8 @@ impl Io {
         }
     }
 
-    /// Whether this looks for a peer that gives up, in the place of hyper, which takes a new buffer to look with each time
-    /// that a request begins. Behind TLS only hyper can.
+    /// Whether this looks for a peer that gives up, in the place of hyper, which takes a new buffer to look with
+    /// each time that a request begins. Behind TLS only hyper can.
     pub(super) fn looks_for_end(&self) -> bool {
         self.protocol == Protocol::Http1 && matches!(self.wire, Wire::Left(_))
     }
