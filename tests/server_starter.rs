@@ -25,12 +25,17 @@ fn generation(target: &Target) -> Option<u64> {
     })
 }
 
-fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
-    // Its command line is ours but for the program.
+/// `start_server` with its first process, which answers at `target`.
+fn start(flag: &str, target: &Target) -> Process {
     let mut start_server = command("start_server", &[flag, "--interval=1", "--", BINARY]);
     start_server.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut start_server = Process::spawn(&mut start_server).expect("start_server");
+    let start_server = Process::spawn(&mut start_server).expect("start_server");
     eventually("the first process", || generation(target).is_some());
+    start_server
+}
+
+fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
+    let mut start_server = start(flag, target);
     assert_eq!(generation(target), Some(1));
     let one_each = load.connections == Connections::OneEach;
     let running = load.start(|| {});
@@ -86,11 +91,7 @@ fn a_unix_path_loses_nothing() {
 fn an_idle_connection_is_answered_once_more_by_the_old_process() {
     let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
     let target = Target::Tcp(address);
-    let flag = format!("--port={address}");
-    let mut start_server = command("start_server", &[&flag, "--interval=1", "--", BINARY]);
-    start_server.stdout(Stdio::null()).stderr(Stdio::null());
-    let mut start_server = Process::spawn(&mut start_server).expect("start_server");
-    eventually("the first process", || generation(&target).is_some());
+    let mut start_server = start(&format!("--port={address}"), &target);
     block_on(async {
         let mut idle = Connection::open(&target).await.expect("a connection");
         assert!(!idle.ask(&get("/")).await.expect("an answer").closes());

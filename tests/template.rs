@@ -69,9 +69,7 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").expect("a PATH"));
     make.args(["--silent", "dev", &format!("DEV={address}")]).current_dir(&copied);
     make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("PATH", path).env_remove("MAKEFLAGS");
-    // A group of its own, so that all of it can be ended.
-    std::os::unix::process::CommandExt::process_group(&mut make, 0);
-    let make = Group(Process::spawn(&mut make).expect("make dev"));
+    let make = Process::spawn(&mut make).expect("make dev");
     let target = Target::Tcp(address);
     let ask = || {
         harness::block_on(async {
@@ -86,16 +84,7 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     std::fs::write(&routes, source.replace("pid {pid}", "PID {pid")).expect("written");
     std::fs::write(&routes, source.replace("pid {pid}", "PID {pid}")).expect("written");
     harness::eventually("the change", || ask().expect("never refused").starts_with("PID "));
-    make.0.signal(Signal::TERM);
-}
-
-/// `make` and all that it started, ended together.
-struct Group(Process);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        let _ = rustix::process::kill_process_group(self.0.pid(), Signal::KILL);
-    }
+    make.signal(Signal::TERM);
 }
 
 #[test]

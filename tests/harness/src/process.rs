@@ -1,9 +1,10 @@
-//! A child process that is ended with its owner, and notifications as `sd_notify(3)` sends them.
+//! A child process that is ended with its owner, and with all that it started; and notifications as `sd_notify(3)` sends them.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Receiver, channel};
@@ -12,7 +13,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, pidfd_open, waitid,
+};
 use tempfile::TempDir;
 
 use crate::PATIENCE;
@@ -23,7 +26,9 @@ pub struct Process {
 
 impl Process {
     pub fn spawn(command: &mut Command) -> Result<Self> {
-        let child = command.spawn().with_context(|| format!("could not start {command:?}"))?;
+        // A group of its own, so that all of it can be ended.
+        let child =
+            command.process_group(0).spawn().with_context(|| format!("could not start {command:?}"))?;
         Ok(Self { child })
     }
 
@@ -59,7 +64,11 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        let _ = self.child.kill();
+        // As long as nobody has waited for it, its number is its own.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        if waitid(WaitId::Pid(self.pid()), look).is_ok() {
+            let _ = kill_process_group(self.pid(), Signal::KILL);
+        }
         let _ = self.child.wait();
     }
 }
