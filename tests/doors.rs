@@ -283,6 +283,18 @@ fn an_https_connection_is_told_to_close_with_its_next_answer() {
 }
 
 #[test]
+fn an_https_connection_that_idles_too_long_is_taken_leave_of() {
+    let mut house = start(&["--idle-timeout", "1s"]);
+    block_on(async {
+        let mut idle = Connection::open(&https(&house, "http/1.1")).await.expect("a connection");
+        idle.ask(&get("/")).await.expect("an answer");
+        assert_eq!(idle.read_more().await.expect("close_notify"), 0);
+    });
+    terminate(&mut house);
+    end(house);
+}
+
+#[test]
 fn http2_gets_goaway_and_its_stream_finishes() {
     let mut house = start(&[]);
     block_on(async {

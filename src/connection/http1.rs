@@ -36,7 +36,7 @@ enum Turn {
 pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry watches over the time limits
-        .half_close(io.looks_for_end()) // hyper is not to look as well
+        .half_close(io.is_plain()) // `Io` sees it when a peer gives up, and takes no new buffer to look with
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
@@ -82,7 +82,9 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         Turn::Overdue(Stage::InFlight) => {
             warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off");
         }
-        Turn::Overdue(_) => {}
+        // What is not encrypted just ends.
+        Turn::Overdue(_) if io.is_plain() => {}
+        Turn::Overdue(_) => io.close().await,
         Turn::Done(result) => {
             if let Err(error) = result {
                 debug!(peer = %entry.peer, %error, "connection ended");

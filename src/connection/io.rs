@@ -99,13 +99,11 @@ impl Io {
         }
     }
 
-    /// Whether this looks for a peer that gives up, in the place of hyper, which takes a new buffer to look with
-    /// each time that a request begins. Behind TLS only hyper can.
-    pub(super) fn looks_for_end(&self) -> bool {
-        self.protocol == Protocol::Http1 && matches!(self.wire, Wire::Left(_))
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(self.wire, Wire::Left(_))
     }
 
-    /// Whether the peer has gone before its answer was out.
+    /// Whether the peer has gone before its answer was out. Behind TLS only hyper can see that.
     fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
         let Wire::Left(stream) = &self.wire else { return false };
         let entry = self.entry();
