@@ -50,9 +50,6 @@ use crate::signals::Signals;
 use crate::status::{Status, Voice};
 use crate::takeover::{Ending, Estate, Predecessor, Program, Role, TakeoverSocket};
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     match run() {
         Ok(()) => ExitCode::SUCCESS,

@@ -116,10 +116,11 @@ fn with_listener(server: &Command, port: u16) -> Command {
     activate
 }
 
+/// With a process for each core, as the others have a thread.
 fn nginx(folder: &Path, port: u16) -> Result<Command> {
     let path = folder.join("nginx.conf");
     let text = format!(
-        "daemon off; master_process off; pid {0}/nginx.pid; error_log /dev/null;\nevents {{}}\nhttp {{ access_log off; \
+        "daemon off; worker_processes auto; pid {0}/nginx.pid; error_log /dev/null;\nevents {{}}\nhttp {{ access_log off; \
          keepalive_requests 1000000000; server {{ listen 127.0.0.1:{port}; location / {{ return 200 \"pid, generation 1, since \
          2000-01-01T00:00:00Z\\n\"; }} }} }}\n",
         folder.display()
