@@ -542,7 +542,9 @@ fn two_hundred_restarts_leak_nothing(systemd: Systemd) {
         eprintln!(
             "fds of the service, of PID 1, stored, resident kB: {before:?}, 200 restarts later {after:?}"
         );
-        assert_eq!((before.0, before.1, &before.2), (after.0, after.1, &after.2));
+        assert_eq!((before.0, &before.2), (after.0, &after.2));
+        // PID 1 holds some for a moment, such as the one that it was just asked through.
+        eventually("PID 1 holds no more fds than before", || count("proc/1/fd") <= before.1);
         assert!(after.3 < before.3 * 3 / 2, "{} kB, before {} kB", after.3, before.3);
     });
 }
