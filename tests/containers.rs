@@ -1,6 +1,5 @@
 //! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -34,7 +33,7 @@ impl Container {
         std::fs::copy(Path::new(FOLDER).join("target/static").join(name), root.path().join(name))
             .expect("a copy");
         std::fs::create_dir(root.path().join("proc")).expect("a folder");
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+        let address = harness::free_address();
         let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
         unshare
             .arg("--mount-proc")

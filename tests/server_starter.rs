@@ -1,7 +1,6 @@
 //! Under the real `start_server` of Server::Starter: it holds the port, starts the next process on SIGHUP, and
 //! only then ends the old one.
 
-use std::net::TcpListener;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -9,7 +8,7 @@ use harness::client::{Connection, Target, get};
 use harness::load::{Connections, Load};
 use harness::process::Process;
 use harness::service::command;
-use harness::{block_on, eventually};
+use harness::{block_on, eventually, free_address};
 use rustix::process::Signal;
 
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
@@ -54,7 +53,7 @@ fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
 }
 
 fn on_a_port(load: impl FnOnce(&Target) -> Load) {
-    let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let address = free_address();
     let target = Target::Tcp(address);
     hang_up_each_second_under(&format!("--port={address}"), &target, load(&target));
 }
@@ -89,7 +88,7 @@ fn a_unix_path_loses_nothing() {
 
 #[test]
 fn an_idle_connection_is_answered_once_more_by_the_old_process() {
-    let address = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let address = free_address();
     let target = Target::Tcp(address);
     let mut start_server = start(&format!("--port={address}"), &target);
     block_on(async {

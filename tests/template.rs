@@ -62,8 +62,7 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     let folder = tempfile::tempdir().expect("a folder");
     let copied = folder.path().join("copy");
     copy(&copied);
-    let address =
-        std::net::TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr()).expect("a port");
+    let address = harness::free_address();
     let mut make = Command::new("make");
     // systemfd is installed once, here.
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").expect("a PATH"));

@@ -66,7 +66,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
 /// Requests a second, GET on 64 connections by wrk, the servers in turn.
 fn throughput(peers: &Peers, extent: &Extent) -> Result<Value> {
     let address = |port| SocketAddr::from(([127, 0, 0, 1], port));
-    let (port, other, third, fourth) = (free_port()?, free_port()?, free_port()?, free_port()?);
+    let (port, other, third, fourth) = (free_port(), free_port(), free_port(), free_port());
     let mut servers = vec![("this service", port, command(OURS, &[&format!("--listen={}", address(port))]))];
     let bare = command(peers.bare().to_str().context("a path")?, &[]);
     servers.push(("bare axum::serve", other, with_listener(&bare, other)));
@@ -105,8 +105,8 @@ fn throughput(peers: &Peers, extent: &Extent) -> Result<Value> {
     Ok(figures.collect())
 }
 
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+fn free_port() -> u16 {
+    harness::free_address().port()
 }
 
 /// The template binds nothing itself but its default port: systemd-socket-activate gives it its own.

@@ -1,7 +1,7 @@
 //! The servers that are compared, and how each is told to start anew.
 
 use std::fmt::Write;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -132,7 +132,7 @@ impl Contender {
     pub fn start(&self) -> Result<Server> {
         let certificate = Certificate::new()?;
         if self.verb == Verb::Hangup {
-            let address = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+            let address = harness::free_address();
             let mut start_server = command("start_server", &["--interval=1"]);
             start_server.arg(format!("--port={address}")).arg("--").arg(&self.binary);
             start_server.stdout(Stdio::null()).stderr(Stdio::null());

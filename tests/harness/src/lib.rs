@@ -9,6 +9,8 @@ pub mod load;
 pub mod process;
 pub mod service;
 
+use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Nothing that is waited for takes longer than this, on the slowest machine.
@@ -21,6 +23,22 @@ pub fn block_on<T>(work: impl Future<Output = T>) -> T {
         .build()
         .expect("a runtime")
         .block_on(async { tokio::time::timeout(PATIENCE * 5, work).await.expect("done in time") })
+}
+
+/// An address for a server that takes none passed in. Its port is none that `ip_local_port_range` gives to connections,
+/// of which a load opens thousands, before the server has bound it.
+pub fn free_address() -> SocketAddr {
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 20_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = std::process::id().wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(FIRST + next % COUNT).expect("a port");
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
 }
 
 /// Waits until `done`, which nothing announces.
