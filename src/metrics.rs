@@ -58,7 +58,7 @@ pub static UPTIME: LazyLock<IntGauge> =
 
 /// One of the series of `REQUESTS`.
 struct Series {
-    route: &'static str,
+    route: Option<&'static str>,
     method: &'static str,
     status: StatusCode,
     histogram: Histogram,
@@ -70,8 +70,8 @@ thread_local! {
     static MET: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A request has been answered, by a route or, where that is "", by none.
-pub fn answered(route: &'static str, method: &'static str, status: StatusCode, took: Duration) {
+/// A request has been answered, by a route or by none.
+pub fn answered(route: Option<&'static str>, method: &'static str, status: StatusCode, took: Duration) {
     let seconds = took.as_secs_f64();
     MET.with_borrow_mut(|met| {
         let is_same =
@@ -80,7 +80,7 @@ pub fn answered(route: &'static str, method: &'static str, status: StatusCode, t
             series.histogram.observe(seconds);
             return;
         }
-        let histogram = REQUESTS.with_label_values(&[route, method, status.as_str()]);
+        let histogram = REQUESTS.with_label_values(&[route.unwrap_or_default(), method, status.as_str()]);
         histogram.observe(seconds);
         met.push(Series { route, method, status, histogram });
     });

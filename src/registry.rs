@@ -1,6 +1,6 @@
 //! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
-//! its time limits. A connection's own task writes its entry, with plain stores where nobody waits for what they
-//! say; a request that is answered at once takes no lock.
+//! its time limits. A connection's own task writes its entry, with plain stores where nobody waits for what
+//! they say; a request that is answered at once takes no lock.
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};

@@ -1,5 +1,5 @@
-//! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer even
-//! after a panic, and is traced and measured.
+//! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer
+//! even after a panic, and is traced and measured.
 
 mod labels;
 
@@ -37,8 +37,8 @@ use labels::Labels;
 const TARGET: &str = "request";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share one
-/// wait for each other.
+/// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share
+/// one wait for each other.
 #[derive(Clone)]
 pub struct Routes {
     /// For requests without a body, which are most: what limits bodies costs them nothing.
@@ -82,7 +82,7 @@ impl Routes {
             span: span(&request, &id),
             id: Some(id),
             method: metrics::method(request.method()),
-            route: route.unwrap_or_default(),
+            route,
             limit: self.limit,
             late: None,
             future: router.call(request),
@@ -96,7 +96,7 @@ pin_project! {
         span: Span,
         id: Option<HeaderValue>,
         method: &'static str,
-        route: &'static str,
+        route: Option<&'static str>,
         limit: Duration,
         // Most answers are there at once, and need no timer.
         late: Option<Pin<Box<Sleep>>>,
@@ -111,10 +111,7 @@ impl Answering {
         let mut this = self.project();
         let _entered = this.span.enter();
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
-        match labels::chosen() {
-            "" => {}
-            route => *this.route = route,
-        }
+        *this.route = labels::chosen().or(*this.route);
         let mut response = match polled {
             Ok(Poll::Ready(Ok(response))) => response,
             Ok(Poll::Pending) => {
@@ -128,7 +125,7 @@ impl Answering {
         };
         let took = request.since.elapsed();
         let status = response.status();
-        metrics::answered(this.route, this.method, status, took);
+        metrics::answered(*this.route, this.method, status, took);
         if status.is_server_error() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
@@ -192,7 +189,7 @@ fn new_id() -> HeaderValue {
     NEXT.set(number + 1);
     let id = u128::from(*BORN) << 40 | u128::from(number & 0xff_ffff_ffff);
     let digits: [u8; 24] = std::array::from_fn(|place| DIGITS[(id >> (4 * (23 - place))) as usize & 15]);
-    HeaderValue::from_bytes(&digits).unwrap_or_else(|_| HeaderValue::from_static(""))
+    HeaderValue::from_bytes(&digits).expect("digits are visible ASCII")
 }
 
 #[cfg(test)]

@@ -19,11 +19,11 @@ thread_local! {
     /// The labels that this thread has met, with the number of their router. They stay, as the routes do.
     static MET: RefCell<Vec<(u32, &'static str)>> = const { RefCell::new(Vec::new()) };
     /// See [`chosen`].
-    static CHOSEN: Cell<&'static str> = const { Cell::new("") };
+    static CHOSEN: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// The label of the route that a router which was just polled has chosen; "" where it chose none, or long ago.
-pub(super) fn chosen() -> &'static str {
+/// The label of the route that a router has chosen when it was just polled, if it did.
+pub(super) fn chosen() -> Option<&'static str> {
     CHOSEN.take()
 }
 
@@ -79,7 +79,7 @@ impl<S: Service<Request<Body>>> Service<Request<Body>> for Tell<S> {
 
     fn call(&mut self, request: Request<Body>) -> S::Future {
         if let Some(template) = request.extensions().get::<MatchedPath>() {
-            CHOSEN.set(self.labels.of_template(template.as_str()));
+            CHOSEN.set(Some(self.labels.of_template(template.as_str())));
         }
         self.inner.call(request)
     }

@@ -25,8 +25,8 @@ pub fn block_on<T>(work: impl Future<Output = T>) -> T {
         .block_on(async { tokio::time::timeout(PATIENCE * 5, work).await.expect("done in time") })
 }
 
-/// An address for a server that takes none passed in. Its port is none that `ip_local_port_range` gives to connections,
-/// of which a load opens thousands, before the server has bound it.
+/// An address for a server that binds it itself. Its port is below those that connections are given
+/// (`ip_local_port_range` of ip(7)): a load opens thousands, and one of them could take it first.
 pub fn free_address() -> SocketAddr {
     const FIRST: u32 = 10_000;
     const COUNT: u32 = 20_000;

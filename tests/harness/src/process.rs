@@ -1,4 +1,5 @@
-//! A child process that is ended with its owner, and with all that it started; and notifications as `sd_notify(3)` sends them.
+//! A child process that is ended with its owner, and with all that it started; and notifications as
+//! `sd_notify(3)` sends them.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
