@@ -1,6 +1,7 @@
 //! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer
 //! even after a panic, and is traced and measured.
 
+mod body;
 mod labels;
 
 use std::cell::Cell;
@@ -13,24 +14,24 @@ use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, SystemTime};
 
 use axum::Router;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::DefaultBodyLimit;
 use axum::routing::future::RouteFuture;
+use http_body::Body as HttpBody;
 use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
-use tower::{Service, ServiceBuilder};
-use tower_http::limit::RequestBodyLimitLayer;
-use tower_http::map_response_body::MapResponseBodyLayer;
-use tower_http::timeout::RequestBodyTimeoutLayer;
+use tower::layer::layer_fn;
+use tower::{BoxError, Service, service_fn};
 use tracing::{Span, debug, debug_span, error};
 
 use crate::config::Config;
 use crate::context::Context;
 use crate::metrics;
 use crate::registry::InFlight;
+use body::Within;
 use labels::Labels;
 
 /// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
@@ -41,43 +42,55 @@ const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// one wait for each other.
 #[derive(Clone)]
 pub struct Routes {
-    /// For requests without a body, which are most: what limits bodies costs them nothing.
-    bodiless: Router,
+    router: Router,
     /// The same for requests whose route is not known before the router has chosen it.
     telling: Router,
-    with_body: Router,
+    /// For requests whose body is too large.
+    refusing: Router,
     labels: Labels,
+    body_limit: usize,
     limit: Duration,
 }
 
 impl Routes {
     pub fn new(router: Router, config: &Config) -> Self {
         let labels = Labels::new();
-        let limits = ServiceBuilder::new()
-            .layer(labels)
-            .layer(MapResponseBodyLayer::new(Body::new))
-            .layer(RequestBodyTimeoutLayer::new(config.request_timeout))
-            .layer(DefaultBodyLimit::disable())
-            .layer(RequestBodyLimitLayer::new(usize::try_from(config.body_limit.0).unwrap_or(usize::MAX)));
+        let refuse = layer_fn(|_| {
+            service_fn(async |_| {
+                Ok::<_, Infallible>(answer(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n"))
+            })
+        });
         // With its state, if only (), a router is built once, and not anew for each request.
         Self {
-            bodiless: router.clone().with_state(()),
+            router: router.clone().with_state(()),
             telling: router.clone().layer(labels).with_state(()),
-            with_body: router.layer(limits).with_state(()),
+            refusing: router.layer(refuse).layer(labels).with_state(()),
             labels,
+            body_limit: usize::try_from(config.body_limit.0).unwrap_or(usize::MAX),
             limit: config.request_timeout,
         }
     }
 
-    /// `has_body`: the request has one.
-    pub fn answer(&mut self, request: Request<Body>, has_body: bool) -> Answering {
+    /// A request has a body, or none.
+    pub fn answer<B>(&mut self, request: Request<Option<B>>) -> Answering
+    where
+        B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    {
         let id = request.headers().get(REQUEST_ID).cloned().unwrap_or_else(new_id);
         let route = self.labels.of_path(request.uri().path());
-        let router = match route {
-            _ if has_body => &mut self.with_body,
-            Some(_) => &mut self.bodiless,
-            None => &mut self.telling,
+        let length = request.body().as_ref().map(|body| body.size_hint().lower());
+        let router = match (route, length) {
+            (_, Some(length)) if length > self.body_limit as u64 => &mut self.refusing,
+            (Some(_), _) => &mut self.router,
+            (None, _) => &mut self.telling,
         };
+        let mut request = request.map(|body| match body {
+            Some(body) => Body::new(Within::new(body, self.body_limit, self.limit)),
+            None => Body::empty(),
+        });
+        if length.is_some() {
+            DefaultBodyLimit::disable().apply(&mut request);
+        }
         Answering {
             span: span(&request, &id),
             id: Some(id),
@@ -198,19 +211,22 @@ mod tests {
     use std::pin::pin;
     use std::time::Instant;
 
-    use axum::body::Bytes;
-    use axum::routing::{delete, get, post};
+    use axum::routing::{delete, get, post, put};
     use clap::Parser;
-    use http_body::Body as _;
+    use futures_util::stream;
     use http_body_util::BodyExt;
 
     use super::*;
 
     async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
         let in_flight = InFlight { number: 0, uri: request.uri().clone(), since: Instant::now() };
-        let has_body = !request.body().is_end_stream();
-        let mut answering = pin!(routes.answer(request, has_body));
+        let request = request.map(|body| (!body.is_end_stream()).then_some(body));
+        let mut answering = pin!(routes.answer(request));
         poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
+    }
+
+    fn count(route: &str, method: &str, status: &str) -> u64 {
+        metrics::REQUESTS.with_label_values(&[route, method, status]).get_sample_count()
     }
 
     async fn ask(request: Request<Body>) -> (StatusCode, String) {
@@ -240,6 +256,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_body_that_does_not_say_its_length_is_limited_too() {
+        let request = |pieces| {
+            let pieces = stream::iter((0..pieces).map(|_| Ok::<_, Infallible>(vec![0; 1 << 20])));
+            Request::post("/length").body(Body::from_stream(pieces)).expect("a request")
+        };
+        assert_eq!(ask(request(4)).await, (StatusCode::OK, (4 << 20).to_string()));
+        assert_eq!(ask(request(5)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_too_large_is_refused_before_it_is_read() {
+        async fn unread(_: Body) {
+            panic!("it is refused");
+        }
+        let config = Config::parse_from(["x", "--body-limit", "1KiB"]);
+        let mut routes = Routes::new(Router::new().route("/refused/{name}", put(unread)), &config);
+        let request = Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("a request");
+        assert_eq!(answer_to(&mut routes, request).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
+        assert_eq!(count("/refused/{name}", "PUT", "413"), 1);
+    }
+
+    #[tokio::test]
     async fn a_request_is_counted_by_the_template_of_its_route() {
         let config = Config::parse_from(["x"]);
         let plan = || Router::new().route("/counted/by/{name}", delete(async || ()));
@@ -250,13 +288,10 @@ mod tests {
             answer_to(&mut routes, request(path)).await;
         }
         answer_to(&mut others, request("/counted/fixed")).await;
-        let count = |route, status| {
-            metrics::REQUESTS.with_label_values(&[route, "DELETE", status]).get_sample_count()
-        };
-        assert_eq!(count("/counted/fixed", "200"), 2);
-        assert_eq!(count("/counted/by/{name}", "200"), 2);
-        assert_eq!(count("/counted/fixed", "404"), 0, "it is a route of another router");
-        assert_eq!(count("", "404"), 1);
+        assert_eq!(count("/counted/fixed", "DELETE", "200"), 2);
+        assert_eq!(count("/counted/by/{name}", "DELETE", "200"), 2);
+        assert_eq!(count("/counted/fixed", "DELETE", "404"), 0, "it is a route of another router");
+        assert_eq!(count("", "DELETE", "404"), 1);
     }
 
     #[tokio::test]

@@ -307,6 +307,22 @@ fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
 }
 
 #[test]
+fn a_client_that_stalls_in_its_body_is_cut_off() {
+    let service = start(&["--request-timeout", "300ms"]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection
+            .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf ")
+            .await
+            .expect("sent");
+        // What was sent comes back; the end of the answer does not.
+        let answer = tokio::time::timeout(Duration::from_secs(20), connection.answer()).await;
+        assert!(answer.expect("not stuck for ever").is_err(), "cut off while reading");
+        assert_eq!(connection.read_more().await.expect("the end"), 0);
+    });
+}
+
+#[test]
 fn connections_above_the_limit_wait_and_are_not_dropped() {
     let service = start(&["--max-connections", "2"]);
     block_on(async {

@@ -89,17 +89,16 @@ fn throughput(peers: &Peers, extent: &Extent) -> Result<Value> {
             rates.push(wrk(*port, extent.round)?);
         }
     }
-    let of_bare = median(rates[1].clone());
-    let figures = servers.iter().zip(&rates).map(|((server, ..), rates)| {
-        let rate = median(rates.clone());
-        let (least, most) =
-            rates.iter().fold((f64::MAX, 0.0_f64), |(least, most), rate| (least.min(*rate), most.max(*rate)));
+    let figures = servers.iter().zip(&rates).map(|((server, ..), own)| {
+        // Of the same round: what else the machine does then slows both.
+        let mut ratios: Vec<f64> = own.iter().zip(&rates[1]).map(|(rate, bare)| rate / bare).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (low, high) = (ratios[ratios.len() / 4], ratios[ratios.len() * 3 / 4]);
         json!({
             "server": server,
-            "requests a second": rate.round(),
-            "from": least.round(),
-            "to": most.round(),
-            "of bare axum::serve": round(rate / of_bare),
+            "requests a second": median(own.clone()).round(),
+            "of bare axum::serve": median(ratios),
+            "half of the rounds": format!("{low:.2} to {high:.2}"),
         })
     });
     Ok(figures.collect())

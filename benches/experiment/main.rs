@@ -29,8 +29,8 @@ pub struct Extent {
 
 const FULL: Extent = Extent {
     load: Duration::from_secs(20),
-    rounds: 7,
-    round: Duration::from_secs(3),
+    rounds: 25,
+    round: Duration::from_secs(1),
     starts: 15,
     idle_connections: &[0, 100, 1_000, 10_000],
 };

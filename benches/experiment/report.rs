@@ -56,7 +56,7 @@ pub fn table(result: &Value) -> String {
     rows(
         &mut text,
         &costs["throughput"],
-        &["server", "requests a second", "from", "to", "of bare axum::serve"],
+        &["server", "requests a second", "of bare axum::serve", "half of the rounds"],
     );
     rows(
         &mut text,

@@ -40,10 +40,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let exchange = Exchange::begin(&self.entry, request.uri());
         let connects = request.method() == Method::CONNECT;
         let version = request.version();
-        let has_body = !request.body().is_end_stream();
         let mut request = request.map(|body| exchange.request_body(body));
         request.extensions_mut().insert(self.context.clone());
-        let future = self.routes.borrow_mut().answer(request, has_body);
+        let future = self.routes.borrow_mut().answer(request);
         Answering { future, exchange: Some(exchange), connects, version }
     }
 }
@@ -86,12 +85,11 @@ impl Exchange {
         Self { entry: entry.clone(), request: entry.begin(uri.clone()), is_listed: false }
     }
 
-    fn request_body(&self, body: Incoming) -> Body {
-        if body.is_end_stream() {
-            return Body::empty();
-        }
-        self.entry.begin_reading();
-        Body::new(RequestBody { body, _reading: Reading { entry: self.entry.clone() } })
+    fn request_body(&self, body: Incoming) -> Option<RequestBody> {
+        (!body.is_end_stream()).then(|| {
+            self.entry.begin_reading();
+            RequestBody { body, _reading: Reading { entry: self.entry.clone() } }
+        })
     }
 
     /// Not answered at once: whoever asks what is in flight is told of it.
