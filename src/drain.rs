@@ -287,11 +287,11 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
             warn!(
                 message_id = message_id::CUT_OFF,
                 peer = %remaining.peer,
-                path = request.uri.path(),
+                path = request.path.path(),
                 %age,
                 request_ms = u64::try_from(request.since.elapsed().as_millis()).unwrap_or(u64::MAX),
                 "cut off at {reason}: {} for {}",
-                request.uri.path(),
+                request.path.path(),
                 remaining.peer,
             );
         }

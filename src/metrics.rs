@@ -1,19 +1,18 @@
 //! What is counted. Your own go beside these: whatever is registered with the `prometheus` crate's default
 //! registry is at `/metrics` of the admin listeners.
 
-use std::cell::RefCell;
-use std::sync::LazyLock;
-use std::time::Duration;
+mod durations;
 
-use hyper::{Method, StatusCode};
+use std::sync::LazyLock;
+
+use hyper::Method;
 use prometheus::{
-    Histogram, HistogramVec, IntCounter, IntGauge, IntGaugeVec, register_histogram_vec, register_int_counter,
-    register_int_gauge, register_int_gauge_vec,
+    IntCounter, IntGauge, IntGaugeVec, register_int_counter, register_int_gauge, register_int_gauge_vec,
 };
 
-/// Upper bounds of the latency histogram, in seconds.
-const LATENCIES: [f64; 14] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+pub use durations::answered;
+#[cfg(test)]
+pub use durations::count;
 
 macro_rules! metric {
     ($register:ident, $name:literal, $help:literal $(, $more:expr)*) => {
@@ -21,14 +20,6 @@ macro_rules! metric {
     };
 }
 
-/// From a request's head to that of its answer.
-pub static REQUESTS: LazyLock<HistogramVec> = metric!(
-    register_histogram_vec,
-    "http_request_duration_seconds",
-    "Time from a request to the head of its answer, by route template, method and status.",
-    &["route", "method", "status"],
-    LATENCIES.to_vec()
-);
 pub static IN_FLIGHT: LazyLock<IntGauge> =
     metric!(register_int_gauge, "http_requests_in_flight", "Requests being answered.");
 pub static CONNECTIONS: LazyLock<IntGaugeVec> =
@@ -55,36 +46,6 @@ pub static GENERATION: LazyLock<IntGauge> = metric!(
 );
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(register_int_gauge, "uptime_seconds", "Seconds since this process began to live.");
-
-/// One of the series of `REQUESTS`.
-struct Series {
-    route: Option<&'static str>,
-    method: &'static str,
-    status: StatusCode,
-    histogram: Histogram,
-}
-
-thread_local! {
-    /// Those that this thread has met: to look through them costs less than to hash three labels. They are no
-    /// more than the routes, methods and statuses that there are.
-    static MET: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
-}
-
-/// A request has been answered, by a route or by none.
-pub fn answered(route: Option<&'static str>, method: &'static str, status: StatusCode, took: Duration) {
-    let seconds = took.as_secs_f64();
-    MET.with_borrow_mut(|met| {
-        let is_same =
-            |series: &&Series| series.status == status && series.method == method && series.route == route;
-        if let Some(series) = met.iter().find(is_same) {
-            series.histogram.observe(seconds);
-            return;
-        }
-        let histogram = REQUESTS.with_label_values(&[route.unwrap_or_default(), method, status.as_str()]);
-        histogram.observe(seconds);
-        met.push(Series { route, method, status, histogram });
-    });
-}
 
 /// A client may make methods up, and each would be counted for ever.
 pub fn method(method: &Method) -> &'static str {

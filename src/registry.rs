@@ -10,6 +10,7 @@ use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use hyper::Uri;
+use hyper::http::uri::PathAndQuery;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use crate::life::Shutdown;
@@ -154,7 +155,7 @@ pub struct Entry {
 pub struct InFlight {
     /// Of those of its connection.
     pub number: u64,
-    pub uri: Uri,
+    pub path: PathAndQuery,
     pub since: Instant,
 }
 
@@ -511,13 +512,14 @@ impl Entry {
     // ---- what the connection's requests report ----
 
     /// A request begins.
-    pub fn begin(&self, uri: Uri) -> InFlight {
+    pub fn begin(&self, uri: &Uri) -> InFlight {
         if self.stage() != Stage::InFlight {
             self.set_stage(Stage::InFlight);
         }
         let number = self.started();
         self.started.store(number + 1, Release);
-        InFlight { number, uri, since: Instant::now() }
+        let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        InFlight { number, path, since: Instant::now() }
     }
 
     /// A request is not answered at once.

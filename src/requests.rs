@@ -20,6 +20,7 @@ use axum::routing::future::RouteFuture;
 use http_body::Body as HttpBody;
 use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::http::request::Parts;
 use hyper::{Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
@@ -72,29 +73,34 @@ impl Routes {
     }
 
     /// A request has a body, or none.
-    pub fn answer<B>(&mut self, request: Request<Option<B>>) -> Answering
+    pub fn answer<B>(&mut self, head: Parts, body: Option<B>) -> Answering
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let id = request.headers().get(REQUEST_ID).cloned().unwrap_or_else(new_id);
-        let route = self.labels.of_path(request.uri().path());
-        let length = request.body().as_ref().map(|body| body.size_hint().lower());
-        let router = match (route, length) {
-            (_, Some(length)) if length > self.body_limit as u64 => &mut self.refusing,
+        let id = head.headers.get(REQUEST_ID).cloned().unwrap_or_else(new_id);
+        let span = span(&head, &id);
+        let method = metrics::method(&head.method);
+        let route = self.labels.of_path(head.uri.path());
+        let is_too_large =
+            |body: &B| body.size_hint().lower() > u64::try_from(self.body_limit).unwrap_or(u64::MAX);
+        let router = match (route, &body) {
+            (_, Some(body)) if is_too_large(body) => &mut self.refusing,
             (Some(_), _) => &mut self.router,
             (None, _) => &mut self.telling,
         };
-        let mut request = request.map(|body| match body {
-            Some(body) => Body::new(Within::new(body, self.body_limit, self.limit)),
-            None => Body::empty(),
-        });
-        if length.is_some() {
-            DefaultBodyLimit::disable().apply(&mut request);
-        }
+        let request = match body {
+            Some(body) => {
+                let body = Body::new(Within::new(body, self.body_limit, self.limit));
+                let mut request = Request::from_parts(head, body);
+                DefaultBodyLimit::disable().apply(&mut request);
+                request
+            }
+            None => Request::from_parts(head, Body::empty()),
+        };
         Answering {
-            span: span(&request, &id),
+            span,
             id: Some(id),
-            method: metrics::method(request.method()),
+            method,
             route,
             limit: self.limit,
             late: None,
@@ -144,7 +150,7 @@ impl Answering {
             if this.span.is_disabled() {
                 // Nobody asked for spans; whoever reads of a failure wants to know of which request.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
-                let (method, path) = (*this.method, request.uri.path());
+                let (method, path) = (*this.method, request.path.path());
                 error!(target: TARGET, request_id = id, method, path, status, %latency, "failed");
             } else {
                 error!(target: TARGET, status, %latency, "failed");
@@ -159,14 +165,14 @@ impl Answering {
     }
 }
 
-fn span(request: &Request<Body>, id: &HeaderValue) -> Span {
+fn span(head: &Parts, id: &HeaderValue) -> Span {
     debug_span!(
         target: TARGET,
         "request",
         request_id = id.to_str().ok(),
-        method = %request.method(),
-        path = request.uri().path(),
-        peer = request.extensions().get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
+        method = %head.method,
+        path = head.uri.path(),
+        peer = head.extensions.get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
     )
 }
 
@@ -215,18 +221,17 @@ mod tests {
     use clap::Parser;
     use futures_util::stream;
     use http_body_util::BodyExt;
+    use hyper::http::uri::PathAndQuery;
 
     use super::*;
+    use crate::metrics::count;
 
     async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
-        let in_flight = InFlight { number: 0, uri: request.uri().clone(), since: Instant::now() };
-        let request = request.map(|body| (!body.is_end_stream()).then_some(body));
-        let mut answering = pin!(routes.answer(request));
+        let (head, body) = request.into_parts();
+        let path = PathAndQuery::from_static("/");
+        let in_flight = InFlight { number: 0, path, since: Instant::now() };
+        let mut answering = pin!(routes.answer(head, (!body.is_end_stream()).then_some(body)));
         poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
-    }
-
-    fn count(route: &str, method: &str, status: &str) -> u64 {
-        metrics::REQUESTS.with_label_values(&[route, method, status]).get_sample_count()
     }
 
     async fn ask(request: Request<Body>) -> (StatusCode, String) {

@@ -37,12 +37,13 @@ impl hyper::service::Service<Request<Incoming>> for Service {
     type Future = Answering;
 
     fn call(&self, request: Request<Incoming>) -> Answering {
-        let exchange = Exchange::begin(&self.entry, request.uri());
-        let connects = request.method() == Method::CONNECT;
-        let version = request.version();
-        let mut request = request.map(|body| exchange.request_body(body));
-        request.extensions_mut().insert(self.context.clone());
-        let future = self.routes.borrow_mut().answer(request);
+        let (mut head, body) = request.into_parts();
+        let exchange = Exchange::begin(&self.entry, &head.uri);
+        let connects = head.method == Method::CONNECT;
+        let version = head.version;
+        head.extensions.insert(self.context.clone());
+        let body = exchange.request_body(body);
+        let future = self.routes.borrow_mut().answer(head, body);
         Answering { future, exchange: Some(exchange), connects, version }
     }
 }
@@ -82,7 +83,7 @@ struct Exchange {
 
 impl Exchange {
     fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
-        Self { entry: entry.clone(), request: entry.begin(uri.clone()), is_listed: false }
+        Self { entry: entry.clone(), request: entry.begin(uri), is_listed: false }
     }
 
     fn request_body(&self, body: Incoming) -> Option<RequestBody> {
