@@ -192,10 +192,9 @@ const BLOCK: u64 = 1024;
 
 /// An id that no other process gives: 24 hexadecimal digits, 14 of when this one was born, 10 of a number.
 fn new_id() -> HeaderValue {
-    const DIGITS: &[u8; 16] = b"0123456789abcdef";
-    static BORN: LazyLock<u64> = LazyLock::new(|| {
+    static BORN: LazyLock<[u8; 14]> = LazyLock::new(|| {
         let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        u64::try_from(born.as_micros()).unwrap_or(0)
+        hexadecimal(u64::try_from(born.as_micros()).unwrap_or(0))
     });
     static BLOCKS: AtomicU64 = AtomicU64::new(0);
     thread_local! {
@@ -206,9 +205,15 @@ fn new_id() -> HeaderValue {
         number = BLOCKS.fetch_add(BLOCK, Ordering::Relaxed);
     }
     NEXT.set(number + 1);
-    let id = u128::from(*BORN) << 40 | u128::from(number & 0xff_ffff_ffff);
-    let digits: [u8; 24] = std::array::from_fn(|place| DIGITS[(id >> (4 * (23 - place))) as usize & 15]);
+    let mut digits = [0; 24];
+    digits[..14].copy_from_slice(&*BORN);
+    digits[14..].copy_from_slice(&hexadecimal::<10>(number));
     HeaderValue::from_bytes(&digits).expect("digits are visible ASCII")
+}
+
+/// The last digits of a number.
+fn hexadecimal<const DIGITS: usize>(number: u64) -> [u8; DIGITS] {
+    std::array::from_fn(|place| b"0123456789abcdef"[(number >> (4 * (DIGITS - 1 - place)) & 15) as usize])
 }
 
 #[cfg(test)]
