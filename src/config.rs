@@ -78,8 +78,8 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
-    /// What to log, as in RUST_LOG (which is read when this is not given): info, debug,
-    /// tower_http=debug,info.
+    /// What to log, as in RUST_LOG (which is read when this is not given): info, debug, or
+    /// info,request=debug to see each request.
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
 }
