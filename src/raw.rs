@@ -1,8 +1,12 @@
 //! What no safe crate does: all the unsafe code that there is.
 
+use std::io;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// The owner of an fd that is known by its number alone (`SERVER_STARTER_PORT`). To be called before any
 /// other code could have come to hold it, and once for each number.
@@ -34,6 +38,14 @@ pub fn accept_queue(socket: impl AsFd) -> Option<u32> {
         info.assume_init()
     };
     Some(info.tcpi_unacked)
+}
+
+/// To wait until a listening socket has somebody to accept, without accepting.
+#[expect(unsafe_code, reason = "no safe crate waits for a listener but to accept from it")]
+pub fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an `OwnedFd` is the same open fd for as long as it lives, and gives it to nobody.
+    let watched = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+    Ok(watched?)
 }
 
 #[cfg(test)]

@@ -1,12 +1,15 @@
 //! Accepts connections, and serves each in a task of its own.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
-use tokio::net::{TcpListener, UnixListener};
+use rustix::io::Errno;
+use rustix::net::{SocketFlags, acceptfrom_with};
+use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -16,7 +19,7 @@ use crate::door::{Door, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::raw;
 use crate::registry::Registry;
-use crate::stream::{Peer, Stream};
+use crate::stream::Stream;
 
 /// While the system has no fd or memory for another connection, this long between tries.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -136,22 +139,30 @@ impl Server {
             let registry = &self.registry;
             registry.until_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
             if acceptor.is_last(registry.phase().ends(true)) {
-                self.empty(&acceptor).await;
+                self.empty(&acceptor);
                 return;
             }
             let _accepting = registry.accepting();
             if !registry.phase().accepts() {
                 continue;
             }
-            // A slot first: what cannot be served yet waits in the socket's queue.
             let accepted = async {
+                let mut asked = acceptor.socket.readable().await?;
+                // No sooner, so that an idle listener keeps none from another; what cannot be served yet waits
+                // in the socket's queue.
                 let slot = self.slots(&acceptor.name).clone().acquire_owned().await.ok();
-                acceptor.accept().await.map(|connection| (connection, slot))
+                let connection = acceptor.accept()?;
+                if connection.is_none() {
+                    asked.clear_ready();
+                }
+                io::Result::Ok((connection, slot))
             };
             tokio::select! {
                 () = registry.until_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
                 accepted = accepted => match accepted {
-                    Ok((connection, slot)) => self.serve(connection, slot),
+                    Ok((Some(connection), slot)) => self.serve(connection, slot),
+                    // It was another process's, or has gone.
+                    Ok((None, _)) => {}
                     Err(error) => trouble.meet(&error).await,
                 },
             }
@@ -159,16 +170,12 @@ impl Server {
     }
 
     /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it.
-    async fn empty(&self, acceptor: &Acceptor) {
+    fn empty(&self, acceptor: &Acceptor) {
         loop {
-            tokio::select! {
-                biased;
-                accepted = acceptor.accept() => match accepted {
-                    Ok(connection) => self.adopt(connection),
-                    Err(error) if is_of_one_connection(&error) => {}
-                    Err(_) => return,
-                },
-                () = std::future::ready(()) => return,
+            match acceptor.accept() {
+                Ok(Some(connection)) => self.adopt(connection),
+                Err(error) if is_of_one_connection(&error) => {}
+                Ok(None) | Err(_) => return,
             }
         }
     }
@@ -176,14 +183,9 @@ impl Server {
 
 struct Acceptor {
     label: String,
-    socket: AcceptorSocket,
+    socket: AsyncFd<OwnedFd>,
     name: Name,
     holder: Holder,
-}
-
-enum AcceptorSocket {
-    Tcp(TcpListener),
-    Unix(UnixListener),
 }
 
 impl Acceptor {
@@ -191,32 +193,28 @@ impl Acceptor {
         let label = listener.label();
         let Listener { name, socket, holder } = listener;
         let socket = match socket {
-            ListeningSocket::Tcp(socket) => AcceptorSocket::Tcp(TcpListener::from_std(socket)?),
-            ListeningSocket::Unix(socket) => AcceptorSocket::Unix(UnixListener::from_std(socket)?),
+            ListeningSocket::Tcp(socket) => socket.into(),
+            ListeningSocket::Unix(socket) => socket.into(),
         };
-        Ok(Self { label, socket, name, holder })
+        Ok(Self { label, socket: raw::watch(socket)?, name, holder })
     }
 
-    async fn accept(&self) -> io::Result<Connection> {
-        let (stream, peer) = match &self.socket {
-            AcceptorSocket::Tcp(socket) => {
-                let (stream, peer) = socket.accept().await?;
-                stream.set_nodelay(true)?;
-                (Stream::Tcp(stream), Peer::tcp(peer))
-            }
-            AcceptorSocket::Unix(socket) => {
-                let (stream, _) = socket.accept().await?;
-                (Stream::Unix(stream), Peer::Unix)
-            }
+    /// Who is first in the queue, if there is anybody.
+    fn accept(&self) -> io::Result<Option<Connection>> {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let (fd, peer) = match acceptfrom_with(&self.socket, flags) {
+            Err(Errno::AGAIN) => return Ok(None),
+            accepted => accepted?,
         };
-        Ok(Connection { stream, peer, listener: self.name.clone(), unread: Bytes::new() })
+        let (stream, peer) = Stream::new(fd, peer)?;
+        if let Stream::Tcp(stream) = &stream {
+            stream.set_nodelay(true)?;
+        }
+        Ok(Some(Connection { stream, peer, listener: self.name.clone(), unread: Bytes::new() }))
     }
 
     fn queue(&self) -> Option<u32> {
-        match &self.socket {
-            AcceptorSocket::Tcp(socket) => raw::accept_queue(socket),
-            AcceptorSocket::Unix(_) => None,
-        }
+        raw::accept_queue(&self.socket)
     }
 
     /// Whether this process, which is ending, is the only one that ever accepts here.

@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, RecvFlags};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
@@ -44,7 +44,13 @@ impl Stream {
     /// A connected socket that was another process's.
     pub fn from_fd(fd: OwnedFd) -> io::Result<(Self, Peer)> {
         rustix::io::ioctl_fionbio(&fd, true)?;
-        let peer = rustix::net::getpeername(&fd)?.ok_or(io::ErrorKind::NotConnected)?;
+        let peer = rustix::net::getpeername(&fd)?;
+        Self::new(fd, peer)
+    }
+
+    /// A connected socket that does not block, and its peer's address.
+    pub fn new(fd: OwnedFd, peer: Option<SocketAddrAny>) -> io::Result<(Self, Peer)> {
+        let peer = peer.ok_or(io::ErrorKind::NotConnected)?;
         match SocketAddr::try_from(peer.clone()) {
             Ok(address) => {
                 let stream = TcpStream::from_std(fd.into())?;

@@ -210,6 +210,22 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
 }
 
 #[test]
+fn an_idle_door_keeps_no_slot_from_another() {
+    let house = start(&["--max-connections", "1"]);
+    block_on(async {
+        let (http, https) = (Target::Tcp(house.http), https(&house, "http/1.1"));
+        for target in [&http, &http, &https, &https, &http] {
+            let ask = async {
+                let mut only = Connection::open(target).await.expect("a connection");
+                only.ask(&get("/")).await.expect("an answer").status
+            };
+            let status = tokio::time::timeout(Duration::from_secs(20), ask).await;
+            assert_eq!(status.expect("served"), 200);
+        }
+    });
+}
+
+#[test]
 fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
     let house = start(&["--max-connections", "1"]);
     block_on(async {
