@@ -14,6 +14,7 @@ mod fds;
 mod handover;
 mod life;
 mod listeners;
+mod lock;
 mod log;
 mod metrics;
 mod raw;

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
@@ -14,6 +14,7 @@ use hyper::http::uri::PathAndQuery;
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 
 use crate::life::Shutdown;
+use crate::lock::lock;
 use crate::stream::Peer;
 
 /// What the process wants of its connections.
@@ -566,9 +567,4 @@ impl Entry {
             self.set_stage(Stage::Waiting);
         }
     }
-}
-
-/// A panic elsewhere leaves these lists whole.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

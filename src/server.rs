@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -17,6 +17,7 @@ use tracing::{debug, warn};
 use crate::connection::{self, Connection, Doors, End};
 use crate::door::{Door, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
+use crate::lock::lock;
 use crate::raw;
 use crate::registry::Registry;
 use crate::stream::Stream;
@@ -50,13 +51,13 @@ pub struct Queues(Arc<Mutex<Vec<Weak<Acceptor>>>>);
 impl Queues {
     /// How many connections wait to be accepted, by TCP listener.
     pub fn lengths(&self) -> Vec<(String, u32)> {
-        let acceptors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let acceptors = lock(&self.0);
         let open = acceptors.iter().filter_map(Weak::upgrade);
         open.filter_map(|acceptor| Some((acceptor.label.clone(), acceptor.queue()?))).collect()
     }
 
     fn add(&self, acceptor: &Arc<Acceptor>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(acceptor));
+        lock(&self.0).push(Arc::downgrade(acceptor));
     }
 }
 

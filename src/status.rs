@@ -1,7 +1,8 @@
 //! The line about this process in `systemctl status`.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::lock::lock;
 use crate::registry::{Counts, Registry};
 
 pub struct Status {
@@ -60,6 +61,6 @@ impl Status {
     }
 
     fn said(&self) -> MutexGuard<'_, Said> {
-        self.said.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.said)
     }
 }

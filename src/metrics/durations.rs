@@ -2,7 +2,7 @@
 //! threads that count in one place wait for each other.
 
 use std::cell::RefCell;
-use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Duration;
 
 use hyper::StatusCode;
@@ -10,6 +10,8 @@ use prometheus::core::{Collector, Desc};
 use prometheus::local::LocalHistogram;
 use prometheus::proto::MetricFamily;
 use prometheus::{HistogramOpts, HistogramVec};
+
+use crate::lock::lock;
 
 /// Upper bounds of the histogram, in seconds.
 const BOUNDS: [f64; 14] =
@@ -86,11 +88,6 @@ impl Collector for Durations {
         }
         self.sums.collect()
     }
-}
-
-/// Counts are whole even where a panic came between.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How many requests have been answered so.
