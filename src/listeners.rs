@@ -87,22 +87,30 @@ impl Drop for BoundPath {
     }
 }
 
-/// Takes the sockets from the environment, or binds them.
+/// Takes the sockets that the environment names.
 ///
 /// To be called before any thread exists: the environment is read and changed.
-pub fn take(config: &Config) -> Result<Inheritance> {
+pub fn take() -> Result<Inheritance> {
     let (mut listeners, channels) = from_listen_fds().map_err(Failure::config)?;
     let generation = number("SERVER_STARTER_GENERATION").map_err(Failure::config)?;
     if listeners.is_empty() {
         listeners = from_server_starter().map_err(Failure::config)?;
     }
-    if listeners.is_empty() {
-        for endpoint in &config.listen {
-            listeners.push(endpoint.bind().map_err(Failure::unavailable)?);
-        }
-    }
     let credentials = Credentials::of_environment().map_err(Failure::config)?;
     Ok(Inheritance { listeners, channels, credentials, generation, watchdog: systemd::watchdog() })
+}
+
+impl Inheritance {
+    /// Binds what `--listen` names, where nobody passed a listener on.
+    ///
+    /// To be called when signals are watched: whoever sees the port may send one.
+    pub fn listen(&mut self, config: &Config) -> Result<()> {
+        if self.listeners.is_empty() {
+            let bound = config.listen.iter().map(Listen::bind).collect::<anyhow::Result<_>>();
+            self.listeners = bound.map_err(Failure::unavailable)?;
+        }
+        Ok(())
+    }
 }
 
 /// `http(8080) admin(/run/x.sock)`

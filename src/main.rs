@@ -90,14 +90,15 @@ fn first(program: Program) -> Result<()> {
     match config.command {
         Some(Command::Takeover) => takeover::command(&program, config.takeover_timeout),
         Some(Command::Check) => {
-            let inheritance = listeners::take(&config)?;
+            let mut inheritance = listeners::take()?;
+            inheritance.listen(&config)?;
             log::init(config.log.as_deref(), 1)?;
             tls_of(&config, &inheritance)?;
             check(&inheritance.listeners);
             Ok(())
         }
         None => {
-            let inheritance = listeners::take(&config)?;
+            let inheritance = listeners::take()?;
             live(&config, inheritance, program, &mut None)
         }
     }
@@ -130,13 +131,14 @@ fn live(
 async fn serve(
     config: &Config,
     life: Life,
-    inheritance: Inheritance,
+    mut inheritance: Inheritance,
     program: Program,
     predecessor: &mut Option<Predecessor>,
 ) -> Result<()> {
+    let mut signals = Signals::new().context("could not watch for signals")?;
+    inheritance.listen(config)?;
     let tls = tls_of(config, &inheritance)?;
     let Inheritance { listeners, channels, credentials, watchdog, .. } = inheritance;
-    let mut signals = Signals::new().context("could not watch for signals")?;
     let shutdown = Shutdown::default();
     let registry = Registry::new(config.limits(), shutdown.clone());
     let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));

@@ -5,10 +5,10 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use harness::block_on;
 use harness::client::{Connection, Target, get, post};
 use harness::process::{Notifications, Process};
 use harness::service::{Service, command, run_to_end};
+use harness::{PATIENCE, block_on};
 use rustix::net::SendFlags;
 use rustix::process::Signal;
 
@@ -76,6 +76,23 @@ fn interrupt_drains_as_terminate_does() {
     service.signal(Signal::INT);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
     assert_success(service);
+}
+
+#[test]
+fn a_signal_that_comes_as_soon_as_the_port_is_seen_ends_it_well() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("http.sock");
+    let mut process = command(BINARY, &["--listen", path.to_str().expect("text")]);
+    let mut process = Process::spawn(process.stderr(Stdio::null())).expect("a process");
+    let deadline = Instant::now() + PATIENCE;
+    // No pause between two looks: it would miss the moment.
+    while UnixStream::connect(&path).is_err() {
+        assert!(Instant::now() < deadline, "nobody listens");
+    }
+    process.signal(Signal::TERM);
+    let status = process.wait().expect("an end");
+    assert!(status.success(), "{status}");
+    assert!(!path.exists(), "it was left behind");
 }
 
 #[test]
