@@ -6,7 +6,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
@@ -73,6 +73,7 @@ impl Io {
                 // Behind TLS there is a word to say, which counts as the last answer's.
                 Ending::No => {
                     self.entry().set_stage(Stage::InFlight);
+                    self.entry().writing();
                     Ending::Shutting
                 }
                 Ending::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
@@ -117,10 +118,29 @@ impl Io {
 
     /// Sends an answer of our own, and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
-        // A fresh socket buffer takes it at once; where it does not, the peer does not read anyway.
-        if self.wire.write(answer).await.is_ok() && self.wire.flush().await.is_ok() {
+        // It has the time that any answer has.
+        self.entry().set_stage(Stage::InFlight);
+        let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
+        if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
             self.close().await;
         }
+    }
+
+    /// What `poll` comes to, unless the peer takes nothing of what we have to say.
+    async fn in_time<T>(
+        &mut self,
+        mut poll: impl FnMut(Pin<&mut Self>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> io::Result<T> {
+        poll_fn(|cx| {
+            self.entry().wake_on_change(cx);
+            match poll(Pin::new(self), cx) {
+                Poll::Pending if self.entry().is_overdue() => {
+                    Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+                }
+                polled => polled,
+            }
+        })
+        .await
     }
 }
 
@@ -193,5 +213,79 @@ impl AsyncWrite for Io {
             (Protocol::Http1, Stage::Upgraded) => Pin::new(&mut self.wire).poll_shutdown(cx),
             (Protocol::Http1, _) => Poll::Ready(Ok(())),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use clap::Parser;
+    use harness::certificate::Certificate;
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::time::timeout;
+    use tokio_rustls::TlsConnector;
+
+    use super::*;
+    use crate::config::Config;
+    use crate::credentials::Credentials;
+    use crate::life::Shutdown;
+    use crate::registry::{Limits, Registry};
+    use crate::stream::Peer;
+    use crate::tls;
+
+    /// Both ends of a connection: ours, and a peer's.
+    async fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        let (ours, peer) = tokio::join!(listener.accept(), TcpStream::connect(address));
+        (ours.expect("a connection").0, peer.expect("a connection"))
+    }
+
+    /// Sends until no more fits: the peer reads nothing.
+    async fn fill(stream: &Stream) {
+        let Stream::Tcp(stream) = stream else { panic!("TCP") };
+        while timeout(Duration::from_millis(50), stream.writable()).await.is_ok() {
+            let _ = stream.try_write(&[0; 64 * 1024]);
+        }
+    }
+
+    /// With every time limit at its shortest, under watch.
+    fn io(wire: Wire) -> Io {
+        let short = Duration::from_millis(20);
+        let limits = Limits { head: short, idle: short, stall: short, close: short };
+        let registry = Registry::new(limits, Shutdown::default());
+        let registration = registry.register(Peer::Unix, None);
+        tokio::spawn(registry.watch());
+        Io::new(wire, Bytes::new(), registration, Protocol::Http1)
+    }
+
+    async fn assert_ends(end: impl Future<Output = ()>) {
+        timeout(Duration::from_secs(10), end).await.expect("not waited for");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_the_peer_does_not_take_ends_at_the_stall_limit() {
+        let (ours, _peer) = connection().await;
+        let stream = Stream::Tcp(ours);
+        fill(&stream).await;
+        assert_ends(io(Wire::Left(stream)).refuse(b"HTTP/1.1 408 Request Timeout\r\n\r\n")).await;
+    }
+
+    #[tokio::test]
+    async fn a_tls_end_that_the_peer_does_not_take_ends_at_the_stall_limit() {
+        let certificate = Certificate::new().expect("a certificate");
+        let (chain, key) = (certificate.chain(), certificate.key());
+        let config =
+            ["x", "--tls-cert", chain.to_str().expect("text"), "--tls-key", key.to_str().expect("text")];
+        let acceptor =
+            tls::acceptor(&Config::parse_from(config), &Credentials::default()).expect("an acceptor");
+        let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
+        let (ours, peer) = connection().await;
+        let name = "localhost".try_into().expect("a name");
+        let (ours, _peer) = tokio::join!(acceptor.accept(Stream::Tcp(ours)), connector.connect(name, peer));
+        let ours = ours.expect("a handshake");
+        fill(ours.get_ref().0).await;
+        assert_ends(io(Wire::Right(Box::new(ours))).close()).await;
     }
 }
