@@ -1,6 +1,7 @@
 //! How a process ends without losing a request, and, where there is a next process to leave them to,
 //! without closing a connection.
 
+use std::io;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -22,6 +23,8 @@ const STANDSTILL: Duration = Duration::from_millis(100);
 /// For connections that do not fit into the handover channel to hear that they are to close, while the
 /// others wait for the next process.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
+/// For a successor that is alive to take what has come to rest by the drain limit.
+const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
 /// What is asked of systemd beyond each report, so that one late report does not end the drain.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
@@ -192,9 +195,16 @@ impl<'a> Drain<'a> {
             let Some(connection) = connection else { break };
             let mut connections = vec![connection];
             connections.extend(take_all(rested));
-            if let Err(error) = successor.send(Kind::Connections, sender, &pack(&connections), "").await {
+            let packed = pack(&connections);
+            let sent = tokio::select! {
+                sent = successor.send(Kind::Connections, sender, &packed, "") => sent,
+                () = async { limit.passes().await; sleep(SUCCESSOR_LINGER).await } => {
+                    Err(io::ErrorKind::TimedOut.into())
+                }
+            };
+            if let Err(error) = sent {
                 warn!(%error, connections = connections.len(), "the successor takes no more connections");
-                limit.passed = Some("the successor's end");
+                limit.passed.get_or_insert("the successor's end");
                 break;
             }
             handed_over += connections.len();

@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::client::{Connection, get};
-use harness::frames::{self, COMMIT, GO, HELLO, LISTENERS, READY, REFUSED, frame};
+use harness::frames::{self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, READY, REFUSED, frame};
 use harness::process::Process;
 use harness::service::{Service, command, run_to_end};
 use harness::{block_on, eventually};
@@ -290,6 +290,35 @@ fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving
         assert!(status.contains("last reload failed: the successor died"), "{status}");
         assert_eq!(who(&mut connection).await, (service.pid(), 1));
     });
+}
+
+#[test]
+fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit() {
+    let (mut service, folder) = start(&["--drain-timeout", "4s"]);
+    block_on(async {
+        // One by one they come to rest, with a frame each: more than a channel takes that nobody reads.
+        let mut connections = Vec::new();
+        for number in 0..500 {
+            let mut connection = service.connect().await;
+            let request = get(&format!("/sleep?duration={}ms", 1000 + 4 * number));
+            connection.send(&request).await.expect("sent");
+            connections.push(connection);
+        }
+        let channel = knock(folder.path());
+        say(&channel, HELLO, &std::process::id().to_string());
+        say(&channel, GO, "");
+        assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
+        say(&channel, READY, "");
+        assert_eq!(hear(&channel).expect("a word").0, COMMIT);
+        say(&channel, ACCEPTING, "");
+        for mut connection in connections {
+            assert_eq!(connection.answer().await.expect("an answer").status, 200);
+        }
+        assert!(service.process().ends_within(Duration::from_secs(20)).expect("a look"), "it waits for ever");
+        drop(channel);
+    });
+    let (_, log) = service.end().expect("an end");
+    assert!(log.contains("the successor takes no more connections"), "{log}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub const GO: u16 = 2;
 pub const LISTENERS: u16 = 3;
 pub const READY: u16 = 4;
 pub const COMMIT: u16 = 5;
+pub const ACCEPTING: u16 = 6;
 pub const REFUSED: u16 = 8;
 
 /// A frame of version 1, from generation 7.
