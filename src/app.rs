@@ -12,14 +12,18 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Query;
-use axum::extract::ws::{CloseFrame, Message, WebSocketUpgrade, close_code};
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
+use tokio::time::timeout;
 
 use crate::life::{Life, Shutdown};
+
+/// For the other end of a WebSocket to close it too.
+const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
 /// All routes.
 pub fn router() -> Router {
@@ -76,26 +80,30 @@ async fn events(
 /// Sends each message back, until the service goes down: it then says 1012, service restart.
 async fn socket(upgrade: WebSocketUpgrade, shutdown: Shutdown) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
-        loop {
-            tokio::select! {
-                message = socket.recv() => match message {
-                    Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
-                        if socket.send(message).await.is_err() {
-                            return;
-                        }
-                    }
-                    Some(Ok(_)) => {}
-                    Some(Err(_)) | None => return,
-                },
-                () = shutdown.begun() => break,
+        tokio::select! {
+            () = echo_messages(&mut socket) => return,
+            () = shutdown.begun() => {}
+        }
+        let goodbye = async {
+            let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
+            if socket.send(Message::Close(Some(restart))).await.is_ok() {
+                // Until the peer has closed too.
+                while let Some(Ok(_)) = socket.recv().await {}
             }
-        }
-        let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
-        if socket.send(Message::Close(Some(restart))).await.is_ok() {
-            // Until the peer has closed too.
-            while let Some(Ok(_)) = socket.recv().await {}
-        }
+        };
+        // Some peers have gone without a word: a restart is not to wait for them.
+        let _ = timeout(GOODBYE_LIMIT, goodbye).await;
     })
+}
+
+/// Ends with the peer.
+async fn echo_messages(socket: &mut WebSocket) {
+    while let Some(Ok(message)) = socket.recv().await {
+        let is_for_us = matches!(message, Message::Text(_) | Message::Binary(_));
+        if is_for_us && socket.send(message).await.is_err() {
+            return;
+        }
+    }
 }
 
 #[cfg(test)]

@@ -258,16 +258,21 @@ fn an_idle_http_2_connection_gets_goaway_at_once() {
     });
 }
 
+async fn websocket(service: &Service) -> Connection {
+    let mut connection = service.connect().await;
+    let head = "GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+    assert_eq!(connection.ask(head.as_bytes()).await.expect("an answer").status, 101);
+    connection
+}
+
 #[test]
 fn a_websocket_is_told_to_come_back_and_ends() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
-        let mut connection = service.connect().await;
-        let head = "GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
-                    sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-        assert_eq!(connection.ask(head.as_bytes()).await.expect("an answer").status, 101);
+        let mut connection = websocket(&service).await;
         // "hi", masked with zeros.
         connection.send(b"\x81\x82\0\0\0\0hi").await.expect("sent");
         assert_eq!(connection.take(4).await.expect("the echo"), b"\x81\x02hi");
@@ -281,6 +286,24 @@ fn a_websocket_is_told_to_come_back_and_ends() {
         let service = service.restart(BINARY).expect("the next service");
         assert_eq!(generation(&mut idle).await, "generation 2");
         drop(service);
+    });
+}
+
+#[test]
+fn a_websocket_whose_peer_is_silent_or_takes_nothing_does_not_hold_up_the_end() {
+    let mut service = start();
+    block_on(async {
+        let mut silent = websocket(&service).await;
+        let mut full = websocket(&service).await;
+        // Echoes that nobody reads, until the service can send no more and so reads no more.
+        let message = [&b"\x82\xfe\xff\xff\0\0\0\0"[..], &[0; 65535]].concat();
+        while tokio::time::timeout(Duration::from_secs(1), full.send(&message)).await.is_ok() {}
+        service.signal(Signal::TERM);
+        assert!(
+            service.process().ends_within(Duration::from_secs(20)).expect("a look"),
+            "it waits for a peer"
+        );
+        assert_eq!(silent.take(2).await.expect("a close frame")[0], 0x88);
     });
 }
 
