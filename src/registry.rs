@@ -140,6 +140,10 @@ pub struct Entry {
     /// Request bodies being read.
     reading: AtomicU32,
     unflushed: AtomicBool,
+    /// Pieces of answers that wait for room in the peer's windows (HTTP/2).
+    offers: AtomicU32,
+    /// When the last of them was made or taken, by the registry's clock.
+    last_offer: AtomicU64,
     /// Requests that have begun; one task alone counts them.
     started: AtomicU64,
     /// Of these, how many are over.
@@ -227,6 +231,8 @@ impl Registry {
             is_woken: AtomicBool::new(true),
             reading: AtomicU32::new(0),
             unflushed: AtomicBool::new(false),
+            offers: AtomicU32::new(0),
+            last_offer: AtomicU64::new(0),
             started: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             listed: Mutex::default(),
@@ -396,6 +402,25 @@ impl Drop for Registration {
     }
 }
 
+/// A piece of an answer that an HTTP/2 connection has for its peer, until there is room for it.
+pub struct Offer(Arc<Entry>);
+
+impl Offer {
+    pub fn new(entry: &Arc<Entry>) -> Self {
+        entry.offers.fetch_add(1, Relaxed);
+        entry.last_offer.store(entry.registry.now.load(Relaxed), Relaxed);
+        Self(entry.clone())
+    }
+}
+
+impl Drop for Offer {
+    fn drop(&mut self) {
+        let entry = &self.0;
+        entry.offers.fetch_sub(1, Relaxed);
+        entry.last_offer.store(entry.registry.now.load(Relaxed), Relaxed);
+    }
+}
+
 impl Entry {
     pub fn stage(&self) -> Stage {
         Stage::ALL[usize::from(self.stage.load(SeqCst))]
@@ -438,19 +463,20 @@ impl Entry {
     /// Whether the connection has been too long in this stage.
     pub fn is_overdue(&self) -> bool {
         let limits = self.registry.limits;
-        let limit = match self.stage() {
-            Stage::Waiting => limits.idle,
-            Stage::Head => limits.head,
-            Stage::InFlight if !self.is_flushed() => limits.stall,
+        let (limit, since) = match self.stage() {
+            Stage::Waiting => (limits.idle, &self.since),
+            Stage::Head => (limits.head, &self.since),
+            Stage::InFlight if !self.is_flushed() => (limits.stall, &self.since),
+            Stage::InFlight if self.offers.load(Relaxed) > 0 => (limits.stall, &self.last_offer),
             Stage::InFlight | Stage::Upgraded => return false,
-            Stage::Closing => limits.close,
+            Stage::Closing => (limits.close, &self.since),
         };
-        let spent = self.registry.now.load(Relaxed).saturating_sub(self.since.load(Relaxed));
+        let spent = self.registry.now.load(Relaxed).saturating_sub(since.load(Relaxed));
         u128::from(spent) > limit.as_millis()
     }
 
     /// The time in this stage counts from now.
-    fn touch(&self) {
+    pub fn touch(&self) {
         self.since.store(self.registry.now.load(Relaxed), Relaxed);
     }
 
@@ -492,13 +518,16 @@ impl Entry {
     pub fn writing(&self) {
         if self.is_flushed() {
             self.unflushed.store(true, Release);
-            self.touch();
+            self.wrote();
         }
     }
 
     /// The peer's side has taken some of it.
     pub fn wrote(&self) {
-        self.touch();
+        // Pings are no reason to keep an idle connection.
+        if self.stage() != Stage::Waiting {
+            self.touch();
+        }
     }
 
     /// All of it is out.

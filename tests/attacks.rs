@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 /// Nobody polite waits longer than this at the 99th percentile, on two busy cores and in a debug build.
 const POLITE_LIMIT: Duration = Duration::from_millis(250);
-/// The head limit of the service under attack, and the idle limit.
+/// The head limit of the service under attack, the idle limit, and the one for taking an answer.
 const LIMIT: Duration = Duration::from_secs(2);
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -26,8 +26,8 @@ const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 /// Does `attack` again and again, for a second at least, while a polite client asks.
 fn under(attack: impl AsyncFn(&House) + Copy) {
     let limit = humantime::format_duration(LIMIT).to_string();
-    let house =
-        House::start(BINARY, &["--head-timeout", &limit, "--idle-timeout", &limit]).expect("a service");
+    let flags = ["--head-timeout", &limit, "--idle-timeout", &limit, "--request-timeout", &limit];
+    let house = House::start(BINARY, &flags).expect("a service");
     let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(house.http)) }.start(|| {});
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(1) {
@@ -194,13 +194,9 @@ fn http2_rapid_reset_is_ended_with_goaway() {
         // GET / and at once RST_STREAM, on a hundred thousand streams.
         let mut bytes = [PREFACE, SETTINGS].concat();
         for stream in (1..200_000_u32).step_by(2) {
-            let id = stream.to_be_bytes();
-            let block = [0x82, 0x86, 0x84, 0x41, 1, b'x'];
-            bytes.extend([0, 0, 6, 1, 5]);
-            bytes.extend(id);
-            bytes.extend(block);
+            bytes.extend(http2_get(stream));
             bytes.extend([0, 0, 4, 3, 0]);
-            bytes.extend(id);
+            bytes.extend(stream.to_be_bytes());
             bytes.extend([0, 0, 0, 8]);
         }
         let mut stream = TcpStream::connect(house.http).await.expect("a connection");
@@ -212,6 +208,42 @@ fn http2_rapid_reset_is_ended_with_goaway() {
         ended.await.expect("an end within the limit");
         assert_eq!(last_frame(&answer), Some(7), "GOAWAY comes last");
     });
+}
+
+/// Its answers wait for room in its windows, of which it gives none, or a byte each; that it is there, it says
+/// all the time.
+#[test]
+fn an_http2_peer_that_takes_nothing_but_pings_is_cut_off() {
+    under(async |house| {
+        let mut peers = JoinSet::new();
+        for number in 0..100 {
+            let address = house.http;
+            peers.spawn(async move {
+                let window = number % 2;
+                let settings = [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, window];
+                let mut stream = TcpStream::connect(address).await.expect("a connection");
+                let requests = (1..100).step_by(2).flat_map(http2_get).collect::<Vec<u8>>();
+                stream.write_all(&[PREFACE, &settings, &requests].concat()).await.expect("sent");
+                let (mut from, mut to) = stream.split();
+                let ping = async {
+                    while to.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.is_ok() {
+                        tokio::time::sleep(LIMIT / 20).await;
+                    }
+                };
+                let mut answers = Vec::new();
+                let read = async { drop(from.read_to_end(&mut answers).await) };
+                let ended = tokio::time::timeout(5 * LIMIT, async { tokio::join!(ping, read) }).await;
+                ended.expect("an end within the limit");
+            });
+        }
+        peers.join_all().await;
+    });
+}
+
+/// HEADERS of a GET of /, which are all of the request.
+fn http2_get(stream: u32) -> Vec<u8> {
+    let id = stream.to_be_bytes();
+    [&[0, 0, 6, 1, 5], &id[..], &[0x82, 0x86, 0x84, 0x41, 1, b'x']].concat()
 }
 
 /// The type of the last whole HTTP/2 frame.

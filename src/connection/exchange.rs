@@ -15,8 +15,11 @@ use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
 
 use crate::context::Context as RequestContext;
-use crate::registry::{Entry, InFlight, Stage};
+use crate::registry::{Entry, InFlight, Offer, Stage};
 use crate::requests::{self, Routes};
+
+/// The largest piece of an answer that is given to an HTTP/2 connection at once, in bytes.
+const PIECE: usize = 64 * 1024;
 
 /// Routes as hyper calls them, with each request entered in the registry.
 pub(super) struct Service {
@@ -119,7 +122,8 @@ impl Exchange {
         } else if self.entry.is_to_end() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        response.map(|body| AnswerBody { body, exchange: self })
+        let window = (version == Version::HTTP_2).then(|| Window::new(&self.entry));
+        response.map(|body| AnswerBody { body, exchange: self, window })
     }
 }
 
@@ -157,6 +161,40 @@ pin_project! {
         #[pin]
         body: Body,
         exchange: Exchange,
+        window: Option<Window>,
+    }
+}
+
+/// The way of an HTTP/2 answer's body into its connection, which asks for a piece once its peer has room for
+/// one. In pieces, so that the request is in flight until the peer has taken all but the last.
+struct Window {
+    rest: Bytes,
+    offer: Option<Offer>,
+}
+
+impl Window {
+    fn new(entry: &Arc<Entry>) -> Self {
+        Self { rest: Bytes::new(), offer: Some(Offer::new(entry)) }
+    }
+
+    fn poll_piece(
+        &mut self,
+        body: Pin<&mut Body>,
+        cx: &mut Context<'_>,
+        entry: &Arc<Entry>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.offer = None;
+        if self.rest.is_empty() {
+            match std::task::ready!(body.poll_frame(cx)).map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        self.offer = Some(Offer::new(entry));
+        let piece = self.rest.split_to(self.rest.len().min(PIECE));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 }
 
@@ -180,6 +218,13 @@ impl HttpBody for RequestBody {
     }
 }
 
+impl AnswerBody {
+    /// Bytes that the handler has given, and the connection has not.
+    fn held_back(&self) -> u64 {
+        self.window.as_ref().map_or(0, |window| window.rest.len() as u64)
+    }
+}
+
 impl HttpBody for AnswerBody {
     type Data = Bytes;
     type Error = axum::Error;
@@ -189,7 +234,10 @@ impl HttpBody for AnswerBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
-        let frame = this.body.as_mut().poll_frame(cx);
+        let frame = match this.window {
+            Some(window) => window.poll_piece(this.body.as_mut(), cx, &this.exchange.entry),
+            None => this.body.as_mut().poll_frame(cx),
+        };
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
             this.exchange.list();
         }
@@ -197,10 +245,61 @@ impl HttpBody for AnswerBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.body.is_end_stream() && self.held_back() == 0
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let rest = self.body.size_hint();
+        let mut all = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            all.set_upper(upper + self.held_back());
+        }
+        all.set_lower(rest.lower() + self.held_back());
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http_body_util::BodyExt;
+
+    use super::*;
+    use crate::life::Shutdown;
+    use crate::registry::{Limits, Registry};
+    use crate::stream::Peer;
+
+    fn answer(version: Version, body: Vec<u8>) -> (Arc<Entry>, AnswerBody) {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let entry = Registry::new(limits, Shutdown::default()).register(Peer::Unix, None).entry.clone();
+        let exchange = Exchange::begin(&entry, &Uri::from_static("/"));
+        let response = exchange.answer(Response::new(Body::from(body)), false, version);
+        (entry, response.into_body())
+    }
+
+    #[tokio::test]
+    async fn an_http2_answer_is_in_flight_until_all_but_its_last_piece_has_room() {
+        let whole: Vec<u8> = (0..=PIECE * 2).map(|number| number.to_le_bytes()[0]).collect();
+        let (entry, mut body) = answer(Version::HTTP_2, whole.clone());
+        let mut taken = Vec::new();
+        while !body.is_end_stream() {
+            assert!(entry.is_in_flight());
+            assert_eq!(body.size_hint().exact(), Some((whole.len() - taken.len()) as u64));
+            let piece = body.frame().await.expect("a piece").expect("no error").into_data().expect("data");
+            assert!(piece.len() <= PIECE, "{}", piece.len());
+            taken.extend(piece);
+        }
+        assert_eq!(taken, whole);
+        drop(body);
+        assert!(!entry.is_in_flight());
+    }
+
+    #[tokio::test]
+    async fn an_http1_answer_goes_as_the_handler_gave_it() {
+        let (_entry, mut body) = answer(Version::HTTP_11, vec![0; PIECE * 2]);
+        let piece = body.frame().await.expect("a piece").expect("no error").into_data().expect("data");
+        assert_eq!(piece.len(), PIECE * 2);
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use hyper::server::conn::http2::Builder;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::Io;
@@ -37,10 +37,20 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) {
                 return Poll::Ready(result);
             }
             entry.settle();
-            if told || !(entry.is_to_end() || entry.is_overdue()) {
+            let is_overdue = entry.is_overdue();
+            if is_overdue && entry.stage() == Stage::InFlight {
+                warn!(peer = %entry.peer, "the peer takes no more of its answers: cut off");
+                return Poll::Ready(Ok(()));
+            }
+            if is_overdue && told {
+                return Poll::Ready(Ok(()));
+            }
+            if told || !(is_overdue || entry.is_to_end()) {
                 return Poll::Pending;
             }
             told = true;
+            // As long again for the peer to close.
+            entry.touch();
             Pin::new(&mut connection).graceful_shutdown();
         }
     })

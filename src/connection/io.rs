@@ -246,7 +246,7 @@ mod tests {
     async fn fill(stream: &Stream) {
         let Stream::Tcp(stream) = stream else { panic!("TCP") };
         while timeout(Duration::from_millis(50), stream.writable()).await.is_ok() {
-            let _ = stream.try_write(&[0; 64 * 1024]);
+            let _ = stream.try_write(&[0; 16 * 1024]);
         }
     }
 
