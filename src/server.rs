@@ -1,14 +1,14 @@
 //! Accepts connections, and serves each in a task of its own.
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use bytes::Bytes;
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, acceptfrom_with};
+use rustix::net::{SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
@@ -26,6 +26,13 @@ use crate::stream::Stream;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// How often it is logged that accepting fails.
 const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
+
+/// A peer of which nothing is heard for this long is asked whether it is there (`tcp(7)`) ...
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+/// ... again after each of these ...
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+/// ... and is gone when it has not answered as many times.
+const KEEPALIVE_PROBES: u32 = 6;
 
 /// How many connections may be open to the admin listeners.
 const ADMIN_CONNECTIONS: usize = 64;
@@ -194,7 +201,12 @@ impl Acceptor {
         let label = listener.label();
         let Listener { name, socket, holder } = listener;
         let socket = match socket {
-            ListeningSocket::Tcp(socket) => socket.into(),
+            ListeningSocket::Tcp(socket) => {
+                if let Err(error) = keep_alive(&socket) {
+                    warn!(%error, listener = label, "peers that are gone are not found out");
+                }
+                socket.into()
+            }
             ListeningSocket::Unix(socket) => socket.into(),
         };
         Ok(Self { label, socket: raw::watch(socket)?, name, holder })
@@ -222,6 +234,16 @@ impl Acceptor {
     fn is_last(&self, ending: bool) -> bool {
         ending && matches!(self.holder, Holder::Nobody(_))
     }
+}
+
+/// Has the kernel find out which peers are gone without a word: a WebSocket has no other limit. On Linux a
+/// connection has the options that its listener had when it came.
+fn keep_alive(listener: impl AsFd) -> io::Result<()> {
+    sockopt::set_socket_keepalive(&listener, true)?;
+    sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;
+    sockopt::set_tcp_keepintvl(&listener, KEEPALIVE_INTERVAL)?;
+    sockopt::set_tcp_keepcnt(&listener, KEEPALIVE_PROBES)?;
+    Ok(())
 }
 
 /// Errors that say something of the connection accepted, not of the listener; accept(2) has the list.
@@ -253,5 +275,29 @@ impl Trouble {
             self.unlogged = 0;
         }
         tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_sends_at_once_and_finds_out_that_its_peer_is_gone() {
+        let socket = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        socket.set_nonblocking(true).expect("an option");
+        let address = socket.local_addr().expect("an address");
+        let socket = ListeningSocket::Tcp(socket);
+        let listener = Listener { name: Name::default(), socket, holder: Holder::Parent };
+        let acceptor = Acceptor::new(listener).expect("an acceptor");
+        let _peer = TcpStream::connect(address).expect("a connection");
+        let stream = acceptor.accept().expect("no error").expect("a connection").stream;
+        assert_eq!(sockopt::tcp_nodelay(&stream), Ok(true));
+        assert_eq!(sockopt::socket_keepalive(&stream), Ok(true));
+        assert_eq!(sockopt::tcp_keepidle(&stream), Ok(KEEPALIVE_IDLE));
+        assert_eq!(sockopt::tcp_keepintvl(&stream), Ok(KEEPALIVE_INTERVAL));
+        assert_eq!(sockopt::tcp_keepcnt(&stream), Ok(KEEPALIVE_PROBES));
     }
 }
