@@ -454,10 +454,15 @@ impl Entry {
     pub fn wake_on_change(&self, cx: &Context<'_>) {
         // Whoever wakes it says so first: a task that reads here that it will be woken will be.
         if self.is_woken.load(Acquire) {
-            let mut task = lock(&self.task);
-            *task = Some(cx.waker().clone());
-            self.is_woken.store(false, Relaxed);
+            self.wake_instead(cx);
         }
+    }
+
+    /// As `wake_on_change`, for the task of a handler whose connection it is now.
+    pub fn wake_instead(&self, cx: &Context<'_>) {
+        let mut task = lock(&self.task);
+        *task = Some(cx.waker().clone());
+        self.is_woken.store(false, Relaxed);
     }
 
     /// Whether the connection has been too long in this stage.
@@ -466,7 +471,7 @@ impl Entry {
         let (limit, since) = match self.stage() {
             Stage::Waiting => (limits.idle, &self.since),
             Stage::Head => (limits.head, &self.since),
-            Stage::InFlight if !self.is_flushed() => (limits.stall, &self.since),
+            Stage::InFlight | Stage::Upgraded if !self.is_flushed() => (limits.stall, &self.since),
             Stage::InFlight if self.offers.load(Relaxed) > 0 => (limits.stall, &self.last_offer),
             Stage::InFlight | Stage::Upgraded => return false,
             Stage::Closing => (limits.close, &self.since),

@@ -5,7 +5,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use harness::client::{Connection, Target, get, post};
+use harness::client::{Connection, Target, WEBSOCKET, get, post};
 use harness::process::{Notifications, Process};
 use harness::service::{Service, command, run_to_end};
 use harness::{PATIENCE, block_on};
@@ -321,6 +321,19 @@ fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
         assert_success(service)
     });
     assert!(log.contains("takes no more of its answer"), "{log}");
+}
+
+#[test]
+fn a_websocket_whose_peer_takes_nothing_is_cut_off() {
+    let service = start(&["--request-timeout", "1s"]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        assert_eq!(connection.ask(WEBSOCKET).await.expect("an answer").status, 101);
+        // Its echoes pile up, until the service takes no more.
+        let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
+        let cut_off = async { while connection.send(&message).await.is_ok() {} };
+        tokio::time::timeout(Duration::from_secs(20), cut_off).await.expect("cut off");
+    });
 }
 
 #[test]

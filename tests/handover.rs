@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::block_on;
-use harness::client::{Connection, Target, get};
+use harness::client::{Connection, Target, WEBSOCKET, get};
 use harness::frames::{self, CONNECTIONS, frame, frame_of};
 use harness::service::Service;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -260,9 +260,7 @@ fn an_idle_http_2_connection_gets_goaway_at_once() {
 
 async fn websocket(service: &Service) -> Connection {
     let mut connection = service.connect().await;
-    let head = "GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
-                sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
-    assert_eq!(connection.ask(head.as_bytes()).await.expect("an answer").status, 101);
+    assert_eq!(connection.ask(WEBSOCKET).await.expect("an answer").status, 101);
     connection
 }
 

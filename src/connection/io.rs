@@ -116,6 +116,23 @@ impl Io {
         matches!(stream.poll_peek(cx, &mut [0], |_| true), Poll::Ready(Ok(0) | Err(_)))
     }
 
+    /// What a handler's own write (WebSocket) came to: an error where its peer has taken nothing for as long as
+    /// it may take for a piece of an answer.
+    fn limit_handler<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let entry = self.entry();
+        if entry.stage() != Stage::Upgraded {
+            return polled;
+        }
+        if polled.is_ready() {
+            // It flushes when it likes.
+            entry.flushed();
+            return polled;
+        }
+        entry.writing();
+        entry.wake_instead(cx);
+        if entry.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
+    }
+
     /// Sends an answer of our own, and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
         // It has the time that any answer has.
@@ -175,7 +192,7 @@ impl AsyncWrite for Io {
         if written.is_ready() {
             self.entry().wrote();
         }
-        written
+        self.limit_handler(cx, written)
     }
 
     fn poll_write_vectored(
@@ -188,7 +205,7 @@ impl AsyncWrite for Io {
         if written.is_ready() {
             self.entry().wrote();
         }
-        written
+        self.limit_handler(cx, written)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -197,7 +214,8 @@ impl AsyncWrite for Io {
 
     /// hyper flushes when all that it had to send has been written, and at the end of each turn.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        std::task::ready!(Pin::new(&mut self.wire).poll_flush(cx))?;
+        let flushed = Pin::new(&mut self.wire).poll_flush(cx);
+        std::task::ready!(self.limit_handler(cx, flushed))?;
         self.entry().flushed();
         if self.is_given_up(cx) {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
@@ -210,7 +228,10 @@ impl AsyncWrite for Io {
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match (self.protocol, self.entry().stage()) {
             (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
-            (Protocol::Http1, Stage::Upgraded) => Pin::new(&mut self.wire).poll_shutdown(cx),
+            (Protocol::Http1, Stage::Upgraded) => {
+                let shut = Pin::new(&mut self.wire).poll_shutdown(cx);
+                self.limit_handler(cx, shut)
+            }
             (Protocol::Http1, _) => Poll::Ready(Ok(())),
         }
     }

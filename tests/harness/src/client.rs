@@ -78,6 +78,11 @@ pub struct Connection {
     buffer: Vec<u8>,
 }
 
+/// A request to speak WebSocket at /socket.
+pub const WEBSOCKET: &[u8] =
+    b"GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
+    sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
+
 /// A GET for `path`.
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").into_bytes()
