@@ -13,7 +13,9 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use bytes::Bytes;
-pub use channel::{Channel, Frame, Kind, Next, Record, pair, receive as receive_frame, send as send_frames};
+pub use channel::{
+    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, pair, receive as receive_frame, send as send_frames,
+};
 pub use parking::{Parking, pick_up};
 use rustix::time::{ClockId, clock_gettime};
 

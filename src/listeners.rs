@@ -33,6 +33,9 @@ use crate::systemd;
 /// Connections that may wait to be accepted, where the system allows as many (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
 
+/// Those that a reload passes on in one frame, with the folder of the credentials.
+const MAX_LISTENERS: usize = handover::MAX_SOCKETS - 1;
+
 /// Everything that came from outside at birth.
 pub struct Inheritance {
     pub listeners: Vec<Listener>,
@@ -101,13 +104,20 @@ pub fn take() -> Result<Inheritance> {
 }
 
 impl Inheritance {
-    /// Binds what `--listen` names, where nobody passed a listener on.
+    /// Binds what `--listen` names, where nobody passed a listener on; fails where there are too many.
     ///
     /// To be called when signals are watched: whoever sees the port may send one.
     pub fn listen(&mut self, config: &Config) -> Result<()> {
         if self.listeners.is_empty() {
             let bound = config.listen.iter().map(Listen::bind).collect::<anyhow::Result<_>>();
             self.listeners = bound.map_err(Failure::unavailable)?;
+        }
+        let count = self.listeners.len();
+        if count > MAX_LISTENERS {
+            let reason = anyhow!(
+                "{count} listeners (ListenStream=, --listen): a successor can be given {MAX_LISTENERS} at the most"
+            );
+            return Err(Failure::config(reason));
         }
         Ok(())
     }

@@ -700,6 +700,12 @@ fn flags_and_their_variables_are_refused_by_their_name() {
 }
 
 #[test]
+fn more_listeners_than_a_successor_can_be_given_are_refused() {
+    let mut command = command(BINARY, &["--listen", "127.0.0.1:0"].repeat(252));
+    assert_refused(&mut command, 78, &["252 listeners", "ListenStream=", "a successor"]);
+}
+
+#[test]
 fn an_address_in_use_is_refused_by_its_number() {
     let listener = listener();
     let address = listener.local_addr().expect("an address").to_string();

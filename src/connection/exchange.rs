@@ -122,7 +122,7 @@ impl Exchange {
         } else if self.entry.is_to_end() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        let window = (version == Version::HTTP_2).then(|| Window::new(&self.entry));
+        let window = (version == Version::HTTP_2).then(|| Box::new(Window::new(&self.entry)));
         response.map(|body| AnswerBody { body, exchange: self, window })
     }
 }
@@ -161,7 +161,8 @@ pin_project! {
         #[pin]
         body: Body,
         exchange: Exchange,
-        window: Option<Window>,
+        // Boxed: most answers have none.
+        window: Option<Box<Window>>,
     }
 }
 

@@ -17,8 +17,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::Sender;
-use super::frame::{HEADER_LENGTH, Header, MAX_SOCKETS, TEXT_LIMIT};
-pub use super::frame::{Kind, Record};
+use super::frame::{HEADER_LENGTH, Header, TEXT_LIMIT};
+pub use super::frame::{Kind, MAX_SOCKETS, Record};
 
 /// The records of one frame: 252 connections with 1 MiB unread each.
 const RECORDS_LIMIT: u64 = 252 << 20;

@@ -26,7 +26,7 @@ pub(super) const VERSION: u16 = 1;
 pub(super) const HEADER_LENGTH: usize = 26;
 pub(super) const TEXT_LIMIT: usize = 512;
 /// `SCM_MAX_FD` of Linux is 253; one is the memfd.
-pub(super) const MAX_SOCKETS: usize = 252;
+pub const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
