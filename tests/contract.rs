@@ -151,18 +151,13 @@ fn a_request_in_flight_finishes_after_the_signal() {
     block_on(async {
         let mut connection = service.connect().await;
         connection.send(&get("/sleep?duration=2s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         let answer = connection.answer().await.expect("the answer");
         assert_eq!(answer.text(), "slept 2s\n");
         assert!(answer.closes(), "nobody goes on with this connection");
     });
     assert_success(service);
-}
-
-fn wait_for_in_flight(service: &mut Service, count: usize) {
-    let wanted = format!("{count} in flight");
-    while !service.notifications.wait_for("STATUS=").expect("a status").contains(&wanted) {}
 }
 
 #[test]
@@ -174,7 +169,7 @@ fn a_body_that_is_on_its_way_arrives_after_the_signal() {
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
             .await
             .expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
         connection.send(b"56789").await.expect("sent");
@@ -238,7 +233,7 @@ fn a_half_sent_request_cannot_outlive_the_drain_limit() {
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
             .await
             .expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         let begun = Instant::now();
         let log = assert_success(service);
@@ -254,7 +249,7 @@ fn the_drain_counts_down_and_asks_for_the_time_it_takes() {
     block_on(async {
         let mut connection = service.connect().await;
         connection.send(&get("/sleep?duration=20s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("more time");
         let line = "STATUS=draining: 1 in flight on 1 connections, 1 s left";
@@ -270,7 +265,7 @@ fn a_second_signal_ends_the_drain_at_once() {
         let log = block_on(async {
             let mut connection = service.connect().await;
             connection.send(&get("/sleep?duration=20s")).await.expect("sent");
-            wait_for_in_flight(&mut service, 1);
+            service.wait_for_in_flight(1).expect("in flight");
             service.signal(Signal::TERM);
             service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
             service.signal(signal);
@@ -488,7 +483,7 @@ fn an_http_2_request_in_flight_finishes_after_the_signal() {
     let mut service = start(&[]);
     let url = format!("http://{}/sleep?duration=2s", service.address());
     let client = std::thread::spawn(move || curl(&["--http2-prior-knowledge", &url]));
-    wait_for_in_flight(&mut service, 1);
+    service.wait_for_in_flight(1).expect("in flight");
     service.signal(Signal::TERM);
     assert_eq!(client.join().expect("an answer"), "slept 2s\n");
     assert_success(service);
@@ -500,9 +495,9 @@ fn a_handler_whose_client_has_gone_stops() {
     block_on(async {
         let mut client = service.connect().await;
         client.send(&get("/sleep?duration=1h")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         drop(client);
-        wait_for_in_flight(&mut service, 0);
+        service.wait_for_in_flight(0).expect("in flight");
     });
     service.signal(Signal::TERM);
     assert_success(service);

@@ -32,11 +32,6 @@ async fn generation(connection: &mut Connection) -> String {
     text.split(", ").nth(1).expect("a generation").to_owned()
 }
 
-fn wait_for_in_flight(service: &mut Service, count: usize) {
-    let wanted = format!("{count} in flight");
-    while !service.notifications.wait_for("STATUS=").expect("a status").contains(&wanted) {}
-}
-
 #[test]
 fn an_idle_connection_goes_on_in_the_next_process_and_the_next() {
     let mut service = start();
@@ -103,7 +98,7 @@ fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_goes_on
     block_on(async {
         let mut connection = service.connect().await;
         connection.send(&get("/sleep?duration=2s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         let _service = restart(service);
         let answer = connection.answer().await.expect("the answer");
         assert_eq!((answer.status, answer.closes()), (200, false));
@@ -121,7 +116,7 @@ fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_g
         block_on(async {
             let mut connection = service.connect().await;
             connection.send(head.as_bytes()).await.expect("sent");
-            wait_for_in_flight(&mut service, 1);
+            service.wait_for_in_flight(1).expect("in flight");
             service.signal(Signal::TERM);
             service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
             let chunked = head.contains("chunked");
@@ -161,7 +156,7 @@ fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
         connection.send(&first).await.expect("sent");
         // The last of these is cut off, in the middle of its head.
         connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         let _service = restart(service);
         connection
             .send(&[b"st: x\r\n\r\n".to_vec(), get("/sleep?duration=3ms")].concat())
@@ -197,7 +192,7 @@ fn connections_that_end_are_not_handed_over() {
             .expect("sent");
         let mut old = service.connect().await;
         old.send(b"GET /sleep?duration=2s HTTP/1.0\r\n\r\n").await.expect("sent");
-        wait_for_in_flight(&mut service, 2);
+        service.wait_for_in_flight(2).expect("in flight");
         service.signal(Signal::TERM);
         for connection in [&mut last, &mut old] {
             assert_eq!(connection.answer().await.expect("the answer").text(), "slept 2s\n");
@@ -218,7 +213,7 @@ fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
     let client = std::thread::spawn(move || {
         Command::new("curl").args(["-sSv", "--http2-prior-knowledge", &url]).output().expect("curl")
     });
-    wait_for_in_flight(&mut service, 1);
+    service.wait_for_in_flight(1).expect("in flight");
     service.signal(Signal::TERM);
     let answer = client.join().expect("an answer");
     assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 2s\n");
@@ -330,7 +325,7 @@ fn others_are_served_while_a_slow_request_finishes() {
     block_on(async {
         let mut slow = service.connect().await;
         slow.send(&get("/sleep?duration=3s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         let mut kept = service.connect().await;
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
@@ -354,7 +349,7 @@ fn a_slow_request_that_came_after_the_signal_makes_nobody_wait() {
     block_on(async {
         let mut first = service.connect().await;
         first.send(&get("/sleep?duration=2s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
         let mut second = service.connect().await;
@@ -383,7 +378,7 @@ fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
         slow.send(&get("/sleep?duration=20s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         let _service = restart(service);
         assert!(slow.answer().await.is_err());
         assert_eq!(generation(&mut idle).await, "generation 2");
@@ -454,7 +449,7 @@ fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
         generation(&mut idle).await;
         let mut slow = service.connect().await;
         slow.send(&get("/sleep?duration=2s")).await.expect("sent");
-        wait_for_in_flight(&mut service, 1);
+        service.wait_for_in_flight(1).expect("in flight");
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
         // The store loses the channel: whatever is sent now goes nowhere.

@@ -294,16 +294,20 @@ fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving
 
 #[test]
 fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit() {
-    let (mut service, folder) = start(&["--drain-timeout", "4s"]);
+    let (mut service, folder) = start(&["--drain-timeout", "7s"]);
     block_on(async {
-        // One by one they come to rest, with a frame each: more than a channel takes that nobody reads.
         let mut connections = Vec::new();
-        for number in 0..500 {
+        for _ in 0..450 {
             let mut connection = service.connect().await;
-            let request = get(&format!("/sleep?duration={}ms", 1000 + 4 * number));
-            connection.send(&request).await.expect("sent");
+            connection.ask(&get("/")).await.expect("an answer");
             connections.push(connection);
         }
+        // One by one they come to rest, with a frame each: more than a channel takes that nobody reads.
+        for (number, connection) in connections.iter_mut().enumerate() {
+            let request = get(&format!("/sleep?duration={}ms", 3000 + 10 * number));
+            connection.send(&request).await.expect("sent");
+        }
+        service.wait_for_in_flight(450).expect("in flight");
         let channel = knock(folder.path());
         say(&channel, HELLO, &std::process::id().to_string());
         say(&channel, GO, "");

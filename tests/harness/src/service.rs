@@ -92,6 +92,13 @@ impl Service {
         self.process.signal(signal);
     }
 
+    /// Waits until the service has said that so many requests are in flight.
+    pub fn wait_for_in_flight(&mut self, count: usize) -> Result<()> {
+        let wanted = format!(" {count} in flight");
+        while !self.notifications.wait_for("STATUS=")?.contains(&wanted) {}
+        Ok(())
+    }
+
     /// Waits for the process to end; gives how it ended and what it wrote to standard error.
     pub fn end(mut self) -> Result<(ExitStatus, String)> {
         let status = self.process.wait()?;
