@@ -18,8 +18,9 @@ use crate::context::Context as RequestContext;
 use crate::registry::{Entry, InFlight, Offer, Stage};
 use crate::requests::{self, Routes};
 
-/// The largest piece of an answer that is given to an HTTP/2 connection at once, in bytes.
-const PIECE: usize = 64 * 1024;
+/// The largest piece of an answer that is given to an HTTP/2 connection at once, in bytes: what peers take in a
+/// frame (RFC 9113 section 4.2).
+const PIECE: usize = 16 * 1024;
 
 /// Routes as hyper calls them, with each request entered in the registry.
 pub(super) struct Service {
