@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::time::{Instant, Interval, interval, sleep, sleep_until};
+use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout};
 use tracing::{info, warn};
 
 use crate::connection::Connection;
@@ -87,13 +87,16 @@ impl<'a> Drain<'a> {
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let parking = if self.server.owns_ports() { None } else { Parking::open().await };
-        let handed_over = if let Some(parking) = parking {
+        let handed_over = if let Some(parking) = &parking {
             self.hand_over(parking).await
         } else {
             self.linger().await;
             0
         };
         systemd::status(&self.log_end(handed_over));
+        if let Some(parking) = parking {
+            parking.say_totals(Sender::now(self.generation));
+        }
     }
 
     /// Leaves all connections that can move in `parking`; gives their number.
@@ -101,7 +104,7 @@ impl<'a> Drain<'a> {
     /// They go on being served until the requests now in flight, and the connections that cannot move, have
     /// ended. Then all come to rest at once; if that takes long, because of a slow request that came
     /// meanwhile, they are served on, and it is tried again when that one is done.
-    async fn hand_over(&mut self, parking: Parking) -> usize {
+    async fn hand_over(&mut self, parking: &Parking) -> usize {
         let Self { server, rested, limit, .. } = self;
         let registry = server.registry();
         let mut standstill = STANDSTILL;
@@ -208,16 +211,19 @@ impl<'a> Drain<'a> {
                 break;
             }
             handed_over += connections.len();
-            metrics::HANDED_OVER.inc_by(connections.len() as u64);
         }
         self.log_end(handed_over);
+        // One that hangs or has gone will not miss them.
+        let totals = metrics::totals();
+        let _ = timeout(SUCCESSOR_LINGER, successor.say(Kind::Totals, sender, &totals)).await;
     }
 
-    /// Says how it ended; gives the line.
+    /// Counts and says how it ended; gives the line.
     fn log_end(&self, handed_over: usize) -> String {
         let registry = self.server.registry();
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
         metrics::CUT_OFF.inc_by(cut_off as u64);
+        metrics::HANDED_OVER.inc_by(handed_over as u64);
         let finished = self.in_flight.saturating_sub(cut_off);
         let answered = registry.counts().answered;
         let drain_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);

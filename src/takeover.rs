@@ -18,6 +18,7 @@
 //!                                  Main ---->                       is the main process: STATUS=, WATCHDOG=1
 //!   exits as the successor says <------------------------------ ok
 //!                                  Connections ---->                goes on with each as it comes to rest
+//!                                  Totals ---->                     goes on counting from there
 //!                                  ends, at the drain limit at the latest
 //! ```
 //! On SIGHUP the predecessor starts the middle process itself. Until `Commit` each side may end, and

@@ -10,7 +10,7 @@ use harness::client::{Connection, Http2, Target, get};
 use harness::house::House;
 use harness::service::{command, run_to_end};
 use harness::{block_on, eventually};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use tokio::net::TcpStream;
 use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode};
 
@@ -350,6 +350,38 @@ fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
         end(house);
         drop(silent);
     });
+}
+
+#[test]
+fn what_a_process_counts_at_its_end_its_successors_tell() {
+    let house = start(&["--drain-timeout", "1s"]);
+    block_on(async {
+        let mut idle = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
+        let mut handed_over = 0;
+        for round in 1..=2 {
+            let pid = pid_of(&mut idle).await;
+            let mut endless = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
+            endless.send(&get("/sleep?duration=1h")).await.expect("sent");
+            wait_for_in_flight(&house).await;
+            kill_process(pid, Signal::HUP).expect("it runs");
+            endless.answer().await.expect_err("cut off");
+            // Beside the idle one there may be those that have just asked for metrics.
+            let text = metrics_with(&house, &[&format!("requests_cut_off_total {round}")]).await;
+            let line = text.lines().find_map(|line| line.strip_prefix("connections_handed_over_total "));
+            let total: u64 = line.expect("a line").parse().expect("a number");
+            assert!(total > handed_over, "{text}");
+            handed_over = total;
+        }
+        kill_process(pid_of(&mut idle).await, Signal::KILL).expect("it runs");
+    });
+    end(house);
+}
+
+/// Of the process that answers.
+async fn pid_of(connection: &mut Connection) -> Pid {
+    let text = connection.ask(&get("/")).await.expect("an answer").text();
+    let pid = text.strip_prefix("pid ").and_then(|rest| rest.split(',').next()?.parse().ok());
+    pid.and_then(Pid::from_raw).expect(&text)
 }
 
 // ---- WebSocket and event streams ----

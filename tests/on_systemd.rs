@@ -70,6 +70,7 @@ promises! {
     a_renewed_certificate_is_in_use_after_a_restart_with_credentials
     a_renewed_certificate_is_in_use_after_a_reload_with_files
     the_admin_socket_says_no_during_a_drain_and_yes_after_it
+    what_a_process_counts_at_its_end_the_next_one_tells
 }
 
 #[test]
@@ -940,14 +941,8 @@ fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate
 fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
     let container = boot(systemd);
     start_socket(&container, "admin");
-    let readiness = || {
-        let socket = format!("/run/{}-admin.sock", env!("CARGO_PKG_NAME"));
-        let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--output", "/dev/null"]);
-        curl.args(["--write-out", "%{response_code}", "--unix-socket"]);
-        curl.arg(container.path(socket.trim_start_matches('/'))).arg("http://localhost/readyz");
-        String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()
-    };
-    assert_eq!(readiness(), "200");
+    let readiness = || ask_admin(&container, "/readyz");
+    assert_eq!(readiness(), "ready\n");
     container.inside(|| async {
         let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
         slow.send(&get("/sleep?duration=3s")).await.expect("sent");
@@ -956,9 +951,39 @@ fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
         });
         let name = container.unit("service");
         container.run(&["systemctl", "restart", "--no-block", &name]).expect("a restart");
-        eventually("a drain", || readiness() == "503");
+        eventually("a drain", || readiness() == "draining\n");
         assert_eq!(slow.answer().await.expect("an answer").status, 200);
-        eventually("the next process", || readiness() == "200");
+        eventually("the next process", || readiness() == "ready\n");
         assert_eq!(generation(&mut slow).await, 2);
     });
+}
+
+fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
+    let container = boot(systemd);
+    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+    let line = format!("[Service]\nEnvironment={prefix}_DRAIN_TIMEOUT=1s\n");
+    container.add_to_unit("service", "drain", &line).expect("a drop-in");
+    start_socket(&container, "admin");
+    container.inside(|| async {
+        let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
+        for last in 2..=3 {
+            let mut endless = Connection::open(&Container::target()).await.expect("the port is open");
+            endless.send(&get("/sleep?duration=1h")).await.expect("sent");
+            eventually("it", || ask_admin(&container, "/metrics").contains("\nhttp_requests_in_flight 2\n"));
+            container.systemctl("restart").expect("a restart");
+            assert_eq!(generation(&mut idle).await, last);
+        }
+    });
+    let metrics = ask_admin(&container, "/metrics");
+    assert!(metrics.contains("\nrequests_cut_off_total 2\n"), "{metrics}");
+    assert!(metrics.contains("\nconnections_handed_over_total 2\n"), "{metrics}");
+    assert!(metrics.contains("\nconnections_taken_over_total 1\n"), "{metrics}");
+}
+
+/// What the admin socket answers.
+fn ask_admin(container: &Container, path: &str) -> String {
+    let socket = container.path(&format!("run/{}-admin.sock", env!("CARGO_PKG_NAME")));
+    let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
+    curl.arg(socket).arg(format!("http://localhost{path}"));
+    String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()
 }

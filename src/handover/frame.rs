@@ -30,7 +30,7 @@ pub const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
-/// What a frame says. Connections alone travel at a restart; the others are the words of a takeover
+/// What a frame says. Connections and totals alone travel at a restart; the others are the words of a takeover
 /// (`takeover.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -53,10 +53,12 @@ pub enum Kind {
     Main,
     /// Either: no; the text says why.
     Refused,
+    /// The predecessor, last of all: the text is what it has counted (`metrics::totals`).
+    Totals,
 }
 
 impl Kind {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Connections,
         Self::Hello,
         Self::Go,
@@ -66,6 +68,7 @@ impl Kind {
         Self::Accepting,
         Self::Main,
         Self::Refused,
+        Self::Totals,
     ];
 }
 
@@ -160,7 +163,7 @@ mod tests {
     proptest! {
         #[test]
         fn headers_come_back_as_they_went(
-            kind in 0..9_usize, sockets in 0..=252_u16, generation: u64, rested_at: u64, text in ".{0,100}",
+            kind in 0..Kind::ALL.len(), sockets in 0..=252_u16, generation: u64, rested_at: u64, text in ".{0,100}",
         ) {
             let sender = Sender { generation, rested_at };
             let header = Header { kind: Kind::ALL[kind], sockets, sender, text };

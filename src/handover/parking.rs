@@ -58,7 +58,7 @@ impl Parking {
     }
 
     /// Leaves `connections` for the next process; gives back those that did not fit.
-    pub fn leave(self, sender: Sender, mut connections: Vec<Connection>) -> Vec<Connection> {
+    pub fn leave(&self, sender: Sender, mut connections: Vec<Connection>) -> Vec<Connection> {
         let (sent, error) = channel::send(&self.channel, Kind::Connections, sender, &pack(&connections), "");
         // systemd may close what it does not keep a while after it has said that it has read the message.
         if !self.is_kept().unwrap_or(false) {
@@ -72,6 +72,12 @@ impl Parking {
         // Closing ten thousand one by one takes a while; the kernel does it all at the process's end.
         std::mem::forget(connections);
         left
+    }
+
+    /// Leaves what this process has counted.
+    pub fn say_totals(&self, sender: Sender) {
+        // Where the channel is full or gone, the journal has it.
+        channel::send::<OwnedFd>(&self.channel, Kind::Totals, sender, &[], &metrics::totals());
     }
 }
 
@@ -131,6 +137,11 @@ impl Found {
     fn empty(&mut self, channel: &OwnedFd, names: &[Name]) -> anyhow::Result<()> {
         loop {
             match channel::receive(channel)? {
+                Next::Frame(frame) if frame.kind == Kind::Totals => {
+                    if let Err(error) = metrics::go_on_from(&frame.text) {
+                        self.refuse(0, format!("{}: {error:#}", frame.text));
+                    }
+                }
                 Next::Frame(frame) => {
                     self.sender = Some(frame.sender);
                     for (fd, record) in frame.sockets {

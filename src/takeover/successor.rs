@@ -171,6 +171,11 @@ async fn receive(
                     }
                 }
             }
+            Kind::Totals => {
+                if let Err(error) = metrics::go_on_from(&frame.text) {
+                    debug!(%error, "not expected here");
+                }
+            }
             other => debug!(?other, "not expected here"),
         }
     }
