@@ -486,7 +486,7 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
         (good[..20].to_vec(), "a frame of a wrong length"),
         ([good.clone(), vec![0; 513]].concat(), "a frame of a wrong length"),
         ([good.clone(), vec![0xff]].concat(), "invalid utf-8"),
-        (frame(9, 1, ""), "a frame of kind 9"),
+        (frame(99, 1, ""), "a frame of kind 99"),
         (frame(CONNECTIONS, 253, ""), "a frame of 253 sockets"),
         (frame(CONNECTIONS, 2, ""), "2 fds with a frame of 2 sockets"),
         (frame(CONNECTIONS, 0, ""), "2 fds with a frame of 0 sockets"),

@@ -139,7 +139,7 @@ impl Found {
             match channel::receive(channel)? {
                 Next::Frame(frame) if frame.kind == Kind::Totals => {
                     if let Err(error) = metrics::go_on_from(&frame.text) {
-                        self.refuse(0, format!("{}: {error:#}", frame.text));
+                        debug!(%error, "the predecessor's totals make no sense");
                     }
                 }
                 Next::Frame(frame) => {

@@ -173,7 +173,7 @@ async fn receive(
             }
             Kind::Totals => {
                 if let Err(error) = metrics::go_on_from(&frame.text) {
-                    debug!(%error, "not expected here");
+                    debug!(%error, "the predecessor's totals make no sense");
                 }
             }
             other => debug!(?other, "not expected here"),
