@@ -96,7 +96,7 @@ async fn socket(upgrade: WebSocketUpgrade, shutdown: Shutdown) -> Response {
     })
 }
 
-/// Ends with the peer.
+/// Until the peer closes it or is gone.
 async fn echo_messages(socket: &mut WebSocket) {
     while let Some(Ok(message)) = socket.recv().await {
         let is_for_us = matches!(message, Message::Text(_) | Message::Binary(_));

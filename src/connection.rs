@@ -5,6 +5,7 @@ mod handshake;
 mod http1;
 mod http2;
 mod io;
+mod window;
 
 use std::future::poll_fn;
 use std::sync::Arc;

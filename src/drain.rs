@@ -23,7 +23,7 @@ const STANDSTILL: Duration = Duration::from_millis(100);
 /// For connections that do not fit into the handover channel to hear that they are to close, while the
 /// others wait for the next process.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
-/// For a successor that is alive to take what has come to rest by the drain limit.
+/// For a successor that is alive to take what is left for it at the end.
 const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
 /// What is asked of systemd beyond each report, so that one late report does not end the drain.
 const MORE_TIME: Duration = Duration::from_secs(5);

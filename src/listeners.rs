@@ -115,7 +115,8 @@ impl Inheritance {
         let count = self.listeners.len();
         if count > MAX_LISTENERS {
             let reason = anyhow!(
-                "{count} listeners (ListenStream=, --listen): a successor can be given {MAX_LISTENERS} at the most"
+                "{count} listeners (ListenStream=, --listen): no more than {MAX_LISTENERS} can be passed on to \
+                 a successor"
             );
             return Err(Failure::config(reason));
         }

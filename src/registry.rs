@@ -141,9 +141,9 @@ pub struct Entry {
     reading: AtomicU32,
     unflushed: AtomicBool,
     /// Pieces of answers that wait for room in the peer's windows (HTTP/2).
-    offers: AtomicU32,
-    /// When the last of them was made or taken, by the registry's clock.
-    last_offer: AtomicU64,
+    untaken: AtomicU32,
+    /// When one of them came or was taken last, by the registry's clock.
+    last_taken: AtomicU64,
     /// Requests that have begun; one task alone counts them.
     started: AtomicU64,
     /// Of these, how many are over.
@@ -231,8 +231,8 @@ impl Registry {
             is_woken: AtomicBool::new(true),
             reading: AtomicU32::new(0),
             unflushed: AtomicBool::new(false),
-            offers: AtomicU32::new(0),
-            last_offer: AtomicU64::new(0),
+            untaken: AtomicU32::new(0),
+            last_taken: AtomicU64::new(0),
             started: AtomicU64::new(0),
             ended: AtomicU64::new(0),
             listed: Mutex::default(),
@@ -403,21 +403,21 @@ impl Drop for Registration {
 }
 
 /// A piece of an answer that an HTTP/2 connection has for its peer, until there is room for it.
-pub struct Offer(Arc<Entry>);
+pub struct Untaken(Arc<Entry>);
 
-impl Offer {
+impl Untaken {
     pub fn new(entry: &Arc<Entry>) -> Self {
-        entry.offers.fetch_add(1, Relaxed);
-        entry.last_offer.store(entry.registry.now.load(Relaxed), Relaxed);
+        entry.untaken.fetch_add(1, Relaxed);
+        entry.last_taken.store(entry.registry.now.load(Relaxed), Relaxed);
         Self(entry.clone())
     }
 }
 
-impl Drop for Offer {
+impl Drop for Untaken {
     fn drop(&mut self) {
         let entry = &self.0;
-        entry.offers.fetch_sub(1, Relaxed);
-        entry.last_offer.store(entry.registry.now.load(Relaxed), Relaxed);
+        entry.untaken.fetch_sub(1, Relaxed);
+        entry.last_taken.store(entry.registry.now.load(Relaxed), Relaxed);
     }
 }
 
@@ -472,7 +472,7 @@ impl Entry {
             Stage::Waiting => (limits.idle, &self.since),
             Stage::Head => (limits.head, &self.since),
             Stage::InFlight | Stage::Upgraded if !self.is_flushed() => (limits.stall, &self.since),
-            Stage::InFlight if self.offers.load(Relaxed) > 0 => (limits.stall, &self.last_offer),
+            Stage::InFlight if self.untaken.load(Relaxed) > 0 => (limits.stall, &self.last_taken),
             Stage::InFlight | Stage::Upgraded => return false,
             Stage::Closing => (limits.close, &self.since),
         };
@@ -523,13 +523,17 @@ impl Entry {
     pub fn writing(&self) {
         if self.is_flushed() {
             self.unflushed.store(true, Release);
-            self.wrote();
+            self.touch_unless_idle();
         }
     }
 
     /// The peer's side has taken some of it.
     pub fn wrote(&self) {
-        // Pings are no reason to keep an idle connection.
+        self.touch_unless_idle();
+    }
+
+    /// Pings are no reason to keep an idle connection.
+    fn touch_unless_idle(&self) {
         if self.stage() != Stage::Waiting {
             self.touch();
         }

@@ -378,9 +378,7 @@ fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
 
 fn the_journal_has_fields_and_levels(systemd: Systemd) {
     let container = boot(systemd);
-    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
-    let variables = format!("{prefix}_LOG=info,request=debug\n{prefix}_REQUEST_TIMEOUT=300ms\n");
-    container.write(&format!("etc/default/{}", env!("CARGO_PKG_NAME")), &variables).expect("written");
+    variables(&container, &[("LOG", "info,request=debug"), ("REQUEST_TIMEOUT", "300ms")]);
     ask(&container, "/?query");
     ask(&container, "/sleep?duration=10s");
     let pid = format!("_PID={}", container.show("MainPID").expect("a pid"));
@@ -942,7 +940,7 @@ fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
     let container = boot(systemd);
     start_socket(&container, "admin");
     let readiness = || ask_admin(&container, "/readyz");
-    assert_eq!(readiness(), "ready\n");
+    assert_eq!(readiness(), "ready\n200");
     container.inside(|| async {
         let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
         slow.send(&get("/sleep?duration=3s")).await.expect("sent");
@@ -951,25 +949,25 @@ fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
         });
         let name = container.unit("service");
         container.run(&["systemctl", "restart", "--no-block", &name]).expect("a restart");
-        eventually("a drain", || readiness() == "draining\n");
+        eventually("a drain", || readiness() == "draining\n503");
         assert_eq!(slow.answer().await.expect("an answer").status, 200);
-        eventually("the next process", || readiness() == "ready\n");
+        eventually("the next process", || readiness() == "ready\n200");
         assert_eq!(generation(&mut slow).await, 2);
     });
 }
 
 fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
     let container = boot(systemd);
-    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
-    let line = format!("[Service]\nEnvironment={prefix}_DRAIN_TIMEOUT=1s\n");
-    container.add_to_unit("service", "drain", &line).expect("a drop-in");
+    variables(&container, &[("DRAIN_TIMEOUT", "1s")]);
     start_socket(&container, "admin");
     container.inside(|| async {
         let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
         for last in 2..=3 {
             let mut endless = Connection::open(&Container::target()).await.expect("the port is open");
             endless.send(&get("/sleep?duration=1h")).await.expect("sent");
-            eventually("it", || ask_admin(&container, "/metrics").contains("\nhttp_requests_in_flight 2\n"));
+            eventually("a request in flight", || {
+                ask_admin(&container, "/metrics").contains("\nhttp_requests_in_flight 2\n")
+            });
             container.systemctl("restart").expect("a restart");
             assert_eq!(generation(&mut idle).await, last);
         }
@@ -980,10 +978,10 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
     assert!(metrics.contains("\nconnections_taken_over_total 1\n"), "{metrics}");
 }
 
-/// What the admin socket answers.
+/// What the admin socket answers, and its status.
 fn ask_admin(container: &Container, path: &str) -> String {
     let socket = container.path(&format!("run/{}-admin.sock", env!("CARGO_PKG_NAME")));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
-    curl.arg(socket).arg(format!("http://localhost{path}"));
+    curl.arg(socket).args(["--write-out", "%{response_code}"]).arg(format!("http://localhost{path}"));
     String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()
 }

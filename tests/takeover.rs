@@ -212,6 +212,17 @@ fn hear(channel: &OwnedFd) -> Option<(u16, String)> {
     (length > 0).then(|| frames::read(&message[..length]).expect("a frame"))
 }
 
+/// A successor that could serve, and has been told to.
+fn be_told_to_commit(folder: &Path) -> OwnedFd {
+    let channel = knock(folder);
+    say(&channel, HELLO, &std::process::id().to_string());
+    say(&channel, GO, "");
+    assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
+    say(&channel, READY, "");
+    assert_eq!(hear(&channel).expect("a word").0, COMMIT);
+    channel
+}
+
 #[test]
 fn the_takeover_socket_is_for_its_owner_alone() {
     let (_service, folder) = start(&[]);
@@ -277,12 +288,7 @@ fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving
     let (mut service, folder) = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        let channel = knock(folder.path());
-        say(&channel, HELLO, &std::process::id().to_string());
-        say(&channel, GO, "");
-        assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
-        say(&channel, READY, "");
-        assert_eq!(hear(&channel).expect("a word").0, COMMIT);
+        let channel = be_told_to_commit(folder.path());
         drop(channel);
         service.notifications.wait_for("RELOADING=1").expect("reloading");
         service.notifications.wait_for("READY=1").expect("and ready again");
@@ -308,12 +314,7 @@ fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit()
             connection.send(&request).await.expect("sent");
         }
         service.wait_for_in_flight(450).expect("in flight");
-        let channel = knock(folder.path());
-        say(&channel, HELLO, &std::process::id().to_string());
-        say(&channel, GO, "");
-        assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
-        say(&channel, READY, "");
-        assert_eq!(hear(&channel).expect("a word").0, COMMIT);
+        let channel = be_told_to_commit(folder.path());
         say(&channel, ACCEPTING, "");
         for mut connection in connections {
             assert_eq!(connection.answer().await.expect("an answer").status, 200);

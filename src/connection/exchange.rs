@@ -14,13 +14,10 @@ use hyper::header::{CONNECTION, HeaderValue};
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
 
+use super::window::Window;
 use crate::context::Context as RequestContext;
-use crate::registry::{Entry, InFlight, Offer, Stage};
+use crate::registry::{Entry, InFlight, Stage};
 use crate::requests::{self, Routes};
-
-/// The largest piece of an answer that is given to an HTTP/2 connection at once, in bytes: what peers take in a
-/// frame (RFC 9113 section 4.2).
-const PIECE: usize = 16 * 1024;
 
 /// Routes as hyper calls them, with each request entered in the registry.
 pub(super) struct Service {
@@ -167,39 +164,6 @@ pin_project! {
     }
 }
 
-/// The way of an HTTP/2 answer's body into its connection, which asks for a piece once its peer has room for
-/// one. In pieces, so that the request is in flight until the peer has taken all but the last.
-struct Window {
-    rest: Bytes,
-    offer: Option<Offer>,
-}
-
-impl Window {
-    fn new(entry: &Arc<Entry>) -> Self {
-        Self { rest: Bytes::new(), offer: Some(Offer::new(entry)) }
-    }
-
-    fn poll_piece(
-        &mut self,
-        body: Pin<&mut Body>,
-        cx: &mut Context<'_>,
-        entry: &Arc<Entry>,
-    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.offer = None;
-        if self.rest.is_empty() {
-            match std::task::ready!(body.poll_frame(cx)).map(|frame| frame.map(Frame::into_data)) {
-                Some(Ok(Ok(data))) => self.rest = data,
-                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
-                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
-                None => return Poll::Ready(None),
-            }
-        }
-        self.offer = Some(Offer::new(entry));
-        let piece = self.rest.split_to(self.rest.len().min(PIECE));
-        Poll::Ready(Some(Ok(Frame::data(piece))))
-    }
-}
-
 impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = hyper::Error;
@@ -221,9 +185,9 @@ impl HttpBody for RequestBody {
 }
 
 impl AnswerBody {
-    /// Bytes that the handler has given, and the connection has not.
+    /// See [`Window::held_back`].
     fn held_back(&self) -> u64 {
-        self.window.as_ref().map_or(0, |window| window.rest.len() as u64)
+        self.window.as_ref().map_or(0, |window| window.held_back())
     }
 }
 
@@ -267,6 +231,7 @@ mod tests {
 
     use http_body_util::BodyExt;
 
+    use super::super::window::PIECE;
     use super::*;
     use crate::life::Shutdown;
     use crate::registry::{Limits, Registry};

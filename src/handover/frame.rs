@@ -163,7 +163,11 @@ mod tests {
     proptest! {
         #[test]
         fn headers_come_back_as_they_went(
-            kind in 0..Kind::ALL.len(), sockets in 0..=252_u16, generation: u64, rested_at: u64, text in ".{0,100}",
+            kind in 0..Kind::ALL.len(),
+            sockets in 0..=252_u16,
+            generation: u64,
+            rested_at: u64,
+            text in ".{0,100}",
         ) {
             let sender = Sender { generation, rested_at };
             let header = Header { kind: Kind::ALL[kind], sockets, sender, text };

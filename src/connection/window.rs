@@ -1,0 +1,53 @@
+//! The way of an HTTP/2 answer's body into its connection, which asks for a piece once its peer has room for
+//! one. In pieces, so that the request is in flight until the peer has taken all but the last.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame};
+
+use crate::registry::{Entry, Untaken};
+
+/// The largest piece, in bytes: what peers take in a frame (RFC 9113 section 4.2).
+pub(super) const PIECE: usize = 16 * 1024;
+
+pub(super) struct Window {
+    /// What the handler has given, and the connection has not asked for.
+    rest: Bytes,
+    untaken: Option<Untaken>,
+}
+
+impl Window {
+    pub(super) fn new(entry: &Arc<Entry>) -> Self {
+        Self { rest: Bytes::new(), untaken: Some(Untaken::new(entry)) }
+    }
+
+    /// How much the handler has given that the connection has not asked for, in bytes.
+    pub(super) fn held_back(&self) -> u64 {
+        self.rest.len() as u64
+    }
+
+    /// The next piece of `body`: there is room for it.
+    pub(super) fn poll_piece(
+        &mut self,
+        body: Pin<&mut Body>,
+        cx: &mut Context<'_>,
+        entry: &Arc<Entry>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        self.untaken = None;
+        if self.rest.is_empty() {
+            match ready!(body.poll_frame(cx)).map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => self.rest = data,
+                Some(Ok(Err(trailers))) => return Poll::Ready(Some(Ok(trailers))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
+            }
+        }
+        self.untaken = Some(Untaken::new(entry));
+        let piece = self.rest.split_to(self.rest.len().min(PIECE));
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+}
