@@ -56,7 +56,7 @@ impl Admin {
         let Counts { in_flight, .. } = self.registry.counts();
         metrics::IN_FLIGHT.set(number(in_flight));
         let entries = self.registry.entries();
-        for stage in Stage::ALL {
+        for &stage in Stage::OPEN {
             let count = entries.iter().filter(|entry| entry.stage() == stage).count();
             metrics::CONNECTIONS.with_label_values(&[stage.name()]).set(number(count));
         }

@@ -5,6 +5,8 @@ mod handshake;
 mod http1;
 mod http2;
 mod io;
+#[cfg(test)]
+mod tests;
 mod window;
 
 use std::future::poll_fn;

@@ -165,7 +165,7 @@ impl<'a> Drain<'a> {
             let mut before = registry.entries();
             registry
                 .until(|| {
-                    before.retain(|entry| entry.has_more_to_say());
+                    before.retain(|entry| entry.is_unanswered());
                     before.is_empty()
                 })
                 .await;

@@ -89,8 +89,8 @@ impl Exchange {
 
     fn request_body(&self, body: Incoming) -> Option<RequestBody> {
         (!body.is_end_stream()).then(|| {
-            self.entry.begin_reading();
-            RequestBody { body, _reading: Reading { entry: self.entry.clone() } }
+            self.entry.begin_body();
+            RequestBody { body, reading: Some(Reading { entry: self.entry.clone(), is_whole: false }) }
         })
     }
 
@@ -115,8 +115,7 @@ impl Exchange {
             // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
             self.list();
         } else if upgrades {
-            self.entry.set_immovable();
-            self.entry.set_stage(Stage::Upgraded);
+            self.entry.enter(Stage::Upgraded);
         } else if self.entry.is_to_end() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
@@ -130,18 +129,19 @@ impl Drop for Exchange {
         if self.is_listed {
             self.entry.unlist(&self.request);
         }
-        self.entry.answered();
+        self.entry.end();
     }
 }
 
 /// While it lives, a request's body is being read.
 struct Reading {
     entry: Arc<Entry>,
+    is_whole: bool,
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        self.entry.end_reading();
+        self.entry.end_body(self.is_whole);
     }
 }
 
@@ -149,7 +149,8 @@ pin_project! {
     struct RequestBody {
         #[pin]
         body: Incoming,
-        _reading: Reading,
+        // None once its end was read: whoever keeps it longer keeps nothing of the connection.
+        reading: Option<Reading>,
     }
 }
 
@@ -172,7 +173,16 @@ impl HttpBody for RequestBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
-        self.project().body.poll_frame(cx)
+        let mut this = self.project();
+        let frame = std::task::ready!(this.body.as_mut().poll_frame(cx));
+        let is_whole = frame.is_none() || this.body.is_end_stream();
+        if is_whole || matches!(frame, Some(Err(_))) {
+            if let Some(reading) = this.reading {
+                reading.is_whole = is_whole;
+            }
+            *this.reading = None;
+        }
+        Poll::Ready(frame)
     }
 
     fn is_end_stream(&self) -> bool {
@@ -252,7 +262,7 @@ mod tests {
         let (entry, mut body) = answer(Version::HTTP_2, whole.clone());
         let mut taken = Vec::new();
         while !body.is_end_stream() {
-            assert!(entry.is_in_flight());
+            assert!(entry.state().is_in_flight());
             assert_eq!(body.size_hint().exact(), Some((whole.len() - taken.len()) as u64));
             let piece = body.frame().await.expect("a piece").expect("no error").into_data().expect("data");
             assert!(piece.len() <= PIECE, "{}", piece.len());
@@ -260,7 +270,7 @@ mod tests {
         }
         assert_eq!(taken, whole);
         drop(body);
-        assert!(!entry.is_in_flight());
+        assert!(!entry.state().is_in_flight());
     }
 
     #[tokio::test]

@@ -39,7 +39,7 @@ pub(super) async fn serve(
         Arrived::Bytes(_) => {}
         Arrived::Late | Arrived::Gone => return End::Closed,
     }
-    entry.set_immovable();
+    entry.pin();
     if first != [HANDSHAKE] {
         let io = Io::new(Wire::Left(connection.stream), Bytes::new(), registration, Protocol::Http1);
         io.refuse(NOT_TLS).await;
@@ -47,7 +47,7 @@ pub(super) async fn serve(
     }
     let Some(stream) = shake_hands(connection.stream, &entry, tls).await else { return End::Closed };
     // The time for a request counts from here.
-    entry.set_stage(Stage::Waiting);
+    entry.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls::HTTP2) {
         Protocol::Http2
     } else {

@@ -41,18 +41,14 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     let turn = poll_fn(|cx| {
-        entry.wake_on_change(cx);
-        if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+        if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
             return Poll::Ready(Turn::Done(result));
         }
-        entry.settle();
-        let stage = entry.stage();
+        let state = entry.state();
         if entry.is_overdue() {
-            return Poll::Ready(Turn::Overdue(stage));
+            return Poll::Ready(Turn::Overdue(state.stage));
         }
-        let at_rest =
-            matches!(stage, Stage::Waiting | Stage::Head) && entry.is_flushed() && entry.is_movable();
-        if !at_rest || entry.phase() != Phase::Resting {
+        if !state.is_at_rest() || entry.phase() != Phase::Resting {
             return Poll::Pending;
         }
         if entry.started() == 0 {

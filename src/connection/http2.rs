@@ -27,16 +27,14 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) {
         .keep_alive_timeout(PING_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
         .serve_connection(TokioIo::new(io), service);
-    entry.set_immovable();
-    entry.set_stage(Stage::Waiting);
+    entry.pin();
+    entry.enter(Stage::Waiting);
     let mut told = false;
     let result = poll_fn(|cx| {
-        entry.wake_on_change(cx);
         loop {
-            if let Poll::Ready(result) = Pin::new(&mut connection).poll(cx) {
+            if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 return Poll::Ready(result);
             }
-            entry.settle();
             let is_overdue = entry.is_overdue();
             if is_overdue && entry.stage() == Stage::InFlight {
                 warn!(peer = %entry.peer, "the peer takes no more of its answers: cut off");

@@ -70,17 +70,12 @@ impl Io {
         loop {
             let is_overdue = self.entry().is_overdue();
             let next = match self.end {
-                // Behind TLS there is a word to say, which counts as the last answer's.
                 Ending::No => {
-                    self.entry().set_stage(Stage::InFlight);
-                    self.entry().writing();
+                    self.entry().enter(Stage::Ending);
                     Ending::Shutting
                 }
                 Ending::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
-                    Poll::Ready(Ok(())) => {
-                        self.entry().set_stage(Stage::Closing);
-                        Ending::Discarding(DISCARD_LIMIT)
-                    }
+                    Poll::Ready(Ok(())) => Ending::Discarding(DISCARD_LIMIT),
                     Poll::Pending if !is_overdue => return Poll::Pending,
                     Poll::Ready(Err(_)) | Poll::Pending => return Poll::Ready(()),
                 },
@@ -89,15 +84,26 @@ impl Io {
                     let mut into = ReadBuf::new(&mut discard);
                     match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
                         Poll::Ready(Ok(())) if !into.filled().is_empty() && left > into.filled().len() => {
+                            self.entry().enter(Stage::Discarding);
                             Ending::Discarding(left - into.filled().len())
                         }
-                        Poll::Pending if !is_overdue => return Poll::Pending,
+                        Poll::Pending if !is_overdue => {
+                            if self.entry().stage() == Stage::Ending {
+                                self.entry().enter(self.stage_of_silence());
+                            }
+                            return Poll::Pending;
+                        }
                         Poll::Ready(_) | Poll::Pending => return Poll::Ready(()),
                     }
                 }
             };
             self.end = next;
         }
+    }
+
+    /// What a connection does whose last word is out, and whose peer has sent nothing since.
+    fn stage_of_silence(&self) -> Stage {
+        if self.entry().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
     }
 
     pub(super) fn is_plain(&self) -> bool {
@@ -108,7 +114,8 @@ impl Io {
     fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
         let Wire::Left(stream) = &self.wire else { return false };
         let entry = self.entry();
-        let waits = entry.stage() == Stage::InFlight && entry.is_in_flight() && !entry.is_reading();
+        let state = entry.state();
+        let waits = state.stage == Stage::InFlight && state.is_in_flight() && !state.is_reading();
         if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
             return false;
         }
@@ -129,14 +136,14 @@ impl Io {
             return polled;
         }
         entry.writing();
-        entry.wake_instead(cx);
+        entry.replace_waker(cx);
         if entry.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 
     /// Sends an answer of our own, and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
         // It has the time that any answer has.
-        self.entry().set_stage(Stage::InFlight);
+        self.entry().enter(Stage::Ending);
         let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
         if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
             self.close().await;
@@ -167,7 +174,8 @@ impl AsyncRead for Io {
         let entry = &this.registration.entry;
         // The next request belongs to the next process; the body of one that has begun does not.
         // The driver is woken when the phase changes, and reads again then.
-        let held = entry.phase() == Phase::Resting && entry.is_movable() && !entry.is_reading();
+        let state = entry.state();
+        let held = entry.phase() == Phase::Resting && state.is_movable() && !state.is_reading();
         if held {
             return Poll::Pending;
         }

@@ -9,7 +9,7 @@ use axum::body::Body;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame};
 
-use crate::registry::{Entry, Untaken};
+use crate::registry::{Entry, PendingFrame};
 
 /// The largest piece, in bytes: what peers take in a frame (RFC 9113 section 4.2).
 pub(super) const PIECE: usize = 16 * 1024;
@@ -17,12 +17,12 @@ pub(super) const PIECE: usize = 16 * 1024;
 pub(super) struct Window {
     /// What the handler has given, and the connection has not asked for.
     rest: Bytes,
-    untaken: Option<Untaken>,
+    pending: Option<PendingFrame>,
 }
 
 impl Window {
     pub(super) fn new(entry: &Arc<Entry>) -> Self {
-        Self { rest: Bytes::new(), untaken: Some(Untaken::new(entry)) }
+        Self { rest: Bytes::new(), pending: Some(PendingFrame::new(entry)) }
     }
 
     /// How much the handler has given that the connection has not asked for, in bytes.
@@ -37,7 +37,7 @@ impl Window {
         cx: &mut Context<'_>,
         entry: &Arc<Entry>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        self.untaken = None;
+        self.pending = None;
         if self.rest.is_empty() {
             match ready!(body.poll_frame(cx)).map(|frame| frame.map(Frame::into_data)) {
                 Some(Ok(Ok(data))) => self.rest = data,
@@ -46,7 +46,7 @@ impl Window {
                 None => return Poll::Ready(None),
             }
         }
-        self.untaken = Some(Untaken::new(entry));
+        self.pending = Some(PendingFrame::new(entry));
         let piece = self.rest.split_to(self.rest.len().min(PIECE));
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }

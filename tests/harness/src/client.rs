@@ -247,11 +247,31 @@ impl Http2 {
 
     /// The status and body of a GET. None where nothing was sent, since the server had said GOAWAY.
     pub async fn get(&mut self, path: &str) -> Result<Option<(u16, String)>> {
-        let request = http::Request::get(format!("https://localhost{path}")).body(())?;
+        self.ask(http::Method::GET, path, None).await
+    }
+
+    /// As `get`, for a POST.
+    pub async fn post(&mut self, path: &str, body: &'static [u8]) -> Result<Option<(u16, String)>> {
+        self.ask(http::Method::POST, path, Some(Bytes::from_static(body))).await
+    }
+
+    async fn ask(
+        &mut self,
+        method: http::Method,
+        path: &str,
+        sent: Option<Bytes>,
+    ) -> Result<Option<(u16, String)>> {
+        let request =
+            http::Request::builder().method(method).uri(format!("https://localhost{path}")).body(())?;
         if self.is_over().await {
             return Ok(None);
         }
-        let Ok((response, _)) = self.sender.send_request(request, true) else { return Ok(None) };
+        let Ok((response, mut stream)) = self.sender.send_request(request, sent.is_none()) else {
+            return Ok(None);
+        };
+        if let Some(sent) = sent {
+            stream.send_data(sent, true)?;
+        }
         let (head, mut body) = response.await?.into_parts();
         let mut text = Vec::new();
         while let Some(data) = body.data().await {
