@@ -6,7 +6,7 @@ mod http1;
 mod http2;
 mod io;
 #[cfg(test)]
-mod tests;
+pub mod tests;
 mod window;
 
 use std::future::poll_fn;

@@ -5,7 +5,7 @@ use std::io;
 use std::time::Duration;
 
 use tokio::sync::mpsc::UnboundedReceiver;
-use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout};
+use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
 use crate::connection::Connection;
@@ -17,9 +17,9 @@ use crate::server::Server;
 use crate::signals::Signals;
 use crate::systemd;
 
-/// How long all connections may stand still at first, waiting for the last answers, before they are
-/// served on for a while; twice as long at each further try.
-const STANDSTILL: Duration = Duration::from_millis(100);
+/// How long all connections may wait at first for the last answers, before they are served on for a while;
+/// twice as long at each further try.
+const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
 /// For connections that do not fit into the handover channel to hear that they are to close, while the
 /// others wait for the next process.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
@@ -107,7 +107,7 @@ impl<'a> Drain<'a> {
     async fn hand_over(&mut self, parking: &Parking) -> usize {
         let Self { server, rested, limit, .. } = self;
         let registry = server.registry();
-        let mut standstill = STANDSTILL;
+        let mut quiesce = QUIESCE_LIMIT;
         loop {
             registry.set_phase(Phase::Draining);
             let mut unfinished = registry.unfinished();
@@ -119,23 +119,30 @@ impl<'a> Drain<'a> {
                 tokio::pin!(finished);
                 loop {
                     tokio::select! {
-                        () = &mut finished => break,
+                        biased;
                         () = limit.passes() => break,
+                        () = &mut finished => break,
                         Some(connection) = rested.recv() => server.adopt(connection),
                     }
                 }
             }
             registry.set_phase(Phase::Resting);
-            let was_last = limit.passed.is_some();
-            tokio::select! {
-                () = registry.until(|| registry.is_done()) => break,
-                () = sleep(standstill) => {}
-                () = limit.passes(), if !was_last => {}
-            }
-            if was_last {
+            let at_rest_by = Instant::now() + QUIESCE_LIMIT;
+            let is_quiet = tokio::select! {
+                biased;
+                () = registry.until(|| registry.is_done()) => true,
+                () = limit.passes() => false,
+                () = sleep(quiesce) => false,
+            };
+            if is_quiet {
                 break;
             }
-            standstill *= 2;
+            if limit.passed.is_some() {
+                // What has nothing in flight has the time that it takes to come to rest, and no more.
+                let _ = timeout_at(at_rest_by, registry.until(|| registry.is_done())).await;
+                break;
+            }
+            quiesce *= 2;
         }
         let connections = take_all(rested);
         let all = connections.len();
@@ -313,4 +320,40 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
         }
     }
     requests
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+
+    use super::*;
+    use crate::connection::tests::{Served, serve};
+    use crate::stream::Peer;
+
+    /// Hands over with a request that never ends, which comes once the drain has begun; gives how long it took.
+    async fn hand_over_beside_an_endless_request(limit: Duration) -> Duration {
+        let Served { server, mut rested, .. } = serve(Router::new()).await;
+        let (parking, _store) = Parking::in_memory();
+        let mut signals = Signals::new().expect("signals");
+        let endless = server.registered(Peer::Unix);
+        // Some of its head has come: the drain does not wait for it, and finds it when all are to rest.
+        endless.entry.received();
+        let begun = Instant::now();
+        let mut drain = Drain::new(&server, &mut rested, &mut signals, limit, 1);
+        let handed_over = timeout(limit + Duration::from_secs(10), drain.hand_over(&parking)).await;
+        assert_eq!(handed_over, Ok(0));
+        begun.elapsed()
+    }
+
+    /// The limit passes while all connections stand still for 1.6 s: 100 ms, 200, 400 and 800 have passed before.
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_that_passes_while_all_are_to_rest_ends_the_drain() {
+        let limit = Duration::from_secs(2);
+        assert_eq!(hand_over_beside_an_endless_request(limit).await, limit);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_limit_that_passes_as_all_are_told_to_rest_leaves_them_the_time_for_it() {
+        assert_eq!(hand_over_beside_an_endless_request(Duration::from_millis(1)).await, QUIESCE_LIMIT);
+    }
 }

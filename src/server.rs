@@ -103,6 +103,12 @@ impl Server {
         &self.registry
     }
 
+    /// A connection that nobody drives.
+    #[cfg(test)]
+    pub fn registered(&self, peer: crate::stream::Peer) -> crate::registry::Registration {
+        self.registry.register(peer, None)
+    }
+
     /// Whether there are listeners that nobody else holds.
     pub fn owns_ports(&self) -> bool {
         !self.own_ports.is_empty()

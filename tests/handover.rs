@@ -206,6 +206,31 @@ fn connections_that_end_are_not_handed_over() {
     });
 }
 
+/// The end of the process with bytes unread would reset the connection under its answer.
+#[test]
+fn a_peer_that_still_sends_gets_its_last_answer_whole() {
+    for start in [Service::start, Service::start_with_store] {
+        let mut service = start(BINARY, &["--body-limit", "1KiB"]).expect("a service");
+        block_on(async {
+            let mut connection = service.connect().await;
+            connection
+                .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
+                .await
+                .expect("sent");
+            assert_eq!(connection.answer().await.expect("an answer").status, 413);
+            service.signal(Signal::TERM);
+            service.notifications.wait_for("STOPPING=1").expect("stopping");
+            for _ in 0..10 {
+                connection.send(&[b'x'; 10_000]).await.expect("read, and not reset");
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            assert_eq!(connection.read_more().await.expect("an end, and no reset"), 0);
+        });
+        let (status, log) = service.end().expect("an end");
+        assert!(status.success() && log.contains(" 0 cut off"), "{log}");
+    }
+}
+
 #[test]
 fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
     let mut service = start();

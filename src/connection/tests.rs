@@ -26,14 +26,14 @@ use crate::server::{Queues, Server};
 /// Nothing here takes as long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-struct Served {
+pub struct Served {
     address: SocketAddr,
-    server: Server,
-    rested: mpsc::UnboundedReceiver<Connection>,
+    pub server: Server,
+    pub rested: mpsc::UnboundedReceiver<Connection>,
 }
 
 /// Serves `router` on a port of its own, until the end of the test.
-async fn serve(router: Router) -> Served {
+pub async fn serve(router: Router) -> Served {
     let config = Config::parse_from(["x"]);
     let shutdown = Shutdown::default();
     let registry = Registry::new(config.limits(), shutdown.clone());

@@ -36,6 +36,13 @@ impl Parking {
         }
     }
 
+    /// A channel, and the end of it that systemd would keep.
+    #[cfg(test)]
+    pub fn in_memory() -> (Self, OwnedFd) {
+        let (channel, store) = channel::pair().expect("a pair");
+        (Self { channel }, store)
+    }
+
     async fn try_open() -> io::Result<Option<Self>> {
         let (channel, to_store) = channel::pair()?;
         systemd::store(STORE_NAME, to_store.as_fd())?;
