@@ -1,6 +1,7 @@
 //! Flags and their variables. Each flag is also an environment variable: `--drain-timeout` of a
 //! package named `shop` is `SHOP_DRAIN_TIMEOUT`. A flag wins over its variable.
 
+use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -128,6 +129,17 @@ fn command() -> clap::Command {
     })
 }
 
+/// Where among the arguments, of which the first is the program, the subcommand `takeover` stands. A flag may have
+/// the same word for its value.
+pub fn position_of_takeover(arguments: &[OsString]) -> Option<usize> {
+    let is_takeover = |end: &usize| {
+        // What is missing or wrong in the part that is looked at does not matter.
+        let matches = command().ignore_errors(true).try_get_matches_from(&arguments[..=*end]);
+        matches.is_ok_and(|matches| matches.subcommand_name() == Some("takeover"))
+    };
+    (1..arguments.len()).find(is_takeover)
+}
+
 /// clap's message for a terminal spreads over lines; a journal line is one.
 fn one_line(error: &clap::Error) -> anyhow::Error {
     let text = error.render().to_string();
@@ -164,6 +176,22 @@ mod tests {
         assert_eq!(variable("drain-timeout"), Some(format!("{prefix}_DRAIN_TIMEOUT")));
         assert_eq!(variable("listen"), Some(format!("{prefix}_LISTEN")));
         assert_eq!(variable("log"), Some(format!("{prefix}_LOG")));
+    }
+
+    #[test]
+    fn the_subcommand_is_found_and_no_value_is_taken_for_it() {
+        let position = |line: &str| {
+            let arguments: Vec<_> = line.split(' ').map(OsString::from).collect();
+            position_of_takeover(&arguments)
+        };
+        assert_eq!(position("x takeover"), Some(1));
+        assert_eq!(position("x --log takeover"), None);
+        assert_eq!(position("x --log takeover takeover --log takeover"), Some(3));
+        assert_eq!(position("x takeover --log takeover"), Some(1));
+        assert_eq!(position("x --idle-timeout soon --no-such-flag takeover"), Some(4));
+        assert_eq!(position("x check"), None);
+        assert_eq!(position("x"), None);
+        assert_eq!(position_of_takeover(&[]), None);
     }
 
     #[test]

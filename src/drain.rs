@@ -28,6 +28,8 @@ const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
 /// What is asked of systemd beyond each report, so that one late report does not end the drain.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
+const SECOND_SIGNAL: &str = "a second signal";
+
 /// The end of a process's serving, under way.
 pub struct Drain<'a> {
     server: &'a Server,
@@ -185,14 +187,15 @@ impl<'a> Drain<'a> {
         }
     }
 
-    /// Ends with a successor there: each connection goes to it as it comes to rest.
-    pub async fn pass_on(mut self, successor: Channel) {
+    /// Ends with a successor there: each connection goes to it as it comes to rest. `terminations`: how often this
+    /// process has been told to end already.
+    pub async fn pass_on(mut self, successor: Channel, terminations: u32) {
         self.begin();
         let Self { server, rested, limit, generation, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
         // The first signal may be meant for both of us, and we are ending already.
-        limit.signals_left = 2;
+        limit.expect_signals(2_u32.saturating_sub(terminations));
         let sender = Sender::now(*generation);
         let mut handed_over = 0;
         registry.set_phase(Phase::Resting);
@@ -270,6 +273,14 @@ impl<'a> Limit<'a> {
         Self { registry, signals, length, deadline, report, is_main: true, signals_left: 1, passed: None }
     }
 
+    /// It is the last of so many further signals that ends the drain.
+    fn expect_signals(&mut self, count: u32) {
+        self.signals_left = count;
+        if count == 0 {
+            self.passed = Some(SECOND_SIGNAL);
+        }
+    }
+
     /// Waits for it.
     async fn passes(&mut self) {
         while self.passed.is_none() {
@@ -278,7 +289,7 @@ impl<'a> Limit<'a> {
                 () = self.signals.terminated() => {
                     self.signals_left -= 1;
                     if self.signals_left == 0 {
-                        self.passed = Some("a second signal");
+                        self.passed = Some(SECOND_SIGNAL);
                     }
                 }
                 _ = self.report.tick(), if self.is_main => {

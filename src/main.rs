@@ -88,7 +88,7 @@ fn first(program: Program) -> Result<()> {
     })?;
     // No thread exists yet: the environment may be read, and what it names may be taken.
     match config.command {
-        Some(Command::Takeover) => takeover::command(&program, config.takeover_timeout),
+        Some(Command::Takeover) => takeover::command(program, config.takeover_timeout),
         Some(Command::Check) => {
             let mut inheritance = listeners::take()?;
             inheritance.listen(&config)?;
@@ -196,9 +196,9 @@ async fn serve(
             drop(estate);
             drain.leave(config.drain_delay).await;
         }
-        Ending::Succeeded(successor) => {
+        Ending::Succeeded { successor, terminations } => {
             listeners::pass_on_socket_files();
-            drain.pass_on(successor).await;
+            drain.pass_on(successor, terminations).await;
         }
     }
     Ok(())

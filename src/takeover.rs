@@ -22,13 +22,30 @@
 //!                                  ends, at the drain limit at the latest
 //! ```
 //! On SIGHUP the predecessor starts the middle process itself. Until `Commit` each side may end, and
-//! the predecessor goes on as if nothing had been. Systemd takes a process that is not its child for a
+//! the predecessor goes on as if nothing had been. From `Commit` on nothing is cancelled: a successor that
+//! does not say `Accepting` in time is killed before the predecessor goes on alone. Systemd takes a process that is not its child for a
 //! stranger, to be killed without a drain: hence the middle process, and `Go`.
 
 mod launch;
 mod predecessor;
+mod process;
 mod socket;
 mod successor;
+
+use std::time::Duration;
+
+use crate::systemd::BARRIER_LIMIT;
+
+/// For a successor to say Accepting once it has been told to commit.
+const COMMIT_LIMIT: Duration = Duration::from_secs(5);
+
+/// For all that comes after Ready: whoever waits for the outcome waits as much longer than `--takeover-timeout`,
+/// so that it is the predecessor that decides.
+const OUTCOME_LIMIT: Duration =
+    COMMIT_LIMIT.saturating_add(BARRIER_LIMIT).saturating_add(Duration::from_secs(1));
+
+/// Why a reload came to nothing that nobody refused.
+const OVERTAKEN: &str = "a stop of the service overtook it";
 
 /// What the folder of the credentials is called where the listeners stand with their names.
 const CREDENTIALS: &str = "credentials";

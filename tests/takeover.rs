@@ -1,18 +1,21 @@
 //! Reload with no systemd around: what the old process does when a successor comes, well or badly.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::client::{Connection, get};
-use harness::frames::{self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, READY, REFUSED, frame};
+use harness::frames::{self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, MAIN, READY, REFUSED, frame};
 use harness::process::Process;
 use harness::service::{Service, command, run_to_end};
-use harness::{block_on, eventually};
+use harness::{PATIENCE, block_on, eventually};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
-    AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, connect, recv, socket_with,
+    AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, connect, recv, shutdown,
+    socket_with, socketpair,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -135,6 +138,22 @@ fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
 }
 
 #[test]
+fn a_flag_whose_value_is_takeover_keeps_it() {
+    let (mut service, folder) = start(&["--log", "takeover"]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        let path = service.notifications.path();
+        let (code, log) = reload(folder.path(), &path, &["--log", "takeover"]);
+        assert_eq!(code, Some(0), "{log}");
+        let (pid, _) = who(&mut connection).await;
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("it runs");
+        assert!(line.ends_with("--log\0takeover\0") && !line.contains("\0takeover\0--log"), "{line:?}");
+        service.process().wait().expect("an end");
+        end(pid);
+    });
+}
+
+#[test]
 fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
     let (mut service, folder) = start(&[]);
     let path = service.notifications.path();
@@ -212,10 +231,19 @@ fn hear(channel: &OwnedFd) -> Option<(u16, String)> {
     (length > 0).then(|| frames::read(&message[..length]).expect("a frame"))
 }
 
+/// A process that may be taken for a successor, and killed as one.
+fn stand_in() -> Process {
+    Process::spawn(Command::new("sleep").arg("1000")).expect("sleep")
+}
+
+fn pid_of(process: &Process) -> String {
+    process.pid().as_raw_nonzero().to_string()
+}
+
 /// A successor that could serve, and has been told to.
-fn be_told_to_commit(folder: &Path) -> OwnedFd {
+fn be_told_to_commit(folder: &Path, successor: &Process) -> OwnedFd {
     let channel = knock(folder);
-    say(&channel, HELLO, &std::process::id().to_string());
+    say(&channel, HELLO, &pid_of(successor));
     say(&channel, GO, "");
     assert_eq!(hear(&channel).expect("a word").0, LISTENERS);
     say(&channel, READY, "");
@@ -234,9 +262,13 @@ fn the_takeover_socket_is_for_its_owner_alone() {
 #[test]
 fn a_half_told_takeover_changes_nothing() {
     let (mut service, folder) = start(&[]);
-    let me = std::process::id().to_string();
+    let successor = stand_in();
+    let me = pid_of(&successor);
     // What is said before hanging up.
-    let talks: [&[(u16, &str)]; 7] = [
+    let talks: [&[(u16, &str)]; 9] = [
+        // Nobody's successor: whoever is named there could be killed.
+        &[(HELLO, "0"), (GO, "")],
+        &[(HELLO, "1"), (GO, "")],
         &[],
         &[(GO, "")],
         &[(HELLO, &me)],
@@ -271,12 +303,7 @@ fn nothing_is_passed_on_before_the_successor_is_nobodys_child() {
     let (_service, folder) = start(&[]);
     let channel = knock(folder.path());
     say(&channel, HELLO, &std::process::id().to_string());
-    rustix::net::sockopt::set_socket_timeout(
-        &channel,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(Duration::from_millis(300)),
-    )
-    .expect("a time limit");
+    set_socket_timeout(&channel, Timeout::Recv, Some(Duration::from_millis(300))).expect("a time limit");
     let early = recv(&channel, &mut [0; 1024], RecvFlags::empty());
     assert_eq!(early.expect_err("a word too early"), rustix::io::Errno::AGAIN);
     say(&channel, GO, "");
@@ -288,8 +315,11 @@ fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving
     let (mut service, folder) = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        let channel = be_told_to_commit(folder.path());
+        let mut successor = stand_in();
+        let channel = be_told_to_commit(folder.path(), &successor);
         drop(channel);
+        // It may only have closed the channel, and be serving.
+        assert_eq!(successor.wait().expect("an end").signal(), Some(9));
         service.notifications.wait_for("RELOADING=1").expect("reloading");
         service.notifications.wait_for("READY=1").expect("and ready again");
         let status = service.notifications.wait_for("STATUS=serving").expect("a status");
@@ -314,7 +344,8 @@ fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit()
             connection.send(&request).await.expect("sent");
         }
         service.wait_for_in_flight(450).expect("in flight");
-        let channel = be_told_to_commit(folder.path());
+        let successor = stand_in();
+        let channel = be_told_to_commit(folder.path(), &successor);
         say(&channel, ACCEPTING, "");
         for mut connection in connections {
             assert_eq!(connection.answer().await.expect("an answer").status, 200);
@@ -326,11 +357,230 @@ fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit()
     assert!(log.contains("the successor takes no more connections"), "{log}");
 }
 
+// ---- a real successor, late at each step ----
+
+/// A real successor, which hears of the old process, and is heard, only what is passed on.
+struct Delayed {
+    predecessor: OwnedFd,
+    channel: OwnedFd,
+    successor: Process,
+}
+
+impl Delayed {
+    /// Starts one for the service of `folder`.
+    fn start(folder: &Path) -> Self {
+        let predecessor = knock(folder);
+        let (channel, theirs) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+                .expect("a pair");
+        let mut command = command(BINARY, &[]);
+        command.env("TAKEOVER_ROLE", "successor").env("RUNTIME_DIRECTORY", folder);
+        command.stdin(theirs).stdout(Stdio::piped()).stderr(Stdio::null());
+        let successor = Process::spawn(&mut command).expect("a successor");
+        drop(command);
+        for end in [&predecessor, &channel] {
+            set_socket_timeout(end, Timeout::Recv, Some(PATIENCE)).expect("a time limit");
+        }
+        say(&predecessor, GO, "");
+        Self { predecessor, channel, successor }
+    }
+
+    /// Passes on all that is said up to a word of this kind, which is held back.
+    fn hold(folder: &Path, kind: u16) -> (Self, Held) {
+        let delayed = Self::start(folder);
+        for (said, is_of_successor) in [
+            (HELLO, true),
+            (LISTENERS, false),
+            (READY, true),
+            (COMMIT, false),
+            (ACCEPTING, true),
+            (MAIN, false),
+        ] {
+            let (from, to) = if is_of_successor {
+                (&delayed.channel, &delayed.predecessor)
+            } else {
+                (&delayed.predecessor, &delayed.channel)
+            };
+            let (message, fds) = frames::receive(from).expect("a word");
+            assert_eq!(frames::read(&message).expect("a frame").0, said);
+            let held = Held { message, fds, is_of_successor };
+            if said == kind {
+                return (delayed, held);
+            }
+            held.pass(to).expect("sent");
+        }
+        unreachable!("{kind} is said in a takeover");
+    }
+
+    /// Passes on what was held back, and all that is said after it, until both have hung up.
+    fn go_on(&self, held: Held) {
+        // Whoever it is for may have given up.
+        let _ = held.pass(if held.is_of_successor { &self.predecessor } else { &self.channel });
+        std::thread::scope(|scope| {
+            for (from, to) in [(&self.channel, &self.predecessor), (&self.predecessor, &self.channel)] {
+                scope.spawn(move || {
+                    loop {
+                        match frames::receive(from) {
+                            Ok((message, fds)) if !message.is_empty() => {
+                                // Whoever it is for may be gone.
+                                let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+                                let _ = frames::send(to, &message, &fds);
+                            }
+                            _ => break,
+                        }
+                    }
+                    let _ = shutdown(to, Shutdown::Write);
+                });
+            }
+        });
+    }
+
+    /// What the successor has reported to whoever waits for it.
+    fn outcome(mut self) -> String {
+        let mut said = String::new();
+        let mut stdout = self.successor.child().stdout.take().expect("piped");
+        std::io::Read::read_to_string(&mut stdout, &mut said).expect("text");
+        said
+    }
+}
+
+/// One message that was not passed on yet.
+struct Held {
+    message: Vec<u8>,
+    fds: Vec<OwnedFd>,
+    is_of_successor: bool,
+}
+
+impl Held {
+    fn pass(&self, to: &OwnedFd) -> anyhow::Result<()> {
+        let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();
+        frames::send(to, &self.message, &fds)
+    }
+}
+
+#[test]
+fn a_successor_that_is_late_with_ready_leaves_the_old_process_alone() {
+    let (mut service, folder) = start(&["--takeover-timeout", "500ms"]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        let (mut late, held) = Delayed::hold(folder.path(), READY);
+        service.notifications.wait_for("READY=1").expect("given up");
+        drop(held);
+        shutdown(&late.channel, Shutdown::Both).expect("hung up on");
+        assert!(!late.successor.wait().expect("an end").success());
+        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+        assert!(!late.outcome().contains("ok"));
+    });
+}
+
+/// The old process may not be heard, or the successor may not: it makes no difference to those who are left.
+#[test]
+fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goes_on() {
+    for kind in [COMMIT, ACCEPTING] {
+        let (mut service, folder) = start(&["--takeover-timeout", "2s"]);
+        block_on(async {
+            let mut connection = service.connect().await;
+            let (mut late, _held) = Delayed::hold(folder.path(), kind);
+            let status = late.successor.wait().expect("an end");
+            assert_eq!(status.signal(), Some(9), "{status}");
+            let reason = "last reload failed: the successor does not answer Commit";
+            while !service.notifications.wait_for("STATUS=serving").expect("a status").contains(reason) {}
+            assert_eq!(who(&mut connection).await, (service.pid(), 1));
+            for _ in 0..20 {
+                assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+            }
+            assert_eq!(late.outcome(), "", "it did not take itself for the main process");
+        });
+        let said = service.notifications.said();
+        assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
+        // It can be succeeded all the same.
+        let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
+        assert_eq!(code, Some(0), "{log}");
+        service.notifications.wait_for("MAINPID=").expect("a successor");
+        let pid = service.notifications.said().iter().rev().find_map(|line| line.strip_prefix("MAINPID="));
+        end(pid.expect("its pid").parse().expect("a number"));
+    }
+}
+
+#[test]
+fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process_ends() {
+    for kind in [COMMIT, ACCEPTING, MAIN] {
+        let (service, folder) = start(&["--takeover-timeout", "500ms"]);
+        block_on(async {
+            let mut connection = service.connect().await;
+            who(&mut connection).await;
+            let (late, held) = Delayed::hold(folder.path(), kind);
+            // Longer than a successor has to be ready: that time is over, and means nothing any more.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            late.go_on(held);
+            let pid = late.successor.pid().as_raw_nonzero().get();
+            assert_eq!(who(&mut connection).await, (pid, 2));
+            late.successor.signal(Signal::KILL);
+            assert_eq!(late.outcome(), "ok\n");
+            let (status, log) = service.end().expect("an end");
+            assert!(status.success() && log.contains("handed over 1 connections"), "{log}");
+        });
+    }
+}
+
+/// A service manager tells both processes of the end.
+#[test]
+fn a_stop_while_the_successor_is_late_is_a_stop_of_the_service() {
+    for kind in [READY, COMMIT, ACCEPTING, MAIN] {
+        let (mut service, folder) = start(&[]);
+        block_on(async {
+            let mut connection = service.connect().await;
+            connection.send(&get("/sleep?duration=2s")).await.expect("sent");
+            service.wait_for_in_flight(1).expect("in flight");
+            let (late, held) = Delayed::hold(folder.path(), kind);
+            service.signal(Signal::TERM);
+            late.successor.signal(Signal::TERM);
+            if kind == READY {
+                service.notifications.wait_for("STOPPING=1").expect("the old process ends");
+            }
+            let passing = std::thread::spawn(move || {
+                late.go_on(held);
+                late
+            });
+            let mut answer = connection.answer().await.expect("the answer");
+            assert_eq!(answer.text(), "slept 2s\n");
+            if !answer.closes() {
+                answer = connection.ask(&get("/")).await.expect("an answer");
+            }
+            assert!(answer.closes(), "told to close by whoever answers last");
+            let mut late = passing.join().expect("passed on");
+            assert!(late.successor.ends_within(PATIENCE).expect("a look"), "the successor serves on");
+            let (status, log) = service.end().expect("an end");
+            assert!(status.success() && log.contains(" 0 cut off"), "{log}");
+        });
+    }
+}
+
+/// Without one, the old process alone is told.
+#[test]
+fn a_stop_of_the_old_process_before_it_is_succeeded_stops_its_successor_too() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let address = harness::free_address();
+    let mut command = command(BINARY, &["--listen", &address.to_string()]);
+    let mut process = Process::spawn(command.env("RUNTIME_DIRECTORY", folder.path()).stderr(Stdio::null()));
+    let process = process.as_mut().expect("a service");
+    eventually("it listens", || folder.path().join("takeover").exists());
+    let (mut late, held) = Delayed::hold(folder.path(), ACCEPTING);
+    process.signal(Signal::TERM);
+    // The signal is there before the word.
+    let pending = || std::fs::read_to_string(format!("/proc/{}/status", pid_of(process))).expect("it runs");
+    eventually("the signal is taken", || pending().lines().any(|line| line == "ShdPnd:\t0000000000000000"));
+    late.go_on(held);
+    assert!(process.wait().expect("an end").success());
+    assert!(late.successor.ends_within(PATIENCE).expect("a look"), "the successor serves on");
+}
+
 #[test]
 fn garbage_is_hung_up_on() {
     let (service, folder) = start(&[]);
     let null = std::fs::File::open("/dev/null").expect("a file");
-    let fd = std::os::fd::AsFd::as_fd(&null);
+    let fd = null.as_fd();
     block_on(async {
         for message in [b"x".to_vec(), vec![0xff; 60_000], frame(99, 0, ""), frame(HELLO, 200, "")] {
             let channel = knock(folder.path());

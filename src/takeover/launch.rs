@@ -11,7 +11,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::OUTCOME_LIMIT;
+use super::process::Process;
+use crate::config;
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -48,11 +52,12 @@ impl Program {
     /// This process's, without its subcommand. To be asked for early: the path of a binary that has been
     /// replaced is not to be had any more.
     pub fn current() -> io::Result<Self> {
-        let mut flags: Vec<OsString> = std::env::args_os().skip(1).collect();
-        let command = flags.iter().position(|flag| flag == "takeover");
+        let mut flags: Vec<OsString> = std::env::args_os().collect();
+        let command = config::position_of_takeover(&flags);
         if let Some(command) = command {
             flags.remove(command);
         }
+        flags.drain(..flags.len().min(1));
         // The path that we were called by, where there is one: it may be a link to the release of the day.
         let called = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let is_path = called.components().count() > 1;
@@ -88,10 +93,12 @@ impl Program {
         }
         let status = child.wait()?;
         ensure!(status.success(), "could not start a successor: {path} ended with {status}");
-        let mut launched = Launched { outcome: outcome.into(), pid: None };
-        let pid = launched.read_line(deadline)?;
-        launched.pid = pid.strip_prefix("pid ").and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
-        launched.pid.with_context(|| format!("{path} is no release of this service: it said {pid:?}"))?;
+        let mut launched = Launched { outcome: outcome.into(), successor: None };
+        let said = launched.read_line(deadline)?;
+        let pid = said.strip_prefix("pid ").and_then(|pid| pid.parse().ok());
+        let pid = pid.with_context(|| format!("{path} is no release of this service: it said {said:?}"))?;
+        // None: it has ended, and what it said of that is still to be read.
+        launched.successor = Process::open(pid).ok();
         Ok(launched)
     }
 }
@@ -113,22 +120,21 @@ pub fn be_the_middle(program: &Program) -> Result<()> {
 /// A successor under way.
 pub struct Launched {
     outcome: File,
-    pid: Option<Pid>,
+    successor: Option<Process>,
 }
 
 impl Launched {
-    /// Waits until the successor is the main process. One that is not by the end of `limit`, or fails, is
-    /// no more when this returns.
+    /// Waits until the successor is the main process. One that is not, though it had `limit` to be ready and its
+    /// predecessor the time to decide, or fails, is no more when this returns.
     pub fn outcome(mut self, limit: Duration) -> Result<()> {
-        let outcome = match self.read_line(Instant::now() + limit) {
+        let outcome = match self.read_line(Instant::now() + limit + OUTCOME_LIMIT) {
             Ok(line) if line == OK => return Ok(()),
             Ok(line) if line.is_empty() => Err(anyhow!("the successor died")),
             Ok(line) => Err(anyhow!(line)),
             Err(error) => Err(error.context("the successor is not ready")),
         };
-        if let Some(pid) = self.pid {
-            // It may have ended by itself.
-            let _ = kill_process(pid, Signal::KILL);
+        if let Some(successor) = self.successor {
+            successor.kill()?;
         }
         outcome
     }

@@ -2,17 +2,18 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::{error, info};
 
-use super::CREDENTIALS;
 use super::launch::Program;
+use super::process::Process;
 use super::socket::TakeoverSocket;
+use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Frame, Kind, Record, Sender, pair};
 use crate::listeners::Listener;
@@ -42,7 +43,11 @@ pub enum Ending {
     /// SIGTERM or SIGINT.
     Terminated,
     /// A successor accepts connections, and waits for ours.
-    Succeeded(Channel),
+    Succeeded {
+        successor: Channel,
+        /// How often this process was told to end before that was certain.
+        terminations: u32,
+    },
 }
 
 impl Estate {
@@ -63,7 +68,8 @@ impl Estate {
     }
 }
 
-type Offer<'a> = Pin<Box<dyn Future<Output = Result<Channel>> + Send + 'a>>;
+/// What can still be cancelled: dropped, its successor hears that nobody is there, and ends.
+type Preparation<'a> = Pin<Box<dyn Future<Output = Result<Prepared>> + Send + 'a>>;
 
 /// Serves until the end; a successor that fails changes nothing but the status line.
 pub async fn serve_until_end(
@@ -72,7 +78,7 @@ pub async fn serve_until_end(
     signals: &mut Signals,
     status: &Status,
 ) -> Ending {
-    let mut offer: Option<Offer<'_>> = None;
+    let mut preparation: Option<Preparation<'_>> = None;
     loop {
         let knock = async {
             match &socket {
@@ -80,37 +86,48 @@ pub async fn serve_until_end(
                 None => std::future::pending().await,
             }
         };
-        let outcome = async {
-            match &mut offer {
-                Some(offer) => offer.await,
+        let prepared = async {
+            match &mut preparation {
+                Some(preparation) => preparation.await,
                 None => std::future::pending().await,
             }
         };
         tokio::select! {
             asked = signals.next() => match asked {
-                // An offer under way is dropped: its successor hears that nobody is there, and ends.
-                Asked::End => return Ending::Terminated,
-                Asked::Reload if offer.is_some() => error!("SIGHUP: {UNDER_WAY}"),
+                Asked::End => {
+                    if preparation.is_some() {
+                        info!(message_id = message_id::NOT_RELOADED, "not reloaded: {OVERTAKEN}");
+                    }
+                    return Ending::Terminated;
+                }
+                Asked::Reload if preparation.is_some() => error!("SIGHUP: {UNDER_WAY}"),
                 Asked::Reload if std::process::id() == 1 => error!("SIGHUP: {PID_1}"),
-                Asked::Reload => offer = Some(Box::pin(offer_to_own(estate, status))),
+                Asked::Reload => preparation = Some(Box::pin(prepare_own(estate))),
             },
-            outcome = outcome => {
-                offer = None;
+            prepared = prepared => {
+                preparation = None;
+                let (outcome, terminations) = match prepared {
+                    Ok(prepared) => commit(prepared, estate, status, signals).await,
+                    Err(reason) => (Err(reason), 0),
+                };
                 match outcome {
-                    Ok(channel) => return Ending::Succeeded(channel),
+                    Ok(successor) => return Ending::Succeeded { successor, terminations },
                     Err(reason) => {
                         let reason = format!("{reason:#}");
                         error!(message_id = message_id::NOT_RELOADED, "not reloaded: {reason}");
+                        if terminations > 0 {
+                            return Ending::Terminated;
+                        }
                         status.remark(format!("last reload failed: {reason}"));
                         systemd::ready(&status.line());
                     }
                 }
             }
             channel = knock => {
-                if offer.is_some() {
+                if preparation.is_some() {
                     refuse(&channel, estate.generation).await;
                 } else {
-                    offer = Some(Box::pin(offer_to_knocking(estate, channel, status)));
+                    preparation = Some(Box::pin(prepare_knocking(estate, channel)));
                 }
             }
         }
@@ -124,67 +141,123 @@ async fn refuse(channel: &Channel, generation: u64) {
 }
 
 /// Somebody else starts the successor, and says Go.
-async fn offer_to_knocking(estate: &Estate, channel: Channel, status: &Status) -> Result<Channel> {
-    match timeout(estate.limit, offer(estate, &channel, false, status)).await {
-        Ok(Ok(())) => Ok(channel),
-        Ok(Err(reason)) => Err(reason),
+async fn prepare_knocking(estate: &Estate, channel: Channel) -> Result<Prepared> {
+    match timeout(estate.limit, prepare(estate, &channel, false)).await {
+        Ok(successor) => Ok(Prepared { channel, successor: successor? }),
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
 }
 
 /// We start the successor ourselves.
-async fn offer_to_own(estate: &Estate, status: &Status) -> Result<Channel> {
+async fn prepare_own(estate: &Estate) -> Result<Prepared> {
     let (ours, theirs) = pair().context("a channel")?;
     let channel = Channel::new(ours)?;
     let program = estate.program.clone();
     let limit = estate.limit;
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
-    match timeout(limit, offer(estate, &channel, true, status)).await {
-        Ok(Ok(())) => Ok(channel),
-        Ok(Err(reason)) => {
-            drop(channel);
-            // It has hung up or was hung up on: this waits until it is gone.
-            outcome.await?.err().map_or(Err(reason), Err)
-        }
-        Err(_) => {
-            drop(channel);
-            outcome.await?.err().map_or_else(|| bail!("the successor was not ready in time"), Err)
-        }
-    }
+    let reason = match timeout(limit, prepare(estate, &channel, true)).await {
+        Ok(Ok(successor)) => return Ok(Prepared { channel, successor }),
+        Ok(Err(reason)) => reason,
+        Err(_) => anyhow!("the successor was not ready in time"),
+    };
+    // It hears that it is hung up on; this waits until it is gone.
+    drop(channel);
+    outcome.await?.err().map_or(Err(reason), Err)
 }
 
-/// The talk with the successor, up to where it accepts connections and is the main process.
-async fn offer(estate: &Estate, channel: &Channel, reparented: bool, status: &Status) -> Result<()> {
+/// The talk with the successor, up to where it could serve.
+async fn prepare(estate: &Estate, channel: &Channel, mut reparented: bool) -> Result<Process> {
     let me = Sender::now(estate.generation);
-    let mut pid = None;
-    let mut reparented = reparented;
-    while pid.is_none() || !reparented {
+    let mut successor = None;
+    while successor.is_none() || !reparented {
         let frame = next(channel).await?;
         match frame.kind {
-            Kind::Hello => pid = Some(frame.text.parse::<u32>().context("the successor's pid")?),
+            Kind::Hello => {
+                let pid = frame.text.parse::<u32>().map_err(anyhow::Error::from).and_then(Process::open);
+                successor = Some(pid.context("the successor's pid")?);
+            }
             Kind::Go => reparented = true,
             other => bail!("a successor was to say Hello, and said {other:?}"),
         }
     }
-    let pid = pid.unwrap_or_default();
-    systemd::reloading(&format!("generation {} takes over: pid {pid}", estate.generation + 1));
+    let successor = successor.context("a successor said nothing of itself")?;
+    systemd::reloading(&format!("generation {} takes over: pid {}", estate.generation + 1, successor.pid()));
     let watchdog = estate.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(Kind::Listeners, me, &estate.fds, &watchdog).await?;
     expect(channel, Kind::Ready).await?;
-    channel.say(Kind::Commit, me, "").await?;
-    expect(channel, Kind::Accepting).await?;
-    status.set_voice(Voice::Silent);
-    systemd::hand_main_to(pid).await;
-    // If it has died by now, it died as the main process.
-    let _ = channel.say(Kind::Main, me, "").await;
-    info!(
-        message_id = message_id::SUCCEEDED,
-        successor = pid,
-        "generation {} has taken over: pid {pid}",
-        estate.generation + 1
-    );
-    Ok(())
+    Ok(successor)
+}
+
+/// A successor that could serve.
+struct Prepared {
+    channel: Channel,
+    successor: Process,
+}
+
+/// Commits, whatever signals come meanwhile; gives how often this process was told to end.
+async fn commit(
+    prepared: Prepared,
+    estate: &Estate,
+    status: &Status,
+    signals: &mut Signals,
+) -> (Result<Channel>, u32) {
+    let mut terminations = 0;
+    let mut committed = pin!(prepared.commit(estate, status));
+    let outcome = loop {
+        tokio::select! {
+            biased;
+            outcome = &mut committed => break outcome,
+            asked = signals.next() => match asked {
+                Asked::End => terminations += 1,
+                Asked::Reload => error!("SIGHUP: {UNDER_WAY}"),
+            },
+        }
+    };
+    let outcome = outcome.map(|Prepared { channel, successor }| {
+        // A service manager tells each of us.
+        if terminations > 0 && !systemd::is_there() {
+            successor.terminate();
+        }
+        channel
+    });
+    (outcome, terminations)
+}
+
+impl Prepared {
+    /// Makes the successor the main process, and not to be cancelled: from Commit on it may be serving, so
+    /// it is decided here which of the two goes on. Where that is this one, the successor is no more.
+    async fn commit(self, estate: &Estate, status: &Status) -> Result<Self> {
+        let me = Sender::now(estate.generation);
+        let agreement = async {
+            self.channel.say(Kind::Commit, me, "").await?;
+            expect(&self.channel, Kind::Accepting).await
+        };
+        let agreed = timeout(COMMIT_LIMIT, agreement).await;
+        if let Err(reason) = agreed.context("the successor does not answer Commit").flatten() {
+            // Before it is hung up on, which it would take for the end of this process.
+            let ended = tokio::task::spawn_blocking(move || {
+                let Self { channel, successor } = self;
+                successor.kill().map(|()| drop(channel))
+            });
+            if let Err(error) = ended.await.map_err(anyhow::Error::from).flatten() {
+                error!("two processes may be serving: {error:#}");
+            }
+            return Err(reason);
+        }
+        let pid = self.successor.pid();
+        status.set_voice(Voice::Silent);
+        systemd::hand_main_to(pid).await;
+        // If it has died by now, it died as the main process.
+        let _ = timeout(COMMIT_LIMIT, self.channel.say(Kind::Main, me, "")).await;
+        let next = estate.generation + 1;
+        info!(
+            message_id = message_id::SUCCEEDED,
+            successor = pid,
+            "generation {next} has taken over: pid {pid}"
+        );
+        Ok(self)
+    }
 }
 
 async fn expect(channel: &Channel, kind: Kind) -> Result<()> {

@@ -8,13 +8,15 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
 use tokio::net::UnixListener;
+use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
+use super::OVERTAKEN;
 use super::launch::Program;
 use crate::failure::{Failure, Result};
 use crate::handover::{Channel, Kind, Sender, send_frames};
@@ -88,7 +90,24 @@ impl TakeoverSocket {
 
 /// `takeover`, as `ExecReload=` runs it: starts a successor to the service that runs here, and waits
 /// until that has taken over. Fails, with its reason, where the old process stays.
-pub fn command(program: &Program, limit: Duration) -> Result<()> {
+pub fn command(program: Program, limit: Duration) -> Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.context("could not start the runtime")?;
+    let result = runtime.block_on(async {
+        let mut stop = signal(SignalKind::terminate()).context("could not watch for signals")?;
+        let reload = tokio::task::spawn_blocking(move || reload(&program, limit));
+        tokio::select! {
+            biased;
+            result = reload => result.context("a panic")?,
+            // The successor hears of it too: from the service manager, or from the process that is told to end.
+            _ = stop.recv() => Err(Failure::unavailable(anyhow!("the service was not reloaded: {OVERTAKEN}"))),
+        }
+    });
+    runtime.shutdown_background();
+    result
+}
+
+fn reload(program: &Program, limit: Duration) -> Result<()> {
     let channel = knock()?;
     let say = |kind, text: &str| send_frames::<OwnedFd>(&channel, kind, Sender::now(0), &[], text);
     let launched = channel.try_clone().context("a socket").and_then(|channel| program.launch(channel, limit));

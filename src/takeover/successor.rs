@@ -8,8 +8,8 @@ use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::oneshot;
 use tracing::{debug, info, warn};
 
-use super::CREDENTIALS;
 use super::launch::{Outcome, is_readable, take_standard_input};
+use super::{CREDENTIALS, OUTCOME_LIMIT};
 use crate::credentials::Credentials;
 use crate::door::Name;
 use crate::handover::{Channel, Handed, Kind, Next, Sender, receive_frame, send_frames};
@@ -79,7 +79,7 @@ impl Predecessor {
     pub async fn commit(self) -> Result<Committed> {
         let Self { channel, outcome, me, deadline } = self;
         match ask_to_commit(channel, me, deadline).await {
-            Ok(channel) => Ok(Committed { channel, outcome, me, deadline }),
+            Ok(channel) => Ok(Committed { channel, outcome, me }),
             Err(error) => {
                 outcome.failed(&format!("{error:#}"));
                 Err(error)
@@ -111,21 +111,20 @@ pub struct Committed {
     channel: Channel,
     outcome: Outcome,
     me: Sender,
-    deadline: Instant,
 }
 
 impl Committed {
     /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
     /// process is the main one, which is still to be told to whoever waits for the outcome.
     pub async fn take_over(self, server: Server, names: Vec<Name>, status: Arc<Status>) -> Outcome {
-        let Self { channel, outcome, me, deadline } = self;
+        let Self { channel, outcome, me } = self;
         if let Err(error) = channel.say(Kind::Accepting, me, "").await {
             warn!(%error, "the predecessor is gone");
         }
         let (to_main, is_main) = oneshot::channel();
         tokio::spawn(receive(channel, server, names, status, to_main));
         // A predecessor that died, or hangs, leaves nobody else to be it.
-        let _ = tokio::time::timeout_at(deadline.into(), is_main).await;
+        let _ = tokio::time::timeout(OUTCOME_LIMIT, is_main).await;
         outcome
     }
 }

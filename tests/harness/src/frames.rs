@@ -1,12 +1,15 @@
 //! Frames of the handover channel as the tests write them, right and wrong: the layout stands in
 //! `src/handover/frame.rs`.
 
-use std::io::IoSlice;
+use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use anyhow::{Result, ensure};
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
 
 /// Kinds of frames.
 pub const CONNECTIONS: u16 = 0;
@@ -16,6 +19,7 @@ pub const LISTENERS: u16 = 3;
 pub const READY: u16 = 4;
 pub const COMMIT: u16 = 5;
 pub const ACCEPTING: u16 = 6;
+pub const MAIN: u16 = 7;
 pub const REFUSED: u16 = 8;
 
 /// A frame of version 1, from generation 7.
@@ -41,4 +45,19 @@ pub fn send(channel: impl AsFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Resul
     ensure!(fds.is_empty() || ancillary.push(SendAncillaryMessage::ScmRights(fds)), "too many fds");
     sendmsg(channel, &[IoSlice::new(message)], &mut ancillary, SendFlags::NOSIGNAL)?;
     Ok(())
+}
+
+/// The next message, and the fds that came with it; empty at the end.
+pub fn receive(channel: impl AsFd) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; 1024];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received =
+        recvmsg(channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    bytes.truncate(received.bytes);
+    let fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    Ok((bytes, fds.flatten().collect()))
 }
