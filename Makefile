@@ -11,7 +11,10 @@ PACKAGE := $(shell sed -n '/^name = /{s/.*"\(.*\)"/\1/p;q}' Cargo.toml)
 PREFIX ?= /usr/local
 DESTDIR ?=
 BINARY ?= target/release/$(PACKAGE)
-UNITS := $(wildcard systemd/$(PACKAGE)*)
+UNITS := $(wildcard systemd/$(PACKAGE)*.service systemd/$(PACKAGE)*.socket)
+# Of the machine that is installed to: some lines are for newer ones only.
+SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
+DROPINS := $(shell [ "$(SYSTEMD)" -ge 254 ] 2>/dev/null && echo $(wildcard systemd/$(PACKAGE).service.d/*.conf))
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 
@@ -48,10 +51,12 @@ target/release/$(PACKAGE): Cargo.toml Cargo.lock $(shell find src -name '*.rs')
 install: $(BINARY)
 	install -D -t $(DESTDIR)$(PREFIX)/bin $(BINARY)
 	install -D -m 644 -t $(UNITDIR) $(UNITS)
+	$(if $(DROPINS),install -D -m 644 -t $(UNITDIR)/$(PACKAGE).service.d $(DROPINS))
 
 .PHONY: uninstall
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/$(PACKAGE) $(addprefix $(UNITDIR)/,$(notdir $(UNITS)))
+	rm -rf $(UNITDIR)/$(PACKAGE).service.d
 
 # ---- tests and checks ----
 
@@ -109,8 +114,9 @@ check-units: | tools
 	rm -rf target/units
 	mkdir -p target/units
 	cp $(UNITS) target/units
+	$(if $(DROPINS),install -D -t target/units/$(PACKAGE).service.d $(DROPINS))
 	sed -i 's:^\(Exec[A-Za-z]*\)=%N:\1=/bin/true:' target/units/*.service
-	! systemd-analyze verify target/units/* 2>&1 | grep .
+	! systemd-analyze verify target/units/*.service target/units/*.socket 2>&1 | grep .
 	systemd-analyze security --offline=true --threshold=5 --no-pager target/units/$(PACKAGE).service >/dev/null
 
 # ---- a service of your own ----

@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(position("x --log takeover"), None);
         assert_eq!(position("x --log takeover takeover --log takeover"), Some(3));
         assert_eq!(position("x takeover --log takeover"), Some(1));
-        assert_eq!(position("x --idle-timeout soon --no-such-flag takeover"), Some(4));
+        assert_eq!(position("x --idle-timeout soon takeover"), Some(3));
         assert_eq!(position("x check"), None);
         assert_eq!(position("x"), None);
         assert_eq!(position_of_takeover(&[]), None);

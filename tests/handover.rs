@@ -507,7 +507,7 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
     let null = std::fs::File::open("/dev/null").expect("a file");
     let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
-        (frame_of(2, CONNECTIONS, 1, ""), "frame version 2, where this binary knows 1"),
+        (frame_of(3, CONNECTIONS, 1, ""), "frame version 3, where this binary knows 1 to 2"),
         (good[..20].to_vec(), "a frame of a wrong length"),
         ([good.clone(), vec![0; 513]].concat(), "a frame of a wrong length"),
         ([good.clone(), vec![0xff]].concat(), "invalid utf-8"),
@@ -536,6 +536,47 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
             assert_eq!(log.matches("of the predecessor").count(), 1, "{log}");
         });
     }
+}
+
+/// The release after this one may have been here, and may have gone again.
+#[test]
+fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_knows() {
+    let name_and_unread = |unread: &str| {
+        let lengths = [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("short").to_le_bytes()];
+        [&lengths.concat()[..], b"http", unread.as_bytes()].concat()
+    };
+    let record = |kind: u16, more: &[u8]| {
+        let body = [&kind.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
+        [&u32::try_from(body.len()).expect("short").to_le_bytes()[..], &body].concat()
+    };
+    let records = [record(0, b""), record(99, b"what only it understands"), record(0, b"and more")].concat();
+    let mut file = tempfile::tempfile().expect("a file");
+    std::io::Write::write_all(&mut file, &records).expect("written");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let target = Target::Tcp(listener.local_addr().expect("an address"));
+    block_on(async {
+        let (mut clients, mut accepted) = (Vec::new(), Vec::new());
+        for _ in 0..3 {
+            clients.push(Connection::open(&target).await.expect("a connection"));
+            accepted.push(listener.accept().expect("accepted").0);
+        }
+        let fds: Vec<_> = std::iter::once(file.as_fd()).chain(accepted.iter().map(AsFd::as_fd)).collect();
+        let channel = channel_with(&frame_of(2, CONNECTIONS, 3, ""), &fds);
+        drop(accepted);
+        let service = Service::start_with_channel(BINARY, channel).expect("a service");
+        let [first, unknown, last] = &mut clients[..] else { panic!("three") };
+        for known in [first, last] {
+            known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
+            assert!(known.answer().await.expect("an answer").text().contains("generation 8"));
+        }
+        assert_eq!(unknown.read_more().await.expect("closed, not reset"), 0);
+        service.signal(Signal::TERM);
+        for client in [0, 2] {
+            clients[client].ask(&get("/")).await.expect("one more answer");
+        }
+        let (_, log) = service.end().expect("an end");
+        assert!(log.contains("closed 1 connections of the predecessor: a connection of kind 99"), "{log}");
+    });
 }
 
 #[test]

@@ -413,7 +413,7 @@ impl Delayed {
     }
 
     /// Passes on what was held back, and all that is said after it, until both have hung up.
-    fn go_on(&self, held: Held) {
+    fn go_on(&self, held: &Held) {
         // Whoever it is for may have given up.
         let _ = held.pass(if held.is_of_successor { &self.predecessor } else { &self.channel });
         std::thread::scope(|scope| {
@@ -513,7 +513,7 @@ fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process
             let (late, held) = Delayed::hold(folder.path(), kind);
             // Longer than a successor has to be ready: that time is over, and means nothing any more.
             tokio::time::sleep(Duration::from_secs(1)).await;
-            late.go_on(held);
+            late.go_on(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
             assert_eq!(who(&mut connection).await, (pid, 2));
             late.successor.signal(Signal::KILL);
@@ -540,7 +540,7 @@ fn a_stop_while_the_successor_is_late_is_a_stop_of_the_service() {
                 service.notifications.wait_for("STOPPING=1").expect("the old process ends");
             }
             let passing = std::thread::spawn(move || {
-                late.go_on(held);
+                late.go_on(&held);
                 late
             });
             let mut answer = connection.answer().await.expect("the answer");
@@ -571,7 +571,7 @@ fn a_stop_of_the_old_process_before_it_is_succeeded_stops_its_successor_too() {
     // The signal is there before the word.
     let pending = || std::fs::read_to_string(format!("/proc/{}/status", pid_of(process))).expect("it runs");
     eventually("the signal is taken", || pending().lines().any(|line| line == "ShdPnd:\t0000000000000000"));
-    late.go_on(held);
+    late.go_on(&held);
     assert!(process.wait().expect("an end").success());
     assert!(late.successor.ends_within(PATIENCE).expect("a look"), "the successor serves on");
 }

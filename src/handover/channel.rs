@@ -17,7 +17,7 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::Sender;
-use super::frame::{HEADER_LENGTH, Header, TEXT_LIMIT};
+use super::frame::{HEADER_LENGTH, Header, TEXT_LIMIT, VERSION};
 pub use super::frame::{Kind, MAX_SOCKETS, Record};
 
 /// The records of one frame: 252 connections with 1 MiB unread each.
@@ -28,6 +28,8 @@ pub struct Frame {
     pub kind: Kind,
     pub sender: Sender,
     pub sockets: Vec<(OwnedFd, Record)>,
+    /// Why further sockets that came with it were closed, one by one.
+    pub refused: Vec<String>,
     pub text: String,
 }
 
@@ -77,7 +79,7 @@ fn send_frame<S: AsFd>(
     text: &str,
 ) -> io::Result<()> {
     let count = u16::try_from(sockets.len()).map_err(io::Error::other)?;
-    let header = Header { kind, sockets: count, sender, text: text.to_owned() }.encode();
+    let header = Header { version: VERSION, kind, sockets: count, sender, text: text.to_owned() }.encode();
     let records = if sockets.is_empty() { None } else { Some(write_records(sockets)?) };
     let mut fds: Vec<BorrowedFd<'_>> = records.iter().map(AsFd::as_fd).collect();
     fds.extend(sockets.iter().map(|(socket, _)| socket.as_fd()));
@@ -140,7 +142,7 @@ pub fn receive(channel: impl AsFd) -> io::Result<Next> {
 }
 
 fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
-    let Header { kind, sockets, sender, text } = Header::decode(bytes)?;
+    let Header { version, kind, sockets, sender, text } = Header::decode(bytes)?;
     let expected = match usize::from(sockets) {
         0 => 0,
         sockets => sockets + 1,
@@ -153,8 +155,14 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         Some(file) => read_records(&file.into()).map_err(|error| format!("its records: {error}"))?,
         None => Bytes::new(),
     };
-    let sockets = fds.map(|fd| Ok((fd, Record::decode(&mut records)?))).collect::<Result<_, String>>()?;
-    Ok(Frame { kind, sender, sockets, text })
+    let mut frame = Frame { kind, sender, sockets: Vec::with_capacity(fds.len()), refused: Vec::new(), text };
+    for fd in fds {
+        match Record::decode(version, &mut records)? {
+            Ok(record) => frame.sockets.push((fd, record)),
+            Err(reason) => frame.refused.push(reason),
+        }
+    }
+    Ok(frame)
 }
 
 fn read_records(file: &File) -> io::Result<Bytes> {

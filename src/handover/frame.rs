@@ -3,26 +3,35 @@
 //! ```text
 //! message   4  "hand"                            the same in every version
 //!           2  version                           the same in every version
-//!           2  kind                              version 1 from here on
+//!           2  kind                              versions 1 and 2 from here on
 //!           2  N, sockets in this frame
 //!           8  generation of the sender
 //!           8  when its last answer was out, nanoseconds of CLOCK_MONOTONIC
 //!           .  text, UTF-8, up to 512 bytes
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
-//! record    2  length of the listener's name
+//! record    4  length of all that follows        version 2 only
+//!           2  kind of the connection            version 2 only; 0: HTTP/1.1
+//!           2  length of the listener's name
 //!           4  length of the rest
 //!           .  the listener's name
 //!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
+//!           .  what a later release has to say   version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
 //! socket's buffer, and all messages together may not either.
+//!
+//! A release reads one version more than it writes, so that the one before and the one after may take its place
+//! at any moment. In version 2 a connection of a kind that is not known is refused, and no other with it.
 
 use bytes::{Buf, BufMut, Bytes};
 
 use super::Sender;
 
+/// What is written; the oldest that is read.
 pub(super) const VERSION: u16 = 1;
+/// The newest that is read.
+pub(super) const NEXT_VERSION: u16 = 2;
 pub(super) const HEADER_LENGTH: usize = 26;
 pub(super) const TEXT_LIMIT: usize = 512;
 /// `SCM_MAX_FD` of Linux is 253; one is the memfd.
@@ -74,6 +83,7 @@ impl Kind {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
+    pub(super) version: u16,
     pub(super) kind: Kind,
     pub(super) sockets: u16,
     pub(super) sender: Sender,
@@ -91,7 +101,7 @@ impl Header {
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.text.len());
         bytes.put_slice(MAGIC);
-        bytes.put_u16_le(VERSION);
+        bytes.put_u16_le(self.version);
         bytes.put_u16_le(self.kind as u16);
         bytes.put_u16_le(self.sockets);
         bytes.put_u64_le(self.sender.generation);
@@ -106,8 +116,10 @@ impl Header {
         }
         bytes.advance(4);
         let version = bytes.get_u16_le();
-        if version != VERSION {
-            return Err(format!("frame version {version}, where this binary knows {VERSION}"));
+        if !(VERSION..=NEXT_VERSION).contains(&version) {
+            return Err(format!(
+                "frame version {version}, where this binary knows {VERSION} to {NEXT_VERSION}"
+            ));
         }
         let lengths = HEADER_LENGTH - 6..=HEADER_LENGTH - 6 + TEXT_LIMIT;
         if !lengths.contains(&bytes.len()) {
@@ -121,7 +133,7 @@ impl Header {
         }
         let sender = Sender { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
         let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?.to_owned();
-        Ok(Self { kind, sockets, sender, text })
+        Ok(Self { version, kind, sockets, sender, text })
     }
 }
 
@@ -134,9 +146,26 @@ impl Record {
         Ok(())
     }
 
-    /// Takes one record off the front of `bytes`.
-    pub(super) fn decode(bytes: &mut Bytes) -> Result<Self, String> {
-        const SHORT: &str = "a record that is cut short";
+    /// Takes one record off the front of `bytes`; the inner error is a connection of a kind that is not known.
+    pub(super) fn decode(version: u16, bytes: &mut Bytes) -> Result<Result<Self, String>, String> {
+        if version == VERSION {
+            return Self::decode_body(bytes).map(Ok);
+        }
+        if bytes.len() < 4 {
+            return Err(SHORT.into());
+        }
+        let length = bytes.get_u32_le() as usize;
+        if bytes.len() < length || length < 2 {
+            return Err(SHORT.into());
+        }
+        let mut body = bytes.split_to(length);
+        match body.get_u16_le() {
+            HTTP1 => Self::decode_body(&mut body).map(Ok),
+            kind => Ok(Err(format!("a connection of kind {kind}, which this binary does not know"))),
+        }
+    }
+
+    fn decode_body(bytes: &mut Bytes) -> Result<Self, String> {
         if bytes.len() < 6 {
             return Err(SHORT.into());
         }
@@ -149,6 +178,10 @@ impl Record {
     }
 }
 
+const SHORT: &str = "a record that is cut short";
+/// A connection that speaks HTTP/1.1, or nothing yet.
+const HTTP1: u16 = 0;
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -157,12 +190,13 @@ mod tests {
 
     fn header(sockets: u16, text: &str) -> Header {
         let sender = Sender { generation: 3, rested_at: 5 };
-        Header { kind: Kind::Connections, sockets, sender, text: text.into() }
+        Header { version: VERSION, kind: Kind::Connections, sockets, sender, text: text.into() }
     }
 
     proptest! {
         #[test]
         fn headers_come_back_as_they_went(
+            version in VERSION..=NEXT_VERSION,
             kind in 0..Kind::ALL.len(),
             sockets in 0..=252_u16,
             generation: u64,
@@ -170,7 +204,7 @@ mod tests {
             text in ".{0,100}",
         ) {
             let sender = Sender { generation, rested_at };
-            let header = Header { kind: Kind::ALL[kind], sockets, sender, text };
+            let header = Header { version, kind: Kind::ALL[kind], sockets, sender, text };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
 
@@ -186,7 +220,31 @@ mod tests {
             }
             let mut bytes = Bytes::from(bytes);
             for record in records {
-                prop_assert_eq!(Record::decode(&mut bytes), Ok(record));
+                prop_assert_eq!(Record::decode(VERSION, &mut bytes), Ok(Ok(record)));
+            }
+            prop_assert!(bytes.is_empty());
+        }
+
+        #[test]
+        fn records_of_the_next_version_are_read_and_each_stands_for_itself(
+            records in prop::collection::vec(
+                (0..2_u16, ".{0,40}", prop::collection::vec(any::<u8>(), 0..300), prop::collection::vec(any::<u8>(), 0..20)),
+                0..20,
+            ),
+        ) {
+            let mut bytes = Vec::new();
+            for (kind, listener, rest, later) in &records {
+                let mut body = kind.to_le_bytes().to_vec();
+                let record = Record { listener: listener.clone(), rest: Bytes::copy_from_slice(rest) };
+                record.encode(&mut body).expect("short enough");
+                body.extend(later);
+                bytes.put_u32_le(body.len().try_into().expect("short enough"));
+                bytes.extend(body);
+            }
+            let mut bytes = Bytes::from(bytes);
+            for (kind, listener, rest, _) in records {
+                let read = Record::decode(NEXT_VERSION, &mut bytes).expect("whole");
+                prop_assert_eq!(read.ok(), (kind == HTTP1).then_some(Record { listener, rest: rest.into() }));
             }
             prop_assert!(bytes.is_empty());
         }
@@ -198,13 +256,15 @@ mod tests {
             let _ = Header::decode(&bytes);
             // Also what begins well.
             let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
-            let mut bytes = Bytes::from(bytes);
-            while Record::decode(&mut bytes).is_ok() {}
+            for version in VERSION..=NEXT_VERSION {
+                let mut bytes = Bytes::from(bytes.clone());
+                while Record::decode(version, &mut bytes).is_ok() {}
+            }
         }
 
         #[test]
         fn a_header_that_is_cut_or_of_another_version_is_refused(
-            length in 0..HEADER_LENGTH, version in (VERSION + 1)..,
+            length in 0..HEADER_LENGTH, version in (NEXT_VERSION + 1)..,
         ) {
             let mut bytes = header(1, "").encode();
             prop_assert!(Header::decode(&bytes[..length]).is_err());

@@ -151,6 +151,9 @@ impl Found {
                 }
                 Next::Frame(frame) => {
                     self.sender = Some(frame.sender);
+                    for reason in frame.refused {
+                        self.refuse(1, reason);
+                    }
                     for (fd, record) in frame.sockets {
                         match Handed::new(fd, record, names) {
                             Ok(handed) => self.connections.push(handed),

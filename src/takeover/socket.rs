@@ -98,9 +98,9 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
         let reload = tokio::task::spawn_blocking(move || reload(&program, limit));
         tokio::select! {
             biased;
-            result = reload => result.context("a panic")?,
-            // The successor hears of it too: from the service manager, or from the process that is told to end.
+            // The successor may die of it first, which is no reason of its own.
             _ = stop.recv() => Err(Failure::unavailable(anyhow!("the service was not reloaded: {OVERTAKEN}"))),
+            result = reload => result.context("a panic")?,
         }
     });
     runtime.shutdown_background();

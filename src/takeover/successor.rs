@@ -152,6 +152,9 @@ async fn receive(
         match frame.kind {
             Kind::Main => drop(to_main.take()),
             Kind::Connections => {
+                for reason in frame.refused {
+                    warn!("closed a connection of the predecessor: {reason}");
+                }
                 for (fd, record) in frame.sockets {
                     let handed = match Handed::new(fd, record, &names) {
                         Ok(handed) => handed,

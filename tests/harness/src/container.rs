@@ -53,7 +53,11 @@ impl Container {
             "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
         );
         let stage = tempfile::tempdir()?;
-        let install = Command::new("make")
+        let mut install = Command::new("make");
+        if systemd == Systemd::V257 {
+            install.arg("SYSTEMD=257");
+        }
+        let install = install
             .args(["--silent", "-C", package.folder, "install"])
             .arg(format!("DESTDIR={}", stage.path().display()))
             .arg(format!("BINARY={}", package.binary))
