@@ -1,18 +1,19 @@
-//! YOUR CODE: the routes of the service.
+//! YOUR CODE: the configuration of the service, how it starts, and its routes.
 //!
-//! Nothing here knows of sockets, processes or systemd. What the rest of the house offers a handler:
-//! - `life: Life`: which process answers;
-//! - `shutdown: Shutdown`: when a handler that would go on for ever is to end;
-//! - `peer: Peer`: who asks;
-//! - with `--log info,request=debug`, a span that gives each `tracing` event its request's id.
+//! What a handler may ask for among its arguments:
+//! - `process: Process`: which process answers;
+//! - `Shutdown(shutdown): Shutdown`: cancelled when a handler that would go on for ever is to end;
+//! - `peer: Peer`: who asks.
+//!
+//! With `--log info,request=debug` each `tracing` event of a handler has its request's id.
 
 use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::Query;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::response::sse::{Event, Sse};
@@ -20,13 +21,28 @@ use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
 use tokio::time::timeout;
 
-use crate::life::{Life, Shutdown};
+use outlive::{Process, Service, Shutdown};
 
 /// For the other end of a WebSocket to close it too.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
-/// All routes.
-pub fn router() -> Router {
+/// An HTTP service that lives under systemd.
+#[derive(Debug, clap::Parser)]
+#[command(version, about)]
+pub struct Config {
+    /// How long /sleep takes where nobody says how long.
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    nap: Duration,
+}
+
+/// Runs before anything is served: connect to what the service needs, and say what else it does (background tasks,
+/// readiness, metrics, what comes last: see `outlive::Service`). An error is a start that failed; at a reload the old
+/// process then serves on.
+pub async fn start(config: Config, _service: &mut Service) -> anyhow::Result<Router> {
+    Ok(routes(config.nap))
+}
+
+fn routes(nap: Duration) -> Router {
     Router::new()
         .route("/", get(who))
         .route("/sleep", get(sleep))
@@ -34,20 +50,26 @@ pub fn router() -> Router {
         .route("/echo", any(echo))
         .route("/events", get(events))
         .route("/socket", any(socket))
+        .with_state(nap)
 }
 
 /// Says which process answers.
-async fn who(life: Life) -> String {
-    let Life { pid, generation, since } = life;
+async fn who(process: Process) -> String {
+    let Process { pid, generation, since } = process;
     let since = humantime::format_rfc3339_seconds(since);
     format!("pid {pid}, generation {generation}, since {since}\n")
 }
 
 /// Answers after a while: `/sleep?duration=20s`.
-async fn sleep(Query(query): Query<Vec<(String, String)>>) -> Result<String, (StatusCode, String)> {
-    let duration = query.iter().find(|(key, _)| key == "duration").map_or("1s", |(_, value)| value);
-    let duration: Duration = humantime::parse_duration(duration)
-        .map_err(|error| (StatusCode::BAD_REQUEST, format!("duration={duration}: {error}\n")))?;
+async fn sleep(
+    State(nap): State<Duration>,
+    Query(query): Query<Vec<(String, String)>>,
+) -> Result<String, (StatusCode, String)> {
+    let duration = match query.iter().find(|(key, _)| key == "duration") {
+        Some((_, text)) => humantime::parse_duration(text)
+            .map_err(|error| (StatusCode::BAD_REQUEST, format!("duration={text}: {error}\n")))?,
+        None => nap,
+    };
     tokio::time::sleep(duration).await;
     Ok(format!("slept {}\n", humantime::format_duration(duration)))
 }
@@ -63,7 +85,7 @@ async fn echo(body: Body) -> Body {
 /// An event each second, until the service goes down: the client then comes back, to the next process, says
 /// which event it saw last, and misses none.
 async fn events(
-    shutdown: Shutdown,
+    Shutdown(shutdown): Shutdown,
     headers: HeaderMap,
 ) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
@@ -73,16 +95,16 @@ async fn events(
         let event = Event::default().id(number.to_string()).data("tick");
         Some((Ok(event), (number.wrapping_add(1), Duration::from_secs(1))))
     };
-    let end = async move { shutdown.begun().await };
+    let end = async move { shutdown.cancelled().await };
     Sse::new(stream::unfold(first, event).take_until(Box::pin(end)))
 }
 
 /// Sends each message back, until the service goes down: it then says 1012, service restart.
-async fn socket(upgrade: WebSocketUpgrade, shutdown: Shutdown) -> Response {
+async fn socket(upgrade: WebSocketUpgrade, Shutdown(shutdown): Shutdown) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
         tokio::select! {
             () = echo_messages(&mut socket) => return,
-            () = shutdown.begun() => {}
+            () = shutdown.cancelled() => {}
         }
         let goodbye = async {
             let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
@@ -108,21 +130,17 @@ async fn echo_messages(socket: &mut WebSocket) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use axum::http::Request;
     use http_body_util::BodyExt;
+    use outlive::testing::with_context;
     use tower::ServiceExt;
 
     use super::*;
-    use crate::context::Context;
-    use crate::stream::Peer;
 
     async fn ask(path: &str, body: &'static str) -> (StatusCode, String) {
-        let mut request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
-        let context = Context { life: Life::begin(7), shutdown: Shutdown::default(), peer: Peer::Unix };
-        request.extensions_mut().insert(Arc::new(context));
-        let response = router().oneshot(request).await.expect("infallible");
+        let request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
+        let routes = with_context(routes(Duration::from_millis(1)));
+        let response = routes.oneshot(request).await.expect("infallible");
         let status = response.status();
         let bytes = response.into_body().collect().await.expect("a whole body").to_bytes();
         (status, String::from_utf8(bytes.to_vec()).expect("text"))
@@ -132,12 +150,12 @@ mod tests {
     async fn the_root_says_who_answers() {
         let (status, body) = ask("/", "").await;
         assert_eq!(status, StatusCode::OK);
-        assert!(body.starts_with(&format!("pid {}, generation 7, since 20", std::process::id())), "{body}");
+        assert!(body.starts_with(&format!("pid {}, generation 1, since 20", std::process::id())), "{body}");
     }
 
     #[tokio::test]
-    async fn sleep_answers_with_and_without_a_slash() {
-        for path in ["/sleep?duration=1ms", "/sleep/?duration=1ms"] {
+    async fn sleep_answers_with_and_without_a_slash_and_a_duration() {
+        for path in ["/sleep?duration=1ms", "/sleep/?duration=1ms", "/sleep"] {
             assert_eq!(ask(path, "").await, (StatusCode::OK, "slept 1ms\n".to_owned()));
         }
     }

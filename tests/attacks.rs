@@ -1,4 +1,4 @@
-//! What comes in at a door may be wrong, late, huge or hostile: it is refused within its limit, while a
+//! What comes in at a listener may be wrong, late, huge or hostile: it is refused within its limit, while a
 //! polite client beside it is served as ever.
 
 use std::net::SocketAddr;
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use harness::block_on;
 use harness::client::{Connection, Target, get};
-use harness::house::House;
+use harness::full_service::FullService;
 use harness::load::Load;
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -24,14 +24,14 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
 /// Does `attack` again and again, for a second at least, while a polite client asks.
-fn under(attack: impl AsyncFn(&House) + Copy) {
+fn under(attack: impl AsyncFn(&FullService) + Copy) {
     let limit = humantime::format_duration(LIMIT).to_string();
     let flags = ["--head-timeout", &limit, "--idle-timeout", &limit, "--request-timeout", &limit];
-    let house = House::start(BINARY, &flags).expect("a service");
-    let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(house.http)) }.start(|| {});
+    let service = FullService::start(BINARY, &flags).expect("a service");
+    let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(service.http)) }.start(|| {});
     let begun = Instant::now();
     while begun.elapsed() < Duration::from_secs(1) {
-        block_on(attack(&house));
+        block_on(attack(&service));
     }
     let report = polite.stop();
     let p99 = report.percentile(0.99);
@@ -63,17 +63,17 @@ fn assert_starts(answer: &[u8], wanted: &str) {
 
 #[test]
 fn tls_to_the_plain_port_is_a_bad_request() {
-    under(async |house| {
+    under(async |service| {
         // The beginning of a ClientHello.
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
-        assert_starts(&send_and_read(house.http, &hello).await, "HTTP/1.1 400 ");
+        assert_starts(&send_and_read(service.http, &hello).await, "HTTP/1.1 400 ");
     });
 }
 
 #[test]
 fn plain_http_to_the_tls_port_is_told_so() {
-    under(async |house| {
-        let answer = send_and_read(house.https, &get("/")).await;
+    under(async |service| {
+        let answer = send_and_read(service.https, &get("/")).await;
         assert_starts(&answer, "HTTP/1.1 400 ");
         assert!(String::from_utf8_lossy(&answer).contains("speaks TLS"));
     });
@@ -81,21 +81,21 @@ fn plain_http_to_the_tls_port_is_told_so() {
 
 #[test]
 fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
-    under(async |house| {
-        let answer = send_and_read(house.https, &[22; 4096]).await;
+    under(async |service| {
+        let answer = send_and_read(service.https, &[22; 4096]).await;
         assert_eq!(answer.first(), Some(&21), "an alert record: {answer:?}");
     });
 }
 
 #[test]
 fn an_http2_preface_cut_in_two_is_http2() {
-    under(async |house| {
+    under(async |service| {
         for cut in [1, 3, 14, 23] {
-            let mut stream = TcpStream::connect(house.http).await.expect("a connection");
+            let mut stream = TcpStream::connect(service.http).await.expect("a connection");
             stream.set_nodelay(true).expect("at once");
             stream.write_all(&PREFACE[..cut]).await.expect("sent");
             // Another client's turn: by then the first half has been looked at.
-            let mut other = Connection::open(&Target::Tcp(house.http)).await.expect("a connection");
+            let mut other = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
             other.ask(&get("/")).await.expect("an answer");
             stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("sent");
             let mut frame = [0; 9];
@@ -107,11 +107,11 @@ fn an_http2_preface_cut_in_two_is_http2() {
 
 #[test]
 fn a_head_that_is_too_large_is_refused_in_each_protocol() {
-    under(async |house| {
+    under(async |service| {
         let large = "x".repeat(96 * 1024);
         let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
-        assert_starts(&send_and_read(house.http, head.as_bytes()).await, "HTTP/1.1 431 ");
-        let mut tls = Connection::open(&house.https(&[]).expect("a client")).await.expect("a connection");
+        assert_starts(&send_and_read(service.http, head.as_bytes()).await, "HTTP/1.1 431 ");
+        let mut tls = Connection::open(&service.https(&[]).expect("a client")).await.expect("a connection");
         let _ = tls.send(head.as_bytes()).await;
         assert_eq!(tls.head().await.expect("an answer").status, 431);
         // curl itself sends no more than 64 KiB.
@@ -120,7 +120,7 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
             let output = tokio::process::Command::new("curl")
                 .args(["--silent", "--max-time", "10", "--output", "/dev/null", protocol])
                 .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
-                .arg(format!("http://{}/", house.http))
+                .arg(format!("http://{}/", service.http))
                 .output()
                 .await
                 .expect("curl");
@@ -131,14 +131,14 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
 
 #[test]
 fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
-    under(async |house| {
+    under(async |service| {
         let head = get("/");
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
         let mut attackers = JoinSet::new();
         for (address, bytes, answer) in [
-            (house.http, head, "HTTP/1.1 408 "),
-            (house.https, hello, ""),
-            (house.http, PREFACE.to_vec(), ""),
+            (service.http, head, "HTTP/1.1 408 "),
+            (service.https, hello, ""),
+            (service.http, PREFACE.to_vec(), ""),
         ] {
             for _ in 0..20 {
                 let (bytes, begun) = (bytes.clone(), Instant::now());
@@ -176,10 +176,10 @@ fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("more files");
-    under(async |house| {
+    under(async |service| {
         let mut silent = Vec::new();
         for number in 0..10_000 {
-            let address = if number % 2 == 0 { house.http } else { house.https };
+            let address = if number % 2 == 0 { service.http } else { service.https };
             silent.push(TcpStream::connect(address).await.expect("a connection"));
         }
         for mut stream in silent {
@@ -190,7 +190,7 @@ fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
 
 #[test]
 fn http2_rapid_reset_is_ended_with_goaway() {
-    under(async |house| {
+    under(async |service| {
         // GET / and at once RST_STREAM, on a hundred thousand streams.
         let mut bytes = [PREFACE, SETTINGS].concat();
         for stream in (1..200_000_u32).step_by(2) {
@@ -199,7 +199,7 @@ fn http2_rapid_reset_is_ended_with_goaway() {
             bytes.extend(stream.to_be_bytes());
             bytes.extend([0, 0, 0, 8]);
         }
-        let mut stream = TcpStream::connect(house.http).await.expect("a connection");
+        let mut stream = TcpStream::connect(service.http).await.expect("a connection");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
         let ended = tokio::time::timeout(5 * LIMIT, async {
@@ -214,10 +214,10 @@ fn http2_rapid_reset_is_ended_with_goaway() {
 /// all the time.
 #[test]
 fn an_http2_peer_that_takes_nothing_but_pings_is_cut_off() {
-    under(async |house| {
+    under(async |service| {
         let mut peers = JoinSet::new();
         for number in 0..100 {
-            let address = house.http;
+            let address = service.http;
             peers.spawn(async move {
                 let window = number % 2;
                 let settings = [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, window];

@@ -571,9 +571,6 @@ fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_know
         }
         assert_eq!(unknown.read_more().await.expect("closed, not reset"), 0);
         service.signal(Signal::TERM);
-        for client in [0, 2] {
-            clients[client].ask(&get("/")).await.expect("one more answer");
-        }
         let (_, log) = service.end().expect("an end");
         assert!(log.contains("closed 1 connections of the predecessor: a connection of kind 99"), "{log}");
     });

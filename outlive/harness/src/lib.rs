@@ -1,0 +1,51 @@
+//! What the tests and the benchmark share.
+
+pub mod certificate;
+pub mod client;
+pub mod container;
+pub mod frames;
+pub mod full_service;
+pub mod load;
+pub mod process;
+pub mod service;
+
+use std::net::{SocketAddr, TcpListener};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+/// Nothing that is waited for takes longer than this, on the slowest machine.
+pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Runs `work` to its end on a runtime of this thread.
+pub fn block_on<T>(work: impl Future<Output = T>) -> T {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
+        .block_on(async { tokio::time::timeout(PATIENCE * 5, work).await.expect("done in time") })
+}
+
+/// An address for a server that binds it itself. Its port is below those that connections are given
+/// (`ip_local_port_range` of ip(7)): a load opens thousands, and one of them could take it first.
+pub fn free_address() -> SocketAddr {
+    const FIRST: u32 = 10_000;
+    const COUNT: u32 = 20_000;
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    loop {
+        let next = std::process::id().wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
+        let port = u16::try_from(FIRST + next % COUNT).expect("a port");
+        let address = SocketAddr::from(([127, 0, 0, 1], port));
+        if TcpListener::bind(address).is_ok() {
+            return address;
+        }
+    }
+}
+
+/// Waits until `done`, which nothing announces.
+pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + PATIENCE;
+    while !done() {
+        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

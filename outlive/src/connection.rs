@@ -1,0 +1,157 @@
+//! One connection's life, from its first byte to its end or its rest.
+
+mod exchange;
+mod handshake;
+mod http1;
+mod http2;
+mod io;
+#[cfg(test)]
+pub mod tests;
+mod window;
+
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+
+use tokio_rustls::TlsAcceptor;
+use tokio_util::sync::CancellationToken;
+use tracing::debug;
+
+use crate::context::Context;
+use crate::kind::ListenerKind;
+use crate::process::Process;
+use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::requests::Routes;
+use crate::stream::{Connection, Stream};
+use io::{Io, Wire};
+
+/// What the listeners lead to, by their kind.
+pub struct Services {
+    pub routes: Routes,
+    pub admin: Routes,
+    /// Where a listener is named https.
+    pub tls: Option<TlsAcceptor>,
+    pub process: Process,
+    pub shutdown: CancellationToken,
+}
+
+impl Services {
+    /// What hyper calls for each request of a connection.
+    fn service(&self, routes: &Routes, entry: &Arc<Entry>) -> exchange::Service {
+        let Self { process, shutdown, .. } = self;
+        let context = Context { process: *process, shutdown: shutdown.clone(), peer: entry.peer };
+        exchange::Service::new(routes.clone(), context, entry.clone())
+    }
+}
+
+/// How a connection's time in this process ended.
+pub enum End {
+    Closed,
+    /// Nothing is in flight, nothing is unsent: it can go on in another process.
+    AtRest(Connection, Registration),
+}
+
+/// What HTTP/2 clients with prior knowledge send first (RFC 9113 section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Http1,
+    Http2,
+}
+
+/// How the wait for a connection's first bytes ended.
+enum Arrived {
+    /// They are there, not taken: this many.
+    Bytes(usize),
+    /// They have begun to come, and did not all come in time.
+    Late,
+    /// The phase asks for it: a connection from which nothing was taken is at rest.
+    AtRest,
+    Gone,
+}
+
+/// Serves `connection` until it closes or comes to rest.
+pub async fn serve(connection: Connection, registration: Registration, services: &Services) -> End {
+    match (connection.listener.kind(), &services.tls) {
+        (ListenerKind::Http, _) => serve_plain(connection, registration, services, &services.routes).await,
+        (ListenerKind::Admin, _) => serve_plain(connection, registration, services, &services.admin).await,
+        (ListenerKind::Https, Some(tls)) => {
+            Box::pin(handshake::serve(connection, registration, services, tls)).await
+        }
+        (ListenerKind::Https, None) => {
+            unreachable!("a certificate is loaded where a listener is named https")
+        }
+    }
+}
+
+async fn serve_plain(
+    connection: Connection,
+    registration: Registration,
+    services: &Services,
+    routes: &Routes,
+) -> End {
+    let entry = registration.entry.clone();
+    let mut bytes = [0; PREFACE.len()];
+    let arrived = if connection.unread.is_empty() {
+        let is_enough = |bytes: &[u8]| bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
+        first_bytes(&connection.stream, &entry, &mut bytes, is_enough).await
+    } else {
+        entry.received();
+        Arrived::Bytes(0)
+    };
+    let protocol = match arrived {
+        Arrived::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
+        // HTTP/1 answers a head that does not come, and closes.
+        Arrived::Bytes(_) | Arrived::Late => Protocol::Http1,
+        Arrived::AtRest => return End::AtRest(connection, registration),
+        Arrived::Gone => return End::Closed,
+    };
+    let Connection { stream, peer, listener, unread } = connection;
+    let io = Io::new(Wire::Left(stream), unread, registration, protocol);
+    let service = services.service(routes, &entry);
+    // Boxed, so that a connection that has not spoken yet takes little memory.
+    match protocol {
+        Protocol::Http2 => {
+            Box::pin(http2::drive(io, service, &entry)).await;
+            End::Closed
+        }
+        Protocol::Http1 => match Box::pin(http1::drive(io, service, &entry)).await {
+            http1::End::AtRest(stream, registration, unread) => {
+                End::AtRest(Connection { stream, peer, listener, unread }, registration)
+            }
+            http1::End::Closed => End::Closed,
+        },
+    }
+}
+
+/// Waits for a connection's first bytes, up to where they are `enough`, and takes none.
+async fn first_bytes(
+    stream: &Stream,
+    entry: &Entry,
+    bytes: &mut [u8],
+    enough: impl Fn(&[u8]) -> bool,
+) -> Arrived {
+    poll_fn(|cx| {
+        entry.wake_on_change(cx);
+        let is_enough = |bytes: &[u8]| {
+            entry.received();
+            enough(bytes)
+        };
+        if let Poll::Ready(length) = stream.poll_peek(cx, bytes, is_enough) {
+            return Poll::Ready(match length {
+                Ok(0) => Arrived::Gone,
+                Ok(length) => Arrived::Bytes(length),
+                Err(error) => {
+                    debug!(peer = %entry.peer, %error, "connection lost");
+                    Arrived::Gone
+                }
+            });
+        }
+        if entry.is_overdue() {
+            return Poll::Ready(if entry.stage() == Stage::Head { Arrived::Late } else { Arrived::Gone });
+        }
+        if entry.phase() == Phase::Resting { Poll::Ready(Arrived::AtRest) } else { Poll::Pending }
+    })
+    .await
+}

@@ -1,0 +1,282 @@
+//! One request and its answer: in flight from its head until both bodies have ended.
+
+use std::cell::RefCell;
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use hyper::body::Incoming;
+use hyper::header::{CONNECTION, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use pin_project_lite::pin_project;
+
+use super::window::Window;
+use crate::context::Context as RequestContext;
+use crate::registry::{Entry, InFlight, Stage};
+use crate::requests::{self, Routes};
+
+/// Routes as hyper calls them, with each request entered in the registry.
+pub(super) struct Service {
+    routes: RefCell<Routes>,
+    context: Arc<RequestContext>,
+    entry: Arc<Entry>,
+}
+
+impl Service {
+    pub(super) fn new(routes: Routes, context: RequestContext, entry: Arc<Entry>) -> Self {
+        Self { routes: routes.into(), context: Arc::new(context), entry }
+    }
+}
+
+impl hyper::service::Service<Request<Incoming>> for Service {
+    type Response = Response<ResponseBody>;
+    type Error = Infallible;
+    type Future = ResponseFuture;
+
+    fn call(&self, request: Request<Incoming>) -> ResponseFuture {
+        let (mut head, body) = request.into_parts();
+        let exchange = Exchange::begin(&self.entry, &head.uri);
+        let connects = head.method == Method::CONNECT;
+        let version = head.version;
+        head.extensions.insert(self.context.clone());
+        let body = exchange.request_body(body);
+        let future = self.routes.borrow_mut().answer(head, body);
+        ResponseFuture { future, exchange: Some(exchange), connects, version }
+    }
+}
+
+pin_project! {
+    /// A request until its answer begins.
+    pub(super) struct ResponseFuture {
+        #[pin]
+        future: requests::ResponseFuture,
+        exchange: Option<Exchange>,
+        connects: bool,
+        version: Version,
+    }
+}
+
+impl Future for ResponseFuture {
+    type Output = Result<Response<ResponseBody>, Infallible>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        let exchange = this.exchange.as_mut().expect("asked until it has answered");
+        let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
+            exchange.list();
+            return Poll::Pending;
+        };
+        let exchange = this.exchange.take().expect("it is there");
+        Poll::Ready(Ok(exchange.answer(response, *this.connects, *this.version)))
+    }
+}
+
+/// In flight from its beginning until it is dropped.
+struct Exchange {
+    entry: Arc<Entry>,
+    request: InFlight,
+    is_listed: bool,
+}
+
+impl Exchange {
+    fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
+        Self { entry: entry.clone(), request: entry.begin(uri), is_listed: false }
+    }
+
+    fn request_body(&self, body: Incoming) -> Option<RequestBody> {
+        (!body.is_end_stream()).then(|| {
+            self.entry.begin_body();
+            RequestBody { body, reading: Some(Reading { entry: self.entry.clone(), is_whole: false }) }
+        })
+    }
+
+    /// Not answered at once: whoever asks what is in flight is told of it.
+    fn list(&mut self) {
+        if !self.is_listed {
+            self.is_listed = true;
+            self.entry.list(self.request.clone());
+        }
+    }
+
+    /// `connects`: the request was a CONNECT.
+    fn answer(
+        mut self,
+        mut response: Response<Body>,
+        connects: bool,
+        version: Version,
+    ) -> Response<ResponseBody> {
+        let upgrades = response.status() == StatusCode::SWITCHING_PROTOCOLS
+            || (connects && response.status().is_success());
+        if version == Version::HTTP_2 {
+            // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
+            self.list();
+        } else if upgrades {
+            self.entry.enter(Stage::Upgraded);
+        } else if self.entry.is_to_end() {
+            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        let window = (version == Version::HTTP_2).then(|| Box::new(Window::new(&self.entry)));
+        response.map(|body| ResponseBody { body, exchange: self, window })
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        if self.is_listed {
+            self.entry.unlist(&self.request);
+        }
+        self.entry.end();
+    }
+}
+
+/// While it lives, a request's body is being read.
+struct Reading {
+    entry: Arc<Entry>,
+    is_whole: bool,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.entry.end_body(self.is_whole);
+    }
+}
+
+pin_project! {
+    struct RequestBody {
+        #[pin]
+        body: Incoming,
+        // None once its end was read: whoever keeps it longer keeps nothing of the connection.
+        reading: Option<Reading>,
+    }
+}
+
+pin_project! {
+    /// The body of an answer; its request is in flight until this is dropped.
+    pub(super) struct ResponseBody {
+        #[pin]
+        body: Body,
+        exchange: Exchange,
+        // Boxed: most answers have none.
+        window: Option<Box<Window>>,
+    }
+}
+
+impl HttpBody for RequestBody {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+        let mut this = self.project();
+        let frame = std::task::ready!(this.body.as_mut().poll_frame(cx));
+        let is_whole = frame.is_none() || this.body.is_end_stream();
+        if is_whole || matches!(frame, Some(Err(_))) {
+            if let Some(reading) = this.reading {
+                reading.is_whole = is_whole;
+            }
+            *this.reading = None;
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+impl ResponseBody {
+    /// See [`Window::buffered`].
+    fn buffered(&self) -> u64 {
+        self.window.as_ref().map_or(0, |window| window.buffered())
+    }
+}
+
+impl HttpBody for ResponseBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let mut this = self.project();
+        let frame = match this.window {
+            Some(window) => window.poll_chunk(this.body.as_mut(), cx, &this.exchange.entry),
+            None => this.body.as_mut().poll_frame(cx),
+        };
+        if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
+            this.exchange.list();
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream() && self.buffered() == 0
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let rest = self.body.size_hint();
+        let mut all = SizeHint::new();
+        if let Some(upper) = rest.upper() {
+            all.set_upper(upper + self.buffered());
+        }
+        all.set_lower(rest.lower() + self.buffered());
+        all
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use http_body_util::BodyExt;
+    use tokio_util::sync::CancellationToken;
+
+    use super::super::window::CHUNK;
+    use super::*;
+    use crate::registry::{Limits, Registry};
+    use crate::stream::Peer;
+
+    fn answer(version: Version, body: Vec<u8>) -> (Arc<Entry>, ResponseBody) {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let entry = Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None).entry.clone();
+        let exchange = Exchange::begin(&entry, &Uri::from_static("/"));
+        let response = exchange.answer(Response::new(Body::from(body)), false, version);
+        (entry, response.into_body())
+    }
+
+    #[tokio::test]
+    async fn an_http2_answer_is_in_flight_until_all_but_its_last_piece_has_room() {
+        let whole: Vec<u8> = (0..=CHUNK * 2).map(|number| number.to_le_bytes()[0]).collect();
+        let (entry, mut body) = answer(Version::HTTP_2, whole.clone());
+        let mut taken = Vec::new();
+        while !body.is_end_stream() {
+            assert!(entry.state().is_in_flight());
+            assert_eq!(body.size_hint().exact(), Some((whole.len() - taken.len()) as u64));
+            let chunk = body.frame().await.expect("a chunk").expect("no error").into_data().expect("data");
+            assert!(chunk.len() <= CHUNK, "{}", chunk.len());
+            taken.extend(chunk);
+        }
+        assert_eq!(taken, whole);
+        drop(body);
+        assert!(!entry.state().is_in_flight());
+    }
+
+    #[tokio::test]
+    async fn an_http1_answer_goes_as_the_handler_gave_it() {
+        let (_entry, mut body) = answer(Version::HTTP_11, vec![0; CHUNK * 2]);
+        let chunk = body.frame().await.expect("a chunk").expect("no error").into_data().expect("data");
+        assert_eq!(chunk.len(), CHUNK * 2);
+    }
+}

@@ -1,0 +1,315 @@
+//! A connection's stream as hyper reads and writes it, reporting to the registry what passes.
+
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::{Buf, Bytes};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::server::TlsStream;
+use tokio_util::either::Either;
+
+use super::Protocol;
+use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::stream::Stream;
+
+/// How much a peer may still send while we wait for it to take our last answer, in bytes.
+const DISCARD_LIMIT: usize = 256 * 1024;
+
+/// What carries a connection's bytes: the stream itself, or TLS on it.
+pub(super) type Wire = Either<Stream, Box<TlsStream<Stream>>>;
+
+pub(super) struct Io {
+    wire: Wire,
+    /// Bytes that came with the connection, read before any others.
+    unread: Bytes,
+    registration: Registration,
+    protocol: Protocol,
+    end: Ending,
+}
+
+/// How far a connection's end has come.
+#[derive(Clone, Copy)]
+enum Ending {
+    No,
+    /// Saying that nothing more will come from here.
+    Shutting,
+    /// Reading what the peer still sends, up to so many bytes, until it closes too.
+    Discarding(usize),
+}
+
+impl Io {
+    pub(super) fn new(wire: Wire, unread: Bytes, registration: Registration, protocol: Protocol) -> Self {
+        Self { wire, unread, registration, protocol, end: Ending::No }
+    }
+
+    /// What it takes to go on elsewhere. None behind TLS.
+    pub(super) fn into_parts(self) -> Option<(Stream, Registration)> {
+        match self.wire {
+            Wire::Left(stream) => Some((stream, self.registration)),
+            Wire::Right(_) => None,
+        }
+    }
+
+    fn entry(&self) -> &Entry {
+        &self.registration.entry
+    }
+
+    /// Ends the connection so that the peer gets the last answer whole: closing with unread bytes
+    /// in the socket would reset it (RFC 9112 section 9.6). Bounded by the registry's limits.
+    pub(super) async fn close(mut self) {
+        poll_fn(|cx| {
+            self.entry().wake_on_change(cx);
+            self.poll_close(cx)
+        })
+        .await;
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            let is_overdue = self.entry().is_overdue();
+            let next = match self.end {
+                Ending::No => {
+                    self.entry().enter(Stage::Ending);
+                    Ending::Shutting
+                }
+                Ending::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
+                    Poll::Ready(Ok(())) => Ending::Discarding(DISCARD_LIMIT),
+                    Poll::Pending if !is_overdue => return Poll::Pending,
+                    Poll::Ready(Err(_)) | Poll::Pending => return Poll::Ready(()),
+                },
+                Ending::Discarding(left) => {
+                    let mut discard = [0; 4096];
+                    let mut into = ReadBuf::new(&mut discard);
+                    match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
+                        Poll::Ready(Ok(())) if !into.filled().is_empty() && left > into.filled().len() => {
+                            self.entry().enter(Stage::Discarding);
+                            Ending::Discarding(left - into.filled().len())
+                        }
+                        Poll::Pending if !is_overdue => {
+                            if self.entry().stage() == Stage::Ending {
+                                self.entry().enter(self.stage_of_silence());
+                            }
+                            return Poll::Pending;
+                        }
+                        Poll::Ready(_) | Poll::Pending => return Poll::Ready(()),
+                    }
+                }
+            };
+            self.end = next;
+        }
+    }
+
+    /// What a connection does whose last word is out, and whose peer has sent nothing since.
+    fn stage_of_silence(&self) -> Stage {
+        if self.entry().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
+    }
+
+    pub(super) fn is_plain(&self) -> bool {
+        matches!(self.wire, Wire::Left(_))
+    }
+
+    /// Whether the peer has gone before its answer was out. Behind TLS only hyper can see that.
+    fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
+        let Wire::Left(stream) = &self.wire else { return false };
+        let entry = self.entry();
+        let state = entry.state();
+        let waits = state.stage == Stage::InFlight && state.is_in_flight() && !state.is_reading();
+        if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
+            return false;
+        }
+        // What comes is the next request, and this one's peer is there.
+        matches!(stream.poll_peek(cx, &mut [0], |_| true), Poll::Ready(Ok(0) | Err(_)))
+    }
+
+    /// What a handler's own write (WebSocket) came to: an error where its peer has taken nothing for as long as
+    /// it may take for a chunk of an answer.
+    fn limit_handler<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        let entry = self.entry();
+        if entry.stage() != Stage::Upgraded {
+            return polled;
+        }
+        if polled.is_ready() {
+            // It flushes when it likes.
+            entry.flushed();
+            return polled;
+        }
+        entry.writing();
+        entry.replace_waker(cx);
+        if entry.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
+    }
+
+    /// Sends an answer of our own, and closes.
+    pub(super) async fn refuse(mut self, answer: &[u8]) {
+        // It has the time that any answer has.
+        self.entry().enter(Stage::Ending);
+        let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
+        if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
+            self.close().await;
+        }
+    }
+
+    /// What `poll` comes to, unless the peer takes nothing of what we have to say.
+    async fn in_time<T>(
+        &mut self,
+        mut poll: impl FnMut(Pin<&mut Self>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> io::Result<T> {
+        poll_fn(|cx| {
+            self.entry().wake_on_change(cx);
+            match poll(Pin::new(self), cx) {
+                Poll::Pending if self.entry().is_overdue() => {
+                    Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
+                }
+                polled => polled,
+            }
+        })
+        .await
+    }
+}
+
+impl AsyncRead for Io {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let entry = &this.registration.entry;
+        // The next request belongs to the next process; the body of one that has begun does not.
+        // The driver is woken when the phase changes, and reads again then.
+        let state = entry.state();
+        let held = entry.phase() == Phase::Resting && state.is_movable() && !state.is_reading();
+        if held {
+            return Poll::Pending;
+        }
+        if this.unread.has_remaining() {
+            let length = this.unread.remaining().min(into.remaining());
+            into.put_slice(&this.unread.split_to(length));
+            return Poll::Ready(Ok(()));
+        }
+        let before = into.filled().len();
+        std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
+        if this.protocol == Protocol::Http1 && into.filled().len() > before {
+            entry.received();
+        }
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Io {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.entry().writing();
+        let written = Pin::new(&mut self.wire).poll_write(cx, bytes);
+        if written.is_ready() {
+            self.entry().wrote();
+        }
+        self.limit_handler(cx, written)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        self.entry().writing();
+        let written = Pin::new(&mut self.wire).poll_write_vectored(cx, slices);
+        if written.is_ready() {
+            self.entry().wrote();
+        }
+        self.limit_handler(cx, written)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.wire.is_write_vectored()
+    }
+
+    /// hyper flushes when all that it had to send has been written, and at the end of each turn.
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let flushed = Pin::new(&mut self.wire).poll_flush(cx);
+        std::task::ready!(self.limit_handler(cx, flushed))?;
+        self.entry().flushed();
+        if self.is_given_up(cx) {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// hyper's way to say that it is done. The driver of HTTP/1 closes the stream itself (`close`), or hands
+    /// it over; an upgraded one belongs to its handler.
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match (self.protocol, self.entry().stage()) {
+            (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
+            (Protocol::Http1, Stage::Upgraded) => {
+                let shut = Pin::new(&mut self.wire).poll_shutdown(cx);
+                self.limit_handler(cx, shut)
+            }
+            (Protocol::Http1, _) => Poll::Ready(Ok(())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use harness::certificate::Certificate;
+    use tokio::net::{TcpListener, TcpStream};
+    use tokio::time::timeout;
+    use tokio_rustls::TlsConnector;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::credentials::Credentials;
+    use crate::registry::{Limits, Registry};
+    use crate::stream::Peer;
+    use crate::tls;
+
+    /// Both ends of a connection: ours, and a peer's.
+    async fn connection() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
+        let address = listener.local_addr().expect("an address");
+        let (ours, peer) = tokio::join!(listener.accept(), TcpStream::connect(address));
+        (ours.expect("a connection").0, peer.expect("a connection"))
+    }
+
+    /// Sends until no more fits: the peer reads nothing.
+    async fn fill(stream: &Stream) {
+        let Stream::Tcp(stream) = stream else { panic!("TCP") };
+        while timeout(Duration::from_millis(50), stream.writable()).await.is_ok() {
+            let _ = stream.try_write(&[0; 16 * 1024]);
+        }
+    }
+
+    /// With every time limit at its shortest, under watch.
+    fn io(wire: Wire) -> Io {
+        let short = Duration::from_millis(20);
+        let limits = Limits { head: short, idle: short, stall: short, close: short };
+        let registry = Registry::new(limits, CancellationToken::new());
+        let registration = registry.register(Peer::Unix, None);
+        tokio::spawn(registry.watch());
+        Io::new(wire, Bytes::new(), registration, Protocol::Http1)
+    }
+
+    async fn assert_ends(end: impl Future<Output = ()>) {
+        timeout(Duration::from_secs(10), end).await.expect("not waited for");
+    }
+
+    #[tokio::test]
+    async fn a_refusal_that_the_peer_does_not_take_ends_at_the_stall_limit() {
+        let (ours, _peer) = connection().await;
+        let stream = Stream::Tcp(ours);
+        fill(&stream).await;
+        assert_ends(io(Wire::Left(stream)).refuse(b"HTTP/1.1 408 Request Timeout\r\n\r\n")).await;
+    }
+
+    #[tokio::test]
+    async fn a_tls_end_that_the_peer_does_not_take_ends_at_the_stall_limit() {
+        let certificate = Certificate::new().expect("a certificate");
+        let (chain, key) = (certificate.chain(), certificate.key());
+        let acceptor = tls::acceptor(Some(&chain), Some(&key), &Credentials::default()).expect("an acceptor");
+        let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
+        let (ours, peer) = connection().await;
+        let name = "localhost".try_into().expect("a name");
+        let (ours, _peer) = tokio::join!(acceptor.accept(Stream::Tcp(ours)), connector.connect(name, peer));
+        let ours = ours.expect("a handshake");
+        fill(ours.get_ref().0).await;
+        assert_ends(io(Wire::Right(Box::new(ours))).close()).await;
+    }
+}

@@ -1,0 +1,88 @@
+//! How connections at rest go to the next process, with the bytes that were read from them.
+//!
+//! They travel in frames (`frame.rs`) on a `SOCK_SEQPACKET` channel (`channel.rs`). At a restart nobody
+//! is there yet to read: the channel waits, filled, in systemd's file descriptor store (`store.rs`).
+//! At a reload the successor reads it at once (`takeover.rs`).
+
+mod channel;
+mod frame;
+mod store;
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use bytes::Bytes;
+pub use channel::{
+    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, pair, receive as receive_frame, send as send_frames,
+};
+use rustix::time::{ClockId, clock_gettime};
+pub use store::{FdStore, take};
+
+use crate::kind::Name;
+use crate::stream::{Connection, Stream};
+
+/// The channel's name in systemd's store, `FDNAME=`.
+pub const STORE_NAME: &str = "connections";
+
+/// What the origin says of itself in each frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub generation: u64,
+    /// When its last answer was out; nanoseconds of `CLOCK_MONOTONIC`.
+    pub rested_at: u64,
+}
+
+impl Origin {
+    pub fn now(generation: u64) -> Self {
+        Self { generation, rested_at: monotonic_now() }
+    }
+
+    /// How long ago the origin's last answer was out.
+    pub fn pause(&self) -> Duration {
+        Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
+    }
+}
+
+fn monotonic_now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// The generation that follows those who wrote to `channels`; nothing is taken out of them.
+pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
+    let senders = channels.iter().flatten().filter_map(channel::peek);
+    senders.map(|origin| origin.generation.saturating_add(1)).max()
+}
+
+/// A connection as it comes out of a channel.
+pub struct Received {
+    fd: OwnedFd,
+    name: Name,
+    unread: Bytes,
+}
+
+impl Received {
+    /// Refused, with a reason, where no listener of `names` is the one that it came from.
+    pub fn new(fd: OwnedFd, record: Record, names: &[Name]) -> Result<Self, String> {
+        match names.iter().find(|name| name.as_str() == record.listener) {
+            Some(name) => Ok(Self { fd, name: name.clone(), unread: record.payload }),
+            None => Err(format!("no listener is named {:?} any more", record.listener)),
+        }
+    }
+
+    /// The connection, in this process's runtime. Fails where the peer is gone.
+    pub fn connect(self) -> io::Result<Connection> {
+        let (stream, peer) = Stream::from_fd(self.fd)?;
+        Ok(Connection { stream, peer, listener: self.name, unread: self.unread })
+    }
+}
+
+/// Connections as they go into a channel.
+pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
+    let pack = |connection: &Connection| Record {
+        listener: connection.listener.to_string(),
+        payload: connection.unread.clone(),
+    };
+    connections.iter().map(|connection| (connection.stream.as_fd(), pack(connection))).collect()
+}

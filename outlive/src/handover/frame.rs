@@ -1,0 +1,287 @@
+//! The frames on the channel: one message of a `SOCK_SEQPACKET` socket each.
+//!
+//! ```text
+//! message   4  "hand"                            the same in every version
+//!           2  version                           the same in every version
+//!           2  kind                              versions 1 and 2 from here on
+//!           2  N, sockets in this frame
+//!           8  generation of the origin
+//!           8  when its last answer was out, nanoseconds of CLOCK_MONOTONIC
+//!           .  text, UTF-8, up to 512 bytes
+//! fds       1  a memfd with N records, if N > 0
+//!           N  sockets: connections, or listeners
+//! record    4  length of all that follows        version 2 only
+//!           2  kind of the connection            version 2 only; 0: HTTP/1.1
+//!           2  length of the listener's name
+//!           4  length of the payload
+//!           .  the listener's name
+//!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
+//!           .  what a later release has to say   version 2 only
+//! ```
+//! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
+//! socket's buffer, and all messages together may not either.
+//!
+//! A release reads one version more than it writes, so that the one before and the one after may take its place
+//! at any moment. In version 2 a connection of a kind that is not known is refused, and no other with it.
+
+use bytes::{Buf, BufMut, Bytes};
+
+use super::Origin;
+
+/// What is written; the oldest that is read.
+pub(super) const VERSION: u16 = 1;
+/// The newest that is read.
+pub(super) const NEXT_VERSION: u16 = 2;
+pub(super) const HEADER_LENGTH: usize = 26;
+pub(super) const TEXT_LIMIT: usize = 512;
+/// `SCM_MAX_FD` of Linux is 253; one is the memfd.
+pub const MAX_SOCKETS: usize = 252;
+
+const MAGIC: &[u8; 4] = b"hand";
+
+/// What a frame says. Connections and totals alone travel at a restart; the others are the words of a takeover
+/// (`takeover.rs`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Kind {
+    /// Go on with these.
+    Connections,
+    /// The successor: here I am; the text is my pid.
+    Hello,
+    /// Who started the successor: it is now a child of the service manager.
+    Go,
+    /// The predecessor: listen on these, and here are my credentials; the text is my `WATCHDOG_USEC`.
+    Listeners,
+    /// The successor: I could serve.
+    Ready,
+    /// The predecessor: do.
+    Commit,
+    /// The successor: I accept connections.
+    Accepting,
+    /// The predecessor: you are the main process.
+    Main,
+    /// Either: no; the text says why.
+    Refused,
+    /// The predecessor, last of all: the text is what it has counted (`metrics::totals`).
+    Totals,
+}
+
+impl Kind {
+    const ALL: [Self; 10] = [
+        Self::Connections,
+        Self::Hello,
+        Self::Go,
+        Self::Listeners,
+        Self::Ready,
+        Self::Commit,
+        Self::Accepting,
+        Self::Main,
+        Self::Refused,
+        Self::Totals,
+    ];
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Header {
+    pub(super) version: u16,
+    pub(super) kind: Kind,
+    pub(super) sockets: u16,
+    pub(super) origin: Origin,
+    pub(super) text: String,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    pub listener: String,
+    pub payload: Bytes,
+}
+
+impl Header {
+    /// A longer text is cut.
+    pub(super) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.text.len());
+        bytes.put_slice(MAGIC);
+        bytes.put_u16_le(self.version);
+        bytes.put_u16_le(self.kind as u16);
+        bytes.put_u16_le(self.sockets);
+        bytes.put_u64_le(self.origin.generation);
+        bytes.put_u64_le(self.origin.rested_at);
+        bytes.put_slice(&self.text.as_bytes()[..self.text.floor_char_boundary(TEXT_LIMIT)]);
+        bytes
+    }
+
+    pub(super) fn decode(mut bytes: &[u8]) -> Result<Self, String> {
+        if bytes.len() < 6 || bytes[..4] != *MAGIC {
+            return Err("not a frame of the handover channel".into());
+        }
+        bytes.advance(4);
+        let version = bytes.get_u16_le();
+        if !(VERSION..=NEXT_VERSION).contains(&version) {
+            return Err(format!(
+                "frame version {version}, where this binary knows {VERSION} to {NEXT_VERSION}"
+            ));
+        }
+        let lengths = HEADER_LENGTH - 6..=HEADER_LENGTH - 6 + TEXT_LIMIT;
+        if !lengths.contains(&bytes.len()) {
+            return Err("a frame of a wrong length".into());
+        }
+        let kind = bytes.get_u16_le();
+        let kind = *Kind::ALL.get(usize::from(kind)).ok_or_else(|| format!("a frame of kind {kind}"))?;
+        let sockets = bytes.get_u16_le();
+        if usize::from(sockets) > MAX_SOCKETS {
+            return Err(format!("a frame of {sockets} sockets"));
+        }
+        let origin = Origin { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
+        let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?.to_owned();
+        Ok(Self { version, kind, sockets, origin, text })
+    }
+}
+
+impl Record {
+    pub(super) fn encode(&self, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
+        into.put_u16_le(self.listener.len().try_into()?);
+        into.put_u32_le(self.payload.len().try_into()?);
+        into.put_slice(self.listener.as_bytes());
+        into.put_slice(&self.payload);
+        Ok(())
+    }
+
+    /// Takes one record off the front of `bytes`; the inner error is a connection of a kind that is not known.
+    pub(super) fn decode(version: u16, bytes: &mut Bytes) -> Result<Result<Self, String>, String> {
+        if version == VERSION {
+            return Self::decode_body(bytes).map(Ok);
+        }
+        if bytes.len() < 4 {
+            return Err(SHORT.into());
+        }
+        let length = bytes.get_u32_le() as usize;
+        if bytes.len() < length || length < 2 {
+            return Err(SHORT.into());
+        }
+        let mut body = bytes.split_to(length);
+        match body.get_u16_le() {
+            HTTP1 => Self::decode_body(&mut body).map(Ok),
+            kind => Ok(Err(format!("a connection of kind {kind}, which this binary does not know"))),
+        }
+    }
+
+    fn decode_body(bytes: &mut Bytes) -> Result<Self, String> {
+        if bytes.len() < 6 {
+            return Err(SHORT.into());
+        }
+        let (name, payload) = (usize::from(bytes.get_u16_le()), bytes.get_u32_le() as usize);
+        if bytes.len() < name.saturating_add(payload) {
+            return Err(SHORT.into());
+        }
+        let listener = std::str::from_utf8(&bytes.split_to(name)).map_err(|error| error.to_string())?.into();
+        Ok(Self { listener, payload: bytes.split_to(payload) })
+    }
+}
+
+const SHORT: &str = "a record that is cut short";
+/// A connection that speaks HTTP/1.1, or nothing yet.
+const HTTP1: u16 = 0;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn header(sockets: u16, text: &str) -> Header {
+        let origin = Origin { generation: 3, rested_at: 5 };
+        Header { version: VERSION, kind: Kind::Connections, sockets, origin, text: text.into() }
+    }
+
+    proptest! {
+        #[test]
+        fn headers_come_back_as_they_went(
+            version in VERSION..=NEXT_VERSION,
+            kind in 0..Kind::ALL.len(),
+            sockets in 0..=252_u16,
+            generation: u64,
+            rested_at: u64,
+            text in ".{0,100}",
+        ) {
+            let origin = Origin { generation, rested_at };
+            let header = Header { version, kind: Kind::ALL[kind], sockets, origin, text };
+            prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
+        }
+
+        #[test]
+        fn records_come_back_as_they_went(
+            records in prop::collection::vec((".{0,40}", prop::collection::vec(any::<u8>(), 0..300)), 0..20),
+        ) {
+            let mut bytes = Vec::new();
+            let records: Vec<Record> =
+                records.into_iter().map(|(listener, payload)| Record { listener, payload: payload.into() }).collect();
+            for record in &records {
+                record.encode(&mut bytes).expect("short enough");
+            }
+            let mut bytes = Bytes::from(bytes);
+            for record in records {
+                prop_assert_eq!(Record::decode(VERSION, &mut bytes), Ok(Ok(record)));
+            }
+            prop_assert!(bytes.is_empty());
+        }
+
+        #[test]
+        fn records_of_the_next_version_are_read_and_each_stands_for_itself(
+            records in prop::collection::vec(
+                (0..2_u16, ".{0,40}", prop::collection::vec(any::<u8>(), 0..300), prop::collection::vec(any::<u8>(), 0..20)),
+                0..20,
+            ),
+        ) {
+            let mut bytes = Vec::new();
+            for (kind, listener, payload, later) in &records {
+                let mut body = kind.to_le_bytes().to_vec();
+                let record = Record { listener: listener.clone(), payload: Bytes::copy_from_slice(payload) };
+                record.encode(&mut body).expect("short enough");
+                body.extend(later);
+                bytes.put_u32_le(body.len().try_into().expect("short enough"));
+                bytes.extend(body);
+            }
+            let mut bytes = Bytes::from(bytes);
+            for (kind, listener, payload, _) in records {
+                let read = Record::decode(NEXT_VERSION, &mut bytes).expect("whole");
+                prop_assert_eq!(read.ok(), (kind == HTTP1).then_some(Record { listener, payload: payload.into() }));
+            }
+            prop_assert!(bytes.is_empty());
+        }
+
+        #[test]
+        fn no_bytes_make_the_readers_panic(
+            start in 0..=HEADER_LENGTH, bytes in prop::collection::vec(any::<u8>(), 0..700),
+        ) {
+            let _ = Header::decode(&bytes);
+            // Also what begins well.
+            let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
+            for version in VERSION..=NEXT_VERSION {
+                let mut bytes = Bytes::from(bytes.clone());
+                while Record::decode(version, &mut bytes).is_ok() {}
+            }
+        }
+
+        #[test]
+        fn a_header_that_is_cut_or_of_another_version_is_refused(
+            length in 0..HEADER_LENGTH, version in (NEXT_VERSION + 1)..,
+        ) {
+            let mut bytes = header(1, "").encode();
+            prop_assert!(Header::decode(&bytes[..length]).is_err());
+            bytes[4..6].copy_from_slice(&version.to_le_bytes());
+            let refusal = Header::decode(&bytes).expect_err("another version");
+            prop_assert!(refusal.contains("version"), "{}", refusal);
+        }
+    }
+
+    #[test]
+    fn more_sockets_than_a_message_can_carry_are_refused() {
+        assert!(Header::decode(&header(253, "").encode()).is_err());
+    }
+
+    #[test]
+    fn a_long_text_is_cut_and_not_refused() {
+        let decoded = Header::decode(&header(0, &"ä".repeat(400)).encode()).expect("a header");
+        assert_eq!(decoded.text, "ä".repeat(256));
+    }
+}

@@ -1,0 +1,178 @@
+//! A restart: the channel waits in systemd's file descriptor store for the next process.
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tracing::{debug, info, warn};
+
+use super::{Kind, Next, Origin, Received, STORE_NAME, channel, pack};
+use crate::kind::Name;
+use crate::log::message_id;
+use crate::metrics;
+use crate::stream::Connection;
+use crate::systemd;
+
+/// The writing end of a channel whose reading end systemd keeps.
+pub struct FdStore {
+    channel: OwnedFd,
+}
+
+impl FdStore {
+    /// Opens a channel into the store. None where there is no store: no systemd, or
+    /// `FileDescriptorStoreMax=0`.
+    pub async fn open() -> Option<Self> {
+        if systemd::has_store() == Some(false) {
+            return None;
+        }
+        match Self::try_open().await {
+            Ok(store) => store,
+            Err(error) => {
+                warn!(%error, "could not open a handover channel");
+                None
+            }
+        }
+    }
+
+    /// A channel, and the end of it that systemd would keep.
+    #[cfg(test)]
+    pub fn in_memory() -> (Self, OwnedFd) {
+        let (channel, store) = channel::pair().expect("a pair");
+        (Self { channel }, store)
+    }
+
+    async fn try_open() -> io::Result<Option<Self>> {
+        let (channel, to_store) = channel::pair()?;
+        systemd::store(STORE_NAME, to_store.as_fd())?;
+        tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
+        // Our copy goes: if systemd has kept none, the channel has no reader.
+        drop(to_store);
+        let store = Self { channel };
+        let is_kept = store.is_kept()?;
+        if !is_kept {
+            debug!("systemd keeps no fds for this unit (FileDescriptorStoreMax=)");
+        }
+        Ok(is_kept.then_some(store))
+    }
+
+    /// Whether the reading end is still open, which shows in how the writing end polls.
+    fn is_kept(&self) -> io::Result<bool> {
+        let mut polled = [PollFd::new(&self.channel, PollFlags::OUT)];
+        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+        Ok(!polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
+    }
+
+    /// Leaves `connections` for the next process; gives back those that did not fit.
+    pub fn put(&self, origin: Origin, mut connections: Vec<Connection>) -> Vec<Connection> {
+        let (sent, error) = channel::send(&self.channel, Kind::Connections, origin, &pack(&connections), "");
+        // systemd may close what it does not keep a while after it has said that it has read the message.
+        if !self.is_kept().unwrap_or(false) {
+            warn!(connections = connections.len(), "systemd has closed the handover channel");
+            return connections;
+        }
+        let left = connections.split_off(sent);
+        if let Some(error) = error {
+            warn!(%error, connections = left.len(), "the handover channel is full");
+        }
+        // Closing ten thousand one by one takes a while; the kernel does it all at the process's end.
+        std::mem::forget(connections);
+        left
+    }
+
+    /// Leaves what this process has counted.
+    pub fn say_totals(&self, origin: Origin) {
+        // Where the channel is full or gone, the journal has it.
+        channel::send::<OwnedFd>(&self.channel, Kind::Totals, origin, &[], &metrics::totals());
+    }
+}
+
+/// Takes the connections that a predecessor left in `channels`. None where it left no channel.
+pub fn take(channels: Vec<anyhow::Result<OwnedFd>>, names: &[Name]) -> Option<Taken> {
+    if channels.is_empty() {
+        return None;
+    }
+    let mut taken = Taken::default();
+    for channel in channels {
+        if let Err(error) = channel.and_then(|channel| taken.empty(&channel, names)) {
+            taken.refuse(0, format!("{error:#}"));
+        }
+    }
+    metrics::TAKEN_OVER.inc_by(taken.connections() as u64);
+    Some(taken)
+}
+
+/// What was in the store.
+#[derive(Default)]
+pub struct Taken {
+    connections: Vec<Received>,
+    origin: Option<Origin>,
+    /// Connections closed because nobody here could go on with them.
+    refused: usize,
+    /// Why; the last reason.
+    reason: Option<String>,
+}
+
+impl Taken {
+    /// How many connections can go on.
+    pub fn connections(&self) -> usize {
+        self.connections.len()
+    }
+
+    /// Goes on with them, and says what became of the others.
+    pub fn go_on(self, adopt: impl Fn(Connection)) {
+        let taken_over = self.connections();
+        for received in self.connections {
+            match received.connect() {
+                Ok(connection) => adopt(connection),
+                Err(error) => debug!(%error, "a client left while its connection was parked"),
+            }
+        }
+        if let Some(origin) = self.origin {
+            let rest_ms = u64::try_from(origin.pause().as_millis()).unwrap_or(u64::MAX);
+            info!(
+                message_id = message_id::TOOK_OVER,
+                taken_over,
+                rest_ms,
+                "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
+            );
+        }
+        if let Some(reason) = self.reason {
+            let refused = self.refused;
+            warn!(refused, "closed {refused} connections of the predecessor: {reason}");
+        }
+    }
+
+    /// Takes all that the channel's writer has sent. A frame that makes no sense costs the connections in
+    /// it, and no others.
+    fn empty(&mut self, channel: &OwnedFd, names: &[Name]) -> anyhow::Result<()> {
+        loop {
+            match channel::receive(channel)? {
+                Next::Frame(frame) if frame.kind == Kind::Totals => {
+                    if let Err(error) = metrics::go_on_from(&frame.text) {
+                        debug!(%error, "the predecessor's totals make no sense");
+                    }
+                }
+                Next::Frame(frame) => {
+                    self.origin = Some(frame.origin);
+                    for reason in frame.refused {
+                        self.refuse(1, reason);
+                    }
+                    for (fd, record) in frame.sockets {
+                        match Received::new(fd, record, names) {
+                            Ok(received) => self.connections.push(received),
+                            Err(reason) => self.refuse(1, reason),
+                        }
+                    }
+                }
+                Next::Refused(connections, reason) => self.refuse(connections, reason),
+                // Its writer has ended: nothing more will come.
+                Next::Pending | Next::End => return Ok(()),
+            }
+        }
+    }
+
+    fn refuse(&mut self, connections: usize, reason: String) {
+        self.refused += connections;
+        self.reason = Some(reason);
+    }
+}

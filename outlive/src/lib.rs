@@ -1,0 +1,40 @@
+#![doc = include_str!("front.md")]
+
+mod admin;
+mod cli;
+mod config;
+mod connection;
+mod context;
+mod credentials;
+mod drain;
+mod exit;
+mod handover;
+mod kind;
+mod listeners;
+mod lock;
+mod log;
+mod metrics;
+mod process;
+mod readiness;
+mod registry;
+mod requests;
+mod rlimit;
+mod run;
+mod server;
+mod service;
+mod signals;
+mod status;
+mod stream;
+mod sys;
+mod systemd;
+mod takeover;
+mod tasks;
+pub mod testing;
+mod tls;
+
+pub use context::Shutdown;
+pub use process::Process;
+pub use prometheus;
+pub use run::run;
+pub use service::{Service, TaskOptions};
+pub use stream::Peer;

@@ -1,0 +1,65 @@
+//! Where events go: to the journal with their fields when standard error is the journal, else as
+//! readable lines to standard error.
+
+use std::io::IsTerminal;
+
+use anyhow::Context;
+use tracing::error;
+use tracing_journald::{Priority, PriorityMappings};
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::prelude::*;
+
+use crate::exit::{Failure, Result};
+use crate::systemd;
+
+/// `journalctl MESSAGE_ID=…` finds the events of a service's process by these.
+pub mod message_id {
+    pub const STARTED: &str = "c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11";
+    pub const TOOK_OVER: &str = "1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
+    pub const SUCCEEDED: &str = "7c2f8e5d3a9b4160b4d7e1f0c6a58b66";
+    pub const NOT_RELOADED: &str = "f3b1a6c94d2e4857a0e9c8d5b7f41c77";
+    pub const DRAINING: &str = "5f0f8c1e6b7a4a52b3a0d9c2e4f61b22";
+    pub const STOPPED: &str = "a81d6e0b9c3f47d5886e2b4f7c0d9e33";
+    pub const CUT_OFF: &str = "e27b5d4a0f1c4c8e9a6d3b8f5e2c7044";
+}
+
+/// Sets up logging with `filter`, else `RUST_LOG`, else `info`.
+///
+/// `generation` goes with each journal entry.
+pub fn init(filter: Option<&str>, generation: u64) -> Result<()> {
+    let (name, text) = match (filter, std::env::var("RUST_LOG")) {
+        (Some(text), _) => ("--log", text.to_owned()),
+        (None, Ok(text)) => ("RUST_LOG", text),
+        (None, Err(_)) => ("", "info".to_owned()),
+    };
+    let filter = EnvFilter::builder()
+        .parse(&text)
+        .with_context(|| format!("{name}={text} is not a log filter"))
+        .map_err(Failure::config)?;
+    let journal = if systemd::stderr_is_the_journal() { journal(generation) } else { None };
+    let lines = journal.is_none().then(|| {
+        tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_target(false)
+            .log_internal_errors(false) // they would go to standard error too, and panic if that is closed
+    });
+    tracing_subscriber::registry().with(filter).with(journal).with(lines).init();
+    std::panic::set_hook(Box::new(|panic| error!(%panic, "panicked")));
+    Ok(())
+}
+
+/// No journal to be reached is no reason to be silent: standard error goes there too.
+fn journal(generation: u64) -> Option<tracing_journald::Layer> {
+    let layer = tracing_journald::layer().ok()?;
+    Some(
+        layer
+            .with_field_prefix(None)
+            .with_custom_fields([("GENERATION", generation.to_string())])
+            .with_priority_mappings(PriorityMappings {
+                info: Priority::Informational,
+                debug: Priority::Debug,
+                ..PriorityMappings::new()
+            }),
+    )
+}

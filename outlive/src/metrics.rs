@@ -1,0 +1,91 @@
+//! What is counted. Your own go beside these: whatever is registered with the `prometheus` crate's default
+//! registry is at `/metrics` of the admin listeners.
+
+mod durations;
+
+use std::sync::LazyLock;
+
+use anyhow::Context;
+use hyper::Method;
+use prometheus::{
+    IntCounter, IntGauge, IntGaugeVec, register_int_counter, register_int_gauge, register_int_gauge_vec,
+};
+
+pub use durations::answered;
+#[cfg(test)]
+pub use durations::count;
+
+macro_rules! metric {
+    ($register:ident, $name:literal, $help:literal $(, $more:expr)*) => {
+        LazyLock::new(|| $register!($name, $help $(, $more)*).expect("each name is registered once"))
+    };
+}
+
+pub static IN_FLIGHT: LazyLock<IntGauge> =
+    metric!(register_int_gauge, "http_requests_in_flight", "Requests being answered.");
+pub static CONNECTIONS: LazyLock<IntGaugeVec> =
+    metric!(register_int_gauge_vec, "connections", "Open connections, by what they are doing.", &["stage"]);
+pub static HANDED_OVER: LazyLock<IntCounter> = metric!(
+    register_int_counter,
+    "connections_handed_over_total",
+    "Connections left to the next process, by this one and those before it."
+);
+pub static TAKEN_OVER: LazyLock<IntCounter> = metric!(
+    register_int_counter,
+    "connections_taken_over_total",
+    "Connections that the process before this one left to it."
+);
+pub static CUT_OFF: LazyLock<IntCounter> = metric!(
+    register_int_counter,
+    "requests_cut_off_total",
+    "Requests lost to the drain limit, by this process and those before it."
+);
+pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
+    register_int_gauge_vec,
+    "accept_queue_length",
+    "Connections that wait to be accepted, by TCP listener.",
+    &["listener"]
+);
+pub static GENERATION: LazyLock<IntGauge> = metric!(
+    register_int_gauge,
+    "generation",
+    "Which process this is in the row of those that received their connections on."
+);
+pub static UPTIME: LazyLock<IntGauge> =
+    metric!(register_int_gauge, "uptime_seconds", "Seconds since this process began to live.");
+
+/// For the next process to go on from: what is counted at a process's end, nobody could ask it for.
+pub fn totals() -> String {
+    format!("{} {}", HANDED_OVER.get(), CUT_OFF.get())
+}
+
+/// Goes on from the totals of the process before this one.
+pub fn go_on_from(totals: &str) -> anyhow::Result<()> {
+    let (handed_over, cut_off) = totals.split_once(' ').context("totals are two numbers")?;
+    let (handed_over, cut_off) = (handed_over.parse()?, cut_off.parse()?);
+    HANDED_OVER.inc_by(handed_over);
+    CUT_OFF.inc_by(cut_off);
+    Ok(())
+}
+
+/// A client may make methods up, and each would be counted for ever.
+pub fn method(method: &Method) -> &'static str {
+    const KNOWN: [&str; 9] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "PATCH", "TRACE"];
+    KNOWN.into_iter().find(|known| *known == method.as_str()).unwrap_or("other")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn totals_are_gone_on_from_and_what_is_none_counts_nothing() {
+        let before = (HANDED_OVER.get(), CUT_OFF.get());
+        for text in ["", "1", "1 ", "1 x", "-1 2", "1 2 3", "1 99999999999999999999"] {
+            assert!(go_on_from(text).is_err(), "{text}");
+        }
+        assert_eq!((HANDED_OVER.get(), CUT_OFF.get()), before);
+        go_on_from("5 2").expect("two numbers");
+        assert_eq!(totals(), format!("{} {}", before.0 + 5, before.1 + 2));
+    }
+}

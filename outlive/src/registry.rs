@@ -1,0 +1,339 @@
+//! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
+//! its time limits. What a connection is doing is one value (`state.rs`) that its own tasks change
+//! (`entry.rs`); a request that is answered at once takes no lock.
+
+mod entry;
+mod state;
+
+use std::collections::HashMap;
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+pub use entry::{Entry, InFlight, PendingFrame, Registration, Remaining, Unfinished};
+pub use state::Stage;
+use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio_util::sync::CancellationToken;
+
+use crate::lock::lock;
+use crate::stream::Peer;
+
+/// What the process wants of its connections.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// Business as usual.
+    Serving,
+    /// Business as usual, for load balancers to take notice that it will end (`/readyz`).
+    Announcing,
+    /// Business goes on; connections that cannot move are told to end.
+    Draining,
+    /// Nothing is accepted; connections that can move come to rest and leave.
+    Resting,
+    /// There is nobody to move to: all connections are told to end. Others still hold the port, so
+    /// what they pass is accepted.
+    Lingering,
+    /// As `Lingering`, and nothing is accepted.
+    Closing,
+}
+
+impl Phase {
+    const ALL: [Self; 6] =
+        [Self::Serving, Self::Announcing, Self::Draining, Self::Resting, Self::Lingering, Self::Closing];
+
+    pub fn accepts(self) -> bool {
+        matches!(self, Self::Serving | Self::Announcing | Self::Draining | Self::Lingering)
+    }
+
+    /// Whether a connection is told to end with its next answer.
+    pub fn ends(self, movable: bool) -> bool {
+        match self {
+            Self::Serving | Self::Announcing => false,
+            Self::Draining | Self::Resting => !movable,
+            Self::Lingering | Self::Closing => true,
+        }
+    }
+}
+
+/// Time limits that the registry watches over.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    pub head: Duration,
+    pub idle: Duration,
+    /// For a peer to take the next chunk of an answer.
+    pub stall: Duration,
+    /// For a peer to take the last answer and close.
+    pub close: Duration,
+}
+
+impl Limits {
+    /// How often to look: often enough to keep the shortest limit within a quarter.
+    fn interval(self) -> Duration {
+        let shortest = self.head.min(self.idle).min(self.stall).min(self.close);
+        (shortest / 4).clamp(Duration::from_millis(5), Duration::from_secs(1))
+    }
+}
+
+pub struct Registry {
+    born: Instant,
+    limits: Limits,
+    shutdown: CancellationToken,
+    phase: AtomicU8,
+    /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
+    changed: Notify,
+    connections: Mutex<Connections>,
+    /// How many of these have their last answer still to give.
+    unanswered: AtomicU64,
+    /// Tasks that may be holding a connection which is not in `connections` yet.
+    accepting: AtomicU32,
+    /// Predecessors whose connections still come.
+    arriving: AtomicU32,
+    /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
+    now: AtomicU64,
+}
+
+#[derive(Default)]
+struct Connections {
+    next_id: u64,
+    open: HashMap<u64, Arc<Entry>>,
+    /// Requests answered on those that are closed.
+    answered: u64,
+}
+
+/// Sums over all open connections.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    pub connections: usize,
+    pub in_flight: usize,
+    pub answered: u64,
+}
+
+impl Registry {
+    /// `shutdown` is cancelled with the first phase that is no business as usual.
+    pub fn new(limits: Limits, shutdown: CancellationToken) -> Arc<Self> {
+        Arc::new(Self {
+            born: Instant::now(),
+            limits,
+            shutdown,
+            phase: AtomicU8::new(Phase::Serving as u8),
+            changed: Notify::new(),
+            connections: Mutex::default(),
+            unanswered: AtomicU64::new(0),
+            accepting: AtomicU32::new(0),
+            arriving: AtomicU32::new(0),
+            now: AtomicU64::new(0),
+        })
+    }
+
+    pub fn register(self: &Arc<Self>, peer: Peer, slot: Option<OwnedSemaphorePermit>) -> Registration {
+        let mut connections = lock(&self.connections);
+        let id = connections.next_id;
+        connections.next_id += 1;
+        let registration = Registration::new(self, id, peer, slot);
+        self.unanswered.fetch_add(1, SeqCst);
+        connections.open.insert(id, registration.entry.clone());
+        registration
+    }
+
+    /// Whatever sums up the connections sees it among the open ones, or among the closed.
+    fn remove(&self, entry: &Entry) {
+        let mut connections = lock(&self.connections);
+        if connections.open.remove(&entry.id).is_some() {
+            connections.answered += entry.started();
+        }
+    }
+
+    fn count_unanswered(&self, before: Stage, after: Stage) {
+        match (before.is_unanswered(), after.is_unanswered()) {
+            (true, false) => _ = self.unanswered.fetch_sub(1, SeqCst),
+            (false, true) => _ = self.unanswered.fetch_add(1, SeqCst),
+            _ => {}
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn now(&self) -> u64 {
+        self.now.load(Relaxed)
+    }
+
+    fn set_now(&self, now: u64) {
+        self.now.store(now, Relaxed);
+    }
+
+    pub fn phase(&self) -> Phase {
+        Phase::ALL[usize::from(self.phase.load(SeqCst))]
+    }
+
+    /// Sets a phase after `Serving`.
+    pub fn set_phase(&self, phase: Phase) {
+        let before = self.phase();
+        self.phase.store(phase as u8, SeqCst);
+        self.changed.notify_waiters();
+        if phase == Phase::Announcing {
+            return;
+        }
+        self.shutdown.cancel();
+        // Business goes on for most: that is no news to wake thousands for.
+        let is_first = matches!(before, Phase::Serving | Phase::Announcing);
+        let is_old = |entry: &Entry| is_first && phase == Phase::Draining && entry.state().is_movable();
+        for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
+            entry.wake();
+        }
+    }
+
+    /// Waits until the phase is one that `wanted` says yes to.
+    pub async fn until_phase(&self, wanted: impl Fn(Phase) -> bool) {
+        self.until(|| wanted(self.phase())).await;
+    }
+
+    /// Waits until `done`, which is asked again each time that a connection of a process that no longer
+    /// just serves comes to rest or closes.
+    pub async fn until(&self, mut done: impl FnMut() -> bool) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            changed.as_mut().enable();
+            if done() {
+                return;
+            }
+            changed.await;
+        }
+    }
+
+    fn notify_of_change(&self) {
+        match self.phase() {
+            Phase::Serving | Phase::Announcing => {}
+            // By the thousand, and only the last one matters.
+            Phase::Resting if !self.is_done() => {}
+            _ => self.changed.notify_waiters(),
+        }
+    }
+
+    /// While this is held, a connection may come.
+    pub fn accepting(&self) -> Accepting<'_> {
+        self.accepting.fetch_add(1, SeqCst);
+        Accepting(self)
+    }
+
+    /// While this is held, a predecessor passes connections on.
+    pub fn arriving(&self) -> Arriving<'_> {
+        self.arriving.fetch_add(1, SeqCst);
+        Arriving(self)
+    }
+
+    pub fn is_arriving(&self) -> bool {
+        self.arriving.load(SeqCst) > 0
+    }
+
+    /// Whether the last answer of every connection is out, and no connection comes any more.
+    pub fn is_done(&self) -> bool {
+        self.accepting.load(SeqCst) == 0 && !self.is_arriving() && self.unanswered.load(SeqCst) == 0
+    }
+
+    pub fn entries(&self) -> Vec<Arc<Entry>> {
+        lock(&self.connections).open.values().cloned().collect()
+    }
+
+    pub fn counts(&self) -> Counts {
+        let (entries, answered) = {
+            let connections = lock(&self.connections);
+            (connections.open.values().cloned().collect::<Vec<_>>(), connections.answered)
+        };
+        let begun = Counts { connections: entries.len(), in_flight: 0, answered };
+        entries.iter().fold(begun, |counts, entry| {
+            // Asked for in this order, a request that begins meanwhile is not taken for one that is over.
+            let started = entry.started();
+            let in_flight = entry.state().in_flight();
+            Counts {
+                in_flight: counts.in_flight + in_flight as usize,
+                answered: counts.answered + started.saturating_sub(in_flight.into()),
+                ..counts
+            }
+        })
+    }
+
+    /// What has to end before the others can move on without waiting for it: the requests in flight
+    /// now, the connections that are ending, and those that cannot move.
+    pub fn unfinished(&self) -> Vec<Unfinished> {
+        let mut all: Vec<_> = self.entries().into_iter().map(Unfinished::new).collect();
+        all.retain(Unfinished::is_so);
+        all
+    }
+
+    /// What would be lost if the process ended now.
+    pub fn remaining(&self) -> Vec<Remaining> {
+        self.entries().iter().map(|entry| entry.remaining()).collect()
+    }
+
+    /// Looks at the time limits of every connection, for as long as the process lives.
+    pub async fn watch(self: Arc<Self>) {
+        let mut clock = tokio::time::interval(self.limits.interval());
+        loop {
+            clock.tick().await;
+            self.set_now(u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX));
+            for entry in self.entries() {
+                if entry.is_overdue() {
+                    entry.wake();
+                }
+            }
+        }
+    }
+}
+
+/// See [`Registry::accepting`].
+pub struct Accepting<'a>(&'a Registry);
+
+impl Drop for Accepting<'_> {
+    fn drop(&mut self) {
+        self.0.accepting.fetch_sub(1, SeqCst);
+        self.0.notify_of_change();
+    }
+}
+
+/// See [`Registry::arriving`].
+pub struct Arriving<'a>(&'a Registry);
+
+impl Drop for Arriving<'_> {
+    fn drop(&mut self) {
+        self.0.arriving.fetch_sub(1, SeqCst);
+        self.0.notify_of_change();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicBool;
+
+    use hyper::Uri;
+
+    use super::*;
+
+    #[test]
+    fn a_connection_that_closes_while_they_are_summed_up_counts_once() {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let registry = Registry::new(limits, CancellationToken::new());
+        let (begun, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !is_over.load(SeqCst) {
+                    let answered = registry.counts().answered;
+                    let begun = begun.load(SeqCst);
+                    assert!(answered <= begun, "{answered} answered of {begun}");
+                }
+            });
+            for _ in 0..20_000 {
+                let connection = registry.register(Peer::Unix, None);
+                begun.fetch_add(1, SeqCst);
+                connection.entry.begin(&Uri::from_static("/"));
+                connection.entry.end();
+            }
+            is_over.store(true, SeqCst);
+        });
+        assert_eq!(registry.counts(), Counts { connections: 0, in_flight: 0, answered: 20_000 });
+    }
+}

@@ -1,0 +1,412 @@
+//! One open connection: what its own tasks report of it, and what others may ask.
+
+use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use hyper::Uri;
+use hyper::http::uri::PathAndQuery;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::state::{Event, Stage, State};
+use super::{Phase, Registry};
+use crate::lock::lock;
+use crate::stream::Peer;
+
+/// One open connection.
+pub struct Entry {
+    pub(super) id: u64,
+    pub peer: Peer,
+    registry: Arc<Registry>,
+    opened: Instant,
+    /// A packed [`State`].
+    state: AtomicU64,
+    /// When it came to its stage, or its peer last took something, by the registry's clock.
+    since: AtomicU64,
+    task: Mutex<Option<Waker>>,
+    /// Whether there is none in `task`.
+    is_woken: AtomicBool,
+    pending: Pending,
+    /// Requests that have begun; one task alone counts them.
+    started: AtomicU64,
+    /// Those in flight that were not answered at once.
+    listed: Mutex<Vec<InFlight>>,
+}
+
+/// A request being answered.
+#[derive(Clone)]
+pub struct InFlight {
+    /// Of those of its connection.
+    pub number: u64,
+    pub path: PathAndQuery,
+    pub since: Instant,
+}
+
+/// A connection that the process had to cut off.
+pub struct Remaining {
+    pub peer: Peer,
+    pub age: Duration,
+    pub requests: Vec<InFlight>,
+}
+
+/// See [`Registry::unfinished`].
+pub struct Unfinished {
+    entry: Arc<Entry>,
+    started: u64,
+}
+
+impl Unfinished {
+    pub(super) fn new(entry: Arc<Entry>) -> Self {
+        Self { started: entry.started(), entry }
+    }
+
+    pub fn is_so(&self) -> bool {
+        let state = self.entry.state();
+        match state.stage {
+            Stage::Closing | Stage::Closed => false,
+            Stage::Ending | Stage::Discarding => true,
+            Stage::InFlight if self.entry.started() == self.started => true,
+            _ => !state.is_movable(),
+        }
+    }
+}
+
+/// Keeps a connection in the registry, and its slot under `--max-connections`, until dropped.
+pub struct Registration {
+    pub entry: Arc<Entry>,
+    _slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Registration {
+    pub(super) fn new(
+        registry: &Arc<Registry>,
+        id: u64,
+        peer: Peer,
+        slot: Option<OwnedSemaphorePermit>,
+    ) -> Self {
+        let entry = Entry {
+            id,
+            peer,
+            registry: registry.clone(),
+            opened: Instant::now(),
+            state: AtomicU64::new(State::NEW.pack()),
+            since: AtomicU64::new(registry.now()),
+            task: Mutex::default(),
+            is_woken: AtomicBool::new(true),
+            pending: Pending::default(),
+            started: AtomicU64::new(0),
+            listed: Mutex::default(),
+        };
+        Self { entry: Arc::new(entry), _slot: slot }
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.entry.registry.remove(&self.entry);
+        self.entry.enter(Stage::Closed);
+    }
+}
+
+impl Entry {
+    pub fn state(&self) -> State {
+        State::unpack(self.state.load(SeqCst))
+    }
+
+    pub fn stage(&self) -> Stage {
+        self.state().stage
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.registry.phase()
+    }
+
+    /// Whether the connection has its last answer still to give.
+    pub fn is_unanswered(&self) -> bool {
+        self.stage().is_unanswered()
+    }
+
+    /// Whether the connection is told to end with its next answer.
+    pub fn is_to_end(&self) -> bool {
+        self.phase().ends(self.state().is_movable())
+    }
+
+    /// Changes the state, and tells whoever has to hear of it.
+    fn apply(&self, event: Event) {
+        let mut word = self.state.load(SeqCst);
+        let (before, next, effects) = loop {
+            let before = State::unpack(word);
+            let (next, effects) = before.after(event);
+            if next == before {
+                break (before, next, effects);
+            }
+            if next.stage != before.stage {
+                self.touch();
+            }
+            // Somebody may wait for this: what they read is not to be older than the phase that we read.
+            match self.state.compare_exchange_weak(word, next.pack(), SeqCst, SeqCst) {
+                Ok(_) => break (before, next, effects),
+                Err(changed) => word = changed,
+            }
+        };
+        self.registry.count_unanswered(before.stage, next.stage);
+        if effects.waiters {
+            self.registry.notify_of_change();
+        }
+        if effects.driver {
+            self.wake();
+        }
+    }
+
+    /// The driver's turn: `poll`, and then a look at whether the connection waits again.
+    pub fn turn<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
+        self.wake_on_change(cx);
+        self.apply(Event::TurnBegins);
+        let polled = poll(cx);
+        self.apply(Event::TurnEnds);
+        polled
+    }
+
+    pub fn enter(&self, stage: Stage) {
+        self.apply(Event::Enters(stage));
+    }
+
+    /// The connection stays in this process until it ends.
+    pub fn pin(&self) {
+        self.apply(Event::Pinned);
+    }
+
+    // ---- who is woken ----
+
+    /// Makes the task of `cx`, which is the same each time, the one that is woken when the phase changes or a
+    /// limit has passed.
+    pub fn wake_on_change(&self, cx: &Context<'_>) {
+        // Whoever wakes it says so first: a task that reads here that it will be woken will be.
+        if self.is_woken.load(Acquire) {
+            self.replace_waker(cx);
+        }
+    }
+
+    /// As `wake_on_change`, for the task of a handler whose connection it is now.
+    pub fn replace_waker(&self, cx: &Context<'_>) {
+        let mut task = lock(&self.task);
+        *task = Some(cx.waker().clone());
+        self.is_woken.store(false, Relaxed);
+    }
+
+    pub(super) fn wake(&self) {
+        let waker = {
+            let mut task = lock(&self.task);
+            self.is_woken.store(true, Relaxed);
+            task.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    // ---- time limits ----
+
+    /// Whether the connection has been too long in this stage.
+    pub fn is_overdue(&self) -> bool {
+        let limits = self.registry.limits();
+        let state = self.state();
+        let since = || self.since.load(Relaxed);
+        let (limit, since) = match state.stage {
+            Stage::Waiting => (limits.idle, since()),
+            Stage::Head => (limits.head, since()),
+            Stage::InFlight | Stage::Upgraded if !state.is_flushed() => (limits.stall, since()),
+            Stage::InFlight => match self.pending.since() {
+                Some(since) => (limits.stall, since),
+                None => return false,
+            },
+            Stage::Ending => (limits.stall, since()),
+            Stage::Discarding | Stage::Closing => (limits.close, since()),
+            Stage::Upgraded | Stage::Closed => return false,
+        };
+        let spent = self.registry.now().saturating_sub(since);
+        u128::from(spent) > limit.as_millis()
+    }
+
+    /// The time in this stage counts from now.
+    pub fn touch(&self) {
+        self.since.store(self.registry.now(), Relaxed);
+    }
+
+    // ---- what the connection's IO reports ----
+
+    /// Bytes have arrived.
+    pub fn received(&self) {
+        self.apply(Event::Received);
+    }
+
+    /// The connection has something to send.
+    pub fn writing(&self) {
+        if self.state().is_flushed() {
+            self.apply(Event::Writing);
+            self.touch_unless_idle();
+        }
+    }
+
+    /// The peer's side has taken some of it.
+    pub fn wrote(&self) {
+        self.touch_unless_idle();
+    }
+
+    /// Pings are no reason to keep an idle connection.
+    fn touch_unless_idle(&self) {
+        if self.stage() != Stage::Waiting {
+            self.touch();
+        }
+    }
+
+    /// All of it is out.
+    pub fn flushed(&self) {
+        self.apply(Event::Flushed);
+    }
+
+    // ---- what the connection's requests report ----
+
+    /// A request begins.
+    pub fn begin(&self, uri: &Uri) -> InFlight {
+        let number = self.started();
+        self.started.store(number + 1, Release);
+        self.apply(Event::RequestBegins);
+        let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
+        InFlight { number, path, since: Instant::now() }
+    }
+
+    /// The last byte of a request's answer has been given to the connection, or the request was given up.
+    pub fn end(&self) {
+        self.apply(Event::RequestEnds);
+    }
+
+    pub fn begin_body(&self) {
+        self.apply(Event::BodyBegins);
+    }
+
+    /// `whole`: it was read to its end.
+    pub fn end_body(&self, whole: bool) {
+        self.apply(Event::BodyEnds { whole });
+    }
+
+    /// A request is not answered at once.
+    pub fn list(&self, request: InFlight) {
+        lock(&self.listed).push(request);
+    }
+
+    pub fn unlist(&self, request: &InFlight) {
+        lock(&self.listed).retain(|other| other.number != request.number);
+    }
+
+    /// How many requests have begun on this connection in this process.
+    pub fn started(&self) -> u64 {
+        self.started.load(Acquire)
+    }
+
+    pub(super) fn remaining(&self) -> Remaining {
+        Remaining { peer: self.peer, age: self.opened.elapsed(), requests: lock(&self.listed).clone() }
+    }
+}
+
+/// Frames of answers that wait for room in the peer's windows (HTTP/2), and when one of them came or was taken
+/// last. Both in one word: nobody ever sees one without the other.
+#[derive(Default)]
+struct Pending(AtomicU64);
+
+impl Pending {
+    /// Bits of the time, in milliseconds; the others count.
+    const TIME: u32 = 44;
+
+    /// When one came or was taken last. None where none waits.
+    fn since(&self) -> Option<u64> {
+        let word = self.0.load(Acquire);
+        (word >> Self::TIME > 0).then_some(word & ((1 << Self::TIME) - 1))
+    }
+
+    fn count(&self, change: impl Fn(u64) -> u64, now: u64) {
+        let next = |word: u64| Some(change(word >> Self::TIME) << Self::TIME | now);
+        // It always gives one.
+        let _ = self.0.fetch_update(SeqCst, SeqCst, next);
+    }
+}
+
+/// A frame of an answer that an HTTP/2 connection has for its peer, until there is room for it.
+pub struct PendingFrame(Arc<Entry>);
+
+impl PendingFrame {
+    pub fn new(entry: &Arc<Entry>) -> Self {
+        entry.pending.count(|count| count + 1, entry.registry.now());
+        Self(entry.clone())
+    }
+}
+
+impl Drop for PendingFrame {
+    fn drop(&mut self) {
+        self.0.pending.count(|count| count - 1, self.0.registry.now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::thread;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::registry::Limits;
+
+    /// A process that is older than every limit.
+    fn old_registry() -> Arc<Registry> {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let registry = Registry::new(limits, CancellationToken::new());
+        registry.set_now(1_000_000);
+        registry
+    }
+
+    /// One thread answers, another looks at the time limits, as often as it takes to handle in each moment.
+    #[test]
+    fn the_first_frame_of_an_old_process_is_not_overdue_at_any_moment() {
+        let registry = old_registry();
+        let (give, given) = mpsc::sync_channel::<Arc<Entry>>(0);
+        let watcher = thread::spawn(move || {
+            let mut overdue = 0;
+            while let Ok(entry) = given.recv() {
+                while entry.stage() != Stage::Closed {
+                    overdue += u32::from(entry.is_overdue());
+                }
+            }
+            overdue
+        });
+        for _ in 0..5_000 {
+            let registration = registry.register(Peer::Unix, None);
+            let request = registration.entry.begin(&Uri::from_static("/"));
+            give.send(registration.entry.clone()).expect("it watches");
+            drop(PendingFrame::new(&registration.entry));
+            registration.entry.unlist(&request);
+        }
+        drop(give);
+        assert_eq!(watcher.join().expect("no panic"), 0);
+    }
+
+    #[test]
+    fn frames_that_the_peer_does_not_take_are_overdue() {
+        let registry = old_registry();
+        let registration = registry.register(Peer::Unix, None);
+        let entry = registration.entry.clone();
+        entry.begin(&Uri::from_static("/"));
+        let (first, second) = (PendingFrame::new(&entry), PendingFrame::new(&entry));
+        registry.set_now(1_000_900);
+        drop(first);
+        registry.set_now(1_001_800);
+        assert!(!entry.is_overdue(), "one was taken less than a second ago");
+        registry.set_now(1_002_000);
+        assert!(entry.is_overdue());
+        drop(second);
+        assert!(!entry.is_overdue(), "the handler may take its time");
+    }
+}

@@ -1,0 +1,80 @@
+//! A request's body within its limits: of size, and of time between its chunks.
+
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Limited;
+use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep};
+use tower::BoxError;
+
+pin_project! {
+    pub(super) struct Within<B> {
+        #[pin]
+        body: Limited<B>,
+        pause: Duration,
+        // Most chunks are there at once, and need no timer.
+        late: Option<Pin<Box<Sleep>>>,
+    }
+}
+
+impl<B> Within<B> {
+    /// Fails with `LengthLimitError` after `length` bytes, and with `TimedOut` where a chunk takes longer than
+    /// `pause`.
+    pub(super) fn new(body: B, length: usize, pause: Duration) -> Self {
+        Self { body: Limited::new(body, length), pause, late: None }
+    }
+}
+
+impl<B: Body<Data = Bytes, Error: Into<BoxError>>> Body for Within<B> {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = self.project();
+        if let Poll::Ready(frame) = this.body.poll_frame(cx) {
+            *this.late = None;
+            return Poll::Ready(frame);
+        }
+        let late = this.late.get_or_insert_with(|| Box::pin(sleep(*this.pause)));
+        std::task::ready!(late.as_mut().poll(cx));
+        Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::TimedOut, "no more of the body in time").into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::body::Body as AxumBody;
+    use futures_util::stream::{self, StreamExt};
+    use http_body_util::BodyExt;
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_piece_that_does_not_come_in_time_is_an_error() {
+        let first = stream::once(async { Ok::<_, io::Error>("first") });
+        let body = AxumBody::from_stream(first.chain(stream::pending()));
+        let mut body = Within::new(body, 1024, Duration::from_millis(50));
+        let chunk = body.frame().await.expect("a chunk").expect("in time").into_data().expect("data");
+        assert_eq!(chunk, "first");
+        let end = timeout(Duration::from_secs(5), body.frame()).await.expect("not waited for");
+        let error = end.expect("an end").expect_err("late");
+        assert_eq!(error.downcast::<io::Error>().expect("ours").kind(), io::ErrorKind::TimedOut);
+    }
+}

@@ -1,0 +1,187 @@
+//! A connection at rest, and its stream: a connected socket, TCP or Unix.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::kind::Name;
+
+/// A connection at rest, with what it takes to go on with it: here, or in the next process.
+pub struct Connection {
+    pub stream: Stream,
+    pub peer: Peer,
+    /// Of the listener that it came from.
+    pub listener: Name,
+    /// What was read from it and not consumed.
+    pub unread: Bytes,
+}
+
+pub enum Stream {
+    Tcp(TcpStream),
+    Unix(UnixStream),
+}
+
+/// Who is at the other end of a connection. A handler takes it as an argument.
+///
+/// ```
+/// use outlive::Peer;
+///
+/// async fn who(peer: Peer) -> String {
+///     format!("you are {peer}\n")
+/// }
+/// # let _: axum::Router = axum::Router::new().route("/", axum::routing::get(who));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A client by TCP; an IPv4 address is shown as such, whatever socket it came in by.
+    Tcp(SocketAddr),
+    /// A client on this machine, by a Unix socket.
+    Unix,
+}
+
+impl Peer {
+    pub(crate) fn tcp(address: SocketAddr) -> Self {
+        Self::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+impl Stream {
+    /// A connected socket that was another process's.
+    pub fn from_fd(fd: OwnedFd) -> io::Result<(Self, Peer)> {
+        rustix::io::ioctl_fionbio(&fd, true)?;
+        let peer = rustix::net::getpeername(&fd)?;
+        Self::new(fd, peer)
+    }
+
+    /// A connected socket that does not block, and its peer's address.
+    pub fn new(fd: OwnedFd, peer: Option<SocketAddrAny>) -> io::Result<(Self, Peer)> {
+        let peer = peer.ok_or(io::ErrorKind::NotConnected)?;
+        match SocketAddr::try_from(peer.clone()) {
+            Ok(address) => {
+                let stream = TcpStream::from_std(fd.into())?;
+                Ok((Self::Tcp(stream), Peer::tcp(address)))
+            }
+            Err(_) if peer.address_family() == AddressFamily::UNIX => {
+                let stream = UnixStream::from_std(fd.into())?;
+                Ok((Self::Unix(stream), Peer::Unix))
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Looks at what has arrived without taking it, once that is `enough` or the peer will send no more.
+    /// Ready with 0 at the end of the stream.
+    pub fn poll_peek(
+        &self,
+        cx: &mut Context<'_>,
+        into: &mut [u8],
+        enough: impl Fn(&[u8]) -> bool,
+    ) -> Poll<io::Result<usize>> {
+        loop {
+            std::task::ready!(match self {
+                Self::Tcp(stream) => stream.poll_read_ready(cx),
+                Self::Unix(stream) => stream.poll_read_ready(cx),
+            })?;
+            // "Not enough" is said as WouldBlock inside try_io: what arrives meanwhile wakes us all the same.
+            let peeked = self.try_read_io(|fd| {
+                let (length, _) = rustix::net::recv(fd, &mut *into, RecvFlags::PEEK)?;
+                if length == 0 || enough(&into[..length]) || sends_no_more(fd)? {
+                    Ok(length)
+                } else {
+                    Err(io::ErrorKind::WouldBlock.into())
+                }
+            });
+            match peeked {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                result => return Poll::Ready(result),
+            }
+        }
+    }
+
+    fn try_read_io<R>(&self, read: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
+        match self {
+            Self::Tcp(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
+            Self::Unix(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
+        }
+    }
+}
+
+fn sends_no_more(fd: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut polled = [PollFd::new(&fd, PollFlags::RDHUP)];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    Ok(polled[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
+}
+
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Tcp(stream) => stream.as_fd(),
+            Self::Unix(stream) => stream.as_fd(),
+        }
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
+            Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),
+        }
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        true
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match self.get_mut() {
+            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}

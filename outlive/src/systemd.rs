@@ -1,0 +1,149 @@
+//! All that is said to the service manager: `sd_notify(3)`. Without `NOTIFY_SOCKET` each of these does
+//! nothing.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use sd_notify::NotifyState;
+use tokio::io::AsyncReadExt;
+use tokio::net::unix::pipe;
+use tracing::warn;
+
+/// How often STATUS= may change.
+pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
+/// For the service manager to say that it has read what was sent.
+pub const BARRIER_LIMIT: Duration = Duration::from_secs(5);
+
+/// Whether anybody listens to what is said.
+pub fn is_there() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
+}
+
+/// The service can serve.
+pub fn ready(status: &str) {
+    send(&[NotifyState::Ready, NotifyState::Status(status)]);
+}
+
+/// The line in `systemctl status`.
+pub fn status(status: &str) {
+    send(&[NotifyState::Status(status)]);
+}
+
+/// A successor is being started.
+pub fn reloading(status: &str) {
+    let mut messages = vec![NotifyState::Reloading, NotifyState::Status(status)];
+    messages.extend(NotifyState::monotonic_usec_now().ok());
+    send(&messages);
+}
+
+/// `pid`, which must be a child of the service manager, is the main process from now on. Returns when the
+/// service manager knows.
+pub async fn hand_main_to(pid: u32) {
+    if !is_there() {
+        return;
+    }
+    send(&[NotifyState::MainPid(pid), NotifyState::Ready]);
+    let known = tokio::time::timeout(BARRIER_LIMIT, barrier()).await.map_err(io::Error::from);
+    if let Err(error) = known.flatten() {
+        warn!(%error, "the service manager does not say that it has read a message");
+    }
+}
+
+/// Still starting: asks for `more` time from now, in case `TimeoutStartSec=` is shorter than `--start-timeout`.
+pub fn still_starting(more: Duration) {
+    send(&[NotifyState::ExtendTimeoutUsec(micros(more))]);
+}
+
+fn micros(time: Duration) -> u32 {
+    u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
+}
+
+/// The service goes down.
+pub fn stopping(status: &str) {
+    send(&[NotifyState::Stopping, NotifyState::Status(status)]);
+}
+
+/// Still going down: asks for `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
+pub fn still_stopping(status: &str, more: Duration) {
+    send(&[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)]);
+}
+
+/// Whether fds are kept for this unit; None where the service manager is too old to say.
+///
+/// From systemd 254 on it does: `$FDSTORE` is there where `FileDescriptorStoreMax=` is above 0. A manager
+/// that says nothing of it, but sets another variable of that age, keeps none.
+pub fn has_store() -> Option<bool> {
+    if !is_there() {
+        return Some(false);
+    }
+    match std::env::var("FDSTORE") {
+        Ok(count) => Some(count != "0"),
+        Err(_) => std::env::var_os("MEMORY_PRESSURE_WATCH").map(|_| false),
+    }
+}
+
+/// Asks for `fd` to be kept for the next process (`FileDescriptorStoreMax=`), whatever it polls.
+pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
+    let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
+    sd_notify::notify_with_fds(&keep, &[fd])
+}
+
+/// Takes what was stored under `name` out of the store.
+pub fn unstore(name: &str) {
+    send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
+}
+
+/// Waits until the service manager has dealt with all that was said before: it then closes its end of
+/// a pipe.
+pub async fn barrier() -> io::Result<()> {
+    let (sent, mut closed) = pipe::pipe()?;
+    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[sent.as_fd()])?;
+    drop(sent);
+    closed.read_u8().await.map(drop).or_else(|error| match error.kind() {
+        io::ErrorKind::UnexpectedEof => Ok(()),
+        _ => Err(error),
+    })
+}
+
+/// Whether standard error is the journal: `$JOURNAL_STREAM` names its device and inode, as
+/// `systemd.exec(5)` has it.
+pub fn stderr_is_the_journal() -> bool {
+    let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
+    let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
+    stream == format!("{}:{}", stat.st_dev, stat.st_ino)
+}
+
+/// Says each second what the service is doing, where that has changed, until there is no more `line`.
+pub async fn report(line: impl Fn() -> Option<String>) {
+    let mut said = String::new();
+    let mut clock = tokio::time::interval(STATUS_INTERVAL);
+    while let Some(now) = line() {
+        if now != said {
+            status(&now);
+            said = now;
+        }
+        clock.tick().await;
+    }
+}
+
+/// How long the service manager waits for a sign of process (`WATCHDOG_USEC`).
+pub fn watchdog() -> Option<Duration> {
+    sd_notify::watchdog_enabled()
+}
+
+/// Feeds the watchdog at half its time, from a task: if the runtime no longer turns, nothing is sent, and
+/// systemd restarts the service. Ends when this process `is_watched` no more.
+pub async fn feed_watchdog(watchdog: Duration, is_watched: impl Fn() -> bool) {
+    let mut clock = tokio::time::interval((watchdog / 2).max(Duration::from_millis(1)));
+    while is_watched() {
+        send(&[NotifyState::Watchdog]);
+        clock.tick().await;
+    }
+}
+
+fn send(messages: &[NotifyState]) {
+    if let Err(error) = sd_notify::notify(messages) {
+        warn!(%error, "could not tell the service manager (NOTIFY_SOCKET)");
+    }
+}

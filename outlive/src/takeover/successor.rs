@@ -1,0 +1,201 @@
+//! The successor's side.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::launch::{Outcome, is_readable, take_standard_input};
+use super::{CREDENTIALS, OUTCOME_LIMIT};
+use crate::credentials::Credentials;
+use crate::handover::{Channel, Kind, Next, Origin, Received, receive_frame, send_frames};
+use crate::kind::Name;
+use crate::listeners::{Inherited, Listener};
+use crate::log::message_id;
+use crate::metrics;
+use crate::server::Server;
+use crate::status::Status;
+
+/// The process that we take over from.
+pub struct Predecessor {
+    channel: OwnedFd,
+    outcome: Outcome,
+    me: Origin,
+    deadline: Instant,
+}
+
+impl Predecessor {
+    /// What `launch` gave this process.
+    pub fn find() -> Result<Self> {
+        let outcome = Outcome::take().context("standard output")?;
+        let channel = take_standard_input().context("standard input")?;
+        Ok(Self { channel, outcome, me: Origin::now(0), deadline: Instant::now() })
+    }
+
+    /// Asks for the listeners; `limit` is for all that comes before we serve.
+    pub fn inherit(&mut self, limit: Duration) -> Result<Inherited> {
+        self.deadline = Instant::now() + limit;
+        let pid = std::process::id().to_string();
+        // Where nobody listens any more, the reason may lie in the channel.
+        send_frames::<OwnedFd>(&self.channel, Kind::Hello, self.me, &[], &pid);
+        let frame = loop {
+            ensure!(
+                is_readable(&self.channel, self.deadline)?,
+                "no listeners from the predecessor within --takeover-timeout"
+            );
+            match receive_frame(&self.channel)? {
+                Next::Frame(frame) => break frame,
+                Next::Refused(_, reason) => bail!("from the predecessor: {reason}"),
+                Next::Pending => {}
+                Next::End => bail!("the predecessor hung up"),
+            }
+        };
+        match frame.kind {
+            Kind::Listeners => {}
+            Kind::Refused => bail!("{}", frame.text),
+            other => bail!("listeners were to come from the predecessor, and {other:?} came"),
+        }
+        let mut listeners = Vec::new();
+        let mut credentials = Credentials::default();
+        for (fd, record) in frame.sockets {
+            if record.listener == CREDENTIALS {
+                credentials = Credentials::of_predecessor(fd);
+            } else {
+                listeners.push(Listener::unpack((fd, record))?);
+            }
+        }
+        let generation = frame.origin.generation.saturating_add(1);
+        self.me = Origin::now(generation);
+        // systemd gives WATCHDOG_USEC to what ExecStart= starts, and not to us.
+        let watchdog = frame.text.parse().ok().map(Duration::from_micros);
+        let generation = Some(generation);
+        Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog })
+    }
+
+    /// Says that we could serve, and waits for the predecessor to say: do.
+    pub async fn commit(self) -> Result<Committed> {
+        let Self { channel, outcome, me, deadline } = self;
+        match ask_to_commit(channel, me, deadline).await {
+            Ok(channel) => Ok(Committed { channel, outcome, me }),
+            Err(error) => {
+                outcome.failed(&format!("{error:#}"));
+                Err(error)
+            }
+        }
+    }
+
+    /// This process ends, and the predecessor goes on.
+    pub fn give_up(self, reason: &str) {
+        let (_, _) = send_frames::<OwnedFd>(&self.channel, Kind::Refused, self.me, &[], reason);
+        self.outcome.failed(reason);
+    }
+}
+
+async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
+    let channel = Channel::new(channel)?;
+    channel.say(Kind::Ready, me, "").await.context("the predecessor is gone")?;
+    let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
+    match answer.context("no word from the predecessor within --takeover-timeout")?? {
+        Some(frame) if frame.kind == Kind::Commit => Ok(channel),
+        Some(frame) if frame.kind == Kind::Refused => bail!("{}", frame.text),
+        Some(frame) => bail!("a commit was to come from the predecessor, and {:?} came", frame.kind),
+        None => bail!("the predecessor hung up"),
+    }
+}
+
+/// From now on this process serves.
+pub struct Committed {
+    channel: Channel,
+    outcome: Outcome,
+    me: Origin,
+}
+
+impl Committed {
+    /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
+    /// process is the main one, which is still to be told to whoever waits for the outcome.
+    /// `gone` is cancelled when the predecessor has ended.
+    pub async fn take_over(
+        self,
+        server: Server,
+        names: Vec<Name>,
+        status: Arc<Status>,
+        gone: CancellationToken,
+    ) -> Outcome {
+        let Self { channel, outcome, me } = self;
+        if let Err(error) = channel.say(Kind::Accepting, me, "").await {
+            warn!(%error, "the predecessor is gone");
+        }
+        let (to_main, is_main) = oneshot::channel();
+        tokio::spawn(async move {
+            receive(channel, server, names, status, to_main).await;
+            gone.cancel();
+        });
+        // A predecessor that died, or hangs, leaves nobody else to be it.
+        let _ = tokio::time::timeout(OUTCOME_LIMIT, is_main).await;
+        outcome
+    }
+}
+
+async fn receive(
+    channel: Channel,
+    server: Server,
+    names: Vec<Name>,
+    status: Arc<Status>,
+    to_main: oneshot::Sender<()>,
+) {
+    let _arriving = server.registry().arriving();
+    let begun = Instant::now();
+    let mut to_main = Some(to_main);
+    let mut taken_over = 0_usize;
+    loop {
+        let frame = match channel.receive().await {
+            Ok(Some(frame)) => frame,
+            Ok(None) => break,
+            Err(error) => {
+                warn!(%error, "the predecessor makes no sense");
+                break;
+            }
+        };
+        match frame.kind {
+            Kind::Main => drop(to_main.take()),
+            Kind::Connections => {
+                for reason in frame.refused {
+                    warn!("closed a connection of the predecessor: {reason}");
+                }
+                for (fd, record) in frame.sockets {
+                    let received = match Received::new(fd, record, &names) {
+                        Ok(received) => received,
+                        Err(reason) => {
+                            warn!("closed a connection of the predecessor: {reason}");
+                            continue;
+                        }
+                    };
+                    match received.connect() {
+                        Ok(connection) => {
+                            taken_over += 1;
+                            metrics::TAKEN_OVER.inc();
+                            server.adopt(connection);
+                        }
+                        Err(error) => debug!(%error, "a client left while its connection moved"),
+                    }
+                }
+            }
+            Kind::Totals => {
+                if let Err(error) = metrics::go_on_from(&frame.text) {
+                    debug!(%error, "the predecessor's totals make no sense");
+                }
+            }
+            other => debug!(?other, "not expected here"),
+        }
+    }
+    status.note(format!("took over {taken_over} connections"));
+    let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
+    info!(
+        message_id = message_id::TOOK_OVER,
+        taken_over, took_ms, "took over {taken_over} connections; the predecessor ended after {took_ms} ms",
+    );
+}

@@ -1,0 +1,83 @@
+//! TLS 1.2 and 1.3 by rustls, with ring as its provider of cryptography: it builds with a C compiler
+//! alone, for a static binary too.
+
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::{Context, anyhow, ensure};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::rustls::{self, ServerConfig};
+
+use crate::credentials::Credentials;
+
+/// What the unit's `LoadCredential=` lines call the two files.
+const CERTIFICATE: &str = "tls.crt";
+const KEY: &str = "tls.key";
+/// A file with a certificate or a key is smaller, in bytes.
+const FILE_LIMIT: u64 = 1024 * 1024;
+
+/// What HTTP versions are spoken behind TLS, the preferred one first.
+pub const HTTP2: &[u8] = b"h2";
+const HTTP1: &[u8] = b"http/1.1";
+
+/// The certificate and its key: from these files, else from the unit's credentials.
+pub fn acceptor(
+    cert: Option<&Path>,
+    key: Option<&Path>,
+    credentials: &Credentials,
+) -> anyhow::Result<TlsAcceptor> {
+    let (certificate, text) = read(cert, CERTIFICATE, credentials)?;
+    let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
+        .collect::<Result<_, _>>()
+        .map_err(|error| not_pem(&certificate, &error))?;
+    ensure!(!chain.is_empty(), "{certificate}: no certificate (PEM) in it");
+    let (key, text) = read(key, KEY, credentials)?;
+    let key_der = PrivateKeyDer::from_pem_slice(&text).map_err(|error| not_pem(&key, &error))?;
+    let mut tls = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key_der)
+        .map_err(|error| match error {
+            rustls::Error::InconsistentKeys(_) => anyhow!("the key is not the certificate's"),
+            error => error.into(),
+        })
+        .with_context(|| format!("{certificate} and {key}"))?;
+    tls.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
+    tls.ticketer = ring::Ticketer::new()?;
+    Ok(TlsAcceptor::from(Arc::new(tls)))
+}
+
+/// What a file is called, and what is in it.
+fn read(
+    flag: Option<&Path>,
+    credential: &str,
+    credentials: &Credentials,
+) -> anyhow::Result<(String, Vec<u8>)> {
+    let name = flag.map_or_else(|| credential.to_owned(), |path| path.display().to_string());
+    let file = match flag {
+        Some(path) => File::open(path).with_context(|| format!("could not read {name}"))?,
+        None => credentials.open(credential).with_context(|| {
+            format!(
+                "no {credential} for the https listener: LoadCredential={credential}:… in the unit, or \
+                 --tls-cert and --tls-key"
+            )
+        })??,
+    };
+    let mut text = Vec::new();
+    file.take(FILE_LIMIT + 1).read_to_end(&mut text).with_context(|| format!("could not read {name}"))?;
+    ensure!(text.len() as u64 <= FILE_LIMIT, "{name}: larger than a certificate or a key can be");
+    Ok((name, text))
+}
+
+fn not_pem(name: &str, error: &pem::Error) -> anyhow::Error {
+    let error = match error {
+        pem::Error::NoItemsFound => "nothing of the kind in it".to_owned(),
+        error => error.to_string(),
+    };
+    anyhow!("{name}: {error} (PEM is expected)")
+}

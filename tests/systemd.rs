@@ -1,0 +1,27 @@
+//! The service as it is installed, on this machine's systemd, booted in a container of its own.
+
+use harness::client::{Connection, get};
+use harness::container::{Container, Package, Systemd};
+use harness::load::Load;
+
+#[test]
+fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
+    let package = Package {
+        name: env!("CARGO_PKG_NAME"),
+        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
+        folder: env!("CARGO_MANIFEST_DIR"),
+    };
+    let container = Container::boot(Systemd::Host, package).expect("a container");
+    // The first request after boot starts the service.
+    container.inside(|| async {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+    });
+    // Fifty connections that never retry.
+    let running = Load::w2(&Container::target()).start(container.enter());
+    for verb in ["restart", "reload"].repeat(5) {
+        container.systemctl(verb).expect(verb);
+    }
+    let report = running.stop();
+    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+}
