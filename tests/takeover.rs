@@ -460,7 +460,7 @@ impl Held {
 
 #[test]
 fn a_successor_that_is_late_with_ready_leaves_the_old_process_alone() {
-    let (mut service, folder) = start(&["--takeover-timeout", "500ms"]);
+    let (mut service, folder) = start(&["--takeover-timeout", "2s"]);
     block_on(async {
         let mut connection = service.connect().await;
         let (mut late, held) = Delayed::hold(folder.path(), READY);
@@ -506,13 +506,13 @@ fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goe
 #[test]
 fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process_ends() {
     for kind in [COMMIT, ACCEPTING, MAIN] {
-        let (service, folder) = start(&["--takeover-timeout", "500ms"]);
+        let (service, folder) = start(&["--takeover-timeout", "2s"]);
         block_on(async {
             let mut connection = service.connect().await;
             who(&mut connection).await;
             let (late, held) = Delayed::hold(folder.path(), kind);
             // Longer than a successor has to be ready: that time is over, and means nothing any more.
-            tokio::time::sleep(Duration::from_secs(1)).await;
+            tokio::time::sleep(Duration::from_millis(2500)).await;
             late.go_on(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
             assert_eq!(who(&mut connection).await, (pid, 2));

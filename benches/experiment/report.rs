@@ -1,4 +1,4 @@
-//! The result as tables: for the terminal, and for the README.
+//! The result as tables: for the terminal, and for the benchmark's README.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -116,13 +116,13 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// Puts the table into the README, and the picture beside the benchmark.
+/// Puts the table into its README, and the picture beside the benchmark.
 pub fn write_readme(table: &str, svg: &Path) -> Result<()> {
     std::fs::copy(svg, Path::new(FOLDER).join("benches/restarts.svg"))?;
-    let path = Path::new(FOLDER).join("README.md");
+    let path = Path::new(FOLDER).join("benches/README.md");
     let text = std::fs::read_to_string(&path)?;
     let (before, rest) = text.split_once(BEGIN).with_context(|| format!("no {BEGIN} in the README"))?;
     let (_, after) = rest.split_once(END).with_context(|| format!("no {END} in the README"))?;
-    let picture = "![Latency of every request over time](benches/restarts.svg)";
+    let picture = "![Latency of every request over time](restarts.svg)";
     Ok(std::fs::write(path, format!("{before}{BEGIN}\n\n{picture}\n\n{table}\n{END}{after}"))?)
 }

@@ -18,6 +18,7 @@ pub struct Service {
     pub notifications: Notifications,
     pub target: Target,
     listener: OwnedFd,
+    flags: Vec<String>,
 }
 
 impl Service {
@@ -54,12 +55,14 @@ impl Service {
         Self::begin(binary, &[], listener, target, vec![channel], Notifications::with_store()?)
     }
 
-    /// Waits for the end of this process, and starts the next one on the same socket with what was stored.
+    /// Waits for the end of this process, and starts the next one on the same socket, with the same flags and what
+    /// was stored.
     pub fn restart(mut self, binary: &str) -> Result<Self> {
         let status = self.process.wait()?;
         ensure!(status.success(), "{status}: {}", read_all(self.process.child().stderr.take()));
         let stored = self.notifications.take_stored();
-        Self::begin(binary, &[], self.listener, self.target, stored, Notifications::with_store()?)
+        let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
+        Self::begin(binary, &flags, self.listener, self.target, stored, Notifications::with_store()?)
     }
 
     fn begin(
@@ -112,11 +115,13 @@ impl Service {
 
 struct Start {
     command: Command,
+    flags: Vec<String>,
 }
 
 impl Start {
     fn new(binary: &str, flags: &[&str]) -> Self {
-        Self { command: command(binary, flags) }
+        let flags_of_next = flags.iter().map(ToString::to_string).collect();
+        Self { command: command(binary, flags), flags: flags_of_next }
     }
 
     /// The socket is passed as standard input, and a channel as standard output:
@@ -139,7 +144,7 @@ impl Start {
             self.command.stdout(channel);
         }
         let process = Process::spawn(&mut self.command)?;
-        let mut service = Service { process, notifications, target, listener };
+        let mut service = Service { process, notifications, target, listener, flags: self.flags };
         service.notifications.wait_for("READY=1")?;
         Ok(service)
     }

@@ -1,0 +1,19 @@
+//! A whole service: `cargo run --example minimal`, or with a socket and a service unit named `minimal`.
+
+use std::process::ExitCode;
+
+use axum::Router;
+use axum::routing::get;
+
+/// Says hello.
+#[derive(clap::Parser)]
+#[command(name = "minimal", version, about)]
+struct Config {}
+
+async fn start(_: Config, _: &mut outlive::Service) -> anyhow::Result<Router> {
+    Ok(Router::new().route("/", get("hello\n")))
+}
+
+fn main() -> ExitCode {
+    outlive::run(start)
+}

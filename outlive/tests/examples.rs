@@ -1,0 +1,204 @@
+//! The examples as they are run: what a service says in its `start` holds over restarts and reloads.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use harness::client::{Connection, Target, get};
+use harness::full_service::FullService;
+use harness::process::{Process, terminate};
+use harness::service::{Service, command, run_to_end};
+use harness::{block_on, eventually};
+use rustix::process::Signal;
+
+/// cargo builds the examples beside all of a package's tests, and not beside one that is asked for by its name:
+/// `cargo build -p outlive --examples` does too.
+fn example(name: &str) -> String {
+    let test = std::env::current_exe().expect("a path");
+    let path: PathBuf = test.ancestors().nth(2).expect("target/debug").join("examples").join(name);
+    path.to_str().expect("text").to_owned()
+}
+
+async fn visit(connection: &mut Connection) {
+    assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+}
+
+#[test]
+fn the_smallest_service_outlives_a_restart() {
+    let binary = example("minimal");
+    let service = Service::start_with_store(&binary, &[]).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        visit(&mut connection).await;
+        service.signal(Signal::TERM);
+        let _next = service.restart(&binary).expect("the next process");
+        assert_eq!(connection.ask(&get("/")).await.expect("an answer").text(), "hello\n");
+    });
+}
+
+#[test]
+fn a_background_task_loses_nothing_over_restarts() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (binary, file) = (example("state"), folder.path().join("visits"));
+    let flags = ["--file", file.to_str().expect("text")];
+    let mut service = Service::start_with_store(&binary, &flags).expect("a service");
+    let service = block_on(async {
+        let mut connection = service.connect().await;
+        for _ in 0..5 {
+            for _ in 0..100 {
+                visit(&mut connection).await;
+            }
+            service.signal(Signal::TERM);
+            service = service.restart(&binary).expect("the next process");
+        }
+        service
+    });
+    service.signal(Signal::TERM);
+    let (status, log) = service.end().expect("an end");
+    assert!(status.success() && log.contains("all visits are counted"), "{log}");
+    assert_eq!(std::fs::read_to_string(&file).expect("a count"), "500");
+}
+
+/// Two processes live side by side then: the second task waits for the first.
+#[test]
+fn a_task_that_runs_alone_loses_nothing_over_reloads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let (binary, file) = (example("state"), folder.path().join("visits"));
+    let flags = ["--file", file.to_str().expect("text")];
+    let mut service = Service::start_in(&binary, &flags, folder.path()).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        for _ in 0..100 {
+            visit(&mut connection).await;
+        }
+        service.signal(Signal::HUP);
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        for _ in 0..100 {
+            visit(&mut connection).await;
+        }
+        service.process().wait().expect("the old process ends");
+        terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+        while !connection.ask(&get("/")).await.expect("an answer").closes() {}
+    });
+    eventually("the count", || {
+        std::fs::read_to_string(&file).is_ok_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 201))
+    });
+}
+
+#[test]
+fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("visits");
+    std::fs::write(&file, "many").expect("written");
+    let file = file.to_str().expect("text");
+    let address = harness::free_address().to_string();
+    for arguments in
+        [&["--listen", &address, "--file", file][..], &["check", "--listen", &address, "--file", file]]
+    {
+        let (code, said, log) = run_to_end(&mut command(&example("state"), arguments)).expect("an end");
+        assert_eq!((code, said.as_str()), (Some(69), ""), "{log}");
+        let expected = format!("state: {file} is to be a number: invalid digit found in string\n");
+        assert_eq!(log, expected);
+    }
+}
+
+#[test]
+fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("visits");
+    let flags = ["--file", file.to_str().expect("text")];
+    let mut service = Service::start_in(&example("state"), &flags, folder.path()).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        visit(&mut connection).await;
+        eventually("the count", || file.exists());
+        std::fs::write(&file, "many").expect("written");
+        service.signal(Signal::HUP);
+        let reason = "is to be a number: invalid digit found in string";
+        while !service.notifications.wait_for("STATUS=serving").expect("a status").contains(reason) {}
+        visit(&mut connection).await;
+    });
+}
+
+#[test]
+fn a_task_that_fails_drains_the_service_and_ends_it_with_its_name() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("visits");
+    let flags = ["--file", file.to_str().expect("text")];
+    let mut service = Service::start(&example("state"), &flags).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        std::fs::write(&file, "many").expect("written");
+        visit(&mut connection).await;
+        service.notifications.wait_for("STOPPING=1").expect("the end begins");
+        while !connection.ask(&get("/")).await.expect("an answer").closes() {}
+    });
+    let (status, log) = service.end().expect("an end");
+    assert_eq!(status.code(), Some(70), "{log}");
+    assert!(log.contains("the background task \"count visits\" ended before the service did"), "{log}");
+}
+
+#[test]
+fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("visits");
+    let flags = ["--file", file.to_str().expect("text")];
+    let service = FullService::start(&example("state"), &flags).expect("a service");
+    block_on(async {
+        let ready = async || {
+            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
+            admin.ask(&get("/readyz")).await.expect("an answer")
+        };
+        let answer = ready().await;
+        assert_eq!((answer.status, answer.text().as_str()), (200, "ready\nfile: ok\n"));
+        std::fs::write(&file, "many").expect("written");
+        let refused = loop {
+            let answer = ready().await;
+            if answer.status != 200 {
+                break answer;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        };
+        assert!(
+            refused.status == 503 && refused.text().starts_with("not ready\nfile: "),
+            "{}",
+            refused.text()
+        );
+        visit(&mut Connection::open(&Target::Tcp(service.http)).await.expect("a connection")).await;
+        std::fs::remove_file(&file).expect("removed");
+        while ready().await.status != 200 {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
+
+#[test]
+fn a_signal_while_it_starts_ends_it_well() {
+    let mut command = command(&example("slow_start"), &["--listen", &harness::free_address().to_string()]);
+    let mut process = Process::spawn(&mut command).expect("a service");
+    let mut stderr = process.child().stderr.take().expect("piped");
+    let mut line = [0; 8];
+    std::io::Read::read_exact(&mut stderr, &mut line).expect("it has begun to start");
+    process.signal(Signal::TERM);
+    assert!(process.wait().expect("an end").success());
+}
+
+#[test]
+fn a_start_that_never_returns_is_given_up_at_its_limit() {
+    let address = harness::free_address().to_string();
+    let mut command = command(&example("slow_start"), &["--listen", &address, "--start-timeout", "200ms"]);
+    let (code, _, log) = run_to_end(&mut command).expect("an end");
+    assert_eq!(code, Some(69), "{log}");
+    assert!(
+        log.contains("slow_start: the service's start took longer than 200ms (--start-timeout)"),
+        "{log}"
+    );
+}
+
+#[test]
+fn a_panic_in_a_start_is_a_start_that_failed() {
+    let address = harness::free_address().to_string();
+    let mut command = command(&example("slow_start"), &["--listen", &address, "--panic"]);
+    let (code, _, log) = run_to_end(&mut command).expect("an end");
+    assert_eq!(code, Some(70), "{log}");
+    assert!(log.contains("slow_start: the service's start: a panic: on purpose"), "{log}");
+}
