@@ -516,7 +516,6 @@ fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process
             late.go_on(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
             assert_eq!(who(&mut connection).await, (pid, 2));
-            late.successor.signal(Signal::KILL);
             assert_eq!(late.outcome(), "ok\n");
             let (status, log) = service.end().expect("an end");
             assert!(status.success() && log.contains("handed over 1 connections"), "{log}");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use harness::client::{Connection, Target, get};
 use harness::full_service::FullService;
-use harness::process::{Process, terminate};
+use harness::process::{Notifications, Process, terminate};
 use harness::service::{Service, command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::Signal;
@@ -192,6 +192,18 @@ fn a_start_that_never_returns_is_given_up_at_its_limit() {
         log.contains("slow_start: the service's start took longer than 200ms (--start-timeout)"),
         "{log}"
     );
+}
+
+#[test]
+fn a_start_that_takes_long_asks_for_more_time() {
+    let mut notifications = Notifications::new().expect("a socket");
+    let mut command = command(&example("slow_start"), &["--listen", &harness::free_address().to_string()]);
+    let process = Process::spawn(command.env("NOTIFY_SOCKET", notifications.path())).expect("a service");
+    for _ in 0..2 {
+        notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("more time");
+    }
+    process.signal(Signal::TERM);
+    assert!(!notifications.said().iter().any(|line| line == "READY=1"));
 }
 
 #[test]
