@@ -339,7 +339,7 @@ impl Release {
         std::fs::copy(container.binary(), &good).expect("a copy");
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&good, mode).expect("executable");
-        // The good one would start itself again: the script speaks for its middle process.
+        // The good one would start itself again: the script speaks for its intermediate process.
         Self::script(&format!(
             "case $TAKEOVER_ROLE in\n\
              middle) TAKEOVER_ROLE=successor \"$0\" & echo pid $!;;\n\

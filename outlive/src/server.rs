@@ -43,7 +43,7 @@ pub struct Server {
     services: Arc<Services>,
     registry: Arc<Registry>,
     slots: Arc<Semaphore>,
-    /// Of their own, so that a full house can still be looked at.
+    /// Of their own, so that a service with no slot left can still be looked at.
     admin_slots: Arc<Semaphore>,
     at_rest: mpsc::UnboundedSender<Connection>,
     /// The tasks that accept from listeners that nobody else holds.

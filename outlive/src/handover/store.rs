@@ -124,7 +124,7 @@ impl Taken {
         for received in self.connections {
             match received.connect() {
                 Ok(connection) => adopt(connection),
-                Err(error) => debug!(%error, "a client left while its connection was parked"),
+                Err(error) => debug!(%error, "a client left while its connection was in the store"),
             }
         }
         if let Some(origin) = self.origin {

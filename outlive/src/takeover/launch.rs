@@ -18,6 +18,9 @@ use super::handle::ProcessHandle;
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
+/// Its values: on SIGHUP, the release before this one says them to this one.
+const INTERMEDIATE: &str = "middle";
+const SUCCESSOR: &str = "successor";
 /// What the successor says when it is the main process.
 const OK: &str = "ok";
 
@@ -33,8 +36,8 @@ pub enum Role {
 
 pub fn role() -> Role {
     match std::env::var(ROLE).as_deref() {
-        Ok("intermediate") => Role::Intermediate,
-        Ok("successor") => Role::Successor,
+        Ok(INTERMEDIATE) => Role::Intermediate,
+        Ok(SUCCESSOR) => Role::Successor,
         _ => Role::First,
     }
 }
@@ -82,7 +85,7 @@ impl Program {
     pub fn launch(&self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
         let deadline = Instant::now() + limit;
         let (outcome, to_outcome) = pipe_with(PipeFlags::CLOEXEC)?;
-        let mut intermediate = self.command("intermediate");
+        let mut intermediate = self.command(INTERMEDIATE);
         intermediate.stdin(channel).stdout(to_outcome);
         let path = self.path.display();
         let mut child = intermediate.spawn().with_context(|| format!("could not start {path}"))?;
@@ -113,7 +116,7 @@ pub(super) fn is_readable(fd: impl AsFd, deadline: Instant) -> Result<bool> {
 
 /// The intermediate process's whole process: starts the successor with the same standard input and output.
 pub fn be_the_intermediate(program: &Program) -> Result<()> {
-    let successor = program.command("successor").spawn().context("could not start the successor")?;
+    let successor = program.command(SUCCESSOR).spawn().context("could not start the successor")?;
     writeln!(io::stdout(), "pid {}", successor.id())?;
     Ok(())
 }
