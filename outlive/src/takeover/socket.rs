@@ -12,6 +12,7 @@ use anyhow::{Context, anyhow};
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::timeout;
 use tracing::warn;
 
 use super::OVERTAKEN;
@@ -20,6 +21,8 @@ use crate::exit::{Failure, Result};
 use crate::handover::{Channel, Kind, Origin, send_frames};
 
 const NAME: &str = "takeover";
+/// A stop reaches all processes of a service within this time.
+const STOP_LAG: Duration = Duration::from_millis(100);
 /// Takeovers that may wait to be refused.
 const BACKLOG: i32 = 4;
 
@@ -94,12 +97,17 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
     let result = runtime.block_on(async {
         let mut stop = signal(SignalKind::terminate()).context("could not watch for signals")?;
         let reload = tokio::task::spawn_blocking(move || reload(&program, limit));
-        tokio::select! {
+        let failed = tokio::select! {
             biased;
-            // The successor may die of it first, which is no reason of its own.
-            _ = stop.recv() => Err(Failure::unavailable(anyhow!("the service was not reloaded: {OVERTAKEN}"))),
-            result = reload => result.context("a panic")?,
-        }
+            _ = stop.recv() => None,
+            result = reload => match result.context("a panic")? {
+                Ok(()) => return Ok(()),
+                // The successor may have died of the same stop, and be heard of first: no reason of its own.
+                Err(failure) => timeout(STOP_LAG, stop.recv()).await.is_err().then_some(failure),
+            },
+        };
+        let overtaken = || Failure::unavailable(anyhow!("the service was not reloaded: {OVERTAKEN}"));
+        Err(failed.unwrap_or_else(overtaken))
     });
     runtime.shutdown_background();
     result
