@@ -25,7 +25,7 @@ use crate::stream::{Connection, Stream};
 /// The channel's name in systemd's store, `FDNAME=`.
 pub const STORE_NAME: &str = "connections";
 
-/// What the origin says of itself in each frame.
+/// What the sender says of itself in each frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
     pub generation: u64,
@@ -38,7 +38,7 @@ impl Origin {
         Self { generation, rested_at: monotonic_now() }
     }
 
-    /// How long ago the origin's last answer was out.
+    /// How long ago the sender's last answer was out.
     pub fn pause(&self) -> Duration {
         Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
     }

@@ -12,7 +12,7 @@ use tracing_subscriber::prelude::*;
 use crate::exit::{Failure, Result};
 use crate::systemd;
 
-/// `journalctl MESSAGE_ID=…` finds the events of a service's process by these.
+/// `journalctl MESSAGE_ID=…` finds the events of a service's life by these.
 pub mod message_id {
     pub const STARTED: &str = "c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11";
     pub const TOOK_OVER: &str = "1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";

@@ -187,7 +187,7 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     response
 }
 
-/// How many ids a thread takes at once, so that threads seldom handle over them.
+/// How many ids a thread takes at once, so that threads seldom meet over them.
 const BLOCK: u64 = 1024;
 
 /// An id that no other process gives: 24 hexadecimal digits, 14 of when this one was born, 10 of a number.

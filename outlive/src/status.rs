@@ -17,7 +17,7 @@ struct Said {
     role: ManagerRole,
 }
 
-/// Who speaks to the service manager, in the order of a process's process.
+/// Who speaks to the service manager, in the order of a process's life.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ManagerRole {
     /// This process, of its serving.

@@ -59,7 +59,7 @@ pub fn send<S: AsFd>(
     sockets: &[(S, Record)],
     text: &str,
 ) -> (usize, Option<io::Error>) {
-    // At least one frame, so that its kind, its origin and its text are said.
+    // At least one frame, so that its kind, its sender and its text are said.
     let frames = sockets.chunks(MAX_SOCKETS).chain(sockets.is_empty().then_some(&[][..]));
     let mut sent = 0;
     for frame in frames {
@@ -102,7 +102,7 @@ fn write_records<S>(sockets: &[(S, Record)]) -> io::Result<File> {
     Ok(file)
 }
 
-/// What the next frame says of its origin; the frame stays.
+/// What the next frame says of its sender; the frame stays.
 pub(super) fn peek(channel: &OwnedFd) -> Option<Origin> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let (length, _) = recv(channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;

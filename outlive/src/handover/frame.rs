@@ -5,7 +5,7 @@
 //!           2  version                           the same in every version
 //!           2  kind                              versions 1 and 2 from here on
 //!           2  N, sockets in this frame
-//!           8  generation of the origin
+//!           8  generation of the sender
 //!           8  when its last answer was out, nanoseconds of CLOCK_MONOTONIC
 //!           .  text, UTF-8, up to 512 bytes
 //! fds       1  a memfd with N records, if N > 0

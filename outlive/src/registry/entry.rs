@@ -368,7 +368,7 @@ mod tests {
         registry
     }
 
-    /// One thread answers, another looks at the time limits, as often as it takes to handle in each moment.
+    /// One thread answers, another looks at the time limits, as often as it takes to meet in each moment.
     #[test]
     fn the_first_frame_of_an_old_process_is_not_overdue_at_any_moment() {
         let registry = old_registry();

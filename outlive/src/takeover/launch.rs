@@ -114,7 +114,7 @@ pub(super) fn is_readable(fd: impl AsFd, deadline: Instant) -> Result<bool> {
     Ok(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left))? > 0)
 }
 
-/// The intermediate process's whole process: starts the successor with the same standard input and output.
+/// The intermediate process's whole life: starts the successor with the same standard input and output.
 pub fn be_the_intermediate(program: &Program) -> Result<()> {
     let successor = program.command(SUCCESSOR).spawn().context("could not start the successor")?;
     writeln!(io::stdout(), "pid {}", successor.id())?;
