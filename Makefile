@@ -10,7 +10,8 @@
 PACKAGE := $(shell sed -n '/^name = /{s/.*"\(.*\)"/\1/p;q}' Cargo.toml)
 PREFIX ?= /usr/local
 DESTDIR ?=
-BINARY ?= target/release/$(PACKAGE)
+TARGET ?= target
+BINARY ?= $(TARGET)/release/$(PACKAGE)
 UNITS := $(wildcard systemd/$(PACKAGE)*.service systemd/$(PACKAGE)*.socket)
 # Of the machine that is installed to: some lines are for newer ones only.
 SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
@@ -46,7 +47,7 @@ static:
 	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
 # Also when a source is newer, so that what is installed is what was written.
-target/release/$(PACKAGE): Cargo.toml Cargo.lock $(shell find src outlive/src -name '*.rs')
+$(TARGET)/release/$(PACKAGE): Cargo.toml $(shell find src $(wildcard outlive/src) -name '*.rs')
 	cargo build --release
 
 .PHONY: install

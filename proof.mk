@@ -5,10 +5,14 @@
 #                     a repository for a service of your own
 
 # What the proof runs besides cargo, and the Debian packages that it comes in.
-TOOLS := curl h2load inotifywait mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate
-DEBIAN := ca-certificates curl inotify-tools libserver-starter-perl mmdebstrap nghttp2-client openssl systemd \
-	systemd-container util-linux
-INSTALL := apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
+TOOLS := curl h2load inotifywait mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
+	/usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2
+DEBIAN := ca-certificates curl inotify-tools libnss-systemd libserver-starter-perl mmdebstrap nghttp2-client openssl \
+	postgresql systemd systemd-container util-linux
+# Nobody needs the database server that Debian would set up and start.
+NO_CLUSTER := mkdir -p $$root/etc/postgresql-common && \
+	echo create_main_cluster = false >>$$root/etc/postgresql-common/createcluster.conf
+INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
 
 # As root, all of it; as somebody else, what can be done without, and a word on what cannot.
 test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
@@ -16,6 +20,7 @@ test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
 .PHONY: proof
 proof: tools systemfd target/systemd-257
 	cargo test -p outlive
+	cargo test -p links --test on_systemd
 	cargo test --test systemd --test contract --test handover --test takeover --test listeners --test attacks \
 		--test server_starter --test containers --test template --test on_systemd
 
@@ -38,8 +43,8 @@ root:
 
 .PHONY: tools
 tools:
-	@for tool in $(TOOLS); do command -v $$tool >/dev/null && continue; \
-	[ "$$(id -u)" = 0 ] || { echo "$$tool is missing; as root: $(INSTALL)"; exit 1; }; \
+	@for tool in $(TOOLS); do [ -e $$tool ] || command -v $$tool >/dev/null && continue; \
+	[ "$$(id -u)" = 0 ] || { echo "$$tool is missing; as root: apt-get install $(DEBIAN)"; exit 1; }; \
 	$(INSTALL); exit; done
 check-units: | tools
 
@@ -47,7 +52,8 @@ check-units: | tools
 target/systemd-257: | tools
 	rm -rf $@.part
 	mkdir -p target
-	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus trixie $@.part
+	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus,libnss-systemd,postgresql \
+		--essential-hook='root=$$1; $(NO_CLUSTER)' trixie $@.part
 	mv $@.part $@
 
 check: check-dependencies check-docs

@@ -30,6 +30,13 @@ const MORE_TIME: Duration = Duration::from_secs(5);
 
 const SECOND_SIGNAL: &str = "a second signal";
 
+/// What the end of a process's serving leaves for what comes after it.
+pub struct Remaining {
+    pub deadline: Instant,
+    /// It is the last of so many further signals that cuts it off.
+    pub signals: u32,
+}
+
 /// The end of a process's serving, under way.
 pub struct Drain<'a> {
     server: &'a Server,
@@ -81,9 +88,7 @@ impl<'a> Drain<'a> {
     /// Ends with no successor there: what can move waits in systemd's store for the next process, where
     /// there is one.
     /// Before it begins, it is announced for `delay`.
-    ///
-    /// Gives the deadline for what follows.
-    pub async fn leave(mut self, delay: Duration) -> Instant {
+    pub async fn leave(mut self, delay: Duration) -> Remaining {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
@@ -101,7 +106,7 @@ impl<'a> Drain<'a> {
         if let Some(store) = store {
             store.say_totals(Origin::now(self.generation));
         }
-        self.limit.deadline
+        self.limit.remaining()
     }
 
     /// Leaves all connections that can move in `store`; gives their number.
@@ -192,9 +197,8 @@ impl<'a> Drain<'a> {
 
     /// Ends with a successor there: each connection goes to it as it comes to rest. `terminations`: how often this
     /// process has been told to end already.
-    /// Gives the successor's channel back, which it takes for our end when it is closed, and the deadline for what
-    /// follows.
-    pub async fn pass_on(mut self, successor: Channel, terminations: u32) -> (Channel, Instant) {
+    /// Gives the successor's channel back, which it takes for our end when it is closed.
+    pub async fn pass_on(mut self, successor: Channel, terminations: u32) -> (Channel, Remaining) {
         self.begin();
         let Self { server, rested, limit, generation, .. } = &mut self;
         let registry = server.registry();
@@ -231,7 +235,7 @@ impl<'a> Drain<'a> {
         // One that hangs or has gone will not miss them.
         let totals = metrics::totals();
         let _ = timeout(SUCCESSOR_LINGER, successor.say(Kind::Totals, origin, &totals)).await;
-        (successor, self.limit.deadline)
+        (successor, self.limit.remaining())
     }
 
     /// Counts and says how it ended; gives the line.
@@ -303,6 +307,11 @@ impl<'a> Limit<'a> {
                 }
             }
         }
+    }
+
+    /// A drain that a signal has ended leaves one more for what comes after it.
+    fn remaining(&self) -> Remaining {
+        Remaining { deadline: self.deadline, signals: self.signals_left.max(1) }
     }
 
     fn status(&self) -> String {

@@ -21,12 +21,12 @@ use crate::admin::{self, Admin};
 use crate::cli::{self, CommandLine};
 use crate::config::{Command, Config};
 use crate::connection::Services;
-use crate::drain::Drain;
+use crate::drain::{Drain, Remaining};
 use crate::exit::{Failure, Result};
 use crate::handover;
 use crate::kind::ListenerKind;
 use crate::listeners::{self, Inherited, Listener};
-use crate::log;
+use crate::log::{self, message_id};
 use crate::process::Process;
 use crate::registry::Registry;
 use crate::requests::Routes;
@@ -269,7 +269,7 @@ where
     };
     let running = tasks::begin(tasks, &predecessor_gone);
     let generation = process.generation;
-    info!(message_id = log::message_id::STARTED, generation, "serving on {}", status.listeners());
+    info!(message_id = message_id::STARTED, generation, "serving on {}", status.listeners());
     if let Some(example) = example {
         info!("try it: {example}");
     }
@@ -283,22 +283,22 @@ where
     let failed = running.failed();
     let ending = takeover::serve_until_end(&offer, socket, &mut signals, &status, failed).await;
     let drain = Drain::new(&server, &mut rested, &mut signals, config.drain_timeout, generation);
-    let (failure, successor, deadline) = match ending {
+    let (failure, successor, remaining) = match ending {
         Ending::Terminated | Ending::Failed(_) => {
             status.set_role(ManagerRole::Stopping);
             // Our copies would keep our own ports open.
             drop(offer);
-            let deadline = drain.leave(config.drain_delay).await;
+            let remaining = drain.leave(config.drain_delay).await;
             let failure = if let Ending::Failed(reason) = ending { Some(reason) } else { None };
-            (failure, None, deadline)
+            (failure, None, remaining)
         }
         Ending::Succeeded { successor, terminations } => {
             listeners::pass_on_socket_files();
-            let (successor, deadline) = drain.pass_on(successor, terminations).await;
-            (None, Some(successor), deadline)
+            let (successor, remaining) = drain.pass_on(successor, terminations).await;
+            (None, Some(successor), remaining)
         }
     };
-    end(running, hooks, deadline, &mut signals).await;
+    end(running, hooks, remaining, &mut signals).await;
     // It waits for our end with what is to run alone.
     drop(successor);
     failure.map_or(Ok(()), |reason| Err(Failure::software(anyhow!(reason))))
@@ -333,12 +333,19 @@ async fn ask_for_time_to_start() -> Infallible {
     }
 }
 
-/// After the last answer: background tasks end, and then comes what is to come last. A further signal cuts both off.
-async fn end(running: tasks::Running, hooks: Hooks, deadline: Instant, signals: &mut Signals) {
-    let deadline = deadline.max(Instant::now() + TASKS_MINIMUM);
+/// After the last answer: background tasks end, and then comes what is to come last. Further signals cut both off.
+async fn end(running: tasks::Running, hooks: Hooks, remaining: Remaining, signals: &mut Signals) {
+    let deadline = remaining.deadline.max(Instant::now() + TASKS_MINIMUM);
+    let cut_off = async {
+        for _ in 1..remaining.signals {
+            signals.terminated().await;
+            info!("told to end, and ending already");
+        }
+        signals.terminated().await;
+    };
     tokio::select! {
         () = async { running.finish(deadline).await; hooks.run().await } => {}
-        () = signals.terminated() => info!("a further signal: background tasks are cut off"),
+        () = cut_off => info!("a further signal: background tasks are cut off"),
     }
 }
 

@@ -173,7 +173,8 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
 
 #[test]
 fn a_signal_while_it_starts_ends_it_well() {
-    let mut command = command(&example("slow_start"), &["--listen", &harness::free_address().to_string()]);
+    let mut command =
+        command(&example("slow"), &["--when", "start", "--listen", &harness::free_address().to_string()]);
     let mut process = Process::spawn(&mut command).expect("a service");
     let mut stderr = process.child().stderr.take().expect("piped");
     let mut line = [0; 8];
@@ -182,22 +183,60 @@ fn a_signal_while_it_starts_ends_it_well() {
     assert!(process.wait().expect("an end").success());
 }
 
+/// `systemctl restart` soon after a reload: systemd tells all processes of the unit to end, the old one too.
+#[test]
+fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    let flags = ["--when", "end", "--until", file.to_str().expect("text")];
+    let mut service = Service::start_in(&example("slow"), &flags, folder.path()).expect("a service");
+    let stderr = service.process().child().stderr.take().expect("piped");
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    let mut wait_for = |wanted: &str| {
+        let line = lines.find(|line| line.contains(wanted) || line.contains("tasks are cut off"));
+        assert!(line.is_some_and(|line| line.contains(wanted)), "{wanted}");
+    };
+    service.signal(Signal::HUP);
+    let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+    wait_for("waiting for the file");
+    service.signal(Signal::TERM);
+    wait_for("told to end, and ending already");
+    std::fs::write(&file, "").expect("written");
+    wait_for("the file is there");
+    assert!(service.process().wait().expect("an end").success());
+    terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+}
+
+#[test]
+fn a_second_signal_cuts_a_background_task_off() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    let flags = ["--when", "end", "--until", file.to_str().expect("text")];
+    let mut service = Service::start(&example("slow"), &flags).expect("a service");
+    let stderr = service.process().child().stderr.take().expect("piped");
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    service.signal(Signal::TERM);
+    lines.find(|line| line.contains("waiting for the file")).expect("it ends");
+    service.signal(Signal::TERM);
+    lines.find(|line| line.contains("a further signal: background tasks are cut off")).expect("cut off");
+    assert!(service.process().wait().expect("an end").success());
+}
+
 #[test]
 fn a_start_that_never_returns_is_given_up_at_its_limit() {
     let address = harness::free_address().to_string();
-    let mut command = command(&example("slow_start"), &["--listen", &address, "--start-timeout", "200ms"]);
+    let mut command =
+        command(&example("slow"), &["--when", "start", "--listen", &address, "--start-timeout", "200ms"]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
     assert_eq!(code, Some(69), "{log}");
-    assert!(
-        log.contains("slow_start: the service's start took longer than 200ms (--start-timeout)"),
-        "{log}"
-    );
+    assert!(log.contains("slow: the service's start took longer than 200ms (--start-timeout)"), "{log}");
 }
 
 #[test]
 fn a_start_that_takes_long_asks_for_more_time() {
     let mut notifications = Notifications::new().expect("a socket");
-    let mut command = command(&example("slow_start"), &["--listen", &harness::free_address().to_string()]);
+    let mut command =
+        command(&example("slow"), &["--when", "start", "--listen", &harness::free_address().to_string()]);
     let process = Process::spawn(command.env("NOTIFY_SOCKET", notifications.path())).expect("a service");
     for _ in 0..2 {
         notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("more time");
@@ -209,8 +248,8 @@ fn a_start_that_takes_long_asks_for_more_time() {
 #[test]
 fn a_panic_in_a_start_is_a_start_that_failed() {
     let address = harness::free_address().to_string();
-    let mut command = command(&example("slow_start"), &["--listen", &address, "--panic"]);
+    let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
     assert_eq!(code, Some(70), "{log}");
-    assert!(log.contains("slow_start: the service's start: a panic: on purpose"), "{log}");
+    assert!(log.contains("slow: the service's start: a panic: on purpose"), "{log}");
 }

@@ -31,7 +31,7 @@ pub enum Systemd {
 pub struct Package<'a> {
     pub name: &'a str,
     pub binary: &'a str,
-    /// The folder of the Makefile.
+    /// The folder of the Makefile; in it or above it stands `target/systemd-257`.
     pub folder: &'a str,
 }
 
@@ -238,8 +238,9 @@ fn nspawn(systemd: Systemd, folder: &str, cgroups: &Cgroups) -> Result<Command> 
     match systemd {
         Systemd::Host => command.args(["--directory=/", "--volatile=yes"]),
         Systemd::V257 => {
-            let root = Path::new(folder).join("target/systemd-257");
-            ensure!(root.join("usr").is_dir(), "{} is missing: make target/systemd-257", root.display());
+            let mut roots = Path::new(folder).ancestors().map(|folder| folder.join("target/systemd-257"));
+            let root = roots.find(|root| root.join("usr").is_dir());
+            let root = root.context("target/systemd-257 is missing: make target/systemd-257")?;
             command.arg(format!("--directory={}", root.display())).arg("--volatile=overlay");
             // Where the host has the legacy cgroup layout, systemd 257 would refuse it.
             command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")

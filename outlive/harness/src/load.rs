@@ -1,4 +1,4 @@
-//! Loads from clients that never retry: a request that got no complete 200 is lost.
+//! Loads from clients that never retry: a request that got no complete answer, of the right status, is lost.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -21,6 +21,8 @@ pub struct Load {
     pub target: Target,
     pub clients: usize,
     pub request: Vec<u8>,
+    /// The status of the right answer.
+    pub status: u16,
     pub connections: Connections,
     pub think: Duration,
 }
@@ -46,7 +48,14 @@ struct Kept {
 
 impl Load {
     fn kept(target: &Target, clients: usize, think: Duration) -> Self {
-        Self { target: target.clone(), clients, request: get("/"), connections: Connections::Kept, think }
+        Self {
+            target: target.clone(),
+            clients,
+            request: get("/"),
+            status: 200,
+            connections: Connections::Kept,
+            think,
+        }
     }
 
     /// 10 keep-alive connections flat out.
@@ -174,10 +183,12 @@ impl Load {
             kept.insert(Connection::open(&self.target).await?)
         };
         let answer = connection.ask(&self.request).await?;
-        if answer.status != 200 {
+        if answer.status != self.status {
             bail!("status {}", answer.status);
         }
-        self.check(&answer.text())?;
+        if self.status == 200 {
+            self.check(&answer.text())?;
+        }
         if answer.closes() {
             report.told_to_close += u64::from(self.connections != Connections::OneEach);
             *kept = None;
@@ -208,7 +219,7 @@ impl Running {
 #[derive(Clone, Debug, Default)]
 pub struct Report {
     pub answered: u64,
-    /// Requests that got no complete 200, by what came instead.
+    /// Requests that got no complete answer of the right status, by what came instead.
     pub lost: BTreeMap<String, u64>,
     /// Connections made.
     pub connections: u64,

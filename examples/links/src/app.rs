@@ -1,0 +1,183 @@
+//! The configuration of the service, how it starts, and its routes.
+
+use axum::extract::{Path, State};
+use axum::http::{StatusCode, header};
+use axum::response::{IntoResponse, Redirect, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use maud::{DOCTYPE, Markup, html};
+use outlive::Service;
+use rand::distr::{Alphanumeric, SampleString};
+use serde::{Deserialize, Serialize};
+use sqlx::postgres::PgConnectOptions;
+use tower_http::compression::CompressionLayer;
+use url::Url;
+
+use crate::clicks::Clicks;
+use crate::store::Store;
+
+/// Letters and digits of a code that nobody chose.
+const CODE_LENGTH: usize = 7;
+/// Letters and digits of a code, at most.
+const CODE_LIMIT: usize = 32;
+/// Bytes of a link, at most.
+const URL_LIMIT: usize = 2048;
+
+/// A link shortener on PostgreSQL.
+#[derive(clap::Parser)]
+#[command(version, about)]
+pub struct Config {
+    /// Where the links are kept.
+    #[arg(
+        long,
+        env = "LINKS_DATABASE_URL",
+        value_name = "URL",
+        hide_env_values = true,
+        default_value = "postgres:///links?host=/run/postgresql&user=links"
+    )]
+    database_url: PgConnectOptions,
+}
+
+#[derive(Clone)]
+struct App {
+    store: Store,
+    clicks: Clicks,
+}
+
+pub async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> {
+    let store = Store::open(&config.database_url).await?;
+    let clicks = Clicks::new()?;
+    service.register(clicks.total())?;
+    service.ready_if("database", {
+        let store = store.clone();
+        move || {
+            let store = store.clone();
+            async move { store.ping().await }
+        }
+    });
+    service.background("count clicks", {
+        let (store, clicks) = (store.clone(), clicks.clone());
+        move |end| clicks.flush(store, end.cancelled_owned())
+    });
+    service.at_end("close the database", {
+        let store = store.clone();
+        async move {
+            store.close().await;
+            Ok(())
+        }
+    });
+    Ok(routes(App { store, clicks }))
+}
+
+fn routes(app: App) -> Router {
+    Router::new()
+        .route("/", get(page))
+        .route("/links", post(add))
+        .route("/{code}", get(follow))
+        .layer(CompressionLayer::new())
+        .with_state(app)
+}
+
+/// The links that are followed most.
+async fn page(State(app): State<App>) -> Result<Markup, Refusal> {
+    let links = app.store.most_followed().await?;
+    Ok(html! {
+        (DOCTYPE)
+        html lang="en" {
+            head {
+                meta charset="utf-8";
+                meta name="viewport" content="width=device-width, initial-scale=1";
+                title { "Links" }
+            }
+            body {
+                h1 { "Links" }
+                table {
+                    tr { th { "code" } th { "leads to" } th { "followed" } }
+                    @for link in links {
+                        tr {
+                            td { a href={ "/" (link.code) } { (link.code) } }
+                            td { (link.url) }
+                            td { (link.clicks) }
+                        }
+                    }
+                }
+            }
+        }
+    })
+}
+
+#[derive(Deserialize)]
+struct NewLink {
+    url: String,
+    /// Chosen by us where it is not by them.
+    code: Option<String>,
+}
+
+#[derive(Serialize)]
+struct Added {
+    code: String,
+}
+
+/// Makes a link: `{"url": "https://example.org/"}`, with a `"code"` of letters and digits if one is wanted.
+async fn add(State(app): State<App>, Json(link): Json<NewLink>) -> Result<Response, Refusal> {
+    let url = Url::parse(&link.url)
+        .ok()
+        .filter(|url| ["http", "https"].contains(&url.scheme()) && link.url.len() <= URL_LIMIT)
+        .ok_or(Refusal::Link)?;
+    let code = match link.code {
+        Some(code) if is_code(&code) => code,
+        Some(_) => return Err(Refusal::Code),
+        None => Alphanumeric.sample_string(&mut rand::rng(), CODE_LENGTH),
+    };
+    if !app.store.add(&code, url.as_str()).await? {
+        return Err(Refusal::Taken);
+    }
+    let location = [(header::LOCATION, format!("/{code}"))];
+    Ok((StatusCode::CREATED, location, Json(Added { code })).into_response())
+}
+
+fn is_code(code: &str) -> bool {
+    // "links" is where they are made.
+    (1..=CODE_LIMIT).contains(&code.len())
+        && code.bytes().all(|byte| byte.is_ascii_alphanumeric())
+        && code != "links"
+}
+
+async fn follow(State(app): State<App>, Path(code): Path<String>) -> Result<Redirect, Refusal> {
+    let url = app.store.url(&code).await?.ok_or(Refusal::Unknown)?;
+    app.clicks.count(code);
+    Ok(Redirect::temporary(&url))
+}
+
+/// Why a request is not done.
+enum Refusal {
+    Link,
+    Code,
+    Taken,
+    Unknown,
+    Database(sqlx::Error),
+}
+
+impl From<sqlx::Error> for Refusal {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Database(error)
+    }
+}
+
+impl IntoResponse for Refusal {
+    fn into_response(self) -> Response {
+        match self {
+            Self::Link => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "not an http or https link of 2048 bytes or less\n")
+            }
+            Self::Code => (StatusCode::UNPROCESSABLE_ENTITY, "a code has 1 to 32 letters and digits\n"),
+            Self::Taken => (StatusCode::CONFLICT, "there is a link of that code\n"),
+            Self::Unknown => (StatusCode::NOT_FOUND, "no such link\n"),
+            Self::Database(error) => {
+                tracing::error!("the database: {error}");
+                (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n")
+            }
+        }
+        .into_response()
+    }
+}

@@ -1,0 +1,88 @@
+//! Clicks, counted in memory and added to the database each second, and once more at the end: none is lost, and
+//! none is counted twice.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use outlive::prometheus::IntCounter;
+
+use crate::store::Store;
+
+/// Between two flushes; a crash costs the clicks of this time.
+const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
+/// At the end, for a database that is away.
+const LAST_TRIES: u32 = 2;
+
+/// Clicks by code; no more entries than there are links.
+pub type Counts = HashMap<String, i64>;
+
+/// Clicks that are not in the database yet.
+#[derive(Clone)]
+pub struct Clicks {
+    counts: Arc<Mutex<Counts>>,
+    total: IntCounter,
+}
+
+impl Clicks {
+    pub fn new() -> anyhow::Result<Self> {
+        let total = IntCounter::new("links_followed_total", "Redirects answered by this process.")?;
+        Ok(Self { counts: Arc::default(), total })
+    }
+
+    pub fn total(&self) -> IntCounter {
+        self.total.clone()
+    }
+
+    pub fn count(&self, code: String) {
+        self.total.inc();
+        *self.counts().entry(code).or_default() += 1;
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until `end`, which comes after the last answer of this process. While the database is away, clicks wait.
+    pub async fn flush(self, store: Store, end: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let mut end = std::pin::pin!(end);
+        let mut batch = None;
+        while tokio::time::timeout(FLUSH_INTERVAL, &mut end).await.is_err() {
+            if let Err(error) = self.flush_once(&store, &mut batch).await {
+                tracing::warn!("clicks wait: {error:#}");
+            }
+        }
+        let mut tries = LAST_TRIES;
+        while batch.is_some() || !self.counts().is_empty() {
+            let Err(error) = self.flush_once(&store, &mut batch).await else { continue };
+            if tries == 0 {
+                let lost = batch.iter().flat_map(|batch| batch.counts.values()).sum::<i64>()
+                    + self.counts().values().sum::<i64>();
+                return Err(error.context(format!("{lost} clicks are lost")));
+            }
+            tries -= 1;
+            tokio::time::sleep(FLUSH_INTERVAL).await;
+        }
+        Ok(())
+    }
+
+    /// A batch of which it is not known whether it was added is tried again as it was: under its number it counts
+    /// once.
+    async fn flush_once(&self, store: &Store, batch: &mut Option<Batch>) -> anyhow::Result<()> {
+        if batch.is_none() {
+            let counts = std::mem::take(&mut *self.counts());
+            *batch = (!counts.is_empty()).then(|| Batch { id: rand::random(), counts });
+        }
+        if let Some(Batch { id, counts }) = batch {
+            store.add_clicks(*id, counts).await?;
+        }
+        *batch = None;
+        Ok(())
+    }
+}
+
+/// Clicks on their way into the database.
+struct Batch {
+    id: i64,
+    counts: Counts,
+}

@@ -1,0 +1,101 @@
+//! The database.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use sqlx::migrate::Migrator;
+use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+
+use crate::clicks::Counts;
+
+/// To get a connection: a request that waits for the database longer is answered 503.
+const ACQUIRE_LIMIT: Duration = Duration::from_secs(3);
+/// At a reload two processes have as many each, beside each other.
+const MAX_CONNECTIONS: u32 = 10;
+/// Two of them run at a reload, and a release may be rolled back: each migration leaves what the release before
+/// it needs, and what a later one has added disturbs nobody.
+static MIGRATIONS: Migrator = Migrator { ignore_missing: true, ..sqlx::migrate!() };
+
+#[derive(Clone)]
+pub struct Store {
+    pool: PgPool,
+}
+
+/// A link, and how often it was followed.
+pub struct Link {
+    pub code: String,
+    pub url: String,
+    pub clicks: i64,
+}
+
+impl Store {
+    /// Connects, and brings the tables to the form that this release needs.
+    pub async fn open(database: &PgConnectOptions) -> anyhow::Result<Self> {
+        let place = match database.get_socket() {
+            Some(folder) => folder.display().to_string(),
+            None => format!("{}:{}", database.get_host(), database.get_port()),
+        };
+        let pool = PgPoolOptions::new()
+            .max_connections(MAX_CONNECTIONS)
+            .acquire_timeout(ACQUIRE_LIMIT)
+            // Not that a table is there already.
+            .connect_with(database.clone().options([("client_min_messages", "warning")]))
+            .await
+            .with_context(|| format!("could not reach the database at {place} (--database-url)"))?;
+        MIGRATIONS.run(&pool).await.context("could not bring the tables up to date")?;
+        Ok(Self { pool })
+    }
+
+    pub async fn ping(&self) -> anyhow::Result<()> {
+        sqlx::query("select 1").execute(&self.pool).await?;
+        Ok(())
+    }
+
+    pub async fn close(&self) {
+        self.pool.close().await;
+    }
+
+    /// Gives false where there is a link of that code.
+    pub async fn add(&self, code: &str, url: &str) -> sqlx::Result<bool> {
+        let done = sqlx::query("insert into links (code, url) values ($1, $2) on conflict do nothing")
+            .bind(code)
+            .bind(url)
+            .execute(&self.pool)
+            .await?;
+        Ok(done.rows_affected() == 1)
+    }
+
+    pub async fn url(&self, code: &str) -> sqlx::Result<Option<String>> {
+        sqlx::query_scalar("select url from links where code = $1")
+            .bind(code)
+            .fetch_optional(&self.pool)
+            .await
+    }
+
+    /// The ten that are followed most.
+    pub async fn most_followed(&self) -> sqlx::Result<Vec<Link>> {
+        let rows: Vec<(String, String, i64)> =
+            sqlx::query_as("select code, url, clicks from links order by clicks desc, code limit 10")
+                .fetch_all(&self.pool)
+                .await?;
+        Ok(rows.into_iter().map(|(code, url, clicks)| Link { code, url, clicks }).collect())
+    }
+
+    /// Adds `counts`, once for each `id`, however often it is asked to.
+    pub async fn add_clicks(&self, id: i64, counts: &Counts) -> anyhow::Result<()> {
+        let (codes, counts): (Vec<&str>, Vec<i64>) =
+            counts.iter().map(|(code, count)| (code.as_str(), *count)).unzip();
+        let add = "with old as (delete from flushes where at < now() - interval '1 day'), \
+            new as (insert into flushes (id) values ($1) on conflict do nothing returning id) \
+            update links set clicks = links.clicks + counts.clicks \
+            from new, unnest($2::text[], $3::bigint[]) as counts (code, clicks) where links.code = counts.code";
+        sqlx::query(add)
+            .bind(id)
+            .bind(codes)
+            .bind(counts)
+            .execute(&self.pool)
+            .await
+            .context("could not add clicks to the database")?;
+        Ok(())
+    }
+}

@@ -1,0 +1,54 @@
+//! A service whose start, or end, waits for something: what happens at the limit, at a signal, or at a panic.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::get;
+use tracing::info;
+
+/// Waits.
+#[derive(clap::Parser)]
+#[command(name = "slow", version, about)]
+struct Config {
+    /// When: at its start, for ever, or in a background task at its end, until the file of --until is there.
+    #[arg(long)]
+    when: When,
+    #[arg(long, value_name = "FILE", default_value = "/file")]
+    until: PathBuf,
+}
+
+#[derive(Clone, clap::ValueEnum)]
+enum When {
+    Start,
+    End,
+    /// Never: its start panics.
+    Panic,
+}
+
+async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result<Router> {
+    match config.when {
+        When::Panic => panic!("on purpose"),
+        When::Start => {
+            info!("waiting for something that never comes");
+            std::future::pending().await
+        }
+        When::End => {
+            service.background("wait", async move |end| {
+                end.cancelled().await;
+                info!("waiting for the file");
+                while !config.until.exists() {
+                    tokio::time::sleep(Duration::from_millis(5)).await;
+                }
+                info!("the file is there");
+                Ok(())
+            });
+            Ok(Router::new().route("/", get("hello\n")))
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    outlive::run(start)
+}
