@@ -44,7 +44,16 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
         "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
     ]);
     let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("a number");
-    assert!(lines < 800, "{lines} lines");
+    assert!(lines < 700, "{lines} lines");
+}
+
+#[test]
+fn what_the_readme_shows_of_a_service_is_what_is_tested() {
+    let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
+    let readme = read("README.md");
+    let shown =
+        readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("some code");
+    assert!(read("examples/links/src/app.rs").contains(shown), "{shown}");
 }
 
 /// A command in a copy, which may use what was compiled for this repository.

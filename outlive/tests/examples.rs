@@ -9,6 +9,9 @@ use harness::process::{Notifications, Process, terminate};
 use harness::service::{Service, command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::Signal;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
 
 /// cargo builds the examples beside all of a package's tests, and not beside one that is asked for by its name:
 /// `cargo build -p outlive --examples` does too.
@@ -220,6 +223,62 @@ fn a_second_signal_cuts_a_background_task_off() {
     service.signal(Signal::TERM);
     lines.find(|line| line.contains("a further signal: background tasks are cut off")).expect("cut off");
     assert!(service.process().wait().expect("an end").success());
+}
+
+/// What the client did not send, because GOAWAY came first; `tonic` leaves it to its caller to call again.
+fn is_unsent(error: &tonic::Status) -> bool {
+    error.code() == tonic::Code::Cancelled && error.message() == "operation was canceled"
+}
+
+/// One channel of a real client, which calls all the time; a stream ends with its process, and is begun again.
+#[test]
+fn a_grpc_client_loses_no_call_over_reloads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut service = Service::start_in(&example("grpc"), &[], folder.path()).expect("a service");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let address = format!("http://{}", service.address());
+        let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
+        let client = HealthClient::new(endpoint.connect().await.expect("it listens"));
+        let stop = tokio_util::sync::CancellationToken::new();
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (mut client, stop) = (client.clone(), stop.clone());
+            callers.spawn(async move {
+                let mut answered = 0_u64;
+                while !stop.is_cancelled() {
+                    match client.check(HealthCheckRequest::default()).await {
+                        Ok(answer) => assert_eq!(answer.into_inner().status(), ServingStatus::Serving),
+                        Err(error) => assert!(is_unsent(&error), "{error:?}"),
+                    }
+                    answered += 1;
+                }
+                answered
+            });
+        }
+        let mut main: Option<String> = None;
+        for _ in 0..3 {
+            let mut watcher = client.clone();
+            let mut stream = loop {
+                match watcher.watch(HealthCheckRequest::default()).await {
+                    Ok(stream) => break stream.into_inner(),
+                    Err(error) => assert!(is_unsent(&error), "{error:?}"),
+                }
+            };
+            stream.message().await.expect("no error").expect("the status now");
+            match &main {
+                None => service.signal(Signal::HUP),
+                Some(main) => harness::process::signal(main, Signal::HUP).expect("it runs"),
+            }
+            let next = tokio::task::block_in_place(|| service.notifications.wait_for("MAINPID="));
+            main = Some(next.expect("a successor").trim_start_matches("MAINPID=").to_owned());
+            let end = stream.message().await.expect_err("its process ends");
+            assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
+        }
+        stop.cancel();
+        assert!(callers.join_all().await.iter().all(|answered| *answered > 0));
+        terminate(&main.expect("reloaded")).expect("it runs");
+    });
 }
 
 #[test]

@@ -46,26 +46,13 @@ struct App {
 
 pub async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> {
     let store = Store::open(&config.database_url).await?;
-    let clicks = Clicks::new()?;
+    let clicks = Clicks::new(store.clone())?;
     service.register(clicks.total())?;
-    service.ready_if("database", {
-        let store = store.clone();
-        move || {
-            let store = store.clone();
-            async move { store.ping().await }
-        }
-    });
-    service.background("count clicks", {
-        let (store, clicks) = (store.clone(), clicks.clone());
-        move |end| clicks.flush(store, end.cancelled_owned())
-    });
-    service.at_end("close the database", {
-        let store = store.clone();
-        async move {
-            store.close().await;
-            Ok(())
-        }
-    });
+    let checked = store.clone();
+    service.ready_if("database", move || checked.ping());
+    let counted = clicks.clone();
+    service.background("count clicks", |end| counted.flush(end));
+    service.at_end("close the database", store.close());
     Ok(routes(App { store, clicks }))
 }
 

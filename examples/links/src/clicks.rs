@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use outlive::prometheus::IntCounter;
+use tokio_util::sync::CancellationToken;
 
 use crate::store::Store;
 
@@ -20,14 +21,15 @@ pub type Counts = HashMap<String, i64>;
 /// Clicks that are not in the database yet.
 #[derive(Clone)]
 pub struct Clicks {
+    store: Store,
     counts: Arc<Mutex<Counts>>,
     total: IntCounter,
 }
 
 impl Clicks {
-    pub fn new() -> anyhow::Result<Self> {
+    pub fn new(store: Store) -> anyhow::Result<Self> {
         let total = IntCounter::new("links_followed_total", "Redirects answered by this process.")?;
-        Ok(Self { counts: Arc::default(), total })
+        Ok(Self { store, counts: Arc::default(), total })
     }
 
     pub fn total(&self) -> IntCounter {
@@ -44,17 +46,16 @@ impl Clicks {
     }
 
     /// Until `end`, which comes after the last answer of this process. While the database is away, clicks wait.
-    pub async fn flush(self, store: Store, end: impl Future<Output = ()>) -> anyhow::Result<()> {
-        let mut end = std::pin::pin!(end);
+    pub async fn flush(self, end: CancellationToken) -> anyhow::Result<()> {
         let mut batch = None;
-        while tokio::time::timeout(FLUSH_INTERVAL, &mut end).await.is_err() {
-            if let Err(error) = self.flush_once(&store, &mut batch).await {
+        while end.run_until_cancelled(tokio::time::sleep(FLUSH_INTERVAL)).await.is_some() {
+            if let Err(error) = self.flush_once(&mut batch).await {
                 tracing::warn!("clicks wait: {error:#}");
             }
         }
         let mut tries = LAST_TRIES;
         while batch.is_some() || !self.counts().is_empty() {
-            let Err(error) = self.flush_once(&store, &mut batch).await else { continue };
+            let Err(error) = self.flush_once(&mut batch).await else { continue };
             if tries == 0 {
                 let lost = batch.iter().flat_map(|batch| batch.counts.values()).sum::<i64>()
                     + self.counts().values().sum::<i64>();
@@ -68,13 +69,13 @@ impl Clicks {
 
     /// A batch of which it is not known whether it was added is tried again as it was: under its number it counts
     /// once.
-    async fn flush_once(&self, store: &Store, batch: &mut Option<Batch>) -> anyhow::Result<()> {
+    async fn flush_once(&self, batch: &mut Option<Batch>) -> anyhow::Result<()> {
         if batch.is_none() {
             let counts = std::mem::take(&mut *self.counts());
             *batch = (!counts.is_empty()).then(|| Batch { id: rand::random(), counts });
         }
         if let Some(Batch { id, counts }) = batch {
-            store.add_clicks(*id, counts).await?;
+            self.store.add_clicks(*id, counts).await?;
         }
         *batch = None;
         Ok(())

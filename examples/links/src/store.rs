@@ -46,13 +46,20 @@ impl Store {
         Ok(Self { pool })
     }
 
-    pub async fn ping(&self) -> anyhow::Result<()> {
-        sqlx::query("select 1").execute(&self.pool).await?;
-        Ok(())
+    pub fn ping(&self) -> impl Future<Output = anyhow::Result<()>> + Send + use<> {
+        let pool = self.pool.clone();
+        async move {
+            sqlx::query("select 1").execute(&pool).await?;
+            Ok(())
+        }
     }
 
-    pub async fn close(&self) {
-        self.pool.close().await;
+    pub fn close(&self) -> impl Future<Output = anyhow::Result<()>> + Send + use<> {
+        let pool = self.pool.clone();
+        async move {
+            pool.close().await;
+            Ok(())
+        }
     }
 
     /// Gives false where there is a link of that code.

@@ -76,8 +76,13 @@ impl Drop for Process {
 
 /// Tells a process that is nobody's child to end; `pid` as text.
 pub fn terminate(pid: &str) -> Result<()> {
+    signal(pid, Signal::TERM)
+}
+
+/// Signals a process that is nobody's child; `pid` as text.
+pub fn signal(pid: &str, signal: Signal) -> Result<()> {
     let pid = Pid::from_raw(pid.parse()?).context("a pid")?;
-    Ok(kill_process(pid, Signal::TERM)?)
+    Ok(kill_process(pid, signal)?)
 }
 
 /// A socket for `NOTIFY_SOCKET`, what was said on it, and the fds that were given to be stored.
