@@ -12,6 +12,7 @@ mod window;
 use std::future::poll_fn;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::Duration;
 
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
@@ -33,6 +34,8 @@ pub struct Services {
     pub tls: Option<TlsAcceptor>,
     pub process: Process,
     pub shutdown: CancellationToken,
+    /// For a connection that is busy all the time to come to rest; then it is told to end.
+    pub rest_limit: Duration,
 }
 
 impl Services {
@@ -66,6 +69,8 @@ enum Arrived {
     Bytes(usize),
     /// They have begun to come, and did not all come in time.
     Late,
+    /// None came in time.
+    Idle,
     /// The phase asks for it: a connection from which nothing was taken is at rest.
     AtRest,
     Gone,
@@ -93,32 +98,41 @@ async fn serve_plain(
 ) -> End {
     let entry = registration.entry.clone();
     let mut bytes = [0; PREFACE.len()];
+    let goes_on = connection.http2.is_some();
     let arrived = if connection.unread.is_empty() {
-        let is_enough = |bytes: &[u8]| bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
+        let is_enough = |bytes: &[u8]| goes_on || bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
         first_bytes(&connection.stream, &entry, &mut bytes, is_enough).await
     } else {
         entry.received();
         Arrived::Bytes(0)
     };
     let protocol = match arrived {
+        // It is told that it ends, where it has been idle for too long.
+        Arrived::Bytes(_) | Arrived::Late | Arrived::Idle if goes_on => Protocol::Http2,
         Arrived::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
         // HTTP/1 answers a head that does not come, and closes.
         Arrived::Bytes(_) | Arrived::Late => Protocol::Http1,
         Arrived::AtRest => return End::AtRest(connection, registration),
-        Arrived::Gone => return End::Closed,
+        Arrived::Gone | Arrived::Idle => return End::Closed,
     };
-    let Connection { stream, peer, listener, unread } = connection;
+    let Connection { stream, peer, listener, unread, http2: agreement } = connection;
     let io = Io::new(Wire::Left(stream), unread, registration, protocol);
     let service = services.service(routes, &entry);
     // Boxed, so that a connection that has not spoken yet takes little memory.
     match protocol {
         Protocol::Http2 => {
-            Box::pin(http2::drive(io, service, &entry)).await;
-            End::Closed
+            let agreement = agreement.map(|agreement| *agreement);
+            match Box::pin(http2::drive(io, agreement, service, &entry, services.rest_limit)).await {
+                http2::End::AtRest(stream, registration, agreement, unread) => {
+                    let http2 = Some(Box::new(agreement));
+                    End::AtRest(Connection { stream, peer, listener, unread, http2 }, registration)
+                }
+                http2::End::Closed => End::Closed,
+            }
         }
         Protocol::Http1 => match Box::pin(http1::drive(io, service, &entry)).await {
             http1::End::AtRest(stream, registration, unread) => {
-                End::AtRest(Connection { stream, peer, listener, unread }, registration)
+                End::AtRest(Connection { stream, peer, listener, unread, http2: None }, registration)
             }
             http1::End::Closed => End::Closed,
         },
@@ -149,7 +163,7 @@ async fn first_bytes(
             });
         }
         if entry.is_overdue() {
-            return Poll::Ready(if entry.stage() == Stage::Head { Arrived::Late } else { Arrived::Gone });
+            return Poll::Ready(if entry.stage() == Stage::Head { Arrived::Late } else { Arrived::Idle });
         }
         if entry.phase() == Phase::Resting { Poll::Ready(Arrived::AtRest) } else { Poll::Pending }
     })

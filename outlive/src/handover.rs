@@ -19,6 +19,7 @@ pub use channel::{
 use rustix::time::{ClockId, clock_gettime};
 pub use store::{FdStore, take};
 
+use crate::agreement::Agreement;
 use crate::kind::Name;
 use crate::stream::{Connection, Stream};
 
@@ -60,21 +61,27 @@ pub struct Received {
     fd: OwnedFd,
     name: Name,
     unread: Bytes,
+    http2: Option<Box<Agreement>>,
 }
 
 impl Received {
     /// Refused, with a reason, where no listener of `names` is the one that it came from.
     pub fn new(fd: OwnedFd, record: Record, names: &[Name]) -> Result<Self, String> {
-        match names.iter().find(|name| name.as_str() == record.listener) {
-            Some(name) => Ok(Self { fd, name: name.clone(), unread: record.payload }),
-            None => Err(format!("no listener is named {:?} any more", record.listener)),
-        }
+        let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
+            return Err(format!("no listener is named {:?} any more", record.listener));
+        };
+        let http2 = match record.http2.as_deref().map(Agreement::decode) {
+            Some(None) => return Err("an HTTP/2 connection of which nothing is known".into()),
+            Some(Some(agreement)) => Some(Box::new(agreement)),
+            None => None,
+        };
+        Ok(Self { fd, name: name.clone(), unread: record.payload, http2 })
     }
 
     /// The connection, in this process's runtime. Fails where the peer is gone.
     pub fn connect(self) -> io::Result<Connection> {
         let (stream, peer) = Stream::from_fd(self.fd)?;
-        Ok(Connection { stream, peer, listener: self.name, unread: self.unread })
+        Ok(Connection { stream, peer, listener: self.name, unread: self.unread, http2: self.http2 })
     }
 }
 
@@ -83,6 +90,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
     let pack = |connection: &Connection| Record {
         listener: connection.listener.to_string(),
         payload: connection.unread.clone(),
+        http2: connection.http2.as_deref().map(|agreement| agreement.encode().into()),
     };
     connections.iter().map(|connection| (connection.stream.as_fd(), pack(connection))).collect()
 }

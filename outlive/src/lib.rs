@@ -1,6 +1,7 @@
 #![doc = include_str!("front.md")]
 
 mod admin;
+mod agreement;
 mod cli;
 mod config;
 mod connection;

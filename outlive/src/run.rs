@@ -232,6 +232,7 @@ where
         tls,
         process,
         shutdown,
+        rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
     tokio::spawn(registry.watch());

@@ -13,6 +13,7 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
+use crate::agreement::Agreement;
 use crate::kind::Name;
 
 /// A connection at rest, with what it takes to go on with it: here, or in the next process.
@@ -23,6 +24,8 @@ pub struct Connection {
     pub listener: Name,
     /// What was read from it and not consumed.
     pub unread: Bytes,
+    /// Where it speaks HTTP/2: what its two ends have agreed upon.
+    pub http2: Option<Box<Agreement>>,
 }
 
 pub enum Stream {

@@ -37,7 +37,7 @@ pub(super) async fn serve(
             return End::AtRest(connection, registration);
         }
         Arrived::Bytes(_) => {}
-        Arrived::Late | Arrived::Gone => return End::Closed,
+        Arrived::Late | Arrived::Idle | Arrived::Gone => return End::Closed,
     }
     entry.pin();
     if first != [HANDSHAKE] {
@@ -56,7 +56,9 @@ pub(super) async fn serve(
     let io = Io::new(Wire::Right(Box::new(stream)), Bytes::new(), registration, protocol);
     let service = services.service(&services.routes, &entry);
     match protocol {
-        Protocol::Http2 => http2::drive(io, service, &entry).await,
+        Protocol::Http2 => {
+            http2::drive(io, None, service, &entry, services.rest_limit).await;
+        }
         Protocol::Http1 => {
             http1::drive(io, service, &entry).await;
         }

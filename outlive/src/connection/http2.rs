@@ -1,59 +1,181 @@
-//! Drives HTTP/2 on one connection. It cannot move: when asked to end it sends GOAWAY, finishes its
-//! streams and closes.
+//! Drives HTTP/2 on one connection, and brings it to rest.
+
+mod frame;
+mod relay;
+mod session;
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use bytes::Bytes;
 use hyper::server::conn::http2::Builder;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::time::{Instant, Sleep, sleep};
 use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::Io;
-use crate::registry::{Entry, Stage};
+use crate::agreement::Agreement;
+use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::stream::Stream;
+use relay::Relay;
+use session::Session;
 
 /// A peer that answers no ping for this long is gone.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// Requests that one connection may have in flight.
 const MAX_STREAMS: u32 = 200;
+/// How much a client may send ahead, in bytes, on the connection and on each stream. No later release may have less:
+/// a client that has moved goes on with what it was granted.
+const WINDOW: u32 = 1024 * 1024;
 
-pub(super) async fn drive(io: Io, service: Service, entry: &Entry) {
+/// How long streams that begin are held at first, for those that are open to end; twice as long at each further try,
+/// with as long a pause before it. What is held takes room from an upload that is open.
+const HOLD_LIMIT: Duration = Duration::from_millis(20);
+
+pub(super) enum End {
+    Closed,
+    /// The stream, what is agreed upon, and what was read and not consumed.
+    AtRest(Stream, Registration, Agreement, Bytes),
+}
+
+/// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
+/// come to rest within `rest_limit` after it is asked to, it is told to end.
+pub(super) async fn drive(
+    io: Io,
+    agreement: Option<Agreement>,
+    service: Service,
+    entry: &Entry,
+    rest_limit: Duration,
+) -> End {
+    let relay = Relay::new(io, agreement.map_or_else(Session::new, Session::resume));
     let mut connection = Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
-        .serve_connection(TokioIo::new(io), service);
-    entry.pin();
+        .initial_connection_window_size(WINDOW)
+        .initial_stream_window_size(WINDOW)
+        .header_table_size(0) // so that there is nothing of our decoder's to remember
+        .serve_connection(TokioIo::new(relay.clone()), service);
     entry.enter(Stage::Waiting);
     let mut told = false;
-    let result = poll_fn(|cx| {
+    let mut tries = Tries::new(rest_limit);
+    let is_at_rest = poll_fn(|cx| {
         loop {
             if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
-                return Poll::Ready(result);
+                if let Err(error) = result {
+                    debug!(peer = %entry.peer, %error, "connection ended");
+                }
+                return Poll::Ready(false);
             }
             let is_overdue = entry.is_overdue();
             if is_overdue && entry.stage() == Stage::InFlight {
                 warn!(peer = %entry.peer, "the peer takes no more of its answers: cut off");
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(false);
             }
             if is_overdue && told {
-                return Poll::Ready(Ok(()));
+                return Poll::Ready(false);
             }
-            if told || !(is_overdue || entry.is_to_end()) {
-                return Poll::Pending;
+            if !told && (is_overdue || entry.is_to_end()) {
+                told = true;
+                entry.pin();
+                // As long again for the peer to close.
+                entry.touch();
+                relay.with(Session::release);
+                Pin::new(&mut connection).graceful_shutdown();
+                continue;
             }
-            told = true;
-            // As long again for the peer to close.
-            entry.touch();
-            Pin::new(&mut connection).graceful_shutdown();
+            match tries.go_on(cx, entry, &relay) {
+                Step::AtRest => return Poll::Ready(true),
+                Step::Released => {}
+                Step::Waits => return Poll::Pending,
+            }
         }
     })
     .await;
-    if let Err(error) = result {
-        debug!(peer = %entry.peer, %error, "connection ended");
+    if is_at_rest
+        && let Some((io, session)) = relay.take()
+        && let Some((stream, registration)) = io.into_parts()
+    {
+        let (agreement, unread) = session.leave();
+        return End::AtRest(stream, registration, agreement, unread);
+    }
+    End::Closed
+}
+
+/// How a busy connection is brought to rest: streams that begin are held for a while, let go again, and so on.
+struct Tries {
+    limit: Duration,
+    begun: Option<Instant>,
+    hold: Duration,
+    now: Try,
+}
+
+enum Try {
+    None,
+    Holding(Pin<Box<Sleep>>),
+    Pausing(Pin<Box<Sleep>>),
+}
+
+enum Step {
+    AtRest,
+    /// There is more for hyper to do.
+    Released,
+    Waits,
+}
+
+impl Tries {
+    fn new(limit: Duration) -> Self {
+        Self { limit, begun: None, hold: HOLD_LIMIT, now: Try::None }
+    }
+
+    fn go_on(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Step {
+        if entry.phase() != Phase::Resting || !entry.state().is_movable() {
+            return match std::mem::replace(&mut self.now, Try::None) {
+                Try::Holding(_) => Self::release(relay),
+                Try::None | Try::Pausing(_) => Step::Waits,
+            };
+        }
+        if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
+            self.now = Try::None;
+            entry.pin();
+            return Self::release(relay);
+        }
+        loop {
+            match &mut self.now {
+                Try::None => {
+                    relay.with(Session::hold);
+                    self.now = Try::Holding(Box::pin(sleep(self.hold)));
+                }
+                Try::Holding(end) => {
+                    let is_at_rest = relay.with(|session| session.is_at_rest()).unwrap_or(false);
+                    if is_at_rest && entry.state().is_at_rest() {
+                        return Step::AtRest;
+                    }
+                    let is_full = relay.with(|session| session.is_full()).unwrap_or(false);
+                    if !is_full && end.as_mut().poll(cx).is_pending() {
+                        return Step::Waits;
+                    }
+                    self.now = Try::Pausing(Box::pin(sleep(self.hold)));
+                    self.hold *= 2;
+                    return Self::release(relay);
+                }
+                Try::Pausing(end) => {
+                    if end.as_mut().poll(cx).is_pending() {
+                        return Step::Waits;
+                    }
+                    self.now = Try::None;
+                }
+            }
+        }
+    }
+
+    fn release(relay: &Relay) -> Step {
+        relay.with(Session::release);
+        Step::Released
     }
 }

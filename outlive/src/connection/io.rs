@@ -175,7 +175,10 @@ impl AsyncRead for Io {
         // The next request belongs to the next process; the body of one that has begun does not.
         // The driver is woken when the phase changes, and reads again then.
         let state = entry.state();
-        let held = entry.phase() == Phase::Resting && state.is_movable() && !state.is_reading();
+        let held = this.protocol == Protocol::Http1
+            && entry.phase() == Phase::Resting
+            && state.is_movable()
+            && !state.is_reading();
         if held {
             return Poll::Pending;
         }

@@ -6,11 +6,13 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::routing::post;
+use axum::routing::{get, post};
+use bytes::Bytes;
 use futures_util::StreamExt;
+use h2::client::SendRequest;
 use harness::client::{self, Http2, Target};
-use hyper::StatusCode;
-use tokio::net::TcpListener;
+use hyper::{Request, StatusCode};
+use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
@@ -39,11 +41,12 @@ pub async fn serve(router: Router) -> Served {
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
     let services = Services {
-        routes: Routes::new(router, 1024, limit),
+        routes: Routes::new(router, 16 << 20, limit),
         admin: Routes::new(Router::new(), 1024, limit),
         tls: None,
         process: Process::begin(1),
         shutdown,
+        rest_limit: limit,
     };
     let (server, rested) = Server::new(services, registry, 100, Queues::default());
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port").into_std().expect("a listener");
@@ -192,7 +195,104 @@ async fn an_http2_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connec
         let gate = gates.recv().await.expect("a task");
         served.registry().set_phase(Phase::Resting);
         gate.send(()).expect("it waits");
-        drop(client);
-        assert_eq!(served.rest().await, 0);
+        assert_eq!(served.rest().await, 1);
     }
+}
+
+// ---- HTTP/2 connections that move ----
+
+/// Moves all connections of `served` to a server of their own, as they would go to another process.
+async fn move_on(mut served: Served, router: Router) -> Served {
+    served.registry().set_phase(Phase::Resting);
+    let done = served.registry().until(|| served.registry().is_done());
+    timeout(PATIENCE, done).await.expect("all come to rest");
+    let next = serve(router).await;
+    while let Ok(connection) = served.rested.try_recv() {
+        next.server.adopt(connection);
+    }
+    next
+}
+
+fn echo() -> Router {
+    Router::new().route("/", get("hello\n").post(async |body: Body| body))
+}
+
+/// An HTTP/2 client whose windows are as small as they may be, or large.
+async fn http2_client(address: SocketAddr, window: u32) -> SendRequest<Bytes> {
+    let stream = TcpStream::connect(address).await.expect("a connection");
+    let mut builder = h2::client::Builder::new();
+    builder.initial_window_size(window).initial_connection_window_size(window);
+    let (sender, connection) = builder.handshake(stream).await.expect("HTTP/2");
+    tokio::spawn(async move { connection.await.expect("no error") });
+    sender
+}
+
+/// Sends `body`, and gives the answer's.
+async fn exchange(sender: &SendRequest<Bytes>, body: Bytes) -> Result<Vec<u8>, h2::Error> {
+    let mut sender = sender.clone().ready().await?;
+    let method = if body.is_empty() { "GET" } else { "POST" };
+    let request = Request::builder().method(method).uri("http://localhost/").body(()).expect("a request");
+    let (answer, mut sending) = sender.send_request(request, body.is_empty())?;
+    if !body.is_empty() {
+        // h2 sends it as the windows allow.
+        sending.send_data(body, true)?;
+    }
+    let mut answer = answer.await?.into_body();
+    let mut all = Vec::new();
+    while let Some(data) = answer.data().await {
+        let data = data?;
+        answer.flow_control().release_capacity(data.len())?;
+        all.extend_from_slice(&data);
+    }
+    Ok(all)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_idle_http2_connection_goes_on_in_the_next_process_and_the_one_after() {
+    let mut served = serve(echo()).await;
+    let client = http2_client(served.address, 65_535).await;
+    for turn in 0..20_u8 {
+        let body: Bytes = vec![turn; usize::from(turn) * 1000].into();
+        let answer = exchange(&client, body.clone()).await.expect("an answer");
+        assert_eq!(answer, if body.is_empty() { b"hello\n".as_slice() } else { &body });
+        served = move_on(served, echo()).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn http2_connections_that_are_busy_move_and_lose_nothing() {
+    let mut served = serve(echo()).await;
+    let stop = CancellationToken::new();
+    let mut clients = tokio::task::JoinSet::new();
+    for (window, streams, length) in [
+        (65_535, 1, 0),
+        (65_535, 50, 0),
+        (65_535, 3, 1 << 20),
+        (1 << 20, 10, 100_000),
+        (1 << 24, 2, 3 << 20),
+        (65_535, 20, 20_000),
+    ] {
+        let client = http2_client(served.address, window).await;
+        for number in 0..streams {
+            let (client, stop) = (client.clone(), stop.clone());
+            clients.spawn(async move {
+                let body: Bytes = vec![number; length].into();
+                let mut answered = 0;
+                while !stop.is_cancelled() {
+                    let answer = exchange(&client, body.clone()).await.expect("an answer");
+                    assert!(length == 0 || answer == body, "{} of {length} bytes", answer.len());
+                    answered += 1;
+                }
+                answered
+            });
+        }
+    }
+    for _ in 0..20 {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert_eq!(served.registry().entries().len(), 6);
+        served = move_on(served, echo()).await;
+    }
+    stop.cancel();
+    let answered: Vec<u32> = timeout(PATIENCE, clients.join_all()).await.expect("all are answered");
+    assert!(answered.iter().all(|answered| *answered > 0), "{answered:?}");
 }

@@ -17,11 +17,11 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 
 use super::Origin;
-use super::frame::{HEADER_LENGTH, Header, TEXT_LIMIT, VERSION};
+use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
 pub use super::frame::{Kind, MAX_SOCKETS, Record};
 
-/// The records of one frame: 252 connections with 1 MiB unread each.
-const RECORDS_LIMIT: u64 = 252 << 20;
+/// The records of one frame: 252 connections with 2 MiB unread each.
+const RECORDS_LIMIT: u64 = 252 << 21;
 
 /// A frame read.
 pub struct Frame {
@@ -79,8 +79,9 @@ fn send_frame<S: AsFd>(
     text: &str,
 ) -> io::Result<()> {
     let count = u16::try_from(sockets.len()).map_err(io::Error::other)?;
-    let header = Header { version: VERSION, kind, sockets: count, origin, text: text.to_owned() }.encode();
-    let records = if sockets.is_empty() { None } else { Some(write_records(sockets)?) };
+    let version = sockets.iter().map(|(_, record)| record.version()).max().unwrap_or(FIRST_VERSION);
+    let header = Header { version, kind, sockets: count, origin, text: text.to_owned() }.encode();
+    let records = if sockets.is_empty() { None } else { Some(write_records(version, sockets)?) };
     let mut fds: Vec<BorrowedFd<'_>> = records.iter().map(AsFd::as_fd).collect();
     fds.extend(sockets.iter().map(|(socket, _)| socket.as_fd()));
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS + 1))];
@@ -92,10 +93,10 @@ fn send_frame<S: AsFd>(
     Ok(())
 }
 
-fn write_records<S>(sockets: &[(S, Record)]) -> io::Result<File> {
+fn write_records<S>(version: u16, sockets: &[(S, Record)]) -> io::Result<File> {
     let mut bytes = Vec::new();
     for (_, record) in sockets {
-        record.encode(&mut bytes).map_err(io::Error::other)?;
+        record.encode(version, &mut bytes).map_err(io::Error::other)?;
     }
     let mut file = File::from(memfd_create("records", MemfdFlags::CLOEXEC)?);
     file.write_all(&bytes)?;
@@ -239,7 +240,8 @@ mod tests {
     /// Sockets that are worth nothing, to be sent.
     fn sockets(count: usize) -> Vec<(File, Record)> {
         let null = File::open("/dev/null").expect("a file");
-        let record = |number: usize| Record { listener: number.to_string(), payload: Bytes::new() };
+        let record =
+            |number: usize| Record { listener: number.to_string(), payload: Bytes::new(), http2: None };
         (0..count).map(|number| (null.try_clone().expect("a file"), record(number))).collect()
     }
 

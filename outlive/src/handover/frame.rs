@@ -11,27 +11,27 @@
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  kind of the connection            version 2 only; 0: HTTP/1.1
+//!           2  kind of the connection            version 2 only; 0: HTTP/1.1, 1: HTTP/2
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
 //!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
-//!           .  what a later release has to say   version 2 only
+//!           .  of HTTP/2: what is agreed upon (`agreement.rs`), and what a later release has to say; version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
 //! socket's buffer, and all messages together may not either.
 //!
-//! A release reads one version more than it writes, so that the one before and the one after may take its place
-//! at any moment. In version 2 a connection of a kind that is not known is refused, and no other with it.
+//! Version 1 is written where it does, so that the releases before may take this one's place at any moment. In version
+//! 2 a connection of a kind that is not known is refused, and no other with it.
 
 use bytes::{Buf, BufMut, Bytes};
 
 use super::Origin;
 
-/// What is written; the oldest that is read.
-pub(super) const VERSION: u16 = 1;
-/// The newest that is read.
-pub(super) const NEXT_VERSION: u16 = 2;
+/// The oldest that is read and written: of HTTP/1.1 and listeners.
+pub(super) const FIRST_VERSION: u16 = 1;
+/// The newest.
+pub(super) const LAST_VERSION: u16 = 2;
 pub(super) const HEADER_LENGTH: usize = 26;
 pub(super) const TEXT_LIMIT: usize = 512;
 /// `SCM_MAX_FD` of Linux is 253; one is the memfd.
@@ -94,6 +94,8 @@ pub(super) struct Header {
 pub struct Record {
     pub listener: String,
     pub payload: Bytes,
+    /// Of an HTTP/2 connection: what is agreed upon.
+    pub http2: Option<Bytes>,
 }
 
 impl Header {
@@ -116,9 +118,9 @@ impl Header {
         }
         bytes.advance(4);
         let version = bytes.get_u16_le();
-        if !(VERSION..=NEXT_VERSION).contains(&version) {
+        if !(FIRST_VERSION..=LAST_VERSION).contains(&version) {
             return Err(format!(
-                "frame version {version}, where this binary knows {VERSION} to {NEXT_VERSION}"
+                "frame version {version}, where this binary knows {FIRST_VERSION} to {LAST_VERSION}"
             ));
         }
         let lengths = HEADER_LENGTH - 6..=HEADER_LENGTH - 6 + TEXT_LIMIT;
@@ -138,17 +140,29 @@ impl Header {
 }
 
 impl Record {
-    pub(super) fn encode(&self, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
+    /// The first version that can say it.
+    pub(super) fn version(&self) -> u16 {
+        if self.http2.is_some() { LAST_VERSION } else { FIRST_VERSION }
+    }
+
+    pub(super) fn encode(&self, version: u16, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
+        let http2 = self.http2.as_deref().unwrap_or_default();
+        if version > FIRST_VERSION {
+            let length = BODY_LENGTH + self.listener.len() + self.payload.len() + http2.len();
+            into.put_u32_le((length + 2).try_into()?);
+            into.put_u16_le(if self.http2.is_some() { HTTP2 } else { HTTP1 });
+        }
         into.put_u16_le(self.listener.len().try_into()?);
         into.put_u32_le(self.payload.len().try_into()?);
         into.put_slice(self.listener.as_bytes());
         into.put_slice(&self.payload);
+        into.put_slice(http2);
         Ok(())
     }
 
     /// Takes one record off the front of `bytes`; the inner error is a connection of a kind that is not known.
     pub(super) fn decode(version: u16, bytes: &mut Bytes) -> Result<Result<Self, String>, String> {
-        if version == VERSION {
+        if version == FIRST_VERSION {
             return Self::decode_body(bytes).map(Ok);
         }
         if bytes.len() < 4 {
@@ -161,12 +175,16 @@ impl Record {
         let mut body = bytes.split_to(length);
         match body.get_u16_le() {
             HTTP1 => Self::decode_body(&mut body).map(Ok),
+            HTTP2 => {
+                let record = Self::decode_body(&mut body)?;
+                Ok(Ok(Self { http2: Some(body), ..record }))
+            }
             kind => Ok(Err(format!("a connection of kind {kind}, which this binary does not know"))),
         }
     }
 
     fn decode_body(bytes: &mut Bytes) -> Result<Self, String> {
-        if bytes.len() < 6 {
+        if bytes.len() < BODY_LENGTH {
             return Err(SHORT.into());
         }
         let (name, payload) = (usize::from(bytes.get_u16_le()), bytes.get_u32_le() as usize);
@@ -174,13 +192,17 @@ impl Record {
             return Err(SHORT.into());
         }
         let listener = std::str::from_utf8(&bytes.split_to(name)).map_err(|error| error.to_string())?.into();
-        Ok(Self { listener, payload: bytes.split_to(payload) })
+        Ok(Self { listener, payload: bytes.split_to(payload), http2: None })
     }
 }
 
 const SHORT: &str = "a record that is cut short";
 /// A connection that speaks HTTP/1.1, or nothing yet.
 const HTTP1: u16 = 0;
+/// A connection that speaks HTTP/2.
+const HTTP2: u16 = 1;
+/// The two lengths.
+const BODY_LENGTH: usize = 6;
 
 #[cfg(test)]
 mod tests {
@@ -190,13 +212,22 @@ mod tests {
 
     fn header(sockets: u16, text: &str) -> Header {
         let origin = Origin { generation: 3, rested_at: 5 };
-        Header { version: VERSION, kind: Kind::Connections, sockets, origin, text: text.into() }
+        Header { version: FIRST_VERSION, kind: Kind::Connections, sockets, origin, text: text.into() }
+    }
+
+    fn record() -> impl Strategy<Value = Record> {
+        let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
+        (".{0,40}", bytes(), prop::option::of(bytes())).prop_map(|(listener, payload, http2)| Record {
+            listener,
+            payload,
+            http2,
+        })
     }
 
     proptest! {
         #[test]
         fn headers_come_back_as_they_went(
-            version in VERSION..=NEXT_VERSION,
+            version in FIRST_VERSION..=LAST_VERSION,
             kind in 0..Kind::ALL.len(),
             sockets in 0..=252_u16,
             generation: u64,
@@ -209,42 +240,37 @@ mod tests {
         }
 
         #[test]
-        fn records_come_back_as_they_went(
-            records in prop::collection::vec((".{0,40}", prop::collection::vec(any::<u8>(), 0..300)), 0..20),
-        ) {
-            let mut bytes = Vec::new();
-            let records: Vec<Record> =
-                records.into_iter().map(|(listener, payload)| Record { listener, payload: payload.into() }).collect();
-            for record in &records {
-                record.encode(&mut bytes).expect("short enough");
+        fn records_come_back_as_they_went(records in prop::collection::vec(record(), 0..20)) {
+            let version = records.iter().map(Record::version).max().unwrap_or(FIRST_VERSION);
+            for version in version..=LAST_VERSION {
+                let mut bytes = Vec::new();
+                for record in &records {
+                    record.encode(version, &mut bytes).expect("short enough");
+                }
+                let mut bytes = Bytes::from(bytes);
+                for record in &records {
+                    prop_assert_eq!(Record::decode(version, &mut bytes), Ok(Ok(record.clone())));
+                }
+                prop_assert!(bytes.is_empty());
             }
-            let mut bytes = Bytes::from(bytes);
-            for record in records {
-                prop_assert_eq!(Record::decode(VERSION, &mut bytes), Ok(Ok(record)));
-            }
-            prop_assert!(bytes.is_empty());
         }
 
         #[test]
-        fn records_of_the_next_version_are_read_and_each_stands_for_itself(
-            records in prop::collection::vec(
-                (0..2_u16, ".{0,40}", prop::collection::vec(any::<u8>(), 0..300), prop::collection::vec(any::<u8>(), 0..20)),
-                0..20,
-            ),
+        fn a_kind_that_is_not_known_is_refused_and_no_other_with_it(
+            records in prop::collection::vec((record(), any::<bool>()), 0..20),
         ) {
             let mut bytes = Vec::new();
-            for (kind, listener, payload, later) in &records {
-                let mut body = kind.to_le_bytes().to_vec();
-                let record = Record { listener: listener.clone(), payload: Bytes::copy_from_slice(payload) };
-                record.encode(&mut body).expect("short enough");
-                body.extend(later);
-                bytes.put_u32_le(body.len().try_into().expect("short enough"));
-                bytes.extend(body);
+            for (record, is_known) in &records {
+                let at = bytes.len() + 4;
+                record.encode(LAST_VERSION, &mut bytes).expect("short enough");
+                if !is_known {
+                    bytes[at] = 7;
+                }
             }
             let mut bytes = Bytes::from(bytes);
-            for (kind, listener, payload, _) in records {
-                let read = Record::decode(NEXT_VERSION, &mut bytes).expect("whole");
-                prop_assert_eq!(read.ok(), (kind == HTTP1).then_some(Record { listener, payload: payload.into() }));
+            for (record, is_known) in records {
+                let read = Record::decode(LAST_VERSION, &mut bytes).expect("whole");
+                prop_assert_eq!(read.ok(), is_known.then_some(record));
             }
             prop_assert!(bytes.is_empty());
         }
@@ -256,7 +282,7 @@ mod tests {
             let _ = Header::decode(&bytes);
             // Also what begins well.
             let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
-            for version in VERSION..=NEXT_VERSION {
+            for version in FIRST_VERSION..=LAST_VERSION {
                 let mut bytes = Bytes::from(bytes.clone());
                 while Record::decode(version, &mut bytes).is_ok() {}
             }
@@ -264,7 +290,7 @@ mod tests {
 
         #[test]
         fn a_header_that_is_cut_or_of_another_version_is_refused(
-            length in 0..HEADER_LENGTH, version in (NEXT_VERSION + 1)..,
+            length in 0..HEADER_LENGTH, version in (LAST_VERSION + 1)..,
         ) {
             let mut bytes = header(1, "").encode();
             prop_assert!(Header::decode(&bytes[..length]).is_err());

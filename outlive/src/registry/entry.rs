@@ -68,6 +68,8 @@ impl Unfinished {
             Stage::Closing | Stage::Closed => false,
             Stage::Ending | Stage::Discarding => true,
             Stage::InFlight if self.entry.started() == self.started => true,
+            // Of several at once (HTTP/2).
+            Stage::InFlight if self.entry.has_listed_before(self.started) => true,
             _ => !state.is_movable(),
         }
     }
@@ -295,6 +297,11 @@ impl Entry {
     /// A request is not answered at once.
     pub fn list(&self, request: InFlight) {
         lock(&self.listed).push(request);
+    }
+
+    /// Whether one of the first `count` requests is still in flight, of those that were not answered at once.
+    fn has_listed_before(&self, count: u64) -> bool {
+        lock(&self.listed).iter().any(|request| request.number < count)
     }
 
     pub fn unlist(&self, request: &InFlight) {

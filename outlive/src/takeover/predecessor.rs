@@ -63,7 +63,7 @@ impl Offer {
     ) -> io::Result<Self> {
         let mut fds = listeners.iter().map(Listener::pack).collect::<io::Result<Vec<_>>>()?;
         if let Some(folder) = credentials.folder() {
-            let record = Record { listener: CREDENTIALS.to_owned(), payload: Bytes::new() };
+            let record = Record { listener: CREDENTIALS.to_owned(), payload: Bytes::new(), http2: None };
             fds.push((folder.as_fd().try_clone_to_owned()?, record));
         }
         Ok(Self { fds, generation, watchdog, program, limit })

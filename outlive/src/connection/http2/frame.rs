@@ -1,0 +1,130 @@
+//! Frames of HTTP/2, found in a stream of bytes that comes in pieces of any size (RFC 9113 section 4.1).
+
+use bytes::{Buf, BufMut, BytesMut};
+
+pub const DATA: u8 = 0;
+pub const HEADERS: u8 = 1;
+pub const RST_STREAM: u8 = 3;
+pub const SETTINGS: u8 = 4;
+pub const PING: u8 = 6;
+pub const GOAWAY: u8 = 7;
+pub const WINDOW_UPDATE: u8 = 8;
+pub const CONTINUATION: u8 = 9;
+
+/// Of DATA and HEADERS.
+pub const END_STREAM: u8 = 1;
+/// Of SETTINGS and PING.
+pub const ACK: u8 = 1;
+/// Of HEADERS and CONTINUATION.
+pub const END_HEADERS: u8 = 4;
+
+pub const HEAD_LENGTH: usize = 9;
+
+/// What a frame begins with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Head {
+    pub length: usize,
+    pub kind: u8,
+    pub flags: u8,
+    pub stream: u32,
+}
+
+impl Head {
+    pub fn new(kind: u8, flags: u8, length: usize) -> Self {
+        Self { length, kind, flags, stream: 0 }
+    }
+
+    pub fn decode(bytes: [u8; HEAD_LENGTH]) -> Self {
+        let [a, b, c, kind, flags, stream @ ..] = bytes;
+        let length = u32::from_be_bytes([0, a, b, c]) as usize;
+        Self { length, kind, flags, stream: u32::from_be_bytes(stream) & !(1 << 31) }
+    }
+
+    pub fn has(self, flag: u8) -> bool {
+        self.flags & flag != 0
+    }
+
+    pub fn put(self, into: &mut BytesMut) {
+        into.put_uint(self.length as u64, 3);
+        into.put_slice(&[self.kind, self.flags]);
+        into.put_u32(self.stream);
+    }
+}
+
+/// The increment that a WINDOW_UPDATE says, if it says one.
+pub fn increment(payload: &[u8]) -> Option<u32> {
+    Some(u32::from_be_bytes(payload.try_into().ok()?) & !(1 << 31))
+}
+
+pub fn put_window_update(increment: u32, into: &mut BytesMut) {
+    Head::new(WINDOW_UPDATE, 0, 4).put(into);
+    into.put_u32(increment);
+}
+
+pub fn put_settings(payload: &[u8], into: &mut BytesMut) {
+    Head::new(SETTINGS, 0, payload.len()).put(into);
+    into.put_slice(payload);
+}
+
+pub fn put_settings_ack(into: &mut BytesMut) {
+    Head::new(SETTINGS, ACK, 0).put(into);
+}
+
+/// What becomes of a frame, decided when its head is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// It goes on, byte by byte.
+    Pass,
+    /// It waits, and all that belongs to it.
+    Hold,
+    /// It goes no further.
+    Swallow,
+    /// It is to be seen whole before that is decided.
+    See,
+}
+
+/// How far the present frame has come.
+#[derive(Debug)]
+pub enum Step {
+    /// So many bytes of its head.
+    Head([u8; HEAD_LENGTH], usize),
+    /// So many bytes of its payload are still to come.
+    Payload(Way, usize),
+    /// Of one that is to be seen whole: what has come of its payload.
+    Seen(Head, [u8; HEAD_LENGTH], Vec<u8>),
+}
+
+impl Step {
+    pub const START: Self = Self::Head([0; HEAD_LENGTH], 0);
+
+    /// Whether no frame has begun.
+    pub fn is_start(&self) -> bool {
+        matches!(self, Self::Head(_, 0))
+    }
+
+    /// What has come of a frame of which nothing was passed on.
+    pub fn undecided(&self) -> Vec<u8> {
+        match self {
+            Self::Head(bytes, have) => bytes[..*have].to_vec(),
+            Self::Payload(..) => Vec::new(),
+            Self::Seen(_, head, payload) => [&head[..], payload].concat(),
+        }
+    }
+
+    /// Takes bytes for the head off the front of `bytes`; gives it when it is whole.
+    pub fn take_head(&mut self, bytes: &mut &[u8]) -> Option<[u8; HEAD_LENGTH]> {
+        let Self::Head(head, have) = self else { return None };
+        let length = (HEAD_LENGTH - *have).min(bytes.len());
+        head[*have..*have + length].copy_from_slice(&bytes[..length]);
+        bytes.advance(length);
+        *have += length;
+        (*have == HEAD_LENGTH).then_some(*head)
+    }
+}
+
+/// Splits what is `length` bytes long at most off the front.
+pub fn take<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
+    let (taken, rest) = bytes.split_at(length.min(bytes.len()));
+    *bytes = rest;
+    taken
+}

@@ -1,0 +1,192 @@
+//! Where h2 reads and writes: its connection's stream, by way of the session.
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use super::session::Session;
+use crate::connection::io::Io;
+use crate::lock::lock;
+
+/// How much is read at once, in bytes: a whole frame of the usual size.
+const READ_LENGTH: usize = 16 * 1024;
+/// h2 waits with more while as much of what it has written is not out, in bytes.
+const UNSENT_LIMIT: usize = 64 * 1024;
+
+/// hyper has one end of it until it is dropped, the driver the other.
+#[derive(Clone)]
+pub struct Relay(Arc<Mutex<Option<Inner>>>);
+
+struct Inner {
+    io: Io,
+    session: Session,
+}
+
+impl Relay {
+    pub fn new(io: Io, session: Session) -> Self {
+        Self(Arc::new(Mutex::new(Some(Inner { io, session }))))
+    }
+
+    /// Takes the stream away from hyper, which finds its end.
+    pub fn take(&self) -> Option<(Io, Session)> {
+        lock(&self.0).take().map(|Inner { io, session }| (io, session))
+    }
+
+    /// Does something with the session, for as long as it is here.
+    pub fn with<T>(&self, work: impl FnOnce(&mut Session) -> T) -> Option<T> {
+        lock(&self.0).as_mut().map(|inner| work(&mut inner.session))
+    }
+
+    fn poll<T>(&self, gone: T, poll: impl FnOnce(&mut Inner) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        match lock(&self.0).as_mut() {
+            Some(inner) => poll(inner),
+            None => Poll::Ready(Ok(gone)),
+        }
+    }
+}
+
+impl Inner {
+    fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        loop {
+            let for_h2 = self.session.for_h2();
+            if !for_h2.is_empty() {
+                let length = for_h2.len().min(into.remaining());
+                into.put_slice(&for_h2[..length]);
+                for_h2.advance(length);
+                if for_h2.is_empty() {
+                    // Nothing is kept while the connection is idle.
+                    *for_h2 = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            // Woken when h2 has begun, or the driver looks.
+            if !self.session.is_begun() || self.session.is_at_rest() {
+                return Poll::Pending;
+            }
+            let mut buffer = [const { MaybeUninit::uninit() }; READ_LENGTH];
+            let mut read = ReadBuf::uninit(&mut buffer);
+            let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, &mut read) else {
+                // There may be something that is not h2's to say.
+                if !self.session.for_client().is_empty() {
+                    let _ = self.poll_flush(cx)?;
+                }
+                return Poll::Pending;
+            };
+            result?;
+            if read.filled().is_empty() {
+                self.session.release();
+                if self.session.for_h2().is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+                continue;
+            }
+            self.session.receive(read.filled());
+        }
+    }
+
+    fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if !self.session.mediates() {
+            let bytes = &bytes[..bytes.len().min(self.session.unmediated())];
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
+            self.session.sent(&bytes[..written]);
+            return Poll::Ready(Ok(written));
+        }
+        ready!(self.poll_room(cx))?;
+        self.mediate(cx, bytes);
+        let _ = self.poll_send(cx)?;
+        Poll::Ready(Ok(bytes.len()))
+    }
+
+    fn poll_write_vectored(
+        &mut self,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        if self.session.mediates() || self.session.unmediated() < usize::MAX {
+            let first = slices.iter().find(|slice| !slice.is_empty());
+            return self.poll_write(cx, first.map_or(&[], |slice| slice));
+        }
+        let written = ready!(Pin::new(&mut self.io).poll_write_vectored(cx, slices))?;
+        let mut left = written;
+        for slice in slices {
+            let length = slice.len().min(left);
+            self.session.sent(&slice[..length]);
+            left -= length;
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    fn mediate(&mut self, cx: &Context<'_>, bytes: &[u8]) {
+        let was_begun = self.session.is_begun();
+        self.session.mediate(bytes);
+        if !self.session.for_h2().is_empty() || self.session.is_begun() != was_begun {
+            // h2 has something to read now.
+            cx.waker().wake_by_ref();
+        }
+    }
+
+    /// Until h2 may write more.
+    fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if self.session.for_client().len() < UNSENT_LIMIT { Poll::Ready(Ok(())) } else { self.poll_send(cx) }
+    }
+
+    /// Until all is out that the client has room for.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let Self { io, session } = self;
+        let for_client = session.for_client();
+        while !for_client.is_empty() {
+            let written = ready!(Pin::new(&mut *io).poll_write(cx, for_client))?;
+            for_client.advance(written);
+        }
+        *for_client = BytesMut::new();
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_flush(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut self.io).poll_flush(cx)
+    }
+
+    fn poll_shutdown(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        ready!(self.poll_send(cx))?;
+        Pin::new(&mut self.io).poll_shutdown(cx)
+    }
+}
+
+impl AsyncRead for Relay {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.poll((), |inner| inner.poll_read(cx, into))
+    }
+}
+
+impl AsyncWrite for Relay {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.poll(bytes.len(), |inner| inner.poll_write(cx, bytes))
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let all = slices.iter().map(|slice| slice.len()).sum();
+        self.poll(all, |inner| inner.poll_write_vectored(cx, slices))
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        lock(&self.0).as_ref().is_some_and(|inner| inner.io.is_write_vectored())
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll((), |inner| inner.poll_flush(cx))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.poll((), |inner| inner.poll_shutdown(cx))
+    }
+}

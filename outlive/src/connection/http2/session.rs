@@ -1,0 +1,573 @@
+//! An HTTP/2 connection as it passes between its client and h2: what is agreed upon is noted, so that another
+//! process can go on with a fresh h2, which is then played the beginning that it missed.
+//!
+//! A connection comes to rest when no stream is open: frames of streams that begin meanwhile are held, and travel
+//! as bytes that were not consumed. What the fresh h2 has to believe, and the client must not notice:
+//! - h2 is told the client's settings, and its own are acknowledged in the client's name. It applies its stream
+//!   window at that acknowledgement and its connection window when its WINDOW_UPDATE goes out, so nothing of the
+//!   client reaches it before both.
+//! - The connection's windows are what they are: h2's first WINDOW_UPDATE says what is missing; and where the client
+//!   takes less than the 65,535 bytes that h2 begins with, DATA beyond that waits here, and what the client grants
+//!   pays this debt first.
+//! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`. Our encoder
+//!   begins empty, and the client's table agrees: indices count from the newest entry, and the oldest goes first.
+//! - What still comes for streams of the former process would be errors to h2: it is swallowed, and DATA among it
+//!   given back to the connection's window.
+
+use std::collections::HashMap;
+
+use bytes::{Bytes, BytesMut};
+
+use super::frame::{
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
+    SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_settings, put_settings_ack, put_window_update, take,
+};
+use crate::agreement::{Agreement, FIRST_WINDOW, Settings};
+use crate::connection::PREFACE;
+
+/// A client that begins more while it is held is held no longer, in bytes.
+const HELD_LIMIT: usize = 1280 * 1024;
+/// Streams that are kept account of: more than h2 lets a client have.
+const STREAMS_LIMIT: usize = 1000;
+/// SETTINGS that are looked at are no longer, in bytes.
+const SETTINGS_LIMIT: usize = 16 * 1024;
+
+pub struct Session {
+    agreement: Agreement,
+    /// Streams up to this one are a former process's.
+    former: u32,
+    /// The others that have not ended, and which side of them has.
+    open: HashMap<u32, Ended>,
+    /// Where the client's bytes are.
+    preface_left: usize,
+    from_client: Step,
+    /// What becomes of a header block that is not whole yet.
+    block: Option<Way>,
+    rest: Rest,
+    held: BytesMut,
+    to_h2: BytesMut,
+    /// Where h2's bytes are, while they pass as they come.
+    from_h2: Step,
+    /// What has come of a frame of h2's, while they do not.
+    partial: BytesMut,
+    to_client: BytesMut,
+    /// Frames of h2's that the client has no room for.
+    waiting: BytesMut,
+    /// Frames of our own, for the next gap between two of h2's.
+    own: BytesMut,
+    /// What of its beginning a fresh h2 has still to say.
+    beginning: Option<Beginning>,
+    /// How much h2 believes that the client takes, and it does not, in bytes.
+    debt: i64,
+    unanswered: Unanswered,
+    /// Whether this connection ends here.
+    is_ending: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Ended {
+    client: bool,
+    h2: bool,
+}
+
+/// Whether new streams may begin.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Rest {
+    No,
+    /// They are held.
+    Coming,
+    /// What was held goes on once the frame that is passing is whole.
+    Over,
+}
+
+/// What a fresh h2 says first, each once.
+#[derive(Default)]
+struct Beginning {
+    has_set: bool,
+    has_acknowledged: bool,
+    has_granted: bool,
+}
+
+/// What was said and not answered.
+#[derive(Default)]
+struct Unanswered {
+    /// SETTINGS of ours, by the client.
+    ours: u32,
+    /// ... that were acknowledged in its name.
+    ours_in_its_name: u32,
+    /// SETTINGS of the client's, by h2.
+    theirs: u32,
+    /// PING of the client's, by h2.
+    pings: u32,
+    /// PING of h2's, by the client.
+    own_pings: u32,
+}
+
+impl Session {
+    /// Of a connection that begins here.
+    pub fn new() -> Self {
+        Self {
+            agreement: Agreement::default(),
+            former: 0,
+            open: HashMap::new(),
+            preface_left: PREFACE.len(),
+            from_client: Step::START,
+            block: None,
+            rest: Rest::No,
+            held: BytesMut::new(),
+            to_h2: BytesMut::new(),
+            from_h2: Step::START,
+            partial: BytesMut::new(),
+            to_client: BytesMut::new(),
+            waiting: BytesMut::new(),
+            own: BytesMut::new(),
+            beginning: None,
+            debt: 0,
+            unanswered: Unanswered::default(),
+            is_ending: false,
+        }
+    }
+
+    /// Of a connection that began in another process.
+    pub fn resume(agreement: Agreement) -> Self {
+        let mut to_h2 = BytesMut::from(PREFACE);
+        put_settings(&agreement.theirs.payload(), &mut to_h2);
+        let granted = agreement.send_window - FIRST_WINDOW;
+        if let Ok(granted @ 1..) = u32::try_from(granted) {
+            put_window_update(granted, &mut to_h2);
+        }
+        Self {
+            former: agreement.last_stream,
+            agreement,
+            preface_left: 0,
+            to_h2,
+            beginning: Some(Beginning::default()),
+            debt: (-granted).max(0),
+            ..Self::new()
+        }
+    }
+
+    // ---- coming to rest ----
+
+    /// Holds streams that begin from now on.
+    pub fn hold(&mut self) {
+        if self.rest == Rest::No {
+            self.rest = Rest::Coming;
+        }
+    }
+
+    /// Lets go on what was held.
+    pub fn release(&mut self) {
+        if self.rest == Rest::Coming {
+            self.rest = Rest::Over;
+            self.go_on();
+        }
+    }
+
+    /// Whether the client sends too much to be held any longer.
+    pub fn is_full(&self) -> bool {
+        self.held.len() > HELD_LIMIT
+    }
+
+    /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.
+    pub fn is_at_rest(&self) -> bool {
+        self.rest == Rest::Coming
+            && self.open.is_empty()
+            && self.is_between_frames()
+            && self.preface_left == 0
+            && self.beginning.is_none()
+            && self.from_h2.is_start()
+            && [&self.to_h2, &self.partial, &self.to_client, &self.waiting, &self.own]
+                .into_iter()
+                .all(BytesMut::is_empty)
+            && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
+            && !self.is_ending
+    }
+
+    /// What another process has to know, and what was not consumed.
+    pub fn leave(self) -> (Agreement, Bytes) {
+        let mut unread = self.held;
+        unread.extend_from_slice(&self.from_client.undecided());
+        (self.agreement, unread.freeze())
+    }
+
+    /// Whether no frame of the client's has gone on in part.
+    fn is_between_frames(&self) -> bool {
+        let goes_on = |way: &Way| matches!(way, Way::Pass | Way::Swallow);
+        !matches!(&self.from_client, Step::Payload(way, _) if goes_on(way))
+            && !self.block.as_ref().is_some_and(goes_on)
+    }
+
+    fn go_on(&mut self) {
+        if self.rest != Rest::Over || !self.is_between_frames() {
+            return;
+        }
+        self.rest = Rest::No;
+        self.block = None;
+        let held = std::mem::take(&mut self.held);
+        let undecided = std::mem::replace(&mut self.from_client, Step::START).undecided();
+        self.receive(&held);
+        self.receive(&undecided);
+    }
+
+    // ---- from the client to h2 ----
+
+    /// Whether the client's bytes may reach h2.
+    pub fn is_begun(&self) -> bool {
+        self.beginning.is_none()
+    }
+
+    /// What is for h2 to read.
+    pub fn for_h2(&mut self) -> &mut BytesMut {
+        &mut self.to_h2
+    }
+
+    /// Takes what the client has sent.
+    pub fn receive(&mut self, mut bytes: &[u8]) {
+        let preface = take(&mut bytes, self.preface_left);
+        self.preface_left -= preface.len();
+        self.to_h2.extend_from_slice(preface);
+        while !bytes.is_empty() {
+            match &mut self.from_client {
+                Step::Head(..) => {
+                    if let Some(bytes) = self.from_client.take_head(&mut bytes) {
+                        self.receive_head(bytes);
+                    }
+                }
+                Step::Payload(way, left) => {
+                    let part = take(&mut bytes, *left);
+                    *left -= part.len();
+                    let (way, is_whole) = (*way, *left == 0);
+                    match way {
+                        Way::Pass => self.to_h2.extend_from_slice(part),
+                        Way::Hold => self.held.extend_from_slice(part),
+                        Way::Swallow | Way::See => {}
+                    }
+                    if is_whole {
+                        self.end_frame();
+                    }
+                }
+                Step::Seen(head, _, payload) => {
+                    payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
+                    if payload.len() == head.length {
+                        self.receive_seen();
+                    }
+                }
+            }
+        }
+    }
+
+    fn receive_head(&mut self, bytes: [u8; HEAD_LENGTH]) {
+        let head = Head::decode(bytes);
+        let way = self.way_of(head);
+        match way {
+            Way::Pass => self.to_h2.extend_from_slice(&bytes),
+            Way::Hold => self.held.extend_from_slice(&bytes),
+            Way::Swallow => {}
+            Way::See => {
+                self.from_client = Step::Seen(head, bytes, Vec::with_capacity(head.length));
+                if head.length == 0 {
+                    self.receive_seen();
+                }
+                return;
+            }
+        }
+        self.from_client = Step::Payload(way, head.length);
+        if head.length == 0 {
+            self.end_frame();
+        }
+    }
+
+    fn end_frame(&mut self) {
+        self.from_client = Step::START;
+        self.go_on();
+    }
+
+    /// What becomes of a frame of the client's.
+    fn way_of(&mut self, head: Head) -> Way {
+        let Head { length, kind, stream, .. } = head;
+        let is_former = (1..=self.former).contains(&stream);
+        let is_new = self.rest == Rest::Coming && stream > self.agreement.last_stream;
+        let by_stream = match (is_former, is_new) {
+            (true, _) => Way::Swallow,
+            (_, true) => Way::Hold,
+            (false, false) => Way::Pass,
+        };
+        match kind {
+            DATA if is_former => put_window_update_for(length, &mut self.own),
+            DATA if !is_new => {
+                self.agreement.receive_window -= size(length);
+                if head.has(END_STREAM) {
+                    self.end_half(stream, |ended| ended.client = true);
+                }
+            }
+            HEADERS => {
+                if by_stream == Way::Pass {
+                    self.begin_stream(stream);
+                    if head.has(END_STREAM) {
+                        self.end_half(stream, |ended| ended.client = true);
+                    }
+                }
+                self.block = (!head.has(END_HEADERS)).then_some(by_stream);
+            }
+            CONTINUATION => {
+                let way = self.block.unwrap_or(Way::Pass);
+                if head.has(END_HEADERS) {
+                    self.block = None;
+                }
+                return way;
+            }
+            RST_STREAM if by_stream == Way::Pass => _ = self.open.remove(&stream),
+            SETTINGS if length <= SETTINGS_LIMIT => return Way::See,
+            WINDOW_UPDATE if stream == 0 && length == 4 => return Way::See,
+            PING if head.has(ACK) => match self.unanswered.own_pings.checked_sub(1) {
+                Some(left) => self.unanswered.own_pings = left,
+                // Of the former process.
+                None => return Way::Swallow,
+            },
+            PING => self.unanswered.pings = self.unanswered.pings.saturating_add(1),
+            GOAWAY => self.is_ending = true,
+            _ => {}
+        }
+        by_stream
+    }
+
+    fn begin_stream(&mut self, stream: u32) {
+        // Those of a client have odd numbers; h2 objects to any other.
+        if stream <= self.agreement.last_stream || stream % 2 == 0 {
+            return;
+        }
+        self.agreement.last_stream = stream;
+        if self.open.len() < STREAMS_LIMIT {
+            self.open.insert(stream, Ended::default());
+        } else {
+            self.is_ending = true;
+        }
+    }
+
+    fn end_half(&mut self, stream: u32, end: impl FnOnce(&mut Ended)) {
+        if let Some(ended) = self.open.get_mut(&stream) {
+            end(ended);
+            if ended.client && ended.h2 {
+                self.open.remove(&stream);
+            }
+        }
+    }
+
+    /// A frame of the client's that was to be seen whole.
+    fn receive_seen(&mut self) {
+        let Step::Seen(head, bytes, payload) = std::mem::replace(&mut self.from_client, Step::START) else {
+            unreachable!("asked where one was seen")
+        };
+        if head.kind == WINDOW_UPDATE {
+            self.receive_grant(increment(&payload).expect("four bytes"));
+        } else if head.has(ACK) {
+            self.receive_acknowledgement(bytes, &payload);
+        } else {
+            // What makes no sense is h2's to refuse.
+            self.is_ending |= !self.agreement.theirs.set(&payload);
+            self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
+            self.pass_seen(bytes, &payload);
+        }
+        self.go_on();
+    }
+
+    fn pass_seen(&mut self, head: [u8; HEAD_LENGTH], payload: &[u8]) {
+        self.to_h2.extend_from_slice(&head);
+        self.to_h2.extend_from_slice(payload);
+    }
+
+    fn receive_acknowledgement(&mut self, head: [u8; HEAD_LENGTH], payload: &[u8]) {
+        self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
+        match self.unanswered.ours_in_its_name.checked_sub(1) {
+            Some(left) => self.unanswered.ours_in_its_name = left,
+            None => self.pass_seen(head, payload),
+        }
+    }
+
+    /// The client takes so much more.
+    fn receive_grant(&mut self, granted: u32) {
+        self.agreement.send_window += i64::from(granted);
+        let paid = self.debt.min(granted.into());
+        self.debt -= paid;
+        let left = granted - u32::try_from(paid).expect("no more than was granted");
+        // None at all is an error, and h2's to say.
+        if left > 0 || granted == 0 {
+            put_window_update(left, &mut self.to_h2);
+        }
+        self.send_waiting();
+    }
+
+    // ---- from h2 to the client ----
+
+    /// Whether h2's bytes have to be looked at before they go out; else they go as they are, and `sent` is told.
+    pub fn mediates(&self) -> bool {
+        self.beginning.is_some()
+            || self.debt > 0
+            || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
+            || (!self.own.is_empty() && self.from_h2.is_start())
+    }
+
+    /// How much of h2's bytes may go as they are before there is something of our own to say.
+    pub fn unmediated(&self) -> usize {
+        match &self.from_h2 {
+            _ if self.own.is_empty() => usize::MAX,
+            Step::Head(_, have) => HEAD_LENGTH - have,
+            Step::Payload(_, left) => *left,
+            Step::Seen(head, _, payload) => head.length - payload.len(),
+        }
+    }
+
+    /// What is to be sent before anything else.
+    pub fn for_client(&mut self) -> &mut BytesMut {
+        if self.from_h2.is_start() && !self.own.is_empty() {
+            self.to_client.unsplit(std::mem::take(&mut self.own));
+        }
+        &mut self.to_client
+    }
+
+    /// Notes what h2 has sent as it is.
+    pub fn sent(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            match &mut self.from_h2 {
+                Step::Head(..) => {
+                    let Some(bytes) = self.from_h2.take_head(&mut bytes) else { continue };
+                    let head = Head::decode(bytes);
+                    let is_seen = head.kind == SETTINGS || head.kind == WINDOW_UPDATE;
+                    self.from_h2 = match head.length {
+                        0 => Step::START,
+                        length if is_seen => Step::Seen(head, bytes, Vec::with_capacity(length)),
+                        length => Step::Payload(Way::Pass, length),
+                    };
+                    if head.length == 0 || !is_seen {
+                        self.note_sent(head, &[]);
+                    }
+                }
+                Step::Payload(_, left) => {
+                    *left -= take(&mut bytes, *left).len();
+                    if *left == 0 {
+                        self.from_h2 = Step::START;
+                    }
+                }
+                Step::Seen(head, _, payload) => {
+                    payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
+                    if payload.len() == head.length {
+                        let (head, payload) = (*head, std::mem::take(payload));
+                        self.from_h2 = Step::START;
+                        self.note_sent(head, &payload);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes what h2 sends; what goes out of it is for the client then.
+    pub fn mediate(&mut self, bytes: &[u8]) {
+        self.for_client();
+        self.partial.extend_from_slice(bytes);
+        while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
+            let head = Head::decode(*head);
+            if self.partial.len() < HEAD_LENGTH + head.length {
+                break;
+            }
+            let frame = self.partial.split_to(HEAD_LENGTH + head.length);
+            if self.begin_with(head, &frame[HEAD_LENGTH..]) {
+                continue;
+            }
+            // What belongs to the connection need not wait for what belongs to its streams.
+            let is_of_streams = matches!(head.kind, DATA | HEADERS | CONTINUATION | RST_STREAM);
+            if is_of_streams && (!self.waiting.is_empty() || !self.has_room(head)) {
+                self.waiting.unsplit(frame);
+            } else {
+                self.note_sent(head, &frame[HEAD_LENGTH..]);
+                self.to_client.unsplit(frame);
+            }
+        }
+    }
+
+    fn has_room(&self, head: Head) -> bool {
+        head.kind != DATA || size(head.length) <= self.agreement.send_window.max(0)
+    }
+
+    fn send_waiting(&mut self) {
+        while let Some(bytes) = self.waiting.first_chunk::<HEAD_LENGTH>() {
+            let head = Head::decode(*bytes);
+            if !self.has_room(head) {
+                return;
+            }
+            let frame = self.waiting.split_to(HEAD_LENGTH + head.length);
+            self.note_sent(head, &frame[HEAD_LENGTH..]);
+            self.to_client.unsplit(frame);
+        }
+    }
+
+    /// What a fresh h2 says at its beginning, and the client has heard already.
+    fn begin_with(&mut self, head: Head, payload: &[u8]) -> bool {
+        let Some(beginning) = &mut self.beginning else { return false };
+        match head.kind {
+            SETTINGS if head.has(ACK) && !beginning.has_acknowledged => beginning.has_acknowledged = true,
+            SETTINGS if !beginning.has_set => {
+                beginning.has_set = true;
+                put_settings_ack(&mut self.to_h2);
+                let mut ours = Settings::default();
+                ours.set(payload);
+                if ours != self.agreement.ours {
+                    self.unanswered.ours_in_its_name += 1;
+                    self.unanswered.ours += 1;
+                    self.agreement.ours = ours;
+                    put_settings(payload, &mut self.to_client);
+                }
+            }
+            WINDOW_UPDATE if head.stream == 0 && !beginning.has_granted => {
+                beginning.has_granted = true;
+                let wanted = FIRST_WINDOW + increment(payload).map_or(0, i64::from);
+                if let Ok(missing @ 1..) = u32::try_from(wanted - self.agreement.receive_window) {
+                    self.agreement.receive_window = wanted;
+                    put_window_update(missing, &mut self.to_client);
+                }
+            }
+            _ => return false,
+        }
+        if beginning.has_set && beginning.has_acknowledged && beginning.has_granted {
+            self.beginning = None;
+        }
+        true
+    }
+
+    /// Keeps account of a frame that goes to the client.
+    fn note_sent(&mut self, head: Head, payload: &[u8]) {
+        match head.kind {
+            DATA => {
+                self.agreement.send_window -= size(head.length);
+                if head.has(END_STREAM) {
+                    self.end_half(head.stream, |ended| ended.h2 = true);
+                }
+            }
+            HEADERS if head.has(END_STREAM) => self.end_half(head.stream, |ended| ended.h2 = true),
+            RST_STREAM => _ = self.open.remove(&head.stream),
+            SETTINGS if head.has(ACK) => self.unanswered.theirs = self.unanswered.theirs.saturating_sub(1),
+            SETTINGS => {
+                self.is_ending |= !self.agreement.ours.set(payload);
+                self.unanswered.ours += 1;
+            }
+            PING if head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_sub(1),
+            PING => self.unanswered.own_pings += 1,
+            WINDOW_UPDATE if head.stream == 0 => {
+                self.agreement.receive_window += increment(payload).map_or(0, i64::from);
+            }
+            GOAWAY => self.is_ending = true,
+            _ => {}
+        }
+    }
+}
+
+fn size(length: usize) -> i64 {
+    i64::try_from(length).expect("a frame's length has 24 bits")
+}
+
+/// Gives back what was sent to nobody.
+fn put_window_update_for(length: usize, into: &mut BytesMut) {
+    if let Ok(increment @ 1..) = u32::try_from(length) {
+        put_window_update(increment, into);
+    }
+}
