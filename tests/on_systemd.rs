@@ -64,8 +64,11 @@ promises! {
     hangup_reloads_too
     reloads_and_restarts_at_random_lose_nothing
     the_watchdog_watches_the_successor
+    restarts_under_http2_close_no_connection
+    reloads_under_http2_close_no_connection
+    h2load_keeps_its_connections_over_restarts_and_reloads
     restarts_under_https_lose_nothing
-    restarts_under_http2_lose_nothing
+    restarts_under_http2_over_tls_lose_nothing
     reloads_under_https_and_http2_lose_nothing
     h2load_and_curl_see_no_failure_over_restarts
     a_renewed_certificate_is_in_use_after_a_restart_with_credentials
@@ -882,6 +885,50 @@ fn again_and_again_told(verb: &str, container: &Container, load: Load) {
     assert!(report.told_to_close >= u64::from(TIMES / 3), "{report}");
 }
 
+fn restarts_under_http2_close_no_connection(systemd: Systemd) {
+    again_and_again("restart", &boot(systemd), Load::http2(&Container::target()));
+}
+
+fn reloads_under_http2_close_no_connection(systemd: Systemd) {
+    again_and_again("reload", &boot(systemd), Load::http2(&Container::target()));
+}
+
+/// It never connects again: a connection that ended would fail all its requests. Many streams on each, with
+/// windows of 64 KiB and of 16 MiB; answers, and bodies that are sent back.
+fn h2load_keeps_its_connections_over_restarts_and_reloads(systemd: Systemd) {
+    let container = boot(systemd);
+    ask(&container, "/");
+    let body = container.path("run/body");
+    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("written");
+    let data = format!("--data={}", body.display());
+    let loads: [&[&str]; 4] = [
+        &["--clients=4", "--max-concurrent-streams=100", "http://127.0.0.1:8080/"],
+        &["--clients=4", "--max-concurrent-streams=10", "-w16", "-W16", "http://127.0.0.1:8080/"],
+        &["--clients=4", "--max-concurrent-streams=1", "-w16", "-W16", &data, "http://127.0.0.1:8080/echo"],
+        &["--clients=2", "--max-concurrent-streams=3", "-w24", "-W24", &data, "http://127.0.0.1:8080/echo"],
+    ];
+    let loads = loads.map(|load| {
+        let mut h2load = container.outside(&[&["h2load", "--duration=12"], load].concat());
+        std::thread::spawn(move || h2load.output().expect("h2load"))
+    });
+    let mut verbs = 0;
+    while !loads.iter().all(std::thread::JoinHandle::is_finished) {
+        for verb in ["restart", "reload"] {
+            container.systemctl(verb).expect(verb);
+            verbs += 1;
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    assert!(verbs >= 10, "{verbs}");
+    for load in loads {
+        let said = String::from_utf8_lossy(&load.join().expect("h2load").stdout).into_owned();
+        let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
+        eprintln!("{verbs} restarts and reloads; {line}");
+        assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
+        assert!(!line.contains(" 0 succeeded"), "{said}");
+    }
+}
+
 fn restarts_under_https_lose_nothing(systemd: Systemd) {
     let certificate = Certificate::new().expect("a certificate");
     let container = boot_with_tls(systemd, &certificate);
@@ -889,7 +936,7 @@ fn restarts_under_https_lose_nothing(systemd: Systemd) {
     again_and_again_told("restart", &container, Load { clients: 10, ..Load::w2(&target) });
 }
 
-fn restarts_under_http2_lose_nothing(systemd: Systemd) {
+fn restarts_under_http2_over_tls_lose_nothing(systemd: Systemd) {
     let certificate = Certificate::new().expect("a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let target = https(certificate.client(&["h2"]).expect("a client"));

@@ -7,7 +7,7 @@ mod state;
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -89,6 +89,8 @@ pub struct Registry {
     accepting: AtomicU32,
     /// Predecessors whose connections still come.
     arriving: AtomicU32,
+    /// Whether nobody goes on with HTTP/2 connections.
+    keeps_http2: AtomicBool,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
     now: AtomicU64,
 }
@@ -122,6 +124,7 @@ impl Registry {
             unanswered: AtomicU64::new(0),
             accepting: AtomicU32::new(0),
             arriving: AtomicU32::new(0),
+            keeps_http2: AtomicBool::new(false),
             now: AtomicU64::new(0),
         })
     }
@@ -183,6 +186,12 @@ impl Registry {
         for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
         }
+    }
+
+    /// Who comes after does not know how to go on with HTTP/2 connections: they are told to end. To be said before the
+    /// phase that asks them to come to rest.
+    pub fn keep_http2(&self) {
+        self.keeps_http2.store(true, SeqCst);
     }
 
     /// Waits until the phase is one that `wanted` says yes to.
@@ -306,8 +315,6 @@ impl Drop for Arriving<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-
     use hyper::Uri;
 
     use super::*;

@@ -235,7 +235,7 @@ where
         rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
-    tokio::spawn(registry.watch());
+    tokio::spawn(registry.clone().watch());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
     let committed = match predecessor.take() {
@@ -295,7 +295,10 @@ where
         }
         Ending::Succeeded { successor, terminations } => {
             listeners::pass_on_socket_files();
-            let (successor, remaining) = drain.pass_on(successor, terminations).await;
+            if !successor.takes_http2 {
+                registry.keep_http2();
+            }
+            let (successor, remaining) = drain.pass_on(successor.channel, terminations).await;
             (None, Some(successor), remaining)
         }
     };

@@ -4,7 +4,7 @@
 //! ```text
 //! takeover (ExecReload=)         predecessor                      successor
 //!   connects to the socket  ---->  (socket.rs)
-//!   starts a intermediate process, which starts the successor with the connection as its standard input,
+//!   starts an intermediate process, which starts the successor with the connection as its standard input,
 //!   and ends: the successor is a child of systemd now          (launch.rs)
 //!   Go                      ---->
 //!                                      <---- Hello                  is there
@@ -23,8 +23,8 @@
 //! ```
 //! On SIGHUP the predecessor starts the intermediate process itself. Until `Commit` each side may end, and
 //! the predecessor goes on as if nothing had been. From `Commit` on nothing is cancelled: a successor that
-//! does not say `Accepting` in time is killed before the predecessor goes on alone. Systemd takes a process that is not its child for a
-//! stranger, to be killed without a drain: hence the intermediate process, and `Go`.
+//! does not say `Accepting` in time is killed before the predecessor goes on alone. Systemd takes a process
+//! that is not its child for a stranger, to be killed without a drain: hence the intermediate process, and `Go`.
 
 mod handle;
 mod launch;
@@ -46,6 +46,9 @@ const OUTCOME_LIMIT: Duration =
 
 /// Why a reload came to nothing that nobody refused.
 const OVERTAKEN: &str = "a stop of the service overtook it";
+
+/// Said with Ready by a successor that goes on with HTTP/2 connections; earlier releases say nothing.
+const TAKES_HTTP2: &str = "http2";
 
 /// What the folder of the credentials is called where the listeners stand with their names.
 const CREDENTIALS: &str = "credentials";

@@ -140,7 +140,7 @@ impl Tries {
                 Try::None | Try::Pausing(_) => Step::Waits,
             };
         }
-        if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
+        if entry.keeps_http2() || self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Try::None;
             entry.pin();
             return Self::release(relay);

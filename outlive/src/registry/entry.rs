@@ -125,6 +125,11 @@ impl Entry {
         self.registry.phase()
     }
 
+    /// See [`Registry::keep_http2`].
+    pub fn keeps_http2(&self) -> bool {
+        self.registry.keeps_http2.load(SeqCst)
+    }
+
     /// Whether the connection has its last answer still to give.
     pub fn is_unanswered(&self) -> bool {
         self.stage().is_unanswered()

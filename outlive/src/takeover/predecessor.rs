@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::{error, info};
@@ -13,7 +13,7 @@ use tracing::{error, info};
 use super::handle::ProcessHandle;
 use super::launch::Program;
 use super::socket::TakeoverSocket;
-use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN};
+use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN, TAKES_HTTP2};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Frame, Kind, Origin, Record, pair};
 use crate::listeners::Listener;
@@ -38,6 +38,13 @@ pub struct Offer {
     pub limit: Duration,
 }
 
+/// A process that serves in this one's place.
+pub struct Successor {
+    pub channel: Channel,
+    /// Whether it can go on with HTTP/2 connections.
+    pub takes_http2: bool,
+}
+
 /// Why a process no longer just serves.
 pub enum Ending {
     /// SIGTERM or SIGINT.
@@ -46,7 +53,7 @@ pub enum Ending {
     Failed(String),
     /// A successor accepts connections, and waits for ours.
     Succeeded {
-        successor: Channel,
+        successor: Successor,
         /// How often this process was told to end before that was certain.
         terminations: u32,
     },
@@ -151,7 +158,10 @@ async fn refuse(channel: &Channel, generation: u64) {
 /// Somebody else starts the successor, and says Go.
 async fn prepare_knocking(offer: &Offer, channel: Channel) -> Result<Prepared> {
     match timeout(offer.limit, prepare(offer, &channel, false)).await {
-        Ok(successor) => Ok(Prepared { channel, successor: successor? }),
+        Ok(prepared) => {
+            let (successor, takes_http2) = prepared?;
+            Ok(Prepared { channel, successor, takes_http2 })
+        }
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
 }
@@ -165,7 +175,7 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     let reason = match timeout(limit, prepare(offer, &channel, true)).await {
-        Ok(Ok(successor)) => return Ok(Prepared { channel, successor }),
+        Ok(Ok((successor, takes_http2))) => return Ok(Prepared { channel, successor, takes_http2 }),
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready in time"),
     };
@@ -174,8 +184,8 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     outcome.await?.err().map_or(Err(reason), Err)
 }
 
-/// The talk with the successor, up to where it could serve.
-async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Result<ProcessHandle> {
+/// The talk with the successor, up to where it could serve; whether it can go on with HTTP/2 connections.
+async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Result<(ProcessHandle, bool)> {
     let me = Origin::now(offer.generation);
     let mut successor = None;
     while successor.is_none() || !reparented {
@@ -194,14 +204,15 @@ async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Resu
     systemd::reloading(&format!("generation {} takes over: pid {}", offer.generation + 1, successor.pid()));
     let watchdog = offer.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(Kind::Listeners, me, &offer.fds, &watchdog).await?;
-    expect(channel, Kind::Ready).await?;
-    Ok(successor)
+    let ready = expect(channel, Kind::Ready).await?;
+    Ok((successor, ready.text == TAKES_HTTP2))
 }
 
 /// A successor that could serve.
 struct Prepared {
     channel: Channel,
     successor: ProcessHandle,
+    takes_http2: bool,
 }
 
 /// Commits, whatever signals come meanwhile; gives how often this process was told to end.
@@ -210,7 +221,7 @@ async fn commit(
     offer: &Offer,
     status: &Status,
     signals: &mut Signals,
-) -> (Result<Channel>, u32) {
+) -> (Result<Successor>, u32) {
     let mut terminations = 0;
     let mut committed = pin!(prepared.commit(offer, status));
     let outcome = loop {
@@ -223,12 +234,12 @@ async fn commit(
             },
         }
     };
-    let outcome = outcome.map(|Prepared { channel, successor }| {
+    let outcome = outcome.map(|Prepared { channel, successor, takes_http2 }| {
         // A service manager tells each of us.
         if terminations > 0 && !systemd::is_there() {
             successor.terminate();
         }
-        channel
+        Successor { channel, takes_http2 }
     });
     (outcome, terminations)
 }
@@ -246,7 +257,7 @@ impl Prepared {
         if let Err(reason) = agreed.context("the successor does not answer Commit").flatten() {
             // Before it is hung up on, which it would take for the end of this process.
             let ended = tokio::task::spawn_blocking(move || {
-                let Self { channel, successor } = self;
+                let Self { channel, successor, .. } = self;
                 successor.kill().map(|()| drop(channel))
             });
             if let Err(error) = ended.await.map_err(anyhow::Error::from).flatten() {
@@ -269,11 +280,10 @@ impl Prepared {
     }
 }
 
-async fn expect(channel: &Channel, kind: Kind) -> Result<()> {
-    match next(channel).await?.kind {
-        said if said == kind => Ok(()),
-        said => bail!("a successor was to say {kind:?}, and said {said:?}"),
-    }
+async fn expect(channel: &Channel, kind: Kind) -> Result<Frame> {
+    let frame = next(channel).await?;
+    ensure!(frame.kind == kind, "a successor was to say {kind:?}, and said {:?}", frame.kind);
+    Ok(frame)
 }
 
 async fn next(channel: &Channel) -> Result<Frame> {
