@@ -3,6 +3,8 @@
 mod frame;
 mod relay;
 mod session;
+#[cfg(test)]
+mod tests;
 
 use std::future::poll_fn;
 use std::pin::Pin;

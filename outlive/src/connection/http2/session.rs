@@ -191,6 +191,11 @@ impl Session {
         (self.agreement, unread.freeze())
     }
 
+    #[cfg(test)]
+    pub fn agreement(&self) -> &Agreement {
+        &self.agreement
+    }
+
     /// Whether no frame of the client's has gone on in part.
     fn is_between_frames(&self) -> bool {
         let goes_on = |way: &Way| matches!(way, Way::Pass | Way::Swallow);

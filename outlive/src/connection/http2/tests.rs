@@ -1,0 +1,494 @@
+//! The session between a model of a client and models of h2, a fresh one after each move: what one says the other
+//! hears, and both believe the same of the connection's windows.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proptest::prelude::*;
+
+use super::frame::{
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
+    WINDOW_UPDATE, increment,
+};
+use super::session::Session;
+use crate::agreement::FIRST_WINDOW;
+use crate::connection::PREFACE;
+
+const PRIORITY: u8 = 2;
+const GREASE: u8 = 0xb;
+/// What h2 grants a connection.
+const TARGET: i64 = 200_000;
+const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = bytes::BytesMut::new();
+    Head { length: payload.len(), kind, flags, stream }.put(&mut bytes);
+    bytes.extend_from_slice(payload);
+    bytes.to_vec()
+}
+
+fn grant(stream: u32, increment: i64) -> Vec<u8> {
+    frame(WINDOW_UPDATE, 0, stream, &u32::try_from(increment).expect("a window").to_be_bytes())
+}
+
+/// Takes whole frames off the front.
+fn frames(buffer: &mut Vec<u8>) -> Vec<(Head, Vec<u8>)> {
+    let mut all = Vec::new();
+    while let Some(head) = buffer.first_chunk::<HEAD_LENGTH>() {
+        let head = Head::decode(*head);
+        if buffer.len() < HEAD_LENGTH + head.length {
+            break;
+        }
+        let frame: Vec<u8> = buffer.drain(..HEAD_LENGTH + head.length).collect();
+        all.push((head, frame[HEAD_LENGTH..].to_vec()));
+    }
+    all
+}
+
+fn length(head: Head) -> i64 {
+    i64::try_from(head.length).expect("24 bits")
+}
+
+/// A client, as it sees its connection.
+struct Client {
+    sent: Vec<u8>,
+    received: Vec<u8>,
+    /// How much it may send, and how much it takes.
+    send_window: i64,
+    receive_window: i64,
+    consumed: i64,
+    /// What h2 has to acknowledge.
+    unanswered: u32,
+    next_stream: u32,
+    /// Streams that it has not ended, and how much it has sent on each.
+    open: Vec<u32>,
+    bytes: BTreeMap<u32, i64>,
+}
+
+impl Client {
+    fn new() -> Self {
+        let mut sent = PREFACE.to_vec();
+        sent.extend(frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 255, 255]));
+        Self {
+            sent,
+            received: Vec::new(),
+            send_window: FIRST_WINDOW,
+            receive_window: FIRST_WINDOW,
+            consumed: 0,
+            unanswered: 1,
+            next_stream: 1,
+            open: Vec::new(),
+            bytes: BTreeMap::new(),
+        }
+    }
+
+    fn hear(&mut self) {
+        for (head, payload) in frames(&mut self.received) {
+            match head.kind {
+                DATA => {
+                    self.receive_window -= length(head);
+                    self.consumed += length(head);
+                    assert!(self.receive_window >= 0, "more than the client takes");
+                }
+                WINDOW_UPDATE if head.stream == 0 => {
+                    self.send_window += i64::from(increment(&payload).expect("four bytes"));
+                }
+                RST_STREAM => self.open.retain(|stream| *stream != head.stream),
+                SETTINGS | PING if head.has(ACK) => self.unanswered -= 1,
+                SETTINGS => self.sent.extend(frame(SETTINGS, ACK, 0, &[])),
+                PING => self.sent.extend(frame(PING, ACK, 0, &payload)),
+                _ => {}
+            }
+        }
+    }
+
+    fn begin(&mut self, ends: bool, is_split: bool) {
+        let stream = self.next_stream;
+        self.next_stream += 2;
+        self.bytes.insert(stream, 0);
+        if !ends {
+            self.open.push(stream);
+        }
+        let flags = if ends { END_STREAM } else { 0 };
+        if is_split {
+            self.sent.extend(frame(HEADERS, flags, stream, b"he"));
+            self.sent.extend(frame(CONTINUATION, END_HEADERS, stream, b"ad"));
+        } else {
+            self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, b"head"));
+        }
+    }
+
+    fn send(&mut self, which: usize, wanted: i64, ends: bool) {
+        if self.open.is_empty() {
+            return;
+        }
+        let at = which % self.open.len();
+        let stream = self.open[at];
+        let size = wanted.min(self.send_window).max(0);
+        self.send_window -= size;
+        *self.bytes.get_mut(&stream).expect("begun") += size;
+        if ends {
+            self.open.remove(at);
+        }
+        let payload = vec![0; usize::try_from(size).expect("not below zero")];
+        self.sent.extend(frame(DATA, if ends { END_STREAM } else { 0 }, stream, &payload));
+    }
+
+    fn grant(&mut self, size: i64) {
+        if size > 0 {
+            self.receive_window += size;
+            self.sent.extend(grant(0, size));
+        }
+    }
+}
+
+/// What h2 believes of a connection, from its preface on.
+struct H2 {
+    generation: u32,
+    received: Vec<u8>,
+    sent: Vec<u8>,
+    preface_left: usize,
+    is_acknowledged: bool,
+    has_begun: bool,
+    receive_window: i64,
+    send_window: i64,
+    pings: u32,
+    /// Of this generation, and whether each side has ended.
+    streams: BTreeMap<u32, (bool, bool)>,
+    bytes: BTreeMap<u32, i64>,
+    /// Those that it has reset.
+    left: BTreeSet<u32>,
+}
+
+impl H2 {
+    fn new(generation: u32) -> Self {
+        Self {
+            generation,
+            received: Vec::new(),
+            sent: frame(SETTINGS, 0, 0, &OURS),
+            preface_left: PREFACE.len(),
+            is_acknowledged: false,
+            has_begun: false,
+            receive_window: FIRST_WINDOW,
+            send_window: FIRST_WINDOW,
+            pings: 0,
+            streams: BTreeMap::new(),
+            bytes: BTreeMap::new(),
+            left: BTreeSet::new(),
+        }
+    }
+
+    fn hear(&mut self) {
+        let preface = self.preface_left.min(self.received.len());
+        self.received.drain(..preface);
+        self.preface_left -= preface;
+        for (head, payload) in frames(&mut self.received) {
+            let Head { kind, stream, .. } = head;
+            let is_of_stream = stream > 0 && matches!(kind, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
+            if self.generation > 0 && (is_of_stream || kind == PING) {
+                assert!(self.is_acknowledged && self.has_begun, "{head:?} before h2 has begun");
+            }
+            if is_of_stream && kind != HEADERS {
+                assert!(self.streams.contains_key(&stream), "an error on an idle stream: {head:?}");
+            }
+            match kind {
+                HEADERS => {
+                    let is_new = self.streams.keys().next_back().is_none_or(|last| *last < stream);
+                    assert!(is_new, "a stream begins twice: {head:?}");
+                    self.streams.insert(stream, (false, false));
+                }
+                DATA => {
+                    self.receive_window -= length(head);
+                    assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
+                    *self.bytes.entry(stream).or_default() += length(head);
+                }
+                RST_STREAM => _ = self.streams.insert(stream, (true, true)),
+                WINDOW_UPDATE if stream == 0 => {
+                    let granted = increment(&payload).expect("four bytes");
+                    assert!(granted > 0, "PROTOCOL_ERROR");
+                    self.send_window += i64::from(granted);
+                }
+                SETTINGS if head.has(ACK) => {
+                    assert!(!self.is_acknowledged, "nothing was left to acknowledge");
+                    self.is_acknowledged = true;
+                }
+                SETTINGS => {
+                    self.sent.extend(frame(SETTINGS, ACK, 0, &[]));
+                    if !self.has_begun {
+                        self.has_begun = true;
+                        self.replenish();
+                    }
+                }
+                PING if head.has(ACK) => {
+                    self.pings = self.pings.checked_sub(1).expect("a pong without a ping");
+                }
+                PING => self.sent.extend(frame(PING, ACK, 0, &payload)),
+                _ => {}
+            }
+            if (kind == DATA || kind == HEADERS) && head.has(END_STREAM) {
+                self.streams.get_mut(&stream).expect("begun").0 = true;
+            }
+        }
+    }
+
+    fn replenish(&mut self) {
+        if self.receive_window < TARGET {
+            self.sent.extend(grant(0, TARGET - self.receive_window));
+            self.receive_window = TARGET;
+        }
+    }
+
+    fn open(&self) -> Vec<u32> {
+        self.streams.iter().filter(|(_, (_, ended))| !ended).map(|(stream, _)| *stream).collect()
+    }
+
+    fn answer(&mut self, which: usize, wanted: i64, ends: bool) {
+        let open = self.open();
+        if open.is_empty() {
+            return;
+        }
+        let stream = open[which % open.len()];
+        let size = wanted.min(self.send_window).max(0);
+        self.send_window -= size;
+        self.sent.extend(frame(HEADERS, END_HEADERS, stream, b"head"));
+        let payload = vec![0; usize::try_from(size).expect("not below zero")];
+        self.sent.extend(frame(DATA, if ends { END_STREAM } else { 0 }, stream, &payload));
+        if ends {
+            let ended = self.streams.get_mut(&stream).expect("begun");
+            ended.1 = true;
+            if !ended.0 {
+                // As h2 does where a handler leaves its body.
+                ended.0 = true;
+                self.left.insert(stream);
+                self.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 0]));
+            }
+        }
+    }
+}
+
+/// All three, and what has become of the streams.
+struct World {
+    client: Client,
+    session: Session,
+    h2: H2,
+    unread: Vec<u8>,
+    moves: u32,
+    heard: BTreeSet<u32>,
+    bytes: BTreeMap<u32, i64>,
+    reset: BTreeSet<u32>,
+    is_holding: bool,
+}
+
+impl World {
+    fn new() -> Self {
+        Self {
+            client: Client::new(),
+            session: Session::new(),
+            h2: H2::new(0),
+            unread: Vec::new(),
+            moves: 0,
+            heard: BTreeSet::new(),
+            bytes: BTreeMap::new(),
+            reset: BTreeSet::new(),
+            is_holding: false,
+        }
+    }
+
+    /// Carries bytes in pieces of `piece`, so many times each way, or until nobody has any more to say.
+    fn carry(&mut self, piece: usize, times: usize) {
+        let mut is_quiet = false;
+        for _ in 0..times {
+            let mut is_news = false;
+            if self.session.is_begun() && !self.session.is_at_rest() {
+                let from = if self.unread.is_empty() { &mut self.client.sent } else { &mut self.unread };
+                let length = piece.min(from.len());
+                let bytes: Vec<u8> = from.drain(..length).collect();
+                self.session.receive(&bytes);
+                is_news |= length > 0;
+            }
+            let for_h2 = self.session.for_h2();
+            let length = piece.min(for_h2.len());
+            self.h2.received.extend_from_slice(&for_h2.split_to(length));
+            is_news |= length > 0;
+            self.h2.hear();
+            let mut length = piece.min(self.h2.sent.len());
+            if self.session.mediates() {
+                let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
+                self.session.mediate(&bytes);
+            } else {
+                length = length.min(self.session.unmediated());
+                let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
+                self.session.sent(&bytes);
+                self.client.received.extend(bytes);
+            }
+            is_news |= length > 0;
+            let for_client = self.session.for_client();
+            let length = piece.min(for_client.len());
+            self.client.received.extend_from_slice(&for_client.split_to(length));
+            is_news |= length > 0;
+            self.client.hear();
+            // What h2 has still to say is lost.
+            if self.session.is_at_rest() {
+                self.move_on();
+            }
+            is_quiet = !is_news;
+            if is_quiet {
+                break;
+            }
+        }
+        if is_quiet && self.session.is_begun() && !self.is_holding && !self.session.mediates() {
+            let agreement = self.session.agreement();
+            assert_eq!(self.h2.receive_window, agreement.receive_window);
+            assert_eq!(self.h2.send_window, agreement.send_window);
+        }
+    }
+
+    fn forget_h2(&mut self) {
+        self.heard.extend(self.h2.streams.keys());
+        self.reset.extend(&self.h2.left);
+        for (stream, bytes) in &self.h2.bytes {
+            *self.bytes.entry(*stream).or_default() += bytes;
+        }
+    }
+
+    fn move_on(&mut self) {
+        self.moves += 1;
+        self.is_holding = false;
+        self.forget_h2();
+        assert!(self.h2.received.is_empty(), "half a frame was for h2");
+        let is_open =
+            |(stream, ended): (&u32, &(bool, bool))| *ended != (true, true) && !self.reset.contains(stream);
+        assert!(!self.h2.streams.iter().any(is_open), "a stream was open");
+        let (agreement, unread) = std::mem::replace(&mut self.session, Session::new()).leave();
+        let read = std::mem::take(&mut self.unread);
+        self.unread = [&unread[..], &read].concat();
+        // What the client has sent, and nobody has accounted for.
+        let mut under_way = [&self.unread[..], &self.client.sent].concat();
+        let (mut data, mut granted) = (0, 0);
+        for (head, payload) in frames(&mut under_way) {
+            match head.kind {
+                DATA => data += length(head),
+                WINDOW_UPDATE if head.stream == 0 => {
+                    granted += i64::from(increment(&payload).expect("four bytes"));
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(self.client.send_window, agreement.receive_window - data);
+        assert_eq!(self.client.receive_window, agreement.send_window + granted);
+        let bytes = agreement.encode();
+        let agreement = crate::agreement::Agreement::decode(&bytes).expect("it comes back");
+        self.session = Session::resume(agreement);
+        self.h2 = H2::new(self.moves);
+    }
+
+    fn act(&mut self, kind: u8, which: u16, size: i64) {
+        let index = usize::from(which);
+        let stream = (u32::from(which) % self.client.next_stream) | 1;
+        let is_begun = stream < self.client.next_stream;
+        match kind % 16 {
+            0 | 1 => self.client.begin(which.is_multiple_of(2), which.is_multiple_of(3)),
+            2 | 3 => self.client.send(index, size, which.is_multiple_of(2)),
+            4 => self.client.grant(size),
+            5 if is_begun => {
+                self.client.open.retain(|open| *open != stream);
+                self.reset.insert(stream);
+                self.client.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
+            }
+            6 => {
+                self.client.unanswered += 1;
+                self.client.sent.extend(frame(PING, 0, 0, &[7; 8]));
+            }
+            7 if is_begun => self.client.sent.extend(grant(stream, size + 1)),
+            8 => self.client.sent.extend(frame(PRIORITY, 0, stream, &[0; 5])),
+            9 => self.client.sent.extend(frame(GREASE, 9, stream, &[1; 20])),
+            10 => {
+                self.client.unanswered += 1;
+                self.client.sent.extend(frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 200, 0]));
+            }
+            11 => self.h2.answer(index, size, true),
+            12 => self.h2.answer(index, size, which.is_multiple_of(2)),
+            13 if self.h2.has_begun => self.h2.replenish(),
+            14 if self.h2.has_begun => {
+                self.h2.pings += 1;
+                self.h2.sent.extend(frame(PING, 0, 0, &[3; 8]));
+            }
+            15 if self.is_holding && which.is_multiple_of(4) => {
+                self.session.release();
+                self.is_holding = false;
+            }
+            15 => {
+                self.session.hold();
+                self.is_holding = true;
+            }
+            _ => {}
+        }
+    }
+
+    /// All that has begun ends; everything that the client has sent has come to somebody.
+    fn end(mut self) -> u32 {
+        self.session.release();
+        self.is_holding = false;
+        for _ in 0..100 {
+            let consumed = std::mem::take(&mut self.client.consumed);
+            self.client.grant(consumed);
+            self.carry(10_000, usize::MAX);
+            self.h2.replenish();
+            while !self.client.open.is_empty() {
+                self.client.send(0, 0, true);
+            }
+            for _ in self.h2.open() {
+                self.h2.answer(0, 0, true);
+            }
+            self.carry(10_000, usize::MAX);
+        }
+        self.forget_h2();
+        for (stream, sent) in &self.client.bytes {
+            assert!(self.heard.contains(stream) || self.reset.contains(stream), "stream {stream} is lost");
+            if !self.reset.contains(stream) {
+                let heard = self.bytes.get(stream).copied().unwrap_or(0);
+                assert_eq!(heard, *sent, "stream {stream}");
+            }
+        }
+        assert_eq!(self.h2.receive_window, self.session.agreement().receive_window);
+        assert_eq!(self.h2.receive_window, self.client.send_window, "nothing is under way");
+        assert_eq!(self.client.unanswered, 0, "a ping or settings of the client's");
+        self.moves
+    }
+}
+
+proptest! {
+    #[test]
+    fn both_ends_believe_the_same_after_every_move(
+        acts in prop::collection::vec((any::<u8>(), any::<u16>(), 0..30_000_i64, 1..2_000_usize, 0..8_usize), 0..150),
+    ) {
+        let mut world = World::new();
+        for (kind, which, size, piece, times) in acts {
+            world.act(kind, which, size);
+            world.carry(piece, times);
+        }
+        world.end();
+    }
+
+    #[test]
+    fn no_bytes_of_a_client_are_too_much(
+        pieces in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..60), any::<u8>()), 0..40),
+        is_resumed: bool,
+    ) {
+        let mut session = if is_resumed { Session::resume(Default::default()) } else { Session::new() };
+        session.receive(PREFACE);
+        for (bytes, act) in pieces {
+            session.receive(&bytes);
+            match act % 6 {
+                0 => session.hold(),
+                1 => session.release(),
+                // Frames of every kind, small enough to be whole.
+                2 => session.receive(&frame(act % 11, act, u32::from(act), &bytes)),
+                3 => session.mediate(&frame(act % 11, act, u32::from(act), &bytes)),
+                _ => {}
+            }
+            let _ = session.is_at_rest();
+            session.for_client().clear();
+        }
+        session.leave();
+    }
+}
