@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use harness::block_on;
-use harness::client::{Connection, Target, WEBSOCKET, get};
+use harness::client::{Connection, Http2, Target, WEBSOCKET, get};
 use harness::frames::{self, CONNECTIONS, frame, frame_of};
 use harness::service::Service;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -232,7 +232,7 @@ fn a_peer_that_still_sends_gets_its_last_answer_whole() {
 }
 
 #[test]
-fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
+fn an_http_2_stream_in_flight_finishes() {
     let mut service = start();
     let url = format!("http://{}/sleep?duration=2s", service.address());
     let client = std::thread::spawn(move || {
@@ -247,8 +247,56 @@ fn an_http_2_connection_gets_goaway_and_its_stream_finishes() {
 }
 
 #[test]
-fn an_idle_http_2_connection_gets_goaway_at_once() {
-    let service = start();
+fn an_http_2_connection_goes_on_in_the_next_process() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = Http2::open(&service.target).await.expect("a connection");
+        for generation in 1..10 {
+            let (status, text) = connection.get("/").await.expect("an answer").expect("no GOAWAY");
+            assert!(status == 200 && text.contains(&format!("generation {generation},")), "{text}");
+            service.signal(Signal::TERM);
+            service = service.restart(BINARY).expect("the next process");
+        }
+        assert!(!connection.is_over().await);
+    });
+}
+
+#[test]
+fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
+    let request = [&[0, 0, 6, 1, 5, 0, 0, 0, 1], &[0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
+    for cut in [1, 8, 9, 12, request.len() - 1] {
+        let service = start();
+        block_on(async {
+            let mut connection = service.connect().await;
+            connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+            let mut kinds = Vec::new();
+            // SETTINGS of both sides and what the connection may send: all is agreed upon.
+            while kinds.len() < 3 {
+                kinds.push(http2_frame(&mut connection).await.0);
+            }
+            connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
+            connection.send(&request[..cut]).await.expect("sent");
+            service.signal(Signal::TERM);
+            let _next = service.restart(BINARY).expect("the next process");
+            connection.send(&request[cut..]).await.expect("sent");
+            let (kind, payload) = http2_frame(&mut connection).await;
+            // HEADERS, with `:status 200` first.
+            assert_eq!((kind, payload[0]), (1, 0x88), "cut at {cut}");
+        });
+    }
+}
+
+/// The type of the next frame, and its payload.
+async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
+    let head = connection.take(9).await.expect("a frame");
+    let length = usize::from(head[1]) << 8 | usize::from(head[2]);
+    (head[3], connection.take(length).await.expect("its payload"))
+}
+
+/// Nobody comes after it.
+#[test]
+fn an_idle_http_2_connection_without_a_store_gets_goaway_at_once() {
+    let service = Service::start(BINARY, &[]).expect("a service");
     block_on(async {
         let mut connection = service.connect().await;
         connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");

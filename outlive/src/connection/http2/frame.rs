@@ -70,7 +70,7 @@ pub fn put_settings_ack(into: &mut BytesMut) {
     Head::new(SETTINGS, ACK, 0).put(into);
 }
 
-/// What becomes of a frame, decided when its head is there.
+/// What becomes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {
     /// It goes on, byte by byte.
@@ -79,8 +79,6 @@ pub enum Way {
     Hold,
     /// It goes no further.
     Swallow,
-    /// It is to be seen whole before that is decided.
-    See,
 }
 
 /// How far the present frame has come.

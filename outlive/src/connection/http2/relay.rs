@@ -1,7 +1,6 @@
 //! Where h2 reads and writes: its connection's stream, by way of the session.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, ready};
@@ -13,14 +12,15 @@ use super::session::Session;
 use crate::connection::io::Io;
 use crate::lock::lock;
 
-/// How much is read at once, in bytes: a whole frame of the usual size.
-const READ_LENGTH: usize = 16 * 1024;
 /// h2 waits with more while as much of what it has written is not out, in bytes.
 const UNSENT_LIMIT: usize = 64 * 1024;
 
 /// hyper has one end of it until it is dropped, the driver the other.
 #[derive(Clone)]
-pub struct Relay(Arc<Mutex<Option<Inner>>>);
+pub struct Relay {
+    inner: Arc<Mutex<Option<Inner>>>,
+    is_write_vectored: bool,
+}
 
 struct Inner {
     io: Io,
@@ -29,21 +29,22 @@ struct Inner {
 
 impl Relay {
     pub fn new(io: Io, session: Session) -> Self {
-        Self(Arc::new(Mutex::new(Some(Inner { io, session }))))
+        let is_write_vectored = io.is_write_vectored();
+        Self { inner: Arc::new(Mutex::new(Some(Inner { io, session }))), is_write_vectored }
     }
 
     /// Takes the stream away from hyper, which finds its end.
     pub fn take(&self) -> Option<(Io, Session)> {
-        lock(&self.0).take().map(|Inner { io, session }| (io, session))
+        lock(&self.inner).take().map(|Inner { io, session }| (io, session))
     }
 
     /// Does something with the session, for as long as it is here.
     pub fn with<T>(&self, work: impl FnOnce(&mut Session) -> T) -> Option<T> {
-        lock(&self.0).as_mut().map(|inner| work(&mut inner.session))
+        lock(&self.inner).as_mut().map(|inner| work(&mut inner.session))
     }
 
     fn poll<T>(&self, gone: T, poll: impl FnOnce(&mut Inner) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        match lock(&self.0).as_mut() {
+        match lock(&self.inner).as_mut() {
             Some(inner) => poll(inner),
             None => Poll::Ready(Ok(gone)),
         }
@@ -68,9 +69,8 @@ impl Inner {
             if !self.session.is_begun() || self.session.is_at_rest() {
                 return Poll::Pending;
             }
-            let mut buffer = [const { MaybeUninit::uninit() }; READ_LENGTH];
-            let mut read = ReadBuf::uninit(&mut buffer);
-            let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, &mut read) else {
+            let before = into.filled().len();
+            let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, into) else {
                 // There may be something that is not h2's to say.
                 if !self.session.for_client().is_empty() {
                     let _ = self.poll_flush(cx)?;
@@ -78,14 +78,19 @@ impl Inner {
                 return Poll::Pending;
             };
             result?;
-            if read.filled().is_empty() {
+            let read = &into.filled()[before..];
+            if read.is_empty() {
                 self.session.release();
                 if self.session.for_h2().is_empty() {
                     return Poll::Ready(Ok(()));
                 }
                 continue;
             }
-            self.session.receive(read.filled());
+            let passed = self.session.receive_in_place(read);
+            into.set_filled(before + passed);
+            if passed > 0 {
+                return Poll::Ready(Ok(()));
+            }
         }
     }
 
@@ -139,6 +144,9 @@ impl Inner {
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, session } = self;
         let for_client = session.for_client();
+        if for_client.is_empty() {
+            return Poll::Ready(Ok(()));
+        }
         while !for_client.is_empty() {
             let written = ready!(Pin::new(&mut *io).poll_write(cx, for_client))?;
             for_client.advance(written);
@@ -179,7 +187,7 @@ impl AsyncWrite for Relay {
     }
 
     fn is_write_vectored(&self) -> bool {
-        lock(&self.0).as_ref().is_some_and(|inner| inner.io.is_write_vectored())
+        self.is_write_vectored
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {

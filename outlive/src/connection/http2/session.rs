@@ -14,8 +14,6 @@
 //! - What still comes for streams of the former process would be errors to h2: it is swallowed, and DATA among it
 //!   given back to the connection's window.
 
-use std::collections::HashMap;
-
 use bytes::{Bytes, BytesMut};
 
 use super::frame::{
@@ -29,15 +27,15 @@ use crate::connection::PREFACE;
 const HELD_LIMIT: usize = 1280 * 1024;
 /// Streams that are kept account of: more than h2 lets a client have.
 const STREAMS_LIMIT: usize = 1000;
-/// SETTINGS that are looked at are no longer, in bytes.
-const SETTINGS_LIMIT: usize = 16 * 1024;
+/// Frames are no longer, in bytes (RFC 9113 section 4.2); h2 objects to any that are.
+const FRAME_LIMIT: usize = 16 * 1024;
 
 pub struct Session {
     agreement: Agreement,
     /// Streams up to this one are a former process's.
     former: u32,
-    /// The others that have not ended, and which side of them has.
-    open: HashMap<u32, Ended>,
+    /// The others that have not ended, in order, and which side of them has.
+    open: Vec<(u32, Ended)>,
     /// Where the client's bytes are.
     preface_left: usize,
     from_client: Step,
@@ -109,7 +107,7 @@ impl Session {
         Self {
             agreement: Agreement::default(),
             former: 0,
-            open: HashMap::new(),
+            open: Vec::new(),
             preface_left: PREFACE.len(),
             from_client: Step::START,
             block: None,
@@ -227,6 +225,61 @@ impl Session {
         &mut self.to_h2
     }
 
+    /// Takes what the client has sent, of which the beginning may be for h2 as it is: gives its length. The others
+    /// are for h2 by way of `for_h2`.
+    pub fn receive_in_place(&mut self, all: &[u8]) -> usize {
+        let mut bytes = all;
+        if self.preface_left > 0 || !self.to_h2.is_empty() {
+            self.receive(bytes);
+            return 0;
+        }
+        loop {
+            let passed = all.len() - bytes.len();
+            match &mut self.from_client {
+                Step::Payload(Way::Pass, left) => {
+                    *left -= take(&mut bytes, *left).len();
+                    if *left > 0 {
+                        return all.len();
+                    }
+                    self.end_frame();
+                    if !self.to_h2.is_empty() {
+                        // What was held goes on behind it.
+                        let passed = all.len() - bytes.len();
+                        self.receive(bytes);
+                        return passed;
+                    }
+                }
+                Step::Head(_, 0) if bytes.is_empty() => return all.len(),
+                Step::Head(_, 0) => {
+                    let head =
+                        bytes.first_chunk::<HEAD_LENGTH>().copied().map(|head| (head, Head::decode(head)));
+                    let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.kind {
+                        DATA => true,
+                        SETTINGS => false,
+                        WINDOW_UPDATE if head.stream == 0 => false,
+                        _ => bytes.len() >= HEAD_LENGTH + head.length,
+                    };
+                    let Some((raw, head)) = head.filter(is_plain) else {
+                        self.receive(bytes);
+                        return passed;
+                    };
+                    bytes = &bytes[HEAD_LENGTH..];
+                    let way = self.way_of(head);
+                    if way != Way::Pass {
+                        self.begin_payload(raw, head, way);
+                        self.receive(bytes);
+                        return passed;
+                    }
+                    self.from_client = Step::Payload(way, head.length);
+                }
+                Step::Head(..) | Step::Payload(..) | Step::Seen(..) => {
+                    self.receive(bytes);
+                    return passed;
+                }
+            }
+        }
+    }
+
     /// Takes what the client has sent.
     pub fn receive(&mut self, mut bytes: &[u8]) {
         let preface = take(&mut bytes, self.preface_left);
@@ -243,11 +296,7 @@ impl Session {
                     let part = take(&mut bytes, *left);
                     *left -= part.len();
                     let (way, is_whole) = (*way, *left == 0);
-                    match way {
-                        Way::Pass => self.to_h2.extend_from_slice(part),
-                        Way::Hold => self.held.extend_from_slice(part),
-                        Way::Swallow | Way::See => {}
-                    }
+                    self.go(way, part);
                     if is_whole {
                         self.end_frame();
                     }
@@ -264,22 +313,31 @@ impl Session {
 
     fn receive_head(&mut self, bytes: [u8; HEAD_LENGTH]) {
         let head = Head::decode(bytes);
-        let way = self.way_of(head);
-        match way {
-            Way::Pass => self.to_h2.extend_from_slice(&bytes),
-            Way::Hold => self.held.extend_from_slice(&bytes),
-            Way::Swallow => {}
-            Way::See => {
-                self.from_client = Step::Seen(head, bytes, Vec::with_capacity(head.length));
-                if head.length == 0 {
-                    self.receive_seen();
-                }
-                return;
+        // Half a frame is no hindrance to a move.
+        if head.kind != DATA && head.length <= FRAME_LIMIT {
+            self.from_client = Step::Seen(head, bytes, Vec::with_capacity(head.length));
+            if head.length == 0 {
+                self.receive_seen();
             }
+            return;
         }
+        let way = self.way_of(head);
+        self.begin_payload(bytes, head, way);
+    }
+
+    fn begin_payload(&mut self, bytes: [u8; HEAD_LENGTH], head: Head, way: Way) {
+        self.go(way, &bytes);
         self.from_client = Step::Payload(way, head.length);
         if head.length == 0 {
             self.end_frame();
+        }
+    }
+
+    fn go(&mut self, way: Way, bytes: &[u8]) {
+        match way {
+            Way::Pass => self.to_h2.extend_from_slice(bytes),
+            Way::Hold => self.held.extend_from_slice(bytes),
+            Way::Swallow => {}
         }
     }
 
@@ -322,9 +380,7 @@ impl Session {
                 }
                 return way;
             }
-            RST_STREAM if by_stream == Way::Pass => _ = self.open.remove(&stream),
-            SETTINGS if length <= SETTINGS_LIMIT => return Way::See,
-            WINDOW_UPDATE if stream == 0 && length == 4 => return Way::See,
+            RST_STREAM if by_stream == Way::Pass => self.end_stream(stream),
             PING if head.has(ACK) => match self.unanswered.own_pings.checked_sub(1) {
                 Some(left) => self.unanswered.own_pings = left,
                 // Of the former process.
@@ -344,49 +400,58 @@ impl Session {
         }
         self.agreement.last_stream = stream;
         if self.open.len() < STREAMS_LIMIT {
-            self.open.insert(stream, Ended::default());
+            self.open.push((stream, Ended::default()));
         } else {
             self.is_ending = true;
         }
     }
 
     fn end_half(&mut self, stream: u32, end: impl FnOnce(&mut Ended)) {
-        if let Some(ended) = self.open.get_mut(&stream) {
+        if let Ok(at) = self.open.binary_search_by_key(&stream, |(open, _)| *open) {
+            let ended = &mut self.open[at].1;
             end(ended);
             if ended.client && ended.h2 {
-                self.open.remove(&stream);
+                self.open.remove(at);
             }
         }
     }
 
-    /// A frame of the client's that was to be seen whole.
+    fn end_stream(&mut self, stream: u32) {
+        self.end_half(stream, |ended| *ended = Ended { client: true, h2: true });
+    }
+
+    /// A frame of the client's that is whole.
     fn receive_seen(&mut self) {
         let Step::Seen(head, bytes, payload) = std::mem::replace(&mut self.from_client, Step::START) else {
             unreachable!("asked where one was seen")
         };
-        if head.kind == WINDOW_UPDATE {
-            self.receive_grant(increment(&payload).expect("four bytes"));
-        } else if head.has(ACK) {
-            self.receive_acknowledgement(bytes, &payload);
-        } else {
-            // What makes no sense is h2's to refuse.
-            self.is_ending |= !self.agreement.theirs.set(&payload);
-            self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
-            self.pass_seen(bytes, &payload);
-        }
+        let way = match head {
+            Head { kind: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
+                self.receive_grant(increment(&payload).expect("four bytes"));
+                Way::Swallow
+            }
+            Head { kind: SETTINGS, .. } if head.has(ACK) => self.receive_acknowledgement(),
+            Head { kind: SETTINGS, .. } => {
+                // What makes no sense is h2's to refuse.
+                self.is_ending |= !self.agreement.theirs.set(&payload);
+                self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
+                Way::Pass
+            }
+            _ => self.way_of(head),
+        };
+        self.go(way, &bytes);
+        self.go(way, &payload);
         self.go_on();
     }
 
-    fn pass_seen(&mut self, head: [u8; HEAD_LENGTH], payload: &[u8]) {
-        self.to_h2.extend_from_slice(&head);
-        self.to_h2.extend_from_slice(payload);
-    }
-
-    fn receive_acknowledgement(&mut self, head: [u8; HEAD_LENGTH], payload: &[u8]) {
+    fn receive_acknowledgement(&mut self) -> Way {
         self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
         match self.unanswered.ours_in_its_name.checked_sub(1) {
-            Some(left) => self.unanswered.ours_in_its_name = left,
-            None => self.pass_seen(head, payload),
+            Some(left) => {
+                self.unanswered.ours_in_its_name = left;
+                Way::Swallow
+            }
+            None => Way::Pass,
         }
     }
 
@@ -549,7 +614,7 @@ impl Session {
                 }
             }
             HEADERS if head.has(END_STREAM) => self.end_half(head.stream, |ended| ended.h2 = true),
-            RST_STREAM => _ = self.open.remove(&head.stream),
+            RST_STREAM => self.end_stream(head.stream),
             SETTINGS if head.has(ACK) => self.unanswered.theirs = self.unanswered.theirs.saturating_sub(1),
             SETTINGS => {
                 self.is_ending |= !self.agreement.ours.set(payload);
