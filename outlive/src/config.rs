@@ -35,6 +35,10 @@ pub struct Config {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
+    /// Whether TLS connections go on in the next process; their keys go there with them.
+    #[arg(long, value_name = "YES|NO", default_value = "yes")]
+    pub tls_handover: Switch,
+
     /// How long to accept and serve on after SIGTERM, while /readyz says 503, for a load balancer to take
     /// notice; --drain-timeout counts from its end. Not needed where a socket unit holds the port.
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
@@ -87,6 +91,18 @@ pub enum Command {
     /// Start a successor to the service that runs here, and wait until it has taken over: for ExecReload=,
     /// with the flags of ExecStart=. Where it cannot start, the old process stays, and this fails.
     Takeover,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
+pub enum Switch {
+    Yes,
+    No,
+}
+
+impl Switch {
+    pub fn is_on(self) -> bool {
+        self == Self::Yes
+    }
 }
 
 impl Config {

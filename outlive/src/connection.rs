@@ -5,8 +5,10 @@ mod handshake;
 mod http1;
 mod http2;
 mod io;
+mod records;
 #[cfg(test)]
 pub mod tests;
+mod whole_records;
 mod window;
 
 use std::future::poll_fn;
@@ -18,8 +20,9 @@ use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
+use crate::agreement::Agreement;
 use crate::context::Context;
-use crate::kind::ListenerKind;
+use crate::kind::{ListenerKind, Name};
 use crate::process::Process;
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::requests::Routes;
@@ -34,6 +37,8 @@ pub struct Services {
     pub tls: Option<TlsAcceptor>,
     pub process: Process,
     pub shutdown: CancellationToken,
+    /// Whether TLS connections may go on in another process.
+    pub tls_handover: bool,
     /// For a connection that is busy all the time to come to rest; then it is told to end.
     pub rest_limit: Duration,
 }
@@ -115,28 +120,39 @@ async fn serve_plain(
         Arrived::AtRest => return End::AtRest(connection, registration),
         Arrived::Gone | Arrived::Idle => return End::Closed,
     };
-    let Connection { stream, peer, listener, unread, http2: agreement } = connection;
+    let Connection { stream, listener, unread, http2: agreement, .. } = connection;
     let io = Io::new(Wire::Left(stream), unread, registration, protocol);
-    let service = services.service(routes, &entry);
     // Boxed, so that a connection that has not spoken yet takes little memory.
-    match protocol {
+    Box::pin(drive(io, protocol, agreement, listener, services, routes)).await
+}
+
+/// Speaks HTTP, until the connection closes or comes to rest.
+async fn drive(
+    io: Io,
+    protocol: Protocol,
+    agreement: Option<Box<Agreement>>,
+    listener: Name,
+    services: &Services,
+    routes: &Routes,
+) -> End {
+    let entry = io.registration().entry.clone();
+    let service = services.service(routes, &entry);
+    let (parts, http2, unread) = match protocol {
+        Protocol::Http1 => match http1::drive(io, service, &entry).await {
+            http1::End::AtRest(parts, unread) => (parts, None, unread),
+            http1::End::Closed => return End::Closed,
+        },
         Protocol::Http2 => {
             let agreement = agreement.map(|agreement| *agreement);
-            match Box::pin(http2::drive(io, agreement, service, &entry, services.rest_limit)).await {
-                http2::End::AtRest(stream, registration, agreement, unread) => {
-                    let http2 = Some(Box::new(agreement));
-                    End::AtRest(Connection { stream, peer, listener, unread, http2 }, registration)
-                }
-                http2::End::Closed => End::Closed,
+            match http2::drive(io, agreement, service, &entry, services.rest_limit).await {
+                http2::End::AtRest(parts, agreement, unread) => (parts, Some(Box::new(agreement)), unread),
+                http2::End::Closed => return End::Closed,
             }
         }
-        Protocol::Http1 => match Box::pin(http1::drive(io, service, &entry)).await {
-            http1::End::AtRest(stream, registration, unread) => {
-                End::AtRest(Connection { stream, peer, listener, unread, http2: None }, registration)
-            }
-            http1::End::Closed => End::Closed,
-        },
-    }
+    };
+    let io::Parts { stream, registration, tls, opened } = parts;
+    let unread = if opened.is_empty() { unread } else { [&unread[..], &opened].concat().into() };
+    End::AtRest(Connection { stream, peer: entry.peer, listener, unread, http2, tls }, registration)
 }
 
 /// Waits for a connection's first bytes, up to where they are `enough`, and takes none.

@@ -14,14 +14,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use channel::{
-    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, pair, receive as receive_frame, send as send_frames,
+    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, Secret, pair, receive as receive_frame,
+    send as send_frames,
 };
 use rustix::time::{ClockId, clock_gettime};
 pub use store::{FdStore, take};
 
 use crate::agreement::Agreement;
-use crate::kind::Name;
+use crate::kind::{ListenerKind, Name};
 use crate::stream::{Connection, Stream};
+use crate::tls_session::TlsSession;
 
 /// The channel's name in systemd's store, `FDNAME=`.
 pub const STORE_NAME: &str = "connections";
@@ -62,6 +64,7 @@ pub struct Received {
     name: Name,
     unread: Bytes,
     http2: Option<Box<Agreement>>,
+    tls: Option<Box<TlsSession>>,
 }
 
 impl Received {
@@ -75,13 +78,29 @@ impl Received {
             Some(Some(agreement)) => Some(Box::new(agreement)),
             None => None,
         };
-        Ok(Self { fd, name: name.clone(), unread: record.payload, http2 })
+        let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
+            Some(None) => return Err("a TLS connection whose keys make no sense".into()),
+            Some(Some(session)) => Some(Box::new(session)),
+            None => None,
+        };
+        let is_https = name.kind() == ListenerKind::Https;
+        if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
+            return Err(format!("{name} does not speak what this connection speaks"));
+        }
+        Ok(Self { fd, name: name.clone(), unread: record.payload, http2, tls })
     }
 
     /// The connection, in this process's runtime. Fails where the peer is gone.
     pub fn connect(self) -> io::Result<Connection> {
         let (stream, peer) = Stream::from_fd(self.fd)?;
-        Ok(Connection { stream, peer, listener: self.name, unread: self.unread, http2: self.http2 })
+        Ok(Connection {
+            stream,
+            peer,
+            listener: self.name,
+            unread: self.unread,
+            http2: self.http2,
+            tls: self.tls,
+        })
     }
 }
 
@@ -91,6 +110,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
         listener: connection.listener.to_string(),
         payload: connection.unread.clone(),
         http2: connection.http2.as_deref().map(|agreement| agreement.encode().into()),
+        tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
     };
     connections.iter().map(|connection| (connection.stream.as_fd(), pack(connection))).collect()
 }

@@ -32,6 +32,7 @@ mod takeover;
 mod tasks;
 pub mod testing;
 mod tls;
+mod tls_session;
 
 pub use context::Shutdown;
 pub use process::Process;

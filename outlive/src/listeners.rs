@@ -177,7 +177,7 @@ impl Listener {
                 [b"nobody", path].concat()
             }
         };
-        Ok((fd, Record { listener: self.name.to_string(), payload: holder.into(), http2: None }))
+        Ok((fd, Record { listener: self.name.to_string(), payload: holder.into(), http2: None, tls: None }))
     }
 
     /// From a predecessor: what it packed.

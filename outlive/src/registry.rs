@@ -89,8 +89,8 @@ pub struct Registry {
     accepting: AtomicU32,
     /// Predecessors whose connections still come.
     arriving: AtomicU32,
-    /// Whether nobody goes on with HTTP/2 connections.
-    keeps_http2: AtomicBool,
+    /// Whether nobody goes on with HTTP/2 and TLS connections.
+    keeps_new_kinds: AtomicBool,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
     now: AtomicU64,
 }
@@ -124,7 +124,7 @@ impl Registry {
             unanswered: AtomicU64::new(0),
             accepting: AtomicU32::new(0),
             arriving: AtomicU32::new(0),
-            keeps_http2: AtomicBool::new(false),
+            keeps_new_kinds: AtomicBool::new(false),
             now: AtomicU64::new(0),
         })
     }
@@ -188,10 +188,10 @@ impl Registry {
         }
     }
 
-    /// Who comes after does not know how to go on with HTTP/2 connections: they are told to end. To be said before the
+    /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said before the
     /// phase that asks them to come to rest.
-    pub fn keep_http2(&self) {
-        self.keeps_http2.store(true, SeqCst);
+    pub fn keep_new_kinds(&self) {
+        self.keeps_new_kinds.store(true, SeqCst);
     }
 
     /// Waits until the phase is one that `wanted` says yes to.

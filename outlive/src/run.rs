@@ -232,6 +232,7 @@ where
         tls,
         process,
         shutdown,
+        tls_handover: config.tls_handover.is_on(),
         rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
@@ -295,8 +296,8 @@ where
         }
         Ending::Succeeded { successor, terminations } => {
             listeners::pass_on_socket_files();
-            if !successor.takes_http2 {
-                registry.keep_http2();
+            if !successor.takes_new_kinds {
+                registry.keep_new_kinds();
             }
             let (successor, remaining) = drain.pass_on(successor.channel, terminations).await;
             (None, Some(successor), remaining)
@@ -357,5 +358,10 @@ async fn end(running: tasks::Running, hooks: Hooks, remaining: Remaining, signal
 fn tls_of(config: &Config, inherited: &Inherited) -> Result<Option<TlsAcceptor>> {
     let is_wanted = inherited.listeners.iter().any(|listener| listener.kind() == ListenerKind::Https);
     let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
-    is_wanted.then(|| tls::acceptor(cert, key, &inherited.credentials).map_err(Failure::config)).transpose()
+    is_wanted
+        .then(|| {
+            tls::acceptor(cert, key, &inherited.credentials, config.tls_handover.is_on())
+                .map_err(Failure::config)
+        })
+        .transpose()
 }

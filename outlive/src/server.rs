@@ -232,7 +232,14 @@ impl Acceptor {
         if let Stream::Tcp(stream) = &stream {
             stream.set_nodelay(true)?;
         }
-        Ok(Some(Connection { stream, peer, listener: self.name.clone(), unread: Bytes::new(), http2: None }))
+        Ok(Some(Connection {
+            stream,
+            peer,
+            listener: self.name.clone(),
+            unread: Bytes::new(),
+            http2: None,
+            tls: None,
+        }))
     }
 
     fn queue(&self) -> Option<u32> {

@@ -15,6 +15,7 @@ use tokio::net::{TcpStream, UnixStream};
 
 use crate::agreement::Agreement;
 use crate::kind::Name;
+use crate::tls_session::TlsSession;
 
 /// A connection at rest, with what it takes to go on with it: here, or in the next process.
 pub struct Connection {
@@ -26,6 +27,8 @@ pub struct Connection {
     pub unread: Bytes,
     /// Where it speaks HTTP/2: what its two ends have agreed upon.
     pub http2: Option<Box<Agreement>>,
+    /// Where it speaks TLS, and has shaken hands.
+    pub tls: Option<Box<TlsSession>>,
 }
 
 pub enum Stream {

@@ -25,11 +25,13 @@ const FILE_LIMIT: u64 = 1024 * 1024;
 pub const HTTP2: &[u8] = b"h2";
 const HTTP1: &[u8] = b"http/1.1";
 
-/// The certificate and its key: from these files, else from the unit's credentials.
+/// The certificate and its key: from these files, else from the unit's credentials. `handover`: connections may go on in
+/// another process.
 pub fn acceptor(
     cert: Option<&Path>,
     key: Option<&Path>,
     credentials: &Credentials,
+    handover: bool,
 ) -> anyhow::Result<TlsAcceptor> {
     let (certificate, text) = read(cert, CERTIFICATE, credentials)?;
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
@@ -48,6 +50,7 @@ pub fn acceptor(
         })
         .with_context(|| format!("{certificate} and {key}"))?;
     tls.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
+    tls.enable_secret_extraction = handover;
     tls.ticketer = ring::Ticketer::new()?;
     Ok(TlsAcceptor::from(Arc::new(tls)))
 }

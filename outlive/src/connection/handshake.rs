@@ -1,19 +1,25 @@
-//! TLS on one connection. From the handshake on it cannot move: what it is encrypted with stays here.
+//! TLS on one connection: the handshake, and how it goes on in another process. During the handshake, and with TLS 1.2,
+//! it cannot move.
 
 use std::future::poll_fn;
+use std::io::{ErrorKind, Read};
 use std::pin::pin;
 use std::task::Poll;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::{ProtocolVersion, ServerConnection};
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use super::io::{Io, Wire};
-use super::{Arrived, End, Protocol, Services, first_bytes, http1, http2};
+use super::io::{Io, Tls, Wire};
+use super::records::Records;
+use super::whole_records::WholeRecords;
+use super::{Arrived, End, Protocol, Services, drive, first_bytes};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::{Connection, Stream};
 use crate::tls;
+use crate::tls_session::TlsSession;
 
 /// What every TLS connection begins with: the type of a handshake record (RFC 8446 section 5.1).
 const HANDSHAKE: u8 = 22;
@@ -21,13 +27,16 @@ const HANDSHAKE: u8 = 22;
 const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain\r\n\
     content-length: 33\r\n\r\nThis port speaks TLS: https://\xe2\x80\xa6";
 
-/// Serves a connection of an https listener until it closes, or, where it has not begun, comes to rest.
+/// Serves a connection of an https listener until it closes or comes to rest.
 pub(super) async fn serve(
-    connection: Connection,
+    mut connection: Connection,
     registration: Registration,
     services: &Services,
     tls: &TlsAcceptor,
 ) -> End {
+    if let Some(session) = connection.tls.take() {
+        return go_on(connection, session, registration, services).await;
+    }
     let entry = registration.entry.clone();
     let mut first = [0];
     match first_bytes(&connection.stream, &entry, &mut first, |_| true).await {
@@ -46,6 +55,9 @@ pub(super) async fn serve(
         return End::Closed;
     }
     let Some(stream) = shake_hands(connection.stream, &entry, tls).await else { return End::Closed };
+    if services.tls_handover && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
+        entry.unpin();
+    }
     // The time for a request counts from here.
     entry.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls::HTTP2) {
@@ -53,21 +65,72 @@ pub(super) async fn serve(
     } else {
         Protocol::Http1
     };
-    let io = Io::new(Wire::Right(Box::new(stream)), Bytes::new(), registration, protocol);
-    let service = services.service(&services.routes, &entry);
-    match protocol {
-        Protocol::Http2 => {
-            http2::drive(io, None, service, &entry, services.rest_limit).await;
-        }
-        Protocol::Http1 => {
-            http1::drive(io, service, &entry).await;
-        }
-    }
-    End::Closed
+    let io = Io::new(Wire::Right(Tls::Left(Box::new(stream))), Bytes::new(), registration, protocol);
+    drive(io, protocol, None, connection.listener, services, &services.routes).await
 }
 
-async fn shake_hands(stream: Stream, entry: &Entry, tls: &TlsAcceptor) -> Option<TlsStream<Stream>> {
-    let mut handshake = pin!(tls.accept(stream));
+/// Goes on with a connection that was made in another process.
+async fn go_on(
+    mut connection: Connection,
+    session: Box<TlsSession>,
+    registration: Registration,
+    services: &Services,
+) -> End {
+    let entry = registration.entry.clone();
+    if connection.unread.is_empty() && session.unread.is_empty() {
+        match first_bytes(&connection.stream, &entry, &mut [0], |_| true).await {
+            Arrived::AtRest => {
+                connection.tls = Some(session);
+                return End::AtRest(connection, registration);
+            }
+            Arrived::Bytes(_) | Arrived::Late | Arrived::Idle => {}
+            Arrived::Gone => return End::Closed,
+        }
+    }
+    entry.enter(Stage::Waiting);
+    let Connection { stream, listener, unread, http2, .. } = connection;
+    let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
+    let records = Records::new(stream, *session);
+    let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
+    drive(io, protocol, http2, listener, services, &services.routes).await
+}
+
+/// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
+/// where something is under way.
+pub(super) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSession, Bytes)> {
+    let (mut below, mut session) = tls.into_inner();
+    let mut opened = BytesMut::new();
+    // The rest of a record of which rustls has the beginning: it is here.
+    read_opened(&mut session, &mut opened)?;
+    let mut rest = below.rest();
+    while session.read_tls(&mut rest).ok()? > 0 {
+        session.process_new_packets().ok()?;
+        read_opened(&mut session, &mut opened)?;
+    }
+    drop(rest);
+    if session.is_handshaking() || session.wants_write() {
+        return None;
+    }
+    let (stream, unread) = below.into_parts();
+    let secrets = session.dangerous_extract_secrets().ok()?;
+    Some((stream, TlsSession::new(secrets, unread)?, opened.freeze()))
+}
+
+/// None where the peer has said its last.
+fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match session.reader().read(&mut buffer) {
+            Ok(0) => return None,
+            Ok(length) => into.extend_from_slice(&buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(()),
+            Err(_) => return None,
+        }
+    }
+}
+
+async fn shake_hands(stream: Stream, entry: &Entry, tls: &TlsAcceptor) -> Option<TlsStream<WholeRecords>> {
+    let mut handshake = pin!(tls.accept(WholeRecords::new(stream)));
     poll_fn(|cx| {
         entry.wake_on_change(cx);
         match handshake.as_mut().poll(cx) {

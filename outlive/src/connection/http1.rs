@@ -10,9 +10,8 @@ use hyper_util::rt::TokioIo;
 use tracing::{debug, warn};
 
 use super::exchange::Service;
-use super::io::Io;
-use crate::registry::{Entry, Phase, Registration, Stage};
-use crate::stream::Stream;
+use super::io::{Io, Parts};
+use crate::registry::{Entry, Phase, Stage};
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -22,8 +21,8 @@ const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\nco
 
 pub(super) enum End {
     Closed,
-    /// The stream, and what was read from it and not consumed.
-    AtRest(Stream, Registration, Bytes),
+    /// With what was read and not consumed.
+    AtRest(Parts, Bytes),
 }
 
 enum Turn {
@@ -34,15 +33,19 @@ enum Turn {
 }
 
 pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
+    let is_plain = io.is_plain();
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry watches over the time limits
-        .half_close(io.is_plain()) // `Io` sees it when a peer gives up, and takes no new buffer to look with
+        .half_close(is_plain) // `Io` sees it when a peer gives up, and takes no new buffer to look with
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     let turn = poll_fn(|cx| {
         if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
             return Poll::Ready(Turn::Done(result));
+        }
+        if !is_plain && entry.phase() == Phase::Resting && entry.keeps_new_kinds() {
+            entry.pin();
         }
         let state = entry.state();
         if entry.is_overdue() {
@@ -70,8 +73,8 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let io = parts.io.into_inner();
     match turn {
         Turn::AtRest => {
-            if let Some((stream, registration)) = io.into_parts() {
-                return End::AtRest(stream, registration, parts.read_buf);
+            if let Some(rest) = io.into_parts() {
+                return End::AtRest(rest, parts.read_buf);
             }
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,

@@ -18,10 +18,9 @@ use tokio::time::{Instant, Sleep, sleep};
 use tracing::{debug, warn};
 
 use super::exchange::Service;
-use super::io::Io;
+use super::io::{Io, Parts};
 use crate::agreement::Agreement;
-use crate::registry::{Entry, Phase, Registration, Stage};
-use crate::stream::Stream;
+use crate::registry::{Entry, Phase, Stage};
 use relay::Relay;
 use session::Session;
 
@@ -40,8 +39,8 @@ const HOLD_LIMIT: Duration = Duration::from_millis(20);
 
 pub(super) enum End {
     Closed,
-    /// The stream, what is agreed upon, and what was read and not consumed.
-    AtRest(Stream, Registration, Agreement, Bytes),
+    /// With what is agreed upon, and what was read and not consumed.
+    AtRest(Parts, Agreement, Bytes),
 }
 
 /// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
@@ -101,10 +100,10 @@ pub(super) async fn drive(
     .await;
     if is_at_rest
         && let Some((io, session)) = relay.take()
-        && let Some((stream, registration)) = io.into_parts()
+        && let Some(parts) = io.into_parts()
     {
         let (agreement, unread) = session.leave();
-        return End::AtRest(stream, registration, agreement, unread);
+        return End::AtRest(parts, agreement, unread);
     }
     End::Closed
 }
@@ -142,7 +141,7 @@ impl Tries {
                 Try::None | Try::Pausing(_) => Step::Waits,
             };
         }
-        if entry.keeps_http2() || self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
+        if entry.keeps_new_kinds() || self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Try::None;
             entry.pin();
             return Self::release(relay);

@@ -10,15 +10,29 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
-use super::Protocol;
+use super::records::Records;
+use super::whole_records::WholeRecords;
+use super::{Protocol, handshake};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::Stream;
+use crate::tls_session::TlsSession;
 
 /// How much a peer may still send while we wait for it to take our last answer, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
 
 /// What carries a connection's bytes: the stream itself, or TLS on it.
-pub(super) type Wire = Either<Stream, Box<TlsStream<Stream>>>;
+pub(super) type Wire = Either<Stream, Tls>;
+/// TLS as it was made here, or as it goes on here.
+pub(super) type Tls = Either<Box<TlsStream<WholeRecords>>, Box<Records>>;
+
+/// What it takes to go on elsewhere.
+pub(super) struct Parts {
+    pub stream: Stream,
+    pub registration: Registration,
+    pub tls: Option<Box<TlsSession>>,
+    /// What TLS has opened, and nobody has read.
+    pub opened: Bytes,
+}
 
 pub(super) struct Io {
     wire: Wire,
@@ -44,12 +58,28 @@ impl Io {
         Self { wire, unread, registration, protocol, end: Ending::No }
     }
 
-    /// What it takes to go on elsewhere. None behind TLS.
-    pub(super) fn into_parts(self) -> Option<(Stream, Registration)> {
-        match self.wire {
-            Wire::Left(stream) => Some((stream, self.registration)),
-            Wire::Right(_) => None,
-        }
+    pub(super) fn registration(&self) -> &Registration {
+        &self.registration
+    }
+
+    /// None where TLS ends here, whatever was hoped.
+    pub(super) fn into_parts(self) -> Option<Parts> {
+        let registration = self.registration;
+        let (stream, tls, opened) = match self.wire {
+            Wire::Left(stream) => (stream, None, Bytes::new()),
+            Wire::Right(Tls::Left(tls)) => {
+                let (stream, session, opened) = handshake::into_parts(*tls)?;
+                (stream, Some(Box::new(session)), opened)
+            }
+            Wire::Right(Tls::Right(records)) => {
+                if !records.is_movable() {
+                    return None;
+                }
+                let (stream, session, opened) = records.into_parts();
+                (stream, Some(Box::new(session)), opened)
+            }
+        };
+        Some(Parts { stream, registration, tls, opened })
     }
 
     fn entry(&self) -> &Entry {
@@ -189,6 +219,11 @@ impl AsyncRead for Io {
         }
         let before = into.filled().len();
         std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
+        if let Wire::Right(Tls::Right(records)) = &this.wire
+            && records.is_worn()
+        {
+            entry.wear_out();
+        }
         if this.protocol == Protocol::Http1 && into.filled().len() > before {
             entry.received();
         }
@@ -306,13 +341,15 @@ mod tests {
     async fn a_tls_end_that_the_peer_does_not_take_ends_at_the_stall_limit() {
         let certificate = Certificate::new().expect("a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
-        let acceptor = tls::acceptor(Some(&chain), Some(&key), &Credentials::default()).expect("an acceptor");
+        let acceptor =
+            tls::acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("an acceptor");
         let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("a name");
-        let (ours, _peer) = tokio::join!(acceptor.accept(Stream::Tcp(ours)), connector.connect(name, peer));
+        let ours = acceptor.accept(WholeRecords::new(Stream::Tcp(ours)));
+        let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
         let ours = ours.expect("a handshake");
-        fill(ours.get_ref().0).await;
-        assert_ends(io(Wire::Right(Box::new(ours))).close()).await;
+        fill(ours.get_ref().0.stream()).await;
+        assert_ends(io(Wire::Right(Tls::Left(Box::new(ours)))).close()).await;
     }
 }

@@ -6,7 +6,6 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use bytes::Bytes;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{
@@ -15,10 +14,11 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use zeroize::Zeroizing;
 
 use super::Origin;
 use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
-pub use super::frame::{Kind, MAX_SOCKETS, Record};
+pub use super::frame::{Kind, MAX_SOCKETS, Record, Secret};
 
 /// The records of one frame: 252 connections with 2 MiB unread each.
 const RECORDS_LIMIT: u64 = 252 << 21;
@@ -94,7 +94,9 @@ fn send_frame<S: AsFd>(
 }
 
 fn write_records<S>(version: u16, sockets: &[(S, Record)]) -> io::Result<File> {
-    let mut bytes = Vec::new();
+    // There may be keys among them: of its whole length at once, since what grows leaves copies behind.
+    let length = sockets.iter().map(|(_, record)| record.length()).sum();
+    let mut bytes = Zeroizing::new(Vec::with_capacity(length));
     for (_, record) in sockets {
         record.encode(version, &mut bytes).map_err(io::Error::other)?;
     }
@@ -152,10 +154,11 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         return Err(format!("{} fds with a frame of {sockets} sockets", fds.len()));
     }
     let mut fds = fds.into_iter();
-    let mut records = match fds.next() {
+    let records = match fds.next() {
         Some(file) => read_records(&file.into()).map_err(|error| format!("its records: {error}"))?,
-        None => Bytes::new(),
+        None => Zeroizing::default(),
     };
+    let mut records = &records[..];
     let mut frame = Frame { kind, origin, sockets: Vec::with_capacity(fds.len()), refused: Vec::new(), text };
     for fd in fds {
         match Record::decode(version, &mut records)? {
@@ -166,14 +169,14 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
     Ok(frame)
 }
 
-fn read_records(file: &File) -> io::Result<Bytes> {
+fn read_records(file: &File) -> io::Result<Zeroizing<Vec<u8>>> {
     let metadata = file.metadata()?;
     if !metadata.is_file() || metadata.len() > RECORDS_LIMIT {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let mut bytes = vec![0; usize::try_from(metadata.len()).map_err(io::Error::other)?];
+    let mut bytes = Zeroizing::new(vec![0; usize::try_from(metadata.len()).map_err(io::Error::other)?]);
     file.read_exact_at(&mut bytes, 0)?;
-    Ok(bytes.into())
+    Ok(bytes)
 }
 
 /// A channel to somebody who is there, as tokio waits for it: to tokio, which only polls it, one Unix
@@ -235,13 +238,19 @@ impl Channel {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     /// Sockets that are worth nothing, to be sent.
     fn sockets(count: usize) -> Vec<(File, Record)> {
         let null = File::open("/dev/null").expect("a file");
-        let record =
-            |number: usize| Record { listener: number.to_string(), payload: Bytes::new(), http2: None };
+        let record = |number: usize| Record {
+            listener: number.to_string(),
+            payload: Bytes::new(),
+            http2: None,
+            tls: None,
+        };
         (0..count).map(|number| (null.try_clone().expect("a file"), record(number))).collect()
     }
 

@@ -11,12 +11,14 @@
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  kind of the connection            version 2 only; 0: HTTP/1.1, 1: HTTP/2
+//!           2  kind of the connection            version 2 only; the sum of 1: HTTP/2, 2: TLS
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
 //!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
-//!           .  of HTTP/2: what is agreed upon (`agreement.rs`), and what a later release has to say; version 2 only
+//!           .  of HTTP/2: 4, a length; what is agreed upon (`agreement.rs`)
+//!           .  of TLS: 4, a length; what seals and opens its records (`tls_session.rs`)
+//!           .  what a later release has to say   version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
 //! socket's buffer, and all messages together may not either.
@@ -24,7 +26,10 @@
 //! Version 1 is written where it does, so that the releases before may take this one's place at any moment. In version
 //! 2 a connection of a kind that is not known is refused, and no other with it.
 
+use std::fmt;
+
 use bytes::{Buf, BufMut, Bytes};
+use zeroize::Zeroizing;
 
 use super::Origin;
 
@@ -96,6 +101,18 @@ pub struct Record {
     pub payload: Bytes,
     /// Of an HTTP/2 connection: what is agreed upon.
     pub http2: Option<Bytes>,
+    /// Of a TLS connection: its keys, and more.
+    pub tls: Option<Secret>,
+}
+
+/// Wiped when it is dropped, and not shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(pub Zeroizing<Vec<u8>>);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret")
+    }
 }
 
 impl Header {
@@ -142,58 +159,78 @@ impl Header {
 impl Record {
     /// The first version that can say it.
     pub(super) fn version(&self) -> u16 {
-        if self.http2.is_some() { LAST_VERSION } else { FIRST_VERSION }
+        if self.kind() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
+    }
+
+    fn kind(&self) -> u16 {
+        (if self.http2.is_some() { HTTP2 } else { 0 }) | (if self.tls.is_some() { TLS } else { 0 })
+    }
+
+    fn parts(&self) -> impl Iterator<Item = &[u8]> {
+        self.http2.as_deref().into_iter().chain(self.tls.as_ref().map(|tls| &tls.0[..]))
+    }
+
+    /// How long it is, in bytes, or a little less.
+    pub(super) fn length(&self) -> usize {
+        let parts: usize = self.parts().map(|part| 4 + part.len()).sum();
+        6 + BODY_LENGTH + self.listener.len() + self.payload.len() + parts
     }
 
     pub(super) fn encode(&self, version: u16, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
-        let http2 = self.http2.as_deref().unwrap_or_default();
         if version > FIRST_VERSION {
-            let length = BODY_LENGTH + self.listener.len() + self.payload.len() + http2.len();
-            into.put_u32_le((length + 2).try_into()?);
-            into.put_u16_le(if self.http2.is_some() { HTTP2 } else { HTTP1 });
+            into.put_u32_le((self.length() - 4).try_into()?);
+            into.put_u16_le(self.kind());
         }
         into.put_u16_le(self.listener.len().try_into()?);
         into.put_u32_le(self.payload.len().try_into()?);
         into.put_slice(self.listener.as_bytes());
         into.put_slice(&self.payload);
-        into.put_slice(http2);
+        for part in self.parts() {
+            into.put_u32_le(part.len().try_into()?);
+            into.put_slice(part);
+        }
         Ok(())
     }
 
     /// Takes one record off the front of `bytes`; the inner error is a connection of a kind that is not known.
-    pub(super) fn decode(version: u16, bytes: &mut Bytes) -> Result<Result<Self, String>, String> {
+    pub(super) fn decode(version: u16, bytes: &mut &[u8]) -> Result<Result<Self, String>, String> {
         if version == FIRST_VERSION {
             return Self::decode_body(bytes).map(Ok);
         }
-        if bytes.len() < 4 {
-            return Err(SHORT.into());
+        let length = bytes.try_get_u32_le().map_err(|_| SHORT)?;
+        let mut body = take(bytes, length)?;
+        let kind = body.try_get_u16_le().map_err(|_| SHORT)?;
+        if kind & !(HTTP2 | TLS) != 0 {
+            return Ok(Err(format!("a connection of kind {kind}, which this binary does not know")));
         }
-        let length = bytes.get_u32_le() as usize;
-        if bytes.len() < length || length < 2 {
-            return Err(SHORT.into());
+        let mut record = Self::decode_body(&mut body)?;
+        let mut part = || {
+            let length = body.try_get_u32_le().map_err(|_| SHORT)?;
+            take(&mut body, length)
+        };
+        if kind & HTTP2 != 0 {
+            record.http2 = Some(Bytes::copy_from_slice(part()?));
         }
-        let mut body = bytes.split_to(length);
-        match body.get_u16_le() {
-            HTTP1 => Self::decode_body(&mut body).map(Ok),
-            HTTP2 => {
-                let record = Self::decode_body(&mut body)?;
-                Ok(Ok(Self { http2: Some(body), ..record }))
-            }
-            kind => Ok(Err(format!("a connection of kind {kind}, which this binary does not know"))),
+        if kind & TLS != 0 {
+            record.tls = Some(Secret(Zeroizing::new(part()?.to_vec())));
         }
+        Ok(Ok(record))
     }
 
-    fn decode_body(bytes: &mut Bytes) -> Result<Self, String> {
-        if bytes.len() < BODY_LENGTH {
-            return Err(SHORT.into());
-        }
-        let (name, payload) = (usize::from(bytes.get_u16_le()), bytes.get_u32_le() as usize);
-        if bytes.len() < name.saturating_add(payload) {
-            return Err(SHORT.into());
-        }
-        let listener = std::str::from_utf8(&bytes.split_to(name)).map_err(|error| error.to_string())?.into();
-        Ok(Self { listener, payload: bytes.split_to(payload), http2: None })
+    fn decode_body(bytes: &mut &[u8]) -> Result<Self, String> {
+        let name = bytes.try_get_u16_le().map_err(|_| SHORT)?;
+        let payload = bytes.try_get_u32_le().map_err(|_| SHORT)?;
+        let listener =
+            std::str::from_utf8(take(bytes, name.into())?).map_err(|error| error.to_string())?.into();
+        let payload = Bytes::copy_from_slice(take(bytes, payload)?);
+        Ok(Self { listener, payload, http2: None, tls: None })
     }
+}
+
+fn take<'a>(bytes: &mut &'a [u8], length: u32) -> Result<&'a [u8], String> {
+    let (taken, rest) = bytes.split_at_checked(length as usize).ok_or(SHORT)?;
+    *bytes = rest;
+    Ok(taken)
 }
 
 const SHORT: &str = "a record that is cut short";
@@ -201,6 +238,8 @@ const SHORT: &str = "a record that is cut short";
 const HTTP1: u16 = 0;
 /// A connection that speaks HTTP/2.
 const HTTP2: u16 = 1;
+/// A connection that speaks TLS, whatever inside.
+const TLS: u16 = 2;
 /// The two lengths.
 const BODY_LENGTH: usize = 6;
 
@@ -217,11 +256,12 @@ mod tests {
 
     fn record() -> impl Strategy<Value = Record> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
-        (".{0,40}", bytes(), prop::option::of(bytes())).prop_map(|(listener, payload, http2)| Record {
-            listener,
-            payload,
-            http2,
-        })
+        (".{0,40}", bytes(), prop::option::of(bytes()), prop::option::of(bytes())).prop_map(
+            |(listener, payload, http2, tls)| {
+                let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
+                Record { listener, payload, http2, tls }
+            },
+        )
     }
 
     proptest! {
@@ -247,7 +287,7 @@ mod tests {
                 for record in &records {
                     record.encode(version, &mut bytes).expect("short enough");
                 }
-                let mut bytes = Bytes::from(bytes);
+                let mut bytes = &bytes[..];
                 for record in &records {
                     prop_assert_eq!(Record::decode(version, &mut bytes), Ok(Ok(record.clone())));
                 }
@@ -267,7 +307,7 @@ mod tests {
                     bytes[at] = 7;
                 }
             }
-            let mut bytes = Bytes::from(bytes);
+            let mut bytes = &bytes[..];
             for (record, is_known) in records {
                 let read = Record::decode(LAST_VERSION, &mut bytes).expect("whole");
                 prop_assert_eq!(read.ok(), is_known.then_some(record));
@@ -283,7 +323,7 @@ mod tests {
             // Also what begins well.
             let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
             for version in FIRST_VERSION..=LAST_VERSION {
-                let mut bytes = Bytes::from(bytes.clone());
+                let mut bytes = &bytes[..];
                 while Record::decode(version, &mut bytes).is_ok() {}
             }
         }

@@ -125,9 +125,9 @@ impl Entry {
         self.registry.phase()
     }
 
-    /// See [`Registry::keep_http2`].
-    pub fn keeps_http2(&self) -> bool {
-        self.registry.keeps_http2.load(SeqCst)
+    /// See [`Registry::keep_new_kinds`].
+    pub fn keeps_new_kinds(&self) -> bool {
+        self.registry.keeps_new_kinds.load(SeqCst)
     }
 
     /// Whether the connection has its last answer still to give.
@@ -137,7 +137,8 @@ impl Entry {
 
     /// Whether the connection is told to end with its next answer.
     pub fn is_to_end(&self) -> bool {
-        self.phase().ends(self.state().is_movable())
+        let state = self.state();
+        state.is_worn() || self.phase().ends(state.is_movable())
     }
 
     /// Changes the state, and tells whoever has to hear of it.
@@ -183,6 +184,16 @@ impl Entry {
     /// The connection stays in this process until it ends.
     pub fn pin(&self) {
         self.apply(Event::Pinned);
+    }
+
+    /// It may move again.
+    pub fn unpin(&self) {
+        self.apply(Event::Unpinned);
+    }
+
+    /// The connection is told to end with its next answer, whatever the phase.
+    pub fn wear_out(&self) {
+        self.apply(Event::WornOut);
     }
 
     // ---- who is woken ----

@@ -86,6 +86,10 @@ pub enum Event {
     Flushed,
     /// It cannot move to another process from now on.
     Pinned,
+    /// It can again.
+    Unpinned,
+    /// It is to end, and cannot move until then.
+    WornOut,
     /// Its driver knows what it is doing.
     Enters(Stage),
 }
@@ -107,6 +111,7 @@ pub struct State {
     is_driven: bool,
     is_flushed: bool,
     is_movable: bool,
+    is_worn: bool,
     /// Whether a body was left before its end: the peer still sends it.
     has_left_body: bool,
     /// Requests that have begun and are not over.
@@ -126,6 +131,7 @@ impl State {
         is_driven: false,
         is_flushed: true,
         is_movable: true,
+        is_worn: false,
         has_left_body: false,
         in_flight: 0,
         reading: 0,
@@ -150,6 +156,11 @@ impl State {
 
     pub fn is_movable(self) -> bool {
         self.is_movable
+    }
+
+    /// Whether it is to end, whatever the process wants.
+    pub fn is_worn(self) -> bool {
+        self.is_worn
     }
 
     /// Whether the peer still sends a body that nobody reads.
@@ -193,6 +204,8 @@ impl State {
             Event::Writing => next.is_flushed = false,
             Event::Flushed => next.is_flushed = true,
             Event::Pinned => next.is_movable = false,
+            Event::Unpinned => next.is_movable = !self.is_worn && self.stage != Stage::Upgraded,
+            Event::WornOut => (next.is_worn, next.is_movable) = (true, false),
             Event::Enters(_) if self.stage == Stage::Closed => {}
             Event::Enters(stage) => {
                 next.stage = stage;
@@ -218,6 +231,7 @@ impl State {
             | u64::from(self.is_flushed) << 4
             | u64::from(self.is_movable) << 5
             | u64::from(self.has_left_body) << 6
+            | u64::from(self.is_worn) << 7
             | u64::from(self.in_flight) << 8
             | u64::from(self.reading) << (8 + COUNT_BITS)
     }
@@ -231,6 +245,7 @@ impl State {
             is_flushed: is_set(4),
             is_movable: is_set(5),
             has_left_body: is_set(6),
+            is_worn: is_set(7),
             in_flight: count(8),
             reading: count(8 + COUNT_BITS),
         }
@@ -273,11 +288,11 @@ mod tests {
     proptest! {
         #[test]
         fn a_state_comes_back_as_it_was_packed(
-            stage in 0..Stage::ALL.len(), flags: [bool; 4], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
+            stage in 0..Stage::ALL.len(), flags: [bool; 5], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
         ) {
-            let [is_driven, is_flushed, is_movable, has_left_body] = flags;
+            let [is_driven, is_flushed, is_movable, is_worn, has_left_body] = flags;
             let stage = Stage::ALL[stage];
-            let state = State { stage, is_driven, is_flushed, is_movable, has_left_body, in_flight, reading };
+            let state = State { stage, is_driven, is_flushed, is_movable, is_worn, has_left_body, in_flight, reading };
             prop_assert_eq!(State::unpack(state.pack()), state);
         }
 

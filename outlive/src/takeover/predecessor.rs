@@ -13,7 +13,7 @@ use tracing::{error, info};
 use super::handle::ProcessHandle;
 use super::launch::Program;
 use super::socket::TakeoverSocket;
-use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN, TAKES_HTTP2};
+use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN, TAKES_NEW_KINDS};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Frame, Kind, Origin, Record, pair};
 use crate::listeners::Listener;
@@ -41,8 +41,8 @@ pub struct Offer {
 /// A process that serves in this one's place.
 pub struct Successor {
     pub channel: Channel,
-    /// Whether it can go on with HTTP/2 connections.
-    pub takes_http2: bool,
+    /// Whether it can go on with HTTP/2 and TLS connections.
+    pub takes_new_kinds: bool,
 }
 
 /// Why a process no longer just serves.
@@ -70,7 +70,8 @@ impl Offer {
     ) -> io::Result<Self> {
         let mut fds = listeners.iter().map(Listener::pack).collect::<io::Result<Vec<_>>>()?;
         if let Some(folder) = credentials.folder() {
-            let record = Record { listener: CREDENTIALS.to_owned(), payload: Bytes::new(), http2: None };
+            let record =
+                Record { listener: CREDENTIALS.to_owned(), payload: Bytes::new(), http2: None, tls: None };
             fds.push((folder.as_fd().try_clone_to_owned()?, record));
         }
         Ok(Self { fds, generation, watchdog, program, limit })
@@ -159,8 +160,8 @@ async fn refuse(channel: &Channel, generation: u64) {
 async fn prepare_knocking(offer: &Offer, channel: Channel) -> Result<Prepared> {
     match timeout(offer.limit, prepare(offer, &channel, false)).await {
         Ok(prepared) => {
-            let (successor, takes_http2) = prepared?;
-            Ok(Prepared { channel, successor, takes_http2 })
+            let (successor, takes_new_kinds) = prepared?;
+            Ok(Prepared { channel, successor, takes_new_kinds })
         }
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
@@ -175,7 +176,7 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     let reason = match timeout(limit, prepare(offer, &channel, true)).await {
-        Ok(Ok((successor, takes_http2))) => return Ok(Prepared { channel, successor, takes_http2 }),
+        Ok(Ok((successor, takes_new_kinds))) => return Ok(Prepared { channel, successor, takes_new_kinds }),
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready in time"),
     };
@@ -184,7 +185,7 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     outcome.await?.err().map_or(Err(reason), Err)
 }
 
-/// The talk with the successor, up to where it could serve; whether it can go on with HTTP/2 connections.
+/// The talk with the successor, up to where it could serve; whether it can go on with HTTP/2 and TLS connections.
 async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Result<(ProcessHandle, bool)> {
     let me = Origin::now(offer.generation);
     let mut successor = None;
@@ -205,14 +206,14 @@ async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Resu
     let watchdog = offer.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(Kind::Listeners, me, &offer.fds, &watchdog).await?;
     let ready = expect(channel, Kind::Ready).await?;
-    Ok((successor, ready.text == TAKES_HTTP2))
+    Ok((successor, ready.text == TAKES_NEW_KINDS))
 }
 
 /// A successor that could serve.
 struct Prepared {
     channel: Channel,
     successor: ProcessHandle,
-    takes_http2: bool,
+    takes_new_kinds: bool,
 }
 
 /// Commits, whatever signals come meanwhile; gives how often this process was told to end.
@@ -234,12 +235,12 @@ async fn commit(
             },
         }
     };
-    let outcome = outcome.map(|Prepared { channel, successor, takes_http2 }| {
+    let outcome = outcome.map(|Prepared { channel, successor, takes_new_kinds }| {
         // A service manager tells each of us.
         if terminations > 0 && !systemd::is_there() {
             successor.terminate();
         }
-        Successor { channel, takes_http2 }
+        Successor { channel, takes_new_kinds }
     });
     (outcome, terminations)
 }

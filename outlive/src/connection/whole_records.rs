@@ -1,0 +1,138 @@
+//! A stream that gives rustls whole records only, so that what it holds when its secrets are taken is nothing but
+//! what it has opened.
+
+use std::io::{self, Read};
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+
+use crate::stream::Stream;
+
+const HEADER_LENGTH: usize = 5;
+/// How much is read at once, in bytes: no record is longer (RFC 8446 section 5.2).
+const READ_LENGTH: usize = HEADER_LENGTH + (1 << 14) + 256;
+
+pub(super) struct WholeRecords {
+    stream: Stream,
+    buffer: BytesMut,
+    /// How much of the buffer is whole records, or will never be.
+    whole: usize,
+    /// How much of a record is still to be given of which something was given.
+    begun: usize,
+}
+
+impl WholeRecords {
+    pub(super) fn new(stream: Stream) -> Self {
+        Self { stream, buffer: BytesMut::new(), whole: 0, begun: 0 }
+    }
+
+    #[cfg(test)]
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// The stream, and what was not given.
+    pub(super) fn into_parts(self) -> (Stream, Bytes) {
+        (self.stream, self.buffer.freeze())
+    }
+
+    /// The rest of a record that was given in part.
+    pub(super) fn rest(&mut self) -> impl Read + '_ {
+        let length = self.begun.min(self.whole);
+        self.note_given(length);
+        self.whole -= length;
+        self.buffer.split_to(length).reader()
+    }
+
+    fn count_whole(&mut self) {
+        while let Some(header) = self.buffer[self.whole..].first_chunk::<HEADER_LENGTH>() {
+            let length = HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]));
+            if length > READ_LENGTH {
+                // It is for rustls to object to.
+                self.whole = self.buffer.len();
+                return;
+            }
+            if self.buffer.len() < self.whole + length {
+                return;
+            }
+            self.whole += length;
+        }
+    }
+
+    /// Finds out where in a record the next byte is that is to be given.
+    fn note_given(&mut self, mut length: usize) {
+        let mut at = 0;
+        while length > 0 {
+            if self.begun == 0 {
+                let header = self.buffer[at..].first_chunk::<HEADER_LENGTH>();
+                self.begun = header.map_or(self.buffer.len() - at, |header| {
+                    HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
+                });
+            }
+            let part = self.begun.min(length);
+            self.begun -= part;
+            length -= part;
+            at += part;
+        }
+    }
+}
+
+impl AsyncRead for WholeRecords {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if this.whole > 0 {
+                let length = this.whole.min(into.remaining());
+                this.note_given(length);
+                into.put_slice(&this.buffer[..length]);
+                this.buffer.advance(length);
+                this.whole -= length;
+                if this.buffer.is_empty() {
+                    this.buffer = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            let mut buffer = [const { std::mem::MaybeUninit::uninit() }; READ_LENGTH];
+            let mut read = ReadBuf::uninit(&mut buffer);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                // Half a record is all that will come of it.
+                this.whole = this.buffer.len();
+                if this.whole == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                continue;
+            }
+            this.buffer.extend_from_slice(read.filled());
+            this.count_whole();
+        }
+    }
+}
+
+impl AsyncWrite for WholeRecords {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}
