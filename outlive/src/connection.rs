@@ -145,7 +145,7 @@ async fn drive(
         Protocol::Http2 => {
             let agreement = agreement.map(|agreement| *agreement);
             match http2::drive(io, agreement, service, &entry, services.rest_limit).await {
-                http2::End::AtRest(parts, agreement, unread) => (parts, Some(Box::new(agreement)), unread),
+                http2::End::AtRest(parts, agreement, unread) => (parts, Some(agreement), unread),
                 http2::End::Closed => return End::Closed,
             }
         }

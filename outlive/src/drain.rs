@@ -195,10 +195,16 @@ impl<'a> Drain<'a> {
         }
     }
 
-    /// Ends with a successor there: each connection goes to it as it comes to rest. `terminations`: how often this
+    /// Ends with a successor there: each connection goes to it as it comes to rest. `takes_new_kinds`: also HTTP/2 and
+    /// TLS. `terminations`: how often this
     /// process has been told to end already.
     /// Gives the successor's channel back, which it takes for our end when it is closed.
-    pub async fn pass_on(mut self, successor: Channel, terminations: u32) -> (Channel, Remaining) {
+    pub async fn pass_on(
+        mut self,
+        successor: Channel,
+        takes_new_kinds: bool,
+        terminations: u32,
+    ) -> (Channel, Remaining) {
         self.begin();
         let Self { server, rested, limit, generation, .. } = &mut self;
         let registry = server.registry();
@@ -206,6 +212,9 @@ impl<'a> Drain<'a> {
         // The first signal may be meant for both of us, and we are ending already.
         limit.expect_signals(2_u32.saturating_sub(terminations));
         let origin = Origin::now(*generation);
+        if !takes_new_kinds {
+            registry.keep_new_kinds();
+        }
         let mut handed_over = 0;
         registry.set_phase(Phase::Resting);
         loop {

@@ -236,7 +236,7 @@ where
         rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
-    tokio::spawn(registry.clone().watch());
+    tokio::spawn(registry.watch());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
     let committed = match predecessor.take() {
@@ -294,13 +294,10 @@ where
             let failure = if let Ending::Failed(reason) = ending { Some(reason) } else { None };
             (failure, None, remaining)
         }
-        Ending::Succeeded { successor, terminations } => {
+        Ending::Succeeded { successor, takes_new_kinds, terminations } => {
             listeners::pass_on_socket_files();
-            if !successor.takes_new_kinds {
-                registry.keep_new_kinds();
-            }
-            let (successor, remaining) = drain.pass_on(successor.channel, terminations).await;
-            (None, Some(successor), remaining)
+            let (channel, remaining) = drain.pass_on(successor, takes_new_kinds, terminations).await;
+            (None, Some(channel), remaining)
         }
     };
     end(running, hooks, remaining, &mut signals).await;

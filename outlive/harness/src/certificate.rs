@@ -45,21 +45,30 @@ impl Certificate {
         self.folder.path().join("tls.key")
     }
 
+    /// Whom a client trusts that trusts this certificate alone.
+    pub fn roots(&self) -> Result<RootCertStore> {
+        roots_of(&[self])
+    }
+
     /// A client that trusts this certificate alone, and asks for these protocols (ALPN).
     pub fn client(&self, protocols: &[&str]) -> Result<Arc<ClientConfig>> {
         client_of(&[self], protocols)
     }
 }
 
-/// A client that trusts these certificates, and asks for these protocols (ALPN).
-pub fn client_of(certificates: &[&Certificate], protocols: &[&str]) -> Result<Arc<ClientConfig>> {
+fn roots_of(certificates: &[&Certificate]) -> Result<RootCertStore> {
     let mut roots = RootCertStore::empty();
     for certificate in certificates {
         roots.add(CertificateDer::from_pem_file(certificate.chain())?)?;
     }
+    Ok(roots)
+}
+
+/// A client that trusts these certificates, and asks for these protocols (ALPN).
+pub fn client_of(certificates: &[&Certificate], protocols: &[&str]) -> Result<Arc<ClientConfig>> {
     let mut client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
-        .with_root_certificates(roots)
+        .with_root_certificates(roots_of(certificates)?)
         .with_no_client_auth();
     client.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
     // Each handshake shows the certificate.

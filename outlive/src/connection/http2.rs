@@ -40,7 +40,7 @@ const HOLD_LIMIT: Duration = Duration::from_millis(20);
 pub(super) enum End {
     Closed,
     /// With what is agreed upon, and what was read and not consumed.
-    AtRest(Parts, Agreement, Bytes),
+    AtRest(Parts, Box<Agreement>, Bytes),
 }
 
 /// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
@@ -103,7 +103,7 @@ pub(super) async fn drive(
         && let Some(parts) = io.into_parts()
     {
         let (agreement, unread) = session.leave();
-        return End::AtRest(parts, agreement, unread);
+        return End::AtRest(parts, Box::new(agreement), unread);
     }
     End::Closed
 }

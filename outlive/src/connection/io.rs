@@ -219,10 +219,14 @@ impl AsyncRead for Io {
         }
         let before = into.filled().len();
         std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
-        if let Wire::Right(Tls::Right(records)) = &this.wire
-            && records.is_worn()
-        {
-            entry.wear_out();
+        if let Wire::Right(Tls::Right(records)) = &this.wire {
+            if records.is_worn() {
+                entry.wear_out();
+            }
+            // The answer in flight goes out first: hyper looks again when it has.
+            if records.is_deaf() && into.filled().len() == before && state.is_in_flight() {
+                return Poll::Pending;
+            }
         }
         if this.protocol == Protocol::Http1 && into.filled().len() > before {
             entry.received();

@@ -44,7 +44,6 @@ const UNSENT_LIMIT: usize = 64 * 1024;
 const READ_LENGTH: usize = 16 * 1024;
 
 /// Content types (section 5.1).
-const CHANGE_CIPHER_SPEC: u8 = 20;
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const APPLICATION_DATA: u8 = 23;
@@ -60,6 +59,21 @@ enum Alert {
     BadRecordMac = 20,
     RecordOverflow = 22,
     DecodeError = 50,
+}
+
+/// Why no more is read.
+#[derive(Clone, Copy, Debug)]
+enum Refusal {
+    Ours(Alert),
+    /// The peer's alert.
+    #[expect(dead_code, reason = "shown in the log")]
+    PeerFailed(u8),
+}
+
+impl From<Alert> for Refusal {
+    fn from(alert: Alert) -> Self {
+        Self::Ours(alert)
+    }
 }
 
 /// `user_canceled`, which says nothing.
@@ -167,6 +181,11 @@ impl Records {
         self.is_worn || self.to_peer.direction.sequence >= WORN_AT
     }
 
+    /// Whether what the peer says is sealed with a key that we do not know.
+    pub(super) fn is_deaf(&self) -> bool {
+        self.is_worn
+    }
+
     /// Whether nothing was said that keeps it here.
     pub(super) fn is_movable(&self) -> bool {
         !self.has_ended && !self.has_said_end && !self.is_worn() && self.unsent.is_empty()
@@ -181,16 +200,15 @@ impl Records {
 
     /// Opens what there is of whole records, until there is something to read or the peer has ended; false where more
     /// has to come.
-    fn open(&mut self) -> Result<bool, Alert> {
+    fn open(&mut self) -> Result<bool, Refusal> {
         while self.opened.is_empty() && !self.has_ended {
             let Some(header) = self.sealed.first_chunk::<HEADER_LENGTH>().copied() else { return Ok(false) };
             let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
             match header[0] {
-                APPLICATION_DATA if length > SEALED_LIMIT => return Err(Alert::RecordOverflow),
+                APPLICATION_DATA if length > SEALED_LIMIT => return Err(Alert::RecordOverflow.into()),
                 APPLICATION_DATA => {}
-                // Outside of a handshake nothing comes unsealed (section 5).
-                CHANGE_CIPHER_SPEC | ALERT | HANDSHAKE => return Err(Alert::UnexpectedMessage),
-                _ => return Err(Alert::UnexpectedMessage),
+                // After the handshake nothing comes unsealed (section 5).
+                _ => return Err(Alert::UnexpectedMessage.into()),
             }
             if self.sealed.len() < HEADER_LENGTH + length {
                 return Ok(false);
@@ -204,37 +222,39 @@ impl Records {
                     self.has_ended = true;
                     self.is_worn = true;
                 }
-                _ => return Err(Alert::UnexpectedMessage),
+                _ => return Err(Alert::UnexpectedMessage.into()),
             }
         }
         Ok(true)
     }
 
-    fn hear(&mut self, alert: &[u8]) -> Result<(), Alert> {
+    fn hear(&mut self, alert: &[u8]) -> Result<(), Refusal> {
         match *alert {
             [_, said] if said == Alert::CloseNotify as u8 => self.has_ended = true,
             [_, USER_CANCELED] => {}
-            // The peer has given up: whatever we say, it does not listen.
-            [_, _] => {
+            [_, said] => {
+                // It has given up, and does not listen any more.
                 self.has_said_end = true;
-                return Err(Alert::CloseNotify);
+                return Err(Refusal::PeerFailed(said));
             }
-            _ => return Err(Alert::DecodeError),
+            _ => return Err(Alert::DecodeError.into()),
         }
         Ok(())
     }
 
     /// Says why, once; whether it arrives is no longer our affair.
-    fn fail(&mut self, cx: &mut Context<'_>, alert: Alert) -> io::Error {
+    fn fail(&mut self, cx: &mut Context<'_>, refusal: Refusal) -> io::Error {
         const FATAL: u8 = 2;
         self.has_ended = true;
-        if !self.has_said_end {
+        if let Refusal::Ours(alert) = refusal
+            && !self.has_said_end
+        {
             self.has_said_end = true;
             if self.to_peer.seal(ALERT, &[FATAL, alert as u8], &mut self.unsent).is_ok() {
                 let _ = self.poll_send(cx);
             }
         }
-        io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {alert:?}"))
+        io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {refusal:?}"))
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -258,7 +278,7 @@ impl AsyncRead for Records {
         loop {
             let is_news = match this.open() {
                 Ok(is_news) => is_news,
-                Err(alert) => return Poll::Ready(Err(this.fail(cx, alert))),
+                Err(refusal) => return Poll::Ready(Err(this.fail(cx, refusal))),
             };
             if is_news {
                 let length = this.opened.len().min(into.remaining());
@@ -319,3 +339,6 @@ impl AsyncWrite for Records {
         Pin::new(&mut this.stream).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -11,8 +11,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use crate::stream::Stream;
 
 const HEADER_LENGTH: usize = 5;
-/// How much is read at once, in bytes: no record is longer (RFC 8446 section 5.2).
-const READ_LENGTH: usize = HEADER_LENGTH + (1 << 14) + 256;
+/// No record is longer, in bytes (RFC 8446 section 5.2; 1,792 more in TLS 1.2).
+const RECORD_LIMIT: usize = HEADER_LENGTH + (1 << 14) + 2048;
+/// How much is read at once, in bytes.
+const READ_LENGTH: usize = 16 * 1024;
 
 pub(super) struct WholeRecords {
     stream: Stream,
@@ -49,7 +51,7 @@ impl WholeRecords {
     fn count_whole(&mut self) {
         while let Some(header) = self.buffer[self.whole..].first_chunk::<HEADER_LENGTH>() {
             let length = HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]));
-            if length > READ_LENGTH {
+            if length > RECORD_LIMIT {
                 // It is for rustls to object to.
                 self.whole = self.buffer.len();
                 return;

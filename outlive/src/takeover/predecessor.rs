@@ -38,13 +38,6 @@ pub struct Offer {
     pub limit: Duration,
 }
 
-/// A process that serves in this one's place.
-pub struct Successor {
-    pub channel: Channel,
-    /// Whether it can go on with HTTP/2 and TLS connections.
-    pub takes_new_kinds: bool,
-}
-
 /// Why a process no longer just serves.
 pub enum Ending {
     /// SIGTERM or SIGINT.
@@ -53,7 +46,9 @@ pub enum Ending {
     Failed(String),
     /// A successor accepts connections, and waits for ours.
     Succeeded {
-        successor: Successor,
+        successor: Channel,
+        /// Whether it goes on with HTTP/2 and TLS connections.
+        takes_new_kinds: bool,
         /// How often this process was told to end before that was certain.
         terminations: u32,
     },
@@ -127,7 +122,9 @@ pub async fn serve_until_end(
                     Err(reason) => (Err(reason), 0),
                 };
                 match outcome {
-                    Ok(successor) => return Ending::Succeeded { successor, terminations },
+                    Ok((successor, takes_new_kinds)) => {
+                        return Ending::Succeeded { successor, takes_new_kinds, terminations };
+                    }
                     Err(reason) => {
                         let reason = format!("{reason:#}");
                         error!(message_id = message_id::NOT_RELOADED, "not reloaded: {reason}");
@@ -216,13 +213,14 @@ struct Prepared {
     takes_new_kinds: bool,
 }
 
-/// Commits, whatever signals come meanwhile; gives how often this process was told to end.
+/// Commits, whatever signals come meanwhile; gives the successor's channel, whether it goes on with HTTP/2 and TLS
+/// connections, and how often this process was told to end.
 async fn commit(
     prepared: Prepared,
     offer: &Offer,
     status: &Status,
     signals: &mut Signals,
-) -> (Result<Successor>, u32) {
+) -> (Result<(Channel, bool)>, u32) {
     let mut terminations = 0;
     let mut committed = pin!(prepared.commit(offer, status));
     let outcome = loop {
@@ -240,7 +238,7 @@ async fn commit(
         if terminations > 0 && !systemd::is_there() {
             successor.terminate();
         }
-        Successor { channel, takes_new_kinds }
+        (channel, takes_new_kinds)
     });
     (outcome, terminations)
 }

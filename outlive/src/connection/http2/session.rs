@@ -395,7 +395,7 @@ impl Session {
 
     fn begin_stream(&mut self, stream: u32) {
         // Those of a client have odd numbers; h2 objects to any other.
-        if stream <= self.agreement.last_stream || stream % 2 == 0 {
+        if stream <= self.agreement.last_stream || stream.is_multiple_of(2) {
             return;
         }
         self.agreement.last_stream = stream;

@@ -10,7 +10,7 @@ use super::frame::{
     WINDOW_UPDATE, increment,
 };
 use super::session::Session;
-use crate::agreement::FIRST_WINDOW;
+use crate::agreement::{Agreement, FIRST_WINDOW};
 use crate::connection::PREFACE;
 
 const PRIORITY: u8 = 2;
@@ -303,7 +303,7 @@ impl World {
                 let length = piece.min(from.len());
                 let bytes: Vec<u8> = from.drain(..length).collect();
                 // As the relay does: h2 has read all that there was before.
-                if self.session.for_h2().is_empty() && piece % 2 == 0 {
+                if self.session.for_h2().is_empty() && piece.is_multiple_of(2) {
                     let passed = self.session.receive_in_place(&bytes);
                     self.h2.received.extend_from_slice(&bytes[..passed]);
                 } else {
@@ -382,7 +382,7 @@ impl World {
         assert_eq!(self.client.send_window, agreement.receive_window - data);
         assert_eq!(self.client.receive_window, agreement.send_window + granted);
         let bytes = agreement.encode();
-        let agreement = crate::agreement::Agreement::decode(&bytes).expect("it comes back");
+        let agreement = Agreement::decode(&bytes).expect("it comes back");
         self.session = Session::resume(agreement);
         self.h2 = H2::new(self.moves);
     }
@@ -480,7 +480,7 @@ proptest! {
         pieces in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..60), any::<u8>()), 0..40),
         is_resumed: bool,
     ) {
-        let mut session = if is_resumed { Session::resume(Default::default()) } else { Session::new() };
+        let mut session = if is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
         session.receive(PREFACE);
         for (bytes, act) in pieces {
             session.receive(&bytes);
