@@ -50,9 +50,10 @@ impl WholeRecords {
 
     fn count_whole(&mut self) {
         while let Some(header) = self.buffer[self.whole..].first_chunk::<HEADER_LENGTH>() {
-            let length = HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]));
-            if length > RECORD_LIMIT {
-                // It is for rustls to object to.
+            let length = record_length(*header);
+            // Content types are 20 to 24, and every version of TLS begins with 3.
+            if !(20..=24).contains(&header[0]) || header[1] != 3 || length > RECORD_LIMIT {
+                // It is for rustls to object to, at once.
                 self.whole = self.buffer.len();
                 return;
             }
@@ -69,9 +70,7 @@ impl WholeRecords {
         while length > 0 {
             if self.begun == 0 {
                 let header = self.buffer[at..].first_chunk::<HEADER_LENGTH>();
-                self.begun = header.map_or(self.buffer.len() - at, |header| {
-                    HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
-                });
+                self.begun = header.map_or(self.buffer.len() - at, |header| record_length(*header));
             }
             let part = self.begun.min(length);
             self.begun -= part;
@@ -79,6 +78,11 @@ impl WholeRecords {
             at += part;
         }
     }
+}
+
+/// With its header.
+fn record_length(header: [u8; HEADER_LENGTH]) -> usize {
+    HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
 }
 
 impl AsyncRead for WholeRecords {
