@@ -1,7 +1,8 @@
 //! What `systemctl` promises, on real systemds: this machine's and 257, each test in a container of its
 //! own.
 
-use std::os::unix::fs::MetadataExt;
+use std::io::Write;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -70,6 +71,7 @@ promises! {
     restarts_under_http2_over_tls_close_no_connection
     reloads_under_https_and_http2_close_no_connection
     h2load_and_curl_keep_their_connections_over_restarts_and_reloads
+    a_release_that_takes_only_http1_gets_only_http1
     a_renewed_certificate_is_in_use_after_a_restart_with_credentials
     a_renewed_certificate_is_in_use_after_a_reload_with_files
     the_admin_socket_says_no_during_a_drain_and_yes_after_it
@@ -339,7 +341,7 @@ impl Release {
     fn bad_successor(container: &Container, instead: &str) -> Self {
         let good = container.path("usr/local/lib/good");
         std::fs::copy(container.binary(), &good).expect("a copy");
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let mode = PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&good, mode).expect("executable");
         // The good one would start itself again: the script speaks for its intermediate process.
         Self::script(&format!(
@@ -352,7 +354,7 @@ impl Release {
     }
 
     fn executable(file: tempfile::TempPath) -> Self {
-        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        let mode = PermissionsExt::from_mode(0o755);
         std::fs::set_permissions(&file, mode).expect("executable");
         Self(file)
     }
@@ -956,6 +958,48 @@ fn h2load_and_curl_keep_their_connections_over_restarts_and_reloads(systemd: Sys
         let answers = String::from_utf8(curl.join().expect("curl").stdout).expect("text");
         let made: Vec<&str> = answers.lines().filter(|line| *line != "200 0").collect();
         assert_eq!((answers.lines().count(), made), (1000, vec!["200 1"]));
+    }
+}
+
+/// A release before HTTP/2 and TLS connections could move does not say the word that tells that it takes them.
+fn a_release_that_takes_only_http1_gets_only_http1(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let (https1, https2) = (
+        https(certificate.client(&["http/1.1"]).expect("a client")),
+        https(certificate.client(&["h2"]).expect("a client")),
+    );
+    let mut binary = std::fs::read(container.binary()).expect("a binary");
+    let word = b"takes-http2-and-tls";
+    let places: Vec<usize> =
+        binary.windows(word.len()).enumerate().filter(|(_, bytes)| bytes == word).map(|(at, _)| at).collect();
+    assert!(!places.is_empty());
+    for at in places {
+        binary[at..at + word.len()].copy_from_slice(b"takes-http/1.1-only");
+    }
+    let mut older = tempfile::NamedTempFile::new().expect("a file");
+    older.write_all(&binary).expect("written");
+    older.as_file().set_permissions(std::fs::Permissions::from_mode(0o755)).expect("a program");
+    let newer = std::path::Path::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))));
+    for verb in ["reload", "restart"] {
+        let moving = Load { clients: 5, ..Load::w1(&Container::target()) }.start(container.enter());
+        let ended = [
+            Load { clients: 5, ..Load::http2(&https2) },
+            Load { clients: 5, ..Load::w2(&https1) },
+            Load { clients: 5, ..Load::http2(&Container::target()) },
+        ];
+        let ended = ended.map(|load| load.start(container.enter()));
+        for number in 0..TIMES / 6 {
+            container.replace_binary(if number % 2 == 0 { older.path() } else { newer }).expect("replaced");
+            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        }
+        let report = moving.stop();
+        assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+        for ended in ended {
+            let report = ended.stop();
+            eprintln!("{verb}: {report}");
+            assert!(report.lost() == 0 && report.told_to_close > 0, "{report}");
+        }
     }
 }
 

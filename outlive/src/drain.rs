@@ -87,8 +87,8 @@ impl<'a> Drain<'a> {
 
     /// Ends with no successor there: what can move waits in systemd's store for the next process, where
     /// there is one.
-    /// Before it begins, it is announced for `delay`.
-    pub async fn leave(mut self, delay: Duration) -> Remaining {
+    /// Before it begins, it is announced for `delay`. `takes_new_kinds`: the next process goes on with HTTP/2 and TLS too.
+    pub async fn leave(mut self, delay: Duration, takes_new_kinds: bool) -> Remaining {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
@@ -96,6 +96,9 @@ impl<'a> Drain<'a> {
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
+        if !takes_new_kinds {
+            self.server.registry().keep_new_kinds();
+        }
         let handed_over = if let Some(store) = &store {
             self.hand_over(store).await
         } else {

@@ -182,7 +182,8 @@ impl Registry {
         self.shutdown.cancel();
         // Business goes on for most: that is no news to wake thousands for.
         let is_first = matches!(before, Phase::Serving | Phase::Announcing);
-        let is_old = |entry: &Entry| is_first && phase == Phase::Draining && entry.state().is_movable();
+        let goes_on = is_first && phase == Phase::Draining && !self.keeps_new_kinds.load(SeqCst);
+        let is_old = |entry: &Entry| goes_on && entry.state().is_movable();
         for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
         }

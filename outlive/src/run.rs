@@ -189,6 +189,7 @@ where
     served
 }
 
+#[expect(clippy::too_many_lines, reason = "the life of a process, in order")]
 async fn serve<C, S>(
     line: CommandLine<C>,
     start: S,
@@ -288,9 +289,10 @@ where
     let (failure, successor, remaining) = match ending {
         Ending::Terminated | Ending::Failed(_) => {
             status.set_role(ManagerRole::Stopping);
+            let takes_new_kinds = offer.program.takes_new_kinds().await;
             // Our copies would keep our own ports open.
             drop(offer);
-            let remaining = drain.leave(config.drain_delay).await;
+            let remaining = drain.leave(config.drain_delay, takes_new_kinds).await;
             let failure = if let Ending::Failed(reason) = ending { Some(reason) } else { None };
             (failure, None, remaining)
         }

@@ -47,8 +47,9 @@ const OUTCOME_LIMIT: Duration =
 /// Why a reload came to nothing that nobody refused.
 const OVERTAKEN: &str = "a stop of the service overtook it";
 
-/// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing.
-const TAKES_NEW_KINDS: &str = "http2 tls";
+/// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing. It also
+/// shows in the binary of such a release.
+const TAKES_NEW_KINDS: &str = "takes-http2-and-tls";
 
 /// What the folder of the credentials is called where the listeners stand with their names.
 const CREDENTIALS: &str = "credentials";

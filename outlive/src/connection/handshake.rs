@@ -79,11 +79,11 @@ async fn go_on(
     let entry = registration.entry.clone();
     if connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.stream, &entry, &mut [0], |_| true).await {
-            Arrived::AtRest => {
+            Arrived::AtRest if !entry.keeps_new_kinds() => {
                 connection.tls = Some(session);
                 return End::AtRest(connection, registration);
             }
-            Arrived::Bytes(_) | Arrived::Late | Arrived::Idle => {}
+            Arrived::AtRest | Arrived::Bytes(_) | Arrived::Late | Arrived::Idle => {}
             Arrived::Gone => return End::Closed,
         }
     }

@@ -41,29 +41,34 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     let turn = poll_fn(|cx| {
-        if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
-            return Poll::Ready(Turn::Done(result));
-        }
-        if !is_plain && entry.phase() == Phase::Resting && entry.keeps_new_kinds() {
-            entry.pin();
-        }
-        let state = entry.state();
-        if entry.is_overdue() {
-            return Poll::Ready(Turn::Overdue(state.stage));
-        }
-        if !state.is_at_rest() || entry.phase() != Phase::Resting {
-            return Poll::Pending;
-        }
-        if entry.started() == 0 {
-            return Poll::Ready(Turn::AtRest);
-        }
-        // hyper ends a connection that it holds to be idle without sending a byte. One that it does
-        // not hold to be idle has more to say, and ends by itself.
-        Pin::new(&mut connection).graceful_shutdown();
-        match Pin::new(&mut connection).poll(cx) {
-            Poll::Ready(Ok(())) => Poll::Ready(Turn::AtRest),
-            Poll::Ready(Err(error)) => Poll::Ready(Turn::Done(Err(error))),
-            Poll::Pending => Poll::Pending,
+        loop {
+            if !is_plain && entry.keeps_new_kinds() {
+                entry.pin();
+            }
+            if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
+                return Poll::Ready(Turn::Done(result));
+            }
+            let state = entry.state();
+            if entry.is_overdue() {
+                return Poll::Ready(Turn::Overdue(state.stage));
+            }
+            if !state.is_at_rest() || entry.phase() != Phase::Resting {
+                return Poll::Pending;
+            }
+            // It was said before the phase was, and after we looked.
+            if !is_plain && entry.keeps_new_kinds() {
+                continue;
+            }
+            if entry.started() == 0 {
+                return Poll::Ready(Turn::AtRest);
+            }
+            // hyper ends a connection that it holds to be idle without sending a byte. One that it does
+            // not hold to be idle has more to say, and ends by itself.
+            Pin::new(&mut connection).graceful_shutdown();
+            return Pin::new(&mut connection).poll(cx).map(|result| match result {
+                Ok(()) => Turn::AtRest,
+                Err(error) => Turn::Done(Err(error)),
+            });
         }
     })
     .await;

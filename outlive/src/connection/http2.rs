@@ -67,6 +67,9 @@ pub(super) async fn drive(
     let mut tries = Tries::new(rest_limit);
     let is_at_rest = poll_fn(|cx| {
         loop {
+            if entry.keeps_new_kinds() {
+                entry.pin();
+            }
             if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 if let Err(error) = result {
                     debug!(peer = %entry.peer, %error, "connection ended");
@@ -141,7 +144,12 @@ impl Tries {
                 Try::None | Try::Pausing(_) => Step::Waits,
             };
         }
-        if entry.keeps_new_kinds() || self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
+        if entry.keeps_new_kinds() {
+            // It was said before the phase was, and after we looked.
+            self.now = Try::None;
+            return Self::release(relay);
+        }
+        if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Try::None;
             entry.pin();
             return Self::release(relay);

@@ -4,17 +4,19 @@ use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
+use memchr::memmem;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::OUTCOME_LIMIT;
 use super::handle::ProcessHandle;
+use super::{OUTCOME_LIMIT, TAKES_NEW_KINDS};
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -23,6 +25,9 @@ const INTERMEDIATE: &str = "middle";
 const SUCCESSOR: &str = "successor";
 /// What the successor says when it is the main process.
 const OK: &str = "ok";
+
+/// How much of a binary is looked at at once, in bytes.
+const READ_LENGTH: usize = 1024 * 1024;
 
 /// What this process is to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +79,14 @@ impl Program {
         self.is_takeover
     }
 
+    /// Whether who is started next goes on with HTTP/2 and TLS connections: as we do, where the binary is still ours.
+    /// Nobody is there to ask at a restart, so the word is looked for in the other one.
+    pub async fn takes_new_kinds(&self) -> bool {
+        let path = self.path.clone();
+        // A file that is none of these, or cannot be read, says nothing.
+        tokio::task::spawn_blocking(move || has_word(&path).unwrap_or(true)).await.unwrap_or(true)
+    }
+
     fn command(&self, role: &str) -> Command {
         let mut command = Command::new(&self.path);
         command.args(&self.flags).env(ROLE, role);
@@ -105,6 +118,27 @@ impl Program {
         launched.successor = ProcessHandle::open(pid).ok();
         Ok(launched)
     }
+}
+
+/// Whether a binary is our own, or has the word; none of the two is known of a script.
+fn has_word(path: &Path) -> io::Result<bool> {
+    let mut file = File::open(path)?;
+    let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
+    if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
+        return Ok(true);
+    }
+    let word = memmem::Finder::new(TAKES_NEW_KINDS);
+    let mut buffer = Vec::with_capacity(READ_LENGTH + TAKES_NEW_KINDS.len());
+    let mut is_elf = None;
+    while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
+        let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
+        if !is_elf || word.find(&buffer).is_some() {
+            return Ok(true);
+        }
+        // It may be cut in two.
+        buffer.drain(..buffer.len().saturating_sub(TAKES_NEW_KINDS.len()));
+    }
+    Ok(false)
 }
 
 /// Waits for `fd`; false at the deadline.
