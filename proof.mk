@@ -71,7 +71,7 @@ audit:
 	cargo deny check advisories
 
 # What a copy has of this repository, and the README and continuous integration of its own.
-COPIED := .gitignore LICENSE Makefile rustfmt.toml src systemd tests/service.rs tests/systemd.rs outlive
+COPIED := .gitignore LICENSE SECURITY.md Makefile rustfmt.toml src systemd tests/service.rs tests/systemd.rs outlive
 .PHONY: new
 new:
 	@echo '$(NAME)' | grep -qx '[a-z][a-z0-9-]*' || { echo 'NAME=shop: of a-z, 0-9 and -'; exit 1; }

@@ -341,6 +341,33 @@ fn http2_gets_goaway_and_its_stream_finishes() {
     end(service);
 }
 
+/// Whether the next process answers on the same connection after a reload; else it is told to close.
+fn goes_on_after_a_reload(flags: &[&str]) -> bool {
+    let mut service = start(flags);
+    let (next, outcome) = block_on(async {
+        let mut connection = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
+        assert!(!connection.ask(&get("/")).await.expect("an answer").closes());
+        service.process.signal(Signal::HUP);
+        let next = service.notifications.wait_for("MAINPID=").expect("a successor");
+        // The old process may still have been asked.
+        loop {
+            let answer = connection.ask(&get("/")).await.expect("an answer");
+            if answer.closes() || answer.text().contains("generation 2") {
+                break (next, !answer.closes());
+            }
+        }
+    });
+    harness::process::terminate(next.trim_start_matches("MAINPID=")).expect("it runs");
+    end(service);
+    outcome
+}
+
+#[test]
+fn the_keys_of_a_tls_connection_stay_where_they_are_if_that_is_wanted() {
+    assert!(goes_on_after_a_reload(&[]));
+    assert!(!goes_on_after_a_reload(&["--tls-handover", "no"]));
+}
+
 #[test]
 fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
     let mut service = start(&["--drain-timeout", "2s"]);

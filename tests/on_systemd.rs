@@ -938,6 +938,13 @@ fn h2load_and_curl_keep_their_connections_over_restarts_and_reloads(systemd: Sys
         curl.arg("--cacert").arg(certificate.chain());
         std::thread::spawn(move || curl.output().expect("curl"))
     });
+    // TLS 1.2 cannot move: it is told to close.
+    let mut curl =
+        container.outside(&["curl", "--silent", "--max-time", "120", "--tls-max", "1.2", "--http1.1"]);
+    curl.args(["--output", "/dev/null", "--write-out", "%{response_code} %{num_connects}\n"]);
+    curl.arg("https://127.0.0.1:8443/sleep?duration=5ms&n=[1-1000]");
+    curl.arg("--cacert").arg(certificate.chain());
+    let told = std::thread::spawn(move || curl.output().expect("curl"));
     let mut verbs = 0;
     while !loads.iter().all(std::thread::JoinHandle::is_finished) {
         for verb in ["restart", "reload"] {
@@ -959,6 +966,9 @@ fn h2load_and_curl_keep_their_connections_over_restarts_and_reloads(systemd: Sys
         let made: Vec<&str> = answers.lines().filter(|line| *line != "200 0").collect();
         assert_eq!((answers.lines().count(), made), (1000, vec!["200 1"]));
     }
+    let answers = String::from_utf8(told.join().expect("curl").stdout).expect("text");
+    assert_eq!(answers.lines().filter(|line| line.starts_with("200 ")).count(), 1000, "{answers}");
+    assert!(answers.lines().filter(|line| *line == "200 1").count() > 1, "{answers}");
 }
 
 /// A release before HTTP/2 and TLS connections could move does not say the word that tells that it takes them.

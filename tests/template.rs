@@ -90,7 +90,7 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
     sh("echo '# Changes' >outlive/CHANGELOG.md && echo 'compile_error!(\"old\");' >>outlive/src/lib.rs");
     sh("git -c user.name=x -c user.email=x commit --quiet --all --message=old");
     let said = make(&["update", &format!("FROM={FOLDER}")]);
-    assert!(said.contains("## 0.1.0"), "what has changed: {said}");
+    assert!(said.contains("## 0.2.0"), "what has changed: {said}");
     assert!(said.contains("-WatchdogSec=20s") && said.contains("+WatchdogSec=10s"), "what differs: {said}");
     assert_eq!(said.matches("test result: ok").count(), 2, "{said}");
     let changed = sh("git status --porcelain | grep -v ' outlive/' || :");
