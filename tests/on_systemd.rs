@@ -72,6 +72,7 @@ promises! {
     reloads_under_https_and_http2_close_no_connection
     h2load_and_curl_keep_their_connections_over_restarts_and_reloads
     a_release_that_takes_only_http1_gets_only_http1
+    a_ticket_of_a_former_process_saves_the_handshake
     a_renewed_certificate_is_in_use_after_a_restart_with_credentials
     a_renewed_certificate_is_in_use_after_a_reload_with_files
     the_admin_socket_says_no_during_a_drain_and_yes_after_it
@@ -1010,6 +1011,29 @@ fn a_release_that_takes_only_http1_gets_only_http1(systemd: Systemd) {
             eprintln!("{verb}: {report}");
             assert!(report.lost() == 0 && report.told_to_close > 0, "{report}");
         }
+    }
+}
+
+fn a_ticket_of_a_former_process_saves_the_handshake(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let folder = tempfile::tempdir().expect("a folder");
+    let session = folder.path().join("session");
+    let connect = |flag: &str| {
+        let script = format!(
+            "printf 'GET / HTTP/1.1\\r\\nhost: x\\r\\nconnection: close\\r\\n\\r\\n' | \
+             openssl s_client -connect 127.0.0.1:8443 -tls1_3 -ign_eof {flag} {} 2>&1",
+            session.display()
+        );
+        let said = container.outside(&["sh", "-c", &script]).output().expect("openssl");
+        String::from_utf8_lossy(&said.stdout).into_owned()
+    };
+    for verb in ["restart", "reload", "restart"] {
+        let said = connect("-sess_out");
+        assert!(said.contains("New, TLSv1.3") && said.contains("200 OK"), "{said}");
+        container.systemctl(verb).expect(verb);
+        let said = connect("-sess_in");
+        assert!(said.contains("Reused, TLSv1.3") && said.contains("200 OK"), "after a {verb}: {said}");
     }
 }
 

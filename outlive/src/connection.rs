@@ -16,7 +16,6 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
@@ -27,6 +26,7 @@ use crate::process::Process;
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::requests::Routes;
 use crate::stream::{Connection, Stream};
+use crate::tls::Tls;
 use io::{Io, Wire};
 
 /// What the listeners lead to, by their kind.
@@ -34,11 +34,9 @@ pub struct Services {
     pub routes: Routes,
     pub admin: Routes,
     /// Where a listener is named https.
-    pub tls: Option<TlsAcceptor>,
+    pub tls: Option<Tls>,
     pub process: Process,
     pub shutdown: CancellationToken,
-    /// Whether TLS connections may go on in another process.
-    pub tls_handover: bool,
     /// For a connection that is busy all the time to come to rest; then it is told to end.
     pub rest_limit: Duration,
 }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::handover::{Channel, FdStore, Kind, Origin, pack};
+use crate::handover::{Channel, FdStore, Kind, Origin, pack, pack_tickets};
 use crate::log::message_id;
 use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
@@ -107,6 +107,9 @@ impl<'a> Drain<'a> {
         };
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
+            if takes_new_kinds && let Some(keys) = self.server.tickets() {
+                store.put_tickets(Origin::now(self.generation), keys);
+            }
             store.say_totals(Origin::now(self.generation));
         }
         self.limit.remaining()
@@ -217,6 +220,8 @@ impl<'a> Drain<'a> {
         let origin = Origin::now(*generation);
         if !takes_new_kinds {
             registry.keep_new_kinds();
+        } else if let Some(packed) = server.tickets().and_then(|keys| pack_tickets(keys).ok()) {
+            let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
         }
         let mut handed_over = 0;
         registry.set_phase(Phase::Resting);

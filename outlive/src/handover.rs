@@ -8,6 +8,7 @@ mod channel;
 mod frame;
 mod store;
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
@@ -102,6 +103,17 @@ impl Received {
             tls: self.tls,
         })
     }
+}
+
+/// Keys of session tickets, as they go into a channel: where there is a record there is a descriptor.
+pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, Record)>> {
+    let record = Record { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
+    Ok(vec![(File::open("/dev/null")?.into(), record)])
+}
+
+/// The keys in a frame of theirs.
+pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
+    frame.sockets.into_iter().find_map(|(_, record)| record.tls)
 }
 
 /// Connections as they go into a channel.

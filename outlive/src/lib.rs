@@ -31,6 +31,7 @@ mod systemd;
 mod takeover;
 mod tasks;
 pub mod testing;
+mod tickets;
 mod tls;
 mod tls_session;
 

@@ -13,7 +13,6 @@ use axum::Router;
 use clap::Parser;
 use futures_util::FutureExt;
 use tokio::time::{Instant, interval, timeout};
-use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
@@ -38,7 +37,7 @@ use crate::status::{ManagerRole, Status};
 use crate::systemd;
 use crate::takeover::{self, Ending, Offer, Predecessor, Program, Role, TakeoverSocket};
 use crate::tasks;
-use crate::tls;
+use crate::tls::{self, Tls};
 
 /// What background tasks have at the least to end in.
 const TASKS_MINIMUM: Duration = Duration::from_secs(5);
@@ -233,7 +232,6 @@ where
         tls,
         process,
         shutdown,
-        tls_handover: config.tls_handover.is_on(),
         rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
@@ -264,7 +262,8 @@ where
             systemd::unstore(handover::STORE_NAME);
         }
         systemd::ready(&status.line());
-        if let Some(taken) = taken {
+        if let Some(mut taken) = taken {
+            server.go_on_with_tickets(taken.tickets.take());
             taken.go_on(|connection| server.adopt(connection));
         }
         predecessor_gone.cancel();
@@ -354,7 +353,7 @@ async fn end(running: tasks::Running, hooks: Hooks, remaining: Remaining, signal
 }
 
 /// What the https listeners shake hands with, where there are any.
-fn tls_of(config: &Config, inherited: &Inherited) -> Result<Option<TlsAcceptor>> {
+fn tls_of(config: &Config, inherited: &Inherited) -> Result<Option<Tls>> {
     let is_wanted = inherited.listeners.iter().any(|listener| listener.kind() == ListenerKind::Https);
     let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
     is_wanted

@@ -15,6 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::connection::{self, End, Services};
+use crate::handover::Secret;
 use crate::kind::{ListenerKind, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::lock::lock;
@@ -104,6 +105,22 @@ impl Server {
 
     pub fn registry(&self) -> &Registry {
         &self.registry
+    }
+
+    /// The keys of session tickets, for the next process.
+    pub fn tickets(&self) -> Option<Secret> {
+        let tickets = self.services.tls.as_ref()?.tickets.as_ref()?;
+        Some(Secret(tickets.encode()))
+    }
+
+    /// Goes on with those of the process before this one, where it left any.
+    pub fn go_on_with_tickets(&self, keys: Option<Secret>) {
+        let tickets = self.services.tls.as_ref().and_then(|tls| tls.tickets.as_ref());
+        if let (Some(tickets), Some(keys)) = (tickets, keys)
+            && !tickets.go_on_with(&keys.0)
+        {
+            debug!("the predecessor's keys of session tickets make no sense");
+        }
     }
 
     /// A connection that nobody drives.

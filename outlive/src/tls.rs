@@ -14,12 +14,21 @@ use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::{self, ServerConfig};
 
 use crate::credentials::Credentials;
+use crate::tickets::Tickets;
 
 /// What the unit's `LoadCredential=` lines call the two files.
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
 /// A file with a certificate or a key is smaller, in bytes.
 const FILE_LIMIT: u64 = 1024 * 1024;
+
+/// What the https listeners speak.
+#[derive(Clone)]
+pub struct Tls {
+    pub acceptor: TlsAcceptor,
+    /// For the next process, where there is to be one that goes on.
+    pub tickets: Option<Arc<Tickets>>,
+}
 
 /// What HTTP versions are spoken behind TLS, the preferred one first.
 pub const HTTP2: &[u8] = b"h2";
@@ -32,7 +41,7 @@ pub fn acceptor(
     key: Option<&Path>,
     credentials: &Credentials,
     handover: bool,
-) -> anyhow::Result<TlsAcceptor> {
+) -> anyhow::Result<Tls> {
     let (certificate, text) = read(cert, CERTIFICATE, credentials)?;
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<_, _>>()
@@ -51,8 +60,9 @@ pub fn acceptor(
         .with_context(|| format!("{certificate} and {key}"))?;
     tls.alpn_protocols = vec![HTTP2.to_vec(), HTTP1.to_vec()];
     tls.enable_secret_extraction = handover;
-    tls.ticketer = ring::Ticketer::new()?;
-    Ok(TlsAcceptor::from(Arc::new(tls)))
+    let tickets = Arc::new(Tickets::new()?);
+    tls.ticketer = tickets.clone();
+    Ok(Tls { acceptor: TlsAcceptor::from(Arc::new(tls)), tickets: handover.then_some(tickets) })
 }
 
 /// What a file is called, and what is in it.

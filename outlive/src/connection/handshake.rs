@@ -18,7 +18,7 @@ use super::whole_records::WholeRecords;
 use super::{Arrived, End, Protocol, Services, drive, first_bytes};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::{Connection, Stream};
-use crate::tls;
+use crate::tls::{self, Tls as Spoken};
 use crate::tls_session::TlsSession;
 
 /// What every TLS connection begins with: the type of a handshake record (RFC 8446 section 5.1).
@@ -32,7 +32,7 @@ pub(super) async fn serve(
     mut connection: Connection,
     registration: Registration,
     services: &Services,
-    tls: &TlsAcceptor,
+    tls: &Spoken,
 ) -> End {
     if let Some(session) = connection.tls.take() {
         return go_on(connection, session, registration, services).await;
@@ -54,8 +54,10 @@ pub(super) async fn serve(
         io.refuse(NOT_TLS).await;
         return End::Closed;
     }
-    let Some(stream) = shake_hands(connection.stream, &entry, tls).await else { return End::Closed };
-    if services.tls_handover && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
+    let Some(stream) = shake_hands(connection.stream, &entry, &tls.acceptor).await else {
+        return End::Closed;
+    };
+    if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
         entry.unpin();
     }
     // The time for a request counts from here.

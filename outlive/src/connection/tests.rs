@@ -46,7 +46,6 @@ pub async fn serve(router: Router) -> Served {
         tls: None,
         process: Process::begin(1),
         shutdown,
-        tls_handover: true,
         rest_limit: limit,
     };
     let (server, rested) = Server::new(services, registry, 100, Queues::default());

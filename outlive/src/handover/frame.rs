@@ -69,10 +69,12 @@ pub enum Kind {
     Refused,
     /// The predecessor, last of all: the text is what it has counted (`metrics::totals`).
     Totals,
+    /// The predecessor: go on with these keys of session tickets (`tickets.rs`); the sockets mean nothing.
+    Tickets,
 }
 
 impl Kind {
-    const ALL: [Self; 10] = [
+    const ALL: [Self; 11] = [
         Self::Connections,
         Self::Hello,
         Self::Go,
@@ -83,6 +85,7 @@ impl Kind {
         Self::Main,
         Self::Refused,
         Self::Totals,
+        Self::Tickets,
     ];
 }
 
@@ -101,7 +104,7 @@ pub struct Record {
     pub payload: Bytes,
     /// Of an HTTP/2 connection: what is agreed upon.
     pub http2: Option<Bytes>,
-    /// Of a TLS connection: its keys, and more.
+    /// Of a TLS connection: its keys, and more. Or keys of session tickets.
     pub tls: Option<Secret>,
 }
 

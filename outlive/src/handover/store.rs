@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
-use super::{Kind, Next, Origin, Received, STORE_NAME, channel, pack};
+use super::{Kind, Next, Origin, Received, STORE_NAME, Secret, channel, pack, pack_tickets, unpack_tickets};
 use crate::kind::Name;
 use crate::log::message_id;
 use crate::metrics;
@@ -79,6 +79,15 @@ impl FdStore {
         left
     }
 
+    /// Leaves the keys of session tickets.
+    pub fn put_tickets(&self, origin: Origin, keys: Secret) {
+        let packed = pack_tickets(keys);
+        let sent = packed.map(|packed| channel::send(&self.channel, Kind::Tickets, origin, &packed, "").1);
+        if let Err(error) | Ok(Some(error)) = sent {
+            debug!(%error, "the keys of session tickets are not left for the next process");
+        }
+    }
+
     /// Leaves what this process has counted.
     pub fn say_totals(&self, origin: Origin) {
         // Where the channel is full or gone, the journal has it.
@@ -104,6 +113,8 @@ pub fn take(channels: Vec<anyhow::Result<OwnedFd>>, names: &[Name]) -> Option<Ta
 /// What was in the store.
 #[derive(Default)]
 pub struct Taken {
+    /// Keys of session tickets.
+    pub tickets: Option<Secret>,
     connections: Vec<Received>,
     origin: Option<Origin>,
     /// Connections closed because nobody here could go on with them.
@@ -152,6 +163,7 @@ impl Taken {
                         debug!(%error, "the predecessor's totals make no sense");
                     }
                 }
+                Next::Frame(frame) if frame.kind == Kind::Tickets => self.tickets = unpack_tickets(frame),
                 Next::Frame(frame) => {
                     self.origin = Some(frame.origin);
                     for reason in frame.refused {

@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::launch::{Outcome, is_readable, take_standard_input};
 use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_NEW_KINDS};
 use crate::credentials::Credentials;
-use crate::handover::{Channel, Kind, Next, Origin, Received, receive_frame, send_frames};
+use crate::handover::{Channel, Kind, Next, Origin, Received, receive_frame, send_frames, unpack_tickets};
 use crate::kind::Name;
 use crate::listeners::{Inherited, Listener};
 use crate::log::message_id;
@@ -184,6 +184,7 @@ async fn receive(
                     }
                 }
             }
+            Kind::Tickets => server.go_on_with_tickets(unpack_tickets(frame)),
             Kind::Totals => {
                 if let Err(error) = metrics::go_on_from(&frame.text) {
                     debug!(%error, "the predecessor's totals make no sense");

@@ -34,7 +34,7 @@ impl Parties {
         let certificate = Certificate::new().expect("a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
         let acceptor = tls::acceptor(Some(&chain), Some(&key), &Credentials::default(), true);
-        Self { acceptor: acceptor.expect("an acceptor"), roots: certificate.roots().expect("roots") }
+        Self { acceptor: acceptor.expect("an acceptor").acceptor, roots: certificate.roots().expect("roots") }
     }
 
     /// A connection of `suite`, made and moved.
