@@ -35,7 +35,8 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
             std::future::pending().await
         }
         When::End => {
-            service.background("wait", async move |end| {
+            let wait = service.background("wait", async move |end| {
+                info!("the task has begun");
                 end.cancelled().await;
                 info!("waiting for the file");
                 while !config.until.exists() {
@@ -44,6 +45,7 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
                 info!("the file is there");
                 Ok(())
             });
+            wait.alone();
             Ok(Router::new().route("/", get("hello\n")))
         }
     }

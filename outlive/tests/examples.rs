@@ -195,9 +195,16 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
     let mut service = Service::start_in(&example("slow"), &flags, folder.path()).expect("a service");
     let stderr = service.process().child().stderr.take().expect("piped");
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    let mut begun = 0;
     let mut wait_for = |wanted: &str| {
-        let line = lines.find(|line| line.contains(wanted) || line.contains("tasks are cut off"));
-        assert!(line.is_some_and(|line| line.contains(wanted)), "{wanted}");
+        for line in lines.by_ref() {
+            assert!(!line.contains("tasks are cut off"), "{line}");
+            begun += u32::from(line.contains("the task has begun"));
+            if line.contains(wanted) {
+                return begun;
+            }
+        }
+        panic!("waited in vain: {wanted}");
     };
     service.signal(Signal::HUP);
     let main = service.notifications.wait_for("MAINPID=").expect("a successor");
@@ -205,7 +212,8 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
     service.signal(Signal::TERM);
     wait_for("told to end, and ending already");
     std::fs::write(&file, "").expect("written");
-    wait_for("the file is there");
+    assert_eq!(wait_for("the file is there"), 1, "the successor's task runs alone");
+    assert_eq!(wait_for("the task has begun"), 2);
     assert!(service.process().wait().expect("an end").success());
     terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
 }
