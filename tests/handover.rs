@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use harness::block_on;
 use harness::client::{Connection, Http2, Target, WEBSOCKET, get};
 use harness::frames::{self, CONNECTIONS, frame, frame_of};
+use harness::process::terminate;
 use harness::service::Service;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
@@ -284,6 +285,45 @@ fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
             assert_eq!((kind, payload[0]), (1, 0x88), "cut at {cut}");
         });
     }
+}
+
+/// New streams are served for as long as an old one is open, and GOAWAY comes while there is time to heed it.
+#[test]
+fn an_http_2_connection_that_is_never_quiet_gets_goaway_at_half_of_the_drain_limit() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut service =
+        Service::start_in(BINARY, &["--drain-timeout", "4s"], folder.path()).expect("a service");
+    block_on(async {
+        let mut connection = Http2::open(&service.target).await.expect("a connection");
+        let mut slow = connection.clone();
+        let slow = tokio::spawn(async move { slow.get("/sleep?duration=3s").await });
+        // The slow one is sent by now.
+        for _ in 0..10 {
+            connection.get("/").await.expect("an answer").expect("no GOAWAY");
+        }
+        service.signal(Signal::HUP);
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        let begun = Instant::now();
+        let mut answered = 0;
+        loop {
+            match connection.get("/").await {
+                Ok(Some((status, _))) => assert_eq!(status, 200),
+                Ok(None) => break,
+                // GOAWAY came while it was about to send.
+                Err(error) if error.to_string().contains("not a result of an error") => break,
+                Err(error) => panic!("{error:#}"),
+            }
+            answered += 1;
+        }
+        assert!(
+            answered > 10 && begun.elapsed() > Duration::from_secs(1),
+            "{answered} in {:?}",
+            begun.elapsed()
+        );
+        assert_eq!(slow.await.expect("a task").expect("an answer"), Some((200, "slept 3s\n".to_owned())));
+        service.process().wait().expect("the old process ends");
+        terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+    });
 }
 
 /// The type of the next frame, and its payload.

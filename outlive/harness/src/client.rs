@@ -227,7 +227,8 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// One HTTP/2 connection.
+/// One HTTP/2 connection; a clone is the same.
+#[derive(Clone)]
 pub struct Http2 {
     sender: SendRequest<Bytes>,
 }

@@ -4,10 +4,10 @@
 //! | RFC 8446 | here |
 //! | --- | --- |
 //! | 5.1: a record's fragment is no longer than 2^14 bytes | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
-//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `Opening::open`, `Sealing::seal` |
+//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `Half::open`, `Half::seal` |
 //! | 5.2: sealed, no longer than 2^14 + 256 | `SEALED_LIMIT` |
 //! | 5.3: the nonce is the sequence number, big-endian, XOR the IV; it counts from 0 and does not wrap | `Half::nonce` |
-//! | 5.4: zeros behind the content type are padding; a record of nothing else is `unexpected_message` | `Opening::open` |
+//! | 5.4: zeros behind the content type are padding; a record of nothing else is `unexpected_message` | `Half::open` |
 //! | 5.5: no key seals more records than is safe (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT` |
 //! | 6.1: `close_notify` ends what comes from a peer; ours is the last that we send | `poll_read`, `poll_shutdown` |
 //! | 6.2: any other alert is fatal, and so is a record that does not open; we say why once | `Records::fail` |
