@@ -264,7 +264,8 @@ fn an_http_2_connection_goes_on_in_the_next_process() {
 
 #[test]
 fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
-    let request = [&[0, 0, 6, 1, 5, 0, 0, 0, 1], &[0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
+    // The headers begin with the size of the table that they are encoded with: none, as the server has asked.
+    let request = [&[0, 0, 7, 1, 5, 0, 0, 0, 1], &[0x20, 0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
     for cut in [1, 8, 9, 12, request.len() - 1] {
         let service = start();
         block_on(async {

@@ -9,27 +9,15 @@ use std::time::{Duration, Instant};
 use harness::certificate::{Certificate, ClientConfig, client_of};
 use harness::client::{Connection, Target, get, post};
 use harness::container::{Container, Package, Systemd};
-use harness::eventually;
 use harness::load::{Connections, Load, Report};
+use harness::{eventually, on_each_systemd};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
 /// Restarts or reloads in a row, each as soon as the one before is done.
 const TIMES: u32 = 60;
 
-/// Each promise, once for each systemd.
-macro_rules! promises {
-    ($($promise:ident)*) => {
-        mod this_systemd {
-            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::Host); })*
-        }
-        mod systemd_257 {
-            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::V257); })*
-        }
-    };
-}
-
-promises! {
+on_each_systemd! {
     the_first_request_after_boot_starts_the_service
     restarts_under_ten_connections_flat_out_lose_nothing
     restarts_under_fifty_thinking_connections_lose_nothing

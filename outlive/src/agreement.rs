@@ -54,6 +54,18 @@ impl Settings {
     }
 }
 
+/// What the client's encoder of headers does, which was told to remember nothing (`SETTINGS_HEADER_TABLE_SIZE=0`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Table {
+    /// It has sent no headers since it acknowledged that.
+    Unknown,
+    /// It has said that it remembers nothing, as it must in the first headers after that (RFC 7541 section 4.2).
+    Empty,
+    /// It has not: its next headers may mean some that a fresh decoder does not know.
+    InUse,
+}
+
 /// An HTTP/2 connection, between two processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreement {
@@ -67,6 +79,7 @@ pub struct Agreement {
     pub receive_window: i64,
     /// How much it takes, in bytes.
     pub send_window: i64,
+    pub table: Table,
 }
 
 impl Default for Agreement {
@@ -77,6 +90,7 @@ impl Default for Agreement {
             last_stream: 0,
             receive_window: FIRST_WINDOW,
             send_window: FIRST_WINDOW,
+            table: Table::Unknown,
         }
     }
 }
@@ -89,6 +103,7 @@ impl Agreement {
         bytes.put_u32_le(self.last_stream);
         bytes.put_i64_le(self.receive_window);
         bytes.put_i64_le(self.send_window);
+        bytes.put_u8(self.table as u8);
         bytes
     }
 
@@ -98,7 +113,10 @@ impl Agreement {
         let ours = Settings::decode(&mut bytes)?;
         let last_stream = bytes.try_get_u32_le().ok().filter(|stream| *stream <= STREAM_LIMIT)?;
         let mut window = || bytes.try_get_i64_le().ok().filter(|window| window.abs() <= WINDOW_LIMIT);
-        Some(Self { theirs, ours, last_stream, receive_window: window()?, send_window: window()? })
+        let (receive_window, send_window) = (window()?, window()?);
+        let table = bytes.try_get_u8().ok()?;
+        let table = [Table::Unknown, Table::Empty].into_iter().find(|known| *known as u8 == table)?;
+        Some(Self { theirs, ours, last_stream, receive_window, send_window, table })
     }
 }
 
@@ -118,9 +136,10 @@ mod tests {
         fn it_comes_back_as_it_went(
             theirs in settings(), ours in settings(), last_stream in 0..=STREAM_LIMIT,
             receive_window in -WINDOW_LIMIT..=WINDOW_LIMIT, send_window in -WINDOW_LIMIT..=WINDOW_LIMIT,
-            more: Vec<u8>,
+            is_empty: bool, more: Vec<u8>,
         ) {
-            let agreement = Agreement { theirs, ours, last_stream, receive_window, send_window };
+            let table = if is_empty { Table::Empty } else { Table::Unknown };
+            let agreement = Agreement { theirs, ours, last_stream, receive_window, send_window, table };
             let bytes = agreement.encode();
             prop_assert_eq!(Agreement::decode(&[&bytes[..], &more].concat()), Some(agreement));
             for cut in 0..bytes.len() {

@@ -2,8 +2,8 @@
 
 use harness::client::{Answer, Connection, Target, get};
 use harness::container::{Container, Package, Systemd};
-use harness::eventually;
 use harness::load::Load;
+use harness::{eventually, on_each_systemd};
 
 /// Of each verb, under load.
 const TIMES: usize = 30;
@@ -23,19 +23,7 @@ ExecStart=/bin/sh -c 'exec /usr/lib/postgresql/*/bin/postgres -c listen_addresse
 ExecStartPost=/bin/sh -c 'psql --quiet -d postgres -c "create role links login" -c "create database links owner links" || :'
 "#;
 
-/// Each promise, once for each systemd.
-macro_rules! promises {
-    ($($promise:ident)*) => {
-        mod this_systemd {
-            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::Host); })*
-        }
-        mod systemd_257 {
-            $(#[test] fn $promise() { super::$promise(harness::container::Systemd::V257); })*
-        }
-    };
-}
-
-promises! {
+on_each_systemd! {
     the_clicks_in_the_database_are_the_redirects_that_clients_got
     while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well
     the_unit_is_sound_and_safe

@@ -13,6 +13,19 @@ use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
+/// Each promise, a function of a [`Systemd`](container::Systemd), as a test on each of them.
+#[macro_export]
+macro_rules! on_each_systemd {
+    ($($promise:ident)*) => {
+        mod this_systemd {
+            $(#[test] fn $promise() { super::$promise($crate::container::Systemd::Host); })*
+        }
+        mod systemd_257 {
+            $(#[test] fn $promise() { super::$promise($crate::container::Systemd::V257); })*
+        }
+    };
+}
+
 /// Nothing that is waited for takes longer than this, on the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 

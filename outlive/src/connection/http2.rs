@@ -67,7 +67,10 @@ pub(super) async fn drive(
     let mut tries = Tries::new(rest_limit);
     let is_at_rest = poll_fn(|cx| {
         loop {
-            if entry.keeps_new_kinds() {
+            let is_asked = entry.phase() != Phase::Serving;
+            if is_asked
+                && (entry.keeps_new_kinds() || relay.with(|session| session.is_immovable()) == Some(true))
+            {
                 entry.pin();
             }
             if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {

@@ -17,6 +17,9 @@ pub const END_STREAM: u8 = 1;
 pub const ACK: u8 = 1;
 /// Of HEADERS and CONTINUATION.
 pub const END_HEADERS: u8 = 4;
+/// Of HEADERS: what comes before the headers themselves.
+const PADDED: u8 = 8;
+const PRIORITY: u8 = 0x20;
 
 pub const HEAD_LENGTH: usize = 9;
 
@@ -42,6 +45,13 @@ impl Head {
 
     pub fn has(self, flag: u8) -> bool {
         self.flags & flag != 0
+    }
+
+    /// Whether the headers in `payload` begin with a new size of the table that they are encoded with (RFC 7541
+    /// section 6.3).
+    pub fn sets_table_size(self, payload: &[u8]) -> bool {
+        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(PRIORITY));
+        payload.get(before).is_some_and(|first| first & 0xe0 == 0x20)
     }
 
     pub fn put(self, into: &mut BytesMut) {

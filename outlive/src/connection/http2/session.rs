@@ -9,7 +9,8 @@
 //! - The connection's windows are what they are: h2's first WINDOW_UPDATE says what is missing; and where the client
 //!   takes less than the 65,535 bytes that h2 begins with, DATA beyond that waits here, and what the client grants
 //!   pays this debt first.
-//! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`. Our encoder
+//! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`; a client that
+//!   does not heed it (Go before 1.20) stays. Our encoder
 //!   begins empty, and the client's table agrees: indices count from the newest entry, and the oldest goes first.
 //! - What still comes for streams of the former process would be errors to h2: it is swallowed, and DATA among it
 //!   given back to the connection's window.
@@ -20,7 +21,7 @@ use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
     SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_settings, put_settings_ack, put_window_update, take,
 };
-use crate::agreement::{Agreement, FIRST_WINDOW, Settings};
+use crate::agreement::{Agreement, FIRST_WINDOW, Settings, Table};
 use crate::connection::PREFACE;
 
 /// A client that begins more while it is held is held no longer, in bytes.
@@ -162,6 +163,11 @@ impl Session {
         }
     }
 
+    /// Whether it cannot move any more, whatever it does.
+    pub fn is_immovable(&self) -> bool {
+        self.is_ending || self.agreement.table == Table::InUse
+    }
+
     /// Whether the client sends too much to be held any longer.
     pub fn is_full(&self) -> bool {
         self.held.len() > HELD_LIMIT
@@ -179,7 +185,7 @@ impl Session {
                 .into_iter()
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
-            && !self.is_ending
+            && !self.is_immovable()
     }
 
     /// What another process has to know, and what was not consumed.
@@ -264,7 +270,7 @@ impl Session {
                         return passed;
                     };
                     bytes = &bytes[HEAD_LENGTH..];
-                    let way = self.way_of(head);
+                    let way = self.way_of(head, take(&mut { bytes }, head.length));
                     if way != Way::Pass {
                         self.begin_payload(raw, head, way);
                         self.receive(bytes);
@@ -321,7 +327,7 @@ impl Session {
             }
             return;
         }
-        let way = self.way_of(head);
+        let way = self.way_of(head, &[]);
         self.begin_payload(bytes, head, way);
     }
 
@@ -346,8 +352,8 @@ impl Session {
         self.go_on();
     }
 
-    /// What becomes of a frame of the client's.
-    fn way_of(&mut self, head: Head) -> Way {
+    /// What becomes of a frame of the client's; `payload` is whole where there is no DATA in it.
+    fn way_of(&mut self, head: Head, payload: &[u8]) -> Way {
         let Head { length, kind, stream, .. } = head;
         let is_former = (1..=self.former).contains(&stream);
         let is_new = self.rest == Rest::Coming && stream > self.agreement.last_stream;
@@ -365,6 +371,13 @@ impl Session {
                 }
             }
             HEADERS => {
+                if by_stream != Way::Hold
+                    && self.agreement.table == Table::Unknown
+                    && self.has_been_acknowledged()
+                {
+                    self.agreement.table =
+                        if head.sets_table_size(payload) { Table::Empty } else { Table::InUse };
+                }
                 if by_stream == Way::Pass {
                     self.begin_stream(stream);
                     if head.has(END_STREAM) {
@@ -391,6 +404,11 @@ impl Session {
             _ => {}
         }
         by_stream
+    }
+
+    /// Whether the client knows our settings.
+    fn has_been_acknowledged(&self) -> bool {
+        self.former > 0 || (self.unanswered.ours == 0 && self.agreement.ours != Settings::default())
     }
 
     fn begin_stream(&mut self, stream: u32) {
@@ -437,7 +455,7 @@ impl Session {
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
                 Way::Pass
             }
-            _ => self.way_of(head),
+            _ => self.way_of(head, &payload),
         };
         self.go(way, &bytes);
         self.go(way, &payload);

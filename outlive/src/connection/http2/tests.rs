@@ -110,10 +110,10 @@ impl Client {
         }
         let flags = if ends { END_STREAM } else { 0 };
         if is_split {
-            self.sent.extend(frame(HEADERS, flags, stream, b"he"));
+            self.sent.extend(frame(HEADERS, flags, stream, b"\x20e"));
             self.sent.extend(frame(CONTINUATION, END_HEADERS, stream, b"ad"));
         } else {
-            self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, b"head"));
+            self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, b"\x20ead"));
         }
     }
 
@@ -249,7 +249,7 @@ impl H2 {
         let stream = open[which % open.len()];
         let size = wanted.min(self.send_window).max(0);
         self.send_window -= size;
-        self.sent.extend(frame(HEADERS, END_HEADERS, stream, b"head"));
+        self.sent.extend(frame(HEADERS, END_HEADERS, stream, b"\x20ead"));
         let payload = vec![0; usize::try_from(size).expect("not below zero")];
         self.sent.extend(frame(DATA, if ends { END_STREAM } else { 0 }, stream, &payload));
         if ends {
@@ -496,5 +496,39 @@ proptest! {
             session.for_client().clear();
         }
         session.leave();
+    }
+}
+
+/// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, and goes on using its table.
+#[test]
+fn a_client_that_goes_on_using_its_table_stays() {
+    const PADDED: u8 = 8;
+    const WITH_PRIORITY: u8 = 0x20;
+    let ends = END_STREAM | END_HEADERS;
+    for (flags, headers, moves) in [
+        (ends, &b"\x20\x82"[..], true),
+        (ends, b"\x82\x20", false),
+        (ends, b"", false),
+        (ends | PADDED, b"\x01\x20\x82\x00", true),
+        (ends | PADDED, b"\x20\x82\x00", false),
+        (ends | WITH_PRIORITY, b"\0\0\0\0\0\x20\x82", true),
+        (ends | PADDED | WITH_PRIORITY, b"\x01\0\0\0\0\0\x82\x00", false),
+    ] {
+        let mut session = Session::new();
+        session.receive(&Client::new().sent);
+        // Before the client knows of it, its first request is as it always was.
+        session.receive(&frame(HEADERS, ends, 1, b"\x82"));
+        session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+        session.sent(&frame(HEADERS, ends, 1, b"head"));
+        session.receive(&frame(SETTINGS, ACK, 0, &[]));
+        session.for_h2().clear();
+        session.hold();
+        assert!(session.is_at_rest());
+        session.release();
+        session.receive(&frame(HEADERS, flags, 3, headers));
+        session.sent(&frame(HEADERS, ends, 3, b"head"));
+        session.for_h2().clear();
+        session.hold();
+        assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{flags} {headers:?}");
     }
 }
