@@ -2,13 +2,12 @@
 //! it cannot move.
 
 use std::future::poll_fn;
-use std::io::{ErrorKind, Read};
 use std::pin::pin;
 use std::task::Poll;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use tokio_rustls::TlsAcceptor;
-use tokio_rustls::rustls::{ProtocolVersion, ServerConnection};
+use tokio_rustls::rustls::ProtocolVersion;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
@@ -95,40 +94,6 @@ async fn go_on(
     let records = Records::new(stream, *session);
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
     drive(io, protocol, http2, listener, services, &services.routes).await
-}
-
-/// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
-/// where something is under way.
-pub(super) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSession, Bytes)> {
-    let (mut below, mut session) = tls.into_inner();
-    let mut opened = BytesMut::new();
-    // The rest of a record of which rustls has the beginning: it is here.
-    read_opened(&mut session, &mut opened)?;
-    let mut rest = below.rest();
-    while session.read_tls(&mut rest).ok()? > 0 {
-        session.process_new_packets().ok()?;
-        read_opened(&mut session, &mut opened)?;
-    }
-    drop(rest);
-    if session.is_handshaking() || session.wants_write() {
-        return None;
-    }
-    let (stream, unread) = below.into_parts();
-    let secrets = session.dangerous_extract_secrets().ok()?;
-    Some((stream, TlsSession::new(secrets, unread)?, opened.freeze()))
-}
-
-/// None where the peer has said its last.
-fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()> {
-    let mut buffer = [0; 4096];
-    loop {
-        match session.reader().read(&mut buffer) {
-            Ok(0) => return None,
-            Ok(length) => into.extend_from_slice(&buffer[..length]),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(()),
-            Err(_) => return None,
-        }
-    }
 }
 
 async fn shake_hands(stream: Stream, entry: &Entry, tls: &TlsAcceptor) -> Option<TlsStream<WholeRecords>> {

@@ -10,9 +10,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
+use super::Protocol;
 use super::records::Records;
-use super::whole_records::WholeRecords;
-use super::{Protocol, handshake};
+use super::whole_records::{self, WholeRecords};
 use crate::registry::{Entry, Phase, Registration, Stage};
 use crate::stream::Stream;
 use crate::tls_session::TlsSession;
@@ -68,7 +68,7 @@ impl Io {
         let (stream, tls, opened) = match self.wire {
             Wire::Left(stream) => (stream, None, Bytes::new()),
             Wire::Right(Tls::Left(tls)) => {
-                let (stream, session, opened) = handshake::into_parts(*tls)?;
+                let (stream, session, opened) = whole_records::into_parts(*tls)?;
                 (stream, Some(Box::new(session)), opened)
             }
             Wire::Right(Tls::Right(records)) => {

@@ -1,14 +1,17 @@
 //! A stream that gives rustls whole records only, so that what it holds when its secrets are taken is nothing but
-//! what it has opened.
+//! what it has opened; and how they are taken.
 
-use std::io::{self, Read};
+use std::io::{self, ErrorKind, Read};
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::rustls::ServerConnection;
+use tokio_rustls::server::TlsStream;
 
 use crate::stream::Stream;
+use crate::tls_session::TlsSession;
 
 const HEADER_LENGTH: usize = 5;
 /// No record is longer, in bytes (RFC 8446 section 5.2; 1,792 more in TLS 1.2).
@@ -76,6 +79,40 @@ impl WholeRecords {
             self.begun -= part;
             length -= part;
             at += part;
+        }
+    }
+}
+
+/// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
+/// where something is under way.
+pub(super) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSession, Bytes)> {
+    let (mut below, mut session) = tls.into_inner();
+    let mut opened = BytesMut::new();
+    // The rest of a record of which rustls has the beginning: it is here.
+    read_opened(&mut session, &mut opened)?;
+    let mut rest = below.rest();
+    while session.read_tls(&mut rest).ok()? > 0 {
+        session.process_new_packets().ok()?;
+        read_opened(&mut session, &mut opened)?;
+    }
+    drop(rest);
+    if session.is_handshaking() || session.wants_write() {
+        return None;
+    }
+    let (stream, unread) = below.into_parts();
+    let secrets = session.dangerous_extract_secrets().ok()?;
+    Some((stream, TlsSession::new(secrets, unread)?, opened.freeze()))
+}
+
+/// None where the peer has said its last.
+fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match session.reader().read(&mut buffer) {
+            Ok(0) => return None,
+            Ok(length) => into.extend_from_slice(&buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(()),
+            Err(_) => return None,
         }
     }
 }

@@ -13,8 +13,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
-use crate::connection::handshake;
-use crate::connection::whole_records::WholeRecords;
+use crate::connection::whole_records::{self, WholeRecords};
 use crate::credentials::Credentials;
 use crate::tls;
 
@@ -51,7 +50,8 @@ impl Parties {
         let name = "localhost".try_into().expect("a name");
         let client = TlsConnector::from(Arc::new(config)).connect(name, theirs);
         let (server, client) = tokio::join!(server, client);
-        let (stream, session, opened) = handshake::into_parts(server.expect("a handshake")).expect("secrets");
+        let (stream, session, opened) =
+            whole_records::into_parts(server.expect("a handshake")).expect("secrets");
         assert!(session.suite == suite && opened.is_empty());
         (client.expect("a handshake"), Records::new(stream, session))
     }
