@@ -942,7 +942,7 @@ fn h2load_and_curl_keep_their_connections_over_restarts_and_reloads(systemd: Sys
         }
         std::thread::sleep(Duration::from_millis(200));
     }
-    assert!(verbs >= 10, "{verbs}");
+    assert!(verbs >= 4, "{verbs}");
     for load in loads {
         let said = String::from_utf8_lossy(&load.join().expect("h2load").stdout).into_owned();
         let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
