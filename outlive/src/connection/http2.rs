@@ -33,8 +33,9 @@ const MAX_STREAMS: u32 = 200;
 /// a client that has moved goes on with what it was granted.
 const WINDOW: u32 = 1024 * 1024;
 
-/// How long streams that begin are held at first, for those that are open to end; twice as long at each further try,
-/// with as long a pause before it. What is held takes room from an upload that is open.
+/// How long streams that begin are held at first, for those that are open to end; twice as long at each further try, up
+/// to an eighth of the time that there is, with as long a pause before it. What is held takes room from an upload that
+/// is open.
 const HOLD_LIMIT: Duration = Duration::from_millis(20);
 
 pub(super) enum End {
@@ -173,7 +174,7 @@ impl Tries {
                         return Step::Waits;
                     }
                     self.now = Try::Pausing(Box::pin(sleep(self.hold)));
-                    self.hold *= 2;
+                    self.hold = (self.hold * 2).min(self.limit / 8).max(HOLD_LIMIT);
                     return Self::release(relay);
                 }
                 Try::Pausing(end) => {
