@@ -47,7 +47,7 @@ static:
 	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
 # Also when a source is newer, so that what is installed is what was written.
-$(TARGET)/release/$(PACKAGE): Cargo.toml $(shell find src $(wildcard outlive/src) -name '*.rs')
+$(TARGET)/release/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -name '*.rs')
 	cargo build --release
 
 .PHONY: install

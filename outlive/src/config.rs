@@ -4,7 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::{Args, ValueEnum};
+use clap::builder::BoolishValueParser;
+use clap::{ArgAction, Args, ValueEnum};
 
 use crate::listeners::Listen;
 use crate::registry::Limits;
@@ -36,8 +37,8 @@ pub struct Config {
     pub tls_key: Option<PathBuf>,
 
     /// Whether TLS connections go on in the next process; their keys go there with them.
-    #[arg(long, value_name = "YES|NO", default_value = "yes")]
-    pub tls_handover: Switch,
+    #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    pub tls_handover: bool,
 
     /// How long to accept and serve on after SIGTERM, while /readyz says 503, for a load balancer to take
     /// notice; --drain-timeout counts from its end. Not needed where a socket unit holds the port.
@@ -91,18 +92,6 @@ pub enum Command {
     /// Start a successor to the service that runs here, and wait until it has taken over: for ExecReload=,
     /// with the flags of ExecStart=. Where it cannot start, the old process stays, and this fails.
     Takeover,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
-pub enum Switch {
-    Yes,
-    No,
-}
-
-impl Switch {
-    pub fn is_on(self) -> bool {
-        self == Self::Yes
-    }
 }
 
 impl Config {

@@ -112,7 +112,7 @@ async fn serve_plain(
     let protocol = match arrived {
         // It is told that it ends, where it has been idle for too long.
         Arrived::Bytes(_) | Arrived::Late | Arrived::Idle if goes_on => Protocol::Http2,
-        Arrived::AtRest if goes_on && entry.keeps_new_kinds() => Protocol::Http2,
+        Arrived::AtRest if goes_on && entry.keeps_all_but_http1() => Protocol::Http2,
         Arrived::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
         // HTTP/1 answers a head that does not come, and closes.
         Arrived::Bytes(_) | Arrived::Late => Protocol::Http1,

@@ -87,8 +87,8 @@ impl<'a> Drain<'a> {
 
     /// Ends with no successor there: what can move waits in systemd's store for the next process, where
     /// there is one.
-    /// Before it begins, it is announced for `delay`. `takes_new_kinds`: the next process goes on with HTTP/2 and TLS too.
-    pub async fn leave(mut self, delay: Duration, takes_new_kinds: bool) -> Remaining {
+    /// Before it begins, it is announced for `delay`. `takes_all_kinds`: the next process goes on with HTTP/2 and TLS too.
+    pub async fn leave(mut self, delay: Duration, takes_all_kinds: bool) -> Remaining {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
@@ -96,8 +96,8 @@ impl<'a> Drain<'a> {
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
-        if !takes_new_kinds {
-            self.server.registry().keep_new_kinds();
+        if !takes_all_kinds {
+            self.server.registry().keep_all_but_http1();
         }
         let handed_over = if let Some(store) = &store {
             self.hand_over(store).await
@@ -107,7 +107,7 @@ impl<'a> Drain<'a> {
         };
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
-            if takes_new_kinds && let Some(keys) = self.server.tickets() {
+            if takes_all_kinds && let Some(keys) = self.server.tickets() {
                 store.put_tickets(Origin::now(self.generation), keys);
             }
             store.say_totals(Origin::now(self.generation));
@@ -201,14 +201,13 @@ impl<'a> Drain<'a> {
         }
     }
 
-    /// Ends with a successor there: each connection goes to it as it comes to rest. `takes_new_kinds`: also HTTP/2 and
-    /// TLS. `terminations`: how often this
-    /// process has been told to end already.
+    /// Ends with a successor there: each connection goes to it as it comes to rest. `takes_all_kinds`: also HTTP/2 and
+    /// TLS. `terminations`: how often this process has been told to end already.
     /// Gives the successor's channel back, which it takes for our end when it is closed.
     pub async fn pass_on(
         mut self,
         successor: Channel,
-        takes_new_kinds: bool,
+        takes_all_kinds: bool,
         terminations: u32,
     ) -> (Channel, Remaining) {
         self.begin();
@@ -218,8 +217,8 @@ impl<'a> Drain<'a> {
         // The first signal may be meant for both of us, and we are ending already.
         limit.expect_signals(2_u32.saturating_sub(terminations));
         let origin = Origin::now(*generation);
-        if !takes_new_kinds {
-            registry.keep_new_kinds();
+        if !takes_all_kinds {
+            registry.keep_all_but_http1();
         } else if let Some(packed) = server.tickets().and_then(|keys| pack_tickets(keys).ok()) {
             let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
         }

@@ -90,7 +90,7 @@ pub struct Registry {
     /// Predecessors whose connections still come.
     arriving: AtomicU32,
     /// Whether nobody goes on with HTTP/2 and TLS connections.
-    keeps_new_kinds: AtomicBool,
+    keeps_all_but_http1: AtomicBool,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
     now: AtomicU64,
 }
@@ -124,7 +124,7 @@ impl Registry {
             unanswered: AtomicU64::new(0),
             accepting: AtomicU32::new(0),
             arriving: AtomicU32::new(0),
-            keeps_new_kinds: AtomicBool::new(false),
+            keeps_all_but_http1: AtomicBool::new(false),
             now: AtomicU64::new(0),
         })
     }
@@ -182,17 +182,17 @@ impl Registry {
         self.shutdown.cancel();
         // Business goes on for most: that is no news to wake thousands for.
         let is_first = matches!(before, Phase::Serving | Phase::Announcing);
-        let goes_on = is_first && phase == Phase::Draining && !self.keeps_new_kinds.load(SeqCst);
+        let goes_on = is_first && phase == Phase::Draining && !self.keeps_all_but_http1.load(SeqCst);
         let is_old = |entry: &Entry| goes_on && entry.state().is_movable();
         for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
         }
     }
 
-    /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said before the
-    /// phase that asks them to come to rest.
-    pub fn keep_new_kinds(&self) {
-        self.keeps_new_kinds.store(true, SeqCst);
+    /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said
+    /// before the phase that asks them to come to rest.
+    pub fn keep_all_but_http1(&self) {
+        self.keeps_all_but_http1.store(true, SeqCst);
     }
 
     /// Waits until the phase is one that `wanted` says yes to.

@@ -288,16 +288,16 @@ where
     let (failure, successor, remaining) = match ending {
         Ending::Terminated | Ending::Failed(_) => {
             status.set_role(ManagerRole::Stopping);
-            let takes_new_kinds = offer.program.takes_new_kinds().await;
+            let takes_all_kinds = offer.program.takes_all_kinds().await;
             // Our copies would keep our own ports open.
             drop(offer);
-            let remaining = drain.leave(config.drain_delay, takes_new_kinds).await;
+            let remaining = drain.leave(config.drain_delay, takes_all_kinds).await;
             let failure = if let Ending::Failed(reason) = ending { Some(reason) } else { None };
             (failure, None, remaining)
         }
-        Ending::Succeeded { successor, takes_new_kinds, terminations } => {
+        Ending::Succeeded { successor, takes_all_kinds, terminations } => {
             listeners::pass_on_socket_files();
-            let (channel, remaining) = drain.pass_on(successor, takes_new_kinds, terminations).await;
+            let (channel, remaining) = drain.pass_on(successor, takes_all_kinds, terminations).await;
             (None, Some(channel), remaining)
         }
     };
@@ -358,8 +358,7 @@ fn tls_of(config: &Config, inherited: &Inherited) -> Result<Option<Tls>> {
     let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
     is_wanted
         .then(|| {
-            tls::acceptor(cert, key, &inherited.credentials, config.tls_handover.is_on())
-                .map_err(Failure::config)
+            tls::acceptor(cert, key, &inherited.credentials, config.tls_handover).map_err(Failure::config)
         })
         .transpose()
 }

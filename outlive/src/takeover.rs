@@ -17,6 +17,7 @@
 //!                                  MAINPID= READY=1
 //!                                  Main ---->                       is the main process: STATUS=, WATCHDOG=1
 //!   exits as the successor says <------------------------------ ok
+//!                                  Tickets ---->                    takes up TLS sessions of ours
 //!                                  Connections ---->                goes on with each as it comes to rest
 //!                                  Totals ---->                     goes on counting from there
 //!                                  ends, at the drain limit at the latest
@@ -49,7 +50,7 @@ const OVERTAKEN: &str = "a stop of the service overtook it";
 
 /// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing. It also
 /// shows in the binary of such a release.
-const TAKES_NEW_KINDS: &str = "takes-http2-and-tls";
+const TAKES_ALL_KINDS: &str = "takes-http2-and-tls";
 
 /// What the folder of the credentials is called where the listeners stand with their names.
 const CREDENTIALS: &str = "credentials";

@@ -61,7 +61,8 @@ impl Tickets {
     /// For the next process.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let keys = lock(&self.keys);
-        let mut bytes = Zeroizing::new(Vec::with_capacity(2 * (8 + KEY_LENGTH)));
+        let mut bytes = Zeroizing::new(Vec::with_capacity(1 + 2 * (8 + KEY_LENGTH)));
+        bytes.put_u8(1 + u8::from(keys.former.is_some()));
         for key in std::iter::once(&keys.current).chain(&keys.former) {
             bytes.put_u64_le(key.since);
             bytes.put_slice(&key.bytes[..]);
@@ -69,8 +70,10 @@ impl Tickets {
         bytes
     }
 
-    /// Goes on with the keys of a process before this one; false where `bytes` make no sense.
+    /// Goes on with the keys of a process before this one; false where `bytes` make no sense. What a later release has
+    /// to say behind them is left alone.
     pub fn go_on_with(&self, mut bytes: &[u8]) -> bool {
+        let Ok(count @ 1..=2) = bytes.try_get_u8() else { return false };
         let mut key = || {
             let since = bytes.try_get_u64_le().ok()?;
             let (key, rest) = bytes.split_first_chunk::<KEY_LENGTH>()?;
@@ -78,7 +81,11 @@ impl Tickets {
             Some(Key { bytes: Zeroizing::new(*key), since })
         };
         let Some(current) = key() else { return false };
-        *lock(&self.keys) = Keys { current, former: key() };
+        let former = if count == 2 { key() } else { None };
+        if count == 2 && former.is_none() {
+            return false;
+        }
+        *lock(&self.keys) = Keys { current, former };
         true
     }
 

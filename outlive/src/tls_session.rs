@@ -71,7 +71,7 @@ impl TlsSession {
 
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         // Of its whole length at once: what grows leaves copies behind.
-        let length = 2 + 2 * (8 + IV_LENGTH + self.suite.key_length()) + self.unread.len();
+        let length = 6 + 2 * (8 + IV_LENGTH + self.suite.key_length()) + self.unread.len();
         let mut bytes = Zeroizing::new(Vec::with_capacity(length));
         bytes.put_u16_le(self.suite as u16);
         for direction in [&self.from_peer, &self.to_peer] {
@@ -79,11 +79,12 @@ impl TlsSession {
             bytes.put_slice(&direction.iv[..]);
             bytes.put_slice(&direction.key);
         }
+        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("no more than was read at once"));
         bytes.put_slice(&self.unread);
         bytes
     }
 
-    /// None where `bytes` make no sense.
+    /// None where `bytes` make no sense. What a later release has to say behind it is left alone.
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
         let suite = bytes.try_get_u16_le().ok()?;
         let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
@@ -95,7 +96,9 @@ impl TlsSession {
             Some(Direction { key: Zeroizing::new(key.to_vec()), iv: Zeroizing::new(*iv), sequence })
         };
         let (from_peer, to_peer) = (direction()?, direction()?);
-        Some(Self { suite, from_peer, to_peer, unread: Bytes::copy_from_slice(bytes) })
+        let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
+        let unread = Bytes::copy_from_slice(bytes.get(..length)?);
+        Some(Self { suite, from_peer, to_peer, unread })
     }
 }
 
@@ -137,10 +140,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_comes_back_as_it_went(session in session()) {
+        fn it_comes_back_as_it_went(session in session(), more: Vec<u8>) {
             let bytes = session.encode();
-            prop_assert!(TlsSession::decode(&bytes) == Some(session.clone()));
-            for cut in 0..bytes.len() - session.unread.len() {
+            prop_assert!(TlsSession::decode(&[&bytes[..], &more].concat()) == Some(session));
+            for cut in 0..bytes.len() {
                 prop_assert!(TlsSession::decode(&bytes[..cut]).is_none());
             }
         }

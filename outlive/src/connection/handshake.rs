@@ -80,7 +80,7 @@ async fn go_on(
     let entry = registration.entry.clone();
     if connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.stream, &entry, &mut [0], |_| true).await {
-            Arrived::AtRest if !entry.keeps_new_kinds() => {
+            Arrived::AtRest if !entry.keeps_all_but_http1() => {
                 connection.tls = Some(session);
                 return End::AtRest(connection, registration);
             }

@@ -42,7 +42,7 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         .with_upgrades();
     let turn = poll_fn(|cx| {
         loop {
-            if !is_plain && entry.keeps_new_kinds() {
+            if !is_plain && entry.keeps_all_but_http1() {
                 entry.pin();
             }
             if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
@@ -56,7 +56,7 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
                 return Poll::Pending;
             }
             // It was said before the phase was, and after we looked.
-            if !is_plain && entry.keeps_new_kinds() {
+            if !is_plain && entry.keeps_all_but_http1() {
                 continue;
             }
             if entry.started() == 0 {

@@ -70,7 +70,7 @@ pub(super) async fn drive(
         loop {
             let is_asked = entry.phase() != Phase::Serving;
             if is_asked
-                && (entry.keeps_new_kinds() || relay.with(|session| session.is_immovable()) == Some(true))
+                && (entry.keeps_all_but_http1() || relay.with(|session| session.is_immovable()) == Some(true))
             {
                 entry.pin();
             }
@@ -148,7 +148,7 @@ impl Tries {
                 Try::None | Try::Pausing(_) => Step::Waits,
             };
         }
-        if entry.keeps_new_kinds() {
+        if entry.keeps_all_but_http1() {
             // It was said before the phase was, and after we looked.
             self.now = Try::None;
             return Self::release(relay);

@@ -156,7 +156,8 @@ pub(super) struct Records {
     has_ended: bool,
     /// Whether we have.
     has_said_end: bool,
-    is_worn: bool,
+    /// Whether what the peer says is sealed with a key that we do not know.
+    is_deaf: bool,
 }
 
 impl Records {
@@ -172,18 +173,18 @@ impl Records {
             unsent: BytesMut::new(),
             has_ended: false,
             has_said_end: false,
-            is_worn: false,
+            is_deaf: false,
         }
     }
 
     /// Whether the connection should end soon: its keys are not to be used much longer, or the peer has others.
     pub(super) fn is_worn(&self) -> bool {
-        self.is_worn || self.to_peer.direction.sequence >= WORN_AT
+        self.is_deaf || self.to_peer.direction.sequence >= WORN_AT
     }
 
-    /// Whether what the peer says is sealed with a key that we do not know.
+    /// Whether the peer says more than we can hear.
     pub(super) fn is_deaf(&self) -> bool {
-        self.is_worn
+        self.is_deaf
     }
 
     /// Whether nothing was said that keeps it here.
@@ -220,7 +221,7 @@ impl Records {
                 ALERT => self.hear(&record)?,
                 HANDSHAKE if record.first() == Some(&KEY_UPDATE) => {
                     self.has_ended = true;
-                    self.is_worn = true;
+                    self.is_deaf = true;
                 }
                 _ => return Err(Alert::UnexpectedMessage.into()),
             }

@@ -44,7 +44,7 @@ pub const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
-/// What a frame says. Connections and totals alone travel at a restart; the others are the words of a takeover
+/// What a frame says. Connections, tickets and totals alone travel at a restart; the others are the words of a takeover
 /// (`takeover.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -173,7 +173,7 @@ impl Record {
         self.http2.as_deref().into_iter().chain(self.tls.as_ref().map(|tls| &tls.0[..]))
     }
 
-    /// How long it is, in bytes, or a little less.
+    /// How long it is, in bytes; in version 1 a little less.
     pub(super) fn length(&self) -> usize {
         let parts: usize = self.parts().map(|part| 4 + part.len()).sum();
         6 + BODY_LENGTH + self.listener.len() + self.payload.len() + parts

@@ -125,9 +125,9 @@ impl Entry {
         self.registry.phase()
     }
 
-    /// See [`Registry::keep_new_kinds`].
-    pub fn keeps_new_kinds(&self) -> bool {
-        self.registry.keeps_new_kinds.load(SeqCst)
+    /// See [`Registry::keep_all_but_http1`].
+    pub fn keeps_all_but_http1(&self) -> bool {
+        self.registry.keeps_all_but_http1.load(SeqCst)
     }
 
     /// Whether the connection has its last answer still to give.
@@ -414,6 +414,23 @@ mod tests {
         }
         drop(give);
         assert_eq!(watcher.join().expect("no panic"), 0);
+    }
+
+    /// Of several requests at once (HTTP/2): a new one does not show that an old one is over.
+    #[test]
+    fn a_connection_is_unfinished_for_as_long_as_a_request_that_was_there_before() {
+        let registry = old_registry();
+        let registration = registry.register(Peer::Unix, None);
+        let entry = registration.entry.clone();
+        let slow = entry.begin(&Uri::from_static("/slow"));
+        entry.list(slow.clone());
+        let unfinished = Unfinished::new(entry.clone());
+        let quick = entry.begin(&Uri::from_static("/quick"));
+        entry.list(quick.clone());
+        assert!(unfinished.is_so());
+        entry.unlist(&slow);
+        entry.end();
+        assert!(!unfinished.is_so(), "the other one came later");
     }
 
     #[test]

@@ -16,7 +16,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::handle::ProcessHandle;
-use super::{OUTCOME_LIMIT, TAKES_NEW_KINDS};
+use super::{OUTCOME_LIMIT, TAKES_ALL_KINDS};
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -81,7 +81,7 @@ impl Program {
 
     /// Whether who is started next goes on with HTTP/2 and TLS connections: as we do, where the binary is still ours.
     /// Nobody is there to ask at a restart, so the word is looked for in the other one.
-    pub async fn takes_new_kinds(&self) -> bool {
+    pub async fn takes_all_kinds(&self) -> bool {
         let path = self.path.clone();
         // A file that is none of these, or cannot be read, says nothing.
         tokio::task::spawn_blocking(move || has_word(&path).unwrap_or(true)).await.unwrap_or(true)
@@ -127,8 +127,8 @@ fn has_word(path: &Path) -> io::Result<bool> {
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(true);
     }
-    let word = memmem::Finder::new(TAKES_NEW_KINDS);
-    let mut buffer = Vec::with_capacity(READ_LENGTH + TAKES_NEW_KINDS.len());
+    let word = memmem::Finder::new(TAKES_ALL_KINDS);
+    let mut buffer = Vec::with_capacity(READ_LENGTH + TAKES_ALL_KINDS.len());
     let mut is_elf = None;
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
@@ -136,7 +136,7 @@ fn has_word(path: &Path) -> io::Result<bool> {
             return Ok(true);
         }
         // It may be cut in two.
-        buffer.drain(..buffer.len().saturating_sub(TAKES_NEW_KINDS.len()));
+        buffer.drain(..buffer.len().saturating_sub(TAKES_ALL_KINDS.len()));
     }
     Ok(false)
 }

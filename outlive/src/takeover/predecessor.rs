@@ -13,7 +13,7 @@ use tracing::{error, info};
 use super::handle::ProcessHandle;
 use super::launch::Program;
 use super::socket::TakeoverSocket;
-use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN, TAKES_NEW_KINDS};
+use super::{COMMIT_LIMIT, CREDENTIALS, OVERTAKEN, TAKES_ALL_KINDS};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Frame, Kind, Origin, Record, pair};
 use crate::listeners::Listener;
@@ -48,7 +48,7 @@ pub enum Ending {
     Succeeded {
         successor: Channel,
         /// Whether it goes on with HTTP/2 and TLS connections.
-        takes_new_kinds: bool,
+        takes_all_kinds: bool,
         /// How often this process was told to end before that was certain.
         terminations: u32,
     },
@@ -122,8 +122,8 @@ pub async fn serve_until_end(
                     Err(reason) => (Err(reason), 0),
                 };
                 match outcome {
-                    Ok((successor, takes_new_kinds)) => {
-                        return Ending::Succeeded { successor, takes_new_kinds, terminations };
+                    Ok((successor, takes_all_kinds)) => {
+                        return Ending::Succeeded { successor, takes_all_kinds, terminations };
                     }
                     Err(reason) => {
                         let reason = format!("{reason:#}");
@@ -157,8 +157,8 @@ async fn refuse(channel: &Channel, generation: u64) {
 async fn prepare_knocking(offer: &Offer, channel: Channel) -> Result<Prepared> {
     match timeout(offer.limit, prepare(offer, &channel, false)).await {
         Ok(prepared) => {
-            let (successor, takes_new_kinds) = prepared?;
-            Ok(Prepared { channel, successor, takes_new_kinds })
+            let (successor, takes_all_kinds) = prepared?;
+            Ok(Prepared { channel, successor, takes_all_kinds })
         }
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
@@ -173,7 +173,7 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     let reason = match timeout(limit, prepare(offer, &channel, true)).await {
-        Ok(Ok((successor, takes_new_kinds))) => return Ok(Prepared { channel, successor, takes_new_kinds }),
+        Ok(Ok((successor, takes_all_kinds))) => return Ok(Prepared { channel, successor, takes_all_kinds }),
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready in time"),
     };
@@ -203,14 +203,14 @@ async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Resu
     let watchdog = offer.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(Kind::Listeners, me, &offer.fds, &watchdog).await?;
     let ready = expect(channel, Kind::Ready).await?;
-    Ok((successor, ready.text == TAKES_NEW_KINDS))
+    Ok((successor, ready.text == TAKES_ALL_KINDS))
 }
 
 /// A successor that could serve.
 struct Prepared {
     channel: Channel,
     successor: ProcessHandle,
-    takes_new_kinds: bool,
+    takes_all_kinds: bool,
 }
 
 /// Commits, whatever signals come meanwhile; gives the successor's channel, whether it goes on with HTTP/2 and TLS
@@ -233,12 +233,12 @@ async fn commit(
             },
         }
     };
-    let outcome = outcome.map(|Prepared { channel, successor, takes_new_kinds }| {
+    let outcome = outcome.map(|Prepared { channel, successor, takes_all_kinds }| {
         // A service manager tells each of us.
         if terminations > 0 && !systemd::is_there() {
             successor.terminate();
         }
-        (channel, takes_new_kinds)
+        (channel, takes_all_kinds)
     });
     (outcome, terminations)
 }

@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use super::launch::{Outcome, is_readable, take_standard_input};
-use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_NEW_KINDS};
+use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Kind, Next, Origin, Received, receive_frame, send_frames, unpack_tickets};
 use crate::kind::Name;
@@ -97,7 +97,7 @@ impl Predecessor {
 
 async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
     let channel = Channel::new(channel)?;
-    channel.say(Kind::Ready, me, TAKES_NEW_KINDS).await.context("the predecessor is gone")?;
+    channel.say(Kind::Ready, me, TAKES_ALL_KINDS).await.context("the predecessor is gone")?;
     let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
     match answer.context("no word from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.kind == Kind::Commit => Ok(channel),

@@ -10,8 +10,8 @@
 //!   takes less than the 65,535 bytes that h2 begins with, DATA beyond that waits here, and what the client grants
 //!   pays this debt first.
 //! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`; a client that
-//!   does not heed it (Go before 1.20) stays. Our encoder
-//!   begins empty, and the client's table agrees: indices count from the newest entry, and the oldest goes first.
+//!   does not heed it (Go before 1.20) stays. Our encoder begins empty, and the client's table agrees: indices count
+//!   from the newest entry, and the oldest goes first.
 //! - What still comes for streams of the former process would be errors to h2: it is swallowed, and DATA among it
 //!   given back to the connection's window.
 

@@ -10,6 +10,7 @@ use tokio::net::UnixStream;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+use tokio_rustls::server::TlsStream as ServerStream;
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 
 use super::*;
@@ -38,6 +39,13 @@ impl Parties {
 
     /// A connection of `suite`, made and moved.
     async fn connect(&self, suite: Suite) -> (Client, Records) {
+        let (client, server) = self.shake_hands(suite).await;
+        let (stream, session, opened) = whole_records::into_parts(server).expect("secrets");
+        assert!(session.suite == suite && opened.is_empty());
+        (client, Records::new(stream, session))
+    }
+
+    async fn shake_hands(&self, suite: Suite) -> (Client, ServerStream<WholeRecords>) {
         let mut provider = ring::default_provider();
         provider.cipher_suites.retain(|known| u16::from(known.suite()) == suite as u16);
         let config = ClientConfig::builder_with_provider(Arc::new(provider))
@@ -50,10 +58,7 @@ impl Parties {
         let name = "localhost".try_into().expect("a name");
         let client = TlsConnector::from(Arc::new(config)).connect(name, theirs);
         let (server, client) = tokio::join!(server, client);
-        let (stream, session, opened) =
-            whole_records::into_parts(server.expect("a handshake")).expect("secrets");
-        assert!(session.suite == suite && opened.is_empty());
-        (client.expect("a handshake"), Records::new(stream, session))
+        (client.expect("a handshake"), server.expect("a handshake"))
     }
 }
 
@@ -106,6 +111,32 @@ fn every_suite_goes_on_over_moves_with_every_size() {
             }
         });
     }
+}
+
+/// rustls has read the beginning of a record, opened more than was asked for, or both.
+#[test]
+fn what_rustls_has_begun_goes_on_elsewhere() {
+    const LENGTH: usize = 100_000;
+    let parties = Parties::new();
+    run(async {
+        for read in [0, 1, 100, 4_000, 4_096, 16_384, 16_385, 60_000, LENGTH] {
+            let (mut client, mut server) = parties.shake_hands(Suite::Aes256Gcm).await;
+            let sent = bytes(LENGTH);
+            client.write_all(&sent).await.expect("sent");
+            client.flush().await.expect("sent");
+            let mut received = vec![0; read];
+            server.read_exact(&mut received).await.expect("read");
+            let (stream, session, opened) = whole_records::into_parts(server).expect("it moves");
+            received.extend(opened);
+            let left = LENGTH - received.len();
+            let mut records = Records::new(stream, session);
+            let mut rest = vec![0; left];
+            records.read_exact(&mut rest).await.expect("the others");
+            received.extend(rest);
+            assert!(received == sent, "after {read}");
+            pass(&mut records, &mut client, 1000).await;
+        }
+    });
 }
 
 #[test]
@@ -304,6 +335,7 @@ fn what_is_no_record_of_this_time_is_refused_for_its_reason() {
         (inner(HANDSHAKE, b"\x04\0\0\0", 0), "UnexpectedMessage"),
         (inner(HANDSHAKE, b"", 0), "UnexpectedMessage"),
         (inner(ALERT, b"\x01", 0), "DecodeError"),
+        (inner(APPLICATION_DATA, &bytes(FRAGMENT_LIMIT + 1), 0), "RecordOverflow"),
         (outer(&[APPLICATION_DATA, 3, 3, 0x41, 1]), "RecordOverflow"),
         (outer(&[HANDSHAKE, 3, 3, 0, 4, 24, 0, 0, 1]), "UnexpectedMessage"),
         (outer(&[CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 1]), "UnexpectedMessage"),
