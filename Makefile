@@ -3,8 +3,10 @@
 # make test           the tests that need no root and no network
 # make test-systemd   the service on a real systemd, in a container, as root
 # make check          formatting, lints, units
+# make deb, make rpm  a package, whose upgrade is a takeover: target/packages/*.deb, *.rpm
 # make static         a binary that needs nothing beside it, for a container: target/static/$(PACKAGE)
 # make install        then: systemctl enable --now $(PACKAGE).socket
+# make install-user   for one user, without root: systemctl --user enable --now $(PACKAGE).socket
 # make update FROM=.. takes a newer library over: a folder or a git URL of its repository
 
 PACKAGE := $(shell sed -n '/^name = /{s/.*"\(.*\)"/\1/p;q}' Cargo.toml)
@@ -15,9 +17,11 @@ BINARY ?= $(TARGET)/release/$(PACKAGE)
 UNITS := $(wildcard systemd/$(PACKAGE)*.service systemd/$(PACKAGE)*.socket)
 # Of the machine that is installed to: some lines are for newer ones only.
 SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
-DROPINS := $(shell [ "$(SYSTEMD)" -ge 254 ] 2>/dev/null && echo $(wildcard systemd/$(PACKAGE).service.d/*.conf))
+TOO_NEW := $(if $(shell [ "$(SYSTEMD)" -ge 254 ] 2>/dev/null && echo yes),,%/backoff.conf)
+DROPINS := $(filter-out $(TOO_NEW),$(wildcard systemd/$(PACKAGE).service.d/*.conf))
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
+INSTALL_TOOL := CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --root target/tools
 export PATH := $(PATH):$(CURDIR)/target/tools/bin
 
 .PHONY: run
@@ -39,7 +43,7 @@ VARIABLE = $(shell echo '$(PACKAGE)' | tr a-z- A-Z_)
 
 .PHONY: systemfd
 systemfd:
-	@command -v systemfd >/dev/null || cargo install --quiet --locked --debug --root target/tools systemfd
+	@command -v systemfd >/dev/null || $(INSTALL_TOOL) systemfd
 
 .PHONY: static
 static:
@@ -55,6 +59,14 @@ install: $(BINARY)
 	install -D $(BINARY) $(DESTDIR)$(PREFIX)/bin/$(PACKAGE)
 	install -D -m 644 -t $(UNITDIR) $(UNITS)
 	$(if $(DROPINS),install -D -m 644 -t $(UNITDIR)/$(PACKAGE).service.d $(DROPINS))
+
+# With the lines of systemd/user.conf for what a user's systemd may not do.
+USERDIR = $(or $(XDG_CONFIG_HOME),$(HOME)/.config)/systemd/user
+.PHONY: install-user
+install-user: $(BINARY)
+	install -D $(BINARY) $(HOME)/.local/bin/$(PACKAGE)
+	install -D -m 644 -t $(USERDIR) $(UNITS)
+	install -D -m 644 -t $(USERDIR)/$(PACKAGE).service.d $(DROPINS) systemd/user.conf
 
 .PHONY: uninstall
 uninstall:
@@ -82,8 +94,8 @@ check-units:
 	rm -rf target/units
 	mkdir -p target/units
 	cp $(UNITS) target/units
-	$(if $(DROPINS),install -D -t target/units/$(PACKAGE).service.d $(DROPINS))
-	sed -i 's:^\(Exec[A-Za-z]*\)=%N:\1=/bin/true:' target/units/*.service
+	$(if $(DROPINS),install -D -m 644 -t target/units/$(PACKAGE).service.d $(DROPINS))
+	sed -i 's:^\(Exec[A-Za-z]*\)=%p:\1=/bin/true:' target/units/*.service
 	! systemd-analyze verify target/units/*.service target/units/*.socket 2>&1 | grep .
 	systemd-analyze security --offline=true --threshold=5 --no-pager target/units/$(PACKAGE).service >/dev/null
 
@@ -91,4 +103,5 @@ check-units:
 update:
 	@outlive/update '$(FROM)'
 
+include outlive/packaging/packages.mk
 -include proof.mk

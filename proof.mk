@@ -1,14 +1,16 @@
 # What only the repository of the library has: its proof on real systemds, the experiment, and `make new`.
 #
+# make fuzz TIME=1m   looks for bytes from outside that break it
 # make bench          the experiment: restarts under load, beside other servers
 # make new NAME=shop DIR=../shop
 #                     a repository for a service of your own
 
 # What the proof runs besides cargo, and the Debian packages that it comes in.
-TOOLS := curl h2load inotifywait mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
-	/usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2
-DEBIAN := ca-certificates curl inotify-tools libnss-systemd libserver-starter-perl mmdebstrap nghttp2-client openssl \
-	postgresql systemd systemd-container util-linux
+TOOLS := curl h2load inotifywait lintian mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
+	/usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 $(PYTHON:%=/usr/lib/python3/dist-packages/%)
+PYTHON := grpc h2 httpx
+DEBIAN := ca-certificates curl inotify-tools libnss-systemd libserver-starter-perl lintian mmdebstrap nghttp2-client openssl \
+	postgresql python3-grpcio python3-h2 python3-httpx systemd systemd-container util-linux
 # Nobody needs the database server that Debian would set up and start.
 NO_CLUSTER := mkdir -p $$root/etc/postgresql-common && \
 	echo create_main_cluster = false >>$$root/etc/postgresql-common/createcluster.conf
@@ -18,20 +20,48 @@ INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install
 test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
 
 .PHONY: proof
-proof: tools systemfd target/systemd-257
+proof: tools systemfd target/systemd-257 target/systemd-252 target/tools/bin/go-client
 	cargo test -p outlive
 	cargo test -p links --test on_systemd
-	cargo test --test systemd --test contract --test handover --test takeover --test listeners --test attacks \
-		--test server_starter --test containers --test template --test on_systemd
+	cargo test --test systemd --test contract --test handover --test takeover --test listeners --test attacks --test rest \
+		--test server_starter --test containers --test template --test clients --test packages --test instances --test on_systemd
 
 .PHONY: no-proof
 no-proof:
 	cargo test -p outlive
 	@echo 'Left out: the proof on real systemds. As root: sudo -E env "PATH=$$PATH" make test'
 
-# Restarts under load, beside other servers; BENCH=--quick takes a minute.
+# Every parser of what comes from outside, and the model of HTTP/2, for TIME each: `make test` gives each of them a
+# second. What is found is kept in target/fuzz/found, with the log that tells of it. On stable Rust: libFuzzer needs the
+# compiler's coverage, and no sanitizer where the code has no `unsafe`.
+TIME := 1m
+SECONDS = $(subst s,,$(subst h,*3600,$(subst m,*60,$(TIME))))
+COVERAGE := --cfg fuzzing --cfg fuzzing_libfuzzer -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
+.PHONY: fuzz
+fuzz:
+	RUSTFLAGS='$(COVERAGE)' BOLERO_FUZZER=libfuzzer cargo test --quiet --package outlive --lib --profile fuzz \
+		--target $(TRIPLE) --target-dir target/fuzz --no-run
+	@binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
+	for target in $$(CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null | sed -n 's/.*__bolero_target.*"test_name":"\([^"]*\)".*/\1/p'); do \
+		kept=target/fuzz/found/$$target; mkdir -p $$kept; \
+		BOLERO_TEST_NAME=$$target BOLERO_LIBTEST_HARNESS=1 \
+		BOLERO_LIBFUZZER_ARGS="$$kept -artifact_prefix=$$kept/ -max_total_time=$$(($(SECONDS))) -timeout=10 -print_final_stats=1" \
+			$$binary $$target --exact --nocapture --quiet --test-threads 1 >$$kept.log 2>&1 \
+			|| { grep -a -A 3 'panicked\|ERROR' $$kept.log; echo "$$target: see $$kept.log"; exit 1; }; \
+		echo "$$target: $$(sed -n 's/.*number_of_executed_units: *//p' $$kept.log) inputs, nothing found"; \
+	done
+
+# Binaries that show by what they lack what it costs: `LEFT_OUT` of outlive/src/requests.rs.
+WITHOUT := $(addprefix target/bench/without-,ids metrics limits spans all)
+$(WITHOUT): target/bench/without-%: $(shell find outlive/src src -name '*.rs') Cargo.lock
+	OUTLIVE_LEAVES_OUT=$* cargo build --quiet --release --target-dir target/bench/build
+	cp target/bench/build/release/$(PACKAGE) $@
+
+# Restarts under load, beside other servers; BENCH=--quick takes three minutes.
 .PHONY: bench bench-readme
-bench: root tools
+bench: root tools target/systemd-252 cargo-deb $(if $(filter --quick,$(BENCH)),,$(WITHOUT))
 	cargo build --release --example bare
 	cargo bench --bench experiment -- $(BENCH)
 bench-readme:
@@ -48,18 +78,29 @@ tools:
 	$(INSTALL); exit; done
 check-units: | tools
 
-# Another systemd to test on, besides this machine's.
-target/systemd-257: | tools
+# Another systemd to test on, besides this machine's; and both Debians, to install packages on.
+SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
+target/systemd-257: RELEASE := trixie
+target/systemd-257: INCLUDED := $(SYSTEM),postgresql
+target/systemd-252: RELEASE := bookworm
+target/systemd-252: INCLUDED := $(SYSTEM),rpm
+target/systemd-257 target/systemd-252: | tools
 	rm -rf $@.part
 	mkdir -p target
-	mmdebstrap --quiet --variant=minbase --include=systemd,systemd-sysv,dbus,libnss-systemd,postgresql \
-		--essential-hook='root=$$1; $(NO_CLUSTER)' trixie $@.part
+	mmdebstrap --quiet --variant=minbase --include=$(INCLUDED) --essential-hook='root=$$1; $(NO_CLUSTER)' $(RELEASE) $@.part
 	mv $@.part $@
+
+# A client in Go, by Debian 13's compiler: that of Debian 12 is from before Go 1.20, which goes on using a table of
+# headers that it has promised not to use.
+GO = $(CURDIR)/target/go/usr/lib/go-1.24
+target/tools/bin/go-client: tests/clients/main.go | tools
+	[ -e $(GO) ] || { rm -rf target/go && mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go; }
+	HOME=$(CURDIR)/target/go GOROOT=$(GO) GOTOOLCHAIN=local CGO_ENABLED=0 $(GO)/bin/go build -o $@ $<
 
 check: check-dependencies check-docs
 .PHONY: check-dependencies
 check-dependencies:
-	command -v cargo-deny >/dev/null || cargo install --quiet --locked --debug --root target/tools cargo-deny
+	command -v cargo-deny >/dev/null || $(INSTALL_TOOL) cargo-deny
 	cargo deny check bans licenses sources
 .PHONY: check-docs
 check-docs:
@@ -71,7 +112,7 @@ audit:
 	cargo deny check advisories
 
 # What a copy has of this repository, and the README and continuous integration of its own.
-COPIED := .gitignore LICENSE SECURITY.md Makefile rustfmt.toml src systemd tests/service.rs tests/systemd.rs outlive
+COPIED := .gitignore LICENSE SECURITY.md Makefile rustfmt.toml src systemd packaging tests/service.rs tests/systemd.rs outlive
 .PHONY: new
 new:
 	@echo '$(NAME)' | grep -qx '[a-z][a-z0-9-]*' || { echo 'NAME=shop: of a-z, 0-9 and -'; exit 1; }
@@ -81,7 +122,8 @@ new:
 	tar --create --directory=template . | tar --extract --directory='$(DIR)'
 	sed '/^# >>/,/^# <</d' Cargo.toml >'$(DIR)/Cargo.toml'
 	cp Cargo.lock '$(DIR)/Cargo.lock'
+	mv '$(DIR)/packaging/local.$(PACKAGE).conf' '$(DIR)/packaging/local.$(NAME).conf'
 	cd '$(DIR)/systemd' && for unit in $(PACKAGE)*; do mv "$$unit" "$(NAME)$${unit#$(PACKAGE)}"; done
 	cd '$(DIR)' && perl -pi -e 's/\b$(PACKAGE)\b(?!\.rs|::|;)/$(NAME)/g; s/\b$(VARIABLE)_/$(shell echo '$(NAME)' | tr a-z- A-Z_)_/g' \
-		Cargo.toml Cargo.lock README.md $$(find systemd -type f)
+		Cargo.toml Cargo.lock README.md $$(find systemd packaging -type f)
 	cd '$(DIR)' && cargo update --quiet --workspace --offline

@@ -1,11 +1,22 @@
 //! The template that everybody writes, with the routes of ours: what the benchmark compares with.
 
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use axum::Router;
 use axum::routing::{get, post};
+use axum::serve::Listener;
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::ServerConfig;
+use tokio_rustls::rustls::crypto::ring;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::server::TlsStream;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
@@ -15,17 +26,80 @@ async fn main() -> anyhow::Result<()> {
         format!("pid {pid}, generation 1, since {since}\n")
     };
     let router = Router::new().route("/", get(who)).route("/echo", post(async |body: String| body));
-    let listener = if let Some(listener) = ListenFd::from_env().take_tcp_listener(0)? {
+    let mut passed = ListenFd::from_env();
+    let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+    let secure = names.split(':').position(|name| name == "https");
+    let plain = (0..passed.len()).find(|index| Some(*index) != secure).unwrap_or(0);
+    let listener = if let Some(listener) = passed.take_tcp_listener(plain)? {
         listener.set_nonblocking(true)?;
         TcpListener::from_std(listener)?
     } else {
         TcpListener::bind("127.0.0.1:8081").await?
     };
     let mut terminate = signal(SignalKind::terminate())?;
-    let terminated = async move {
-        terminate.recv().await;
+    let (tell, told) = tokio::sync::watch::channel(());
+    let terminated = move || {
+        let mut told = told.clone();
+        async move {
+            let _ = told.changed().await;
+        }
+    };
+    let secure = match secure.map(|index| passed.take_tcp_listener(index)).transpose()?.flatten() {
+        Some(listener) => Some(axum::serve(Secure::on(listener)?, router.clone())),
+        None => None,
     };
     sd_notify::notify(&[NotifyState::Ready])?;
-    axum::serve(listener, router).with_graceful_shutdown(terminated).await?;
+    let plain = axum::serve(listener, router).with_graceful_shutdown(terminated());
+    let secure = secure.map(|secure| secure.with_graceful_shutdown(terminated()));
+    let terminate = async move {
+        terminate.recv().await;
+        let _ = tell.send(());
+        Ok(())
+    };
+    let secure = async {
+        match secure {
+            Some(secure) => secure.await,
+            None => Ok(()),
+        }
+    };
+    tokio::try_join!(plain, secure, terminate)?;
     Ok(())
+}
+
+/// TLS with HTTP/2, handshakes one after the other.
+struct Secure {
+    listener: TcpListener,
+    acceptor: TlsAcceptor,
+}
+
+impl Secure {
+    fn on(listener: std::net::TcpListener) -> anyhow::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let folder = PathBuf::from(std::env::var("CREDENTIALS_DIRECTORY")?);
+        let chain = CertificateDer::pem_file_iter(folder.join("tls.crt"))?.collect::<Result<_, _>>()?;
+        let mut config = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(chain, PrivateKeyDer::from_pem_file(folder.join("tls.key"))?)?;
+        config.alpn_protocols = vec![b"h2".into(), b"http/1.1".into()];
+        Ok(Self { listener: TcpListener::from_std(listener)?, acceptor: Arc::new(config).into() })
+    }
+}
+
+impl Listener for Secure {
+    type Io = TlsStream<TcpStream>;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (Self::Io, Self::Addr) {
+        loop {
+            let (stream, peer) = Listener::accept(&mut self.listener).await;
+            if let Ok(stream) = self.acceptor.accept(stream).await {
+                return (stream, peer);
+            }
+        }
+    }
+
+    fn local_addr(&self) -> std::io::Result<Self::Addr> {
+        self.listener.local_addr()
+    }
 }

@@ -25,7 +25,7 @@ func main() {
 		body, _ := io.ReadAll(r.Body)
 		w.Write(body)
 	})
-	listener := listen()
+	plain, secure := listen()
 	server := &http.Server{}
 	terminated := make(chan os.Signal, 1)
 	signal.Notify(terminated, syscall.SIGTERM)
@@ -35,20 +35,33 @@ func main() {
 		server.Shutdown(context.Background())
 		close(ended)
 	}()
-	server.Serve(listener)
+	if secure != nil {
+		folder := os.Getenv("CREDENTIALS_DIRECTORY")
+		go server.ServeTLS(secure, folder+"/tls.crt", folder+"/tls.key")
+	}
+	server.Serve(plain)
 	<-ended
 }
 
-// 127.0.0.1:8080=3 from start_server, or an address to bind.
-func listen() net.Listener {
-	place, fd, found := strings.Cut(os.Getenv("SERVER_STARTER_PORT"), "=")
+// 127.0.0.1:8080=3 from start_server, and ;127.0.0.1:8443=4 for TLS; or an address to bind.
+func listen() (plain, secure net.Listener) {
+	ports, found := os.LookupEnv("SERVER_STARTER_PORT")
 	if !found {
-		listener, err := net.Listen("tcp", os.Args[1])
+		plain, err := net.Listen("tcp", os.Args[1])
 		if err != nil {
 			panic(err)
 		}
-		return listener
+		return plain, nil
 	}
+	first, second, found := strings.Cut(ports, ";")
+	if found {
+		secure = inherit(second)
+	}
+	return inherit(first), secure
+}
+
+func inherit(port string) net.Listener {
+	place, fd, _ := strings.Cut(port, "=")
 	number, err := strconv.Atoi(fd)
 	if err != nil {
 		panic(err)

@@ -542,8 +542,7 @@ fn both_ends_say_what_they_did() {
         std::io::Read::read_to_string(&mut log.expect("piped"), &mut said).expect("text");
         assert!(said.contains("handed over 300 connections, 0 in flight finished, 0 cut off, in "), "{said}");
         let mut service = service.restart(BINARY).expect("the next service");
-        let removed = service.notifications.said().iter().any(|line| line == "FDSTOREREMOVE=1");
-        assert!(removed, "taken out of the store: {:?}", service.notifications.said());
+        service.notifications.wait_for("FDSTOREREMOVE=1").expect("taken out of the store");
         for connection in &mut connections {
             assert_eq!(generation(connection).await, "generation 2");
         }

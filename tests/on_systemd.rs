@@ -29,6 +29,7 @@ on_each_systemd! {
     a_crash_costs_its_own_requests_and_no_others
     a_hung_service_is_restarted_by_the_watchdog
     a_service_that_dies_at_start_does_not_close_the_port
+    a_missing_binary_is_named_and_the_port_stays_open
     a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port
     the_journal_has_fields_and_levels
     the_installed_units_are_sound_and_safe
@@ -58,7 +59,6 @@ on_each_systemd! {
     restarts_under_https_close_no_connection
     restarts_under_http2_over_tls_close_no_connection
     reloads_under_https_and_http2_close_no_connection
-    h2load_and_curl_keep_their_connections_over_restarts_and_reloads
     a_release_that_takes_only_http1_gets_only_http1
     a_ticket_of_a_former_process_saves_the_handshake
     a_renewed_certificate_is_in_use_after_a_restart_with_credentials
@@ -376,6 +376,33 @@ fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
     );
 }
 
+fn a_missing_binary_is_named_and_the_port_stays_open(systemd: Systemd) {
+    let container = boot(systemd);
+    let good = Release::copy_of(&container);
+    std::fs::remove_file(container.binary()).expect("removed");
+    container.inside(|| async {
+        let mut early = Connection::open(&Container::target()).await.expect("the port is open");
+        early.send(&get("/")).await.expect("sent");
+        container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= 5);
+        eventually("the status says what is wrong", || {
+            let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
+            let status = String::from_utf8_lossy(&status.expect("a status").stdout).into_owned();
+            status.contains("203/EXEC") && status.contains("locate executable")
+        });
+        if systemd == Systemd::V257 {
+            // Less and less often; on 252 it is tried every 100 ms.
+            let next = container.show("RestartUSecNext").expect("the next try");
+            assert_ne!(next, container.show("RestartUSec").expect("the first"), "{next}");
+        }
+        let mut late = Connection::open(&Container::target()).await.expect("the port is still open");
+        late.send(&get("/")).await.expect("sent");
+        container.replace_binary(good.path()).expect("there again");
+        for waiting in [&mut early, &mut late] {
+            assert_eq!(waiting.answer().await.expect("what waited is answered").status, 200);
+        }
+    });
+}
+
 fn a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port(systemd: Systemd) {
     let container = boot(systemd);
     // Nothing but the socket starts it then.
@@ -679,7 +706,7 @@ fn a_release_that_cannot_start_is_rolled_back_under_load(systemd: Systemd) {
     container.replace_binary(good.path()).expect("replaced");
     variables(&container, &[("IDLE_TIMEOUT", "soon")]);
     container.systemctl("reload").expect_err("such a configuration does not take over");
-    container.until("StatusText", |status| status.contains("last reload failed: invalid value 'soon'"));
+    container.until("StatusText", |status| status.contains("_IDLE_TIMEOUT: invalid value 'soon'"));
     assert_eq!(container.show("MainPID").expect("a pid"), pid);
     variables(&container, &[]);
     container.systemctl("reload").expect("a good one takes over");
@@ -774,7 +801,12 @@ fn hangup_reloads_too(systemd: Systemd) {
             .run(&["systemctl", "kill", "--kill-whom=main", "--signal=HUP", &container.unit("service")])
             .expect("sent");
         container.until("MainPID", |main| main != pid);
-        assert_eq!(generation(&mut connection).await, 2);
+        let mut answered_by = 1;
+        while answered_by == 1 {
+            // The old process has not come to it yet.
+            answered_by = generation(&mut connection).await;
+        }
+        assert_eq!(answered_by, 2);
         container.systemctl("restart").expect("a restart");
         assert_eq!(generation(&mut connection).await, 3);
     });
@@ -829,34 +861,10 @@ fn https(clients: Arc<ClientConfig>) -> Target {
     Target::Tls(([127, 0, 0, 1], 8443).into(), clients)
 }
 
-/// Puts a certificate where the unit has its credentials.
-fn install(container: &Container, certificate: &Certificate) {
-    for (file, path) in [("tls.crt", certificate.chain()), ("tls.key", certificate.key())] {
-        let text = std::fs::read_to_string(path).expect("a file");
-        container.write(&format!("etc/{}/{file}", env!("CARGO_PKG_NAME")), &text).expect("written");
-    }
-}
-
-fn start_socket(container: &Container, kind: &str) {
-    let unit = format!("{}-{kind}.socket", env!("CARGO_PKG_NAME"));
-    container.run(&["systemctl", "start", &unit]).expect("a socket");
-}
-
 /// With the TLS socket, and the lines of the service that go with it.
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = boot(systemd);
-    install(&container, certificate);
-    let unit = std::fs::read_to_string(format!(
-        "{}/systemd/{}",
-        env!("CARGO_MANIFEST_DIR"),
-        container.unit("service")
-    ));
-    let unit = unit.expect("the unit");
-    let lines: Vec<&str> = unit.lines().filter_map(|line| line.strip_prefix("#LoadCredential=")).collect();
-    assert_eq!(lines.len(), 2, "{unit}");
-    let lines = lines.iter().map(|line| format!("LoadCredential={line}\n")).collect::<Vec<_>>().concat();
-    container.add_to_unit("service", "tls", &format!("[Service]\n{lines}")).expect("a drop-in");
-    start_socket(&container, "tls");
+    container.speak_tls(certificate).expect("a certificate");
     ask(&container, "/");
     container
 }
@@ -898,66 +906,6 @@ fn reloads_under_https_and_http2_close_no_connection(systemd: Systemd) {
     again_and_again("reload", &container, Load { clients: 10, ..Load::w2(&https1) });
     let report = beside.stop();
     assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-}
-
-/// They never connect again: with a connection that ended all its requests would fail. Many streams on each, with
-/// windows of 64 KiB and of 16 MiB; answers, and bodies that are sent back; in the clear and over TLS.
-fn h2load_and_curl_keep_their_connections_over_restarts_and_reloads(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container = boot_with_tls(systemd, &certificate);
-    let body = container.path("run/body");
-    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("written");
-    let data = format!("--data={}", body.display());
-    let loads: [&[&str]; 6] = [
-        &["--clients=4", "--max-concurrent-streams=100", "http://127.0.0.1:8080/"],
-        &["--clients=4", "--max-concurrent-streams=10", "-w16", "-W16", "http://127.0.0.1:8080/"],
-        &["--clients=2", "--max-concurrent-streams=1", "-w16", "-W16", &data, "http://127.0.0.1:8080/echo"],
-        &["--clients=2", "--max-concurrent-streams=3", "-w24", "-W24", &data, "http://127.0.0.1:8080/echo"],
-        &["--clients=4", "--max-concurrent-streams=10", "https://127.0.0.1:8443/"],
-        &["--clients=2", "--max-concurrent-streams=1", &data, "https://127.0.0.1:8443/echo"],
-    ];
-    let loads = loads.map(|load| {
-        let mut h2load = container.outside(&[&["h2load", "--duration=12"], load].concat());
-        std::thread::spawn(move || h2load.output().expect("h2load"))
-    });
-    let curls = ["--http1.1", "--http2"].map(|version| {
-        let mut curl = container.outside(&["curl", "--silent", "--max-time", "120", version]);
-        curl.args(["--output", "/dev/null", "--write-out", "%{response_code} %{num_connects}\n"]);
-        curl.arg("https://127.0.0.1:8443/sleep?duration=5ms&n=[1-1000]");
-        curl.arg("--cacert").arg(certificate.chain());
-        std::thread::spawn(move || curl.output().expect("curl"))
-    });
-    // TLS 1.2 cannot move: it is told to close.
-    let mut curl =
-        container.outside(&["curl", "--silent", "--max-time", "120", "--tls-max", "1.2", "--http1.1"]);
-    curl.args(["--output", "/dev/null", "--write-out", "%{response_code} %{num_connects}\n"]);
-    curl.arg("https://127.0.0.1:8443/sleep?duration=5ms&n=[1-1000]");
-    curl.arg("--cacert").arg(certificate.chain());
-    let told = std::thread::spawn(move || curl.output().expect("curl"));
-    let mut verbs = 0;
-    while !loads.iter().all(std::thread::JoinHandle::is_finished) {
-        for verb in ["restart", "reload"] {
-            container.systemctl(verb).expect(verb);
-            verbs += 1;
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    assert!(verbs >= 4, "{verbs}");
-    for load in loads {
-        let said = String::from_utf8_lossy(&load.join().expect("h2load").stdout).into_owned();
-        let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
-        eprintln!("{verbs} restarts and reloads; {line}");
-        assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
-        assert!(!line.contains(" 0 succeeded"), "{said}");
-    }
-    for curl in curls {
-        let answers = String::from_utf8(curl.join().expect("curl").stdout).expect("text");
-        let made: Vec<&str> = answers.lines().filter(|line| *line != "200 0").collect();
-        assert_eq!((answers.lines().count(), made), (1000, vec!["200 1"]));
-    }
-    let answers = String::from_utf8(told.join().expect("curl").stdout).expect("text");
-    assert_eq!(answers.lines().filter(|line| line.starts_with("200 ")).count(), 1000, "{answers}");
-    assert!(answers.lines().filter(|line| *line == "200 1").count() > 1, "{answers}");
 }
 
 /// A release before HTTP/2 and TLS connections could move does not say the word that tells that it takes them.
@@ -1034,13 +982,13 @@ fn a_renewed_certificate_is_in_use_after_a_restart_with_credentials(systemd: Sys
 fn a_renewed_certificate_is_in_use_after_a_reload_with_files(systemd: Systemd) {
     let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
     let container = boot(systemd);
-    install(&container, &old);
+    container.give_certificate(&old).expect("written");
     let folder = format!("/etc/{}", env!("CARGO_PKG_NAME"));
     variables(
         &container,
         &[("TLS_CERT", &format!("{folder}/tls.crt")), ("TLS_KEY", &format!("{folder}/tls.key"))],
     );
-    start_socket(&container, "tls");
+    container.start_socket("tls").expect("a socket");
     ask(&container, "/");
     renew(&container, "reload", &old, &new);
 }
@@ -1054,7 +1002,7 @@ fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate
     };
     assert!(handshake(old) && !handshake(new));
     let running = Load { clients: 10, ..Load::w2(&of(&[old, new])) }.start(container.enter());
-    install(container, new);
+    container.give_certificate(new).expect("written");
     assert!(handshake(old) && !handshake(new), "nothing changes before");
     container.systemctl(verb).expect("done");
     assert!(handshake(new) && !handshake(old));
@@ -1065,7 +1013,7 @@ fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate
 
 fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
     let container = boot(systemd);
-    start_socket(&container, "admin");
+    container.start_socket("admin").expect("a socket");
     let readiness = || ask_admin(&container, "/readyz");
     assert_eq!(readiness(), "ready\n200");
     container.inside(|| async {
@@ -1086,7 +1034,7 @@ fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
 fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
     let container = boot(systemd);
     variables(&container, &[("DRAIN_TIMEOUT", "1s")]);
-    start_socket(&container, "admin");
+    container.start_socket("admin").expect("a socket");
     container.inside(|| async {
         let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
         for last in 2..=3 {

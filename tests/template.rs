@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use harness::client::{Connection, Target, get};
 use harness::process::Process;
@@ -44,7 +45,7 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
         "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
     ]);
     let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("a number");
-    assert!(lines < 700, "{lines} lines");
+    assert!(lines < 800, "{lines} lines");
 }
 
 #[test]
@@ -54,6 +55,12 @@ fn what_the_readme_shows_of_a_service_is_what_is_tested() {
     let shown =
         readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("some code");
     assert!(read("examples/links/src/app.rs").contains(shown), "{shown}");
+}
+
+/// Two of them would wait for each other's lock on what is compiled, and a test for nothing that it began.
+fn one_cargo_at_a_time() -> MutexGuard<'static, ()> {
+    static CARGO: Mutex<()> = Mutex::new(());
+    CARGO.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A command in a copy, which may use what was compiled for this repository.
@@ -69,6 +76,7 @@ fn in_copy(copied: &Path, command: &[&str]) -> Command {
 
 #[test]
 fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library() {
+    let _alone = one_cargo_at_a_time();
     let folder = tempfile::tempdir().expect("a folder");
     let copied = folder.path().join("copy");
     copy(&copied);
@@ -99,6 +107,7 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
 
 #[test]
 fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
+    let _alone = one_cargo_at_a_time();
     let folder = tempfile::tempdir().expect("a folder");
     let copied = folder.path().join("copy");
     copy(&copied);

@@ -1,18 +1,24 @@
 //! The experiment: servers restarted each second under load from clients that never retry, side by side; then
 //! what each costs. `make bench` prints a table, and writes `target/bench/result.json` and
-//! `target/bench/restarts.svg`.
+//! `target/bench/restarts.svg` and `growth.svg`.
 
 mod costs;
+mod growth;
+mod idle;
 mod picture;
 mod report;
 mod restarts;
 mod servers;
+mod svg;
+mod throughput;
+mod upgrades;
 
 use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
 /// How much is done of each.
@@ -22,39 +28,61 @@ pub struct Extent {
     /// Runs of each server whose throughput is measured, and how long each takes.
     pub rounds: usize,
     pub round: Duration,
+    /// Connections of a load that grows.
+    pub growth: &'static [usize],
     /// Starts of each kind that is timed.
     pub starts: usize,
     pub idle_connections: &'static [usize],
+    /// Connections that are woken, and how often.
+    pub woken: usize,
+    pub wakes: usize,
 }
 
 const FULL: Extent = Extent {
     load: Duration::from_secs(20),
     rounds: 25,
     round: Duration::from_secs(1),
+    growth: &[1, 10, 100, 1_000, 10_000],
     starts: 15,
-    idle_connections: &[0, 100, 1_000, 10_000],
+    idle_connections: &[0, 1_000, 10_000, 18_000],
+    woken: 2_000,
+    wakes: 10,
 };
 const QUICK: Extent = Extent {
     load: Duration::from_secs(1),
     rounds: 1,
     round: Duration::from_secs(1),
+    growth: &[1, 100],
     starts: 3,
     idle_connections: &[0, 1_000],
+    woken: 100,
+    wakes: 1,
 };
+
+/// For ten thousand connections, on both ends.
+fn raise_limits() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    // Where that is refused, opening them says so.
+    let _ = setrlimit(Resource::Nofile, limit);
+}
 
 #[expect(clippy::print_stdout, reason = "the result")]
 fn main() -> Result<()> {
     let flag = |name: &str| std::env::args().any(|argument| argument == name);
     let extent = if flag("--quick") { QUICK } else { FULL };
     ensure!(rustix::process::geteuid().is_root(), "systemd is booted in containers, as root");
-    costs::raise_limits();
+    raise_limits();
     let progress = ProgressBar::new_spinner();
     progress.set_style(ProgressStyle::with_template("{spinner} {elapsed} {msg}")?);
     progress.enable_steady_tick(Duration::from_millis(200));
     let peers = servers::Peers::find()?;
 
     let strips = restarts::run(&peers, &extent, &progress)?;
+    let throughput = throughput::run(&peers, &extent, &progress)?;
     let costs = costs::run(&peers, &extent, &progress)?;
+    let idle = idle::run(&peers, &extent, &progress)?;
+    let upgrades = upgrades::measure(&extent, &progress)?;
     progress.finish_and_clear();
 
     let result = json!({
@@ -62,7 +90,10 @@ fn main() -> Result<()> {
         "machine": report::machine()?,
         "seconds under each load": extent.load.as_secs_f64(),
         "restarts": strips.iter().map(restarts::Strip::figures).collect::<Vec<_>>(),
+        "throughput": throughput,
         "costs": costs,
+        "idle": idle,
+        "upgrades": upgrades,
         "left out": peers.left_out(),
     });
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("target/bench");
@@ -70,10 +101,14 @@ fn main() -> Result<()> {
     std::fs::write(folder.join("result.json"), serde_json::to_string_pretty(&result)?)?;
     let svg = folder.join("restarts.svg");
     picture::draw(&strips, extent.load, &svg).context("could not draw")?;
+    let grown = folder.join("growth.svg");
+    if peers.has_wrk {
+        growth::draw(&result["throughput"]["growth"], &grown)?;
+    }
     let table = report::table(&result);
     println!("{table}");
     if flag("--readme") {
-        report::write_readme(&table, &svg)?;
+        report::write_readme(&table, &[&svg, &grown])?;
     }
     for strip in &strips {
         strip.assert_explained()?;

@@ -1,100 +1,139 @@
-//! The picture: the latency of every request over time, one strip a server.
+//! The picture: the latency of every request over a few restarts, one panel a server.
 
-use std::collections::BTreeSet;
+use std::fmt::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
-use plotters::prelude::*;
+use anyhow::{Context, Result};
 
 use crate::restarts::Strip;
+use crate::servers::{BARE_RESTARTED, GO_HUNG_UP, OURS_RELOADED, OURS_RESTARTED};
+use crate::svg;
 
-const WIDTH: u32 = 960;
-const STRIP_HEIGHT: u32 = 150;
-/// From a hundredth of a millisecond to ten seconds.
-const LATENCIES: std::ops::Range<f64> = 0.01..10_000.0;
-/// Answered requests this near to each other are drawn as one.
-const COLUMNS: f64 = 320.0;
-const ROWS: f64 = 50.0;
+const TITLE: &str = "Restarted each second under load: answered in blue, lost in red";
+/// What is shown, of the servers' first load.
+const PANELS: [&str; 4] = [OURS_RESTARTED, OURS_RELOADED, BARE_RESTARTED, GO_HUNG_UP];
+/// So much of it, from its second second on.
+const SHOWN: Duration = Duration::from_secs(5);
+const SKIPPED: Duration = Duration::from_secs(1);
 
-const ANSWERED: RGBColor = RGBColor(38, 92, 160);
-const LOST: RGBColor = RGBColor(208, 32, 32);
-const TOLD: RGBColor = RGBColor(170, 170, 170);
+/// The field of a panel: columns of time, rows of latency, two to a factor of ten.
+const COLUMNS: usize = 125;
+const ROWS: usize = 10;
+/// The lower edge of the field, in milliseconds.
+const FASTEST: f64 = 0.01;
+/// A gap between two requests that is drawn as a pause, in microseconds.
+const PAUSE: u32 = 20_000;
 
-/// Draws the strips of the first load.
+const LEFT: usize = 90;
+const TOP: usize = 56;
+const PANEL: usize = 176;
+/// Of a cell.
+const CELL: (usize, usize) = (6, 12);
+
+const STYLE: &str = ".r{fill:#d02020;font-weight:bold}.g{stroke-dasharray:3 3}.f{fill:#8881}.l{fill:#d02020}\
+    .w{fill:#fff;font-weight:bold}@media(prefers-color-scheme:dark){.r{fill:#ff6a6a}}";
+
+/// Draws the panels.
 pub fn draw(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
-    let first = strips.first().ok_or_else(|| anyhow!("no strips"))?.load;
-    let strips: Vec<_> = strips.iter().filter(|strip| strip.load == first).collect();
-    let height = STRIP_HEIGHT * u32::try_from(strips.len())?;
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    root.fill(&WHITE)?;
-    for (strip, area) in strips.iter().zip(root.split_evenly((strips.len(), 1))) {
-        let lost = strip.report.lost();
-        let closed = strip.report.connections.saturating_sub(strip.report.asked_for);
-        let caption = format!("{}: {lost} lost, {closed} connections closed", strip.server);
-        let mut chart = ChartBuilder::on(&area)
-            .caption(caption, ("sans-serif", 15))
-            .x_label_area_size(20)
-            .y_label_area_size(60)
-            .margin_right(12)
-            .build_cartesian_2d(0.0..length.as_secs_f64(), LATENCIES.log_scale())?;
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .disable_y_mesh()
-            .y_labels(4)
-            .y_label_formatter(&|millis| format!("{millis} ms"))
-            .x_label_formatter(&|seconds| format!("{seconds:.0} s"))
-            .draw()?;
-        let told = strip.told.iter().map(|at| {
-            let x = at.as_secs_f64();
-            PathElement::new(vec![(x, LATENCIES.start), (x, LATENCIES.end)], TOLD)
-        });
-        chart.draw_series(told)?;
-        let column = length.as_secs_f64() / COLUMNS;
-        let answered = bars(strip, length).into_iter().map(|(place, from, to)| {
-            let left = f64::from(place) * column;
-            Rectangle::new([(left, latency(from)), (left + column, latency(to))], ANSWERED.filled())
-        });
-        chart.draw_series(answered)?;
-        // The lost ones last, each by itself: none of them may hide.
-        let lost = strip.report.samples.iter().filter(|sample| sample.is_lost);
-        chart.draw_series(lost.map(|sample| {
-            let place = (f64::from(sample.at) / 1e6, f64::from(sample.took) / 1e3);
-            Circle::new(place, 3, LOST.filled())
-        }))?;
+    let first = strips.first().context("no strips")?.load;
+    let of = |server: &str| strips.iter().find(|strip| strip.load == first && strip.server == server);
+    let shown: Vec<&Strip> = PANELS.iter().filter_map(|server| of(server)).collect();
+    let height = TOP + PANEL * shown.len();
+    let mut svg = svg::begin(TITLE, height, STYLE);
+    let begin = if length > SHOWN { SKIPPED } else { Duration::ZERO };
+    for (number, strip) in shown.into_iter().enumerate() {
+        let top = TOP + PANEL * number;
+        write!(svg, "<g transform=\"translate({LEFT} {top})\">")?;
+        panel(&mut svg, strip, begin)?;
+        svg.push_str("</g>");
     }
-    root.present()?;
+    svg::end(svg, path)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "places on paper")]
+fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
+    let (width, height) = (COLUMNS * CELL.0, ROWS * CELL.1);
+    let lost = strip.report.lost();
+    let closed = strip.report.connections.saturating_sub(strip.report.asked_for);
+    let class = if lost + closed > 0 { " class=\"r\"" } else { "" };
+    write!(
+        svg,
+        "<text y=\"16\">{}</text><text x=\"{width}\" y=\"16\" text-anchor=\"end\"{class}>{lost} lost, {closed} \
+         connections closed</text><g transform=\"translate(0 24)\"><rect class=\"f\" width=\"{width}\" height=\"{height}\"/>",
+        strip.server
+    )?;
+    for (row, label) in [(0, "1 s"), (4, "10 ms"), (8, "0.1 ms")] {
+        write!(svg, "<text class=\"e\" x=\"-8\" y=\"{}\">{label}</text>", row * CELL.1 + 12)?;
+    }
+    let place = |at: u32| {
+        let at = Duration::from_micros(at.into()).checked_sub(begin).filter(|at| *at < SHOWN)?;
+        Some(at.as_secs_f64() / SHOWN.as_secs_f64() * width as f64)
+    };
+    let micros = |at: &Duration| u32::try_from(at.as_micros()).unwrap_or(u32::MAX);
+    for x in strip.told.iter().filter_map(|at| place(micros(at))) {
+        write!(svg, "<path class=\"g\" d=\"M{x:.0} 0v{height}\"/>")?;
+    }
+    svg.push_str(&cells(strip, place));
+    let mut sent: Vec<u32> = strip.report.samples.iter().map(|sample| sample.at).collect();
+    sent.sort_unstable();
+    for gap in sent.windows(2).filter(|gap| gap[1] - gap[0] >= PAUSE) {
+        if let Some(x) = place(gap[0]) {
+            let millis = (gap[1] - gap[0]) / 1000;
+            write!(svg, "<text class=\"m\" x=\"{x:.0}\" y=\"{}\">{millis} ms</text>", height + 15)?;
+        }
+    }
+    // Those of each restart together, and counted: none of them may hide.
+    for (number, told) in strip.told.iter().enumerate() {
+        let end = strip.told.get(number + 1).map_or(u32::MAX, micros);
+        let is_here = |at: u32| at < end && (number == 0 || at >= micros(told));
+        let lost = strip.report.samples.iter().filter(|sample| sample.is_lost && is_here(sample.at)).count();
+        if let Some(x) = place(micros(told)).filter(|_| lost > 0) {
+            write!(
+                svg,
+                "<circle class=\"l\" cx=\"{x:.0}\" cy=\"30\" r=\"17\"/><text class=\"m w\" x=\"{x:.0}\" y=\"36\">{lost}</text>"
+            )?;
+        }
+    }
+    svg.push_str("</g>");
     Ok(())
 }
 
-/// The bars that answered requests make, since there are millions: column, and from which row to which.
-fn bars(strip: &Strip, length: Duration) -> Vec<(u16, u16, u16)> {
-    let decades = (LATENCIES.end / LATENCIES.start).log10();
-    let mut cells = BTreeSet::new();
+/// Answered requests, by how large a share of those of their column each cell has: one path for each of four shades.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    clippy::cast_sign_loss,
+    reason = "places on paper"
+)]
+fn cells(strip: &Strip, place: impl Fn(u32) -> Option<f64>) -> String {
+    let mut counts = vec![[0_u32; ROWS]; COLUMNS];
     for sample in strip.report.samples.iter().filter(|sample| !sample.is_lost) {
-        let share = f64::from(sample.at) / 1e6 / length.as_secs_f64();
-        let millis = (f64::from(sample.took) / 1e3).clamp(LATENCIES.start, LATENCIES.end);
-        if share < 1.0 {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "places on paper")]
-            cells.insert((
-                (share * COLUMNS) as u16,
-                ((millis / LATENCIES.start).log10() / decades * ROWS) as u16,
-            ));
-        }
+        let Some(x) = place(sample.at) else { continue };
+        let millis = f64::from(sample.took) / 1e3;
+        let row = ((millis / FASTEST).log10() * 2.0).clamp(0.0, ROWS as f64 - 1.0) as usize;
+        counts[(x as usize / CELL.0).min(COLUMNS - 1)][ROWS - 1 - row] += 1;
     }
-    let mut bars: Vec<(u16, u16, u16)> = Vec::new();
-    for (column, row) in cells {
-        match bars.last_mut() {
-            Some((last, _, to)) if *last == column && *to == row => *to = row + 1,
-            _ => bars.push((column, row, row + 1)),
+    let shade = |column: usize, row: usize| {
+        let (all, here) = (counts[column].iter().sum::<u32>(), counts[column][row]);
+        let share = f64::from(here) / f64::from(all.max(1));
+        [0.0, 0.002, 0.02, 0.2].iter().filter(|least| share > **least).count()
+    };
+    let mut paths = String::new();
+    for (level, opacity) in [(1, "0.2"), (2, "0.4"), (3, "0.7"), (4, "1")] {
+        let _ = write!(paths, "<path class=\"a\" opacity=\"{opacity}\" d=\"");
+        for row in 0..ROWS {
+            let mut column = 0;
+            while column < COLUMNS {
+                let length = (column..COLUMNS).take_while(|column| shade(*column, row) == level).count();
+                if length > 0 {
+                    let (x, y, width) = (column * CELL.0, row * CELL.1, length * CELL.0);
+                    let _ = write!(paths, "M{x} {y}h{width}v{}h-{width}z", CELL.1);
+                }
+                column += length.max(1);
+            }
         }
+        paths.push_str("\"/>");
     }
-    bars
-}
-
-/// The latency at the lower edge of a row, in milliseconds.
-fn latency(row: u16) -> f64 {
-    let decades = (LATENCIES.end / LATENCIES.start).log10();
-    LATENCIES.start * 10_f64.powf(f64::from(row) / ROWS * decades)
+    paths
 }

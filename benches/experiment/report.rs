@@ -50,31 +50,62 @@ pub fn table(result: &Value) -> String {
             "p99.9 ms",
             "longest ms",
             "verb ms",
-        ],
+        ]
+        .map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Upgrades of a Debian package, one after the other; bare axum::serve as cargo-deb packages it by default.",
+        &result["upgrades"],
+        &["package", "load", "upgrades", "answered", "lost", "connections closed", "longest ms"]
+            .map(str::to_owned),
+    );
+    let throughput = &result["throughput"];
+    let of = |ratio: &str| ["server", "requests a second", ratio, "half of the rounds"].map(str::to_owned);
+    titled_rows(
+        &mut text,
+        "By wrk on 64 connections, servers and client on the same cores; ratios of the same rounds.",
+        &throughput["beside"],
+        &of("of bare axum::serve"),
+    );
+    titled_rows(
+        &mut text,
+        "The server on one core and the client on another, requests a second by the number of connections.",
+        &throughput["growth"],
+        &columns_of(&throughput["growth"]),
+    );
+    titled_rows(
+        &mut text,
+        "The same on 64 connections, with binaries that are built without something: what each protection costs.",
+        &throughput["protections"],
+        &of("of it all"),
+    );
+    let idle = &result["idle"];
+    titled_rows(
+        &mut text,
+        "Memory of idle connections, within 10 s.",
+        &idle["memory"],
+        &["server", "connections", "resident bytes each", "after all were asked at once"].map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Restarts and reloads beside idle connections, and what 50 busy ones wait at the longest then; medians.",
+        &idle["moves"],
+        &MOVES.map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Answers on connections that were idle for 4 s, when ours sleep, and on the same at once again, with a core for each end; medians of rounds, in microseconds.",
+        &idle["woken"],
+        &["server", "p50 idle", "p50 at once", "p99 idle", "p99 at once"].map(str::to_owned),
     );
     let costs = &result["costs"];
     rows(
         &mut text,
-        &costs["throughput"],
-        &["server", "requests a second", "of bare axum::serve", "half of the rounds"],
-    );
-    rows(
-        &mut text,
         &costs["processes"],
-        &[
-            "server",
-            "exec to READY ms",
-            "resident MB",
-            "idle connections",
-            "resident MB with idle connections",
-            "bytes a connection",
-            "binary kB",
-        ],
+        &["server", "exec to READY ms", "resident MB", "binary kB"].map(str::to_owned),
     );
     let pause = &costs["pause"];
-    for (name, value) in costs["restart ms by idle connections"].as_object().into_iter().flatten() {
-        let _ = writeln!(text, "- `systemctl restart` with {name} idle connections: {} ms", plain(value));
-    }
     for name in [
         "this service ms",
         "sleep in the same sandbox ms",
@@ -97,11 +128,37 @@ pub fn table(result: &Value) -> String {
     text
 }
 
-fn rows(text: &mut String, rows: &Value, columns: &[&str]) {
+/// The columns of the idle connections' table.
+const MOVES: [&str; 7] = [
+    "idle connections",
+    "restart ms",
+    "restart, of none",
+    "restart: longest wait ms",
+    "reload ms",
+    "reload, of none",
+    "reload: longest wait ms",
+];
+
+/// Those of the first row, the number of connections first, and then ours.
+fn columns_of(rows: &Value) -> Vec<String> {
+    let mut columns: Vec<String> =
+        rows[0].as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
+    columns.sort_by_key(|column| (column != "connections", column != "this service"));
+    columns
+}
+
+fn titled_rows(text: &mut String, title: &str, of: &Value, columns: &[String]) {
+    if of.is_array() {
+        let _ = writeln!(text, "{title}\n");
+        rows(text, of, columns);
+    }
+}
+
+fn rows(text: &mut String, rows: &Value, columns: &[String]) {
     let Some(rows) = rows.as_array() else { return };
     let _ = writeln!(text, "| {} |\n|{}", columns.join(" | "), " --- |".repeat(columns.len()));
     for row in rows {
-        let cells: Vec<String> = columns.iter().map(|column| plain(&row[*column])).collect();
+        let cells: Vec<String> = columns.iter().map(|column| plain(&row[column])).collect();
         let _ = writeln!(text, "| {} |", cells.join(" | "));
     }
     text.push('\n');
@@ -116,13 +173,17 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// Puts the table into its README, and the picture beside the benchmark.
-pub fn write_readme(table: &str, svg: &Path) -> Result<()> {
-    std::fs::copy(svg, Path::new(FOLDER).join("benches/restarts.svg"))?;
+/// Puts the table into its README, and the pictures beside the benchmark.
+pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
+    for picture in pictures {
+        let name = picture.file_name().context("a name")?;
+        std::fs::copy(picture, Path::new(FOLDER).join("benches").join(name))?;
+    }
     let path = Path::new(FOLDER).join("benches/README.md");
     let text = std::fs::read_to_string(&path)?;
     let (before, rest) = text.split_once(BEGIN).with_context(|| format!("no {BEGIN} in the README"))?;
     let (_, after) = rest.split_once(END).with_context(|| format!("no {END} in the README"))?;
-    let picture = "![Latency of every request over time](restarts.svg)";
+    let picture = "![Latency of every request over time](restarts.svg)\n\n\
+        ![Requests a second by the number of connections](growth.svg)";
     Ok(std::fs::write(path, format!("{before}{BEGIN}\n\n{picture}\n\n{table}\n{END}{after}"))?)
 }

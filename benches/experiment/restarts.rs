@@ -15,13 +15,15 @@ use crate::servers::{Contender, Peers, Server};
 const INTERVAL: Duration = Duration::from_secs(1);
 /// What may come in the place of an answer when a server closes a connection or a port; any other loss would
 /// be a fault of the client, or a wrong answer.
-const EXPLAINED: [&str; 6] = [
+const EXPLAINED: [&str; 7] = [
     "closed before the answer (0 bytes of it came)",
     "closed inside an answer",
     "reset before the answer",
     "could not send",
     "Connection refused",
     "Connection reset by peer",
+    // GOAWAY, with a request that was on its way.
+    "connection error received: not a result of an error",
 ];
 
 type MakeLoad = fn(&Target) -> Load;

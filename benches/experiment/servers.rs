@@ -1,6 +1,5 @@
 //! The servers that are compared, and how each is told to start anew.
 
-use std::fmt::Write;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -18,6 +17,12 @@ use tempfile::TempDir;
 pub const OURS: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 const NAME: &str = env!("CARGO_PKG_NAME");
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+
+// Those that the picture shows.
+pub const OURS_RESTARTED: &str = "this service, systemctl restart";
+pub const OURS_RELOADED: &str = "this service, systemctl reload";
+pub const BARE_RESTARTED: &str = "bare axum::serve, systemctl restart";
+pub const GO_HUNG_UP: &str = "Go net/http under start_server, HUP";
 
 /// What is there to compare with.
 pub struct Peers {
@@ -53,7 +58,6 @@ impl Peers {
             (self.has_start_server, "start_server is not installed (libserver-starter-perl)"),
             (self.has_wrk, "throughput: wrk is not installed"),
             (self.has_nginx, "nginx is not installed"),
-            (false, "HTTP/2 over TLS of the others: the bare template and the Go server speak plain HTTP"),
         ]
         .into_iter()
         .filter_map(|(is_there, why)| (!is_there).then_some(why))
@@ -81,11 +85,11 @@ impl Peers {
             Some(Contender { label, binary, verb: Verb::Hangup })
         };
         [
-            on_systemd(&ours, "this service, systemctl restart", Verb::Restart),
-            on_systemd(&ours, "this service, systemctl reload", Verb::Reload),
-            on_systemd(&self.bare, "bare axum::serve, systemctl restart", Verb::Restart),
+            on_systemd(&ours, OURS_RESTARTED, Verb::Restart),
+            on_systemd(&ours, OURS_RELOADED, Verb::Reload),
+            on_systemd(&self.bare, BARE_RESTARTED, Verb::Restart),
             under_start_server(Some(&ours), "this service under start_server, HUP"),
-            under_start_server(self.go(), "Go net/http under start_server, HUP"),
+            under_start_server(self.go(), GO_HUNG_UP),
         ]
         .into_iter()
         .flatten()
@@ -120,38 +124,42 @@ pub struct Contender {
 }
 
 impl Contender {
-    pub fn is_ours(&self) -> bool {
-        self.binary == Path::new(OURS)
-    }
-
-    /// Whether it speaks TLS here.
+    /// Whether it speaks TLS here; ours asks for a socket's name, which start_server does not give.
     pub fn has_tls(&self) -> bool {
-        self.is_ours() && self.verb != Verb::Hangup
+        self.binary != Path::new(OURS) || self.verb != Verb::Hangup
     }
 
     pub fn start(&self) -> Result<Server> {
         let certificate = Certificate::new()?;
         if self.verb == Verb::Hangup {
-            let address = harness::free_address();
-            let mut start_server = command("start_server", &["--interval=1"]);
-            start_server.arg(format!("--port={address}")).arg("--").arg(&self.binary);
+            let (address, tls) = (harness::free_address(), harness::free_address());
+            let mut start_server = command("start_server", &["--interval=1", &format!("--port={address}")]);
+            if self.has_tls() {
+                start_server.arg(format!("--port={tls}"));
+                start_server.env("CREDENTIALS_DIRECTORY", certificate.folder());
+            }
+            start_server.arg("--").arg(&self.binary);
             start_server.stdout(Stdio::null()).stderr(Stdio::null());
             let process = Process::spawn(&mut start_server)?;
             wait_for(address);
             return Ok(Server {
                 kind: Kind::StartServer(process),
                 target: Target::Tcp(address),
+                tls,
                 certificate,
                 verb: "",
             });
         }
         let container = boot(&self.binary)?;
-        if self.has_tls() {
-            give_certificate(&container, &certificate)?;
-        }
+        container.speak_tls(&certificate)?;
         container.systemctl("start")?;
-        let verb = if self.verb == Verb::Reload { "reload" } else { "restart" };
-        Ok(Server { kind: Kind::Container(container), target: Container::target(), certificate, verb })
+        Ok(Server {
+            kind: Kind::Container(container),
+            target: Container::target(),
+            tls: SocketAddr::from(([127, 0, 0, 1], 8443)),
+            certificate,
+            verb: if self.verb == Verb::Reload { "reload" } else { "restart" },
+        })
     }
 }
 
@@ -159,17 +167,6 @@ impl Contender {
 pub fn boot(binary: &Path) -> Result<Container> {
     let binary = binary.to_str().context("a path")?;
     Container::boot(Systemd::Host, Package { name: NAME, binary, folder: FOLDER })
-}
-
-fn give_certificate(container: &Container, certificate: &Certificate) -> Result<()> {
-    let mut lines = "[Service]\n".to_owned();
-    for (file, path) in [("tls.crt", certificate.chain()), ("tls.key", certificate.key())] {
-        container.write(&format!("etc/{NAME}/{file}"), &std::fs::read_to_string(path)?)?;
-        writeln!(lines, "LoadCredential={file}:/etc/{NAME}/{file}")?;
-    }
-    container.add_to_unit("service", "tls", &lines)?;
-    container.run(&["systemctl", "start", &format!("{NAME}-tls.socket")])?;
-    Ok(())
 }
 
 /// Waits until a server that was just started listens.
@@ -181,6 +178,7 @@ pub fn wait_for(address: SocketAddr) {
 pub struct Server {
     kind: Kind,
     pub target: Target,
+    tls: SocketAddr,
     certificate: Certificate,
     verb: &'static str,
 }
@@ -207,7 +205,7 @@ impl Server {
     }
 
     pub fn tls(&self) -> Result<Target> {
-        Ok(Target::Tls(SocketAddr::from(([127, 0, 0, 1], 8443)), self.certificate.client(&["h2"])?))
+        Ok(Target::Tls(self.tls, self.certificate.client(&["h2"])?))
     }
 
     /// What a load's thread does first.

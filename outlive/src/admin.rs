@@ -65,6 +65,7 @@ impl Admin {
             let count = entries.iter().filter(|entry| entry.stage() == stage).count();
             metrics::CONNECTIONS.with_label_values(&[stage.name()]).set(number(count));
         }
+        metrics::CONNECTIONS.with_label_values(&["asleep"]).set(number(self.registry.asleep()));
         for (listener, length) in self.queues.lengths() {
             metrics::ACCEPT_QUEUE.with_label_values(&[&listener]).set(length.into());
         }

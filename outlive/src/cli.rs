@@ -1,15 +1,19 @@
 //! The command line: the service's own flags and the library's, side by side, each of them also a variable.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 
+use anyhow::anyhow;
 use clap::builder::ValueParser;
-use clap::{Args, CommandFactory, FromArgMatches};
+use clap::error::{ContextKind, ContextValue};
+use clap::{Arg, Args, CommandFactory, FromArgMatches};
 
 use crate::config::{Command, Config};
 use crate::exit::{Failure, Result};
 
 /// What was said on it.
 pub struct CommandLine<C> {
+    /// The service's.
+    pub name: String,
     pub command: Option<Command>,
     pub config: Config,
     /// The service's own.
@@ -26,14 +30,17 @@ impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
     pub fn read() -> Result<Self> {
         let matches = match command::<C>().try_get_matches() {
             Ok(matches) => matches,
-            Err(error) if error.use_stderr() => return Err(Failure::config(one_line(&error))),
+            Err(error) if error.use_stderr() => {
+                let is_set = |variable: &OsStr| std::env::var_os(variable).is_some();
+                return Err(Failure::config(one_line(&error, command::<C>(), std::env::args_os(), is_set)));
+            }
             Err(help) => help.exit(),
         };
         let config = Config::from_arg_matches(&matches);
         let service = C::from_arg_matches(&matches);
-        let unreadable = |error| Failure::config(one_line(&error));
+        let unreadable = |error: clap::Error| Failure::config(anyhow!("{}", text(&error)));
         let config = config.map_err(unreadable)?;
-        Ok(Self { command: config.command, config, service: service.map_err(unreadable)? })
+        Ok(Self { name: name::<C>(), command: config.command, config, service: service.map_err(unreadable)? })
     }
 }
 
@@ -47,7 +54,23 @@ and this process ends; without systemd, whoever started it sees its pid go.
 
 Each flag is also a variable, such as ";
 
-fn command<C: CommandFactory>() -> clap::Command {
+/// The command line as [`run`](crate::run) reads it, with the service's own flags and the library's, each of them with
+/// its variable: for a man page, completions, or a list of variables.
+///
+/// ```
+/// /// Says hello.
+/// #[derive(clap::Parser)]
+/// #[command(name = "shop")]
+/// struct Config {}
+///
+/// let command = outlive::command::<Config>();
+/// let drain = command.get_arguments().find(|arg| arg.get_long() == Some("drain-timeout")).unwrap();
+/// assert_eq!(drain.get_env().unwrap(), "SHOP_DRAIN_TIMEOUT");
+/// ```
+///
+/// # Panics
+/// Where a flag of `C` has the name of one of the library's.
+pub fn command<C: CommandFactory>() -> clap::Command {
     let service = C::command();
     let name = service.get_name().to_owned();
     refuse_collisions(&service);
@@ -80,7 +103,7 @@ fn variable(name: &str, flag: &str) -> String {
 fn refuse_collisions(service: &clap::Command) {
     let ours = Config::augment_args(clap::Command::new("outlive"));
     for arg in service.get_arguments() {
-        let is_same = |our: &&clap::Arg| {
+        let is_same = |our: &&Arg| {
             our.get_id() == arg.get_id() || arg.get_long().is_some_and(|long| our.get_long() == Some(long))
         };
         if let Some(our) = ours.get_arguments().find(is_same) {
@@ -108,12 +131,35 @@ pub fn position_of_takeover<C: CommandFactory>(arguments: &[OsString]) -> Option
     (1..arguments.len()).find(is_takeover)
 }
 
+/// clap's message, with the variable that the wrong value is of, where no flag says otherwise.
+fn one_line(
+    error: &clap::Error,
+    mut command: clap::Command,
+    mut line: impl Iterator<Item = OsString>,
+    is_set: impl Fn(&OsStr) -> bool,
+) -> anyhow::Error {
+    let text = text(error);
+    let Some(ContextValue::String(invalid)) = error.get(ContextKind::InvalidArg) else {
+        return anyhow!(text);
+    };
+    command.build();
+    let arg = command.get_arguments().find(|arg| arg.to_string() == *invalid);
+    let variable = arg.and_then(Arg::get_env).filter(|variable| is_set(variable));
+    let flag = arg.and_then(Arg::get_long).map(|flag| format!("--{flag}")).unwrap_or_default();
+    match variable {
+        Some(variable) if !line.any(|word| word.to_string_lossy().starts_with(&flag)) => {
+            anyhow!("{}: {text}", variable.display())
+        }
+        _ => anyhow!(text),
+    }
+}
+
 /// clap's message for a terminal spreads over lines; a journal line is one.
-fn one_line(error: &clap::Error) -> anyhow::Error {
+fn text(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
     let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
-    anyhow::anyhow!("{}; see --help", words.join(" ").trim_start_matches("error: "))
+    format!("{}; see --help", words.join(" ").trim_start_matches("error: "))
 }
 
 #[cfg(test)]
@@ -183,10 +229,19 @@ mod tests {
     #[test]
     fn a_wrong_value_is_one_line_that_names_the_flag() {
         let line = ["x", "--database", "d", "--idle-timeout", "0s"];
-        let error = command::<Own>().try_get_matches_from(line).expect_err("zero");
-        let line = one_line(&error).to_string();
-        assert!(line.contains("--idle-timeout") && line.contains("above zero"), "{line}");
-        assert!(!line.contains('\n'), "{line}");
+        let command = command::<Own>();
+        let error = command.clone().try_get_matches_from(line).expect_err("zero");
+        let say = |words: &[&str], is_set: bool| {
+            one_line(&error, command.clone(), words.iter().map(OsString::from), |_| is_set).to_string()
+        };
+        let said = say(&line, true);
+        assert!(
+            said.starts_with("invalid value '0s' for '--idle-timeout <TIME>': must be above zero"),
+            "{said}"
+        );
+        assert!(!said.contains('\n'), "{said}");
+        assert_eq!(say(&["x"], false), said);
+        assert_eq!(say(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {said}"));
     }
 
     #[test]

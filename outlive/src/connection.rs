@@ -23,7 +23,7 @@ use crate::agreement::Agreement;
 use crate::context::Context;
 use crate::kind::{ListenerKind, Name};
 use crate::process::Process;
-use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::registry::{Entry, Registration, Stage};
 use crate::requests::Routes;
 use crate::stream::{Connection, Stream};
 use crate::tls::Tls;
@@ -53,8 +53,8 @@ impl Services {
 /// How a connection's time in this process ended.
 pub enum End {
     Closed,
-    /// Nothing is in flight, nothing is unsent: it can go on in another process.
-    AtRest(Connection, Registration),
+    /// Nothing is in flight, nothing is unsent: it can sleep, or go on in another process.
+    AtRest(Connection<Stream>, Registration),
 }
 
 /// What HTTP/2 clients with prior knowledge send first (RFC 9113 section 3.4).
@@ -74,13 +74,13 @@ enum Arrived {
     Late,
     /// None came in time.
     Idle,
-    /// The phase asks for it: a connection from which nothing was taken is at rest.
+    /// It is to rest, and does: nothing was taken from it.
     AtRest,
     Gone,
 }
 
 /// Serves `connection` until it closes or comes to rest.
-pub async fn serve(connection: Connection, registration: Registration, services: &Services) -> End {
+pub async fn serve(connection: Connection<Stream>, registration: Registration, services: &Services) -> End {
     match (connection.listener.kind(), &services.tls) {
         (ListenerKind::Http, _) => serve_plain(connection, registration, services, &services.routes).await,
         (ListenerKind::Admin, _) => serve_plain(connection, registration, services, &services.admin).await,
@@ -94,7 +94,7 @@ pub async fn serve(connection: Connection, registration: Registration, services:
 }
 
 async fn serve_plain(
-    connection: Connection,
+    connection: Connection<Stream>,
     registration: Registration,
     services: &Services,
     routes: &Routes,
@@ -104,7 +104,7 @@ async fn serve_plain(
     let goes_on = connection.http2.is_some();
     let arrived = if connection.unread.is_empty() {
         let is_enough = |bytes: &[u8]| goes_on || bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
-        first_bytes(&connection.stream, &entry, &mut bytes, is_enough).await
+        first_bytes(&connection.socket, &entry, &mut bytes, is_enough).await
     } else {
         entry.received();
         Arrived::Bytes(0)
@@ -119,8 +119,8 @@ async fn serve_plain(
         Arrived::AtRest => return End::AtRest(connection, registration),
         Arrived::Gone | Arrived::Idle => return End::Closed,
     };
-    let Connection { stream, listener, unread, http2: agreement, .. } = connection;
-    let io = Io::new(Wire::Left(stream), unread, registration, protocol);
+    let Connection { socket, listener, unread, http2: agreement, .. } = connection;
+    let io = Io::new(Wire::Left(socket), unread, registration, protocol);
     // Boxed, so that a connection that has not spoken yet takes little memory.
     Box::pin(drive(io, protocol, agreement, listener, services, routes)).await
 }
@@ -149,9 +149,9 @@ async fn drive(
             }
         }
     };
-    let io::Parts { stream, registration, tls, opened } = parts;
-    let unread = if opened.is_empty() { unread } else { [&unread[..], &opened].concat().into() };
-    End::AtRest(Connection { stream, peer: entry.peer, listener, unread, http2, tls }, registration)
+    let io::Parts { stream, registration, tls, unread: behind } = parts;
+    let unread = io::join(unread, behind);
+    End::AtRest(Connection { socket: stream, listener, unread, http2, tls }, registration)
 }
 
 /// Waits for a connection's first bytes, up to where they are `enough`, and takes none.
@@ -180,7 +180,7 @@ async fn first_bytes(
         if entry.is_overdue() {
             return Poll::Ready(if entry.stage() == Stage::Head { Arrived::Late } else { Arrived::Idle });
         }
-        if entry.phase() == Phase::Resting { Poll::Ready(Arrived::AtRest) } else { Poll::Pending }
+        if entry.is_to_rest() { Poll::Ready(Arrived::AtRest) } else { Poll::Pending }
     })
     .await
 }

@@ -8,7 +8,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::handover::{Channel, FdStore, Kind, Origin, pack, pack_tickets};
+use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_tickets};
 use crate::log::message_id;
 use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
@@ -142,7 +142,7 @@ impl<'a> Drain<'a> {
                     }
                 }
             }
-            registry.set_phase(Phase::Resting);
+            server.enter(Phase::Resting);
             let at_rest_by = Instant::now() + QUIESCE_LIMIT;
             let is_quiet = tokio::select! {
                 biased;
@@ -160,12 +160,13 @@ impl<'a> Drain<'a> {
             }
             quiesce *= 2;
         }
-        let connections = take_all(rested);
+        let mut connections = take_all(rested);
+        connections.extend(server.take_sleepers());
         let all = connections.len();
         let left = store.put(Origin::now(self.generation), connections);
         let handed_over = all - left.len();
         if !left.is_empty() {
-            registry.set_phase(Phase::Closing);
+            server.enter(Phase::Closing);
             for connection in left {
                 server.adopt(connection);
             }
@@ -182,7 +183,7 @@ impl<'a> Drain<'a> {
     async fn linger(&mut self) {
         let Self { server, limit, .. } = self;
         let registry = server.registry();
-        registry.set_phase(Phase::Lingering);
+        server.enter(Phase::Lingering);
         let told = async {
             server.own_ports_closed().await;
             let mut before = registry.entries();
@@ -192,7 +193,7 @@ impl<'a> Drain<'a> {
                     before.is_empty()
                 })
                 .await;
-            registry.set_phase(Phase::Closing);
+            server.enter(Phase::Closing);
             registry.until(|| registry.is_done()).await;
         };
         tokio::select! {
@@ -223,16 +224,23 @@ impl<'a> Drain<'a> {
             let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
         }
         let mut handed_over = 0;
-        registry.set_phase(Phase::Resting);
+        server.enter(Phase::Resting);
+        let mut sleepers = server.take_sleepers();
         loop {
-            let connection = tokio::select! {
-                connection = rested.recv() => connection,
-                () = registry.until(|| registry.is_done()) => rested.try_recv().ok(),
-                () = limit.passes() => rested.try_recv().ok(),
-            };
-            let Some(connection) = connection else { break };
-            let mut connections = vec![connection];
-            connections.extend(take_all(rested));
+            // Whoever was served until now goes first.
+            let mut connections = take_all(rested);
+            if connections.is_empty() {
+                connections = sleepers.split_off(sleepers.len().saturating_sub(MAX_SOCKETS));
+            }
+            if connections.is_empty() {
+                let connection = tokio::select! {
+                    connection = rested.recv() => connection,
+                    () = registry.until(|| registry.is_done()) => rested.try_recv().ok(),
+                    () = limit.passes() => rested.try_recv().ok(),
+                };
+                let Some(connection) = connection else { break };
+                connections.push(connection);
+            }
             let packed = pack(&connections);
             let sent = tokio::select! {
                 sent = successor.send(Kind::Connections, origin, &packed, "") => sent,

@@ -23,7 +23,7 @@ pub use store::{FdStore, take};
 
 use crate::agreement::Agreement;
 use crate::kind::{ListenerKind, Name};
-use crate::stream::{Connection, Stream};
+use crate::stream::Connection;
 use crate::tls_session::TlsSession;
 
 /// The channel's name in systemd's store, `FDNAME=`.
@@ -59,50 +59,27 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     senders.map(|origin| origin.generation.saturating_add(1)).max()
 }
 
-/// A connection as it comes out of a channel.
-pub struct Received {
-    fd: OwnedFd,
-    name: Name,
-    unread: Bytes,
-    http2: Option<Box<Agreement>>,
-    tls: Option<Box<TlsSession>>,
-}
-
-impl Received {
-    /// Refused, with a reason, where no listener of `names` is the one that it came from.
-    pub fn new(fd: OwnedFd, record: Record, names: &[Name]) -> Result<Self, String> {
-        let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
-            return Err(format!("no listener is named {:?} any more", record.listener));
-        };
-        let http2 = match record.http2.as_deref().map(Agreement::decode) {
-            Some(None) => return Err("an HTTP/2 connection of which nothing is known".into()),
-            Some(Some(agreement)) => Some(Box::new(agreement)),
-            None => None,
-        };
-        let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
-            Some(None) => return Err("a TLS connection whose keys make no sense".into()),
-            Some(Some(session)) => Some(Box::new(session)),
-            None => None,
-        };
-        let is_https = name.kind() == ListenerKind::Https;
-        if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
-            return Err(format!("{name} does not speak what this connection speaks"));
-        }
-        Ok(Self { fd, name: name.clone(), unread: record.payload, http2, tls })
+/// A connection as it comes out of a channel. Refused, with a reason, where no listener of `names` is the one that it
+/// came from.
+pub fn unpack(socket: OwnedFd, record: Record, names: &[Name]) -> Result<Connection, String> {
+    let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
+        return Err(format!("no listener is named {:?} any more", record.listener));
+    };
+    let http2 = match record.http2.as_deref().map(Agreement::decode) {
+        Some(None) => return Err("an HTTP/2 connection of which nothing is known".into()),
+        Some(Some(agreement)) => Some(Box::new(agreement)),
+        None => None,
+    };
+    let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
+        Some(None) => return Err("a TLS connection whose keys make no sense".into()),
+        Some(Some(session)) => Some(Box::new(session)),
+        None => None,
+    };
+    let is_https = name.kind() == ListenerKind::Https;
+    if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
+        return Err(format!("{name} does not speak what this connection speaks"));
     }
-
-    /// The connection, in this process's runtime. Fails where the peer is gone.
-    pub fn connect(self) -> io::Result<Connection> {
-        let (stream, peer) = Stream::from_fd(self.fd)?;
-        Ok(Connection {
-            stream,
-            peer,
-            listener: self.name,
-            unread: self.unread,
-            http2: self.http2,
-            tls: self.tls,
-        })
-    }
+    Ok(Connection { socket, listener: name.clone(), unread: record.payload, http2, tls })
 }
 
 /// Keys of session tickets, as they go into a channel: where there is a record there is a descriptor.
@@ -124,5 +101,5 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
         http2: connection.http2.as_deref().map(|agreement| agreement.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
     };
-    connections.iter().map(|connection| (connection.stream.as_fd(), pack(connection))).collect()
+    connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()
 }

@@ -2,6 +2,8 @@
 
 mod admin;
 mod agreement;
+#[cfg(feature = "jemalloc")]
+mod allocator;
 mod cli;
 mod config;
 mod connection;
@@ -14,6 +16,8 @@ mod kind;
 mod listeners;
 mod lock;
 mod log;
+#[cfg(feature = "log-control")]
+mod log_control;
 mod metrics;
 mod process;
 mod readiness;
@@ -24,6 +28,7 @@ mod run;
 mod server;
 mod service;
 mod signals;
+mod sleepers;
 mod status;
 mod stream;
 mod sys;
@@ -35,6 +40,7 @@ mod tickets;
 mod tls;
 mod tls_session;
 
+pub use cli::command;
 pub use context::Shutdown;
 pub use process::Process;
 pub use prometheus;

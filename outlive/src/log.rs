@@ -2,12 +2,17 @@
 //! readable lines to standard error.
 
 use std::io::IsTerminal;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
 
 use anyhow::Context;
-use tracing::error;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Subscriber, error};
 use tracing_journald::{Priority, PriorityMappings};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::layer;
 use tracing_subscriber::prelude::*;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 use crate::exit::{Failure, Result};
 use crate::systemd;
@@ -23,10 +28,73 @@ pub mod message_id {
     pub const CUT_OFF: &str = "e27b5d4a0f1c4c8e9a6d3b8f5e2c7044";
 }
 
+/// Where events go.
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "nobody asks for null"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Target {
+    Journal,
+    Console,
+    Null,
+}
+
+/// What is logged, and where: for whoever changes it while the process runs.
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "nobody does"))]
+pub struct Control {
+    /// The service's.
+    pub name: String,
+    pub filter: reload::Handle<EnvFilter, Registry>,
+    pub target: Arc<AtomicU8>,
+    /// Where they went at first; the journal is open where it is that.
+    pub first: Target,
+    /// The level and the target that were set since; empty where none was.
+    pub set: Mutex<(String, String)>,
+}
+
+impl Control {
+    /// Goes on as the predecessor logs, with the feature `log-control`: before that goes.
+    #[cfg_attr(not(feature = "log-control"), expect(clippy::unused_async, reason = "nothing is to be done"))]
+    pub async fn succeed(&self) {
+        #[cfg(feature = "log-control")]
+        crate::log_control::succeed(self).await;
+    }
+
+    /// To `systemctl service-log-level`, with the feature `log-control`.
+    pub fn offer(self) {
+        #[cfg(feature = "log-control")]
+        tokio::spawn(crate::log_control::serve(self));
+        #[cfg(not(feature = "log-control"))]
+        drop(self);
+    }
+}
+
+/// A layer that has its events while it is the target.
+struct While<L> {
+    is: Target,
+    target: Arc<AtomicU8>,
+    layer: L,
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>, L: Layer<S>> Layer<S> for While<L> {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: layer::Context<'_, S>) {
+        self.layer.on_new_span(attributes, id, context);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: layer::Context<'_, S>) {
+        self.layer.on_record(id, values, context);
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: layer::Context<'_, S>) {
+        if self.target.load(Ordering::Relaxed) == self.is as u8 {
+            self.layer.on_event(event, context);
+        }
+    }
+}
+
 /// Sets up logging with `filter`, else `RUST_LOG`, else `info`.
 ///
 /// `generation` goes with each journal entry.
-pub fn init(filter: Option<&str>, generation: u64) -> Result<()> {
+pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Control> {
     let (name, text) = match (filter, std::env::var("RUST_LOG")) {
         (Some(text), _) => ("--log", text.to_owned()),
         (None, Ok(text)) => ("RUST_LOG", text),
@@ -36,17 +104,20 @@ pub fn init(filter: Option<&str>, generation: u64) -> Result<()> {
         .parse(&text)
         .with_context(|| format!("{name}={text} is not a log filter"))
         .map_err(Failure::config)?;
+    let (filter, handle) = reload::Layer::new(filter);
     let journal = if systemd::stderr_is_the_journal() { journal(generation) } else { None };
-    let lines = journal.is_none().then(|| {
-        tracing_subscriber::fmt::layer()
-            .with_writer(std::io::stderr)
-            .with_ansi(std::io::stderr().is_terminal())
-            .with_target(false)
-            .log_internal_errors(false) // they would go to standard error too, and panic if that is closed
-    });
+    let first = if journal.is_some() { Target::Journal } else { Target::Console };
+    let target = Arc::new(AtomicU8::new(first as u8));
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false)
+        .log_internal_errors(false); // they would go to standard error too, and panic if that is closed
+    let lines = While { is: Target::Console, target: target.clone(), layer: lines };
+    let journal = journal.map(|layer| While { is: Target::Journal, target: target.clone(), layer });
     tracing_subscriber::registry().with(filter).with(journal).with(lines).init();
     std::panic::set_hook(Box::new(|panic| error!(%panic, "panicked")));
-    Ok(())
+    Ok(Control { name: service, filter: handle, target, first, set: Mutex::default() })
 }
 
 /// No journal to be reached is no reason to be silent: standard error goes there too.

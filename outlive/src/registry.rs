@@ -1,13 +1,13 @@
-//! Every open connection, as the rest of the process sees it: counted, told of each phase, watched for
-//! its time limits. What a connection is doing is one value (`state.rs`) that its own tasks change
-//! (`entry.rs`); a request that is answered at once takes no lock.
+//! Every connection that is awake, as the rest of the process sees it: counted, told of each phase, watched for its
+//! time limits; those that sleep (`sleepers.rs`) are a number here. What a connection is doing is one value
+//! (`state.rs`) that its own tasks change (`entry.rs`); a request that is answered at once takes no lock.
 
 mod entry;
 mod state;
 
 use std::collections::HashMap;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -91,6 +91,8 @@ pub struct Registry {
     arriving: AtomicU32,
     /// Whether nobody goes on with HTTP/2 and TLS connections.
     keeps_all_but_http1: AtomicBool,
+    /// Connections that sleep (`sleepers.rs`), which are not in `connections`.
+    asleep: AtomicUsize,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
     now: AtomicU64,
 }
@@ -125,15 +127,26 @@ impl Registry {
             accepting: AtomicU32::new(0),
             arriving: AtomicU32::new(0),
             keeps_all_but_http1: AtomicBool::new(false),
+            asleep: AtomicUsize::new(0),
             now: AtomicU64::new(0),
         })
     }
 
     pub fn register(self: &Arc<Self>, peer: Peer, slot: Option<OwnedSemaphorePermit>) -> Registration {
+        self.register_since(peer, slot, self.now())
+    }
+
+    /// One that has been idle `since` then, by this registry's clock.
+    pub fn register_since(
+        self: &Arc<Self>,
+        peer: Peer,
+        slot: Option<OwnedSemaphorePermit>,
+        since: u64,
+    ) -> Registration {
         let mut connections = lock(&self.connections);
         let id = connections.next_id;
         connections.next_id += 1;
-        let registration = Registration::new(self, id, peer, slot);
+        let registration = Registration::new(self, id, peer, slot, since);
         self.unanswered.fetch_add(1, SeqCst);
         connections.open.insert(id, registration.entry.clone());
         registration
@@ -159,8 +172,32 @@ impl Registry {
         self.limits
     }
 
-    fn now(&self) -> u64 {
+    /// How often to look at time limits.
+    pub fn interval(&self) -> Duration {
+        self.limits.interval()
+    }
+
+    /// Milliseconds since this registry's birth, as of its last look at the time limits.
+    pub fn now(&self) -> u64 {
         self.now.load(Relaxed)
+    }
+
+    /// How long ago that was.
+    fn age(&self, since: u64) -> Duration {
+        Duration::from_millis(self.now().saturating_sub(since))
+    }
+
+    pub fn is_idle_for_too_long(&self, since: u64) -> bool {
+        self.age(since) > self.limits.idle
+    }
+
+    /// So many connections sleep: they are open, and need nothing.
+    pub fn set_asleep(&self, count: usize) {
+        self.asleep.store(count, SeqCst);
+    }
+
+    pub fn asleep(&self) -> usize {
+        self.asleep.load(SeqCst)
     }
 
     fn set_now(&self, now: u64) {
@@ -193,6 +230,11 @@ impl Registry {
     /// before the phase that asks them to come to rest.
     pub fn keep_all_but_http1(&self) {
         self.keeps_all_but_http1.store(true, SeqCst);
+    }
+
+    /// See [`Registry::keep_all_but_http1`].
+    pub fn keeps_all_but_http1(&self) -> bool {
+        self.keeps_all_but_http1.load(SeqCst)
     }
 
     /// Waits until the phase is one that `wanted` says yes to.
@@ -253,7 +295,7 @@ impl Registry {
             let connections = lock(&self.connections);
             (connections.open.values().cloned().collect::<Vec<_>>(), connections.answered)
         };
-        let begun = Counts { connections: entries.len(), in_flight: 0, answered };
+        let begun = Counts { connections: entries.len() + self.asleep(), in_flight: 0, answered };
         entries.iter().fold(begun, |counts, entry| {
             // Asked for in this order, a request that begins meanwhile is not taken for one that is over.
             let started = entry.started();
@@ -281,12 +323,12 @@ impl Registry {
 
     /// Looks at the time limits of every connection, for as long as the process lives.
     pub async fn watch(self: Arc<Self>) {
-        let mut clock = tokio::time::interval(self.limits.interval());
+        let mut clock = tokio::time::interval(self.interval());
         loop {
             clock.tick().await;
             self.set_now(u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX));
             for entry in self.entries() {
-                if entry.is_overdue() {
+                if entry.is_overdue() || entry.is_drowsy() {
                     entry.wake();
                 }
             }

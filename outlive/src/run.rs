@@ -1,5 +1,5 @@
 //! The life of a service, in order:
-//! inherit -> listen -> start -> take over -> ready -> serve -> drain -> hand over -> background tasks end.
+//! inherit -> listen -> start -> ready -> take over -> serve -> drain -> hand over -> background tasks end.
 
 use std::convert::Infallible;
 use std::io::Write;
@@ -17,6 +17,8 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
+#[cfg(feature = "jemalloc")]
+use crate::allocator;
 use crate::cli::{self, CommandLine};
 use crate::config::{Command, Config};
 use crate::connection::Services;
@@ -35,7 +37,7 @@ use crate::service::{Hooks, Service};
 use crate::signals::Signals;
 use crate::status::{ManagerRole, Status};
 use crate::systemd;
-use crate::takeover::{self, Ending, Offer, Predecessor, Program, Role, TakeoverSocket};
+use crate::takeover::{self, Committed, Ending, Offer, Predecessor, Program, Role, TakeoverSocket};
 use crate::tasks;
 use crate::tls::{self, Tls};
 
@@ -149,10 +151,10 @@ fn check<C, S>(line: CommandLine<C>, start: S) -> Result<()>
 where
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
 {
-    let CommandLine { config, service: own, .. } = line;
+    let CommandLine { name, config, service: own, .. } = line;
     let mut inherited = listeners::take()?;
     inherited.listen(&config.listen)?;
-    log::init(config.log.as_deref(), 1)?;
+    log::init(name, config.log.as_deref(), 1)?;
     tls_of(&config, &inherited)?;
     let Inherited { listeners, credentials, .. } = inherited;
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
@@ -179,16 +181,17 @@ where
 {
     let handed_down = handover::next_generation(&inherited.channels);
     let process = Process::begin(handed_down.or(inherited.generation).unwrap_or(1));
-    log::init(line.config.log.as_deref(), process.generation)?;
+    let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
     rlimit::make_room(line.config.max_connections);
+    #[cfg(feature = "jemalloc")]
+    allocator::give_memory_back();
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
-    let served = runtime.block_on(serve(line, start, process, inherited, program, predecessor));
+    let served = runtime.block_on(serve(line, start, process, inherited, program, predecessor, logging));
     // What still runs has had its time.
     runtime.shutdown_background();
     served
 }
 
-#[expect(clippy::too_many_lines, reason = "the life of a process, in order")]
 async fn serve<C, S>(
     line: CommandLine<C>,
     start: S,
@@ -196,6 +199,7 @@ async fn serve<C, S>(
     mut inherited: Inherited,
     program: Program,
     predecessor: &mut Option<Predecessor>,
+    logging: log::Control,
 ) -> Result<()>
 where
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
@@ -234,14 +238,11 @@ where
         shutdown,
         rest_limit: config.drain_timeout / 2,
     };
-    let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues);
+    let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues)?;
     tokio::spawn(registry.watch());
 
     // Last, when nothing can fail any more: until then the connections are safe where they are.
-    let committed = match predecessor.take() {
-        Some(predecessor) => Some(predecessor.commit().await.map_err(Failure::unavailable)?),
-        None => None,
-    };
+    let committed = commit(predecessor.take(), &logging).await?;
     let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
     let example = listeners.iter().find_map(Listener::try_it);
     for listener in listeners {
@@ -256,15 +257,11 @@ where
         socket
     } else {
         let socket = TakeoverSocket::open();
-        let taken = handover::take(channels, &names);
-        if let Some(taken) = &taken {
-            status.note(format!("took over {} connections", taken.connections()));
-            systemd::unstore(handover::STORE_NAME);
-        }
         systemd::ready(&status.line());
-        if let Some(mut taken) = taken {
-            server.go_on_with_tickets(taken.tickets.take());
-            taken.go_on(|connection| server.adopt(connection));
+        if let Some(taken) = handover::take(channels, &names, |connection| server.adopt(connection)) {
+            status.note(format!("took over {} connections", taken.connections));
+            systemd::unstore(handover::STORE_NAME);
+            server.go_on_with_tickets(taken.tickets);
         }
         predecessor_gone.cancel();
         socket
@@ -275,6 +272,8 @@ where
     if let Some(example) = example {
         info!("try it: {example}");
     }
+    // Not before: a successor that does not come to serve leaves the name where it is.
+    logging.offer();
     let told = status.clone();
     tokio::spawn(systemd::report(move || (told.role() == ManagerRole::Main).then(|| told.line())));
     if let Some(watchdog) = watchdog {
@@ -305,6 +304,13 @@ where
     // It waits for our end with what is to run alone.
     drop(successor);
     failure.map_or(Ok(()), |reason| Err(Failure::software(anyhow!(reason))))
+}
+
+/// From here on the predecessor ends.
+async fn commit(predecessor: Option<Predecessor>, logging: &log::Control) -> Result<Option<Committed>> {
+    let Some(predecessor) = predecessor else { return Ok(None) };
+    logging.succeed().await;
+    predecessor.commit().await.map(Some).map_err(Failure::unavailable)
 }
 
 /// Runs the service's `start`.

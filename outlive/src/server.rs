@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
-use bytes::Bytes;
 use rustix::io::Errno;
 use rustix::net::{SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::{interval, sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -19,8 +19,9 @@ use crate::handover::Secret;
 use crate::kind::{ListenerKind, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::lock::lock;
-use crate::registry::Registry;
-use crate::stream::{Connection, Stream};
+use crate::registry::{Phase, Registration, Registry};
+use crate::sleepers::{Sleeper, Sleepers};
+use crate::stream::{Connection, Peer, Stream};
 use crate::sys;
 
 /// While the system has no fd or memory for another connection, this long between tries.
@@ -46,7 +47,7 @@ pub struct Server {
     slots: Arc<Semaphore>,
     /// Of their own, so that a service with no slot left can still be looked at.
     admin_slots: Arc<Semaphore>,
-    at_rest: mpsc::UnboundedSender<Connection>,
+    sleepers: Arc<Sleepers>,
     /// The tasks that accept from listeners that nobody else holds.
     own_ports: TaskTracker,
     queues: Queues,
@@ -70,21 +71,22 @@ impl Queues {
 }
 
 impl Server {
-    /// The server, and where its connections go when they come to rest.
+    /// The server, and where its connections go that leave for the next process.
     pub fn new(
         services: Services,
         registry: Arc<Registry>,
         max_connections: u32,
         queues: Queues,
-    ) -> (Self, mpsc::UnboundedReceiver<Connection>) {
-        let (at_rest, rested) = mpsc::unbounded_channel();
+    ) -> anyhow::Result<(Self, mpsc::UnboundedReceiver<Connection>)> {
+        let (sleepers, rested) = Sleepers::new(registry.clone()).context("no epoll for idle connections")?;
+        let sleepers = Arc::new(sleepers);
         let slots = Arc::new(Semaphore::new(max_connections as usize));
         let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
         let own_ports = TaskTracker::new();
-        (
-            Self { services: Arc::new(services), registry, slots, admin_slots, at_rest, own_ports, queues },
-            rested,
-        )
+        let services = Arc::new(services);
+        let server = Self { services, registry, slots, admin_slots, sleepers, own_ports, queues };
+        tokio::spawn(server.clone().serve_the_woken());
+        Ok((server, rested))
     }
 
     /// Accepts from `listener` from now on, whenever the phase allows.
@@ -125,7 +127,7 @@ impl Server {
 
     /// A connection that nobody drives.
     #[cfg(test)]
-    pub fn registered(&self, peer: crate::stream::Peer) -> crate::registry::Registration {
+    pub fn registered(&self, peer: Peer) -> Registration {
         self.registry.register(peer, None)
     }
 
@@ -141,28 +143,95 @@ impl Server {
         self.own_ports.wait().await;
     }
 
-    /// Serves a connection, above `--max-connections` if need be: it is there already.
+    /// Goes on with a connection, above `--max-connections` if need be: it is there already.
     pub fn adopt(&self, connection: Connection) {
         let slot = self.slots(&connection.listener).clone().try_acquire_owned().ok();
-        self.serve(connection, slot);
+        let since = self.registry.now();
+        // Whoever has said nothing goes on sleeping.
+        if let Err(awake) = self.sleepers.put(Sleeper { connection, slot, since }) {
+            self.serve_woken(awake);
+        }
     }
 
     fn slots(&self, listener: &Name) -> &Arc<Semaphore> {
         if listener.kind() == ListenerKind::Admin { &self.admin_slots } else { &self.slots }
     }
 
-    fn serve(&self, connection: Connection, slot: Option<OwnedSemaphorePermit>) {
-        let registration = self.registry.register(connection.peer, slot);
-        let services = self.services.clone();
-        let at_rest = self.at_rest.clone();
+    /// Sets a phase, and wakes those that are to be told to end in it.
+    pub fn enter(&self, phase: Phase) {
+        let _accepting = self.registry.accepting();
+        self.registry.set_phase(phase);
+        for sleeper in self.sleepers.wake_ending() {
+            self.serve_woken(sleeper);
+        }
+    }
+
+    /// All connections that sleep, for the next process.
+    pub fn take_sleepers(&self) -> Vec<Connection> {
+        self.sleepers.take_all()
+    }
+
+    /// Serves each connection that was asleep, when there is something to do for it.
+    async fn serve_the_woken(self) {
+        let registry = &self.registry;
+        let mut clock = interval(registry.interval());
+        loop {
+            // What its peer says is for the next process.
+            registry.until_phase(|phase| phase != Phase::Resting).await;
+            let woken = tokio::select! {
+                heard = self.sleepers.heard() => {
+                    heard.and_then(|heard| self.wake(|sleepers| sleepers.wake_heard(heard)))
+                }
+                _ = clock.tick() => self.wake(|sleepers| Ok(sleepers.wake_overdue())),
+            };
+            if let Err(error) = woken {
+                warn!(%error, "idle connections are not heard");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+
+    fn wake(&self, those: impl FnOnce(&Sleepers) -> io::Result<Vec<Sleeper>>) -> io::Result<()> {
+        // Between their sleep and the registry they are nowhere.
+        let _accepting = self.registry.accepting();
+        if self.registry.phase() != Phase::Resting {
+            for sleeper in those(&self.sleepers)? {
+                self.serve_woken(sleeper);
+            }
+        }
+        Ok(())
+    }
+
+    fn serve_woken(&self, sleeper: Sleeper) {
+        let Sleeper { connection, slot, since } = sleeper;
+        match connection.watched() {
+            Ok((connection, peer)) => {
+                let registration = self.registry.register_since(peer, slot, since);
+                self.serve(connection, registration);
+            }
+            Err(error) => debug!(%error, "a client left while its connection was at rest"),
+        }
+    }
+
+    fn begin(&self, connection: Connection<Stream>, peer: Peer, slot: Option<OwnedSemaphorePermit>) {
+        let registration = self.registry.register(peer, slot);
+        self.serve(connection, registration);
+    }
+
+    fn serve(&self, connection: Connection<Stream>, registration: Registration) {
+        let (services, sleepers) = (self.services.clone(), self.sleepers.clone());
         tokio::spawn(async move {
-            if let End::AtRest(connection, registration) =
-                connection::serve(connection, registration, &services).await
-            {
-                // Sent before it leaves the registry, so that a done registry means a full channel.
-                // Where nobody collects any more, the process is ending.
-                let _ = at_rest.send(connection);
-                drop(registration);
+            let mut next = Some((connection, registration));
+            while let Some((connection, registration)) = next {
+                let End::AtRest(connection, registration) =
+                    connection::serve(connection, registration, &services).await
+                else {
+                    return;
+                };
+                next = sleepers.take(connection, registration).unwrap_or_else(|error| {
+                    debug!(%error, "a client left while its connection came to rest");
+                    None
+                });
             }
         });
     }
@@ -194,7 +263,7 @@ impl Server {
             tokio::select! {
                 () = registry.until_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
                 accepted = accepted => match accepted {
-                    Ok((Some(connection), slot)) => self.serve(connection, slot),
+                    Ok((Some((connection, peer)), slot)) => self.begin(connection, peer, slot),
                     // It was another process's, or has gone.
                     Ok((None, _)) => {}
                     Err(error) => errors.handle(&error).await,
@@ -207,7 +276,7 @@ impl Server {
     fn empty(&self, acceptor: &Acceptor) {
         loop {
             match acceptor.accept() {
-                Ok(Some(connection)) => self.adopt(connection),
+                Ok(Some((connection, peer))) => self.begin(connection, peer, None),
                 Err(error) if is_of_one_connection(&error) => {}
                 Ok(None) | Err(_) => return,
             }
@@ -239,24 +308,17 @@ impl Acceptor {
     }
 
     /// Who is first in the queue, if there is anybody.
-    fn accept(&self) -> io::Result<Option<Connection>> {
+    fn accept(&self) -> io::Result<Option<(Connection<Stream>, Peer)>> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (fd, peer) = match acceptfrom_with(&self.socket, flags) {
             Err(Errno::AGAIN) => return Ok(None),
             accepted => accepted?,
         };
-        let (stream, peer) = Stream::new(fd, peer)?;
-        if let Stream::Tcp(stream) = &stream {
-            stream.set_nodelay(true)?;
+        let peer = Peer::at(peer)?;
+        if matches!(peer, Peer::Tcp(_)) {
+            sockopt::set_tcp_nodelay(&fd, true)?;
         }
-        Ok(Some(Connection {
-            stream,
-            peer,
-            listener: self.name.clone(),
-            unread: Bytes::new(),
-            http2: None,
-            tls: None,
-        }))
+        Ok(Some((Connection::begun(Stream::new(fd, peer)?, self.name.clone()), peer)))
     }
 
     fn queue(&self) -> Option<u32> {
@@ -307,7 +369,7 @@ impl AcceptErrors {
             self.logged = Some(Instant::now());
             self.unlogged = 0;
         }
-        tokio::time::sleep(ACCEPT_PAUSE).await;
+        sleep(ACCEPT_PAUSE).await;
     }
 }
 
@@ -326,7 +388,7 @@ mod tests {
         let listener = Listener { name: Name::default(), socket, holder: Holder::Parent };
         let acceptor = Acceptor::new(listener).expect("an acceptor");
         let _peer = TcpStream::connect(address).expect("a connection");
-        let stream = acceptor.accept().expect("no error").expect("a connection").stream;
+        let stream = acceptor.accept().expect("no error").expect("a connection").0.socket;
         assert_eq!(sockopt::tcp_nodelay(&stream), Ok(true));
         assert_eq!(sockopt::socket_keepalive(&stream), Ok(true));
         assert_eq!(sockopt::tcp_keepidle(&stream), Ok(KEEPALIVE_IDLE));

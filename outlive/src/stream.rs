@@ -1,4 +1,4 @@
-//! A connection at rest, and its stream: a connected socket, TCP or Unix.
+//! A connection: its socket at rest, and the stream that it is while it is served. TCP or Unix.
 
 use std::fmt;
 use std::io;
@@ -17,10 +17,10 @@ use crate::agreement::Agreement;
 use crate::kind::Name;
 use crate::tls_session::TlsSession;
 
-/// A connection at rest, with what it takes to go on with it: here, or in the next process.
-pub struct Connection {
-    pub stream: Stream,
-    pub peer: Peer,
+/// A connection with what it takes to go on with it, here or in the next process: at rest a socket, which is
+/// nobody's business but the kernel's; served, a [`Stream`].
+pub struct Connection<S = OwnedFd> {
+    pub socket: S,
     /// Of the listener that it came from.
     pub listener: Name,
     /// What was read from it and not consumed.
@@ -29,6 +29,35 @@ pub struct Connection {
     pub http2: Option<Box<Agreement>>,
     /// Where it speaks TLS, and has shaken hands.
     pub tls: Option<Box<TlsSession>>,
+}
+
+impl Connection {
+    /// Whether every release knows how to go on with it.
+    pub fn is_plain_http1(&self) -> bool {
+        self.http2.is_none() && self.tls.is_none()
+    }
+
+    /// To be served, in the runtime that this is called in; and its peer. Fails where that is gone.
+    pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
+        let Self { socket, listener, unread, http2, tls } = self;
+        // It may have been another process's.
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
+        Ok((Connection { socket: Stream::new(socket, peer)?, listener, unread, http2, tls }, peer))
+    }
+}
+
+impl Connection<Stream> {
+    /// One of which nothing has come yet.
+    pub fn begun(stream: Stream, listener: Name) -> Self {
+        Self { socket: stream, listener, unread: Bytes::new(), http2: None, tls: None }
+    }
+
+    /// Comes to rest: the runtime forgets it.
+    pub fn unwatched(self) -> io::Result<Connection> {
+        let Self { socket, listener, unread, http2, tls } = self;
+        Ok(Connection { socket: socket.into_socket()?, listener, unread, http2, tls })
+    }
 }
 
 pub enum Stream {
@@ -55,8 +84,14 @@ pub enum Peer {
 }
 
 impl Peer {
-    pub(crate) fn tcp(address: SocketAddr) -> Self {
-        Self::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))
+    /// Whoever is at the address that `getpeername(2)` or `accept(2)` gave.
+    pub(crate) fn at(address: Option<SocketAddrAny>) -> io::Result<Self> {
+        let address = address.ok_or(io::ErrorKind::NotConnected)?;
+        match SocketAddr::try_from(address.clone()) {
+            Ok(address) => Ok(Self::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))),
+            Err(_) if address.address_family() == AddressFamily::UNIX => Ok(Self::Unix),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -70,27 +105,19 @@ impl fmt::Display for Peer {
 }
 
 impl Stream {
-    /// A connected socket that was another process's.
-    pub fn from_fd(fd: OwnedFd) -> io::Result<(Self, Peer)> {
-        rustix::io::ioctl_fionbio(&fd, true)?;
-        let peer = rustix::net::getpeername(&fd)?;
-        Self::new(fd, peer)
+    /// A connected socket that does not block.
+    pub fn new(socket: OwnedFd, peer: Peer) -> io::Result<Self> {
+        Ok(match peer {
+            Peer::Tcp(_) => Self::Tcp(TcpStream::from_std(socket.into())?),
+            Peer::Unix => Self::Unix(UnixStream::from_std(socket.into())?),
+        })
     }
 
-    /// A connected socket that does not block, and its peer's address.
-    pub fn new(fd: OwnedFd, peer: Option<SocketAddrAny>) -> io::Result<(Self, Peer)> {
-        let peer = peer.ok_or(io::ErrorKind::NotConnected)?;
-        match SocketAddr::try_from(peer.clone()) {
-            Ok(address) => {
-                let stream = TcpStream::from_std(fd.into())?;
-                Ok((Self::Tcp(stream), Peer::tcp(address)))
-            }
-            Err(_) if peer.address_family() == AddressFamily::UNIX => {
-                let stream = UnixStream::from_std(fd.into())?;
-                Ok((Self::Unix(stream), Peer::Unix))
-            }
-            Err(error) => Err(error.into()),
-        }
+    fn into_socket(self) -> io::Result<OwnedFd> {
+        Ok(match self {
+            Self::Tcp(stream) => stream.into_std()?.into(),
+            Self::Unix(stream) => stream.into_std()?.into(),
+        })
     }
 
     /// Looks at what has arrived without taking it, once that is `enough` or the peer will send no more.

@@ -48,6 +48,32 @@ pub fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     Ok(watched?)
 }
 
+/// What jemalloc is told when the process begins (`malloc_conf` of jemalloc(3)): memory that is free goes back to the
+/// system after a second.
+#[cfg(feature = "jemalloc")]
+#[expect(unsafe_code, reason = "it looks for a symbol of this name, a pointer to text that ends with a zero")]
+// SAFETY: the name is of jemalloc's own, as tikv-jemallocator builds it, and so is the type.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+pub static ALLOCATOR: &[u8; 37] = b"dirty_decay_ms:1000,muzzy_decay_ms:0\0";
+
+/// Has jemalloc do so in a thread of its own, and not when the thread that freed it has something to do again.
+#[cfg(feature = "jemalloc")]
+#[expect(unsafe_code, reason = "the safe crate for it rests on one that is no longer kept")]
+pub fn give_memory_back() -> io::Result<()> {
+    let mut yes = true;
+    // SAFETY: the name ends with a zero, its value is a bool, and none is asked for (jemalloc(3)).
+    let error = unsafe {
+        tikv_jemalloc_sys::mallctl(
+            c"background_thread".as_ptr(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            (&raw mut yes).cast(),
+            size_of::<bool>(),
+        )
+    };
+    if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};

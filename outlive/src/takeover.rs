@@ -58,4 +58,4 @@ const CREDENTIALS: &str = "credentials";
 pub use launch::{Program, Role, be_the_intermediate, role};
 pub use predecessor::{Ending, Offer, serve_until_end};
 pub use socket::{TakeoverSocket, command, give_up};
-pub use successor::Predecessor;
+pub use successor::{Committed, Predecessor};

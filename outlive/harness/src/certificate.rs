@@ -1,6 +1,6 @@
 //! A certificate of its own for each test.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 
@@ -35,6 +35,11 @@ impl Certificate {
             .context("openssl")?;
         ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
         Ok(certificate)
+    }
+
+    /// Both files, under the names that the service asks for.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
     }
 
     pub fn chain(&self) -> PathBuf {

@@ -102,7 +102,9 @@ impl Connection {
     }
 
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
-        self.stream.write_all(bytes).await
+        self.stream.write_all(bytes).await?;
+        // TLS may hold it back.
+        self.stream.flush().await
     }
 
     /// Sends no more; still reads.

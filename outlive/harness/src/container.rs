@@ -1,6 +1,7 @@
 //! A real systemd in a container of its own: booted in half a second, thrown away at the end.
 //!
-//! The service is installed into it with `make install`; loopback inside is its only network.
+//! The service is installed into it with `make install`, or it is a Debian for packages to be installed into; loopback
+//! inside is its only network.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -14,6 +15,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::certificate::Certificate;
 use crate::client::Target;
 use crate::process::{Notifications, Process};
 
@@ -22,8 +24,10 @@ use crate::process::{Notifications, Process};
 pub enum Systemd {
     /// This machine's, from its own /usr.
     Host,
-    /// 257, from a root that `make test` makes.
+    /// 257, from a root that `make test` makes: Debian 13.
     V257,
+    /// 252, the same: Debian 12.
+    V252,
 }
 
 /// What is to be installed.
@@ -31,7 +35,7 @@ pub enum Systemd {
 pub struct Package<'a> {
     pub name: &'a str,
     pub binary: &'a str,
-    /// The folder of the Makefile; in it or above it stands `target/systemd-257`.
+    /// The folder of the Makefile; in it or above it stand `target/systemd-257` and `target/systemd-252`.
     pub folder: &'a str,
 }
 
@@ -48,10 +52,6 @@ pub struct Container {
 impl Container {
     /// Boots a systemd with the package installed and its socket enabled.
     pub fn boot(systemd: Systemd, package: Package<'_>) -> Result<Self> {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
-        );
         let stage = tempfile::tempdir()?;
         let mut install = Command::new("make");
         if systemd == Systemd::V257 {
@@ -75,11 +75,36 @@ impl Container {
         let presets = stage.path().join("etc/systemd/system-preset");
         fs::create_dir_all(&presets)?;
         fs::write(presets.join("00-none.preset"), "disable *\n")?;
+        let folders = ["usr/local", "etc/systemd/system", "etc/systemd/system-preset"];
+        let folders = folders.map(|folder| (stage.path().join(folder), format!("/{folder}")));
+        Self::boot_with(systemd, package, stage, &folders)
+    }
+
+    /// Boots a Debian, with nothing installed, in which `folder` is seen as `/packages`.
+    pub fn boot_debian(systemd: Systemd, package: Package<'_>, folder: &Path) -> Result<Self> {
+        Self::boot_with(
+            systemd,
+            package,
+            tempfile::tempdir()?,
+            &[(folder.to_owned(), "/packages".to_owned())],
+        )
+    }
+
+    fn boot_with(
+        systemd: Systemd,
+        package: Package<'_>,
+        stage: TempDir,
+        folders: &[(PathBuf, String)],
+    ) -> Result<Self> {
+        ensure!(
+            rustix::process::geteuid().is_root(),
+            "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
+        );
         let mut notifications = Notifications::new()?;
         let cgroups = Cgroups::new()?;
         let mut command = nspawn(systemd, package.folder, &cgroups)?;
-        for folder in ["usr/local", "etc/systemd/system", "etc/systemd/system-preset"] {
-            command.arg(format!("--bind={}:/{folder}", stage.path().join(folder).display()));
+        for (outside, inside) in folders {
+            command.arg(format!("--bind={}:{inside}", outside.display()));
         }
         command
             .args(["systemd.firstboot=off", "systemd.unit=basic.target"])
@@ -155,6 +180,33 @@ impl Container {
         let folder = format!("etc/systemd/system/{}.d", self.unit(kind));
         self.write(&format!("{folder}/{name}.conf"), lines)?;
         self.run(&["systemctl", "daemon-reload"])?;
+        Ok(())
+    }
+
+    /// Puts a certificate where the service finds its credentials.
+    pub fn give_certificate(&self, certificate: &Certificate) -> Result<()> {
+        for path in [certificate.chain(), certificate.key()] {
+            let file = path.file_name().and_then(|name| name.to_str()).context("a name")?;
+            self.write(&format!("etc/{}/{file}", self.name), &fs::read_to_string(&path)?)?;
+        }
+        Ok(())
+    }
+
+    /// The TLS socket, a certificate, and the lines of the unit that go with them, which are comments as shipped.
+    pub fn speak_tls(&self, certificate: &Certificate) -> Result<()> {
+        self.give_certificate(certificate)?;
+        let unit = self.stage.path().join("usr/local/lib/systemd/system").join(self.unit("service"));
+        let unit = fs::read_to_string(&unit).with_context(|| format!("{}", unit.display()))?;
+        let commented = unit.lines().filter_map(|line| line.strip_prefix("#LoadCredential="));
+        let lines: Vec<String> = commented.map(|line| format!("LoadCredential={line}\n")).collect();
+        ensure!(lines.len() == 2, "{unit}");
+        self.add_to_unit("service", "tls", &format!("[Service]\n{}", lines.concat()))?;
+        self.start_socket("tls")
+    }
+
+    /// Starts a socket that the service has besides its first one.
+    pub fn start_socket(&self, kind: &str) -> Result<()> {
+        self.run(&["systemctl", "start", &format!("{}-{kind}.socket", self.name)])?;
         Ok(())
     }
 
@@ -237,10 +289,11 @@ fn nspawn(systemd: Systemd, folder: &str, cgroups: &Cgroups) -> Result<Command> 
     command.args(["--", "systemd-nspawn"]);
     match systemd {
         Systemd::Host => command.args(["--directory=/", "--volatile=yes"]),
-        Systemd::V257 => {
-            let mut roots = Path::new(folder).ancestors().map(|folder| folder.join("target/systemd-257"));
+        Systemd::V257 | Systemd::V252 => {
+            let name = if systemd == Systemd::V257 { "target/systemd-257" } else { "target/systemd-252" };
+            let mut roots = Path::new(folder).ancestors().map(|folder| folder.join(name));
             let root = roots.find(|root| root.join("usr").is_dir());
-            let root = root.context("target/systemd-257 is missing: make target/systemd-257")?;
+            let root = root.with_context(|| format!("{name} is missing: make {name}"))?;
             command.arg(format!("--directory={}", root.display())).arg("--volatile=overlay");
             // Where the host has the legacy cgroup layout, systemd 257 would refuse it.
             command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")

@@ -3,6 +3,7 @@
 pub mod certificate;
 pub mod client;
 pub mod container;
+pub mod debian;
 pub mod frames;
 pub mod full_service;
 pub mod load;
@@ -17,11 +18,26 @@ use std::time::{Duration, Instant};
 #[macro_export]
 macro_rules! on_each_systemd {
     ($($promise:ident)*) => {
-        mod this_systemd {
-            $(#[test] fn $promise() { super::$promise($crate::container::Systemd::Host); })*
-        }
-        mod systemd_257 {
-            $(#[test] fn $promise() { super::$promise($crate::container::Systemd::V257); })*
+        $crate::on_one! { this_systemd Host $($promise)* }
+        $crate::on_one! { systemd_257 V257 $($promise)* }
+    };
+}
+
+/// The same about packages, on each Debian.
+#[macro_export]
+macro_rules! on_each_debian {
+    ($($promise:ident)*) => {
+        $crate::on_one! { debian_12 V252 $($promise)* }
+        $crate::on_one! { debian_13 V257 $($promise)* }
+    };
+}
+
+#[doc(hidden)]
+#[macro_export]
+macro_rules! on_one {
+    ($module:ident $systemd:ident $($promise:ident)*) => {
+        mod $module {
+            $(#[test] fn $promise() { super::$promise($crate::container::Systemd::$systemd); })*
         }
     };
 }

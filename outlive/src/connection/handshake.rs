@@ -28,7 +28,7 @@ const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\nconten
 
 /// Serves a connection of an https listener until it closes or comes to rest.
 pub(super) async fn serve(
-    mut connection: Connection,
+    mut connection: Connection<Stream>,
     registration: Registration,
     services: &Services,
     tls: &Spoken,
@@ -38,7 +38,7 @@ pub(super) async fn serve(
     }
     let entry = registration.entry.clone();
     let mut first = [0];
-    match first_bytes(&connection.stream, &entry, &mut first, |_| true).await {
+    match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
         // The next process shakes hands.
         Arrived::AtRest => return End::AtRest(connection, registration),
         Arrived::Bytes(_) if entry.phase() == Phase::Resting => {
@@ -49,11 +49,11 @@ pub(super) async fn serve(
     }
     entry.pin();
     if first != [HANDSHAKE] {
-        let io = Io::new(Wire::Left(connection.stream), Bytes::new(), registration, Protocol::Http1);
+        let io = Io::new(Wire::Left(connection.socket), Bytes::new(), registration, Protocol::Http1);
         io.refuse(NOT_TLS).await;
         return End::Closed;
     }
-    let Some(stream) = shake_hands(connection.stream, &entry, &tls.acceptor).await else {
+    let Some(stream) = shake_hands(connection.socket, &entry, &tls.acceptor).await else {
         return End::Closed;
     };
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
@@ -72,14 +72,14 @@ pub(super) async fn serve(
 
 /// Goes on with a connection that was made in another process.
 async fn go_on(
-    mut connection: Connection,
+    mut connection: Connection<Stream>,
     session: Box<TlsSession>,
     registration: Registration,
     services: &Services,
 ) -> End {
     let entry = registration.entry.clone();
     if connection.unread.is_empty() && session.unread.is_empty() {
-        match first_bytes(&connection.stream, &entry, &mut [0], |_| true).await {
+        match first_bytes(&connection.socket, &entry, &mut [0], |_| true).await {
             Arrived::AtRest if !entry.keeps_all_but_http1() => {
                 connection.tls = Some(session);
                 return End::AtRest(connection, registration);
@@ -89,9 +89,9 @@ async fn go_on(
         }
     }
     entry.enter(Stage::Waiting);
-    let Connection { stream, listener, unread, http2, .. } = connection;
+    let Connection { socket, listener, unread, http2, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
-    let records = Records::new(stream, *session);
+    let records = Records::new(socket, *session);
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
     drive(io, protocol, http2, listener, services, &services.routes).await
 }

@@ -11,7 +11,7 @@ use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::{Io, Parts};
-use crate::registry::{Entry, Phase, Stage};
+use crate::registry::{Entry, Stage};
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -52,7 +52,7 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
             if entry.is_overdue() {
                 return Poll::Ready(Turn::Overdue(state.stage));
             }
-            if !state.is_at_rest() || entry.phase() != Phase::Resting {
+            if !state.is_at_rest() || !entry.is_to_rest() {
                 return Poll::Pending;
             }
             // It was said before the phase was, and after we looked.

@@ -1,6 +1,6 @@
 //! Drives HTTP/2 on one connection, and brings it to rest.
 
-mod frame;
+pub(super) mod frame;
 mod relay;
 mod session;
 #[cfg(test)]
@@ -143,6 +143,9 @@ impl Tries {
 
     fn go_on(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Step {
         if entry.phase() != Phase::Resting || !entry.state().is_movable() {
+            if entry.is_drowsy() && relay.with(Session::falls_asleep) == Some(true) {
+                return Step::AtRest;
+            }
             return match std::mem::replace(&mut self.now, Try::None) {
                 Try::Holding(_) => Self::release(relay),
                 Try::None | Try::Pausing(_) => Step::Waits,

@@ -13,7 +13,7 @@ use tokio_util::either::Either;
 use super::Protocol;
 use super::records::Records;
 use super::whole_records::{self, WholeRecords};
-use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::registry::{Entry, Registration, Stage};
 use crate::stream::Stream;
 use crate::tls_session::TlsSession;
 
@@ -30,8 +30,8 @@ pub(super) struct Parts {
     pub stream: Stream,
     pub registration: Registration,
     pub tls: Option<Box<TlsSession>>,
-    /// What TLS has opened, and nobody has read.
-    pub opened: Bytes,
+    /// What hyper has not read: of what came with the connection, and what TLS has opened.
+    pub unread: Bytes,
 }
 
 pub(super) struct Io {
@@ -79,7 +79,7 @@ impl Io {
                 (stream, Some(Box::new(session)), opened)
             }
         };
-        Some(Parts { stream, registration, tls, opened })
+        Some(Parts { stream, registration, tls, unread: join(self.unread, opened) })
     }
 
     fn entry(&self) -> &Entry {
@@ -198,6 +198,15 @@ impl Io {
     }
 }
 
+/// The one, and the other behind it.
+pub(super) fn join(first: Bytes, second: Bytes) -> Bytes {
+    match (first.is_empty(), second.is_empty()) {
+        (true, _) => second,
+        (_, true) => first,
+        (false, false) => [first, second].concat().into(),
+    }
+}
+
 impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
@@ -206,9 +215,9 @@ impl AsyncRead for Io {
         // The driver is woken when the phase changes, and reads again then.
         let state = entry.state();
         let held = this.protocol == Protocol::Http1
-            && entry.phase() == Phase::Resting
             && state.is_movable()
-            && !state.is_reading();
+            && !state.is_reading()
+            && entry.is_to_rest();
         if held {
             return Poll::Pending;
         }
@@ -292,6 +301,7 @@ mod tests {
     use std::time::Duration;
 
     use harness::certificate::Certificate;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::time::timeout;
     use tokio_rustls::TlsConnector;
@@ -321,8 +331,13 @@ mod tests {
 
     /// With every time limit at its shortest, under watch.
     fn io(wire: Wire) -> Io {
+        io_that_idles(wire, Duration::from_millis(20))
+    }
+
+    /// The same, but for how long it may be idle.
+    fn io_that_idles(wire: Wire, idle: Duration) -> Io {
         let short = Duration::from_millis(20);
-        let limits = Limits { head: short, idle: short, stall: short, close: short };
+        let limits = Limits { head: short, idle, stall: short, close: short };
         let registry = Registry::new(limits, CancellationToken::new());
         let registration = registry.register(Peer::Unix, None);
         tokio::spawn(registry.watch());
@@ -331,6 +346,21 @@ mod tests {
 
     async fn assert_ends(end: impl Future<Output = ()>) {
         timeout(Duration::from_secs(10), end).await.expect("not waited for");
+    }
+
+    /// hyper, which is told to end an idle connection by then, would answer it and close.
+    #[tokio::test]
+    async fn what_comes_while_a_connection_falls_asleep_is_read_when_it_wakes() {
+        let (ours, mut peer) = connection().await;
+        let mut io = io_that_idles(Wire::Left(Stream::Tcp(ours)), Duration::from_secs(60));
+        peer.write_all(b"GET").await.expect("sent");
+        let mut read = [0; 1];
+        io.read_exact(&mut read).await.expect("it is awake");
+        io.entry().enter(Stage::Waiting);
+        while !io.entry().is_drowsy() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        assert!(timeout(Duration::from_millis(50), io.read_exact(&mut read)).await.is_err());
     }
 
     #[tokio::test]

@@ -7,17 +7,21 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::routing::{get, post};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use h2::client::SendRequest;
 use harness::client::{self, Http2, Target};
 use hyper::{Request, StatusCode};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::Services;
+use super::http2::frame::{
+    ACK, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, RST_STREAM, SETTINGS,
+};
+use super::{PREFACE, Services};
 use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::process::Process;
 use crate::registry::{Limits, Phase, Registry, Stage};
@@ -48,7 +52,7 @@ pub async fn serve(router: Router) -> Served {
         shutdown,
         rest_limit: limit,
     };
-    let (server, rested) = Server::new(services, registry, 100, Queues::default());
+    let (server, rested) = Server::new(services, registry, 100, Queues::default()).expect("a server");
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port").into_std().expect("a listener");
     let address = socket.local_addr().expect("an address");
     let socket = ListeningSocket::Tcp(socket);
@@ -67,7 +71,17 @@ impl Served {
     async fn rest(&mut self) -> usize {
         let done = self.registry().until(|| self.registry().is_done());
         timeout(PATIENCE, done).await.expect("all come to rest");
-        std::iter::from_fn(|| self.rested.try_recv().ok()).count()
+        std::iter::from_fn(|| self.rested.try_recv().ok()).chain(self.server.take_sleepers()).count()
+    }
+
+    /// Waits until so many connections are open.
+    async fn until_connections(&self, count: usize) {
+        let reached = async {
+            while self.registry().counts().connections != count {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        timeout(PATIENCE, reached).await.expect("as many connections");
     }
 
     /// Waits until the only connection is at `stage`.
@@ -140,7 +154,7 @@ async fn a_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connection_id
         client.send(request).await.expect("sent");
         let gate = gates.recv().await.expect("a task");
         assert_eq!(client.answer().await.expect("an answer").status, 202);
-        served.registry().set_phase(Phase::Resting);
+        served.server.enter(Phase::Resting);
         gate.send(()).expect("it waits");
         assert_eq!(served.rest().await, 1);
     }
@@ -154,7 +168,7 @@ async fn a_body_that_was_read_to_its_end_keeps_nobody_waiting() {
         let mut client = client::Connection::open(&Target::Tcp(served.address)).await.expect("a connection");
         assert_eq!(client.ask(request).await.expect("an answer").status, 202);
         let _closed = gates.recv().await.expect("a task");
-        served.registry().set_phase(Phase::Resting);
+        served.server.enter(Phase::Resting);
         assert_eq!(served.rest().await, 1);
     }
 }
@@ -168,14 +182,9 @@ async fn a_body_whose_task_outlives_the_connection_is_no_longer_counted() {
         assert_eq!(client.ask(request).await.expect("an answer").status, 202);
         let gate = gates.recv().await.expect("a task");
         drop(client);
-        let gone = async {
-            while !served.registry().entries().is_empty() {
-                tokio::time::sleep(Duration::from_millis(1)).await;
-            }
-        };
-        timeout(PATIENCE, gone).await.expect("it is closed");
+        served.until_connections(0).await;
         gate.send(()).expect("it waits");
-        served.registry().set_phase(Phase::Resting);
+        served.server.enter(Phase::Resting);
         assert_eq!(served.rest().await, 0);
     }
 }
@@ -193,7 +202,7 @@ async fn an_http2_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connec
         }
         assert_eq!(client.post("/", BODY).await.expect("an answer").expect("no GOAWAY").0, 202);
         let gate = gates.recv().await.expect("a task");
-        served.registry().set_phase(Phase::Resting);
+        served.server.enter(Phase::Resting);
         gate.send(()).expect("it waits");
         assert_eq!(served.rest().await, 1);
     }
@@ -202,15 +211,83 @@ async fn an_http2_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connec
 // ---- HTTP/2 connections that move ----
 
 /// Moves all connections of `served` to a server of their own, as they would go to another process.
-async fn move_on(mut served: Served, router: Router) -> Served {
-    served.registry().set_phase(Phase::Resting);
+async fn move_on(served: Served, router: Router) -> Served {
+    let next = serve(router).await;
+    move_to(&next, served).await;
+    next
+}
+
+async fn move_to(next: &Served, mut served: Served) {
+    served.server.enter(Phase::Resting);
     let done = served.registry().until(|| served.registry().is_done());
     timeout(PATIENCE, done).await.expect("all come to rest");
-    let next = serve(router).await;
-    while let Ok(connection) = served.rested.try_recv() {
+    let rested = std::iter::from_fn(|| served.rested.try_recv().ok());
+    for connection in rested.chain(served.server.take_sleepers()) {
         next.server.adopt(connection);
     }
-    next
+}
+
+/// The same by way of a server that has no time for them: it is to end before they come.
+async fn move_through(served: Served, router: Router) -> Served {
+    let between = serve(echo()).await;
+    between.server.enter(Phase::Resting);
+    move_to(&between, served).await;
+    move_on(between, router).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_and_not_consumed_goes_through_a_process_that_has_no_time_for_it() {
+    let served = serve(echo()).await;
+    let mut client = client::Connection::open(&Target::Tcp(served.address)).await.expect("a connection");
+    let (begun, left) = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\nhello".split_at(30);
+    client.send(begun).await.expect("sent");
+    served.until_stage(Stage::Head).await;
+    let _served = move_through(served, echo()).await;
+    assert_eq!(client.ask(left).await.expect("an answer").text(), "hello");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn half_a_frame_of_http2_goes_through_a_process_that_has_no_time_for_it() {
+    let mut served = serve(echo()).await;
+    let mut client = TcpStream::connect(served.address).await.expect("a connection");
+    let mut hello = PREFACE.to_vec();
+    hello.extend([frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, ACK, 0, &[])].concat());
+    client.write_all(&hello).await.expect("sent");
+    await_frame(&mut client, |head| head.kind == SETTINGS && !head.has(ACK)).await;
+    let get = |stream, table: &[u8]| {
+        let fields = [table, b"\x82\x86\x84\x41\x01x"].concat();
+        frame(HEADERS, END_HEADERS | END_STREAM, stream, &fields)
+    };
+    let mut sent = get(1, b"\x20");
+    for stream in [3, 5, 7] {
+        let next = get(stream, b"");
+        let (begun, left) = next.split_at(12);
+        // In one piece, so that whoever has read the one has read the other.
+        client.write_all(&[&sent, begun].concat()).await.expect("sent");
+        await_frame(&mut client, |head| head.stream == stream - 2 && head.has(END_STREAM)).await;
+        served = move_through(served, echo()).await;
+        sent = left.to_vec();
+    }
+}
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = BytesMut::new();
+    Head { stream, ..Head::new(kind, flags, payload.len()) }.put(&mut bytes);
+    [&bytes, payload].concat()
+}
+
+/// Reads up to the first frame that is as `wanted`.
+async fn await_frame(client: &mut TcpStream, wanted: impl Fn(Head) -> bool) {
+    let mut head = [0; HEAD_LENGTH];
+    loop {
+        timeout(PATIENCE, client.read_exact(&mut head)).await.expect("in time").expect("a frame");
+        let head = Head::decode(head);
+        client.read_exact(&mut vec![0; head.length]).await.expect("a payload");
+        assert!(![RST_STREAM, GOAWAY].contains(&head.kind), "{head:?}");
+        if wanted(head) {
+            return;
+        }
+    }
 }
 
 fn echo() -> Router {
@@ -228,8 +305,8 @@ async fn http2_client(address: SocketAddr, window: u32) -> SendRequest<Bytes> {
 }
 
 /// Sends `body`, and gives the answer's.
-async fn exchange(sender: &SendRequest<Bytes>, body: Bytes) -> Result<Vec<u8>, h2::Error> {
-    let mut sender = sender.clone().ready().await?;
+async fn exchange(sender: SendRequest<Bytes>, body: Bytes) -> Result<Vec<u8>, h2::Error> {
+    let mut sender = sender.ready().await?;
     let method = if body.is_empty() { "GET" } else { "POST" };
     let request = Request::builder().method(method).uri("http://localhost/").body(()).expect("a request");
     let (answer, mut sending) = sender.send_request(request, body.is_empty())?;
@@ -253,7 +330,7 @@ async fn an_idle_http2_connection_goes_on_in_the_next_process_and_the_one_after(
     let client = http2_client(served.address, 65_535).await;
     for turn in 0..20_u8 {
         let body: Bytes = vec![turn; usize::from(turn) * 1000].into();
-        let answer = exchange(&client, body.clone()).await.expect("an answer");
+        let answer = exchange(client.clone(), body.clone()).await.expect("an answer");
         assert_eq!(answer, if body.is_empty() { b"hello\n".as_slice() } else { &body });
         served = move_on(served, echo()).await;
     }
@@ -279,7 +356,7 @@ async fn http2_connections_that_are_busy_move_and_lose_nothing() {
                 let body: Bytes = vec![number; length].into();
                 let mut answered = 0;
                 while !stop.is_cancelled() {
-                    let answer = exchange(&client, body.clone()).await.expect("an answer");
+                    let answer = exchange(client.clone(), body.clone()).await.expect("an answer");
                     assert!(length == 0 || answer == body, "{} of {length} bytes", answer.len());
                     answered += 1;
                 }
@@ -289,7 +366,9 @@ async fn http2_connections_that_are_busy_move_and_lose_nothing() {
     }
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(50)).await;
-        assert_eq!(served.registry().entries().len(), 6);
+        served.until_connections(6).await;
+        served = move_on(served, echo()).await;
+        // And at once again.
         served = move_on(served, echo()).await;
     }
     stop.cancel();

@@ -319,19 +319,6 @@ mod tests {
         }
 
         #[test]
-        fn no_bytes_make_the_readers_panic(
-            start in 0..=HEADER_LENGTH, bytes in prop::collection::vec(any::<u8>(), 0..700),
-        ) {
-            let _ = Header::decode(&bytes);
-            // Also what begins well.
-            let _ = Header::decode(&[&header(1, "").encode()[..start], &bytes].concat());
-            for version in FIRST_VERSION..=LAST_VERSION {
-                let mut bytes = &bytes[..];
-                while Record::decode(version, &mut bytes).is_ok() {}
-            }
-        }
-
-        #[test]
         fn a_header_that_is_cut_or_of_another_version_is_refused(
             length in 0..HEADER_LENGTH, version in (LAST_VERSION + 1)..,
         ) {
@@ -341,6 +328,20 @@ mod tests {
             let refusal = Header::decode(&bytes).expect_err("another version");
             prop_assert!(refusal.contains("version"), "{}", refusal);
         }
+    }
+
+    #[test]
+    fn no_bytes_make_the_readers_panic() {
+        bolero::check!().for_each(|bytes| {
+            let _ = Header::decode(bytes);
+            // Also what begins well.
+            let start = bytes.first().map_or(0, |first| usize::from(*first).min(HEADER_LENGTH));
+            let _ = Header::decode(&[&header(1, "").encode()[..start], bytes].concat());
+            for version in FIRST_VERSION..=LAST_VERSION {
+                let mut bytes = bytes;
+                while Record::decode(version, &mut bytes).is_ok() {}
+            }
+        });
     }
 
     #[test]

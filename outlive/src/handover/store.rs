@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, info, warn};
 
-use super::{Kind, Next, Origin, Received, STORE_NAME, Secret, channel, pack, pack_tickets, unpack_tickets};
+use super::{Kind, Next, Origin, STORE_NAME, Secret, channel, pack, pack_tickets, unpack, unpack_tickets};
 use crate::kind::Name;
 use crate::log::message_id;
 use crate::metrics;
@@ -95,27 +95,34 @@ impl FdStore {
     }
 }
 
-/// Takes the connections that a predecessor left in `channels`. None where it left no channel.
-pub fn take(channels: Vec<anyhow::Result<OwnedFd>>, names: &[Name]) -> Option<Taken> {
+/// Goes on with the connections that a predecessor left in `channels`, and says what became of them. None where it left
+/// no channel.
+pub fn take(
+    channels: Vec<anyhow::Result<OwnedFd>>,
+    names: &[Name],
+    adopt: impl Fn(Connection),
+) -> Option<Taken> {
     if channels.is_empty() {
         return None;
     }
     let mut taken = Taken::default();
     for channel in channels {
-        if let Err(error) = channel.and_then(|channel| taken.empty(&channel, names)) {
+        if let Err(error) = channel.and_then(|channel| taken.empty(&channel, names, &adopt)) {
             taken.refuse(0, format!("{error:#}"));
         }
     }
-    metrics::TAKEN_OVER.inc_by(taken.connections() as u64);
+    metrics::TAKEN_OVER.inc_by(taken.connections as u64);
+    taken.log();
     Some(taken)
 }
 
 /// What was in the store.
 #[derive(Default)]
 pub struct Taken {
+    /// Connections that go on.
+    pub connections: usize,
     /// Keys of session tickets.
     pub tickets: Option<Secret>,
-    connections: Vec<Received>,
     origin: Option<Origin>,
     /// Connections closed because nobody here could go on with them.
     refused: usize,
@@ -124,20 +131,8 @@ pub struct Taken {
 }
 
 impl Taken {
-    /// How many connections can go on.
-    pub fn connections(&self) -> usize {
-        self.connections.len()
-    }
-
-    /// Goes on with them, and says what became of the others.
-    pub fn go_on(self, adopt: impl Fn(Connection)) {
-        let taken_over = self.connections();
-        for received in self.connections {
-            match received.connect() {
-                Ok(connection) => adopt(connection),
-                Err(error) => debug!(%error, "a client left while its connection was in the store"),
-            }
-        }
+    fn log(&self) {
+        let Self { connections: taken_over, refused, .. } = *self;
         if let Some(origin) = self.origin {
             let rest_ms = u64::try_from(origin.pause().as_millis()).unwrap_or(u64::MAX);
             info!(
@@ -147,15 +142,19 @@ impl Taken {
                 "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
             );
         }
-        if let Some(reason) = self.reason {
-            let refused = self.refused;
+        if let Some(reason) = &self.reason {
             warn!(refused, "closed {refused} connections of the predecessor: {reason}");
         }
     }
 
     /// Takes all that the channel's writer has sent. A frame that makes no sense costs the connections in
     /// it, and no others.
-    fn empty(&mut self, channel: &OwnedFd, names: &[Name]) -> anyhow::Result<()> {
+    fn empty(
+        &mut self,
+        channel: &OwnedFd,
+        names: &[Name],
+        adopt: &impl Fn(Connection),
+    ) -> anyhow::Result<()> {
         loop {
             match channel::receive(channel)? {
                 Next::Frame(frame) if frame.kind == Kind::Totals => {
@@ -170,8 +169,11 @@ impl Taken {
                         self.refuse(1, reason);
                     }
                     for (fd, record) in frame.sockets {
-                        match Received::new(fd, record, names) {
-                            Ok(received) => self.connections.push(received),
+                        match unpack(fd, record, names) {
+                            Ok(connection) => {
+                                self.connections += 1;
+                                adopt(connection);
+                            }
                             Err(reason) => self.refuse(1, reason),
                         }
                     }

@@ -15,12 +15,16 @@ use super::{Phase, Registry};
 use crate::lock::lock;
 use crate::stream::Peer;
 
+/// A connection that is idle for this long sleeps, until its peer says something.
+const DROWSY_AFTER: Duration = Duration::from_millis(1500);
+
 /// One open connection.
 pub struct Entry {
     pub(super) id: u64,
     pub peer: Peer,
     registry: Arc<Registry>,
-    opened: Instant,
+    /// When it came to be awake here, by the registry's clock.
+    registered: u64,
     /// A packed [`State`].
     state: AtomicU64,
     /// When it came to its stage, or its peer last took something, by the registry's clock.
@@ -78,7 +82,7 @@ impl Unfinished {
 /// Keeps a connection in the registry, and its slot under `--max-connections`, until dropped.
 pub struct Registration {
     pub entry: Arc<Entry>,
-    _slot: Option<OwnedSemaphorePermit>,
+    pub slot: Option<OwnedSemaphorePermit>,
 }
 
 impl Registration {
@@ -87,21 +91,22 @@ impl Registration {
         id: u64,
         peer: Peer,
         slot: Option<OwnedSemaphorePermit>,
+        since: u64,
     ) -> Self {
         let entry = Entry {
             id,
             peer,
             registry: registry.clone(),
-            opened: Instant::now(),
+            registered: registry.now(),
             state: AtomicU64::new(State::NEW.pack()),
-            since: AtomicU64::new(registry.now()),
+            since: AtomicU64::new(since),
             task: Mutex::default(),
             is_woken: AtomicBool::new(true),
             pending: Pending::default(),
             started: AtomicU64::new(0),
             listed: Mutex::default(),
         };
-        Self { entry: Arc::new(entry), _slot: slot }
+        Self { entry: Arc::new(entry), slot }
     }
 }
 
@@ -127,7 +132,7 @@ impl Entry {
 
     /// See [`Registry::keep_all_but_http1`].
     pub fn keeps_all_but_http1(&self) -> bool {
-        self.registry.keeps_all_but_http1.load(SeqCst)
+        self.registry.keeps_all_but_http1()
     }
 
     /// Whether the connection has its last answer still to give.
@@ -225,27 +230,46 @@ impl Entry {
         }
     }
 
+    // ---- rest ----
+
+    /// Whether the connection is to come to rest as soon as it can: for the next process, or because it is idle.
+    pub fn is_to_rest(&self) -> bool {
+        self.phase() == Phase::Resting || self.is_drowsy()
+    }
+
+    /// When it came to its stage, by the registry's clock.
+    pub fn since(&self) -> u64 {
+        self.since.load(Relaxed)
+    }
+
+    /// Whether it has been idle for so long that it is to sleep.
+    pub fn is_drowsy(&self) -> bool {
+        let state = self.state();
+        let is_idle = state.stage == Stage::Waiting && state.is_at_rest();
+        // Whoever has just been woken is given time to see what for.
+        let since = self.since().max(self.registered);
+        is_idle && self.registry.age(since) >= DROWSY_AFTER && !self.is_to_end()
+    }
+
     // ---- time limits ----
 
     /// Whether the connection has been too long in this stage.
     pub fn is_overdue(&self) -> bool {
         let limits = self.registry.limits();
         let state = self.state();
-        let since = || self.since.load(Relaxed);
         let (limit, since) = match state.stage {
-            Stage::Waiting => (limits.idle, since()),
-            Stage::Head => (limits.head, since()),
-            Stage::InFlight | Stage::Upgraded if !state.is_flushed() => (limits.stall, since()),
+            Stage::Waiting => (limits.idle, self.since()),
+            Stage::Head => (limits.head, self.since()),
+            Stage::InFlight | Stage::Upgraded if !state.is_flushed() => (limits.stall, self.since()),
             Stage::InFlight => match self.pending.since() {
                 Some(since) => (limits.stall, since),
                 None => return false,
             },
-            Stage::Ending => (limits.stall, since()),
-            Stage::Discarding | Stage::Closing => (limits.close, since()),
+            Stage::Ending => (limits.stall, self.since()),
+            Stage::Discarding | Stage::Closing => (limits.close, self.since()),
             Stage::Upgraded | Stage::Closed => return false,
         };
-        let spent = self.registry.now().saturating_sub(since);
-        u128::from(spent) > limit.as_millis()
+        self.registry.age(since) > limit
     }
 
     /// The time in this stage counts from now.
@@ -330,7 +354,11 @@ impl Entry {
     }
 
     pub(super) fn remaining(&self) -> Remaining {
-        Remaining { peer: self.peer, age: self.opened.elapsed(), requests: lock(&self.listed).clone() }
+        Remaining {
+            peer: self.peer,
+            age: self.registry.age(self.registered),
+            requests: lock(&self.listed).clone(),
+        }
     }
 }
 

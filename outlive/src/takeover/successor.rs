@@ -12,7 +12,7 @@ use tracing::{debug, info, warn};
 use super::launch::{Outcome, is_readable, take_standard_input};
 use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
 use crate::credentials::Credentials;
-use crate::handover::{Channel, Kind, Next, Origin, Received, receive_frame, send_frames, unpack_tickets};
+use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames, unpack, unpack_tickets};
 use crate::kind::Name;
 use crate::listeners::{Inherited, Listener};
 use crate::log::message_id;
@@ -167,20 +167,13 @@ async fn receive(
                     warn!("closed a connection of the predecessor: {reason}");
                 }
                 for (fd, record) in frame.sockets {
-                    let received = match Received::new(fd, record, &names) {
-                        Ok(received) => received,
-                        Err(reason) => {
-                            warn!("closed a connection of the predecessor: {reason}");
-                            continue;
-                        }
-                    };
-                    match received.connect() {
+                    match unpack(fd, record, &names) {
                         Ok(connection) => {
                             taken_over += 1;
                             metrics::TAKEN_OVER.inc();
                             server.adopt(connection);
                         }
-                        Err(error) => debug!(%error, "a client left while its connection moved"),
+                        Err(reason) => warn!("closed a connection of the predecessor: {reason}"),
                     }
                 }
             }

@@ -188,6 +188,19 @@ impl Session {
             && !self.is_immovable()
     }
 
+    /// Comes to rest where nothing is in its way; else nothing changes.
+    pub fn falls_asleep(&mut self) -> bool {
+        if self.rest != Rest::No {
+            return false;
+        }
+        self.hold();
+        let is_at_rest = self.is_at_rest();
+        if !is_at_rest {
+            self.release();
+        }
+        is_at_rest
+    }
+
     /// What another process has to know, and what was not consumed.
     pub fn leave(self) -> (Agreement, Bytes) {
         let mut unread = self.held;
@@ -356,7 +369,9 @@ impl Session {
     fn way_of(&mut self, head: Head, payload: &[u8]) -> Way {
         let Head { length, kind, stream, .. } = head;
         let is_former = (1..=self.former).contains(&stream);
-        let is_new = self.rest == Rest::Coming && stream > self.agreement.last_stream;
+        // Headers from before the client knew our settings are for a decoder that has a table: they do not wait.
+        let is_new =
+            self.rest == Rest::Coming && stream > self.agreement.last_stream && self.has_been_acknowledged();
         let by_stream = match (is_former, is_new) {
             (true, _) => Way::Swallow,
             (_, true) => Way::Hold,

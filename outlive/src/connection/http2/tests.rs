@@ -462,41 +462,59 @@ impl World {
     }
 }
 
+/// A kind of act, which of its objects, a size; how the bytes go then: in pieces of what size, how many.
+type Act = (u8, u16, i64, usize, usize);
+
+fn play(acts: impl IntoIterator<Item = Act>) {
+    let mut world = World::new();
+    for (kind, which, size, piece, times) in acts {
+        world.act(kind, which, size);
+        world.carry(piece, times);
+    }
+    world.end();
+}
+
 proptest! {
     #[test]
     fn both_ends_believe_the_same_after_every_move(
         acts in prop::collection::vec((any::<u8>(), any::<u16>(), 0..30_000_i64, 1..2_000_usize, 0..8_usize), 0..150),
     ) {
-        let mut world = World::new();
-        for (kind, which, size, piece, times) in acts {
-            world.act(kind, which, size);
-            world.carry(piece, times);
-        }
-        world.end();
+        play(acts);
     }
+}
 
-    #[test]
-    fn no_bytes_of_a_client_are_too_much(
-        pieces in prop::collection::vec((prop::collection::vec(any::<u8>(), 0..60), any::<u8>()), 0..40),
-        is_resumed: bool,
-    ) {
-        let mut session = if is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
+/// The same, for `make fuzz`.
+#[test]
+fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
+    let acts = bolero::produce::<Vec<(u8, u16, u16, u16, u8)>>().with().len(0..150_usize);
+    bolero::check!().with_generator(acts).cloned().for_each(|acts| {
+        play(acts.into_iter().map(|(kind, which, size, piece, times)| {
+            let (piece, times) = (usize::from(piece % 2_000) + 1, usize::from(times % 8));
+            (kind, which, i64::from(size % 30_000), piece, times)
+        }));
+    });
+}
+
+#[test]
+fn no_bytes_of_a_client_are_too_much() {
+    bolero::check!().with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(|(pieces, is_resumed)| {
+        let mut session = if *is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
         session.receive(PREFACE);
         for (bytes, act) in pieces {
-            session.receive(&bytes);
+            session.receive(bytes);
             match act % 6 {
                 0 => session.hold(),
                 1 => session.release(),
                 // Frames of every kind, small enough to be whole.
-                2 => session.receive(&frame(act % 11, act, u32::from(act), &bytes)),
-                3 => session.mediate(&frame(act % 11, act, u32::from(act), &bytes)),
+                2 => session.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
+                3 => session.mediate(&frame(act % 11, *act, u32::from(*act), bytes)),
                 _ => {}
             }
             let _ = session.is_at_rest();
             session.for_client().clear();
         }
         session.leave();
-    }
+    });
 }
 
 /// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, and goes on using its table.
@@ -531,4 +549,28 @@ fn a_client_that_goes_on_using_its_table_stays() {
         session.hold();
         assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{flags} {headers:?}");
     }
+}
+
+/// Held, they would seem to come after it, and to break what it promises.
+#[test]
+fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() {
+    let ends = END_STREAM | END_HEADERS;
+    let mut session = Session::new();
+    session.hold();
+    session.receive(&Client::new().sent);
+    session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+    session.for_h2().clear();
+    let first = frame(HEADERS, ends, 1, b"\x82");
+    session.receive(&first);
+    assert_eq!(session.for_h2(), &first);
+    session.for_h2().clear();
+    session.receive(&frame(SETTINGS, ACK, 0, &[]));
+    session.for_h2().clear();
+    let second = frame(HEADERS, ends, 3, b"\x20\x82");
+    session.receive(&second);
+    assert!(session.for_h2().is_empty());
+    session.sent(&frame(HEADERS, ends, 1, b"head"));
+    assert!(session.is_at_rest());
+    let (agreement, unread) = session.leave();
+    assert_eq!((agreement.last_stream, unread), (1, second.into()));
 }

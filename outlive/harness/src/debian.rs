@@ -1,0 +1,55 @@
+//! Debian packages, and later releases of them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, ensure};
+
+/// What `make deb` has made in `folder`.
+pub fn made(folder: &Path, name: &str) -> Result<PathBuf> {
+    let is_it = |file: &PathBuf| {
+        let file = file.file_name().unwrap_or_default().to_string_lossy();
+        file.starts_with(&format!("{name}_")) && file.ends_with(".deb")
+    };
+    let packages = fs::read_dir(folder.join("target/packages"))?;
+    packages
+        .flatten()
+        .map(|entry| entry.path())
+        .find(is_it)
+        .context("no package in target/packages: make deb")
+}
+
+/// A package like `first` but for its version, and what `change` does to its files.
+pub fn later_release(
+    first: &Path,
+    to: &Path,
+    version: &str,
+    change: impl FnOnce(&Path) -> Result<()>,
+) -> Result<()> {
+    let root = tempfile::tempdir()?;
+    run(Command::new("dpkg-deb").arg("--raw-extract").arg(first).arg(root.path()))?;
+    change(root.path())?;
+    let control = root.path().join("DEBIAN/control");
+    let text = fs::read_to_string(&control)?;
+    let versioned = |line: &str| {
+        if line.starts_with("Version: ") { format!("Version: {version}\n") } else { format!("{line}\n") }
+    };
+    fs::write(&control, text.lines().map(versioned).collect::<String>())?;
+    let mut build = Command::new("dpkg-deb");
+    run(build.args(["-Znone", "--root-owner-group", "--build"]).arg(root.path()).arg(to))
+}
+
+/// Another file, which does the same: what stands behind the end of a program is not loaded.
+pub fn append(file: &Path, text: &str) -> Result<()> {
+    let mut bytes = fs::read(file).with_context(|| format!("{}", file.display()))?;
+    bytes.extend_from_slice(text.as_bytes());
+    Ok(fs::write(file, bytes)?)
+}
+
+pub fn run(command: &mut Command) -> Result<()> {
+    let output = command.output().with_context(|| format!("{command:?}"))?;
+    let said = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
+    ensure!(output.status.success(), "{command:?}: {said}");
+    Ok(())
+}

@@ -1,0 +1,30 @@
+# What a package installs. Its units are for the systemd of the machine that builds it: some lines are for newer ones.
+PACKAGES := target/packages
+FILES := $(PACKAGES)/files
+.PHONY: package-files
+package-files: $(BINARY)
+	rm -rf $(FILES)
+	$(MAKE) --no-print-directory install DESTDIR=$(FILES) PREFIX=/usr
+	strip --strip-unneeded --remove-section=.comment --remove-section=.note $(FILES)/usr/bin/$(PACKAGE)
+	cargo run --quiet --example documents -- $(FILES)
+	install -D -m 644 -t $(FILES)/usr/share/dbus-1/system.d packaging/local.$(PACKAGE).conf
+	install -D -m 644 packaging/sysusers.conf $(FILES)/usr/lib/sysusers.d/$(PACKAGE).conf
+	install -D -m 644 packaging/changelog $(FILES)/usr/share/doc/$(PACKAGE)/changelog
+	mkdir -p $(addprefix $(PACKAGES)/,deb rpm)
+	cd outlive/packaging && for script in deb/* rpm/*; do \
+		sed -e '/^@TAKE_OVER@$$/{r take_over.sh' -e 'd}' $$script | \
+		sed 's/@NAME@/$(PACKAGE)/g; s/@VARIABLE@/$(VARIABLE)/g; s/@SOCKETS@/$(notdir $(filter %.socket,$(UNITS)))/g' \
+			>$(CURDIR)/$(PACKAGES)/$$script; done
+	gzip -9 --no-name $(FILES)/usr/share/man/man1/*.1 $(FILES)/usr/share/doc/$(PACKAGE)/changelog
+
+.PHONY: deb rpm
+deb: package-files cargo-deb
+	rm -f $(PACKAGES)/$(PACKAGE)_*.deb
+	cargo deb --no-build --output $(PACKAGES)/
+rpm: package-files cargo-generate-rpm
+	rm -f $(PACKAGES)/$(PACKAGE)-*.rpm
+	cargo generate-rpm --output $(PACKAGES)/
+
+.PHONY: cargo-deb cargo-generate-rpm
+cargo-deb cargo-generate-rpm:
+	@command -v $@ >/dev/null || $(INSTALL_TOOL) $@

@@ -1,0 +1,76 @@
+//! What a package has beside the binary and the units, in the words of its command line: a man page, completions, and
+//! the file of its variables. Beside this, in `deb/` and `rpm/`, the scripts of a package: they make an upgrade a
+//! takeover.
+
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Arg, Command};
+use clap_complete::{Shell, generate_to};
+
+/// Where packages of Debian and of Fedora have completions.
+const COMPLETIONS: [(Shell, &str); 3] = [
+    (Shell::Bash, "usr/share/bash-completion/completions"),
+    (Shell::Zsh, "usr/share/zsh/vendor-completions"),
+    (Shell::Fish, "usr/share/fish/vendor_completions.d"),
+];
+const WIDTH: usize = 100;
+
+/// Writes them to where they are installed, below `root`.
+pub fn documents(command: &Command, root: &Path) -> Result<()> {
+    let name = command.get_name().to_owned();
+    for (shell, folder) in COMPLETIONS {
+        let folder = made(&root.join(folder))?;
+        let file = generate_to(shell, &mut command.clone(), &name, &folder)?;
+        if matches!(shell, Shell::Bash) {
+            // Its shell looks for the name of the command.
+            fs::rename(file, folder.join(&name))?;
+        }
+    }
+    clap_mangen::generate_to(command.clone(), made(&root.join("usr/share/man/man1"))?)?;
+    fs::write(made(&root.join("etc/default"))?.join(&name), variables(command))?;
+    Ok(())
+}
+
+fn made(folder: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    Ok(folder.to_owned())
+}
+
+/// For `EnvironmentFile=`: each variable as a comment, with its default.
+fn variables(command: &Command) -> String {
+    let name = command.get_name();
+    let mut text = format!(
+        "# The configuration of {name}: take the # from a line to change it. It is in force with\n\
+         # `systemctl reload {name}`, which fails and changes nothing where {name} could not start with it.\n"
+    );
+    for arg in command.get_arguments() {
+        let Some(variable) = arg.get_env() else { continue };
+        let words = arg.get_long_help().or(arg.get_help()).map(ToString::to_string).unwrap_or_default();
+        let _ = write!(text, "\n{}", comment(&words));
+        let _ = writeln!(text, "#{}={}", variable.display(), value(arg));
+    }
+    text
+}
+
+fn value(arg: &Arg) -> String {
+    let values: Vec<_> = arg.get_default_values().iter().map(|value| value.to_string_lossy()).collect();
+    values.join(",")
+}
+
+fn comment(words: &str) -> String {
+    let mut text = String::new();
+    let mut line = String::from("#");
+    for word in words.split_whitespace() {
+        if line.len() + 1 + word.len() > WIDTH {
+            text += &line;
+            text += "\n";
+            line = String::from("#");
+        }
+        line += " ";
+        line += word;
+    }
+    text + &line + "\n"
+}

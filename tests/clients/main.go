@@ -1,0 +1,132 @@
+// Go's net/http: ten goroutines, each one request after the other, for so many seconds. Prints a line: answered, lost,
+// connections made, of these the ones that it closed though nobody had told it to.
+//
+// net/http closes a connection of its own accord too, where its own writer was kept waiting for 50 ms
+// (`maxWriteWaitBeforeConnReuse` in its transport.go), and makes another without a word. Whatever ends a connection
+// else is the server's doing, and goes to stderr.
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+var made, closed atomic.Int64
+
+// What net/http sees of a connection: of one with TLS, what is inside.
+type watched struct {
+	net.Conn
+	isClosed atomic.Bool
+}
+
+func (connection *watched) Read(bytes []byte) (int, error) {
+	read, err := connection.Conn.Read(bytes)
+	if err != nil && !connection.isClosed.Load() {
+		fmt.Fprintln(os.Stderr, "the server ended a connection:", err)
+	}
+	return read, err
+}
+
+func (connection *watched) Close() error {
+	if !connection.isClosed.Swap(true) {
+		closed.Add(1)
+	}
+	return connection.Conn.Close()
+}
+
+func main() {
+	url, protocol := os.Args[1], os.Args[3]
+	seconds, err := strconv.Atoi(os.Args[2])
+	if err != nil {
+		panic(err)
+	}
+	chain, err := os.ReadFile(os.Args[4])
+	if err != nil {
+		panic(err)
+	}
+	roots := x509.NewCertPool()
+	roots.AppendCertsFromPEM(chain)
+	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
+		// net/http speaks HTTP/2 on a *tls.Conn alone: there, what is under it is watched.
+		isHTTP2 := protocol == "HTTP/2.0"
+		config := &tls.Config{RootCAs: roots, ServerName: "localhost"}
+		if isHTTP2 {
+			config.NextProtos = []string{"h2"}
+		}
+		connection, err := new(net.Dialer).DialContext(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		made.Add(1)
+		if isHTTP2 {
+			connection = &watched{Conn: connection}
+		}
+		secured := tls.Client(connection, config)
+		if err := secured.HandshakeContext(ctx); err != nil {
+			fmt.Fprintln(os.Stderr, "no TLS:", err)
+			return nil, err
+		}
+		if isHTTP2 {
+			return secured, nil
+		}
+		return &watched{Conn: secured}, nil
+	}
+	transport := &http.Transport{
+		DialTLSContext:      dial,
+		ForceAttemptHTTP2:   protocol == "HTTP/2.0",
+		MaxConnsPerHost:     10,
+		MaxIdleConnsPerHost: 10,
+	}
+	client := &http.Client{Transport: transport}
+	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	var answered, lost atomic.Int64
+	ask := func() {
+		// A POST is not sent again by the client itself.
+		request, err := http.NewRequest("POST", url, nil)
+		if err != nil {
+			panic(err)
+		}
+		answer, err := client.Do(request)
+		if err == nil {
+			_, err = io.ReadAll(answer.Body)
+			answer.Body.Close()
+			if err == nil && (answer.StatusCode != 200 || answer.Proto != protocol) {
+				err = errors.New(answer.Proto + " " + answer.Status)
+			}
+			if answer.Close {
+				fmt.Fprintln(os.Stderr, "the server ends a connection with its answer")
+			}
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			lost.Add(1)
+			return
+		}
+		answered.Add(1)
+	}
+	// The first alone: whoever knows of no HTTP/2 connection yet makes one.
+	ask()
+	var group sync.WaitGroup
+	for range 10 {
+		group.Add(1)
+		go func() {
+			defer group.Done()
+			for time.Now().Before(end) {
+				ask()
+			}
+		}()
+	}
+	group.Wait()
+	fmt.Println(answered.Load(), lost.Load(), made.Load(), closed.Load())
+}

@@ -1,0 +1,209 @@
+//! What idle connections cost, and that nobody notices how little: those that say nothing for a while sleep.
+
+use std::time::Duration;
+
+use harness::client::{Connection, Http2, Target, get};
+use harness::full_service::FullService;
+use harness::service::Service;
+use harness::{block_on, eventually};
+use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+/// By when an idle connection sleeps.
+const ASLEEP: Duration = Duration::from_secs(3);
+
+/// A client of any kind, on a connection of its own.
+enum Client {
+    Http1(Connection),
+    Http2(Http2),
+}
+
+impl Client {
+    async fn open(service: &FullService, kind: usize) -> Self {
+        let plain = Target::Tcp(service.http);
+        let tls = |protocol| service.https(&[protocol]).expect("a certificate");
+        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("a connection"));
+        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("a connection"));
+        match kind % 4 {
+            0 => http1(plain).await,
+            1 => http2(plain).await,
+            2 => http1(tls("http/1.1")).await,
+            _ => http2(tls("h2")).await,
+        }
+    }
+
+    async fn is_answered(&mut self) {
+        let status = match self {
+            Self::Http1(connection) => connection.ask(&get("/")).await.expect("an answer").status,
+            Self::Http2(connection) => connection.get("/").await.expect("an answer").expect("no GOAWAY").0,
+        };
+        assert_eq!(status, 200);
+    }
+}
+
+/// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
+#[test]
+fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
+    let service = FullService::start(BINARY, &[]).expect("a service");
+    block_on(async {
+        let mut clients = JoinSet::new();
+        for number in 0..400_u64 {
+            let mut client = Client::open(&service, usize::try_from(number).expect("small")).await;
+            clients.spawn(async move {
+                for round in 0..4 {
+                    // 0.7 s to 3.1 s, in steps that no other has.
+                    sleep(Duration::from_millis(700 + (number * 6 + round * 613) % 2400)).await;
+                    client.is_answered().await;
+                }
+            });
+        }
+        clients.join_all().await;
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is_not() {
+    let service = FullService::start(BINARY, &["--idle-timeout", "4s"]).expect("a service");
+    block_on(async {
+        let mut clients = Vec::new();
+        for kind in 0..4 {
+            clients.push((Client::open(&service, kind).await, Client::open(&service, kind).await));
+        }
+        for (left_alone, woken) in &mut clients {
+            left_alone.is_answered().await;
+            woken.is_answered().await;
+        }
+        let begun = Instant::now();
+        for _ in 0..2 {
+            sleep(ASLEEP).await;
+            for (_, woken) in &mut clients {
+                woken.is_answered().await;
+            }
+        }
+        assert!(begun.elapsed() > Duration::from_secs(6));
+        for (left_alone, _) in clients {
+            let ended = async {
+                match left_alone {
+                    Client::Http1(mut connection) => connection.read_more().await.expect("the end") == 0,
+                    Client::Http2(mut connection) => connection.is_over().await,
+                }
+            };
+            assert!(timeout(ASLEEP, ended).await.expect("in time"));
+        }
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_goes_on_in_the_next_process_and_the_next() {
+    let mut service = Service::start_with_store(BINARY, &[]).expect("a service");
+    block_on(async {
+        let mut connections = Vec::new();
+        for number in 0..10 {
+            let mut connection = service.connect().await;
+            // Some have never said anything.
+            if number % 2 == 0 {
+                assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+            }
+            connections.push(connection);
+        }
+        for generation in 2..4 {
+            sleep(ASLEEP).await;
+            service.signal(Signal::TERM);
+            service = service.restart(BINARY).expect("the next service");
+            let said = format!("generation {generation},");
+            for connection in &mut connections {
+                let answer = connection.ask(&get("/")).await.expect("an answer").text();
+                assert!(answer.contains(&said), "{answer}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_is_told_to_close_where_nobody_comes_after() {
+    let mut service = Service::start(BINARY, &[]).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.ask(&get("/")).await.expect("an answer");
+        sleep(ASLEEP).await;
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("a process"));
+        assert!(connection.ask(&get("/")).await.expect("an answer").closes());
+        let (status, _) = service.end().expect("an end");
+        assert!(status.success(), "{status}");
+    });
+}
+
+#[test]
+fn connections_that_sleep_are_counted_as_such() {
+    let service = FullService::start(BINARY, &[]).expect("a service");
+    block_on(async {
+        let mut clients = Vec::new();
+        for kind in 0..4 {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            clients.push(client);
+        }
+        let count = async |stage: &str| {
+            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
+            let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
+            let name = format!("connections{{stage=\"{stage}\"}} ");
+            let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
+            line.parse::<u32>().expect("a number")
+        };
+        assert_eq!(count("asleep").await, 0);
+        let asleep = async {
+            while count("asleep").await != 4 {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(2 * ASLEEP, asleep).await.expect("all sleep");
+        for client in &mut clients {
+            client.is_answered().await;
+        }
+        assert_eq!((count("asleep").await, count("waiting").await), (0, 4));
+    });
+}
+
+/// Bytes that the process has in memory.
+fn resident(service: &FullService) -> u64 {
+    let path = format!("/proc/{}/status", service.process.pid().as_raw_nonzero());
+    let status = std::fs::read_to_string(path).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+/// `benches/` has the figures; this is what no change may break.
+#[test]
+fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
+    const COUNT: u64 = 4_000;
+    /// 1 kB each, and 14 kB each before they sleep.
+    const LITTLE: u64 = 4_000;
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("more files");
+    let service = FullService::start(BINARY, &[]).expect("a service");
+    block_on(async {
+        let target = Target::Tcp(service.http);
+        Connection::open(&target).await.expect("a connection").ask(&get("/")).await.expect("an answer");
+        let alone = resident(&service);
+        let each = || resident(&service).saturating_sub(alone) / COUNT;
+        let mut connections = Vec::new();
+        for _ in 0..COUNT {
+            connections.push(Connection::open(&target).await.expect("a connection"));
+        }
+        for _ in 0..2 {
+            for connection in &mut connections {
+                connection.send(&get("/")).await.expect("sent");
+            }
+            for connection in &mut connections {
+                assert_eq!(connection.answer().await.expect("an answer").status, 200);
+            }
+            assert!(each() > LITTLE, "they are awake: {}", each());
+            eventually("memory goes back to the system", || each() < LITTLE);
+        }
+    });
+}
