@@ -103,5 +103,5 @@ check-units:
 update:
 	@outlive/update '$(FROM)'
 
-include outlive/packaging/packages.mk
+include $(dir $(lastword $(MAKEFILE_LIST)))outlive/packaging/packages.mk
 -include proof.mk

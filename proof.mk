@@ -1,6 +1,8 @@
 # What only the repository of the library has: its proof on real systemds, the experiment, and `make new`.
 #
 # make fuzz TIME=1m   looks for bytes from outside that break it
+# make model          tries every order in which the registry's tasks can meet
+# make soak TIME=10m  verbs and faults at random, under clients that never retry, on each systemd
 # make bench          the experiment: restarts under load, beside other servers
 # make new NAME=shop DIR=../shop
 #                     a repository for a service of your own
@@ -52,6 +54,19 @@ fuzz:
 			|| { grep -a -A 3 'panicked\|ERROR' $$kept.log; echo "$$target: see $$kept.log"; exit 1; }; \
 		echo "$$target: $$(sed -n 's/.*number_of_executed_units: *//p' $$kept.log) inputs, nothing found"; \
 	done
+
+# The registry's own code, with loom's atomics. Its flag is for this crate alone: nothing else is built anew.
+.PHONY: model
+model:
+	@binary=$$(cargo rustc --quiet --package outlive --lib --profile test --message-format=json -- --cfg model \
+		| sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && $$binary --quiet registry::models
+
+# SEED=… draws again what was drawn.
+SEED :=
+.PHONY: soak
+soak: TIME := 10m
+soak: root tools target/systemd-257 target/systemd-252 $(BINARY)
+	cargo bench --bench soak -- --time $(TIME) $(if $(SEED),--seed $(SEED))
 
 # Binaries that show by what they lack what it costs: `LEFT_OUT` of outlive/src/requests.rs.
 WITHOUT := $(addprefix target/bench/without-,ids metrics limits spans all)

@@ -186,7 +186,7 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Lingering);
         let told = async {
             server.own_ports_closed().await;
-            let mut before = registry.entries();
+            let mut before = registry.watched();
             registry
                 .until(|| {
                     before.retain(|entry| entry.is_unanswered());

@@ -31,6 +31,7 @@ mod signals;
 mod sleepers;
 mod status;
 mod stream;
+mod sync;
 mod sys;
 mod systemd;
 mod takeover;

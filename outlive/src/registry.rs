@@ -3,21 +3,26 @@
 //! (`state.rs`) that its own tasks change (`entry.rs`); a request that is answered at once takes no lock.
 
 mod entry;
+#[cfg(all(test, model))]
+mod models;
 mod state;
+mod tally;
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize};
-use std::sync::{Arc, Mutex};
+use std::hash::{BuildHasherDefault, DefaultHasher};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{self, AtomicUsize};
 use std::time::{Duration, Instant};
 
 pub use entry::{Entry, InFlight, PendingFrame, Registration, Remaining, Unfinished};
 pub use state::Stage;
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tally::{Outstanding, Tally};
+use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use crate::lock::lock;
 use crate::stream::Peer;
+use crate::sync::{Mutex, Notify, lock};
 
 /// What the process wants of its connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,28 +84,23 @@ pub struct Registry {
     born: Instant,
     limits: Limits,
     shutdown: CancellationToken,
-    phase: AtomicU8,
-    /// The phase has changed; or, but in `Serving`, a connection has come to rest or closed.
+    /// The phase, and what keeps the process from ending.
+    tally: Tally,
+    /// The phase has changed; what is outstanding has come to its end; or, of a connection that somebody waits for,
+    /// what it is doing has changed.
     changed: Notify,
     connections: Mutex<Connections>,
-    /// How many of these have their last answer still to give.
-    unanswered: AtomicU64,
-    /// Tasks that may be holding a connection which is not in `connections` yet.
-    accepting: AtomicU32,
-    /// Predecessors whose connections still come.
-    arriving: AtomicU32,
-    /// Whether nobody goes on with HTTP/2 and TLS connections.
-    keeps_all_but_http1: AtomicBool,
     /// Connections that sleep (`sleepers.rs`), which are not in `connections`.
     asleep: AtomicUsize,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
-    now: AtomicU64,
+    now: atomic::AtomicU64,
 }
 
 #[derive(Default)]
 struct Connections {
     next_id: u64,
-    open: HashMap<u64, Arc<Entry>>,
+    /// Its keys are our own: no peer can choose them.
+    open: HashMap<u64, Arc<Entry>, BuildHasherDefault<DefaultHasher>>,
     /// Requests answered on those that are closed.
     answered: u64,
 }
@@ -120,15 +120,11 @@ impl Registry {
             born: Instant::now(),
             limits,
             shutdown,
-            phase: AtomicU8::new(Phase::Serving as u8),
+            tally: Tally::new(),
             changed: Notify::new(),
-            connections: Mutex::default(),
-            unanswered: AtomicU64::new(0),
-            accepting: AtomicU32::new(0),
-            arriving: AtomicU32::new(0),
-            keeps_all_but_http1: AtomicBool::new(false),
+            connections: Mutex::new(Connections::default()),
             asleep: AtomicUsize::new(0),
-            now: AtomicU64::new(0),
+            now: atomic::AtomicU64::new(0),
         })
     }
 
@@ -147,7 +143,7 @@ impl Registry {
         let id = connections.next_id;
         connections.next_id += 1;
         let registration = Registration::new(self, id, peer, slot, since);
-        self.unanswered.fetch_add(1, SeqCst);
+        self.tally.add(Outstanding::Unanswered);
         connections.open.insert(id, registration.entry.clone());
         registration
     }
@@ -162,9 +158,18 @@ impl Registry {
 
     fn count_unanswered(&self, before: Stage, after: Stage) {
         match (before.is_unanswered(), after.is_unanswered()) {
-            (true, false) => _ = self.unanswered.fetch_sub(1, SeqCst),
-            (false, true) => _ = self.unanswered.fetch_add(1, SeqCst),
+            (true, false) => self.take(Outstanding::Unanswered),
+            (false, true) => _ = self.tally.add(Outstanding::Unanswered),
             _ => {}
+        }
+    }
+
+    /// One less. Whoever waits hears of the last.
+    fn take(&self, one: Outstanding) {
+        let standing = self.tally.take(one);
+        let is_last = standing.is_done() || one == Outstanding::Arriving && !standing.is_arriving();
+        if is_last && !matches!(standing.phase(), Phase::Serving | Phase::Announcing) {
+            self.changed.notify_waiters();
         }
     }
 
@@ -193,11 +198,11 @@ impl Registry {
 
     /// So many connections sleep: they are open, and need nothing.
     pub fn set_asleep(&self, count: usize) {
-        self.asleep.store(count, SeqCst);
+        self.asleep.store(count, Relaxed);
     }
 
     pub fn asleep(&self) -> usize {
-        self.asleep.load(SeqCst)
+        self.asleep.load(Relaxed)
     }
 
     fn set_now(&self, now: u64) {
@@ -205,21 +210,20 @@ impl Registry {
     }
 
     pub fn phase(&self) -> Phase {
-        Phase::ALL[usize::from(self.phase.load(SeqCst))]
+        self.tally.now().phase()
     }
 
     /// Sets a phase after `Serving`.
     pub fn set_phase(&self, phase: Phase) {
-        let before = self.phase();
-        self.phase.store(phase as u8, SeqCst);
+        let before = self.tally.enter(phase);
         self.changed.notify_waiters();
         if phase == Phase::Announcing {
             return;
         }
         self.shutdown.cancel();
         // Business goes on for most: that is no news to wake thousands for.
-        let is_first = matches!(before, Phase::Serving | Phase::Announcing);
-        let goes_on = is_first && phase == Phase::Draining && !self.keeps_all_but_http1.load(SeqCst);
+        let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
+        let goes_on = is_first && phase == Phase::Draining && !before.keeps_all_but_http1();
         let is_old = |entry: &Entry| goes_on && entry.state().is_movable();
         for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
@@ -229,12 +233,12 @@ impl Registry {
     /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said
     /// before the phase that asks them to come to rest.
     pub fn keep_all_but_http1(&self) {
-        self.keeps_all_but_http1.store(true, SeqCst);
+        self.tally.keep_all_but_http1();
     }
 
     /// See [`Registry::keep_all_but_http1`].
     pub fn keeps_all_but_http1(&self) -> bool {
-        self.keeps_all_but_http1.load(SeqCst)
+        self.tally.now().keeps_all_but_http1()
     }
 
     /// Waits until the phase is one that `wanted` says yes to.
@@ -242,8 +246,9 @@ impl Registry {
         self.until(|| wanted(self.phase())).await;
     }
 
-    /// Waits until `done`, which is asked again each time that a connection of a process that no longer
-    /// just serves comes to rest or closes.
+    /// Waits until `done`, which is asked again at each change of the phase, when [`Registry::is_done`] comes to be so
+    /// in a process that no longer just serves, when the last predecessor has ended, and at each change of a
+    /// connection that is [`Registry::watched`].
     pub async fn until(&self, mut done: impl FnMut() -> bool) {
         loop {
             let changed = self.changed.notified();
@@ -256,38 +261,44 @@ impl Registry {
         }
     }
 
-    fn notify_of_change(&self) {
-        match self.phase() {
-            Phase::Serving | Phase::Announcing => {}
-            // By the thousand, and only the last one matters.
-            Phase::Resting if !self.is_done() => {}
-            _ => self.changed.notify_waiters(),
+    /// A connection that somebody waits for has changed.
+    fn notify_of_watched(&self) {
+        // There it is the last one of all that is waited for (`take`), and they come by the thousand.
+        if self.phase() != Phase::Resting {
+            self.changed.notify_waiters();
         }
     }
 
     /// While this is held, a connection may come.
     pub fn accepting(&self) -> Accepting<'_> {
-        self.accepting.fetch_add(1, SeqCst);
+        self.tally.add(Outstanding::Accepting);
         Accepting(self)
     }
 
     /// While this is held, a predecessor passes connections on.
     pub fn arriving(&self) -> Arriving<'_> {
-        self.arriving.fetch_add(1, SeqCst);
+        self.tally.add(Outstanding::Arriving);
         Arriving(self)
     }
 
     pub fn is_arriving(&self) -> bool {
-        self.arriving.load(SeqCst) > 0
+        self.tally.now().is_arriving()
     }
 
     /// Whether the last answer of every connection is out, and no connection comes any more.
     pub fn is_done(&self) -> bool {
-        self.accepting.load(SeqCst) == 0 && !self.is_arriving() && self.unanswered.load(SeqCst) == 0
+        self.tally.now().is_done()
     }
 
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.connections).open.values().cloned().collect()
+    }
+
+    /// Of all that are open, whoever waits in [`Registry::until`] hears.
+    pub fn watched(&self) -> Vec<Arc<Entry>> {
+        let entries = self.entries();
+        entries.iter().for_each(|entry| entry.watch());
+        entries
     }
 
     pub fn counts(&self) -> Counts {
@@ -309,9 +320,10 @@ impl Registry {
     }
 
     /// What has to end before the others can move on without waiting for it: the requests in flight
-    /// now, the connections that are ending, and those that cannot move.
+    /// now, the connections that are ending, and those that cannot move. Whoever waits in [`Registry::until`] hears of
+    /// each of them.
     pub fn unfinished(&self) -> Vec<Unfinished> {
-        let mut all: Vec<_> = self.entries().into_iter().map(Unfinished::new).collect();
+        let mut all: Vec<_> = self.watched().into_iter().map(Unfinished::new).collect();
         all.retain(Unfinished::is_so);
         all
     }
@@ -341,8 +353,7 @@ pub struct Accepting<'a>(&'a Registry);
 
 impl Drop for Accepting<'_> {
     fn drop(&mut self) {
-        self.0.accepting.fetch_sub(1, SeqCst);
-        self.0.notify_of_change();
+        self.0.take(Outstanding::Accepting);
     }
 }
 
@@ -351,13 +362,14 @@ pub struct Arriving<'a>(&'a Registry);
 
 impl Drop for Arriving<'_> {
     fn drop(&mut self) {
-        self.0.arriving.fetch_sub(1, SeqCst);
-        self.0.notify_of_change();
+        self.0.take(Outstanding::Arriving);
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(model)))]
 mod tests {
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
+
     use hyper::Uri;
 
     use super::*;

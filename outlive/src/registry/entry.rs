@@ -1,8 +1,8 @@
 //! One open connection: what its own tasks report of it, and what others may ask.
 
-use std::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -12,8 +12,8 @@ use tokio::sync::OwnedSemaphorePermit;
 
 use super::state::{Event, Stage, State};
 use super::{Phase, Registry};
-use crate::lock::lock;
 use crate::stream::Peer;
+use crate::sync::{AtomicU64, Mutex, lock};
 
 /// A connection that is idle for this long sleeps, until its peer says something.
 const DROWSY_AFTER: Duration = Duration::from_millis(1500);
@@ -28,10 +28,9 @@ pub struct Entry {
     /// A packed [`State`].
     state: AtomicU64,
     /// When it came to its stage, or its peer last took something, by the registry's clock.
-    since: AtomicU64,
+    since: atomic::AtomicU64,
+    /// Who drives it. That there is one, the state says too; both are changed under this lock.
     task: Mutex<Option<Waker>>,
-    /// Whether there is none in `task`.
-    is_woken: AtomicBool,
     pending: Pending,
     /// Requests that have begun; one task alone counts them.
     started: AtomicU64,
@@ -99,12 +98,11 @@ impl Registration {
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.pack()),
-            since: AtomicU64::new(since),
-            task: Mutex::default(),
-            is_woken: AtomicBool::new(true),
-            pending: Pending::default(),
+            since: atomic::AtomicU64::new(since),
+            task: Mutex::new(None),
+            pending: Pending(AtomicU64::new(0)),
             started: AtomicU64::new(0),
-            listed: Mutex::default(),
+            listed: Mutex::new(Vec::new()),
         };
         Self { entry: Arc::new(entry), slot }
     }
@@ -119,7 +117,7 @@ impl Drop for Registration {
 
 impl Entry {
     pub fn state(&self) -> State {
-        State::unpack(self.state.load(SeqCst))
+        State::unpack(self.state.load(Acquire))
     }
 
     pub fn stage(&self) -> Stage {
@@ -146,9 +144,15 @@ impl Entry {
         state.is_worn() || self.phase().ends(state.is_movable())
     }
 
-    /// Changes the state, and tells whoever has to hear of it.
-    fn apply(&self, event: Event) {
-        let mut word = self.state.load(SeqCst);
+    /// From now on, whoever waits in [`Registry::until`] hears of what changes here. What had changed before, the caller
+    /// sees: one of the two comes first in this word.
+    pub(super) fn watch(&self) {
+        self.state.fetch_or(State::WATCHED, AcqRel);
+    }
+
+    /// Changes the state, and tells whoever has to hear of it. Gives the state before.
+    fn apply(&self, event: Event) -> State {
+        let mut word = self.state.load(Acquire);
         let (before, next, effects) = loop {
             let before = State::unpack(word);
             let (next, effects) = before.after(event);
@@ -158,25 +162,26 @@ impl Entry {
             if next.stage != before.stage {
                 self.touch();
             }
-            // Somebody may wait for this: what they read is not to be older than the phase that we read.
-            match self.state.compare_exchange_weak(word, next.pack(), SeqCst, SeqCst) {
+            match self.state.compare_exchange_weak(word, next.pack(), AcqRel, Acquire) {
                 Ok(_) => break (before, next, effects),
                 Err(changed) => word = changed,
             }
         };
         self.registry.count_unanswered(before.stage, next.stage);
         if effects.waiters {
-            self.registry.notify_of_change();
+            self.registry.notify_of_watched();
         }
         if effects.driver {
             self.wake();
         }
+        before
     }
 
     /// The driver's turn: `poll`, and then a look at whether the connection waits again.
     pub fn turn<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        self.wake_on_change(cx);
-        self.apply(Event::TurnBegins);
+        if !self.apply(Event::TurnBegins).has_waker {
+            self.replace_waker(cx);
+        }
         let polled = poll(cx);
         self.apply(Event::TurnEnds);
         polled
@@ -206,8 +211,8 @@ impl Entry {
     /// Makes the task of `cx`, which is the same each time, the one that is woken when the phase changes or a
     /// limit has passed.
     pub fn wake_on_change(&self, cx: &Context<'_>) {
-        // Whoever wakes it says so first: a task that reads here that it will be woken will be.
-        if self.is_woken.load(Acquire) {
+        // A task that reads here that it will be woken will be, if it has not been: it is polled again.
+        if !self.state().has_waker {
             self.replace_waker(cx);
         }
     }
@@ -216,13 +221,13 @@ impl Entry {
     pub fn replace_waker(&self, cx: &Context<'_>) {
         let mut task = lock(&self.task);
         *task = Some(cx.waker().clone());
-        self.is_woken.store(false, Relaxed);
+        self.apply(Event::WakerLeft);
     }
 
     pub(super) fn wake(&self) {
         let waker = {
             let mut task = lock(&self.task);
-            self.is_woken.store(true, Relaxed);
+            self.apply(Event::WakerTaken);
             task.take()
         };
         if let Some(waker) = waker {
@@ -364,7 +369,6 @@ impl Entry {
 
 /// Frames of answers that wait for room in the peer's windows (HTTP/2), and when one of them came or was taken
 /// last. Both in one word: nobody ever sees one without the other.
-#[derive(Default)]
 struct Pending(AtomicU64);
 
 impl Pending {
@@ -380,7 +384,7 @@ impl Pending {
     fn count(&self, change: impl Fn(u64) -> u64, now: u64) {
         let next = |word: u64| Some(change(word >> Self::TIME) << Self::TIME | now);
         // It always gives one.
-        let _ = self.0.fetch_update(SeqCst, SeqCst, next);
+        let _ = self.0.fetch_update(AcqRel, Acquire, next);
     }
 }
 
@@ -400,7 +404,7 @@ impl Drop for PendingFrame {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(model)))]
 mod tests {
     use std::sync::mpsc;
     use std::thread;

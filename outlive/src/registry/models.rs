@@ -1,0 +1,235 @@
+//! The registry, in every order that its tasks can meet in and with every value that the memory model lets them read:
+//! `make model`. A wake-up that is missed is a deadlock here, which loom reports.
+//!
+//! Each says what was broken on purpose to see it fail.
+
+use std::future::poll_fn;
+use std::task::Poll;
+
+use hyper::Uri;
+use loom::future::block_on;
+use loom::thread;
+
+use super::*;
+
+/// As many preemptions as are tried in one run: what three tasks get wrong, they do with fewer.
+const PREEMPTIONS: usize = 2;
+
+fn check(model: impl Fn(Arc<Registry>) + Send + Sync + 'static) {
+    let limit = Duration::from_secs(1);
+    let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = Some(PREEMPTIONS);
+    builder.check(move || model(Registry::new(limits, CancellationToken::new())));
+}
+
+fn task(run: impl FnOnce() + 'static) -> thread::JoinHandle<()> {
+    thread::spawn(run)
+}
+
+fn end(tasks: impl IntoIterator<Item = thread::JoinHandle<()>>) {
+    for task in tasks {
+        task.join().expect("no panic");
+    }
+}
+
+/// A connection's task from one request to its rest or its end, whichever the phase asks for: as `connection.rs` does.
+fn drive(registration: Registration) {
+    let entry = registration.entry.clone();
+    block_on(poll_fn(|cx| {
+        let _: Poll<()> = entry.turn(cx, |_| Poll::Pending);
+        let is_at_rest = entry.state().is_at_rest();
+        if is_at_rest && (entry.is_to_rest() || entry.is_to_end()) { Poll::Ready(()) } else { Poll::Pending }
+    }));
+    drop(registration);
+}
+
+fn begin(registration: &Registration) {
+    registration.entry.begin(&Uri::from_static("/"));
+}
+
+fn drain(registry: &Registry) {
+    registry.set_phase(Phase::Draining);
+    let mut unfinished = registry.unfinished();
+    block_on(registry.until(|| {
+        unfinished.retain(Unfinished::is_so);
+        unfinished.is_empty() && !registry.is_arriving()
+    }));
+}
+
+fn rest(registry: &Registry) {
+    registry.set_phase(Phase::Resting);
+    block_on(registry.until(|| registry.is_done()));
+    assert_eq!(registry.entries().len(), 0, "a done registry has no connection");
+}
+
+/// Red: without the wakes of `set_phase`; with `wake_on_change` behind the look at the phase in `turn`; with a waker
+/// stored before the lock; without the bell in `take`.
+#[test]
+fn a_connection_hears_that_it_is_to_rest_and_whoever_waits_hears_that_it_does() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        let connection = task(move || drive(registration));
+        rest(&registry);
+        end([connection]);
+    });
+}
+
+/// Red: with the last count taken by a load and a store; with the bell rung for the first to come to rest alone.
+#[test]
+fn the_last_of_two_that_come_to_rest_is_heard() {
+    check(|registry| {
+        let connections = [(); 2].map(|()| {
+            let registration = registry.register(Peer::Unix, None);
+            task(move || drive(registration))
+        });
+        rest(&registry);
+        end(connections);
+    });
+}
+
+/// Red: without the mark of `watch`; with the mark set only where it is not set yet, and looked for by a load; with
+/// `Relaxed` in `apply`.
+#[test]
+fn a_request_that_ends_as_a_drain_begins_is_waited_for_and_heard() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        begin(&registration);
+        let connection = task(move || {
+            registration.entry.end();
+            drive(registration);
+        });
+        drain(&registry);
+        rest(&registry);
+        end([connection]);
+    });
+}
+
+/// Red: without the wake of the driver in `apply`; with `is_driven` left out of it.
+#[test]
+fn a_request_that_ends_in_a_task_of_its_own_lets_its_connection_rest() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        begin(&registration);
+        let entry = registration.entry.clone();
+        let handler = task(move || entry.end());
+        let connection = task(move || drive(registration));
+        rest(&registry);
+        end([handler, connection]);
+    });
+}
+
+/// Red: with `accepting` counted behind the look at the phase.
+#[test]
+fn a_connection_that_is_accepted_as_the_phase_changes_is_waited_for_or_not_taken() {
+    check(|registry| {
+        let acceptor = registry.clone();
+        let accept = task(move || {
+            let accepted = {
+                let _accepting = acceptor.accepting();
+                acceptor.phase().accepts().then(|| acceptor.register(Peer::Unix, None))
+            };
+            if let Some(registration) = accepted {
+                drive(registration);
+            }
+        });
+        rest(&registry);
+        end([accept]);
+    });
+}
+
+/// Red: without the bell in `take` for the last that arrives.
+#[test]
+fn what_a_predecessor_passes_on_during_a_drain_is_waited_for() {
+    check(|registry| {
+        let (begin, begun) = loom::sync::mpsc::channel();
+        let successor = registry.clone();
+        let receive = task(move || {
+            let arriving = successor.arriving();
+            begin.send(()).expect("it waits");
+            let registration = successor.register(Peer::Unix, None);
+            drop(arriving);
+            drive(registration);
+        });
+        begun.recv().expect("it begins");
+        drain(&registry);
+        rest(&registry);
+        end([receive]);
+    });
+}
+
+/// A drain's loop: at the first try somebody is busy, and all are served on. Red: as the drain above, in its second
+/// round.
+#[test]
+fn a_request_that_comes_as_all_are_to_rest_is_answered_and_then_all_rest() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        let connection = task(move || {
+            begin(&registration);
+            registration.entry.end();
+            drive(registration);
+        });
+        drain(&registry);
+        registry.set_phase(Phase::Resting);
+        if !registry.is_done() {
+            drain(&registry);
+        }
+        rest(&registry);
+        end([connection]);
+    });
+}
+
+/// Several at once (HTTP/2): one that was there before ends beside one that goes on. Red: without `RequestEnds` among
+/// what whoever waits hears of.
+#[test]
+fn an_old_request_that_ends_beside_a_newer_one_is_heard() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        let entry = registration.entry.clone();
+        let old = entry.begin(&Uri::from_static("/"));
+        entry.list(old.clone());
+        registry.set_phase(Phase::Draining);
+        let mut unfinished = registry.unfinished();
+        begin(&registration);
+        let handler = task(move || {
+            entry.unlist(&old);
+            entry.end();
+        });
+        block_on(registry.until(|| {
+            unfinished.retain(Unfinished::is_so);
+            unfinished.is_empty()
+        }));
+        end([handler]);
+        drop(registration);
+    });
+}
+
+/// Red: without the marks of `linger`.
+#[test]
+fn whoever_is_told_to_end_is_waited_for() {
+    check(|registry| {
+        let registration = registry.register(Peer::Unix, None);
+        let connection = task(move || drive(registration));
+        registry.set_phase(Phase::Lingering);
+        let mut before = registry.watched();
+        block_on(registry.until(|| {
+            before.retain(|entry| entry.is_unanswered());
+            before.is_empty()
+        }));
+        registry.set_phase(Phase::Closing);
+        block_on(registry.until(|| registry.is_done()));
+        end([connection]);
+    });
+}
+
+/// Red: with the bell rung before the phase is set.
+#[test]
+fn whoever_waits_for_a_phase_hears_of_it() {
+    check(|registry| {
+        let other = registry.clone();
+        let waiting = task(move || block_on(other.until_phase(|phase| phase == Phase::Resting)));
+        registry.set_phase(Phase::Draining);
+        registry.set_phase(Phase::Resting);
+        end([waiting]);
+    });
+}
