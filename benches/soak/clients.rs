@@ -238,7 +238,8 @@ async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) ->
         let text = String::from_utf8_lossy(connection.unread()).into_owned();
         // Whole ones.
         let end = text.rfind("\n\n").map_or(read, |end| end + 2);
-        for id in text.get(read..end).unwrap_or_default().lines().filter_map(|line| line.strip_prefix("id: ")) {
+        for id in text.get(read..end).unwrap_or_default().lines().filter_map(|line| line.strip_prefix("id: "))
+        {
             let id: u64 = id.trim().parse()?;
             let wanted = last.map_or(0, |last| last + 1);
             ensure!(id == wanted, "event {id}, where {wanted} was to come");

@@ -79,7 +79,9 @@ pub const EVENTS: &[Event] = &[
     event("a release without memory", Cost::Nothing, 2, |scene, _| {
         scene.failing_reload("ulimit -v 20000; exec -a \"$0\" /usr/local/lib/good \"$@\"")
     }),
-    event("a release that is killed at its start", Cost::Nothing, 2, |scene, _| scene.failing_reload("kill -KILL $$")),
+    event("a release that is killed at its start", Cost::Nothing, 2, |scene, _| {
+        scene.failing_reload("kill -KILL $$")
+    }),
     event("a release that dies after READY=1", Cost::ItsOwn, 2, |scene, random| {
         let after = 0.1 + 0.05 * f64::from(u32::try_from(random.below(6))?);
         scene.put_bad(&format!(
@@ -221,7 +223,8 @@ impl Scene {
     pub fn new(container: Container, name: &str, good: PathBuf) -> Result<Self> {
         let group = container.show("ControlGroup")?;
         let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/systemd", "sys/fs/cgroup/unified"];
-        let mut files = mounts.map(|mount| container.path(&format!("{mount}{group}/cgroup.procs"))).into_iter();
+        let mut files =
+            mounts.map(|mount| container.path(&format!("{mount}{group}/cgroup.procs"))).into_iter();
         let processes = files.find(|file| file.exists()).context("the service's control group")?;
         let unit = container.unit("service");
         let aside = container.path("usr/local/lib/good");
@@ -254,7 +257,14 @@ impl Scene {
         let begun = Instant::now();
         while !done().unwrap_or(false) {
             if begun.elapsed() > LIMIT {
-                let state = self.container.run(&["systemctl", "status", "--full", "--no-pager", "--lines=40", &self.unit]);
+                let state = self.container.run(&[
+                    "systemctl",
+                    "status",
+                    "--full",
+                    "--no-pager",
+                    "--lines=40",
+                    &self.unit,
+                ]);
                 bail!("waited in vain: {what}\n{}", state.unwrap_or_else(|error| format!("{error:#}")));
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -268,7 +278,10 @@ impl Scene {
         self.until("the service to be active", || {
             let shown = self.container.run(&["systemctl", "show", "--property", properties, &self.unit])?;
             let is = |wanted: &str| shown.lines().any(|line| line == wanted);
-            Ok(is("ActiveState=active") && is("SubState=running") && !shown.contains("Job=") && self.main().is_ok())
+            Ok(is("ActiveState=active")
+                && is("SubState=running")
+                && !shown.contains("Job=")
+                && self.main().is_ok())
         })
     }
 
@@ -282,7 +295,8 @@ impl Scene {
     pub fn main(&self) -> Result<Pid> {
         let inside = self.container.show("MainPID")?;
         let is_it = |pid: &Pid| {
-            let status = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+            let status =
+                fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
             let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
             numbers.split_whitespace().last() == Some(inside.as_str())
         };
@@ -294,7 +308,8 @@ impl Scene {
         let main = self.main()?;
         let is_one = |pid: &Pid| {
             let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
-            *pid > main && environment.split(|byte| *byte == 0).any(|variable| variable == b"TAKEOVER_ROLE=successor")
+            *pid > main
+                && environment.split(|byte| *byte == 0).any(|variable| variable == b"TAKEOVER_ROLE=successor")
         };
         Ok(self.processes()?.into_iter().find(is_one))
     }

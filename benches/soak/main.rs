@@ -147,7 +147,8 @@ impl Held {
             // One connection a request: some are open at any moment.
             let is_back = now.fds <= before.fds + 6
                 && now.fds_of_pid_1 <= before.fds_of_pid_1
-                && (&now.stored, now.processes, &now.failed) == (&before.stored, before.processes, &before.failed);
+                && (&now.stored, now.processes, &now.failed)
+                    == (&before.stored, before.processes, &before.failed);
             if is_back {
                 ensure!(resident < resident_before * 3 / 2, "{resident} kB, {resident_before} before");
                 return Ok(resident);
@@ -178,7 +179,8 @@ fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration)
         let event = &EVENTS[drawn];
         let at = Instant::now();
         event.run(scene, &mut random).with_context(|| format!("event {done}: {}", event.name))?;
-        let seen = record.end_event(ANSWERED_WITHIN).with_context(|| format!("event {done}: {}", event.name))?;
+        let seen =
+            record.end_event(ANSWERED_WITHIN).with_context(|| format!("event {done}: {}", event.name))?;
         allow(Some(event), &seen).with_context(|| format!("event {done}"))?;
         (done, answered) = (done + 1, answered + seen.answered);
         lines[drawn].add(&seen, at.elapsed());

@@ -88,7 +88,8 @@ impl Record {
         // The second to end from here on was sent after here.
         let wanted: Vec<u64> = self.rounds.iter().map(|rounds| rounds.load(Relaxed) + 2).collect();
         loop {
-            let late = self.rounds.iter().zip(&wanted).filter(|(rounds, wanted)| rounds.load(Relaxed) < **wanted);
+            let late =
+                self.rounds.iter().zip(&wanted).filter(|(rounds, wanted)| rounds.load(Relaxed) < **wanted);
             let late = late.count();
             if late == 0 {
                 break;

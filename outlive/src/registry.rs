@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{self, AtomicUsize};
+use std::sync::atomic::{AtomicU64 as Clock, AtomicUsize};
 use std::time::{Duration, Instant};
 
 pub use entry::{Entry, InFlight, PendingFrame, Registration, Remaining, Unfinished};
@@ -93,7 +93,7 @@ pub struct Registry {
     /// Connections that sleep (`sleepers.rs`), which are not in `connections`.
     asleep: AtomicUsize,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
-    now: atomic::AtomicU64,
+    now: Clock,
 }
 
 #[derive(Default)]
@@ -124,7 +124,7 @@ impl Registry {
             changed: Notify::new(),
             connections: Mutex::new(Connections::default()),
             asleep: AtomicUsize::new(0),
-            now: atomic::AtomicU64::new(0),
+            now: Clock::new(0),
         })
     }
 

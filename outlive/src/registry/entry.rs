@@ -1,8 +1,8 @@
 //! One open connection: what its own tasks report of it, and what others may ask.
 
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64 as Clock;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
@@ -28,7 +28,7 @@ pub struct Entry {
     /// A packed [`State`].
     state: AtomicU64,
     /// When it came to its stage, or its peer last took something, by the registry's clock.
-    since: atomic::AtomicU64,
+    since: Clock,
     /// Who drives it. That there is one, the state says too; both are changed under this lock.
     task: Mutex<Option<Waker>>,
     pending: Pending,
@@ -98,7 +98,7 @@ impl Registration {
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.pack()),
-            since: atomic::AtomicU64::new(since),
+            since: Clock::new(since),
             task: Mutex::new(None),
             pending: Pending(AtomicU64::new(0)),
             started: AtomicU64::new(0),
