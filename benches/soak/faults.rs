@@ -97,9 +97,10 @@ pub const EVENTS: &[Event] = &[
         })
     }),
     event("KILL of the successor", Cost::ItsOwn, 6, |scene, random| {
+        let before = scene.processes()?;
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 120);
-        if let Some(successor) = scene.successor()? {
+        if let Some(successor) = scene.successor(&before)? {
             let _ = kill_process(successor, Signal::KILL);
         }
         let _ = finish(reload);
@@ -137,9 +138,10 @@ pub const EVENTS: &[Event] = &[
         Ok(())
     }),
     event("STOP and CONT of the successor", Cost::Nothing, 3, |scene, random| {
+        let before = scene.processes()?;
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 100);
-        let successor = scene.successor()?.filter(|pid| kill_process(*pid, Signal::STOP).is_ok());
+        let successor = scene.successor(&before)?.filter(|pid| kill_process(*pid, Signal::STOP).is_ok());
         scene.pause(random, 300);
         if let Some(successor) = successor {
             let _ = kill_process(successor, Signal::CONT);
@@ -303,12 +305,11 @@ impl Scene {
         self.processes()?.into_iter().find(is_it).context("no main process")
     }
 
-    /// Who is about to take over.
-    fn successor(&self) -> Result<Option<Pid>> {
-        let main = self.main()?;
+    /// Who is about to take over, and was not there `before`.
+    fn successor(&self, before: &[Pid]) -> Result<Option<Pid>> {
         let is_one = |pid: &Pid| {
             let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
-            *pid > main
+            !before.contains(pid)
                 && environment.split(|byte| *byte == 0).any(|variable| variable == b"TAKEOVER_ROLE=successor")
         };
         Ok(self.processes()?.into_iter().find(is_one))

@@ -164,7 +164,7 @@ fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration)
     // Until all clients are there, and the first handover is over.
     scene.container.systemctl("restart")?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
-    let (held, resident) = Held::measure(scene)?;
+    let (before, resident) = Held::measure(scene)?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
 
     let progress = ProgressBar::new(time.as_secs());
@@ -179,16 +179,16 @@ fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration)
         let event = &EVENTS[drawn];
         let at = Instant::now();
         event.run(scene, &mut random).with_context(|| format!("event {done}: {}", event.name))?;
-        let seen =
+        let cost =
             record.end_event(ANSWERED_WITHIN).with_context(|| format!("event {done}: {}", event.name))?;
-        allow(Some(event), &seen).with_context(|| format!("event {done}"))?;
-        (done, answered) = (done + 1, answered + seen.answered);
-        lines[drawn].add(&seen, at.elapsed());
+        allow(Some(event), &cost).with_context(|| format!("event {done}"))?;
+        (done, answered) = (done + 1, answered + cost.answered);
+        lines[drawn].add(&cost, at.elapsed());
     }
     progress.finish_and_clear();
-    let after = Held::comes_back(scene, &held, resident)?;
+    let after = Held::comes_back(scene, &before, resident)?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
-    eprintln!("{name}: at the end as at the beginning: {held:?}; {resident} kB resident, then {after} kB");
+    eprintln!("{name}: at the end as at the beginning: {before:?}; {resident} kB resident, then {after} kB");
     Ok(lines)
 }
 

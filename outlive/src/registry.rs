@@ -297,7 +297,9 @@ impl Registry {
     /// Of all that are open, whoever waits in [`Registry::until`] hears.
     pub fn watched(&self) -> Vec<Arc<Entry>> {
         let entries = self.entries();
-        entries.iter().for_each(|entry| entry.watch());
+        for entry in &entries {
+            entry.watch();
+        }
         entries
     }
 
