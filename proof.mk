@@ -24,6 +24,7 @@ test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
 .PHONY: proof
 proof: tools systemfd target/systemd-257 target/systemd-252 target/tools/bin/go-client
 	cargo test -p outlive
+	$(MAKE) --no-print-directory model
 	cargo test -p links --test on_systemd
 	cargo test --test systemd --test contract --test handover --test takeover --test listeners --test attacks --test rest \
 		--test server_starter --test containers --test template --test clients --test packages --test instances --test on_systemd

@@ -42,7 +42,7 @@ pub struct Event {
 /// How long a successor may take to be ready, for releases that never are.
 pub const TAKEOVER_TIMEOUT: &str = "1s";
 /// No event takes longer.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(30);
 
 pub const EVENTS: &[Event] = &[
     event("restart", Cost::Nothing, 12, |scene, _| scene.verb("restart")),
@@ -174,9 +174,10 @@ pub const EVENTS: &[Event] = &[
     event("no fd left", Cost::Nothing, 2, |scene, random| {
         let main = scene.main()?;
         let open = fs::read_dir(format!("/proc/{}/fd", main.as_raw_nonzero()))?.count() as u64;
-        let before = set_limit(main, Rlimit { current: Some(open), maximum: Some(open) })?;
+        let before = fd_limit(main)?;
+        set_fd_limit(main, Rlimit { current: Some(open), ..before.clone() })?;
         scene.pause(random, 300);
-        set_limit(main, before).map(drop)
+        set_fd_limit(main, before)
     }),
     event("/run full", Cost::Nothing, 1, |scene, _| {
         let left = scene.container.run(&["df", "--output=avail", "--block-size=1", "/run"])?;
@@ -257,7 +258,11 @@ impl Scene {
 
     fn until(&self, what: &str, done: impl Fn() -> Result<bool>) -> Result<()> {
         let begun = Instant::now();
-        while !done().unwrap_or(false) {
+        loop {
+            let now = done();
+            if let Ok(true) = now {
+                return Ok(());
+            }
             if begun.elapsed() > LIMIT {
                 let state = self.container.run(&[
                     "systemctl",
@@ -267,11 +272,13 @@ impl Scene {
                     "--lines=40",
                     &self.unit,
                 ]);
-                bail!("waited in vain: {what}\n{}", state.unwrap_or_else(|error| format!("{error:#}")));
+                bail!(
+                    "waited in vain: {what} ({now:?})\n{}",
+                    state.unwrap_or_else(|error| format!("{error:#}"))
+                );
             }
             std::thread::sleep(Duration::from_millis(2));
         }
-        Ok(())
     }
 
     /// Waits until the service is active, and has no job left.
@@ -279,11 +286,11 @@ impl Scene {
         let properties = "ActiveState,SubState,Job";
         self.until("the service to be active", || {
             let shown = self.container.run(&["systemctl", "show", "--property", properties, &self.unit])?;
-            let is = |wanted: &str| shown.lines().any(|line| line == wanted);
-            Ok(is("ActiveState=active")
-                && is("SubState=running")
-                && !shown.contains("Job=")
-                && self.main().is_ok())
+            let has = |wanted: &str| shown.lines().any(|line| line == wanted);
+            let is_at_work =
+                shown.lines().any(|line| line.starts_with("Job=") && !["Job=", "Job=0"].contains(&line));
+            ensure!(has("ActiveState=active") && has("SubState=running") && !is_at_work, "{shown}");
+            Ok(self.main().is_ok())
         })
     }
 
@@ -326,7 +333,7 @@ impl Scene {
         let script = format!(
             "#!/bin/bash\n\
              case $TAKEOVER_ROLE in\n\
-             middle) TAKEOVER_ROLE=successor \"$0\" & echo pid $!;;\n\
+             middle) TAKEOVER_ROLE=successor \"$0\" <&0 & echo pid $!;;\n\
              successor) {instead};;\n\
              *) exec -a \"$0\" /usr/local/lib/good \"$@\";;\n\
              esac\n"
@@ -353,7 +360,15 @@ impl Scene {
     }
 }
 
-/// As root, who may raise it again; gives what it was.
-fn set_limit(pid: Pid, fds: Rlimit) -> Result<Rlimit> {
-    Ok(prlimit(Some(pid), Resource::Nofile, fds)?)
+/// As `proc(5)` shows it.
+fn fd_limit(pid: Pid) -> Result<Rlimit> {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero()))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;
+    let mut limits = line.split_whitespace().map(|limit| limit.parse().ok());
+    Ok(Rlimit { current: limits.next().flatten(), maximum: limits.next().flatten() })
+}
+
+fn set_fd_limit(pid: Pid, limit: Rlimit) -> Result<()> {
+    prlimit(Some(pid), Resource::Nofile, limit)?;
+    Ok(())
 }
