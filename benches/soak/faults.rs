@@ -175,7 +175,7 @@ pub const EVENTS: &[Event] = &[
         let main = scene.main()?;
         let open = fs::read_dir(format!("/proc/{}/fd", main.as_raw_nonzero()))?.count() as u64;
         let before = fd_limit(main)?;
-        set_fd_limit(main, Rlimit { current: Some(open), ..before.clone() })?;
+        set_fd_limit(main, Rlimit { current: Some(open), ..before })?;
         scene.pause(random, 300);
         set_fd_limit(main, before)
     }),
