@@ -7,8 +7,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use harness::certificate::Certificate;
 use harness::client::{Connection, get};
 use harness::frames::{self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, MAIN, READY, REFUSED, frame};
+use harness::load::Load;
 use harness::process::Process;
 use harness::service::{Service, command, run_to_end};
 use harness::{PATIENCE, block_on, eventually};
@@ -109,6 +111,58 @@ fn a_successor_can_be_succeeded_in_turn() {
         }
         end(*pids.last().expect("the last"));
     });
+}
+
+#[test]
+fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("http.sock");
+    let certificate = Certificate::new().expect("a certificate");
+    let https = format!("https={}", harness::free_address());
+    let [chain, key] = [certificate.chain(), certificate.key()].map(|file| file.display().to_string());
+    let listen = path.display().to_string();
+    let flags = ["--listen", &listen, "--listen", &https, "--tls-cert", &chain, "--tls-key", &key];
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let mut command = command(BINARY, &flags);
+    let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
+    let target = harness::client::Target::Unix(path.clone());
+    eventually("it listens", || path.exists());
+    std::fs::remove_file(&key).expect("removed");
+    let said = |what: &str| std::fs::read_to_string(log.path()).expect("text").matches(what).count();
+    for failed in 1..=2 {
+        process.signal(Signal::HUP);
+        eventually("the successor fails", || said("not reloaded: ") == failed);
+        block_on(async {
+            let mut connection = Connection::open(&target).await.expect("the path is there");
+            assert_eq!(who(&mut connection).await, (process.pid().as_raw_nonzero().get(), 1));
+        });
+    }
+    process.signal(Signal::TERM);
+    assert!(process.wait().expect("an end").success());
+    assert!(!path.exists());
+}
+
+#[test]
+fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_removes_the_file() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("http.sock");
+    let mut command = command(BINARY, &["--listen", &path.display().to_string()]);
+    let mut first = Process::spawn(command.stderr(Stdio::null())).expect("a service");
+    let target = harness::client::Target::Unix(path.clone());
+    eventually("it listens", || path.exists());
+    let running = Load::w4(&target).start(|| {});
+    let answers = || block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
+    let mut pid = answers().0;
+    for generation in 2..=10 {
+        kill_process(Pid::from_raw(pid).expect("a pid"), Signal::HUP).expect("it runs");
+        eventually("the next process", || answers().1 == generation);
+        pid = answers().0;
+    }
+    let report = running.stop();
+    kill_process(Pid::from_raw(pid).expect("a pid"), Signal::TERM).expect("it runs");
+    eventually("the file is removed", || !path.exists());
+    assert!(first.wait().expect("an end").success());
+    assert!(report.lost() == 0 && report.answered > 9, "{report}");
 }
 
 #[test]

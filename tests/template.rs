@@ -57,6 +57,27 @@ fn what_the_readme_shows_of_a_service_is_what_is_tested() {
     assert!(read("examples/links/src/app.rs").contains(shown), "{shown}");
 }
 
+#[test]
+fn each_test_that_the_security_document_names_is_there() {
+    let read = |path: &Path| std::fs::read_to_string(path).expect("a file");
+    let sources: String = std::fs::read_dir(Path::new(FOLDER).join("tests"))
+        .expect("the tests")
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.is_file())
+        .map(|path| read(&path))
+        .collect();
+    let text = read(&Path::new(FOLDER).join("outlive/SECURITY.md"));
+    let is_test = |word: &&str| {
+        word.matches('_').count() > 2
+            && word.chars().all(|c| c.is_ascii_lowercase() || "_0123456789".contains(c))
+    };
+    let named: Vec<_> = text.split('`').filter(is_test).collect();
+    assert!(named.len() > 15, "{named:?}");
+    for name in named {
+        assert!(sources.contains(name), "{name}");
+    }
+}
+
 /// Two of them would wait for each other's lock on what is compiled, and a test for nothing that it began.
 fn one_cargo_at_a_time() -> MutexGuard<'static, ()> {
     static CARGO: Mutex<()> = Mutex::new(());

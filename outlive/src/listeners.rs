@@ -11,6 +11,7 @@ use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -51,8 +52,9 @@ pub struct Inherited {
 /// One listening stream socket.
 pub struct Listener {
     pub name: Name,
-    pub socket: ListeningSocket,
+    /// Before the socket: what has a file goes before it closes.
     pub holder: Holder,
+    pub socket: ListeningSocket,
 }
 
 pub enum ListeningSocket {
@@ -68,24 +70,54 @@ pub enum Holder {
     Nobody(Option<BoundPath>),
 }
 
-/// A socket file made by this process, removed with its listener.
-pub struct BoundPath(PathBuf);
+/// A socket file that a process of this service made, removed before its listener closes: who binds the path next
+/// finds either us or nothing.
+pub struct BoundPath {
+    path: PathBuf,
+    /// Which file it is, by device and number: somebody may have put another in its place.
+    file: Option<(u64, u64)>,
+    is_removed: AtomicBool,
+}
 
-/// A successor listens on the socket files of this process.
-static PASSED_ON: AtomicBool = AtomicBool::new(false);
+/// Whether the socket files are this process's to remove: not before it has taken over from the one that serves on
+/// them, nor after it has passed them on.
+static IS_OWNER: AtomicBool = AtomicBool::new(true);
 
-/// Leaves the socket files of this process to its successor.
-pub fn pass_on_socket_files() {
-    PASSED_ON.store(true, Ordering::SeqCst);
+/// Leaves the socket files to the process before this one, or after it.
+pub fn leave_socket_files() {
+    IS_OWNER.store(false, Ordering::SeqCst);
+}
+
+/// From here on they are this process's.
+pub fn own_socket_files() {
+    IS_OWNER.store(true, Ordering::SeqCst);
+}
+
+impl BoundPath {
+    fn new(path: PathBuf) -> Self {
+        let file = Self::file(&path);
+        Self { path, file, is_removed: AtomicBool::new(false) }
+    }
+
+    fn file(path: &Path) -> Option<(u64, u64)> {
+        std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
+    }
+
+    /// Once.
+    pub fn remove(&self) {
+        if !IS_OWNER.load(Ordering::SeqCst) || self.is_removed.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        // Gone already, or no longer ours to remove: either way nothing is left to do.
+        if self.file.is_some() && Self::file(&self.path) == self.file {
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
 }
 
 impl Drop for BoundPath {
     fn drop(&mut self) {
-        if PASSED_ON.load(Ordering::SeqCst) {
-            return;
-        }
-        // Gone already, or no longer ours to remove: either way nothing is left to do.
-        let _ = std::fs::remove_file(&self.0);
+        self.remove();
     }
 }
 
@@ -173,7 +205,7 @@ impl Listener {
         let holder = match &self.holder {
             Holder::Parent => Vec::new(),
             Holder::Nobody(path) => {
-                let path = path.as_ref().map_or(&[][..], |path| path.0.as_os_str().as_bytes());
+                let path = path.as_ref().map_or(&[][..], |bound| bound.path.as_os_str().as_bytes());
                 [b"nobody", path].concat()
             }
         };
@@ -186,7 +218,7 @@ impl Listener {
         let holder = match record.payload.strip_prefix(b"nobody") {
             None => Holder::Parent,
             Some(b"") => Holder::Nobody(None),
-            Some(path) => Holder::Nobody(Some(BoundPath(OsStr::from_bytes(path).into()))),
+            Some(path) => Holder::Nobody(Some(BoundPath::new(OsStr::from_bytes(path).into()))),
         };
         Ok(Self { holder, ..listener })
     }
@@ -403,7 +435,7 @@ impl Endpoint {
             Self::Path(path) => {
                 remove_if_stale(path);
                 let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                (self.listen(socket, &SockAddr::unix(path)?)?, Some(BoundPath(path.clone())))
+                (self.listen(socket, &SockAddr::unix(path)?)?, Some(BoundPath::new(path.clone())))
             }
             Self::Abstract(name) => {
                 let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -482,6 +514,33 @@ mod tests {
         assert_eq!(read("/run/a=b.sock"), pair("http", "/run/a=b.sock"));
         assert!(read("web=127.0.0.1:80").is_err_and(|error| error.contains("http…, https… or admin")));
         assert!(read("https=").is_err() && read("=127.0.0.1:80").is_err());
+    }
+
+    #[test]
+    fn a_socket_file_that_another_process_has_put_in_the_place_of_ours_stays() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("x.sock");
+        let endpoint = Endpoint::Path(path.clone());
+        let (_ours, bound) = endpoint.bind().expect("bound");
+        std::fs::remove_file(&path).expect("removed");
+        let (_other, other) = endpoint.bind().expect("bound anew");
+        drop(bound);
+        assert!(UnixStream::connect(&path).is_ok(), "the other's is there");
+        drop(other);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_is_not_taken_from_whoever_listens_there_and_free_once_its_file_is_removed() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let endpoint = Endpoint::Path(folder.path().join("x.sock"));
+        let (_ours, bound) = endpoint.bind().expect("bound");
+        assert!(endpoint.bind().is_err(), "it is in use");
+        // Its socket is open yet.
+        bound.as_ref().expect("a file").remove();
+        let (_next, _file) = endpoint.bind().expect("the next process");
+        drop(bound);
+        assert!(endpoint.bind().is_err(), "the next one's file is there");
     }
 
     #[test]

@@ -295,7 +295,7 @@ where
             (failure, None, remaining)
         }
         Ending::Succeeded { successor, takes_all_kinds, terminations } => {
-            listeners::pass_on_socket_files();
+            listeners::leave_socket_files();
             let (channel, remaining) = drain.pass_on(successor, takes_all_kinds, terminations).await;
             (None, Some(channel), remaining)
         }
@@ -310,7 +310,9 @@ where
 async fn commit(predecessor: Option<Predecessor>, logging: &log::Control) -> Result<Option<Committed>> {
     let Some(predecessor) = predecessor else { return Ok(None) };
     logging.succeed().await;
-    predecessor.commit().await.map(Some).map_err(Failure::unavailable)
+    let committed = predecessor.commit().await.map_err(Failure::unavailable)?;
+    listeners::own_socket_files();
+    Ok(Some(committed))
 }
 
 /// Runs the service's `start`.

@@ -272,8 +272,12 @@ impl Server {
         }
     }
 
-    /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it.
+    /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it. Nobody joins the
+    /// queue by a socket file that is gone.
     fn empty(&self, acceptor: &Acceptor) {
+        if let Holder::Nobody(Some(path)) = &acceptor.holder {
+            path.remove();
+        }
         loop {
             match acceptor.accept() {
                 Ok(Some((connection, peer))) => self.begin(connection, peer, None),
@@ -286,9 +290,10 @@ impl Server {
 
 struct Acceptor {
     label: String,
-    socket: AsyncFd<OwnedFd>,
     name: Name,
+    /// Before the socket: what has a file goes before it closes.
     holder: Holder,
+    socket: AsyncFd<OwnedFd>,
 }
 
 impl Acceptor {
@@ -304,7 +309,7 @@ impl Acceptor {
             }
             ListeningSocket::Unix(socket) => socket.into(),
         };
-        Ok(Self { label, socket: sys::watch(socket)?, name, holder })
+        Ok(Self { label, name, holder, socket: sys::watch(socket)? })
     }
 
     /// Who is first in the queue, if there is anybody.

@@ -14,7 +14,7 @@ use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
 use crate::credentials::Credentials;
 use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames, unpack, unpack_tickets};
 use crate::kind::Name;
-use crate::listeners::{Inherited, Listener};
+use crate::listeners::{Inherited, Listener, leave_socket_files};
 use crate::log::message_id;
 use crate::metrics;
 use crate::server::Server;
@@ -59,6 +59,7 @@ impl Predecessor {
             Kind::Refused => bail!("{}", frame.text),
             other => bail!("listeners were to come from the predecessor, and {other:?} came"),
         }
+        leave_socket_files();
         let mut listeners = Vec::new();
         let mut credentials = Credentials::default();
         for (fd, record) in frame.sockets {
