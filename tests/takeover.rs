@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -126,7 +127,7 @@ fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on()
     let mut command = command(BINARY, &flags);
     let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
     let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || path.exists());
+    eventually("it listens", || UnixStream::connect(&path).is_ok());
     std::fs::remove_file(&key).expect("removed");
     let said = |what: &str| std::fs::read_to_string(log.path()).expect("text").matches(what).count();
     for failed in 1..=2 {
@@ -149,7 +150,7 @@ fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_remov
     let mut command = command(BINARY, &["--listen", &path.display().to_string()]);
     let mut first = Process::spawn(command.stderr(Stdio::null())).expect("a service");
     let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || path.exists());
+    eventually("it listens", || UnixStream::connect(&path).is_ok());
     let running = Load::w4(&target).start(|| {});
     let answers = || block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
     let mut pid = answers().0;
@@ -172,7 +173,7 @@ fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
     let mut command = command(BINARY, &["--listen", &path.display().to_string()]);
     let mut process = Process::spawn(command.stderr(Stdio::null())).expect("a service");
     let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || path.exists());
+    eventually("it listens", || UnixStream::connect(&path).is_ok());
     block_on(async {
         let mut connection = Connection::open(&target).await.expect("a connection");
         let (first, _) = who(&mut connection).await;
