@@ -14,8 +14,11 @@ use harness::{eventually, on_each_systemd};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 
-/// Restarts or reloads in a row, each as soon as the one before is done.
-const TIMES: u32 = 60;
+/// Restarts or reloads in a row, each as soon as the one before is done: `TIMES` of the environment, or a few, because
+/// the soak does thousands.
+fn times() -> u32 {
+    std::env::var("TIMES").map_or(20, |times| times.parse().expect("TIMES: a number"))
+}
 
 on_each_systemd! {
     the_first_request_after_boot_starts_the_service
@@ -154,14 +157,15 @@ fn again_and_again(verb: &str, container: &Container, load: Load) -> Report {
     ask(container, "/");
     let mut slowest = Duration::ZERO;
     let running = load.start(container.enter());
-    for _ in 0..TIMES {
+    let times = times();
+    for _ in 0..times {
         let begun = Instant::now();
         container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
         slowest = slowest.max(begun.elapsed());
     }
     let report = running.stop();
-    eprintln!("{TIMES} times {verb}, the slowest {} ms: {report}", slowest.as_millis());
-    assert!(report.answered > u64::from(TIMES), "hardly a load: {report}");
+    eprintln!("{times} times {verb}, the slowest {} ms: {report}", slowest.as_millis());
+    assert!(report.answered > u64::from(times), "hardly a load: {report}");
     assert_eq!(report.lost(), 0, "{report}");
     let wanted = if one_each { report.answered } else { report.asked_for };
     assert_eq!(report.connections, wanted, "{report}");
@@ -194,7 +198,7 @@ fn reload_under(systemd: Systemd, load: Load) {
     container.write("etc/systemd/system/neighbour.service", &neighbour.join("\n")).expect("written");
     container.run(&["systemctl", "daemon-reload"]).expect("loaded");
     let running = load.clone().start(container.enter());
-    for _ in 0..TIMES {
+    for _ in 0..times() {
         container.run(&["systemctl", "start", "neighbour.service"]).expect("a start");
     }
     let quiet = running.stop();
@@ -936,7 +940,7 @@ fn a_release_that_takes_only_http1_gets_only_http1(systemd: Systemd) {
             Load { clients: 5, ..Load::http2(&Container::target()) },
         ];
         let ended = ended.map(|load| load.start(container.enter()));
-        for number in 0..TIMES / 6 {
+        for number in 0..times() / 2 {
             container.replace_binary(if number % 2 == 0 { older.path() } else { newer }).expect("replaced");
             container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
         }

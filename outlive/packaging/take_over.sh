@@ -10,6 +10,8 @@ take_over() {
         if variables_can_be_read "$service" && "$@" "$service"; then
             continue
         fi
+        # What was just said may be on its way yet.
+        journalctl --sync || true
         said=$(journalctl --quiet --unit="$service" --since="@$begun" --priority=warning --output=cat || true)
         echo "$said" >&2
         for variable in $(echo "$said" | grep --only-matching '@VARIABLE@_[A-Z0-9_]*' | sort --unique); do
