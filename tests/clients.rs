@@ -15,7 +15,7 @@ const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 const PLAIN: &str = "http://127.0.0.1:8080";
 const TLS: &str = "https://127.0.0.1:8443";
 /// How long each asks.
-const SECONDS: &str = "10";
+const SECONDS: &str = "5";
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use harness::certificate::Certificate;
-use harness::client::{Connection, get};
+use harness::client::{Connection, Target, get};
 use harness::frames::{self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, MAIN, READY, REFUSED, frame};
 use harness::load::Load;
 use harness::process::Process;
@@ -114,6 +114,15 @@ fn a_successor_can_be_succeeded_in_turn() {
     });
 }
 
+/// A service that binds a path itself, and listens there.
+fn listen_at(path: &Path, flags: &[&str], log: Stdio) -> (Process, Target) {
+    let listen = ["--listen", path.to_str().expect("a path")];
+    let mut command = command(BINARY, &[&listen, flags].concat());
+    let process = Process::spawn(command.stderr(log)).expect("a service");
+    eventually("it listens", || UnixStream::connect(path).is_ok());
+    (process, Target::Unix(path.to_owned()))
+}
+
 #[test]
 fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -121,13 +130,9 @@ fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on()
     let certificate = Certificate::new().expect("a certificate");
     let https = format!("https={}", harness::free_address());
     let [chain, key] = [certificate.chain(), certificate.key()].map(|file| file.display().to_string());
-    let listen = path.display().to_string();
-    let flags = ["--listen", &listen, "--listen", &https, "--tls-cert", &chain, "--tls-key", &key];
+    let flags = ["--listen", &https, "--tls-cert", &chain, "--tls-key", &key];
     let log = tempfile::NamedTempFile::new().expect("a file");
-    let mut command = command(BINARY, &flags);
-    let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
-    let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || UnixStream::connect(&path).is_ok());
+    let (mut process, target) = listen_at(&path, &flags, log.reopen().expect("a file").into());
     std::fs::remove_file(&key).expect("removed");
     let said = |what: &str| std::fs::read_to_string(log.path()).expect("text").matches(what).count();
     for failed in 1..=2 {
@@ -147,10 +152,7 @@ fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on()
 fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_removes_the_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
-    let mut command = command(BINARY, &["--listen", &path.display().to_string()]);
-    let mut first = Process::spawn(command.stderr(Stdio::null())).expect("a service");
-    let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || UnixStream::connect(&path).is_ok());
+    let (mut first, target) = listen_at(&path, &[], Stdio::null());
     let running = Load::w4(&target).start(|| {});
     let answers = || block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
     let mut pid = answers().0;
@@ -170,10 +172,7 @@ fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_remov
 fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
-    let mut command = command(BINARY, &["--listen", &path.display().to_string()]);
-    let mut process = Process::spawn(command.stderr(Stdio::null())).expect("a service");
-    let target = harness::client::Target::Unix(path.clone());
-    eventually("it listens", || UnixStream::connect(&path).is_ok());
+    let (mut process, target) = listen_at(&path, &[], Stdio::null());
     block_on(async {
         let mut connection = Connection::open(&target).await.expect("a connection");
         let (first, _) = who(&mut connection).await;
