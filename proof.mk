@@ -21,13 +21,14 @@ INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install
 # As root, all of it; as somebody else, what can be done without, and a word on what cannot.
 test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
 
+# All packages at once, `on_systemd` being one of links too: by themselves, what they depend on would be built anew for each.
 .PHONY: proof
 proof: tools systemfd target/systemd-257 target/systemd-252 target/tools/bin/go-client
 	cargo test -p outlive
 	$(MAKE) --no-print-directory model
-	cargo test -p links --test on_systemd
-	cargo test --test systemd --test contract --test handover --test takeover --test listeners --test attacks --test rest \
-		--test server_starter --test containers --test template --test clients --test packages --test instances --test on_systemd
+	cargo test --workspace --test systemd --test contract --test handover --test takeover --test listeners --test attacks \
+		--test rest --test server_starter --test containers --test template --test clients --test packages --test instances \
+		--test on_systemd
 
 .PHONY: no-proof
 no-proof:

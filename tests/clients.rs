@@ -169,7 +169,7 @@ fn go_keeps_its_connections(systemd: Systemd) {
     for (client, connections) in clients.into_iter().zip([10, 1]) {
         let [answered, lost, made, closed] = client.counted()[..] else { panic!("four numbers") };
         assert!(
-            answered > 100 && (lost, made) == (0, connections + closed),
+            answered > 20 && (lost, made) == (0, connections + closed),
             "{answered} {lost} {made} {closed}"
         );
     }
@@ -186,7 +186,7 @@ fn httpx_keeps_its_connection(systemd: Systemd) {
     under(&container, &clients, || {});
     for client in clients {
         let [answered, lost, made] = client.counted()[..] else { panic!("three numbers") };
-        assert!(answered > 100 && (lost, made) == (0, 1), "{answered} {lost} {made}");
+        assert!(answered > 20 && (lost, made) == (0, 1), "{answered} {lost} {made}");
     }
 }
 
@@ -216,7 +216,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     assert!(seen > 2, "{seen}");
     let [client] = clients;
     let [answered, lost, ended, broken] = client.counted()[..] else { panic!("four numbers") };
-    assert!(answered > 100 && ended > 2 && (lost, broken) == (0, 0), "{answered} {lost} {ended} {broken}");
+    assert!(answered > 20 && ended > 2 && (lost, broken) == (0, 0), "{answered} {lost} {ended} {broken}");
 }
 
 /// The clients' ends of the established connections to a port (proc(5)).

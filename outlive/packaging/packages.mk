@@ -6,7 +6,8 @@ package-files: $(BINARY)
 	rm -rf $(FILES)
 	$(MAKE) --no-print-directory install DESTDIR=$(FILES) PREFIX=/usr
 	strip --strip-unneeded --remove-section=.comment --remove-section=.note $(FILES)/usr/bin/$(PACKAGE)
-	cargo run --quiet --example documents -- $(FILES)
+	cargo build --quiet --workspace --example documents
+	$${CARGO_TARGET_DIR:-target}/debug/examples/documents $(FILES)
 	install -D -m 644 -t $(FILES)/usr/share/dbus-1/system.d packaging/local.$(PACKAGE).conf
 	install -D -m 644 packaging/sysusers.conf $(FILES)/usr/lib/sysusers.d/$(PACKAGE).conf
 	install -D -m 644 packaging/changelog $(FILES)/usr/share/doc/$(PACKAGE)/changelog
