@@ -26,7 +26,7 @@ impl Container {
             .args(["--silent", "static"])
             // What is tested is that it needs nothing beside it: how fast it is does not matter.
             .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0")
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
             .current_dir(FOLDER)
             .env_remove("MAKEFLAGS")
             .output();
