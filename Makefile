@@ -75,7 +75,7 @@ uninstall:
 
 .PHONY: test
 test:
-	cargo test
+	cargo test $(TESTED)
 
 .PHONY: test-systemd
 test-systemd:

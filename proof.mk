@@ -20,6 +20,8 @@ INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install
 
 # As root, all of it; as somebody else, what can be done without, and a word on what cannot.
 test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
+# In what is built already.
+test: TESTED := --workspace --bins --test service
 
 # All packages at once, `on_systemd` being one of links too: by themselves, what they depend on would be built anew for each.
 .PHONY: proof
