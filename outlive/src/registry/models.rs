@@ -14,7 +14,7 @@ use loom::thread;
 use super::*;
 
 /// How often a task is interrupted at the most, where `LOOM_MAX_PREEMPTIONS` says nothing: each fault below shows with
-/// fewer. With 3 it takes two minutes.
+/// as few. With 3 it takes two minutes.
 const PREEMPTIONS: usize = 2;
 
 fn check(model: impl Fn(Arc<Registry>) + Send + Sync + 'static) {
