@@ -159,7 +159,7 @@ impl Registry {
     fn count_unanswered(&self, before: Stage, after: Stage) {
         match (before.is_unanswered(), after.is_unanswered()) {
             (true, false) => self.take(Outstanding::Unanswered),
-            (false, true) => _ = self.tally.add(Outstanding::Unanswered),
+            (false, true) => self.tally.add(Outstanding::Unanswered),
             _ => {}
         }
     }

@@ -61,9 +61,9 @@ impl Tally {
         Standing(self.0.load(Acquire))
     }
 
-    /// One more; gives how things stand with it.
-    pub fn add(&self, one: Outstanding) -> Standing {
-        Standing(self.0.fetch_add(one as u64, AcqRel) + one as u64)
+    /// One more.
+    pub fn add(&self, one: Outstanding) {
+        self.0.fetch_add(one as u64, AcqRel);
     }
 
     /// One less, which was added; gives how things stand without it.
