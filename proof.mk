@@ -20,35 +20,45 @@ INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install
 
 # As root, all of it; as somebody else, what can be done without, and a word on what cannot.
 test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
-# In what is built already.
-test: TESTED := --workspace --bins --test service
+# Always of all packages: for one by itself, what it depends on would be built anew.
+test: TESTED := --workspace --lib --bins --test examples --test service
 
-# All packages at once, `on_systemd` being one of links too: by themselves, what they depend on would be built anew for each.
-.PHONY: proof
-proof: tools systemfd target/systemd-257 target/systemd-252 target/tools/bin/go-client
-	cargo test -p outlive
+# What it runs besides is brought side by side: most of that waits for the network.
+.PHONY: proof brought
+proof: tools
+	$(MAKE) --no-print-directory --jobs 4 brought
+	cargo test --workspace --doc
 	$(MAKE) --no-print-directory model
-	cargo test --workspace --test systemd --test contract --test handover --test takeover --test listeners --test attacks \
-		--test rest --test server_starter --test containers --test template --test clients --test packages --test instances \
-		--test on_systemd
+	cargo test --workspace --test systemd --test proof -- --test-threads $(WAITING)
+brought: systemfd cargo-deb cargo-generate-rpm target/systemd-257 target/systemd-252 target/tools/bin/go-client
+# Most tests wait for something: what takes the whole machine has a lock of its own.
+WAITING := 6
 
 .PHONY: no-proof
 no-proof:
-	cargo test -p outlive
 	@echo 'Left out: the proof on real systemds. As root: sudo -E env "PATH=$$PATH" make test'
 
+# The compiler, with flags of its own for the library's unit tests alone: what they depend on is built without.
+WITH := target/rustc-with
+RUSTC_WITH = WITH='$(1)' RUSTC_WORKSPACE_WRAPPER=$(CURDIR)/$(WITH)
+$(WITH): proof.mk
+	@mkdir -p target
+	@printf '#!/bin/sh\ncase "$$*" in *"--crate-name outlive "*" --test "*) set -- "$$@" $$WITH;; esac\nexec "$$@"\n' >$@
+	@chmod +x $@
+
 # Every parser of what comes from outside, and the model of HTTP/2, for TIME each: `make test` gives each of them a
-# second. What is found is kept in target/fuzz/found, with the log that tells of it. On stable Rust: libFuzzer needs the
-# compiler's coverage, and no sanitizer where the code has no `unsafe`.
+# second, and what is known by now (__fuzz__ beside the sources). What is found is kept in target/fuzz/found, with the
+# log that tells of it. On stable Rust: libFuzzer needs the compiler's coverage, and no sanitizer where the code has no
+# `unsafe`.
 TIME := 1m
 SECONDS = $(subst s,,$(subst h,*3600,$(subst m,*60,$(TIME))))
-COVERAGE := --cfg fuzzing --cfg fuzzing_libfuzzer -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares
 .PHONY: fuzz
-fuzz:
-	RUSTFLAGS='$(COVERAGE)' BOLERO_FUZZER=libfuzzer cargo test --quiet --package outlive --lib --profile fuzz \
-		--target $(TRIPLE) --target-dir target/fuzz --no-run
+fuzz: $(WITH)
+	$(call RUSTC_WITH,$(COVERAGE)) RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer' BOLERO_FUZZER=libfuzzer cargo test --quiet \
+		--package outlive --lib --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
 	@binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
 	for target in $$(CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null | sed -n 's/.*__bolero_target.*"test_name":"\([^"]*\)".*/\1/p'); do \
 		kept=target/fuzz/found/$$target; mkdir -p $$kept; \
@@ -59,11 +69,11 @@ fuzz:
 		echo "$$target: $$(sed -n 's/.*number_of_executed_units: *//p' $$kept.log) inputs, nothing found"; \
 	done
 
-# The registry's own code, with loom's atomics. Its flag is for this crate alone: nothing else is built anew.
+# The registry's own code, with loom's atomics.
 .PHONY: model
-model:
-	@binary=$$(cargo rustc --quiet --package outlive --lib --profile test --message-format=json -- --cfg model \
-		| sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && $$binary --quiet registry::models
+model: $(WITH)
+	@binary=$$($(call RUSTC_WITH,--cfg model) cargo test --quiet --workspace --lib --no-run --message-format=json \
+		| sed -n 's/.*"name":"outlive".*"executable":"\([^"]*\)".*/\1/p') && $$binary --quiet registry::models
 
 # SEED=… draws again what was drawn.
 SEED :=
@@ -112,7 +122,7 @@ target/systemd-257 target/systemd-252: | tools
 # A client in Go, by Debian 13's compiler: that of Debian 12 is from before Go 1.20, which goes on using a table of
 # headers that it has promised not to use.
 GO = $(CURDIR)/target/go/usr/lib/go-1.24
-target/tools/bin/go-client: tests/clients/main.go | tools
+target/tools/bin/go-client: tests/proof/clients/main.go | tools
 	[ -e $(GO) ] || { rm -rf target/go && mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go; }
 	HOME=$(CURDIR)/target/go GOROOT=$(GO) GOTOOLCHAIN=local CGO_ENABLED=0 $(GO)/bin/go build -o $@ $<
 
@@ -121,9 +131,11 @@ check: check-dependencies check-docs
 check-dependencies:
 	command -v cargo-deny >/dev/null || $(INSTALL_TOOL) cargo-deny
 	cargo deny check bans licenses sources
+# The library by itself, with none of its features.
 .PHONY: check-docs
 check-docs:
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
+	cargo clippy --quiet -p outlive -- -D warnings
 
 # Needs the network: the database of advisories is fetched.
 .PHONY: audit

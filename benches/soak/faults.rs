@@ -1,13 +1,13 @@
 //! What is done to the service, and what each of it may cost: one table.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use harness::container::Container;
+use harness::release::Release;
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 
 use crate::random::Random;
@@ -216,22 +216,21 @@ pub struct Scene {
     pub container: Container,
     name: String,
     unit: String,
-    good: PathBuf,
+    good: Release,
     /// The service's control group, as seen from here.
     processes: PathBuf,
 }
 
 impl Scene {
     /// Of a service that runs.
-    pub fn new(container: Container, name: &str, good: PathBuf) -> Result<Self> {
+    pub fn new(container: Container, name: &str) -> Result<Self> {
         let group = container.show("ControlGroup")?;
         let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/systemd", "sys/fs/cgroup/unified"];
         let mut files =
             mounts.map(|mount| container.path(&format!("{mount}{group}/cgroup.procs"))).into_iter();
         let processes = files.find(|file| file.exists()).context("the service's control group")?;
         let unit = container.unit("service");
-        let aside = container.path("usr/local/lib/good");
-        fs::copy(&good, &aside)?;
+        let good = Release::copy_of(&container)?;
         Ok(Self { container, name: name.to_owned(), unit, good, processes })
     }
 
@@ -328,24 +327,13 @@ impl Scene {
         file.ends_with(&self.name)
     }
 
-    /// Puts a release in place whose successor does `instead` of serving. Its takeover command works.
+    /// Puts a release in place whose successor does `instead` of serving.
     fn put_bad(&self, instead: &str) -> Result<()> {
-        let script = format!(
-            "#!/bin/bash\n\
-             case $TAKEOVER_ROLE in\n\
-             middle) TAKEOVER_ROLE=successor \"$0\" <&0 & echo pid $!;;\n\
-             successor) {instead};;\n\
-             *) exec -a \"$0\" /usr/local/lib/good \"$@\";;\n\
-             esac\n"
-        );
-        let file = tempfile::NamedTempFile::new()?;
-        fs::write(&file, script)?;
-        fs::set_permissions(&file, PermissionsExt::from_mode(0o755))?;
-        self.container.replace_binary(file.path())
+        self.container.replace_binary(Release::bad_successor(&self.container, instead)?.path())
     }
 
     fn put_good(&self) -> Result<()> {
-        self.container.replace_binary(&self.good)
+        self.container.replace_binary(self.good.path())
     }
 
     /// A reload to a release that does not come to serve: it fails, and the old one stays.

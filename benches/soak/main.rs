@@ -85,7 +85,7 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     let variable = format!("{}_TAKEOVER_TIMEOUT", package.name.to_uppercase().replace('-', "_"));
     container.write(&format!("etc/default/{}", package.name), &format!("{variable}={TAKEOVER_TIMEOUT}\n"))?;
     container.systemctl("start")?;
-    let scene = Scene::new(container, package.name, binary.clone())?;
+    let scene = Scene::new(container, package.name)?;
 
     let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
     let https = Target::Tls(at(8443), certificate.client(&["http/1.1"])?);

@@ -8,10 +8,12 @@ pub mod frames;
 pub mod full_service;
 pub mod load;
 pub mod process;
+pub mod release;
 pub mod service;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Each promise, a function of a [`Systemd`](container::Systemd), as a test on each of them.
@@ -44,6 +46,12 @@ macro_rules! on_one {
 
 /// Nothing that is waited for takes longer than this, on the slowest machine.
 pub const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Held by a test whose load takes all that the machine has: one of them at a time, while others wait for something.
+pub fn whole_machine() -> MutexGuard<'static, ()> {
+    static MACHINE: Mutex<()> = Mutex::new(());
+    MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
+}
 
 /// Runs `work` to its end on a runtime of this thread.
 pub fn block_on<T>(work: impl Future<Output = T>) -> T {

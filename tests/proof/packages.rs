@@ -8,14 +8,13 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
 
 use anyhow::Result;
 use harness::client::{Connection, Target, get};
 use harness::container::{Container, Package, Systemd};
 use harness::debian::{append, later_release, made, run};
 use harness::load::{Load, Running};
-use harness::{eventually, on_each_debian};
+use harness::{eventually, on_each_debian, whole_machine};
 
 on_each_debian! {
     an_install_opens_the_port_and_the_first_request_starts_the_service
@@ -217,14 +216,18 @@ fn invocation(container: &Container) -> String {
 }
 
 /// The loads of the promise.
-fn under_load(container: &Container) -> Vec<Running> {
+/// Loads at work, and the machine that they have to themselves.
+type UnderLoad = (Vec<Running>, MutexGuard<'static, ()>);
+
+fn under_load(container: &Container) -> UnderLoad {
+    let alone = whole_machine();
     let target = Container::target();
     let loads = [Load::w1(&target), Load::w2(&target), Load::w3(&target), Load::w4(&target)];
-    loads.map(|load| load.start(container.enter())).into()
+    (loads.map(|load| load.start(container.enter())).into(), alone)
 }
 
 /// Nothing was lost, and no connection closed.
-fn unnoticed(running: Vec<Running>) {
+fn unnoticed((running, _alone): UnderLoad) {
     for running in running {
         let is_kept = |report: &harness::load::Report| report.connections == report.asked_for;
         let report = running.stop();
@@ -448,7 +451,7 @@ fn what_is_stopped_or_disabled_or_masked_stays_so(systemd: Systemd) {
 
 fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
     let container = serving(systemd);
-    let readme = include_str!("../README.md");
+    let readme = include_str!("../../README.md");
     let recipe = readme.split("**Several on one machine.**").nth(1).and_then(|rest| rest.split("```").nth(1));
     container.run(&["sh", "-ec", recipe.expect("its commands")]).expect("the recipe of the README");
     let target = Target::Tcp(SocketAddr::from(([127, 0, 0, 1], 8081)));
@@ -458,7 +461,7 @@ fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
     };
     assert!(container.inside(|| generation()).contains("generation 1,"));
     let mut running = under_load(&container);
-    running.push(Load::w2(&target).start(container.enter()));
+    running.0.push(Load::w2(&target).start(container.enter()));
     install(&container, "two");
     assert!(container.inside(|| generation()).contains("generation 2,"));
     assert!(ask(&container).contains("generation 2,"));

@@ -178,7 +178,7 @@ fn go_keeps_its_connections(systemd: Systemd) {
 fn httpx_keeps_its_connection(systemd: Systemd) {
     let certificate = Certificate::new().expect("a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let (script, chain) = (format!("{FOLDER}/tests/clients/httpx-client.py"), certificate.chain());
+    let (script, chain) = (format!("{FOLDER}/tests/proof/clients/httpx-client.py"), certificate.chain());
     let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("a path"));
     let clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
         Client::start(&container, &["/usr/bin/python3", &script, &url, SECONDS, protocol, chain])
@@ -201,7 +201,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
         Path::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))).with_file_name("examples");
     let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
     let Target::Tcp(address) = Container::target() else { panic!("TCP") };
-    let script = format!("{FOLDER}/tests/clients/grpcio-client.py");
+    let script = format!("{FOLDER}/tests/proof/clients/grpcio-client.py");
     let clients = [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), SECONDS])];
     let connections = || connections(&container, address.port());
     harness::eventually("a connection", || !connections().is_empty());

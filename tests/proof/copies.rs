@@ -1,6 +1,6 @@
 //! A copy of this repo under another name is a service of its own.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -23,6 +23,19 @@ fn copy(to: &Path) {
     let mut make = Command::new("make");
     make.args(["--silent", "new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]);
     run(make.current_dir(FOLDER).env_remove("MAKEFLAGS"));
+}
+
+/// A copy to be compiled, always in the same place, so that of the library only what has changed since is compiled
+/// again. And one at a time: two would wait for each other's lock, and a test for nothing that it began.
+fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
+    static COPY: Mutex<()> = Mutex::new(());
+    let alone = COPY.lock().unwrap_or_else(PoisonError::into_inner);
+    let copied = Path::new(env!("CARGO_TARGET_TMPDIR")).join("copy");
+    let _ = std::fs::remove_dir_all(&copied);
+    copy(&copied);
+    // Its own sources are as old as this repository's, and what was compiled of them may have been changed ones.
+    run(Command::new("sh").args(["-c", "touch src/*.rs tests/*.rs"]).current_dir(&copied));
+    (copied, alone)
 }
 
 #[test]
@@ -60,7 +73,7 @@ fn what_the_readme_shows_of_a_service_is_what_is_tested() {
 #[test]
 fn each_test_that_the_security_document_names_is_there() {
     let read = |path: &Path| std::fs::read_to_string(path).expect("a file");
-    let sources: String = std::fs::read_dir(Path::new(FOLDER).join("tests"))
+    let sources: String = std::fs::read_dir(Path::new(FOLDER).join("tests/proof"))
         .expect("the tests")
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.is_file())
@@ -78,12 +91,6 @@ fn each_test_that_the_security_document_names_is_there() {
     }
 }
 
-/// Two of them would wait for each other's lock on what is compiled, and a test for nothing that it began.
-fn one_cargo_at_a_time() -> MutexGuard<'static, ()> {
-    static CARGO: Mutex<()> = Mutex::new(());
-    CARGO.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A command in a copy, which may use what was compiled for this repository.
 fn in_copy(copied: &Path, command: &[&str]) -> Command {
     let mut run = Command::new(command[0]);
@@ -97,10 +104,7 @@ fn in_copy(copied: &Path, command: &[&str]) -> Command {
 
 #[test]
 fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library() {
-    let _alone = one_cargo_at_a_time();
-    let folder = tempfile::tempdir().expect("a folder");
-    let copied = folder.path().join("copy");
-    copy(&copied);
+    let (copied, _alone) = copy_to_compile();
     let make = |goal: &[&str]| run(&mut in_copy(&copied, &[&["make", "--silent"], goal].concat()));
     let sh = |script: &str| run(&mut in_copy(&copied, &["sh", "-ec", script]));
     assert_eq!(make(&["test"]).matches("test result: ok").count(), 2);
@@ -128,10 +132,7 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
 
 #[test]
 fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
-    let _alone = one_cargo_at_a_time();
-    let folder = tempfile::tempdir().expect("a folder");
-    let copied = folder.path().join("copy");
-    copy(&copied);
+    let (copied, _alone) = copy_to_compile();
     let address = harness::free_address();
     let mut make = Command::new("make");
     // systemfd is installed once, here.

@@ -43,7 +43,7 @@ fn unnoticed(container: &Container, ports: &[u16], work: impl FnOnce()) {
 }
 
 fn two_instances_live_by_themselves(systemd: Systemd) {
-    let readme = include_str!("../README.md");
+    let readme = include_str!("../../README.md");
     let recipe = readme.split("**Several on one machine.**").nth(1).expect("a recipe");
     let recipe = recipe.split("```").nth(1).expect("its commands");
     let container = Container::boot(systemd, PACKAGE).expect("a container");

@@ -117,12 +117,11 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
         // curl itself sends no more than 64 KiB.
         let large = &large[..40 * 1024];
         for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
-            let output = tokio::process::Command::new("curl")
+            let output = std::process::Command::new("curl")
                 .args(["--silent", "--max-time", "10", "--output", "/dev/null", protocol])
                 .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
                 .arg(format!("http://{}/", service.http))
                 .output()
-                .await
                 .expect("curl");
             assert_eq!(String::from_utf8_lossy(&output.stdout), status, "{protocol}");
         }
