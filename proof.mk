@@ -19,9 +19,13 @@ NO_CLUSTER := mkdir -p $$root/etc/postgresql-common && \
 INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
 
 # As root, all of it; as somebody else, what can be done without, and a word on what cannot.
-test: $(if $(filter 0,$(shell id -u)),proof,no-proof)
+test: examples $(if $(filter 0,$(shell id -u)),proof,no-proof)
 # Always of all packages: for one by itself, what it depends on would be built anew.
 test: TESTED := --workspace --lib --bins --test examples --test service
+
+.PHONY: examples
+examples:
+	cargo build --workspace --examples
 
 # What it runs besides is brought side by side: most of that waits for the network.
 .PHONY: proof brought
@@ -59,15 +63,19 @@ COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 fuzz: $(WITH)
 	$(call RUSTC_WITH,$(COVERAGE)) RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer' BOLERO_FUZZER=libfuzzer cargo test --quiet \
 		--package outlive --lib --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
-	@binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
-	for target in $$(CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null | sed -n 's/.*__bolero_target.*"test_name":"\([^"]*\)".*/\1/p'); do \
-		kept=target/fuzz/found/$$target; mkdir -p $$kept; \
-		BOLERO_TEST_NAME=$$target BOLERO_LIBTEST_HARNESS=1 \
-		BOLERO_LIBFUZZER_ARGS="$$kept -artifact_prefix=$$kept/ -max_total_time=$$(($(SECONDS))) -timeout=10 -print_final_stats=1" \
-			$$binary $$target --exact --nocapture --quiet --test-threads 1 >$$kept.log 2>&1 \
-			|| { grep -a -A 3 'panicked\|ERROR' $$kept.log; echo "$$target: see $$kept.log"; exit 1; }; \
-		echo "$$target: $$(sed -n 's/.*number_of_executed_units: *//p' $$kept.log) inputs, nothing found"; \
-	done
+	@export binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
+	CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null | sed -n 's/.*__bolero_target.*"test_name":"\([^"]*\)".*/\1/p' \
+	| xargs -P $$(nproc) -I {} sh -c '$(FUZZ_ONE)' {}
+
+# Of a target: looks for TIME, beginning with what was found before.
+define FUZZ_ONE
+found=target/fuzz/found/$$0; known=$(KNOWN)/$$(echo $$0 | sed s/::/__/g)/corpus; mkdir -p $$found $$known; \
+BOLERO_TEST_NAME=$$0 BOLERO_LIBTEST_HARNESS=1 \
+BOLERO_LIBFUZZER_ARGS="$$found $$known -artifact_prefix=$$found/ -max_total_time=$$(($(SECONDS))) -timeout=10 -print_final_stats=1" \
+	$$binary $$0 --exact --nocapture --quiet --test-threads 1 >$$found.log 2>&1 \
+	|| { grep -a -A 3 "panicked\|ERROR" $$found.log; echo "$$0: see $$found.log"; exit 255; }; \
+echo "$$0: $$(sed -n "s/.*number_of_executed_units: *//p" $$found.log) inputs, nothing found"
+endef
 
 # The registry's own code, with loom's atomics.
 .PHONY: model

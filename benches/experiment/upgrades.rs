@@ -10,6 +10,7 @@ use harness::client::{Connection, Target, get};
 use harness::container::{Container, Package, Systemd};
 use harness::debian::{append, later_release, made, run};
 use harness::load::{Connections, Load};
+use harness::process::make;
 use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
@@ -68,10 +69,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
 /// Two releases of each.
 fn build(folder: &Path) -> Result<()> {
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").unwrap_or_default());
-    let mut make = Command::new("make");
-    make.args(["--silent", "-C", FOLDER, "deb", "SYSTEMD=252", &format!("BINARY={OURS}")])
-        .env_remove("MAKEFLAGS");
-    run(&mut make)?;
+    run(&mut make(FOLDER, &["deb", "SYSTEMD=252", &format!("BINARY={OURS}")]))?;
     fs::copy(made(Path::new(FOLDER), NAME)?, folder.join(format!("{NAME}-1.deb")))?;
     let mut bare = Command::new("cargo");
     bare.args(["deb", "--no-build", "--variant", "bare", "--output"]).arg(folder.join("bare-1.deb"));

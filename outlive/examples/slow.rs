@@ -1,6 +1,6 @@
 //! A service whose start, or end, waits for something: what happens at the limit, at a signal, or at a panic.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tracing::info;
 #[derive(clap::Parser)]
 #[command(name = "slow", version, about)]
 struct Config {
-    /// When: at its start, for ever, or in a background task at its end, until the file of --until is there.
+    /// When: at its start, or in a background task at its end, until the file of --until is there.
     #[arg(long)]
     when: When,
     #[arg(long, value_name = "FILE", default_value = "/file")]
@@ -31,23 +31,28 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
     match config.when {
         When::Panic => panic!("on purpose"),
         When::Start => {
-            info!("waiting for something that never comes");
-            std::future::pending().await
+            info!("waiting for the file");
+            file(&config.until).await;
+            Ok(Router::new())
         }
         When::End => {
             let wait = service.background("wait", async move |end| {
                 info!("the task has begun");
                 end.cancelled().await;
                 info!("waiting for the file");
-                while !config.until.exists() {
-                    tokio::time::sleep(Duration::from_millis(5)).await;
-                }
+                file(&config.until).await;
                 info!("the file is there");
                 Ok(())
             });
             wait.alone();
             Ok(Router::new().route("/", get("hello\n")))
         }
+    }
+}
+
+async fn file(path: &Path) {
+    while !path.exists() {
+        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 

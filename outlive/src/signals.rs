@@ -8,6 +8,8 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
+    /// One came when nobody could reload, as during a start: for whoever asks what is next.
+    a_reload_waits: bool,
 }
 
 /// What a signal asks for.
@@ -25,10 +27,15 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
+            a_reload_waits: false,
         })
     }
 
     pub async fn next(&mut self) -> Asked {
+        if std::mem::take(&mut self.a_reload_waits) { Asked::Reload } else { self.received().await }
+    }
+
+    async fn received(&mut self) -> Asked {
         tokio::select! {
             _ = self.terminate.recv() => Asked::End,
             _ = self.interrupt.recv() => Asked::End,
@@ -38,6 +45,8 @@ impl Signals {
 
     /// Waits to be asked to end.
     pub async fn terminated(&mut self) {
-        while self.next().await != Asked::End {}
+        while self.received().await != Asked::End {
+            self.a_reload_waits = true;
+        }
     }
 }

@@ -13,8 +13,8 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// cargo builds the examples beside all of a package's tests, and not beside one that is asked for by its name:
-/// `cargo build -p outlive --examples` does too.
+/// Built by `make test`: cargo builds them beside all of a package's tests only, and not beside one that is asked for by
+/// its name. `cargo build --workspace --examples` does too.
 fn example(name: &str) -> String {
     let test = std::env::current_exe().expect("a path");
     let path: PathBuf = test.ancestors().nth(2).expect("target/debug").join("examples").join(name);
@@ -184,6 +184,26 @@ fn a_signal_while_it_starts_ends_it_well() {
     std::io::Read::read_exact(&mut stderr, &mut line).expect("it has begun to start");
     process.signal(Signal::TERM);
     assert!(process.wait().expect("an end").success());
+}
+
+#[test]
+fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("file");
+    let address = harness::free_address().to_string();
+    let flags = ["--when", "start", "--until", file.to_str().expect("text"), "--listen", &address];
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let mut command = command(&example("slow"), &flags);
+    let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
+    let said = || std::fs::read_to_string(log.path()).expect("text");
+    eventually("it starts", || said().contains("waiting for the file"));
+    process.signal(Signal::HUP);
+    std::fs::write(&file, "").expect("written");
+    eventually("a successor", || said().contains("has taken over: pid "));
+    let said = said();
+    let pid = said.split("has taken over: pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    assert!(process.wait().expect("an end").success());
+    terminate(pid.expect("a pid")).expect("it runs");
 }
 
 /// `systemctl restart` soon after a reload: systemd tells all processes of the unit to end, the old one too.

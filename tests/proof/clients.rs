@@ -10,6 +10,7 @@ use harness::certificate::Certificate;
 use harness::client::Target;
 use harness::container::{Container, Package, Systemd};
 use harness::on_each_systemd;
+use harness::process::without_cargo;
 
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
 const PLAIN: &str = "http://127.0.0.1:8080";
@@ -192,11 +193,10 @@ fn httpx_keeps_its_connection(systemd: Systemd) {
 
 /// On the library's example of gRPC, as the service of the same units.
 fn grpcio_keeps_its_channel(systemd: Systemd) {
-    let built = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "-p", "outlive", "--example", "grpc"])
-        .current_dir(FOLDER)
-        .status();
-    assert!(built.expect("cargo").success());
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--workspace", "--example", "grpc"]).current_dir(FOLDER);
+    without_cargo(&mut build);
+    assert!(build.status().expect("cargo").success());
     let examples =
         Path::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))).with_file_name("examples");
     let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));

@@ -1,10 +1,10 @@
 //! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::Stdio;
 
 use harness::client::{Connection, Target, get};
-use harness::process::Process;
+use harness::process::{Process, make};
 use harness::service::{command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::{Pid, Signal, kill_process};
@@ -22,13 +22,10 @@ struct Container {
 impl Container {
     fn start() -> Self {
         let name = env!("CARGO_PKG_NAME");
-        let made = Command::new("make")
-            .args(["--silent", "static"])
+        let made = make(FOLDER, &["static"])
             // What is tested is that it needs nothing beside it: how fast it is does not matter.
             .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
             .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
-            .current_dir(FOLDER)
-            .env_remove("MAKEFLAGS")
             .output();
         let made = made.expect("make");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));

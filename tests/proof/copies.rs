@@ -5,7 +5,7 @@ use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use harness::client::{Connection, Target, get};
-use harness::process::Process;
+use harness::process::{Process, make, without_cargo};
 use rustix::process::Signal;
 
 const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
@@ -20,9 +20,7 @@ fn run(command: &mut Command) -> String {
 }
 
 fn copy(to: &Path) {
-    let mut make = Command::new("make");
-    make.args(["--silent", "new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]);
-    run(make.current_dir(FOLDER).env_remove("MAKEFLAGS"));
+    run(&mut make(FOLDER, &["new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]));
 }
 
 /// A copy to be compiled, always in the same place, so that of the library only what has changed since is compiled
@@ -94,10 +92,8 @@ fn each_test_that_the_security_document_names_is_there() {
 /// A command in a copy, which may use what was compiled for this repository.
 fn in_copy(copied: &Path, command: &[&str]) -> Command {
     let mut run = Command::new(command[0]);
-    run.args(&command[1..]).current_dir(copied).env_remove("MAKEFLAGS");
-    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && name != "CARGO_HOME") {
-        run.env_remove(name);
-    }
+    run.args(&command[1..]).current_dir(copied);
+    without_cargo(&mut run);
     run.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("CARGO_NET_OFFLINE", "true");
     run
 }
@@ -134,11 +130,10 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
 fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     let (copied, _alone) = copy_to_compile();
     let address = harness::free_address();
-    let mut make = Command::new("make");
     // systemfd is installed once, here.
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").expect("a PATH"));
-    make.args(["--silent", "dev", &format!("DEV={address}")]).current_dir(&copied);
-    make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("PATH", path).env_remove("MAKEFLAGS");
+    let mut make = make(&copied, &["dev", &format!("DEV={address}")]);
+    make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("PATH", path);
     let make = Process::spawn(&mut make).expect("make dev");
     let target = Target::Tcp(address);
     let ask = || {
@@ -162,9 +157,8 @@ fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
     for (name, folder) in
         [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
     {
-        let mut make = Command::new("make");
-        make.args(["--silent", "new", &format!("NAME={name}"), &format!("DIR={folder}")]);
-        let refused = make.current_dir(FOLDER).env_remove("MAKEFLAGS").output().expect("make");
+        let mut make = make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]);
+        let refused = make.output().expect("make");
         assert!(!refused.status.success(), "NAME={name} DIR={folder}");
     }
 }
@@ -173,10 +167,9 @@ fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
 fn uninstall_removes_all_that_install_brought() {
     let folder = tempfile::tempdir().expect("a folder");
     let make = |goal: &str| {
-        let mut make = Command::new("make");
-        make.args(["--silent", goal, "PREFIX=/usr", &format!("DESTDIR={}", folder.path().display())]);
-        make.arg(format!("BINARY={}", env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))));
-        run(make.current_dir(FOLDER).env_remove("MAKEFLAGS"));
+        let mut make = make(FOLDER, &[goal, "PREFIX=/usr"]);
+        make.arg(format!("DESTDIR={}", folder.path().display()));
+        run(make.arg(format!("BINARY={}", env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))))));
         let mut find = Command::new("find");
         run(find.args([".", "-type", "f"]).current_dir(folder.path()))
     };

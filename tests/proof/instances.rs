@@ -1,11 +1,11 @@
 //! More than the one service of a machine: instances of it, and a user's own.
 
 use std::net::SocketAddr;
-use std::process::Command;
 
 use harness::client::{Connection, Target, get};
 use harness::container::{Container, Package, Systemd};
 use harness::load::Load;
+use harness::process::make;
 use harness::{on_each_debian, on_each_systemd};
 
 on_each_systemd! {
@@ -78,13 +78,11 @@ fn two_instances_live_by_themselves(systemd: Systemd) {
 
 fn a_user_without_root_has_the_whole_promise(systemd: Systemd) {
     let home = tempfile::tempdir().expect("a folder");
-    let mut install = Command::new("make");
+    let mut install = make(FOLDER, &["install-user"]);
     install
-        .args(["--silent", "-C", FOLDER, "install-user"])
         .arg(format!("BINARY={}", PACKAGE.binary))
         .arg(format!("HOME={}", home.path().display()))
         .arg(format!("SYSTEMD={}", if systemd == Systemd::V257 { "257" } else { "252" }))
-        .env_remove("MAKEFLAGS")
         .env_remove("XDG_CONFIG_HOME");
     assert!(install.status().expect("make").success());
     let container = Container::boot_debian(systemd, PACKAGE, home.path()).expect("a container");

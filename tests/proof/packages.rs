@@ -159,9 +159,8 @@ fn lock() -> MutexGuard<'static, ()> {
 }
 
 fn make(arguments: &[&str]) {
-    let mut make = Command::new("make");
-    make.args(["--silent", "-C", PACKAGE.folder, &format!("BINARY={}", PACKAGE.binary)]).args(arguments);
-    run(make.env_remove("MAKEFLAGS")).expect("make");
+    let mut make = harness::process::make(PACKAGE.folder, arguments);
+    run(make.arg(format!("BINARY={}", PACKAGE.binary))).expect("make");
 }
 
 fn both(output: &Output) -> String {

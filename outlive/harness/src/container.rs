@@ -17,7 +17,7 @@ use tempfile::TempDir;
 
 use crate::certificate::Certificate;
 use crate::client::Target;
-use crate::process::{Notifications, Process};
+use crate::process::{Notifications, Process, make};
 
 /// Whose systemd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,15 +53,13 @@ impl Container {
     /// Boots a systemd with the package installed and its socket enabled.
     pub fn boot(systemd: Systemd, package: Package<'_>) -> Result<Self> {
         let stage = tempfile::tempdir()?;
-        let mut install = Command::new("make");
+        let mut install = make(package.folder, &["install"]);
         if systemd == Systemd::V257 {
             install.arg("SYSTEMD=257");
         }
         let install = install
-            .args(["--silent", "-C", package.folder, "install"])
             .arg(format!("DESTDIR={}", stage.path().display()))
             .arg(format!("BINARY={}", package.binary))
-            .env_remove("MAKEFLAGS")
             .output()
             .context("make install")?;
         ensure!(install.status.success(), "make install: {}", String::from_utf8_lossy(&install.stderr));

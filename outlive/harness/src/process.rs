@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
@@ -193,4 +193,20 @@ fn receive(socket: &UnixDatagram) -> Option<Message> {
     let fds = fds.flatten().collect();
     let bytes = &bytes[..received.bytes];
     (bytes != LAST).then(|| Message { text: String::from_utf8_lossy(bytes).into_owned(), fds })
+}
+
+/// `make`, as a person would run it: what cargo has said to this test would have others build their things anew.
+pub fn make(folder: impl AsRef<Path>, goals: &[&str]) -> Command {
+    let mut make = Command::new("make");
+    make.arg("--silent").args(goals).current_dir(folder);
+    without_cargo(&mut make);
+    make
+}
+
+/// Takes cargo's and make's own variables from a command.
+pub fn without_cargo(command: &mut Command) {
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && name != "CARGO_HOME") {
+        command.env_remove(name);
+    }
+    command.env_remove("MAKEFLAGS");
 }
