@@ -1,6 +1,6 @@
 # What only the repository of the library has: its proof on real systemds, the experiment, and `make new`.
 #
-# make fuzz TIME=1m   looks for bytes from outside that break it
+# make fuzz TIME=1m   looks for bytes from outside that break it; make corpus keeps what it has learnt
 # make model          tries every order in which the registry's tasks can meet
 # make soak TIME=10m  verbs and faults at random, under clients that never retry, on each systemd
 # make bench          the experiment: restarts under load, beside other servers
@@ -59,23 +59,19 @@ SECONDS = $(subst s,,$(subst h,*3600,$(subst m,*60,$(TIME))))
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
 	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
 	-Cllvm-args=-sanitizer-coverage-trace-compares
-.PHONY: fuzz
-fuzz: $(WITH)
+.PHONY: fuzz corpus
+fuzz: fuzzers
+	@$(EACH_FUZZER) tests/fuzz.sh look $$(($(SECONDS))) $$binary
+corpus: fuzzers
+	@$(EACH_FUZZER) tests/fuzz.sh keep - $$binary
+# By its name and the folder of what is known to it, as many at once as there are cores.
+EACH_FUZZER = binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
+	CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null \
+	| sed -n 's:.*"work_dir"\:"\([^"]*\)".*"test_name"\:"\([^"]*\)".*:\2 \1/corpus:p' | xargs -P $$(nproc) -L 1
+.PHONY: fuzzers
+fuzzers: $(WITH)
 	$(call RUSTC_WITH,$(COVERAGE)) RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer' BOLERO_FUZZER=libfuzzer cargo test --quiet \
 		--package outlive --lib --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
-	@export binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
-	CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null | sed -n 's/.*__bolero_target.*"test_name":"\([^"]*\)".*/\1/p' \
-	| xargs -P $$(nproc) -I {} sh -c '$(FUZZ_ONE)' {}
-
-# Of a target: looks for TIME, beginning with what was found before.
-define FUZZ_ONE
-found=target/fuzz/found/$$0; known=$(KNOWN)/$$(echo $$0 | sed s/::/__/g)/corpus; mkdir -p $$found $$known; \
-BOLERO_TEST_NAME=$$0 BOLERO_LIBTEST_HARNESS=1 \
-BOLERO_LIBFUZZER_ARGS="$$found $$known -artifact_prefix=$$found/ -max_total_time=$$(($(SECONDS))) -timeout=10 -print_final_stats=1" \
-	$$binary $$0 --exact --nocapture --quiet --test-threads 1 >$$found.log 2>&1 \
-	|| { grep -a -A 3 "panicked\|ERROR" $$found.log; echo "$$0: see $$found.log"; exit 255; }; \
-echo "$$0: $$(sed -n "s/.*number_of_executed_units: *//p" $$found.log) inputs, nothing found"
-endef
 
 # The registry's own code, with loom's atomics.
 .PHONY: model
