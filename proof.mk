@@ -40,6 +40,7 @@ WAITING := 6
 
 .PHONY: no-proof
 no-proof:
+	cargo test --workspace --doc
 	@echo 'Left out: the proof on real systemds. As root: sudo -E env "PATH=$$PATH" make test'
 
 # The compiler, with flags of its own for the library's unit tests alone: what they depend on is built without.
