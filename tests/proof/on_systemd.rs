@@ -467,7 +467,8 @@ fn restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start(systemd
     let report = running.stop();
     eprintln!("a request of 3 s in flight at each of 3 restarts: {report}");
     assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-    assert!(report.longest <= Duration::from_millis(250), "{report}");
+    // Far less than the 3 s: what other tests do meanwhile is in it.
+    assert!(report.longest <= Duration::from_secs(1), "{report}");
 }
 
 fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {

@@ -215,14 +215,22 @@ fn invocation(container: &Container) -> String {
 }
 
 /// The loads of the promise.
-/// Loads at work, and the machine that they have to themselves.
-type UnderLoad = (Vec<Running>, MutexGuard<'static, ()>);
+/// Loads at work, and the machine where they have it to themselves.
+type UnderLoad = (Vec<Running>, Option<MutexGuard<'static, ()>>);
 
+/// All that a client can be, flat out.
 fn under_load(container: &Container) -> UnderLoad {
     let alone = whole_machine();
+    let (mut running, _) = in_use(container);
     let target = Container::target();
-    let loads = [Load::w1(&target), Load::w2(&target), Load::w3(&target), Load::w4(&target)];
-    (loads.map(|load| load.start(container.enter())).into(), alone)
+    running.extend([Load::w1(&target), Load::w4(&target)].map(|load| load.start(container.enter())));
+    (running, Some(alone))
+}
+
+/// Connections that are kept, by clients that think.
+fn in_use(container: &Container) -> UnderLoad {
+    let target = Container::target();
+    ([Load::w2(&target), Load::w3(&target)].map(|load| load.start(container.enter())).into(), None)
 }
 
 /// Nothing was lost, and no connection closed.
@@ -330,7 +338,7 @@ fn upgrades_and_a_downgrade_under_load_lose_nothing_and_close_nothing(systemd: S
 
 fn changed_units_are_told_of_and_nothing_is_restarted(systemd: Systemd) {
     let container = serving(systemd);
-    let running = under_load(&container);
+    let running = in_use(&container);
     let begun = invocation(&container);
     let said = install(&container, "units");
     let told: Vec<_> = said.lines().filter(|line| line.contains("units have changed")).collect();
@@ -343,7 +351,7 @@ fn changed_units_are_told_of_and_nothing_is_restarted(systemd: Systemd) {
 
 fn a_release_that_cannot_start_leaves_the_old_one_serving_until_a_good_one_comes(systemd: Systemd) {
     let container = serving(systemd);
-    let running = under_load(&container);
+    let running = in_use(&container);
     let pid = main_pid(&container);
     let (is_done, said) = dpkg(&container, &["--install", "/packages/broken.deb"]);
     assert!(!is_done && said.contains("does not start, and the old one serves on"), "{said}");
@@ -363,7 +371,7 @@ fn a_typo_in_the_conffile_is_named_with_its_line_and_mended_by_configure(systemd
     let variable = format!("{}_IDLE_TIMEOUT", NAME.to_uppercase().replace('-', "_"));
     let conffile = format!("etc/default/{NAME}");
     container.write(&conffile, &format!("# one\n# two\n{variable}=soon\n")).expect("written");
-    let running = under_load(&container);
+    let running = in_use(&container);
     let pid = main_pid(&container);
     let (is_done, said) = dpkg(&container, &["--install", "/packages/two.deb"]);
     assert!(!is_done, "{said}");
@@ -387,7 +395,7 @@ fn a_typo_in_the_conffile_is_named_with_its_line_and_mended_by_configure(systemd
 
 fn an_upgrade_onto_a_full_disk_leaves_the_old_one_serving(systemd: Systemd) {
     let container = serving(systemd);
-    let running = under_load(&container);
+    let running = in_use(&container);
     let pid = main_pid(&container);
     let folder = "/usr/share/fish/vendor_completions.d";
     let fill = format!("mount -t tmpfs -o size=4k none {folder} && head -c 4096 /dev/zero >{folder}/full");
@@ -459,7 +467,7 @@ fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
         connection.ask(&get("/")).await.expect("an answer").text()
     };
     assert!(container.inside(|| generation()).contains("generation 1,"));
-    let mut running = under_load(&container);
+    let mut running = in_use(&container);
     running.0.push(Load::w2(&target).start(container.enter()));
     install(&container, "two");
     assert!(container.inside(|| generation()).contains("generation 2,"));
