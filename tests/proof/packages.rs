@@ -214,7 +214,6 @@ fn invocation(container: &Container) -> String {
     container.show("InvocationID").expect("an id")
 }
 
-/// The loads of the promise.
 /// Loads at work, and the machine where they have it to themselves.
 type UnderLoad = (Vec<Running>, Option<MutexGuard<'static, ()>>);
 
