@@ -18,29 +18,31 @@ NO_CLUSTER := mkdir -p $$root/etc/postgresql-common && \
 	echo create_main_cluster = false >>$$root/etc/postgresql-common/createcluster.conf
 INSTALL := $(NO_CLUSTER) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN)
 
-# As root, all of it; as somebody else, what can be done without, and a word on what cannot.
-test: examples $(if $(filter 0,$(shell id -u)),proof,no-proof)
+# As root, all of it: every file of tests, so that none is forgotten; most of them wait for something, and what takes the
+# whole machine has a lock of its own. As somebody else, what can be done without, and a word on what cannot.
 # Always of all packages: for one by itself, what it depends on would be built anew.
+ifeq ($(shell id -u),0)
+test: proof
+test: TESTED := --workspace --lib --bins --test '*' -- --test-threads 6
+else
+test: no-proof
 test: TESTED := --workspace --lib --bins --test examples --test service
+endif
 
 .PHONY: examples
 examples:
 	cargo build --workspace --examples
+	cargo test --workspace --doc
 
 # What it runs besides is brought side by side: most of that waits for the network.
 .PHONY: proof brought
-proof: tools
+proof: examples tools
 	$(MAKE) --no-print-directory --jobs 4 brought
-	cargo test --workspace --doc
 	$(MAKE) --no-print-directory model
-	cargo test --workspace --test systemd --test proof -- --test-threads $(WAITING)
 brought: systemfd cargo-deb cargo-generate-rpm target/systemd-257 target/systemd-252 target/tools/bin/go-client
-# Most tests wait for something: what takes the whole machine has a lock of its own.
-WAITING := 6
 
 .PHONY: no-proof
-no-proof:
-	cargo test --workspace --doc
+no-proof: examples
 	@echo 'Left out: the proof on real systemds. As root: sudo -E env "PATH=$$PATH" make test'
 
 # The compiler, with flags of its own for the library's unit tests alone: what they depend on is built without.

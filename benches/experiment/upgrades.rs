@@ -70,7 +70,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
 fn build(folder: &Path) -> Result<()> {
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").unwrap_or_default());
     run(&mut make(FOLDER, &["deb", "SYSTEMD=252", &format!("BINARY={OURS}")]))?;
-    fs::copy(made(Path::new(FOLDER), NAME)?, folder.join(format!("{NAME}-1.deb")))?;
+    fs::copy(made(Path::new(FOLDER), NAME, "deb")?, folder.join(format!("{NAME}-1.deb")))?;
     let mut bare = Command::new("cargo");
     bare.args(["deb", "--no-build", "--variant", "bare", "--output"]).arg(folder.join("bare-1.deb"));
     run(bare.current_dir(FOLDER).env("PATH", path))?;

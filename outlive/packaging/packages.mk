@@ -18,14 +18,18 @@ package-files: $(BINARY)
 			>$(CURDIR)/$(PACKAGES)/$$script; done
 	gzip -9 --no-name $(FILES)/usr/share/man/man1/*.1 $(FILES)/usr/share/doc/$(PACKAGE)/changelog
 
+# DEB, RPM: what else cargo-deb and cargo-generate-rpm are told, such as DEB=--fast.
 .PHONY: deb rpm
 deb: package-files cargo-deb
 	rm -f $(PACKAGES)/$(PACKAGE)_*.deb
-	cargo deb --no-build --output $(PACKAGES)/
+	cargo deb --no-build $(DEB) --output $(PACKAGES)/
 rpm: package-files cargo-generate-rpm
 	rm -f $(PACKAGES)/$(PACKAGE)-*.rpm
-	cargo generate-rpm --output $(PACKAGES)/
+	cargo generate-rpm $(RPM) --output $(PACKAGES)/
 
+# Built quickly, but for what digests and compresses a whole package.
+OPTIMIZED := keccak sha2 sha3 zstd-sys
+cargo-generate-rpm: INSTALL_TOOL += $(OPTIMIZED:%=--config profile.dev.package.%.opt-level=3)
 .PHONY: cargo-deb cargo-generate-rpm
 cargo-deb cargo-generate-rpm:
 	@command -v $@ >/dev/null || $(INSTALL_TOOL) $@

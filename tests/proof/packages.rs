@@ -65,7 +65,7 @@ fn an_rpm_is_installed_upgraded_under_load_refused_and_removed() {
     let [socket, service] = ["socket", "service"].map(|kind| container.unit(kind));
     assert_eq!(is(&container, "is-enabled", &socket), "enabled", "as presets say: {said}");
     container.run(&["systemctl", "start", &socket]).expect("started");
-    ask(&container);
+    container.ask("/");
     let running = under_load(&container);
     let pid = main_pid(&container);
     let (is_done, said) = rpm(&["--upgrade", "/packages/two.rpm"]);
@@ -110,8 +110,9 @@ fn build(systemd: &str) -> PathBuf {
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).expect("a folder");
     let _alone = lock();
-    make(&["deb", &format!("SYSTEMD={systemd}")]);
-    let package = made(Path::new(PACKAGE.folder), NAME).expect("a package");
+    // Compression takes longer than all else.
+    make(&["deb", "DEB=--fast", &format!("SYSTEMD={systemd}")]);
+    let package = made(Path::new(PACKAGE.folder), NAME, "deb").expect("a package");
     fs::copy(package, folder.join("one.deb")).expect("a copy");
     let binary = format!("usr/bin/{NAME}");
     let release = |name: &str, version: &str, change: &dyn Fn(&Path) -> Result<()>| {
@@ -133,18 +134,19 @@ fn build_rpms() -> PathBuf {
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).expect("a folder");
     let _alone = lock();
-    make(&["package-files", "cargo-generate-rpm", "SYSTEMD=252"]);
+    let uncompressed = "--payload-compress=none";
+    make(&["rpm", &format!("RPM={uncompressed}"), "SYSTEMD=252"]);
+    let package = made(Path::new(PACKAGE.folder), NAME, "rpm").expect("a package");
+    fs::copy(package, folder.join("one.rpm")).expect("a copy");
     let binary = Path::new(PACKAGE.folder).join(format!("target/packages/files/usr/bin/{NAME}"));
     let release = |name: &str, version: &str| {
         let tools = Path::new(PACKAGE.folder).join("target/tools/bin/cargo-generate-rpm");
         let mut generate = Command::new(if tools.exists() { tools } else { "cargo-generate-rpm".into() });
         generate.current_dir(PACKAGE.folder).arg("generate-rpm");
-        // A debug build of the tool takes long to compress.
-        generate.args(["--payload-compress", "none"]);
+        generate.arg(uncompressed);
         generate.args(["--set-metadata", &format!("version = \"{version}\""), "--output"]);
         run(generate.arg(folder.join(format!("{name}.rpm")))).expect("an rpm");
     };
-    release("one", "0.1.0");
     append(&binary, "two").expect("written");
     release("two", "0.2.0");
     fs::write(&binary, "#!/bin/sh\nexit 1\n").expect("written");
@@ -190,18 +192,11 @@ fn is(container: &Container, state: &str, unit: &str) -> String {
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-fn ask(container: &Container) -> String {
-    container.inside(|| async {
-        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        connection.ask(&get("/")).await.expect("an answer").text()
-    })
-}
-
 /// With the first release serving.
 fn serving(systemd: Systemd) -> Container {
     let container = boot(systemd);
     install(&container, "one");
-    ask(&container);
+    container.ask("/");
     container
 }
 
@@ -267,11 +262,11 @@ fn an_install_opens_the_port_and_the_first_request_starts_the_service(systemd: S
     for other in ["tls", "admin"] {
         assert_eq!(is(&container, "is-enabled", &format!("{NAME}-{other}.socket")), "disabled");
     }
-    assert!(ask(&container).contains("generation 1"));
+    assert!(container.ask("/").contains("generation 1"));
     // As a boot does it.
     container.run(&["systemctl", "stop", &socket, &service]).expect("stopped");
     container.run(&["systemctl", "restart", "sockets.target"]).expect("as at boot");
-    assert!(ask(&container).contains("generation 1"));
+    assert!(container.ask("/").contains("generation 1"));
     for file in ["man1/app.1.gz", "bash-completion/completions/app"] {
         assert!(
             container
@@ -293,7 +288,7 @@ fn what_the_administrator_forbids_is_not_started(systemd: Systemd) {
     assert_eq!(is(&container, "is-enabled", &socket), "enabled");
     assert_eq!(is(&container, "is-active", &socket), "inactive");
     container.run(&["systemctl", "start", &socket]).expect("by hand");
-    ask(&container);
+    container.ask("/");
     let pid = main_pid(&container);
     install(&container, "two");
     assert_eq!(main_pid(&container), pid, "no reload either");
@@ -444,7 +439,7 @@ fn what_is_stopped_or_disabled_or_masked_stays_so(systemd: Systemd) {
     unchanged("one");
     assert_eq!(is(&container, "is-enabled", &socket), "disabled");
     container.run(&["systemctl", "enable", "--now", &socket]).expect("enabled");
-    ask(&container);
+    container.ask("/");
     let pid = main_pid(&container);
     container.run(&["systemctl", "mask", &service]).expect("masked");
     unchanged("two");
@@ -470,7 +465,7 @@ fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
     running.0.push(Load::w2(&target).start(container.enter()));
     install(&container, "two");
     assert!(container.inside(|| generation()).contains("generation 2,"));
-    assert!(ask(&container).contains("generation 2,"));
+    assert!(container.ask("/").contains("generation 2,"));
     unnoticed(running);
 }
 
@@ -525,7 +520,7 @@ fn systemctl_sets_what_is_logged_and_a_reload_keeps_it(systemd: Systemd) {
     // No bus: nothing is said of it.
     container.run(&["systemctl", "stop", "dbus.socket", "dbus.service"]).expect("stopped");
     container.systemctl("restart").expect("a restart");
-    assert!(ask(&container).contains("generation"));
+    assert!(container.ask("/").contains("generation"));
 }
 
 fn a_removal_drains_and_a_purge_leaves_no_file(systemd: Systemd) {
@@ -574,5 +569,5 @@ fn a_removal_drains_and_a_purge_leaves_no_file(systemd: Systemd) {
     // It comes back as it came first.
     install(&container, "two");
     assert_eq!(is(&container, "is-enabled", &socket), "enabled");
-    assert!(ask(&container).contains("generation 1"));
+    assert!(container.ask("/").contains("generation 1"));
 }

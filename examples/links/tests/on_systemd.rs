@@ -6,7 +6,7 @@ use harness::load::Load;
 use harness::{eventually, on_each_systemd};
 
 /// Of each verb, under load.
-const TIMES: usize = 30;
+const TIMES: usize = 10;
 
 /// A database server as Debian packages it, without Debian's wrapper for several of them.
 const POSTGRESQL: &str = r#"

@@ -16,7 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::certificate::Certificate;
-use crate::client::Target;
+use crate::client::{Connection, Target, get};
 use crate::process::{Notifications, Process, make};
 
 /// Whose systemd.
@@ -251,6 +251,14 @@ impl Container {
                 crate::block_on(work())
             });
             thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+
+    /// The text of the answer to one request, on a connection of its own.
+    pub fn ask(&self, path: &str) -> String {
+        self.inside(|| async {
+            let mut connection = Connection::open(&Self::target()).await.expect("the port is open");
+            connection.ask(&get(path)).await.expect("an answer").text()
         })
     }
 

@@ -6,18 +6,19 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// What `make deb` has made in `folder`.
-pub fn made(folder: &Path, name: &str) -> Result<PathBuf> {
+/// What `make deb` or `make rpm` has made in `folder`.
+pub fn made(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
     let is_it = |file: &PathBuf| {
         let file = file.file_name().unwrap_or_default().to_string_lossy();
-        file.starts_with(&format!("{name}_")) && file.ends_with(".deb")
+        file.strip_prefix(name).is_some_and(|rest| rest.starts_with(['_', '-']))
+            && file.ends_with(&format!(".{kind}"))
     };
     let packages = fs::read_dir(folder.join("target/packages"))?;
     packages
         .flatten()
         .map(|entry| entry.path())
         .find(is_it)
-        .context("no package in target/packages: make deb")
+        .with_context(|| format!("no package in target/packages: make {kind}"))
 }
 
 /// A package like `first` but for its version, and what `change` does to its files.

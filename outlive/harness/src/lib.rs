@@ -10,6 +10,7 @@ pub mod load;
 pub mod process;
 pub mod release;
 pub mod service;
+pub mod verbs;
 
 use std::net::{SocketAddr, TcpListener};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -78,11 +79,15 @@ pub fn free_address() -> SocketAddr {
     }
 }
 
-/// Waits until `done`, which nothing announces.
+/// Waits until `done`, which nothing announces. It looks a third of the time: others have something to do.
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
-    while !done() {
+    loop {
+        let begun = Instant::now();
+        if done() {
+            return;
+        }
         assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(2));
+        std::thread::sleep(Duration::from_millis(2).max(begun.elapsed() * 2));
     }
 }
