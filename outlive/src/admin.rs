@@ -1,7 +1,6 @@
 //! What the admin listeners serve: for probes, load balancers and Prometheus.
 
 use std::sync::Arc;
-use std::time::SystemTime;
 
 use axum::Router;
 use axum::extract::State;
@@ -70,8 +69,8 @@ impl Admin {
             metrics::ACCEPT_QUEUE.with_label_values(&[&listener]).set(length.into());
         }
         metrics::GENERATION.set(i64::try_from(self.process.generation).unwrap_or(i64::MAX));
-        let uptime = SystemTime::now().duration_since(self.process.since).unwrap_or_default();
-        metrics::UPTIME.set(i64::try_from(uptime.as_secs()).unwrap_or(i64::MAX));
+        // Not by the clock on the wall, which may be set.
+        metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF] {
             // One that has not counted yet is there all the same.
             std::sync::LazyLock::force(counter);

@@ -52,7 +52,7 @@ pub static GENERATION: LazyLock<IntGauge> = metric!(
     "Which process this is in the row of those that received their connections on."
 );
 pub static UPTIME: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "uptime_seconds", "Seconds since this process began to live.");
+    metric!(register_int_gauge, "uptime_seconds", "Seconds for which this process has been there.");
 
 /// For the next process to go on from: what is counted at a process's end, nobody could ask it for.
 pub fn totals() -> String {

@@ -2,6 +2,7 @@
 
 mod attacks;
 mod clients;
+mod clock;
 mod containers;
 mod contract;
 mod copies;

@@ -15,13 +15,13 @@ const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 const ASLEEP: Duration = Duration::from_secs(3);
 
 /// A client of any kind, on a connection of its own.
-enum Client {
+pub enum Client {
     Http1(Connection),
     Http2(Http2),
 }
 
 impl Client {
-    async fn open(service: &FullService, kind: usize) -> Self {
+    pub async fn open(service: &FullService, kind: usize) -> Self {
         let plain = Target::Tcp(service.http);
         let tls = |protocol| service.https(&[protocol]).expect("a certificate");
         let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("a connection"));
@@ -34,7 +34,7 @@ impl Client {
         }
     }
 
-    async fn is_answered(&mut self) {
+    pub async fn is_answered(&mut self) {
         let status = match self {
             Self::Http1(connection) => connection.ask(&get("/")).await.expect("an answer").status,
             Self::Http2(connection) => connection.get("/").await.expect("an answer").expect("no GOAWAY").0,
