@@ -103,13 +103,13 @@ fn a_connection_goes_on_in_the_next_process_when_the_clock_is_set_during_the_dra
         let mut slow = service.connect().await;
         assert!(is_fast_by(&mut idle).await < Duration::from_secs(60));
         for (difference, fast) in [("+3600", true), ("+0", false), ("-3600", false), ("+3600", true)] {
-            slow.send(&get("/sleep?duration=1s")).await.expect("sent");
+            slow.send(&get("/sleep?duration=2s")).await.expect("sent");
             service.wait_for_in_flight(1).expect("in flight");
             service.signal(Signal::TERM);
-            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("a drain");
+            service.notifications.wait_for("STOPPING=1").expect("a drain");
             clock.set(difference);
             service = service.restart(&clock.binary()).expect("the next process");
-            assert_eq!(slow.answer().await.expect("an answer").text(), "slept 1s\n");
+            assert_eq!(slow.answer().await.expect("an answer").text(), "slept 2s\n");
             for connection in [&mut idle, &mut slow] {
                 let difference = is_fast_by(connection).await;
                 assert_eq!(difference > HOUR - Duration::from_secs(60), fast, "{difference:?}");
