@@ -1,17 +1,13 @@
 //! The service as it is installed, on this machine's systemd, booted in a container of its own.
 
 use harness::client::{Connection, get};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::load::Load;
+use harness::this_package;
 
 #[test]
 fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
-    let package = Package {
-        name: env!("CARGO_PKG_NAME"),
-        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
-        folder: env!("CARGO_MANIFEST_DIR"),
-    };
-    let container = Container::boot(Systemd::Host, package).expect("a container");
+    let container = Container::boot(Systemd::Host, this_package!()).expect("a container");
     // The first request after boot starts the service.
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");

@@ -5,10 +5,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use harness::client::{Connection, get};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::load::Load;
-use harness::on_each_systemd;
 use harness::verbs::{again_and_again, times};
+use harness::{on_each_systemd, this_package};
 
 on_each_systemd! {
     reloads_under_ten_connections_flat_out_lose_nothing
@@ -22,12 +22,7 @@ on_each_systemd! {
 fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let package = Package {
-        name: env!("CARGO_PKG_NAME"),
-        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
-        folder: env!("CARGO_MANIFEST_DIR"),
-    };
-    let container = Container::boot(systemd, package).expect("a container");
+    let container = Container::boot(systemd, this_package!()).expect("a container");
     container.ask("/");
     (container, alone)
 }

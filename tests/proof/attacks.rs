@@ -13,7 +13,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::BINARY;
+
 /// Nobody polite waits longer than this at the 99th percentile, on two busy cores and in a debug build.
 const POLITE_LIMIT: Duration = Duration::from_millis(250);
 /// The head limit of the service under attack, the idle limit, and the one for taking an answer.

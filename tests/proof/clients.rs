@@ -12,7 +12,8 @@ use harness::container::{Container, Package, Systemd};
 use harness::on_each_systemd;
 use harness::process::without_cargo;
 
-const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+use crate::{BINARY, FOLDER, PACKAGE};
+
 const PLAIN: &str = "http://127.0.0.1:8080";
 const TLS: &str = "https://127.0.0.1:8443";
 /// How long each asks.
@@ -29,12 +30,11 @@ on_each_systemd! {
 }
 
 fn boot(systemd: Systemd, binary: &str) -> Container {
-    let package = Package { name: env!("CARGO_PKG_NAME"), binary, folder: FOLDER };
-    Container::boot(systemd, package).expect("a container")
+    Container::boot(systemd, Package { binary, ..PACKAGE }).expect("a container")
 }
 
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
-    let container = boot(systemd, env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))));
+    let container = boot(systemd, BINARY);
     container.speak_tls(certificate).expect("a certificate");
     container.systemctl("start").expect("a start");
     container
@@ -199,8 +199,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     build.args(["build", "--quiet", "--workspace", "--example", "grpc"]).current_dir(FOLDER);
     without_cargo(&mut build);
     assert!(build.status().expect("cargo").success());
-    let examples =
-        Path::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))).with_file_name("examples");
+    let examples = Path::new(BINARY).with_file_name("examples");
     let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
     let Target::Tcp(address) = Container::target() else { panic!("TCP") };
     let script = format!("{FOLDER}/tests/proof/clients/grpcio-client.py");

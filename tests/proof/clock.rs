@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use tempfile::TempDir;
 
 use crate::rest::Client;
+use crate::{BINARY, NAME};
 
 const HOUR: Duration = Duration::from_secs(3600);
 
@@ -31,7 +32,7 @@ impl Clock {
             "#!/bin/sh\nexport LD_PRELOAD={library} FAKETIME_TIMESTAMP_FILE={} FAKETIME_NO_CACHE=1 \
              FAKETIME_DONT_FAKE_MONOTONIC=1 DONT_FAKE_MONOTONIC=1\nexec {} \"$@\"\n",
             clock.file().display(),
-            env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")))
+            BINARY
         );
         fs::write(clock.binary(), script).expect("written");
         fs::set_permissions(clock.binary(), PermissionsExt::from_mode(0o755)).expect("executable");
@@ -40,7 +41,7 @@ impl Clock {
 
     /// The service, by this clock.
     fn binary(&self) -> String {
-        self.folder.path().join(env!("CARGO_PKG_NAME")).to_str().expect("a path").to_owned()
+        self.folder.path().join(NAME).to_str().expect("a path").to_owned()
     }
 
     fn file(&self) -> PathBuf {

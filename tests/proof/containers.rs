@@ -9,7 +9,7 @@ use harness::service::{command, run_to_end};
 use harness::{block_on, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 
-const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
+use crate::{BINARY, FOLDER, NAME};
 
 /// A container of one process.
 struct Container {
@@ -21,7 +21,6 @@ struct Container {
 
 impl Container {
     fn start() -> Self {
-        let name = env!("CARGO_PKG_NAME");
         let made = make(FOLDER, &["static"])
             // What is tested is that it needs nothing beside it: how fast it is does not matter.
             .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
@@ -30,7 +29,7 @@ impl Container {
         let made = made.expect("make");
         assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         let root = tempfile::tempdir().expect("a folder");
-        std::fs::copy(Path::new(FOLDER).join("target/static").join(name), root.path().join(name))
+        std::fs::copy(Path::new(FOLDER).join("target/static").join(NAME), root.path().join(NAME))
             .expect("a copy");
         std::fs::create_dir(root.path().join("proc")).expect("a folder");
         let address = harness::free_address();
@@ -38,7 +37,7 @@ impl Container {
         unshare
             .arg("--mount-proc")
             .arg(format!("--root={}", root.path().display()))
-            .args(["--setgid=65534", "--setuid=65534", &format!("/{name}"), &format!("--listen={address}")])
+            .args(["--setgid=65534", "--setuid=65534", &format!("/{NAME}"), &format!("--listen={address}")])
             .env_clear()
             .stdout(Stdio::null());
         let mut unshare = Process::spawn(&mut unshare).expect("a container");
@@ -119,9 +118,9 @@ fn value(text: &str, before: &str) -> String {
 fn the_recipes_for_containers_say_what_the_binary_takes() {
     let (file, deployment) = (recipe("Dockerfile"), recipe("yaml"));
     assert!(file.contains("make -C /src static\n"), "{file}");
-    let variable = format!("{}_LISTEN=", env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_"));
+    let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
     let listen = value(&file, &variable);
-    let mut check = command(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))), &["check"]);
+    let mut check = command(BINARY, &["check"]);
     // Any ports will do for a check, and these may be taken.
     check.env(variable.trim_end_matches('='), listen.replace(":8080", ":0").replace(":9090", ":0"));
     let prefix = variable.trim_end_matches("LISTEN=");

@@ -12,7 +12,7 @@ use harness::{PATIENCE, block_on};
 use rustix::net::SendFlags;
 use rustix::process::Signal;
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::{BINARY, NAME};
 
 fn start(flags: &[&str]) -> Service {
     Service::start(BINARY, flags).expect("a service")
@@ -685,8 +685,7 @@ fn flags_and_their_variables_are_refused_by_their_name() {
         ("--log", "x=loud"),
     ] {
         assert_refused(&mut command(BINARY, &[flag, value]), 78, &[flag, value]);
-        let variable =
-            format!("{}{flag}", env!("CARGO_PKG_NAME")).replace("--", "_").replace('-', "_").to_uppercase();
+        let variable = format!("{NAME}{flag}").replace("--", "_").replace('-', "_").to_uppercase();
         let mut by_variable = command(BINARY, &[]);
         by_variable.env(&variable, value);
         assert_refused(&mut by_variable, 78, &[flag, value]);

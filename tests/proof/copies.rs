@@ -8,8 +8,8 @@ use harness::client::{Connection, Target, get};
 use harness::process::{Process, make, without_cargo};
 use rustix::process::Signal;
 
-const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
-const OLD_NAME: &str = env!("CARGO_PKG_NAME");
+use crate::{BINARY, FOLDER, NAME};
+
 const NEW_NAME: &str = "shop-front";
 
 fn run(command: &mut Command) -> String {
@@ -42,13 +42,13 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
     let copied = folder.path().join("copy");
     copy(&copied);
     // `app.rs` and `app::` are the service's own file, not the package; the library has an example of that name.
-    let words = format!(r"\b{OLD_NAME}\b(?!\.rs|::|;)|\b{}_", OLD_NAME.to_uppercase().replace('-', "_"));
+    let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
     let mut grep = Command::new("grep");
     let found = grep.args(["-rnP", "--exclude-dir=outlive", &words, "."]).current_dir(&copied).output();
     assert_eq!(String::from_utf8_lossy(&found.expect("grep").stdout), "");
     for kind in ["service", "socket"] {
         assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
-        assert!(!copied.join(format!("systemd/{OLD_NAME}.{kind}")).exists());
+        assert!(!copied.join(format!("systemd/{NAME}.{kind}")).exists());
     }
     let mut lines = Command::new("sh");
     lines.args([
@@ -169,14 +169,14 @@ fn uninstall_removes_all_that_install_brought() {
     let make = |goal: &str| {
         let mut make = make(FOLDER, &[goal, "PREFIX=/usr"]);
         make.arg(format!("DESTDIR={}", folder.path().display()));
-        run(make.arg(format!("BINARY={}", env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))))));
+        run(make.arg(format!("BINARY={BINARY}")));
         let mut find = Command::new("find");
         run(find.args([".", "-type", "f"]).current_dir(folder.path()))
     };
     let installed = make("install");
     for file in ["usr/bin/NAME", "usr/lib/systemd/system/NAME.service", "usr/lib/systemd/system/NAME.socket"]
     {
-        assert!(installed.contains(&file.replace("NAME", OLD_NAME)), "{installed}");
+        assert!(installed.contains(&file.replace("NAME", NAME)), "{installed}");
     }
     assert_eq!(make("uninstall"), "");
 }

@@ -13,7 +13,7 @@ use harness::service::Service;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::BINARY;
 
 fn start() -> Service {
     Service::start_with_store(BINARY, &[]).expect("a service")

@@ -3,10 +3,12 @@
 use std::net::SocketAddr;
 
 use harness::client::{Connection, Target, get};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::load::Load;
 use harness::process::make;
 use harness::{on_each_debian, on_each_systemd};
+
+use crate::{BINARY, FOLDER, NAME, PACKAGE};
 
 on_each_systemd! {
     two_instances_live_by_themselves
@@ -15,11 +17,6 @@ on_each_systemd! {
 on_each_debian! {
     a_user_without_root_has_the_whole_promise
 }
-
-const NAME: &str = env!("CARGO_PKG_NAME");
-const FOLDER: &str = env!("CARGO_MANIFEST_DIR");
-const PACKAGE: Package =
-    Package { name: NAME, binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))), folder: FOLDER };
 
 fn target(port: u16) -> Target {
     Target::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))
@@ -80,7 +77,7 @@ fn a_user_without_root_has_the_whole_promise(systemd: Systemd) {
     let home = tempfile::tempdir().expect("a folder");
     let mut install = make(FOLDER, &["install-user"]);
     install
-        .arg(format!("BINARY={}", PACKAGE.binary))
+        .arg(format!("BINARY={BINARY}"))
         .arg(format!("HOME={}", home.path().display()))
         .arg(format!("SYSTEMD={}", if systemd == Systemd::V257 { "257" } else { "252" }))
         .env_remove("XDG_CONFIG_HOME");

@@ -14,3 +14,13 @@ mod packages;
 mod rest;
 mod server_starter;
 mod takeover;
+
+use harness::container::Package;
+use harness::this_package;
+
+/// What is proved.
+const PACKAGE: Package = this_package!();
+const NAME: &str = PACKAGE.name;
+const BINARY: &str = PACKAGE.binary;
+/// That of the Makefile.
+const FOLDER: &str = PACKAGE.folder;

@@ -8,13 +8,15 @@ use std::time::{Duration, Instant};
 
 use harness::certificate::{Certificate, ClientConfig, client_of};
 use harness::client::{Connection, Target, get, post};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::load::Load;
 use harness::release::Release;
 use harness::verbs::{again_and_again, times};
 use harness::{eventually, on_each_systemd};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
+
+use crate::{BINARY, NAME, PACKAGE};
 
 on_each_systemd! {
     the_first_request_after_boot_starts_the_service
@@ -107,12 +109,7 @@ fn a_preserved_store_keeps_connections_over_stop_and_start() {
 }
 
 fn boot(systemd: Systemd) -> Container {
-    let package = Package {
-        name: env!("CARGO_PKG_NAME"),
-        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
-        folder: env!("CARGO_MANIFEST_DIR"),
-    };
-    Container::boot(systemd, package).expect("a container")
+    Container::boot(systemd, PACKAGE).expect("a container")
 }
 
 fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
@@ -248,7 +245,7 @@ fn a_missing_binary_is_named_and_the_port_stays_open(systemd: Systemd) {
         let mut early = Connection::open(&Container::target()).await.expect("the port is open");
         early.send(&get("/")).await.expect("sent");
         container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= 5);
-        let said = format!("ExecStart={} (code=exited, status=203/EXEC)", env!("CARGO_PKG_NAME"));
+        let said = format!("ExecStart={} (code=exited, status=203/EXEC)", NAME);
         eventually("the status says what is wrong", || {
             let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
             String::from_utf8_lossy(&status.expect("a status").stdout).contains(&said)
@@ -332,7 +329,7 @@ fn the_installed_units_are_sound_and_safe(systemd: Systemd) {
         .output()
         .expect("run");
     let said = String::from_utf8_lossy(&verified.stderr).into_owned();
-    assert!(verified.status.success() && !said.contains(env!("CARGO_PKG_NAME")), "{said}");
+    assert!(verified.status.success() && !said.contains(NAME), "{said}");
     // Fails, and says what, where the exposure is above 0.5.
     container
         .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
@@ -492,10 +489,10 @@ fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
 // ---- reload ----
 
 fn variables(container: &Container, lines: &[(&str, &str)]) {
-    let prefix = env!("CARGO_PKG_NAME").to_uppercase().replace('-', "_");
+    let prefix = NAME.to_uppercase().replace('-', "_");
     let lines: Vec<_> = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
     let text = lines.concat();
-    container.write(&format!("etc/default/{}", env!("CARGO_PKG_NAME")), &text).expect("written");
+    container.write(&format!("etc/default/{}", NAME), &text).expect("written");
 }
 
 fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
@@ -504,7 +501,7 @@ fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
     assert!(before.contains("generation 1"), "{before}");
     container.replace_binary(Release::copy_of(&container).expect("a release").path()).expect("replaced");
     variables(&container, &[("BODY_LIMIT", "1KiB")]);
-    let name = env!("CARGO_PKG_NAME");
+    let name = NAME;
     let flags = "--request-timeout 300ms";
     let lines = format!(
         "[Service]\nExecStart=\nExecStart={name} {flags}\nExecReload=\nExecReload={name} takeover {flags}\n"
@@ -778,7 +775,7 @@ fn a_release_that_takes_only_http1_gets_only_http1(systemd: Systemd) {
     let mut older = tempfile::NamedTempFile::new().expect("a file");
     older.write_all(&binary).expect("written");
     older.as_file().set_permissions(std::fs::Permissions::from_mode(0o755)).expect("a program");
-    let newer = std::path::Path::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))));
+    let newer = std::path::Path::new(BINARY);
     for verb in ["reload", "restart"] {
         let moving = Load { clients: 5, ..Load::w1(&Container::target()) }.start(container.enter());
         let ended = [
@@ -834,7 +831,7 @@ fn a_renewed_certificate_is_in_use_after_a_reload_with_files(systemd: Systemd) {
     let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
     let container = boot(systemd);
     container.give_certificate(&old).expect("written");
-    let folder = format!("/etc/{}", env!("CARGO_PKG_NAME"));
+    let folder = format!("/etc/{}", NAME);
     variables(
         &container,
         &[("TLS_CERT", &format!("{folder}/tls.crt")), ("TLS_KEY", &format!("{folder}/tls.key"))],
@@ -906,7 +903,7 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
 
 /// What the admin socket answers, and its status.
 fn ask_admin(container: &Container, path: &str) -> String {
-    let socket = container.path(&format!("run/{}-admin.sock", env!("CARGO_PKG_NAME")));
+    let socket = container.path(&format!("run/{}-admin.sock", NAME));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
     curl.arg(socket).args(["--write-out", "%{response_code}"]).arg(format!("http://localhost{path}"));
     String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()

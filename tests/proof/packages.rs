@@ -11,10 +11,12 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use anyhow::Result;
 use harness::client::{Connection, Target, get};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::debian::{append, later_release, made, run};
 use harness::load::{Load, Running};
 use harness::{eventually, on_each_debian, whole_machine};
+
+use crate::{BINARY, FOLDER, NAME, PACKAGE};
 
 on_each_debian! {
     an_install_opens_the_port_and_the_first_request_starts_the_service
@@ -89,13 +91,6 @@ fn an_rpm_is_installed_upgraded_under_load_refused_and_removed() {
     assert_eq!(container.run(&find).expect("files"), "");
 }
 
-const NAME: &str = env!("CARGO_PKG_NAME");
-const PACKAGE: Package = Package {
-    name: NAME,
-    binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
-    folder: env!("CARGO_MANIFEST_DIR"),
-};
-
 // ---- packages ----
 
 /// The folder of all releases, built once for each: `one.deb`, and what follows it.
@@ -112,7 +107,7 @@ fn build(systemd: &str) -> PathBuf {
     let _alone = lock();
     // Compression takes longer than all else.
     make(&["deb", "DEB=--fast", &format!("SYSTEMD={systemd}")]);
-    let package = made(Path::new(PACKAGE.folder), NAME, "deb").expect("a package");
+    let package = made(Path::new(FOLDER), NAME, "deb").expect("a package");
     fs::copy(package, folder.join("one.deb")).expect("a copy");
     let binary = format!("usr/bin/{NAME}");
     let release = |name: &str, version: &str, change: &dyn Fn(&Path) -> Result<()>| {
@@ -136,13 +131,13 @@ fn build_rpms() -> PathBuf {
     let _alone = lock();
     let uncompressed = "--payload-compress=none";
     make(&["rpm", &format!("RPM={uncompressed}"), "SYSTEMD=252"]);
-    let package = made(Path::new(PACKAGE.folder), NAME, "rpm").expect("a package");
+    let package = made(Path::new(FOLDER), NAME, "rpm").expect("a package");
     fs::copy(package, folder.join("one.rpm")).expect("a copy");
-    let binary = Path::new(PACKAGE.folder).join(format!("target/packages/files/usr/bin/{NAME}"));
+    let binary = Path::new(FOLDER).join(format!("target/packages/files/usr/bin/{NAME}"));
     let release = |name: &str, version: &str| {
-        let tools = Path::new(PACKAGE.folder).join("target/tools/bin/cargo-generate-rpm");
+        let tools = Path::new(FOLDER).join("target/tools/bin/cargo-generate-rpm");
         let mut generate = Command::new(if tools.exists() { tools } else { "cargo-generate-rpm".into() });
-        generate.current_dir(PACKAGE.folder).arg("generate-rpm");
+        generate.current_dir(FOLDER).arg("generate-rpm");
         generate.arg(uncompressed);
         generate.args(["--set-metadata", &format!("version = \"{version}\""), "--output"]);
         run(generate.arg(folder.join(format!("{name}.rpm")))).expect("an rpm");
@@ -161,8 +156,8 @@ fn lock() -> MutexGuard<'static, ()> {
 }
 
 fn make(arguments: &[&str]) {
-    let mut make = harness::process::make(PACKAGE.folder, arguments);
-    run(make.arg(format!("BINARY={}", PACKAGE.binary))).expect("make");
+    let mut make = harness::process::make(FOLDER, arguments);
+    run(make.arg(format!("BINARY={BINARY}"))).expect("make");
 }
 
 fn both(output: &Output) -> String {

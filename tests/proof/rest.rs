@@ -10,7 +10,8 @@ use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::BINARY;
+
 /// By when an idle connection sleeps.
 const ASLEEP: Duration = Duration::from_secs(3);
 

@@ -11,7 +11,8 @@ use harness::service::command;
 use harness::{block_on, eventually, free_address};
 use rustix::process::Signal;
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::BINARY;
+
 /// Times that it is told to start the next process, one a second.
 const TIMES: u64 = 5;
 

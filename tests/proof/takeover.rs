@@ -23,7 +23,7 @@ use rustix::net::{
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
+use crate::BINARY;
 
 fn start(flags: &[&str]) -> (Service, TempDir) {
     let folder = tempfile::tempdir().expect("a folder");

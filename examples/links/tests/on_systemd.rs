@@ -1,9 +1,9 @@
 //! The link shortener with its database, on real systemds: this machine's and 257.
 
 use harness::client::{Answer, Connection, Target, get};
-use harness::container::{Container, Package, Systemd};
+use harness::container::{Container, Systemd};
 use harness::load::Load;
-use harness::{eventually, on_each_systemd};
+use harness::{eventually, on_each_systemd, this_package};
 
 /// Of each verb, under load.
 const TIMES: usize = 10;
@@ -30,12 +30,7 @@ on_each_systemd! {
 }
 
 fn boot(systemd: Systemd) -> Container {
-    let package = Package {
-        name: env!("CARGO_PKG_NAME"),
-        binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
-        folder: env!("CARGO_MANIFEST_DIR"),
-    };
-    let container = Container::boot(systemd, package).expect("a container");
+    let container = Container::boot(systemd, this_package!()).expect("a container");
     // Users that systemd makes are known by name (nss-systemd(8)), as on an installed machine.
     container.write("etc/nsswitch.conf", "passwd: files systemd\ngroup: files systemd\n").expect("written");
     container.write("etc/systemd/system/postgresql.service", POSTGRESQL).expect("written");

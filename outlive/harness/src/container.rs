@@ -30,6 +30,18 @@ pub enum Systemd {
     V252,
 }
 
+/// The package whose test this stands in.
+#[macro_export]
+macro_rules! this_package {
+    () => {
+        $crate::container::Package {
+            name: env!("CARGO_PKG_NAME"),
+            binary: env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))),
+            folder: env!("CARGO_MANIFEST_DIR"),
+        }
+    };
+}
+
 /// What is to be installed.
 #[derive(Clone, Copy, Debug)]
 pub struct Package<'a> {
