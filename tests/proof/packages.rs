@@ -8,6 +8,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
 
 use anyhow::Result;
 use harness::client::{Connection, Target, get};
@@ -218,7 +219,8 @@ fn under_load(container: &Container) -> UnderLoad {
 /// Connections that are kept, by some clients that think.
 fn in_use(container: &Container) -> UnderLoad {
     let target = Container::target();
-    let loads = [Load::w2(&target), Load::w3(&target)].map(|load| Load { clients: 10, ..load });
+    let some = |load| Load { clients: 10, think: Duration::from_millis(20), ..load };
+    let loads = [Load::w2(&target), Load::w3(&target)].map(some);
     (loads.map(|load| load.start(container.enter())).into(), None)
 }
 

@@ -120,7 +120,10 @@ fn listen_at(path: &Path, flags: &[&str], log: Stdio) -> (Process, Target) {
     let mut command = command(BINARY, &[&listen, flags].concat());
     let process = Process::spawn(command.stderr(log)).expect("a service");
     eventually("it listens", || UnixStream::connect(path).is_ok());
-    (process, Target::Unix(path.to_owned()))
+    let target = Target::Unix(path.to_owned());
+    // And serves: it listens before it has read all its files.
+    block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
+    (process, target)
 }
 
 #[test]
