@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use harness::client::{Connection, get};
 use harness::container::{Container, Systemd};
-use harness::load::Load;
+use harness::load::{Load, Report};
 use harness::verbs::{again_and_again, times};
 use harness::{on_each_systemd, this_package};
 
@@ -27,18 +27,23 @@ fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
     (container, alone)
 }
 
-/// No request waits much longer than one does while systemd starts something else, in the same sandbox and
-/// as often: what the machine itself costs.
+/// No request waits for 100 ms; or, on a machine that is slow itself, twice as long as one does while systemd starts
+/// something else, in the same sandbox and as often.
 fn reload_under(systemd: Systemd, load: Load) {
     let (container, _alone) = serving(systemd);
-    let unit = std::fs::read_to_string(format!(
-        "{}/systemd/{}",
-        env!("CARGO_MANIFEST_DIR"),
-        container.unit("service")
-    ));
+    let report = again_and_again("reload", &container, load.clone());
+    if report.longest >= Duration::from_millis(100) {
+        let quiet = starts_of_a_neighbour_under(&container, load);
+        assert!(report.longest < quiet.longest * 2, "{report}, with a neighbour {quiet}");
+    }
+}
+
+fn starts_of_a_neighbour_under(container: &Container, load: Load) -> Report {
+    let unit = format!("{}/systemd/{}", env!("CARGO_MANIFEST_DIR"), container.unit("service"));
+    let unit = std::fs::read_to_string(unit).expect("the unit");
     let of_the_service =
         ["Type=", "Notify", "Exec", "Restart", "Watchdog", "Requires=", "After=", "FileDescriptor"];
-    let unit = unit.expect("the unit").replace("[Service]", "[Service]\nType=oneshot\nExecStart=/bin/true");
+    let unit = unit.replace("[Service]", "[Service]\nType=oneshot\nExecStart=/bin/true");
     let is_ours = |line: &&str| {
         !of_the_service.iter().any(|start| line.starts_with(start))
             || line.ends_with("/bin/true")
@@ -47,16 +52,11 @@ fn reload_under(systemd: Systemd, load: Load) {
     let neighbour: Vec<&str> = unit.lines().filter(is_ours).collect();
     container.write("etc/systemd/system/neighbour.service", &neighbour.join("\n")).expect("written");
     container.run(&["systemctl", "daemon-reload"]).expect("loaded");
-    let running = load.clone().start(container.enter());
+    let running = load.start(container.enter());
     for _ in 0..times() {
         container.run(&["systemctl", "start", "neighbour.service"]).expect("a start");
     }
-    let quiet = running.stop();
-    let report = again_and_again("reload", &container, load);
-    let (with, without) = (report.longest, quiet.longest);
-    eprintln!("longest wait {} ms, with starts of a neighbour {} ms", with.as_millis(), without.as_millis());
-    // Two cores run the clients, systemd and both generations: hence the margin.
-    assert!(with < Duration::from_millis(100).max(without * 2), "{report}, with a neighbour {quiet}");
+    running.stop()
 }
 
 fn reloads_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {

@@ -19,7 +19,7 @@ const TLS: &str = "https://127.0.0.1:8443";
 /// How long each asks.
 const SECONDS: &str = "3";
 /// ... where it counts instead.
-const REQUESTS: usize = 300;
+const REQUESTS: usize = 200;
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections

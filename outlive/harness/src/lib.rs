@@ -79,7 +79,7 @@ pub fn free_address() -> SocketAddr {
     }
 }
 
-/// Waits until `done`, which nothing announces. It looks a third of the time: others have something to do.
+/// Waits until `done`, which nothing announces. It looks a sixth of the time: others have something to do.
 pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + PATIENCE;
     loop {
@@ -88,6 +88,6 @@ pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
             return;
         }
         assert!(Instant::now() < deadline, "waited in vain: {what}");
-        std::thread::sleep(Duration::from_millis(2).max(begun.elapsed() * 2));
+        std::thread::sleep(Duration::from_millis(2).max(begun.elapsed() * 5));
     }
 }
