@@ -87,6 +87,7 @@ test-systemd:
 check: check-units
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --workspace --test '*' -- -D warnings # those too that need root
 
 # `verify` looks for the binary, which is not installed here; whatever it says is a fault.
 .PHONY: check-units

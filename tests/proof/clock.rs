@@ -15,7 +15,8 @@ use tempfile::TempDir;
 use crate::rest::Client;
 use crate::{BINARY, NAME};
 
-const HOUR: Duration = Duration::from_secs(3600);
+/// Nearly: the tests take some time.
+const HOUR: Duration = Duration::from_secs(3540);
 
 /// A clock that the service alone goes by, since there is one for all that runs on a machine (`libfaketime`).
 struct Clock {
@@ -81,7 +82,7 @@ fn no_connection_is_closed_and_no_request_cut_off_when_the_clock_is_set() {
             slow.send(&get("/sleep?duration=2s")).await.expect("sent");
             clock.set(difference);
             if difference == "+3600" {
-                while is_fast_by(&mut watch).await < HOUR - Duration::from_secs(60) {}
+                while is_fast_by(&mut watch).await < HOUR {}
             }
             assert_eq!(slow.answer().await.expect("an answer").text(), "slept 2s\n");
             for client in &mut clients {
@@ -113,7 +114,7 @@ fn a_connection_goes_on_in_the_next_process_when_the_clock_is_set_during_the_dra
             assert_eq!(slow.answer().await.expect("an answer").text(), "slept 2s\n");
             for connection in [&mut idle, &mut slow] {
                 let difference = is_fast_by(connection).await;
-                assert_eq!(difference > HOUR - Duration::from_secs(60), fast, "{difference:?}");
+                assert_eq!(difference > HOUR, fast, "{difference:?}");
             }
         }
     });

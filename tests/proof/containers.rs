@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Stdio;
+use std::sync::Once;
 
 use harness::client::{Connection, Target, get};
 use harness::process::{Process, make};
@@ -21,13 +22,17 @@ struct Container {
 
 impl Container {
     fn start() -> Self {
-        let made = make(FOLDER, &["static"])
+        // Two at once would install it in each other's way.
+        static MADE: Once = Once::new();
+        MADE.call_once(|| {
+            let mut build = make(FOLDER, &["static"]);
             // What is tested is that it needs nothing beside it: how fast it is does not matter.
-            .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
-            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1")
-            .output();
-        let made = made.expect("make");
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+            build
+                .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
+                .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
+            let made = build.output().expect("make");
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        });
         let root = tempfile::tempdir().expect("a folder");
         std::fs::copy(Path::new(FOLDER).join("target/static").join(NAME), root.path().join(NAME))
             .expect("a copy");

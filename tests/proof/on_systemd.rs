@@ -245,7 +245,7 @@ fn a_missing_binary_is_named_and_the_port_stays_open(systemd: Systemd) {
         let mut early = Connection::open(&Container::target()).await.expect("the port is open");
         early.send(&get("/")).await.expect("sent");
         container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= 5);
-        let said = format!("ExecStart={} (code=exited, status=203/EXEC)", NAME);
+        let said = format!("ExecStart={NAME} (code=exited, status=203/EXEC)");
         eventually("the status says what is wrong", || {
             let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
             String::from_utf8_lossy(&status.expect("a status").stdout).contains(&said)
@@ -492,7 +492,7 @@ fn variables(container: &Container, lines: &[(&str, &str)]) {
     let prefix = NAME.to_uppercase().replace('-', "_");
     let lines: Vec<_> = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
     let text = lines.concat();
-    container.write(&format!("etc/default/{}", NAME), &text).expect("written");
+    container.write(&format!("etc/default/{NAME}"), &text).expect("written");
 }
 
 fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
@@ -831,7 +831,7 @@ fn a_renewed_certificate_is_in_use_after_a_reload_with_files(systemd: Systemd) {
     let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
     let container = boot(systemd);
     container.give_certificate(&old).expect("written");
-    let folder = format!("/etc/{}", NAME);
+    let folder = format!("/etc/{NAME}");
     variables(
         &container,
         &[("TLS_CERT", &format!("{folder}/tls.crt")), ("TLS_KEY", &format!("{folder}/tls.key"))],
@@ -903,7 +903,7 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
 
 /// What the admin socket answers, and its status.
 fn ask_admin(container: &Container, path: &str) -> String {
-    let socket = container.path(&format!("run/{}-admin.sock", NAME));
+    let socket = container.path(&format!("run/{NAME}-admin.sock"));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
     curl.arg(socket).args(["--write-out", "%{response_code}"]).arg(format!("http://localhost{path}"));
     String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()

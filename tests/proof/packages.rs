@@ -457,11 +457,11 @@ fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
         let mut connection = Connection::open(&target).await.expect("the port is open");
         connection.ask(&get("/")).await.expect("an answer").text()
     };
-    assert!(container.inside(|| generation()).contains("generation 1,"));
+    assert!(container.inside(generation).contains("generation 1,"));
     let mut running = in_use(&container);
     running.0.push(Load::w2(&target).start(container.enter()));
     install(&container, "two");
-    assert!(container.inside(|| generation()).contains("generation 2,"));
+    assert!(container.inside(generation).contains("generation 2,"));
     assert!(container.ask("/").contains("generation 2,"));
     unnoticed(running);
 }
