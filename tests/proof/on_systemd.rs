@@ -222,7 +222,7 @@ fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         connection.send(&get("/")).await.expect("sent");
         // From 254 on it is tried less and less often.
-        let restarts = if systemd == Systemd::V257 { 9 } else { 20 };
+        let restarts = if systemd == Systemd::V257 { 9 } else { 50 };
         container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= restarts);
         let mut late = Connection::open(&Container::target()).await.expect("the port is still open");
         late.send(&get("/")).await.expect("sent");
