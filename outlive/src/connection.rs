@@ -8,6 +8,11 @@ mod io;
 mod records;
 #[cfg(test)]
 pub mod tests;
+#[cfg(test)]
+mod unread_tests;
+mod upgrade;
+#[cfg(test)]
+mod upgrade_tests;
 mod whole_records;
 mod window;
 

@@ -340,13 +340,24 @@ impl Registry {
         let mut clock = tokio::time::interval(self.interval());
         loop {
             clock.tick().await;
-            self.set_now(u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX));
-            for entry in self.entries() {
-                if entry.is_overdue() || entry.is_drowsy() {
-                    entry.wake();
-                }
+            self.look(u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX));
+        }
+    }
+
+    /// Sets the clock, and wakes each connection that a time limit concerns.
+    fn look(&self, now: u64) {
+        self.set_now(now);
+        for entry in self.entries() {
+            if entry.is_overdue() || entry.is_drowsy() {
+                entry.wake();
             }
         }
+    }
+
+    /// Sets the clock forward in a test that does not run [`Registry::watch`].
+    #[cfg(test)]
+    pub fn advance(&self, by: Duration) {
+        self.look(self.now() + u64::try_from(by.as_millis()).unwrap_or(u64::MAX));
     }
 }
 

@@ -11,9 +11,11 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
+use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
 
+use super::upgrade::DeclinedUpgrade;
 use super::window::Window;
 use crate::context::Context as RequestContext;
 use crate::registry::{Entry, InFlight, Stage};
@@ -24,12 +26,29 @@ pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
     entry: Arc<Entry>,
+    declined: DeclinedUpgrade,
 }
 
 impl Service {
     pub(super) fn new(routes: Routes, context: RequestContext, entry: Arc<Entry>) -> Self {
-        Self { routes: routes.into(), context: Arc::new(context), entry }
+        Self {
+            routes: routes.into(),
+            context: Arc::new(context),
+            entry,
+            declined: DeclinedUpgrade::default(),
+        }
     }
+
+    /// Where the service leaves an upgrade that the client offered and the response did not grant.
+    pub(super) fn declined_upgrade(&self) -> DeclinedUpgrade {
+        self.declined.clone()
+    }
+}
+
+/// An upgrade that hyper has prepared for a request.
+struct OfferedUpgrade {
+    upgrade: OnUpgrade,
+    declined: DeclinedUpgrade,
 }
 
 impl hyper::service::Service<Request<Incoming>> for Service {
@@ -42,10 +61,12 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let exchange = Exchange::begin(&self.entry, &head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
+        let offered = head.extensions.get::<OnUpgrade>().cloned();
+        let offered = offered.map(|upgrade| OfferedUpgrade { upgrade, declined: self.declined.clone() });
         head.extensions.insert(self.context.clone());
         let body = exchange.request_body(body);
         let future = self.routes.borrow_mut().answer(head, body);
-        ResponseFuture { future, exchange: Some(exchange), connects, version }
+        ResponseFuture { future, exchange: Some(exchange), connects, version, offered }
     }
 }
 
@@ -57,6 +78,7 @@ pin_project! {
         exchange: Option<Exchange>,
         connects: bool,
         version: Version,
+        offered: Option<OfferedUpgrade>,
     }
 }
 
@@ -71,8 +93,19 @@ impl Future for ResponseFuture {
             return Poll::Pending;
         };
         let exchange = this.exchange.take().expect("it is there");
+        let offered = this.offered.take();
+        if !grants_upgrade(&response, *this.connects)
+            && let Some(OfferedUpgrade { upgrade, declined }) = offered
+        {
+            declined.keep(upgrade);
+        }
         Poll::Ready(Ok(exchange.answer(response, *this.connects, *this.version)))
     }
+}
+
+/// Whether the connection leaves HTTP after `response` (RFC 9110 sections 9.3.6 and 15.2.2).
+fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
+    response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
 /// In flight from its beginning until it is dropped.
@@ -109,8 +142,7 @@ impl Exchange {
         connects: bool,
         version: Version,
     ) -> Response<ResponseBody> {
-        let upgrades = response.status() == StatusCode::SWITCHING_PROTOCOLS
-            || (connects && response.status().is_success());
+        let upgrades = grants_upgrade(&response, connects);
         if version == Version::HTTP_2 {
             // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
             self.list();

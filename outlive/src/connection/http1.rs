@@ -34,6 +34,9 @@ enum Turn {
 
 pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let is_plain = io.is_plain();
+    let declined = service.declined_upgrade();
+    // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
+    let started_before = entry.started();
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry watches over the time limits
         .half_close(is_plain) // `Io` sees it when a peer gives up, and takes no new buffer to look with
@@ -59,7 +62,9 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
             if !is_plain && entry.keeps_all_but_http1() {
                 continue;
             }
-            if entry.started() == 0 {
+            // This hyper instance has served no request, so it holds at most a part of a head, and `into_parts`
+            // returns that. Shut down, it would wait for the remainder, which `Io` withholds until the handover.
+            if entry.started() == started_before {
                 return Poll::Ready(Turn::AtRest);
             }
             // hyper ends a connection that it holds to be idle without sending a byte. One that it does
@@ -73,13 +78,16 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     })
     .await;
 
-    // None: upgraded, and a handler's now.
-    let Some(parts) = connection.into_parts() else { return End::Closed };
-    let io = parts.io.into_inner();
+    let stream = match connection.into_parts() {
+        Some(parts) => Some((parts.io.into_inner(), parts.read_buf)),
+        None => declined.recover(),
+    };
+    // A handler has accepted the upgrade and owns the stream.
+    let Some((io, read)) = stream else { return End::Closed };
     match turn {
         Turn::AtRest => {
             if let Some(rest) = io.into_parts() {
-                return End::AtRest(rest, parts.read_buf);
+                return End::AtRest(rest, read);
             }
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,

@@ -224,6 +224,11 @@ impl AsyncRead for Io {
         if this.unread.has_remaining() {
             let length = this.unread.remaining().min(into.remaining());
             into.put_slice(&this.unread.split_to(length));
+            // These bytes begin the head of a request. A connection that counted as idle would be parked again while
+            // hyper holds them, and would never answer that request.
+            if this.protocol == Protocol::Http1 {
+                entry.received();
+            }
             return Poll::Ready(Ok(()));
         }
         let before = into.filled().len();

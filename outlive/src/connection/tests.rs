@@ -28,26 +28,33 @@ use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::Routes;
 use crate::server::{Queues, Server};
 use crate::stream::Connection;
+use crate::tls::Tls;
 
 /// Nothing here takes as long.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 pub struct Served {
-    address: SocketAddr,
+    pub address: SocketAddr,
     pub server: Server,
     pub rested: mpsc::UnboundedReceiver<Connection>,
 }
 
 /// Serves `router` on a port of its own, until the end of the test.
 pub async fn serve(router: Router) -> Served {
+    serve_with(router, None).await
+}
+
+/// As `serve`, over TLS if there is a configuration for it.
+pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
     let limit = Duration::from_secs(30);
     let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
+    let name = if tls.is_some() { "https" } else { "http" };
     let services = Services {
         routes: Routes::new(router, 16 << 20, limit),
         admin: Routes::new(Router::new(), 1024, limit),
-        tls: None,
+        tls,
         process: Process::begin(1),
         shutdown,
         rest_limit: limit,
@@ -57,18 +64,18 @@ pub async fn serve(router: Router) -> Served {
     let address = socket.local_addr().expect("an address");
     let socket = ListeningSocket::Tcp(socket);
     server
-        .listen(Listener { name: "http".parse().expect("a name"), socket, holder: Holder::Parent })
+        .listen(Listener { name: name.parse().expect("a name"), socket, holder: Holder::Parent })
         .expect("it listens");
     Served { address, server, rested }
 }
 
 impl Served {
-    fn registry(&self) -> &Registry {
+    pub fn registry(&self) -> &Registry {
         self.server.registry()
     }
 
     /// Waits until all connections have come to rest or closed; gives those at rest.
-    async fn rest(&mut self) -> usize {
+    pub async fn rest(&mut self) -> usize {
         let done = self.registry().until(|| self.registry().is_done());
         timeout(PATIENCE, done).await.expect("all come to rest");
         std::iter::from_fn(|| self.rested.try_recv().ok()).chain(self.server.take_sleepers()).count()
@@ -217,7 +224,7 @@ async fn move_on(served: Served, router: Router) -> Served {
     next
 }
 
-async fn move_to(next: &Served, mut served: Served) {
+pub async fn move_to(next: &Served, mut served: Served) {
     served.server.enter(Phase::Resting);
     let done = served.registry().until(|| served.registry().is_done());
     timeout(PATIENCE, done).await.expect("all come to rest");

@@ -1,0 +1,125 @@
+//! Two HTTP/1.1 requests of which the second arrives in two parts, at every byte at which it can be cut: both are
+//! answered, whether the connection is parked or handed over between the parts, in the clear and over TLS.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::routing::get;
+use harness::certificate::Certificate;
+use harness::client::{Connection, Target};
+use tokio::time::timeout;
+
+use super::tests::{Served, move_to, serve_with};
+use crate::credentials::Credentials;
+use crate::registry::Stage;
+use crate::tls::{Tls, acceptor};
+
+/// Longer than an idle connection stays unparked.
+const IDLE: Duration = Duration::from_secs(3);
+const PATIENCE: Duration = Duration::from_secs(60);
+const FIRST: &[u8] = b"GET /first HTTP/1.1\r\nhost: test\r\n\r\n";
+const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: test\r\n\r\n";
+
+/// What happens to the connections while the second part of the request is missing.
+#[derive(Clone, Copy, Debug)]
+enum Pause {
+    /// They are idle for so long that they are parked if they can be.
+    Idle,
+    /// They are handed over to the next process.
+    Handover,
+}
+
+use Pause::{Handover, Idle};
+
+/// Pauses in the order in which they follow each other.
+const PAUSES: [&[Pause]; 6] =
+    [&[], &[Idle], &[Idle, Idle], &[Handover], &[Idle, Handover], &[Handover, Idle, Handover, Idle]];
+
+fn router() -> Router {
+    Router::new().route("/first", get("first")).route("/second", get("second"))
+}
+
+/// Where the server listens, for a client that speaks TLS if there is a certificate.
+fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
+    match certificate {
+        Some(certificate) => {
+            Target::Tls(served.address, certificate.client(&["http/1.1"]).expect("a client configuration"))
+        }
+        None => Target::Tcp(served.address),
+    }
+}
+
+/// Waits until `done`, which no event announces.
+async fn wait_until(what: &str, done: impl Fn() -> bool) {
+    let reached = async {
+        while !done() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("waited in vain until {what}"));
+}
+
+/// Advances the clock, and waits until each connection is parked or waits for the remainder of a head.
+async fn idle(served: &Served, parked: usize) {
+    let registry = served.registry();
+    let all_are_at =
+        |stages: &[Stage]| registry.entries().iter().all(|entry| stages.contains(&entry.stage()));
+    // A connection is idle from the end of its driver's turn on, which may come after the client has its answer.
+    wait_until("all are idle", || all_are_at(&[Stage::Waiting, Stage::Head])).await;
+    registry.advance(IDLE);
+    wait_until("they are parked", || registry.asleep() == parked && all_are_at(&[Stage::Head])).await;
+}
+
+async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificate>) {
+    let tls = || certificate.map(tls_of);
+    let mut served = serve_with(router(), tls()).await;
+    let target = target(&served, certificate);
+    let mut clients = Vec::new();
+    for cut in 0..SECOND.len() {
+        let mut client = Connection::open(&target).await.expect("the server accepts");
+        client.send(&[FIRST, &SECOND[..cut]].concat()).await.expect("the first part is sent");
+        clients.push((cut, client));
+    }
+    for (cut, client) in &mut clients {
+        let answer = timeout(PATIENCE, client.answer()).await.expect("the first answer arrives in time");
+        assert_eq!(answer.expect("an answer").text(), "first", "{pauses:?}, cut at {cut}");
+    }
+    for pause in pauses {
+        match pause {
+            // Of the connection that is cut at 0 no byte is missing.
+            Idle => idle(&served, 1).await,
+            Handover => {
+                let next = serve_with(router(), tls()).await;
+                move_to(&next, served).await;
+                served = next;
+            }
+        }
+    }
+    for (cut, client) in &mut clients {
+        client.send(&SECOND[*cut..]).await.expect("the second part is sent");
+        let answer = timeout(PATIENCE, client.answer()).await.expect("the second answer arrives in time");
+        let answer = answer.unwrap_or_else(|error| panic!("{pauses:?}, cut at {cut}: {error:#}"));
+        assert_eq!((answer.status, answer.text()), (200, "second".to_owned()), "{pauses:?}, cut at {cut}");
+    }
+}
+
+fn tls_of(certificate: &Certificate) -> Tls {
+    let (chain, key) = (certificate.chain(), certificate.key());
+    acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("a TLS configuration")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_cut_at_any_byte_is_answered_after_parking_and_handover() {
+    for pauses in PAUSES {
+        answers_both_requests(pauses, None).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_cut_at_any_byte_is_answered_over_tls_after_parking_and_handover() {
+    let certificate = Arc::new(Certificate::new().expect("openssl makes a certificate"));
+    for pauses in PAUSES {
+        answers_both_requests(pauses, Some(&certificate)).await;
+    }
+}
