@@ -12,6 +12,7 @@ use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_ti
 use crate::log::message_id;
 use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
+use crate::requests::logged;
 use crate::server::Server;
 use crate::signals::Signals;
 use crate::stream::Connection;
@@ -360,11 +361,11 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
             warn!(
                 message_id = message_id::CUT_OFF,
                 peer = %remaining.peer,
-                path = request.path.path(),
+                path = logged(request.path.path()),
                 %age,
                 request_ms = u64::try_from(request.since.elapsed().as_millis()).unwrap_or(u64::MAX),
                 "cut off at {reason}: {} for {}",
-                request.path.path(),
+                logged(request.path.path()),
                 remaining.peer,
             );
         }

@@ -21,7 +21,7 @@ use http_body::Body as HttpBody;
 use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
-use hyper::{Request, Response, StatusCode};
+use hyper::{HeaderMap, Request, Response, StatusCode};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower::layer::layer_fn;
@@ -37,6 +37,10 @@ use labels::RouteLabels;
 /// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
 const TARGET: &str = "request";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer id of a client is replaced, in bytes: each log line and each response repeats it.
+const REQUEST_ID_LIMIT: usize = 128;
+/// A log line shows no more of a path or method, in bytes: a client may send 64 KiB of each.
+const LOGGED_LIMIT: usize = 1024;
 
 /// Set by the experiment alone, for a binary that shows by its absence what something costs.
 const LEFT_OUT: &[u8] = match option_env!("OUTLIVE_LEAVES_OUT") {
@@ -87,7 +91,7 @@ impl Routes {
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let id = HAS_IDS.then(|| head.headers.get(REQUEST_ID).cloned().unwrap_or_else(new_id));
+        let id = HAS_IDS.then(|| request_id(&head.headers));
         let span = if HAS_SPANS { span(&head, id.as_ref()) } else { Span::none() };
         let method = metrics::method(&head.method);
         let route = self.labels.of_path(head.uri.path());
@@ -164,7 +168,7 @@ impl ResponseFuture {
             if this.span.is_disabled() {
                 // Nobody asked for spans; whoever reads of a failure wants to know of which request.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
-                let (method, path) = (*this.method, request.path.path());
+                let (method, path) = (*this.method, logged(request.path.path()));
                 error!(target: TARGET, request_id = id, method, path, status, %latency, "failed");
             } else {
                 error!(target: TARGET, status, %latency, "failed");
@@ -184,8 +188,8 @@ fn span(head: &Parts, id: Option<&HeaderValue>) -> Span {
         target: TARGET,
         "request",
         request_id = id.and_then(|id| id.to_str().ok()),
-        method = %head.method,
-        path = head.uri.path(),
+        method = logged(head.method.as_str()),
+        path = logged(head.uri.path()),
         peer = head.extensions.get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
     )
 }
@@ -199,6 +203,22 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
     response
+}
+
+/// The beginning of a client's `text`, as far as a log line shows it.
+pub fn logged(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LOGGED_LIMIT)]
+}
+
+/// The id that the client sent, or a new one if the client sent none that can be logged and returned as it is: 1 to
+/// `REQUEST_ID_LIMIT` letters, digits and characters of `-._~:/+=,@`.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~:/+=,@".contains(byte);
+    headers
+        .get(REQUEST_ID)
+        .filter(|id| (1..=REQUEST_ID_LIMIT).contains(&id.len()) && id.as_bytes().iter().all(is_allowed))
+        .cloned()
+        .unwrap_or_else(new_id)
 }
 
 /// How many ids a thread takes at once, so that threads seldom meet over them.
@@ -264,6 +284,34 @@ mod tests {
         let status = response.status();
         let body = response.into_body().collect().await.expect("a whole body").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    async fn request_id_after(sent: &[u8]) -> HeaderValue {
+        let sent = HeaderValue::from_bytes(sent).expect("bytes that a field value may have");
+        let request = Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("a request");
+        let response = answer_to(&mut Routes::new(Router::new(), 0, LIMIT), request).await;
+        response.headers()[REQUEST_ID].clone()
+    }
+
+    #[tokio::test]
+    async fn a_request_id_of_allowed_characters_is_returned_and_any_other_is_replaced() {
+        let longest = "x".repeat(REQUEST_ID_LIMIT);
+        for id in ["7", "Root=1-5759e988-bd862e3fe1be46a994272793", "a-._~:/+=,@Z", &longest] {
+            assert_eq!(request_id_after(id.as_bytes()).await, id);
+        }
+        let too_long = "x".repeat(REQUEST_ID_LIMIT + 1);
+        for id in ["", "a b", "a\tb", "\"quoted\"", "a;b", "{}", "\u{e4}", &too_long, &"x".repeat(60_000)] {
+            let replaced = request_id_after(id.as_bytes()).await;
+            assert_ne!(replaced, id);
+            assert_eq!(replaced.len(), 24, "{id:?} is replaced by an id of this process");
+        }
+    }
+
+    #[test]
+    fn logged_text_is_cut_at_a_character() {
+        assert_eq!(logged("/short"), "/short");
+        assert_eq!(logged(&"x".repeat(2 * LOGGED_LIMIT)).len(), LOGGED_LIMIT);
+        assert_eq!(logged(&format!("x{}", "\u{e4}".repeat(LOGGED_LIMIT))).len(), LOGGED_LIMIT - 1);
     }
 
     #[tokio::test]

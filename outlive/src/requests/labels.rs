@@ -18,7 +18,7 @@ pub(super) struct RouteLabels {
 thread_local! {
     /// The labels that this thread has met, with the number of their router. They stay, as the routes do.
     static SEEN: RefCell<Vec<(u32, &'static str)>> = const { RefCell::new(Vec::new()) };
-    /// See [`chosen`].
+    /// See [`matched`].
     static MATCHED: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
