@@ -21,11 +21,12 @@ pub struct Config {
     #[arg(value_enum)]
     pub command: Option<Command>,
 
-    /// Where to listen when no socket was inherited: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
-    /// unix:/run/x.sock or unix:@abstract. A name before it decides what is spoken there, as
-    /// FileDescriptorName= of a socket unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). May be
-    /// repeated; the variable takes commas.
-    #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',', default_value = "127.0.0.1:8080")]
+    /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
+    /// unix:/run/x.sock or unix:@abstract. A NAME= prefix selects the protocol, as FileDescriptorName= of a socket
+    /// unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). Repeatable; comma-separated in the
+    /// environment variable. The default is 127.0.0.1:8080; under systemd there is no default, because the socket
+    /// unit owns the port.
+    #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
 
     /// The certificate chain for https, PEM; by default tls.crt of the unit's credentials.

@@ -2,13 +2,13 @@
 //!
 //! 1. `LISTEN_FDS`, `LISTEN_FDNAMES`: systemd, systemd-socket-activate, systemfd; `sd_listen_fds(3)`
 //! 2. `SERVER_STARTER_PORT`: Server::Starter's `start_server`
-//! 3. `--listen`, by default 127.0.0.1:8080
+//! 3. `--listen`, by default 127.0.0.1:8080 in a process that systemd did not start
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::MetadataExt;
@@ -29,6 +29,9 @@ use crate::handover::{self, Record};
 use crate::kind::{ListenerKind, Name};
 use crate::sys;
 use crate::systemd;
+
+/// The address of a process that inherits no listener and has no `--listen`.
+const DEFAULT_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
 /// Connections that may wait to be accepted, where the system allows as many (`net.core.somaxconn`).
 const BACKLOG: i32 = 4096;
@@ -121,11 +124,11 @@ impl Drop for BoundPath {
     }
 }
 
-/// Takes the sockets that the environment names.
+/// Takes the sockets that the environment names. `addresses` are those of `--listen`.
 ///
 /// To be called before any thread exists: the environment is read and changed.
-pub fn take() -> Result<Inherited> {
-    let (mut listeners, channels) = from_listen_fds().map_err(Failure::config)?;
+pub fn take(addresses: &[Listen]) -> Result<Inherited> {
+    let (mut listeners, channels) = from_listen_fds(addresses).map_err(Failure::config)?;
     let generation = number("SERVER_STARTER_GENERATION").map_err(Failure::config)?;
     if listeners.is_empty() {
         listeners = from_server_starter().map_err(Failure::config)?;
@@ -135,11 +138,32 @@ pub fn take() -> Result<Inherited> {
 }
 
 impl Inherited {
-    /// Binds what `--listen` names, where nobody passed a listener on; fails where there are too many.
+    /// Binds `addresses`, or the default address if there are none, unless a listener was inherited. Fails if there
+    /// are too many listeners, and if systemd started this process without a socket: a socket unit whose
+    /// `ListenStream=` was changed passes none until it is restarted, and a service that bound another port instead
+    /// would look healthy while no client reaches it.
     ///
-    /// To be called when signals are watched: whoever sees the port may send one.
-    pub fn listen(&mut self, addresses: &[Listen]) -> Result<()> {
+    /// The caller must watch signals already, because a client of the port can cause one to be sent.
+    pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
+        if self.listeners.is_empty() && addresses.is_empty() && systemd::started_this_process() {
+            return Err(Failure::config(anyhow!(
+                "systemd passed no listening socket (LISTEN_FDS): run `systemctl restart {service}.socket`, or \
+                 set --listen if this service has no socket unit"
+            )));
+        }
+        self.bind_unless_inherited(addresses)
+    }
+
+    /// As [`Inherited::listen`], for a process that only checks its configuration: systemd passes no sockets to
+    /// `ExecStartPre=`.
+    pub fn listen_for_check(&mut self, addresses: &[Listen]) -> Result<()> {
+        self.bind_unless_inherited(addresses)
+    }
+
+    fn bind_unless_inherited(&mut self, addresses: &[Listen]) -> Result<()> {
         if self.listeners.is_empty() {
+            let default = [Listen::default()];
+            let addresses = if addresses.is_empty() { &default } else { addresses };
             let bound = addresses.iter().map(Listen::bind).collect::<anyhow::Result<_>>();
             self.listeners = bound.map_err(Failure::unavailable)?;
         }
@@ -239,18 +263,33 @@ fn abstract_name(address: &std::os::unix::net::SocketAddr) -> Option<String> {
 
 // ---- LISTEN_FDS ----
 
-fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
+fn from_listen_fds(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
     let mut listeners = Vec::new();
     let mut channels = Vec::new();
     let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
-    number::<u32>("LISTEN_PID")?;
+    if let Some(pid) = number::<u32>("LISTEN_PID")?
+        && pid != std::process::id()
+    {
+        // Sockets of another process are not taken, as in sd_listen_fds(3). A process that has an address of its own,
+        // for example one that a socket-activated service starts, does not need them.
+        if !addresses.is_empty() {
+            return Ok((listeners, channels));
+        }
+        bail!(
+            "LISTEN_PID={pid} names another process than this one ({}), so LISTEN_FDS={count} is not for it: if a \
+             wrapper script starts this program, start it with `exec`; else set --listen",
+            std::process::id()
+        );
+    }
     let first = number::<RawFd>("LISTEN_FDS_FIRST_FD")?.unwrap_or(3);
     let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     if limit.is_some_and(|limit| count as u64 > limit) {
-        bail!("LISTEN_FDS={count} is more than a process may have open (LimitNOFILE=)");
+        bail!(
+            "invalid LISTEN_FDS {count}: this process may have only {} open files (LimitNOFILE=)",
+            limit.unwrap_or(0)
+        );
     }
     let names = variable("LISTEN_FDNAMES")?;
-    // listenfd answers with none at all where LISTEN_PID names another process, as sd_listen_fds(3) does.
     let mut passed = ListenFd::from_env();
     if passed.len() == 0 {
         return Ok((listeners, channels));
@@ -260,7 +299,10 @@ fn from_listen_fds() -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedF
         None => vec!["unknown"; count],
     };
     if names.len() != count {
-        bail!("LISTEN_FDNAMES has {} names for LISTEN_FDS={count} sockets", names.len());
+        bail!(
+            "LISTEN_FDNAMES has {} names, but LISTEN_FDS={count}: expected a name for each socket",
+            names.len()
+        );
     }
     for (index, name) in names.into_iter().enumerate() {
         let fd = first.saturating_add(RawFd::try_from(index)?);
@@ -381,6 +423,12 @@ impl FromStr for Listen {
     }
 }
 
+impl Default for Listen {
+    fn default() -> Self {
+        Self { name: Name::default(), endpoint: Endpoint::Tcp(DEFAULT_ADDRESS) }
+    }
+}
+
 impl Listen {
     fn bind(&self) -> anyhow::Result<Listener> {
         let (socket, path) = self.endpoint.bind()?;
@@ -483,7 +531,7 @@ fn variable(name: &str) -> anyhow::Result<Option<String>> {
 
 fn number<N: FromStr>(name: &str) -> anyhow::Result<Option<N>> {
     variable(name)?
-        .map(|text| text.parse().map_err(|_| anyhow!("{name}={text} is not a number that it can be")))
+        .map(|text| text.parse().map_err(|_| anyhow!("invalid {name} {text:?}: expected a number")))
         .transpose()
 }
 

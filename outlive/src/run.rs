@@ -128,7 +128,7 @@ where
         Some(Command::Takeover) => takeover::command(program, line.config.takeover_timeout),
         Some(Command::Check) => check(line, start),
         None => {
-            let inherited = listeners::take()?;
+            let inherited = listeners::take(&line.config.listen)?;
             live(line, start, inherited, program, &mut None)
         }
     }
@@ -152,8 +152,8 @@ where
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
 {
     let CommandLine { name, config, service: own, .. } = line;
-    let mut inherited = listeners::take()?;
-    inherited.listen(&config.listen)?;
+    let mut inherited = listeners::take(&config.listen)?;
+    inherited.listen_for_check(&config.listen)?;
     log::init(name, config.log.as_deref(), 1)?;
     tls_of(&config, &inherited)?;
     let Inherited { listeners, credentials, .. } = inherited;
@@ -204,9 +204,9 @@ async fn serve<C, S>(
 where
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
 {
-    let CommandLine { config, service: own, .. } = line;
+    let CommandLine { name, config, service: own, .. } = line;
     let mut signals = Signals::new().context("could not watch for signals")?;
-    inherited.listen(&config.listen)?;
+    inherited.listen(&config.listen, &name)?;
     let tls = tls_of(&config, &inherited)?;
     let Inherited { listeners, channels, credentials, watchdog, .. } = inherited;
     let offer =

@@ -20,6 +20,17 @@ pub fn is_there() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
 }
 
+/// Whether systemd started this very process, so that listening sockets have to come from it.
+///
+/// `NOTIFY_SOCKET` and `INVOCATION_ID` say that systemd started it or a parent of it. `SYSTEMD_EXEC_PID` (from systemd
+/// 248 on) tells these apart: in a terminal or a CI runner that is itself a unit, it names another process.
+pub fn started_this_process() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    let is_parent_only =
+        std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid.parse() != Ok(std::process::id()));
+    is_there() || (is_set("INVOCATION_ID") && !is_parent_only)
+}
+
 /// The service can serve.
 pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(status)]);

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use harness::client::{Connection, Target, WEBSOCKET, get, post};
 use harness::process::{Notifications, Process};
 use harness::service::{Service, command, run_to_end};
-use harness::{PATIENCE, block_on};
+use harness::{PATIENCE, block_on, eventually};
 use rustix::net::SendFlags;
 use rustix::process::Signal;
 
@@ -662,6 +662,51 @@ fn variables_that_make_no_sense_are_refused_by_their_name() {
     let value = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff");
     not_text.env("SERVER_STARTER_PORT", value);
     assert_refused(&mut not_text, 78, &["SERVER_STARTER_PORT"]);
+}
+
+#[test]
+fn a_variable_that_is_no_number_is_quoted_in_the_error() {
+    let mut command = given(fd(listener()), &[("LISTEN_FDS", "two")]);
+    assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
+}
+
+#[test]
+fn sockets_of_another_process_are_refused_and_the_error_names_the_wrapper() {
+    let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
+    assert_refused(&mut command, 78, &["LISTEN_PID=1", "another process", "`exec`", "--listen"]);
+}
+
+#[test]
+fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
+    let notifications = Notifications::new().expect("a socket");
+    let path = notifications.path().to_str().expect("a path of text").to_owned();
+    let remedy = format!("systemctl restart {NAME}.socket");
+    for (name, value) in
+        [("NOTIFY_SOCKET", path.as_str()), ("INVOCATION_ID", "0123456789abcdef0123456789abcdef")]
+    {
+        for count in [None, Some("0")] {
+            let mut command = command(BINARY, &[]);
+            command.env(name, value);
+            command.envs(count.map(|count| ("LISTEN_FDS", count)));
+            assert_refused(&mut command, 78, &["no listening socket", "LISTEN_FDS", &remedy]);
+        }
+    }
+}
+
+/// A shell below a unit, such as a terminal or a CI runner, has `INVOCATION_ID` too. The process runs in a network
+/// namespace of its own, because the default port may be taken on this machine.
+#[test]
+fn a_start_below_a_unit_listens_on_the_default_address() {
+    let mut command = command("unshare", &["--net", BINARY]);
+    command.env("INVOCATION_ID", "0123456789abcdef0123456789abcdef").env("SYSTEMD_EXEC_PID", "1");
+    let mut process = Process::spawn(&mut command).expect("a service");
+    let sockets = format!("/proc/{}/net/tcp", process.child().id());
+    eventually("127.0.0.1:8080 listens", || {
+        std::fs::read_to_string(&sockets)
+            .is_ok_and(|sockets| sockets.contains("0100007F:1F90 00000000:0000 0A"))
+    });
+    process.signal(Signal::TERM);
+    assert!(process.wait().expect("it ends").success());
 }
 
 #[test]

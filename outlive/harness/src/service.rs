@@ -165,6 +165,7 @@ pub fn command(binary: &str, flags: &[&str]) -> Command {
     let ours = [
         "CREDENTIALS_",
         "FDSTORE",
+        "INVOCATION_ID",
         "JOURNAL_",
         "LISTEN_",
         "MEMORY_PRESSURE_",
@@ -172,6 +173,7 @@ pub fn command(binary: &str, flags: &[&str]) -> Command {
         "RUNTIME_DIRECTORY",
         "RUST_LOG",
         "SERVER_STARTER_",
+        "SYSTEMD_EXEC_PID",
         "TAKEOVER_",
         "WATCHDOG_",
         &prefix,
