@@ -283,7 +283,9 @@ impl Session {
                         return passed;
                     };
                     bytes = &bytes[HEAD_LENGTH..];
-                    let way = self.way_of(head, take(&mut { bytes }, head.length));
+                    let payload = take(&mut { bytes }, head.length);
+                    self.note_table_size(head, payload);
+                    let way = self.way_of(head, payload);
                     if way != Way::Pass {
                         self.begin_payload(raw, head, way);
                         self.receive(bytes);
@@ -421,6 +423,18 @@ impl Session {
         by_stream
     }
 
+    /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
+    /// JDK's HttpClient does so in its first headers. It has nothing to say after the acknowledgement then, because the
+    /// size does not change any more (RFC 7541 section 4.2).
+    fn note_table_size(&mut self, head: Head, payload: &[u8]) {
+        if head.kind == HEADERS
+            && !self.has_been_acknowledged()
+            && let Some(is_empty) = head.empties_table(payload)
+        {
+            self.agreement.table = if is_empty { Table::Empty } else { Table::Unknown };
+        }
+    }
+
     /// Whether the client knows our settings.
     fn has_been_acknowledged(&self) -> bool {
         self.former > 0 || (self.unanswered.ours == 0 && self.agreement.ours != Settings::default())
@@ -470,7 +484,10 @@ impl Session {
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
                 Way::Pass
             }
-            _ => self.way_of(head, &payload),
+            _ => {
+                self.note_table_size(head, &payload);
+                self.way_of(head, &payload)
+            }
         };
         self.go(way, &bytes);
         self.go(way, &payload);

@@ -551,6 +551,47 @@ fn a_client_that_goes_on_using_its_table_stays() {
     }
 }
 
+/// The JDK's HttpClient empties its table in its first headers, which it may send before it acknowledges our settings.
+#[test]
+fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
+    // Sizes 0 and 4096, and a field.
+    const EMPTY: &[u8] = b"\x20";
+    const LARGE: &[u8] = b"\x3f\xe1\x1f";
+    const FIELD: &[u8] = b"\x82";
+    let ends = END_STREAM | END_HEADERS;
+    for (blocks, moves) in [
+        (&[[EMPTY, FIELD].concat()][..], true),
+        (&[[LARGE, EMPTY, FIELD].concat()], true),
+        (&[[EMPTY, FIELD].concat(), FIELD.to_vec()], true),
+        (&[FIELD.to_vec(), [EMPTY, FIELD].concat()], true),
+        (&[FIELD.to_vec()], false),
+        (&[[LARGE, FIELD].concat()], false),
+        (&[[EMPTY, LARGE, FIELD].concat()], false),
+        (&[[EMPTY, FIELD].concat(), [LARGE, FIELD].concat()], false),
+        (&[[FIELD, EMPTY].concat()], false),
+        // A size that is cut off.
+        (&[[EMPTY, b"\x3f\xff"].concat()], false),
+    ] {
+        let mut session = Session::new();
+        session.receive(&Client::new().sent);
+        session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+        let mut stream = 1;
+        let mut exchange = |session: &mut Session, block: &[u8]| {
+            session.receive(&frame(HEADERS, ends, stream, block));
+            session.sent(&frame(HEADERS, ends, stream, b"head"));
+            stream += 2;
+        };
+        for block in blocks {
+            exchange(&mut session, block);
+        }
+        session.receive(&frame(SETTINGS, ACK, 0, &[]));
+        exchange(&mut session, FIELD);
+        session.for_h2().clear();
+        session.hold();
+        assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{blocks:?}");
+    }
+}
+
 /// Held, they would seem to come after it, and to break what it promises.
 #[test]
 fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() {
