@@ -101,6 +101,14 @@ pub fn put_settings_ack(into: &mut BytesMut) {
     Head::new(SETTINGS, ACK, 0).put(into);
 }
 
+/// The end of a connection without an error: streams after `last_stream` were not served (RFC 9113 section 6.8).
+pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
+    const NO_ERROR: u32 = 0;
+    Head::new(GOAWAY, 0, 8).put(into);
+    into.put_u32(last_stream);
+    into.put_u32(NO_ERROR);
+}
+
 /// What becomes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Way {

@@ -19,7 +19,8 @@ use bytes::{Bytes, BytesMut};
 
 use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
-    SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_settings, put_settings_ack, put_window_update, take,
+    SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_goaway, put_settings, put_settings_ack,
+    put_window_update, take,
 };
 use crate::agreement::{Agreement, FIRST_WINDOW, Settings, Table};
 use crate::connection::PREFACE;
@@ -175,8 +176,12 @@ impl Session {
 
     /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.
     pub fn is_at_rest(&self) -> bool {
-        self.rest == Rest::Coming
-            && self.open.is_empty()
+        self.rest == Rest::Coming && self.is_settled()
+    }
+
+    /// The same, but for streams that may still begin.
+    fn is_settled(&self) -> bool {
+        self.open.is_empty()
             && self.is_between_frames()
             && self.preface_left == 0
             && self.beginning.is_none()
@@ -186,6 +191,31 @@ impl Session {
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
             && !self.is_immovable()
+    }
+
+    /// Whether the client owes what it takes to come to rest, and is owed nothing itself: it has not sent the whole
+    /// preface, has not acknowledged our settings, or has begun a header block and not ended it. As long as it stays
+    /// silent, no other process can go on with this connection.
+    pub fn is_stuck(&self) -> bool {
+        self.owes_nothing() && !self.is_settled()
+    }
+
+    /// Whether no request that the client has sent whole is unanswered. A stream whose header block has not ended is not
+    /// a request yet.
+    pub fn owes_nothing(&self) -> bool {
+        let is_begun = |stream| self.block == Some(Way::Pass) && stream == self.agreement.last_stream;
+        self.waiting.is_empty() && self.open.iter().all(|(stream, _)| is_begun(*stream))
+    }
+
+    /// What is left to send where h2 is not waited for any longer: GOAWAY with the last stream that h2 knows of.
+    pub fn farewell(mut self) -> BytesMut {
+        let is_between_frames = self.from_h2.is_start() && self.partial.is_empty();
+        let mut bytes = std::mem::take(self.for_client());
+        // Inside another frame it would be taken for a part of that frame.
+        if is_between_frames {
+            put_goaway(self.agreement.last_stream, &mut bytes);
+        }
+        bytes
     }
 
     /// Comes to rest where nothing is in its way; else nothing changes.

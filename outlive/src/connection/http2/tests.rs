@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::frame::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
-    WINDOW_UPDATE, increment,
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
+    SETTINGS, WINDOW_UPDATE, increment,
 };
 use super::session::Session;
 use crate::agreement::{Agreement, FIRST_WINDOW};
@@ -590,6 +590,48 @@ fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
         session.hold();
         assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{blocks:?}");
     }
+}
+
+/// What a client has sent when it falls silent, and whether the connection waits for more of it while it waits for
+/// nothing.
+#[test]
+fn a_session_is_stuck_where_only_its_client_can_go_on() {
+    let ends = END_STREAM | END_HEADERS;
+    let hello = Client::new().sent;
+    let acknowledged = [hello.clone(), frame(SETTINGS, ACK, 0, &[])].concat();
+    let then = |frame: Vec<u8>| [acknowledged.clone(), frame].concat();
+    for (sent, is_stuck, owes_nothing) in [
+        (Vec::new(), true, true),
+        (PREFACE[..10].to_vec(), true, true),
+        (hello.clone(), true, true),
+        (acknowledged.clone(), false, true),
+        (then(frame(HEADERS, END_STREAM, 1, b"\x20")), true, true),
+        (then(frame(HEADERS, ends, 1, b"\x20")), false, false),
+        (then(frame(HEADERS, END_HEADERS, 1, b"\x20")), false, false),
+        (then([frame(HEADERS, ends, 1, b"\x20"), frame(HEADERS, 0, 3, b"")].concat()), false, false),
+        // Half a frame that h2 has seen nothing of moves.
+        (then(frame(HEADERS, ends, 1, b"\x20")[..9].to_vec()), false, true),
+    ] {
+        let mut session = Session::new();
+        session.sent(&frame(SETTINGS, 0, 0, &OURS));
+        session.receive(&sent);
+        session.sent(&frame(SETTINGS, ACK, 0, &[]));
+        session.for_h2().clear();
+        assert_eq!((session.is_stuck(), session.owes_nothing()), (is_stuck, owes_nothing), "{sent:?}");
+    }
+}
+
+#[test]
+fn the_last_goaway_names_the_last_stream_and_does_not_break_a_frame() {
+    let farewell = |sent: &[u8]| {
+        let mut session = Session::new();
+        session.receive(&Client::new().sent);
+        session.receive(&frame(HEADERS, END_STREAM | END_HEADERS, 5, b"\x20"));
+        session.sent(sent);
+        session.farewell()
+    };
+    assert_eq!(farewell(&frame(SETTINGS, 0, 0, &OURS)), frame(GOAWAY, 0, 0, &[0, 0, 0, 5, 0, 0, 0, 0]));
+    assert!(farewell(&frame(HEADERS, END_HEADERS, 5, b"head")[..11]).is_empty());
 }
 
 /// Held, they would seem to come after it, and to break what it promises.
