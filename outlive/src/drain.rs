@@ -8,7 +8,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_tickets};
+use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_channel, pack_tickets};
 use crate::log::message_id;
 use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
@@ -94,6 +94,8 @@ impl<'a> Drain<'a> {
         if !delay.is_zero() {
             self.announce(delay).await;
         }
+        // The next process finds them in the store.
+        drop(self.server.overflow().hand_over());
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
@@ -225,6 +227,14 @@ impl<'a> Drain<'a> {
             let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
         }
         let mut handed_over = 0;
+        for waiting in server.overflow().hand_over() {
+            let packed = pack_channel(&waiting);
+            let sent =
+                timeout(SUCCESSOR_LINGER, successor.send(Kind::Connections, origin, &packed, "")).await;
+            if let Err(error) = sent.map_err(io::Error::from).flatten() {
+                warn!(%error, "connections that wait for file descriptors wait for the next restart");
+            }
+        }
         server.enter(Phase::Resting);
         let mut sleepers = server.take_sleepers();
         loop {

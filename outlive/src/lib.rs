@@ -1,6 +1,7 @@
 #![doc = include_str!("front.md")]
 
 mod admin;
+mod adopter;
 mod agreement;
 #[cfg(feature = "jemalloc")]
 mod allocator;

@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
+use crate::adopter::Adopter;
 #[cfg(feature = "jemalloc")]
 use crate::allocator;
 use crate::cli::{self, CommandLine};
@@ -258,10 +259,8 @@ where
     } else {
         let socket = TakeoverSocket::open();
         systemd::ready(&status.line());
-        if let Some(taken) = handover::take(channels, &names, |connection| server.adopt(connection)) {
-            status.note(format!("took over {} connections", taken.connections));
-            systemd::unstore(handover::STORE_NAME);
-            server.go_on_with_tickets(taken.tickets);
+        if !channels.is_empty() {
+            status.note(Adopter::new(server.clone(), names).adopt_stored(channels));
         }
         predecessor_gone.cancel();
         socket

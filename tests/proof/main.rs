@@ -6,6 +6,7 @@ mod clock;
 mod containers;
 mod contract;
 mod copies;
+mod descriptors;
 mod handover;
 mod instances;
 mod listeners;
