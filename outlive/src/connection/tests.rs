@@ -196,6 +196,34 @@ async fn a_body_whose_task_outlives_the_connection_is_no_longer_counted() {
     }
 }
 
+/// What is missing of the body would be the beginning of a request for the next process.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_whose_request_body_was_not_read_ends_and_is_not_handed_over() {
+    for request in POSTS {
+        let (sent, missing) = request.split_at(request.len() - 5);
+        let (gates, mut opened) = mpsc::unbounded_channel();
+        let handler = async move |body: Body| {
+            let (open, gate) = oneshot::channel::<()>();
+            gates.send(open).expect("the test waits");
+            let _ = gate.await;
+            drop(body);
+            StatusCode::PAYLOAD_TOO_LARGE
+        };
+        let mut served = serve(Router::new().route("/", post(handler))).await;
+        let mut client = client::Connection::open(&Target::Tcp(served.address)).await.expect("a connection");
+        client.send(sent).await.expect("sent");
+        let gate = opened.recv().await.expect("the handler runs");
+        // Before the answer, so that the connection is to come to rest in the turn that gives it.
+        served.server.enter(Phase::Resting);
+        gate.send(()).expect("the handler waits");
+        assert_eq!(client.answer().await.expect("an answer").status, 413);
+        client.send(missing).await.expect("sent");
+        assert_eq!(timeout(PATIENCE, client.read_more()).await.expect("an end").expect("no reset"), 0);
+        drop(client);
+        assert_eq!(served.rest().await, 0);
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn an_http2_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connection_idle() {
     for reader in READERS {
