@@ -192,7 +192,7 @@ mod tests {
     }
 
     async fn heard(sleepers: &Sleepers) -> Vec<RawFd> {
-        let heard = timeout(Duration::from_secs(10), sleepers.heard()).await.expect("in time");
+        let heard = timeout(Duration::from_secs(120), sleepers.heard()).await.expect("in time");
         let woken = sleepers.wake_heard(heard.expect("it is heard")).expect("no error");
         woken.iter().map(|sleeper| sleeper.connection.socket.as_raw_fd()).collect()
     }

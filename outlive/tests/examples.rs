@@ -117,7 +117,7 @@ fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_i
         std::fs::write(&file, "many").expect("written");
         service.signal(Signal::HUP);
         let reason = "is to be a number: invalid digit found in string";
-        while !service.notifications.wait_for("STATUS=serving").expect("a status").contains(reason) {}
+        service.notifications.wait_for_status(reason).expect("a status");
         visit(&mut connection).await;
     });
 }
@@ -268,13 +268,14 @@ fn a_grpc_client_loses_no_call_over_reloads() {
         for _ in 0..8 {
             let (mut client, stop) = (client.clone(), stop.clone());
             callers.spawn(async move {
-                let mut answered = 0_u64;
-                while !stop.is_cancelled() {
+                loop {
+                    let is_last = stop.is_cancelled();
                     let answer = client.check(HealthCheckRequest::default()).await.expect("an answer");
                     assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
-                    answered += 1;
+                    if is_last {
+                        return;
+                    }
                 }
-                answered
             });
         }
         let mut main: Option<String> = None;
@@ -292,8 +293,9 @@ fn a_grpc_client_loses_no_call_over_reloads() {
             let end = stream.message().await.expect_err("its process ends");
             assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
         }
+        // Each caller is answered once more after the last reload.
         stop.cancel();
-        assert!(callers.join_all().await.iter().all(|answered| *answered > 0));
+        callers.join_all().await;
         terminate(&main.expect("reloaded")).expect("it runs");
     });
 }

@@ -546,11 +546,11 @@ fn a_removal_drains_and_a_purge_leaves_no_file(systemd: Systemd) {
     let socket = container.unit("socket");
     container.inside(|| async {
         let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
-        slow.send(&get("/sleep?duration=2s")).await.expect("sent");
+        slow.send(&get("/sleep?duration=5s")).await.expect("sent");
         container.until("StatusText", |status| status.contains("1 in flight"));
         let (is_done, said) = dpkg(&container, &["--remove", NAME]);
         assert!(is_done, "{said}");
-        assert_eq!(slow.answer().await.expect("the request in flight is answered").text(), "slept 2s\n");
+        assert_eq!(slow.answer().await.expect("the request in flight is answered").text(), "slept 5s\n");
         assert!(Connection::open(&Container::target()).await.is_err(), "the port is closed");
     });
     assert_ne!(is(&container, "is-active", &socket), "active");

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -15,6 +16,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::PATIENCE;
 use crate::certificate::Certificate;
 use crate::client::{Connection, Target, get};
 use crate::process::{Notifications, Process, make};
@@ -371,11 +373,13 @@ fn remove_cgroup(folder: &Path) {
             remove_cgroup(&entry.path());
         }
     }
-    // The kernel empties a cgroup a moment after its last process has gone.
-    for _ in 0..100 {
-        if fs::remove_dir(folder).is_ok() {
+    // The kernel empties a cgroup a moment after its last process has gone. No panic: this runs while a test ends.
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = fs::remove_dir(folder) {
+        if Instant::now() >= deadline {
+            eprintln!("could not remove the cgroup {}: {error}; remove it by hand", folder.display());
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

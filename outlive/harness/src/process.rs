@@ -151,6 +151,16 @@ impl Notifications {
 
     /// Waits for a line that begins with `wanted`, and gives it.
     pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
+        self.wait_for_line(wanted, |line| line.starts_with(wanted))
+    }
+
+    /// Waits for a status that contains `wanted`, and gives its line. The limit is the same however many other statuses
+    /// arrive first.
+    pub fn wait_for_status(&mut self, wanted: &str) -> Result<String> {
+        self.wait_for_line(wanted, |line| line.starts_with("STATUS=") && line.contains(wanted))
+    }
+
+    fn wait_for_line(&mut self, wanted: &str, is_it: impl Fn(&str) -> bool) -> Result<String> {
         let deadline = Instant::now() + PATIENCE;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -160,7 +170,7 @@ impl Notifications {
                 .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
             let news = self.said.len();
             self.note(message);
-            if let Some(line) = self.said[news..].iter().find(|line| line.starts_with(wanted)) {
+            if let Some(line) = self.said[news..].iter().find(|line| is_it(line)) {
                 return Ok(line.clone());
             }
         }

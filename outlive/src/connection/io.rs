@@ -350,7 +350,7 @@ mod tests {
     }
 
     async fn assert_ends(end: impl Future<Output = ()>) {
-        timeout(Duration::from_secs(10), end).await.expect("not waited for");
+        timeout(Duration::from_secs(120), end).await.expect("not waited for");
     }
 
     /// hyper, which is told to end an idle connection by then, would answer it and close.
