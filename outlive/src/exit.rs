@@ -2,6 +2,11 @@
 
 use std::fmt;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// For what a process has logged, and has said to the service manager, to be written at its end. Where journald does
+/// not read, a restart takes this much longer, while connections wait for the next process.
+pub const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A failure that ends the process, with its exit code.
 pub struct Failure {

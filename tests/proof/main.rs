@@ -14,6 +14,7 @@ mod packages;
 mod ports;
 mod rest;
 mod server_starter;
+mod stalls;
 mod takeover;
 
 use harness::container::Package;

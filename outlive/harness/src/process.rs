@@ -151,7 +151,12 @@ impl Notifications {
 
     /// Waits for a line that begins with `wanted`, and gives it.
     pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for_at_most(wanted, PATIENCE)
+    }
+
+    /// As `wait_for`; fails after `limit`.
+    pub fn wait_for_at_most(&mut self, wanted: &str, limit: Duration) -> Result<String> {
+        let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let message = self
