@@ -11,13 +11,14 @@ use std::io::{self, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Subscriber, error, warn};
+use tracing::{Event, Level, Metadata, Subscriber, error, warn};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
@@ -30,7 +31,7 @@ use crate::outbox::{self, Bounds, Outbox};
 use crate::systemd;
 
 /// What may wait for a journald or a terminal that does not read: at 1,000 messages a second that is ten seconds. It is
-/// memory that a stall takes from the service: an entry for a request has about 600 bytes.
+/// memory that a stall takes from the service: an entry for a request has about 600 bytes. Details are those below `info`.
 const BOUNDS: Bounds = Bounds { messages: 10_000, bytes: 8 << 20 };
 
 static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
@@ -129,7 +130,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     let first = if journal.is_some() { Target::Journal } else { Target::Console };
     let target = Arc::new(AtomicU8::new(first as u8));
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(|| Lines)
+        .with_writer(Lines)
         .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .log_internal_errors(false); // they would go to standard error too, and panic if that is closed
@@ -137,7 +138,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     let entries = journal.is_some().then(|| {
         let program = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let identifier = program.file_name().unwrap_or_default().to_string_lossy();
-        let layer = Entries::new(&identifier, generation, |entry| push(Text::Entry(entry)));
+        let layer = Entries::new(&identifier, generation, |entry, level| push(Text::Entry(entry), level));
         While { is: Target::Journal, target: target.clone(), layer }
     });
     start_writer(journal)
@@ -149,7 +150,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
         // The process would end before the thread has written it. Elsewhere a panic ends one request or task, whose
         // worker is not to wait.
         if cfg!(panic = "abort") {
-            flush(Instant::now() + FLUSH_LIMIT);
+            flush(FLUSH_LIMIT);
         }
     }));
     Ok(Control { name: service, filter: handle, target, first, set: Mutex::default() })
@@ -158,6 +159,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
 /// What waits to be written.
 struct Message {
     at: Instant,
+    level: Level,
     text: Text,
 }
 
@@ -173,20 +175,39 @@ impl outbox::Message for Message {
         let (Text::Entry(text) | Text::Line(text)) = &self.text;
         size_of::<Self>() + text.capacity()
     }
+
+    fn is_detail(&self) -> bool {
+        self.level > Level::INFO
+    }
 }
 
-fn push(text: Text) {
-    if OUTBOX.push(Message { at: Instant::now(), text }).is_err() {
+fn push(text: Text, level: Level) {
+    if OUTBOX.push(Message { at: Instant::now(), level, text }).is_err() {
         metrics::LOG_DROPPED.inc();
     }
 }
 
-/// Lines for standard error, each written at once.
+/// Makes lines for standard error.
 struct Lines;
 
-impl Write for Lines {
+impl MakeWriter<'_> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&self) -> Line {
+        Line(Level::INFO)
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> Line {
+        Line(*event.level())
+    }
+}
+
+/// A line of an event of this level, which is written at once.
+struct Line(Level);
+
+impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        push(Text::Line(line.to_vec()));
+        push(Text::Line(line.to_vec()), self.0);
         Ok(line.len())
     }
 
@@ -196,7 +217,7 @@ impl Write for Lines {
 }
 
 fn start_writer(journal: Option<Journal>) -> io::Result<()> {
-    let write = move |Message { at, text }| {
+    let write = move |Message { at, text, .. }| {
         let written = match (&journal, text) {
             (Some(journal), Text::Entry(entry)) => journal.write(entry, at),
             (None, Text::Entry(_)) => Err(io::ErrorKind::NotFound.into()),
@@ -237,14 +258,14 @@ fn write_to_stderr(mut line: &[u8]) -> io::Result<()> {
 pub fn last_line(line: &str) {
     let line = format!("{line}\n").into_bytes();
     if start_writer(None).is_ok() {
-        OUTBOX.push_last(Message { at: Instant::now(), text: Text::Line(line) });
+        OUTBOX.push_last(Message { at: Instant::now(), level: Level::ERROR, text: Text::Line(line) });
     } else {
         // Without a thread to wait in its place, it waits itself.
         let _ = write_to_stderr(&line);
     }
 }
 
-/// Waits until all that was logged is written, but not beyond `deadline`.
-pub fn flush(deadline: Instant) {
-    OUTBOX.flush(deadline);
+/// Waits until all that was logged is written, but no longer than `limit`.
+pub fn flush(limit: Duration) {
+    OUTBOX.flush(limit);
 }

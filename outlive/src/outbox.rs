@@ -21,6 +21,10 @@ const KEPT: usize = 64;
 pub trait Message: Send + 'static {
     /// How much memory it holds, in bytes.
     fn size(&self) -> usize;
+
+    /// Whether it is a detail, for which the last quarter of the bounds is closed. So a stall that many details fill
+    /// loses none of the few messages that matter.
+    fn is_detail(&self) -> bool;
 }
 
 /// How much may wait in an [`Outbox`], the message that is being written included.
@@ -67,7 +71,9 @@ enum Writer {
     /// It waits for messages.
     Waiting,
     /// It is writing, for as long as the reader makes it wait.
-    Writing,
+    Writing {
+        since: Instant,
+    },
     /// The last message could not be written. A report of the loss would fail too, so it waits for one that succeeds.
     Failed,
 }
@@ -79,11 +85,15 @@ impl<M> State<M> {
     }
 
     fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.writer != Writer::Writing && !self.has_report()
+        self.queue.is_empty() && !self.is_writing() && !self.has_report()
+    }
+
+    fn is_writing(&self) -> bool {
+        matches!(self.writer, Writer::Writing { .. })
     }
 
     fn length(&self) -> usize {
-        self.queue.len() + usize::from(self.writer == Writer::Writing)
+        self.queue.len() + usize::from(self.is_writing())
     }
 }
 
@@ -142,8 +152,12 @@ impl<M: Message> Outbox<M> {
     }
 
     fn add_within_bounds(&self, mut state: MutexGuard<'_, State<M>>, message: M) -> Result<(), Full> {
-        let fits = state.length() < self.bounds.messages
-            && message.size() <= self.bounds.bytes.saturating_sub(state.bytes);
+        let Bounds { mut messages, mut bytes } = self.bounds;
+        if message.is_detail() {
+            messages -= messages / 4;
+            bytes -= bytes / 4;
+        }
+        let fits = state.length() < messages && message.size() <= bytes.saturating_sub(state.bytes);
         if !fits && self.writer.get() != Some(&thread::current().id()) {
             state.dropped += 1;
             return Err(Full);
@@ -161,17 +175,21 @@ impl<M: Message> Outbox<M> {
         state.bytes += message.size();
         state.queue.push_back(message);
         // A writer that is writing looks into the queue before it waits.
-        let is_awaited = state.writer != Writer::Writing;
+        let is_awaited = !state.is_writing();
         drop(state);
         if is_awaited {
             self.work.notify_one();
         }
     }
 
-    /// Waits until all is written, but not beyond `deadline`. Where no writer was started, nothing is waited for.
-    pub fn flush(&self, deadline: Instant) {
+    /// Waits until all is written, but no longer than `limit`, and for no message that has been written for that long
+    /// already: a reader that hangs is not waited for. Where no writer was started, nothing is waited for.
+    pub fn flush(&self, limit: Duration) {
+        let end = Instant::now() + limit;
         let mut state = lock(&self.state);
         while state.writer != Writer::NotStarted && !state.is_idle() {
+            let deadline =
+                if let Writer::Writing { since } = state.writer { end.min(since + limit) } else { end };
             let left = deadline.saturating_duration_since(Instant::now());
             if left == Duration::ZERO {
                 return;
@@ -202,11 +220,11 @@ impl<M: Message> Outbox<M> {
         let mut state = lock(&self.state);
         loop {
             if let Some(message) = state.queue.pop_front() {
-                state.writer = Writer::Writing;
+                state.writer = Writer::Writing { since: Instant::now() };
                 return Work::Write(message);
             }
             if state.has_report() {
-                state.writer = Writer::Writing;
+                state.writer = Writer::Writing { since: Instant::now() };
                 return Work::Report(std::mem::take(&mut state.dropped));
             }
             // After a stall the queue gives its memory back; below this, each message would allocate it anew.
@@ -235,6 +253,10 @@ mod tests {
     impl Message for String {
         fn size(&self) -> usize {
             self.len()
+        }
+
+        fn is_detail(&self) -> bool {
+            self.starts_with("detail")
         }
     }
 
@@ -317,7 +339,7 @@ mod tests {
         assert_eq!(reader.push("fourth"), Ok(()));
         reader.take(1);
         reader.saw(&[written("fourth")]);
-        reader.outbox.flush(Instant::now() + PATIENCE);
+        reader.outbox.flush(PATIENCE);
         assert!(reader.seen.try_recv().is_err(), "one report");
     }
 
@@ -339,16 +361,46 @@ mod tests {
     }
 
     #[test]
+    fn details_leave_a_quarter_of_the_queue_to_other_messages() {
+        for (messages, bytes) in [(4, 1000), (100, 32)] {
+            let reader = Reader::new(messages, bytes);
+            assert_eq!(reader.push("detail 1"), Ok(()));
+            reader.wait_for_writer();
+            let pushed =
+                ["detail 2", "detail 3", "detail 4", "an error", "an error"].map(|text| reader.push(text));
+            assert_eq!(pushed, [Ok(()), Ok(()), Err(Full), Ok(()), Err(Full)]);
+            reader.take(4);
+            let all = ["detail 1", "detail 2", "detail 3", "an error"].map(written);
+            reader.saw(&all);
+            reader.saw(&[Seen::Reported(2)]);
+        }
+    }
+
+    #[test]
     fn a_push_and_a_flush_return_while_the_reader_hangs() {
         let reader = Reader::new(2, 1000);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
         assert_eq!(reader.push("waits"), Ok(()));
         assert_eq!(reader.push("dropped"), Err(Full));
-        let deadline = Instant::now() + Duration::from_millis(50);
-        reader.outbox.flush(deadline);
-        assert!(Instant::now() >= deadline);
+        let (begun, limit) = (Instant::now(), Duration::from_millis(50));
+        // The first message may have hung for as long already; those after it are not waited for either.
+        reader.outbox.flush(limit);
+        reader.outbox.flush(limit);
+        assert!(begun.elapsed() < PATIENCE);
         assert!(reader.seen.try_recv().is_err(), "it hangs");
+    }
+
+    #[test]
+    fn a_flush_does_not_wait_for_a_reader_that_hangs_already() {
+        let reader = Reader::new(2, 1000);
+        assert_eq!(reader.push("hangs"), Ok(()));
+        reader.wait_for_writer();
+        let hung = Instant::now() - PATIENCE;
+        lock(&reader.outbox.state).writer = Writer::Writing { since: hung };
+        let begun = Instant::now();
+        reader.outbox.flush(PATIENCE);
+        assert!(begun.elapsed() < PATIENCE);
     }
 
     #[test]
@@ -358,7 +410,7 @@ mod tests {
             let _ = reader.push(text);
         }
         reader.take(3);
-        reader.outbox.flush(Instant::now() + PATIENCE);
+        reader.outbox.flush(PATIENCE);
         let seen: Vec<_> = reader.seen.try_iter().collect();
         let reported = seen.iter().any(|seen| matches!(seen, Seen::Reported(_)));
         assert!(seen.len() == 3 && (reported || seen[2] == written("third")), "{seen:?}");
@@ -369,7 +421,7 @@ mod tests {
         let outbox = Outbox::new(Bounds { messages: 2, bytes: 1000 });
         assert_eq!(outbox.push("waits".to_owned()), Ok(()));
         let begun = Instant::now();
-        outbox.flush(begun + PATIENCE);
+        outbox.flush(PATIENCE);
         assert!(begun.elapsed() < PATIENCE);
     }
 
@@ -391,7 +443,7 @@ mod tests {
             assert_eq!(reader.push(text), Ok(()));
             reader.fail();
         }
-        reader.outbox.flush(Instant::now() + PATIENCE);
+        reader.outbox.flush(PATIENCE);
         assert!(reader.seen.try_recv().is_err(), "a report would fail too");
         assert_eq!(reader.push("works"), Ok(()));
         reader.take(1);

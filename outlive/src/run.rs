@@ -98,10 +98,9 @@ struct FlushAtEnd;
 
 impl Drop for FlushAtEnd {
     fn drop(&mut self) {
-        let deadline = std::time::Instant::now() + FLUSH_LIMIT;
-        // It may have something to log.
-        systemd::flush(deadline);
-        log::flush(deadline);
+        // Before the log, because what cannot be sent is logged.
+        systemd::flush(FLUSH_LIMIT);
+        log::flush(FLUSH_LIMIT);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::io::AsyncReadExt;
@@ -189,6 +189,10 @@ impl outbox::Message for Message {
     fn size(&self) -> usize {
         size_of::<Self>() + self.text.capacity() + self.fds.capacity() * size_of::<OwnedFd>()
     }
+
+    fn is_detail(&self) -> bool {
+        false
+    }
 }
 
 /// Sends `messages` after those that were sent before.
@@ -231,7 +235,7 @@ fn start_sender() -> io::Result<()> {
     })
 }
 
-/// Waits until all that was said is sent, but not beyond `deadline`.
-pub fn flush(deadline: Instant) {
-    OUTBOX.flush(deadline);
+/// Waits until all that was said is sent, but no longer than `limit`.
+pub fn flush(limit: Duration) {
+    OUTBOX.flush(limit);
 }

@@ -27,7 +27,7 @@ pub const SOCKET: &str = "/run/systemd/journal/socket";
 /// journald notes when it gets an entry. One that has waited for longer says when it was logged.
 const DELAY: Duration = Duration::from_secs(1);
 
-/// Makes entries of events, each of which goes to `send`.
+/// Makes entries of events, each of which goes to `send` with its level.
 pub struct Entries<F> {
     /// The fields that all entries have.
     common: Vec<u8>,
@@ -50,7 +50,7 @@ struct SpanFields(Vec<u8>);
 impl<S, F> Layer<S> for Entries<F>
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
-    F: Fn(Vec<u8>) + 'static,
+    F: Fn(Vec<u8>, Level) + 'static,
 {
     fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
         let Some(span) = context.span(id) else { return };
@@ -79,7 +79,7 @@ where
         put_place(&mut entry, event.metadata(), ["TARGET", "CODE_FILE", "CODE_LINE"]);
         entry.extend_from_slice(&self.common);
         event.record(&mut Fields(&mut entry));
-        (self.send)(entry);
+        (self.send)(entry, *event.metadata().level());
     }
 }
 
@@ -228,7 +228,7 @@ mod tests {
     fn entry_of(log: impl FnOnce()) -> BTreeMap<String, Vec<String>> {
         let (send, sent) = channel();
         let send: Sender<Vec<u8>> = send;
-        let entries = Entries::new("shop", 7, move |entry| send.send(entry).expect("a channel"));
+        let entries = Entries::new("shop", 7, move |entry, _| send.send(entry).expect("a channel"));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(entries), log);
         let entries: Vec<_> = sent.try_iter().collect();
         assert_eq!(entries.len(), 1);
