@@ -272,7 +272,7 @@ mod tests {
     /// An outbox, whose reader takes a message for each result that it is sent.
     struct Reader {
         outbox: &'static Outbox<String>,
-        begun: Receiver<()>,
+        writing: Receiver<()>,
         results: Sender<io::Result<()>>,
         seen: Receiver<Seen>,
     }
@@ -280,11 +280,11 @@ mod tests {
     impl Reader {
         fn new(messages: usize, bytes: usize) -> Self {
             let outbox: &Outbox<String> = Box::leak(Box::new(Outbox::new(Bounds { messages, bytes })));
-            let ((begin, begun), (results, result), (see, seen)) = (channel(), channel(), channel());
+            let ((begin, writing), (results, taken), (see, seen)) = (channel(), channel(), channel());
             let written = see.clone();
             let write = move |message| {
                 let _ = begin.send(());
-                let result: io::Result<()> = result.recv().unwrap_or(Ok(()));
+                let result: io::Result<()> = taken.recv().unwrap_or(Ok(()));
                 if result.is_ok() {
                     let _ = written.send(Seen::Written(message));
                 }
@@ -294,7 +294,7 @@ mod tests {
                 let _ = see.send(Seen::Reported(dropped));
             };
             outbox.start("test", write, report).expect("a thread");
-            Self { outbox, begun, results, seen }
+            Self { outbox, writing, results, seen }
         }
 
         fn push(&self, text: &str) -> Result<(), Full> {
@@ -303,7 +303,7 @@ mod tests {
 
         /// Waits until the writer has begun to write a message.
         fn wait_for_writer(&self) {
-            self.begun.recv_timeout(PATIENCE).expect("it writes");
+            self.writing.recv_timeout(PATIENCE).expect("it writes");
         }
 
         fn take(&self, count: usize) {
@@ -396,7 +396,7 @@ mod tests {
         let reader = Reader::new(2, 1000);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
-        let hung = Instant::now() - PATIENCE;
+        let hung = Instant::now().checked_sub(PATIENCE).expect("the machine runs for longer");
         lock(&reader.outbox.state).writer = Writer::Writing { since: hung };
         let begun = Instant::now();
         reader.outbox.flush(PATIENCE);
@@ -453,7 +453,7 @@ mod tests {
     #[test]
     fn what_a_report_adds_is_accepted_by_a_full_queue() {
         static OUTBOX: Outbox<String> = Outbox::new(Bounds { messages: 1, bytes: 1000 });
-        let ((begin, begun), (go, may_go), (see, seen)) = (channel(), channel(), channel());
+        let ((begin, writing), (go, may_go), (see, seen)) = (channel(), channel(), channel());
         let write = move |message: String| {
             let _ = begin.send(());
             let _ = may_go.recv();
@@ -466,7 +466,7 @@ mod tests {
         };
         OUTBOX.start("test", write, report).expect("a thread");
         assert_eq!(OUTBOX.push("first".to_owned()), Ok(()));
-        begun.recv_timeout(PATIENCE).expect("it writes");
+        writing.recv_timeout(PATIENCE).expect("it writes");
         assert_eq!(OUTBOX.push("dropped".to_owned()), Err(Full));
         let all = [(); 3].map(|()| {
             go.send(()).expect("the writer is there");
