@@ -20,6 +20,7 @@ mod log;
 #[cfg(feature = "log-control")]
 mod log_control;
 mod metrics;
+mod outbox;
 mod process;
 mod readiness;
 mod registry;

@@ -200,6 +200,7 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
             "connections_handed_over_total 0",
             "connections_taken_over_total 0",
             "requests_cut_off_total 0",
+            "log_messages_dropped_total 0",
             &format!("accept_queue_length{{listener=\"http({})\"}} 0", service.http.port()),
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in {text}");

@@ -15,6 +15,7 @@ mod packages;
 mod ports;
 mod rest;
 mod server_starter;
+mod stalls;
 mod takeover;
 
 use harness::container::Package;

@@ -108,7 +108,7 @@ fn a_preserved_store_keeps_connections_over_stop_and_start() {
     });
 }
 
-fn boot(systemd: Systemd) -> Container {
+pub fn boot(systemd: Systemd) -> Container {
     Container::boot(systemd, PACKAGE).expect("a container")
 }
 
@@ -291,7 +291,7 @@ fn a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_po
     });
 }
 
-fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
+pub fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
     entry[field].as_str().unwrap_or_default()
 }
 
@@ -492,7 +492,7 @@ fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
 
 // ---- reload ----
 
-fn variables(container: &Container, lines: &[(&str, &str)]) {
+pub fn variables(container: &Container, lines: &[(&str, &str)]) {
     let prefix = NAME.to_uppercase().replace('-', "_");
     let lines: Vec<_> = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
     let text = lines.concat();
@@ -912,7 +912,7 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
 }
 
 /// What the admin socket answers, and its status.
-fn ask_admin(container: &Container, path: &str) -> String {
+pub fn ask_admin(container: &Container, path: &str) -> String {
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "60", "--unix-socket"]);
     curl.arg(socket).args(["--write-out", "%{response_code}"]).arg(format!("http://localhost{path}"));

@@ -160,6 +160,11 @@ impl Container {
         entered
     }
 
+    /// Signals the container's PID 1, as the kernel of the machine may.
+    pub fn signal_pid_1(&self, signal: Signal) {
+        kill_process(self.leader, signal).expect("the container runs");
+    }
+
     /// `systemctl VERB` the service.
     pub fn systemctl(&self, verb: &str) -> Result<String> {
         self.run(&["systemctl", verb, &self.unit("service")])
