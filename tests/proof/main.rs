@@ -8,6 +8,7 @@ mod contract;
 mod copies;
 mod handover;
 mod instances;
+mod key_updates;
 mod listeners;
 mod on_systemd;
 mod packages;
