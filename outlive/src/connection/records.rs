@@ -114,15 +114,26 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// How much follows a record's header; None where rustls refuses the record for its header, with `decode_error`.
-pub(super) fn sealed_length(header: [u8; HEADER_LENGTH]) -> Option<usize> {
-    let [kind, major, minor, high, low] = header;
-    let length = usize::from(u16::from_be_bytes([high, low]));
+/// What the beginning of a record's header was, which rustls refuses with `decode_error`.
+#[derive(Debug)]
+pub(super) struct NoHeader;
+
+/// How much follows the header of a record that begins with `bytes`. None where more of the header has to come. A header
+/// is refused as soon as in rustls: type and version are looked at before the rest has come.
+pub(super) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>, NoHeader> {
+    let is_kind = |kind: u8| (CHANGE_CIPHER_SPEC..=HEARTBEAT).contains(&kind);
     // Every version of TLS begins with 3; the others are SSL 2 and DTLS, of which rustls knows the numbers.
-    let is_version = matches!([major, minor], [3, _] | [2, 0] | [0xfe, 0xfc | 0xfd | 0xff]);
-    let is_kind = (CHANGE_CIPHER_SPEC..=HEARTBEAT).contains(&kind);
-    let is_empty = length == 0 && kind != APPLICATION_DATA;
-    (is_kind && is_version && !is_empty && length < SEALED_LIMIT).then_some(length)
+    let is_version = |version: [u8; 2]| matches!(version, [3, _] | [2, 0] | [0xfe, 0xfc | 0xfd | 0xff]);
+    match *bytes {
+        [kind, ..] if !is_kind(kind) => Err(NoHeader),
+        [_, major, minor, ..] if !is_version([major, minor]) => Err(NoHeader),
+        [kind, _, _, high, low, ..] => {
+            let length = usize::from(u16::from_be_bytes([high, low]));
+            let is_empty = length == 0 && kind != APPLICATION_DATA;
+            if is_empty || length >= SEALED_LIMIT { Err(NoHeader) } else { Ok(Some(length)) }
+        }
+        _ => Ok(None),
+    }
 }
 
 /// One direction, ready for use.
@@ -285,17 +296,17 @@ impl Records {
     /// has to come.
     fn open(&mut self) -> Result<bool, Refusal> {
         while self.opened.is_empty() && self.incoming == Incoming::Open {
-            let Some(header) = self.sealed.first_chunk::<HEADER_LENGTH>().copied() else { return Ok(false) };
-            let Some(length) = sealed_length(header) else {
-                return Err(Refusal::Alert(Alert::DecodeError, "what came is no header of a record"));
-            };
-            if self.sealed.len() < HEADER_LENGTH + length {
+            let length = sealed_length(&self.sealed).map_err(|NoHeader| {
+                Refusal::Alert(Alert::DecodeError, "what came is no header of a record")
+            })?;
+            let Some(length) = length.filter(|length| self.sealed.len() >= HEADER_LENGTH + length) else {
                 return Ok(false);
-            }
+            };
+            let outer_kind = self.sealed[0];
             self.sealed.advance(HEADER_LENGTH);
             let mut record = self.sealed.split_to(length);
             let has_part = !self.peer.message.is_empty();
-            if header[0] == CHANGE_CIPHER_SPEC && !has_part {
+            if outer_kind == CHANGE_CIPHER_SPEC && !has_part {
                 // It is the only one that comes unsealed, and it belongs into a handshake (section 5).
                 let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
                 return Err(Refusal::Alert(alert, "change_cipher_spec came after the handshake"));

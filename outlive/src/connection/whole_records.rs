@@ -14,7 +14,7 @@ use tokio_rustls::Accept;
 use tokio_rustls::rustls::ServerConnection;
 use tokio_rustls::server::TlsStream;
 
-use super::records::{HEADER_LENGTH, sealed_length};
+use super::records::{HEADER_LENGTH, NoHeader, sealed_length};
 use crate::stream::Stream;
 use crate::tls::Tls;
 use crate::tls_session::TlsSession;
@@ -70,17 +70,18 @@ impl WholeRecords {
     }
 
     fn count_whole(&mut self) {
-        while let Some(header) = self.buffer[self.whole..].first_chunk::<HEADER_LENGTH>() {
-            if sealed_length(*header).is_none() {
-                // It is for rustls to object to, at once.
-                self.whole = self.buffer.len();
-                return;
+        loop {
+            match sealed_length(&self.buffer[self.whole..]) {
+                Ok(Some(length)) if self.buffer.len() >= self.whole + HEADER_LENGTH + length => {
+                    self.whole += HEADER_LENGTH + length;
+                }
+                Ok(_) => return,
+                Err(NoHeader) => {
+                    // It is for rustls to object to, at once.
+                    self.whole = self.buffer.len();
+                    return;
+                }
             }
-            let length = record_length(*header);
-            if self.buffer.len() < self.whole + length {
-                return;
-            }
-            self.whole += length;
         }
     }
 

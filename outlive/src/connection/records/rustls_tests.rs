@@ -114,9 +114,8 @@ impl Client {
         let _ = self.socket.read_to_end(&mut bytes).await;
         let mut bytes = BytesMut::from(&bytes[..]);
         let mut said: Vec<(u8, Vec<u8>)> = Vec::new();
-        while let Some(header) = bytes.first_chunk::<HEADER_LENGTH>().copied() {
-            assert_eq!(header[..3], [APPLICATION_DATA, 3, 3]);
-            let length = sealed_length(header).expect("a header");
+        while let Some(length) = sealed_length(&bytes).expect("a header") {
+            assert_eq!(bytes[..3], [APPLICATION_DATA, 3, 3]);
             bytes.advance(HEADER_LENGTH);
             let mut record = bytes.split_to(length);
             let kind = self.from_server.open(&mut record).expect("sealed with the key that is due");
@@ -429,6 +428,7 @@ fn headers_are_taken_and_refused_as_by_rustls() {
         ("a header of no type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
         ("an empty handshake record", vec![Raw(vec![HANDSHAKE, 3, 3, 0, 0])], Some(Alert::DecodeError)),
         ("HTTP without TLS", vec![Raw(b"GET / HTTP/1.1\r\n\r\n".to_vec())], Some(Alert::DecodeError)),
+        ("the first byte of HTTP without TLS", vec![Raw(b"G".to_vec())], Some(Alert::DecodeError)),
         ("half a record", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 100, 1])], None),
     ]);
 }
@@ -502,7 +502,7 @@ fn step() -> impl Strategy<Value = Step> {
         1 => (kind, bytes(6), few).prop_map(|(kind, content, padding)| padded(kind, &content, padding)),
         1 => (any::<[u8; 3]>(), bytes(6)).prop_map(|(first, content)| Header { first, content }),
         1 => key_update,
-        1 => bytes(40).prop_map(Raw),
+        1 => prop::collection::vec(any::<u8>(), 1..40).prop_map(Raw),
     ]
 }
 
