@@ -42,6 +42,7 @@ pub mod testing;
 mod tickets;
 mod tls;
 mod tls_session;
+mod traffic_secret;
 
 pub use cli::command;
 pub use context::Shutdown;

@@ -9,6 +9,7 @@ mod copies;
 mod descriptors;
 mod handover;
 mod instances;
+mod key_updates;
 mod listeners;
 mod on_systemd;
 mod packages;

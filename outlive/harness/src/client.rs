@@ -16,6 +16,7 @@ use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
 
 #[derive(Clone, Debug)]
@@ -46,8 +47,20 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// What carries the bytes.
-trait Duplex: AsyncRead + AsyncWrite + Send {}
-impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+trait Duplex: AsyncRead + AsyncWrite + Send {
+    /// Asks the server for new keys and goes on with new ones: a KeyUpdate before what is sent next.
+    fn update_keys(self: Pin<&mut Self>) -> Result<()> {
+        bail!("this connection has no keys")
+    }
+}
+
+impl Duplex for TcpStream {}
+impl Duplex for UnixStream {}
+impl Duplex for TlsStream<TcpStream> {
+    fn update_keys(self: Pin<&mut Self>) -> Result<()> {
+        Ok(self.get_mut().get_mut().1.refresh_traffic_keys()?)
+    }
+}
 type Stream = Pin<Box<dyn Duplex>>;
 
 /// An answer, whole.
@@ -110,6 +123,11 @@ impl Connection {
         self.stream.write_all(bytes).await?;
         // TLS may hold it back.
         self.stream.flush().await
+    }
+
+    /// TLS 1.3: goes on with new keys, and asks the server to do so.
+    pub fn update_keys(&mut self) -> Result<()> {
+        self.stream.as_mut().update_keys()
     }
 
     /// Sends no more; still reads.

@@ -385,7 +385,7 @@ mod tests {
         let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("a name");
-        let ours = acceptor.acceptor.accept(WholeRecords::new(Stream::Tcp(ours)));
+        let ours = whole_records::accept(Stream::Tcp(ours), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
         let ours = ours.expect("a handshake");
         fill(ours.get_ref().0.stream()).await;
