@@ -122,8 +122,10 @@ check-units: | tools
 # newest, of Debian unstable. A root is made anew when what it consists of is changed here; unstable's, which moves
 # every day, also after `rm -r target/systemd-unstable`.
 SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
+# Programs that talk to the service, as Debian packages them: tests/proof/peers.rs.
+PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,nodejs,varnish
 target/systemd-257: RELEASE := trixie
-target/systemd-257: INCLUDED := $(SYSTEM),postgresql
+target/systemd-257: INCLUDED := $(SYSTEM),postgresql,$(PEERS)
 target/systemd-252: RELEASE := bookworm
 target/systemd-252: INCLUDED := $(SYSTEM),rpm
 target/systemd-unstable: RELEASE := sid

@@ -11,6 +11,7 @@ mod instances;
 mod listeners;
 mod on_systemd;
 mod packages;
+mod peers;
 mod ports;
 mod rest;
 mod server_starter;
