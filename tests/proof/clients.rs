@@ -313,7 +313,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
 }
 
 /// The clients' ends of the established connections to a port (proc(5)).
-fn connections(container: &Container, port: u16) -> Vec<String> {
+pub fn connections(container: &Container, port: u16) -> Vec<String> {
     const ESTABLISHED: &str = "01";
     let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the kernel's tables");
     let rows = tables.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());

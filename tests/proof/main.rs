@@ -13,6 +13,7 @@ mod key_updates;
 mod listeners;
 mod on_systemd;
 mod packages;
+mod peers;
 mod ports;
 mod rest;
 mod server_starter;

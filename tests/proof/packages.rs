@@ -94,11 +94,12 @@ fn an_rpm_is_installed_upgraded_under_load_refused_and_removed() {
 
 // ---- packages ----
 
-/// The folder of all releases, built once for each: `one.deb`, and what follows it.
+/// The folder of all releases: `one.deb`, and what follows it. Built once for the systemds before 254, which lack the
+/// drop-in, and once for all others.
 fn packages(systemd: Systemd) -> &'static Path {
     static BUILT: OnceLock<[PathBuf; 2]> = OnceLock::new();
     let built = BUILT.get_or_init(|| ["252", "257"].map(build));
-    if systemd == Systemd::V252 { &built[0] } else { &built[1] }
+    if systemd.version(PACKAGE).expect("a version") < 254 { &built[0] } else { &built[1] }
 }
 
 fn build(systemd: &str) -> PathBuf {

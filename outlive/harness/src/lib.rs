@@ -26,16 +26,26 @@ macro_rules! on_each_systemd {
     };
 }
 
+/// The same where a promise depends on what systemd does itself: on Debian unstable's too, the newest.
+#[macro_export]
+macro_rules! on_each_systemd_and_unstable {
+    ($($promise:ident)*) => {
+        $crate::on_each_systemd! { $($promise)* }
+        $crate::on_one! { systemd_unstable Unstable $($promise)* }
+    };
+}
+
 /// The same about packages, on each Debian.
 #[macro_export]
 macro_rules! on_each_debian {
     ($($promise:ident)*) => {
         $crate::on_one! { debian_12 V252 $($promise)* }
         $crate::on_one! { debian_13 V257 $($promise)* }
+        $crate::on_one! { debian_unstable Unstable $($promise)* }
     };
 }
 
-#[doc(hidden)]
+/// Each promise as a test on one of them, in a module of this name.
 #[macro_export]
 macro_rules! on_one {
     ($module:ident $systemd:ident $($promise:ident)*) => {
