@@ -229,7 +229,7 @@ fn start_writer(journal: Option<Journal>) -> io::Result<()> {
         warn!(
             dropped,
             "{dropped} log messages were dropped, because journald or the reader of standard error did not take them \
-             in time"
+             in time; if this happens again, log less (--log)"
         );
     })
 }

@@ -2,7 +2,9 @@
 //! all the while, and what could not be logged is counted.
 
 use std::io::{BufRead, BufReader, PipeWriter, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixDatagram;
+use std::path::Path;
 use std::process::{ChildStdin, Stdio};
 use std::time::{Duration, Instant};
 
@@ -179,7 +181,7 @@ fn a_stopped_pid_1_holds_up_no_request(systemd: Systemd) {
     ask_for(&container, WATCHDOG);
     // By now a message for the watchdog waits for PID 1, which reads it before it looks at the watchdog's time. From now
     // on it takes no message.
-    fill_notify_socket(&container);
+    fill_notify_socket(&container.path("run/systemd/notify"));
     ask_for(&container, WATCHDOG);
     container.signal_pid_1(Signal::CONT);
     let report = running.stop();
@@ -224,19 +226,45 @@ fn ask_for(container: &Container, time: Duration) {
     }
 }
 
-/// Fills the socket that PID 1 reads messages from.
-fn fill_notify_socket(container: &Container) {
-    let path = container.path("run/systemd/notify");
+/// Fills the socket that a service manager reads messages from.
+fn fill_notify_socket(path: &Path) {
     // No more than the kernel lets wait there (net.unix.max_dgram_qlen).
     for _ in 0..100_000 {
         // A socket for each, because a sender has a limit of its own.
         let socket = UnixDatagram::unbound().expect("a socket");
         socket.set_nonblocking(true).expect("set");
-        if socket.send_to(b"STATUS=not of this service", &path).is_err() {
+        if socket.send_to(b"STATUS=not of this service", path).is_err() {
             return;
         }
     }
-    panic!("the socket of PID 1 does not fill");
+    panic!("{} does not fill", path.display());
+}
+
+#[test]
+fn a_service_manager_that_never_reads_holds_up_neither_requests_nor_the_end() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("notify");
+    let _unread = UnixDatagram::bind(&path).expect("a socket");
+    fill_notify_socket(&path);
+    let address = harness::free_address();
+    let mut command = command(BINARY, &["--listen", &address.to_string()]);
+    let mut process = Process::spawn(command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "100000"));
+    let process = process.as_mut().expect("a service");
+    eventually("it listens", || TcpStream::connect(address).is_ok());
+    block_on(async {
+        let mut connection = Connection::open(&Target::Tcp(address)).await.expect("it listens");
+        // Longer than a status line and the watchdog have to be sent again and again.
+        for _ in 0..40 {
+            connection.ask(&get("/sleep?duration=100ms")).await.expect("an answer");
+        }
+        let request = b"POST /echo HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n";
+        connection.send(request).await.expect("sent");
+        assert_eq!(connection.head().await.expect("it is in flight").status, 100);
+        process.signal(Signal::TERM);
+        connection.send(b"a").await.expect("sent");
+        assert_eq!(connection.answer().await.expect("an answer").text(), "a");
+    });
+    assert!(process.wait().expect("an end").success());
 }
 
 /// Serves requests, each of which is logged to a standard error that is not read, until messages are dropped; gives
