@@ -205,7 +205,7 @@ impl Server {
         let mut clock = interval(registry.interval());
         loop {
             // What its peer says is for the next process.
-            registry.until_phase(|phase| phase != Phase::Resting).await;
+            registry.until_phase(|phase| !phase.rests()).await;
             let woken = tokio::select! {
                 heard = self.sleepers.heard() => {
                     heard.and_then(|heard| self.wake(|sleepers| sleepers.wake_heard(heard)))
@@ -222,7 +222,7 @@ impl Server {
     fn wake(&self, those: impl FnOnce(&Sleepers) -> io::Result<Vec<Sleeper>>) -> io::Result<()> {
         // Between their sleep and the registry they are nowhere.
         let _accepting = self.registry.accepting();
-        if self.registry.phase() != Phase::Resting {
+        if !self.registry.phase().rests() {
             for sleeper in those(&self.sleepers)? {
                 self.serve_woken(sleeper);
             }

@@ -14,7 +14,7 @@ use super::io::{Io, Tls, Wire};
 use super::records::Records;
 use super::whole_records::{self, WholeRecords};
 use super::{Arrived, End, Protocol, Services, drive, first_bytes};
-use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::registry::{Entry, Registration, Stage};
 use crate::stream::{Connection, Stream};
 use crate::tls::{self, Tls as Spoken};
 use crate::tls_session::TlsSession;
@@ -40,7 +40,7 @@ pub(super) async fn serve(
     match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
         // The next process shakes hands.
         Arrived::AtRest => return End::AtRest(connection, registration),
-        Arrived::Bytes(_) if entry.phase() == Phase::Resting => {
+        Arrived::Bytes(_) if entry.phase().rests() => {
             return End::AtRest(connection, registration);
         }
         Arrived::Bytes(_) => {}
