@@ -7,6 +7,9 @@
 # make new NAME=shop DIR=../shop
 #                     a repository for a service of your own
 
+# The systemds that the proof boots besides this machine's.
+ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
+
 # What the proof runs besides cargo, and the Debian packages that it comes in.
 PYTHON := grpc h2 httpx
 TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
@@ -40,7 +43,7 @@ examples:
 proof: examples tools
 	$(MAKE) --no-print-directory --jobs 4 brought
 	$(MAKE) --no-print-directory model
-brought: systemfd cargo-deb cargo-generate-rpm target/systemd-257 target/systemd-252 target/tools/bin/go-client
+brought: systemfd cargo-deb cargo-generate-rpm $(ROOTS) target/tools/bin/go-client
 
 .PHONY: no-proof
 no-proof: examples
@@ -115,17 +118,31 @@ tools:
 	$(INSTALL); exit; done
 check-units: | tools
 
-# Another systemd to test on, besides this machine's; and both Debians, to install packages on.
+# Other systemds to test on, besides this machine's: those of both stable Debians, to install packages on too, and the
+# newest, of Debian unstable. A root is made anew when what it consists of is changed here; unstable's, which moves
+# every day, also after `rm -r target/systemd-unstable`.
 SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
+# Programs that talk to the service, as Debian packages them: tests/proof/peers.rs.
+PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,nodejs,varnish
 target/systemd-257: RELEASE := trixie
-target/systemd-257: INCLUDED := $(SYSTEM),postgresql
+target/systemd-257: INCLUDED := $(SYSTEM),postgresql,$(PEERS)
 target/systemd-252: RELEASE := bookworm
 target/systemd-252: INCLUDED := $(SYSTEM),rpm
-target/systemd-257 target/systemd-252: | tools
+target/systemd-unstable: RELEASE := sid
+target/systemd-unstable: INCLUDED := $(SYSTEM)
+# A mirror that is behind will do: an old list of unstable's packages is refused by default.
+target/systemd-unstable: APT := --aptopt='Acquire::Check-Valid-Until "false"'
+$(ROOTS): %: %.list | tools
 	rm -rf $@.part
-	mkdir -p target
-	mmdebstrap --quiet --variant=minbase --include=$(INCLUDED) --essential-hook='root=$$1; $(NO_CLUSTER)' $(RELEASE) $@.part
+	mmdebstrap --quiet --variant=minbase $(APT) --include=$(INCLUDED) --essential-hook='root=$$1; $(NO_CLUSTER)' $(RELEASE) $@.part
+	rm -rf $@
 	mv $@.part $@
+	touch $@
+# What a root consists of, written only when it has changed.
+$(ROOTS:=.list): unconditionally
+	@mkdir -p target
+	@echo '$(RELEASE) $(INCLUDED)' | cmp --silent - $@ || echo '$(RELEASE) $(INCLUDED)' >$@
+.PHONY: unconditionally
 
 # A client in Go, by Debian 13's compiler: that of Debian 12 is from before Go 1.20, which goes on using a table of
 # headers that it has promised not to use.

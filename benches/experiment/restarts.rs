@@ -1,6 +1,6 @@
 //! Each server started anew each second, under each load.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Result, bail};
 use harness::client::Target;
@@ -72,7 +72,7 @@ fn under(
 ) -> Result<Strip> {
     let keeps_connections = load.connections != Connections::OneEach;
     let running = load.start(server.enter());
-    let begun = Instant::now();
+    let begun = running.begun;
     let (mut told, mut took) = (Vec::new(), Vec::new());
     while begun.elapsed() + INTERVAL / 2 < extent.load {
         std::thread::sleep(INTERVAL / 2);

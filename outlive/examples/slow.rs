@@ -1,4 +1,5 @@
-//! A service whose start, or end, waits for something: what happens at the limit, at a signal, or at a panic.
+//! A service whose start, end or requests wait for something: what happens at the limit, at a signal, at a panic, or
+//! where its worker threads are blocked.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -12,7 +13,7 @@ use tracing::info;
 #[derive(clap::Parser)]
 #[command(name = "slow", version, about)]
 struct Config {
-    /// When: at its start, or in a background task at its end, until the file of --until is there.
+    /// When: at its start, in a background task at its end, or in each request, until the file of --until is there.
     #[arg(long)]
     when: When,
     #[arg(long, value_name = "FILE", default_value = "/file")]
@@ -23,6 +24,8 @@ struct Config {
 enum When {
     Start,
     End,
+    /// Its worker thread waits too, as it never should.
+    Request,
     /// Never: its start panics.
     Panic,
 }
@@ -34,6 +37,16 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
             info!("waiting for the file");
             file(&config.until).await;
             Ok(Router::new())
+        }
+        When::Request => {
+            let blocked = get(async move || {
+                info!("waiting for the file");
+                while !config.until.exists() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                "hello\n"
+            });
+            Ok(Router::new().route("/", blocked))
         }
         When::End => {
             let wait = service.background("wait", async move |end| {

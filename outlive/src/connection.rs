@@ -5,6 +5,8 @@ mod handshake;
 mod http1;
 mod http2;
 mod io;
+#[cfg(test)]
+mod key_update_tests;
 mod records;
 #[cfg(test)]
 pub mod tests;

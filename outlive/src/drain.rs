@@ -1,6 +1,8 @@
 //! How a process ends without losing a request, and, where there is a next process to leave them to,
 //! without closing a connection.
 
+mod schedule;
+
 use std::io;
 use std::time::Duration;
 
@@ -8,7 +10,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_tickets};
+use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_channel, pack_tickets};
 use crate::log::message_id;
 use crate::metrics;
 use crate::registry::{Counts, Phase, Registry, Unfinished};
@@ -17,9 +19,9 @@ use crate::server::Server;
 use crate::signals::Signals;
 use crate::stream::Connection;
 use crate::systemd;
+use schedule::{Schedule, Step};
 
-/// How long all connections may wait at first for the last answers, before they are served on for a while;
-/// twice as long at each further try.
+/// For connections with nothing in flight to come to rest, where the limit has passed already.
 const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
 /// For connections that do not fit into the handover channel to hear that they are to close, while the
 /// others wait for the next process.
@@ -64,7 +66,7 @@ impl<'a> Drain<'a> {
 
     /// Serves on for `delay`, with only `/readyz` saying that it will end.
     async fn announce(&mut self, delay: Duration) {
-        self.limit.deadline += delay;
+        self.limit.begun += delay;
         self.server.registry().set_phase(Phase::Announcing);
         info!("serving on for {}", humantime::format_duration(delay));
         tokio::select! {
@@ -94,6 +96,8 @@ impl<'a> Drain<'a> {
         if !delay.is_zero() {
             self.announce(delay).await;
         }
+        // The next process finds them in the store.
+        drop(self.server.overflow().hand_over());
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
@@ -118,48 +122,42 @@ impl<'a> Drain<'a> {
 
     /// Leaves all connections that can move in `store`; gives their number.
     ///
-    /// They go on being served until the requests now in flight, and the connections that cannot move, have
-    /// ended. Then all come to rest at once; if that takes long, because of a slow request that came
-    /// meanwhile, they are served on, and it is tried again when that one is done.
+    /// The schedule says when requests that arrive are served and when they are held. Connections that cannot move are
+    /// waited for like requests in flight.
     async fn hand_over(&mut self, store: &FdStore) -> usize {
         let Self { server, rested, limit, .. } = self;
         let registry = server.registry();
-        let mut quiesce = QUIESCE_LIMIT;
+        let mut schedule = Schedule::new(limit.length);
+        let mut step = schedule.first(limit.elapsed());
         loop {
-            registry.set_phase(Phase::Draining);
-            let mut unfinished = registry.unfinished();
-            {
-                let finished = registry.until(|| {
-                    unfinished.retain(Unfinished::is_so);
-                    unfinished.is_empty() && !registry.is_arriving()
-                });
-                tokio::pin!(finished);
-                loop {
+            step = match step {
+                Step::Serve { at_most } => {
+                    let have_ended = serve_on(server, rested, limit, at_most).await;
+                    schedule.after_serving(limit.elapsed(), have_ended)
+                }
+                Step::Try { at_most } => {
+                    server.enter(Phase::Resting);
                     tokio::select! {
                         biased;
-                        () = limit.passes() => break,
-                        () = &mut finished => break,
-                        Some(connection) = rested.recv() => server.adopt(connection),
+                        () = registry.until(|| registry.is_done()) => break,
+                        () = limit.passes() => Step::Hold,
+                        () = sleep(at_most) => schedule.after_failed_try(limit.elapsed()),
                     }
                 }
-            }
-            server.enter(Phase::Resting);
-            let at_rest_by = Instant::now() + QUIESCE_LIMIT;
-            let is_quiet = tokio::select! {
-                biased;
-                () = registry.until(|| registry.is_done()) => true,
-                () = limit.passes() => false,
-                () = sleep(quiesce) => false,
+                Step::Hold => {
+                    server.enter(Phase::Holding);
+                    let at_rest_by = Instant::now() + QUIESCE_LIMIT;
+                    tokio::select! {
+                        biased;
+                        () = registry.until(|| registry.is_done()) => {}
+                        () = limit.passes() => {
+                            // What has nothing in flight has the time that it takes to come to rest, and no more.
+                            let _ = timeout_at(at_rest_by, registry.until(|| registry.is_done())).await;
+                        }
+                    }
+                    break;
+                }
             };
-            if is_quiet {
-                break;
-            }
-            if limit.passed.is_some() {
-                // What has nothing in flight has the time that it takes to come to rest, and no more.
-                let _ = timeout_at(at_rest_by, registry.until(|| registry.is_done())).await;
-                break;
-            }
-            quiesce *= 2;
         }
         let mut connections = take_all(rested);
         connections.extend(server.take_sleepers());
@@ -180,7 +178,8 @@ impl<'a> Drain<'a> {
     }
 
     /// Tells all connections to end with their next answer. Those that were there before are told first;
-    /// only then are no more accepted.
+    /// only then are no more accepted. When the limit has passed, no more requests begin, and those that began
+    /// meanwhile have the rest of their time.
     async fn linger(&mut self) {
         let Self { server, limit, .. } = self;
         let registry = server.registry();
@@ -197,8 +196,16 @@ impl<'a> Drain<'a> {
             server.enter(Phase::Closing);
             registry.until(|| registry.is_done()).await;
         };
+        let first_deadline = limit.first_deadline();
         tokio::select! {
-            () = told => {}
+            biased;
+            () = told => return,
+            () = limit.passes() => return,
+            () = sleep_until(first_deadline) => {}
+        }
+        server.enter(Phase::Finishing);
+        tokio::select! {
+            () = registry.until(|| registry.is_done()) => {}
             () = limit.passes() => {}
         }
     }
@@ -225,6 +232,14 @@ impl<'a> Drain<'a> {
             let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
         }
         let mut handed_over = 0;
+        for waiting in server.overflow().hand_over() {
+            let packed = pack_channel(&waiting);
+            let sent =
+                timeout(SUCCESSOR_LINGER, successor.send(Kind::Connections, origin, &packed, "")).await;
+            if let Err(error) = sent.map_err(io::Error::from).flatten() {
+                warn!(%error, "connections that wait for file descriptors wait for the next restart");
+            }
+        }
         server.enter(Phase::Resting);
         let mut sleepers = server.take_sleepers();
         loop {
@@ -234,10 +249,16 @@ impl<'a> Drain<'a> {
                 connections = sleepers.split_off(sleepers.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
+                let first_deadline = limit.first_deadline();
                 let connection = tokio::select! {
                     connection = rested.recv() => connection,
                     () = registry.until(|| registry.is_done()) => rested.try_recv().ok(),
                     () = limit.passes() => rested.try_recv().ok(),
+                    // Connections that could not move have begun requests meanwhile; from now on none begins.
+                    () = sleep_until(first_deadline), if registry.phase() == Phase::Resting => {
+                        server.enter(Phase::Holding);
+                        continue;
+                    }
                 };
                 let Some(connection) = connection else { break };
                 connections.push(connection);
@@ -281,17 +302,48 @@ impl<'a> Drain<'a> {
     }
 }
 
+/// Serves until all that was unfinished at the beginning has ended, and no longer than `at_most`; gives whether it has.
+async fn serve_on(
+    server: &Server,
+    rested: &mut UnboundedReceiver<Connection>,
+    limit: &mut Limit<'_>,
+    at_most: Duration,
+) -> bool {
+    let registry = server.registry();
+    registry.set_phase(Phase::Draining);
+    let mut unfinished = registry.unfinished();
+    let finished = registry.until(|| {
+        unfinished.retain(Unfinished::is_so);
+        unfinished.is_empty() && !registry.is_arriving()
+    });
+    let time_over = sleep(at_most);
+    tokio::pin!(finished, time_over);
+    loop {
+        tokio::select! {
+            biased;
+            () = limit.passes() => return false,
+            () = &mut finished => return true,
+            () = &mut time_over => return false,
+            Some(connection) = rested.recv() => server.adopt(connection),
+        }
+    }
+}
+
 /// All connections that have come to rest so far.
 fn take_all(rested: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
     std::iter::from_fn(|| rested.try_recv().ok()).collect()
 }
 
 /// The end of a drain, if it does not end by itself; meanwhile systemd is told how it goes.
+///
+/// Each request has the whole limit: from the beginning of the drain if it was in flight then, otherwise from its own
+/// beginning. Each way to drain sees to it that no request begins once the limit has passed for the first time, so a
+/// drain ends within twice the limit.
 struct Limit<'a> {
     registry: &'a Registry,
     signals: &'a mut Signals,
     length: Duration,
-    deadline: Instant,
+    begun: Instant,
     report: Interval,
     /// Whether this is the main process, of which systemd wants to hear.
     is_main: bool,
@@ -303,9 +355,24 @@ struct Limit<'a> {
 
 impl<'a> Limit<'a> {
     fn new(registry: &'a Registry, signals: &'a mut Signals, length: Duration) -> Self {
-        let deadline = Instant::now() + length;
+        let begun = Instant::now();
         let report = interval(systemd::STATUS_INTERVAL);
-        Self { registry, signals, length, deadline, report, is_main: true, signals_left: 1, passed: None }
+        Self { registry, signals, length, begun, report, is_main: true, signals_left: 1, passed: None }
+    }
+
+    fn elapsed(&self) -> Duration {
+        self.begun.elapsed()
+    }
+
+    /// For requests that were in flight at the beginning.
+    fn first_deadline(&self) -> Instant {
+        self.begun + self.length
+    }
+
+    /// The next one: the first, until it has passed; then that of the requests that are in flight now.
+    fn deadline(&self) -> Instant {
+        let first = self.first_deadline();
+        if Instant::now() < first { first } else { deadline(self.registry, self.begun, self.length) }
     }
 
     /// It is the last of so many further signals that ends the drain.
@@ -320,7 +387,7 @@ impl<'a> Limit<'a> {
     async fn passes(&mut self) {
         while self.passed.is_none() {
             tokio::select! {
-                () = sleep_until(self.deadline) => self.passed = Some("the drain limit"),
+                () = run_out(self.registry, self.begun, self.length) => self.passed = Some("the drain limit"),
                 () = self.signals.terminated() => {
                     self.signals_left -= 1;
                     if self.signals_left == 0 {
@@ -336,13 +403,36 @@ impl<'a> Limit<'a> {
 
     /// A drain that a signal has ended leaves one more for what comes after it.
     fn remaining(&self) -> Remaining {
-        Remaining { deadline: self.deadline, signals: self.signals_left.max(1) }
+        Remaining { deadline: self.first_deadline(), signals: self.signals_left.max(1) }
     }
 
     fn status(&self) -> String {
         let Counts { connections, in_flight, .. } = self.registry.counts();
-        let left = self.deadline.saturating_duration_since(Instant::now()).as_secs_f64().round();
+        let left = self.deadline().saturating_duration_since(Instant::now()).as_secs_f64().round();
         format!("draining: {in_flight} in flight on {connections} connections, {left} s left")
+    }
+}
+
+/// When no request that is in flight has time left, of those that have `length` each.
+fn deadline(registry: &Registry, begun: Instant, length: Duration) -> Instant {
+    let last = registry.last_request().map_or(begun, |last| last.max(begun));
+    (last + length).min(begun + length + length)
+}
+
+/// Waits until no request that is in flight has time left.
+async fn run_out(registry: &Registry, begun: Instant, length: Duration) {
+    sleep_until(begun + length).await;
+    let time_left = || deadline(registry, begun, length).saturating_duration_since(Instant::now());
+    if time_left().is_zero() {
+        return;
+    }
+    // So that the end of each is heard.
+    registry.watched();
+    while !time_left().is_zero() {
+        tokio::select! {
+            () = registry.until(|| time_left().is_zero()) => {}
+            () = sleep(time_left()) => {}
+        }
     }
 }
 
@@ -375,7 +465,15 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::collections::HashMap;
+    use std::ops::Range;
+    use std::rc::Rc;
+
     use axum::Router;
+    use hyper::Uri;
+    use proptest::prelude::*;
+    use tokio::task::LocalSet;
 
     use super::*;
     use crate::connection::tests::{Served, serve};
@@ -391,12 +489,11 @@ mod tests {
         endless.entry.received();
         let begun = Instant::now();
         let mut drain = Drain::new(&server, &mut rested, &mut signals, limit, 1);
-        let handed_over = timeout(limit + Duration::from_secs(10), drain.hand_over(&store)).await;
+        let handed_over = timeout(limit * 2 + Duration::from_secs(10), drain.hand_over(&store)).await;
         assert_eq!(handed_over, Ok(0));
         begun.elapsed()
     }
 
-    /// The limit passes while all connections stand still for 1.6 s: 100 ms, 200, 400 and 800 have passed before.
     #[tokio::test(start_paused = true)]
     async fn a_limit_that_passes_while_all_are_to_rest_ends_the_drain() {
         let limit = Duration::from_secs(2);
@@ -406,5 +503,166 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_limit_that_passes_as_all_are_told_to_rest_leaves_them_the_time_for_it() {
         assert_eq!(hand_over_beside_an_endless_request(Duration::from_millis(1)).await, QUIESCE_LIMIT);
+    }
+
+    // ---- requests of all kinds, in simulated time ----
+
+    const LIMIT: Duration = Duration::from_secs(30);
+    /// More than timers are late by, and tasks.
+    const ROUNDING: Duration = Duration::from_millis(20);
+
+    /// A request, as its client would send it to a process that is always there.
+    #[derive(Clone, Copy, Debug)]
+    struct Request {
+        /// From the beginning of the simulation on.
+        at: Duration,
+        takes: Duration,
+    }
+
+    /// What became of the requests of a simulation. Its times are since the beginning of the drain.
+    #[derive(Debug, Default)]
+    struct Outcome {
+        /// The drain.
+        took: Duration,
+        /// What the drain itself says that it cut off.
+        cut_off: usize,
+        finished: usize,
+        /// Since when requests are held, by their number.
+        held: HashMap<usize, Instant>,
+        longest_wait: Duration,
+    }
+
+    impl Outcome {
+        fn admit(&mut self, number: usize) {
+            let wait = self.held.remove(&number).map_or(Duration::ZERO, |since| since.elapsed());
+            self.longest_wait = self.longest_wait.max(wait);
+        }
+    }
+
+    /// Sends `requests`, each on a connection of its own, and begins to drain at `drain_at`.
+    fn simulate(requests: &[Request], drain_at: Duration) -> Outcome {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
+        runtime.expect("a runtime").block_on(LocalSet::new().run_until(drain_beside(requests, drain_at)))
+    }
+
+    async fn drain_beside(requests: &[Request], drain_at: Duration) -> Outcome {
+        let Served { server, mut rested, .. } = serve(Router::new()).await;
+        let (store, _store) = FdStore::in_memory();
+        let mut signals = Signals::new().expect("signals");
+        let outcome = Rc::new(RefCell::new(Outcome::default()));
+        for (number, request) in requests.iter().copied().enumerate() {
+            let (server, outcome) = (server.clone(), outcome.clone());
+            tokio::task::spawn_local(async move {
+                sleep(request.at).await;
+                outcome.borrow_mut().held.insert(number, Instant::now());
+                let registration = loop {
+                    server.registry().until_phase(|phase| !phase.rests()).await;
+                    let _accepting = server.registry().accepting();
+                    if !server.registry().phase().rests() {
+                        break server.registered(Peer::Unix);
+                    }
+                };
+                outcome.borrow_mut().admit(number);
+                let entry = &registration.entry;
+                let in_flight = entry.begin(&Uri::from_static("/"));
+                entry.list(in_flight.clone());
+                sleep(request.takes).await;
+                entry.unlist(&in_flight);
+                entry.end();
+                outcome.borrow_mut().finished += 1;
+            });
+        }
+        sleep(drain_at).await;
+        let mut drain = Drain::new(&server, &mut rested, &mut signals, LIMIT, 1);
+        drain.hand_over(&store).await;
+        let took = drain.begun.elapsed();
+        let cut_off = drain.limit.passed.map_or(0, |_| server.registry().counts().in_flight);
+        let left = server.registry().counts().in_flight;
+        assert_eq!(left, cut_off, "a drain that ends before its limit leaves no request behind");
+        let mut outcome = std::mem::take(&mut *outcome.borrow_mut());
+        // Those that the next process serves.
+        for number in outcome.held.keys().copied().collect::<Vec<_>>() {
+            outcome.admit(number);
+        }
+        Outcome { took, cut_off, ..outcome }
+    }
+
+    /// `clients`, each of which sends a request, waits for the answer, and `thinks` before the next.
+    fn steady(clients: u32, takes: Duration, thinks: Duration, until: Duration) -> Vec<Request> {
+        let cycle = takes + thinks;
+        let all = (0..clients).flat_map(|client| {
+            let first = cycle * client / clients;
+            (0..).map(move |round| first + cycle * round).take_while(move |at| *at < until)
+        });
+        all.map(|at| Request { at, takes }).collect()
+    }
+
+    /// The durations of the curve, relative to a limit of 30 s.
+    #[test]
+    fn steady_requests_of_any_duration_below_the_limit_are_not_cut_off_and_others_wait_as_long_as_one_takes()
+    {
+        for takes in [100, 500, 1_000, 3_000, 6_000, 10_000, 20_000, 29_900].map(Duration::from_millis) {
+            let requests = steady(20, takes, Duration::from_secs(2), Duration::from_secs(100));
+            let outcome = simulate(&requests, Duration::from_secs(31));
+            assert_eq!(outcome.cut_off, 0, "{takes:?}");
+            assert!(outcome.longest_wait <= takes + ROUNDING, "{takes:?}: {:?}", outcome.longest_wait);
+            assert!(
+                outcome.took <= takes * 22 / 10 + Duration::from_millis(200),
+                "{takes:?}: {:?}",
+                outcome.took
+            );
+        }
+    }
+
+    #[test]
+    fn one_slow_request_among_quick_ones_makes_no_other_wait_for_long() {
+        let slow = Request { at: Duration::ZERO, takes: Duration::from_secs(28) };
+        for takes in [5, 200].map(Duration::from_millis) {
+            let mut requests = steady(20, takes, Duration::from_millis(500), Duration::from_secs(60));
+            requests.push(slow);
+            let outcome = simulate(&requests, Duration::from_secs(3));
+            assert_eq!(outcome.cut_off, 0);
+            assert!(outcome.took >= Duration::from_secs(25), "it ends with the slow one: {:?}", outcome.took);
+            assert!(outcome.longest_wait <= takes + ROUNDING, "{takes:?}: {:?}", outcome.longest_wait);
+        }
+    }
+
+    /// One that began before is cut off at the limit, though one that came meanwhile still has time.
+    #[test]
+    fn each_request_has_the_limit_from_its_own_beginning_and_no_more() {
+        let endless = Request { at: Duration::ZERO, takes: LIMIT * 10 };
+        let late = Request { at: Duration::from_secs(21), takes: Duration::from_secs(28) };
+        let outcome = simulate(&[endless], Duration::from_secs(1));
+        assert_eq!((outcome.cut_off, outcome.took.as_secs()), (1, 30));
+        let outcome = simulate(&[endless, late], Duration::from_secs(1));
+        assert_eq!((outcome.cut_off, outcome.finished, outcome.took.as_secs()), (1, 1, 48));
+        let outcome = simulate(&[endless, Request { takes: LIMIT * 10, ..late }], Duration::from_secs(1));
+        assert_eq!((outcome.cut_off, outcome.took.as_secs()), (2, 50));
+    }
+
+    fn any_request() -> impl Strategy<Value = Request> {
+        let milliseconds = |range: Range<u64>| range.prop_map(Duration::from_millis);
+        // As many of each order of magnitude, so that quick and slow ones meet.
+        let takes = prop_oneof![
+            milliseconds(0..100),
+            milliseconds(0..1_000),
+            milliseconds(0..10_000),
+            milliseconds(0..29_990)
+        ];
+        (milliseconds(0..60_000), takes).prop_map(|(at, takes)| Request { at, takes })
+    }
+
+    proptest! {
+        /// Whatever arrives, and whenever.
+        #[test]
+        fn no_request_that_takes_less_than_the_limit_is_cut_off(
+            requests in prop::collection::vec(any_request(), 0..200), drain_at in 0..30_000_u64,
+        ) {
+            let outcome = simulate(&requests, Duration::from_millis(drain_at));
+            prop_assert_eq!(outcome.cut_off, 0);
+            prop_assert!(outcome.took <= LIMIT * 2);
+            let slowest = requests.iter().map(|request| request.takes).max().unwrap_or_default();
+            prop_assert!(outcome.longest_wait <= slowest + ROUNDING);
+        }
     }
 }

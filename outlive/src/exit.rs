@@ -2,6 +2,12 @@
 
 use std::fmt;
 use std::process::ExitCode;
+use std::time::Duration;
+
+/// For what a process has logged, and for what it has said to the service manager, to be written at its end: a restart
+/// may take this much longer, while connections wait for the next process. Where journald has not read for as long
+/// already, nothing is waited for.
+pub const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A failure that ends the process, with its exit code.
 pub struct Failure {

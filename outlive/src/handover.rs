@@ -6,6 +6,7 @@
 
 mod channel;
 mod frame;
+mod overflow;
 mod store;
 
 use std::fs::File;
@@ -15,11 +16,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use channel::{
-    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, Secret, pair, receive as receive_frame,
+    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, Secret, pair, receive as receive_frame, receive_if_room,
     send as send_frames,
 };
+pub use overflow::{Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
-pub use store::{FdStore, take};
+pub use store::FdStore;
 
 use crate::agreement::Agreement;
 use crate::kind::{ListenerKind, Name};
@@ -91,6 +93,12 @@ pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, Record)>> {
 /// The keys in a frame of theirs.
 pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
     frame.sockets.into_iter().find_map(|(_, record)| record.tls)
+}
+
+/// A channel that holds connections, as it goes into another channel.
+pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, Record)> {
+    let record = Record { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
+    vec![(channel.as_fd(), record)]
 }
 
 /// Connections as they go into a channel.

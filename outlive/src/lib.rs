@@ -1,6 +1,7 @@
 #![doc = include_str!("front.md")]
 
 mod admin;
+mod adopter;
 mod agreement;
 #[cfg(feature = "jemalloc")]
 mod allocator;
@@ -19,6 +20,7 @@ mod log;
 #[cfg(feature = "log-control")]
 mod log_control;
 mod metrics;
+mod outbox;
 mod process;
 mod readiness;
 mod registry;
@@ -40,6 +42,7 @@ pub mod testing;
 mod tickets;
 mod tls;
 mod tls_session;
+mod traffic_secret;
 
 pub use cli::command;
 pub use context::Shutdown;

@@ -1,21 +1,40 @@
 //! Where events go: to the journal with their fields when standard error is the journal, else as
 //! readable lines to standard error.
+//!
+//! An event waits for neither: it goes into a queue, from which a thread writes. A journald that is stopped or slow, a
+//! pipe that is not read and a terminal that is stopped (Ctrl-S) hold up that thread alone. What does not fit into the
+//! queue is dropped and counted.
 
-use std::io::IsTerminal;
+mod journal;
+
+use std::io::{self, IsTerminal, Write};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Event, Subscriber, error};
-use tracing_journald::{Priority, PriorityMappings};
+use tracing::{Event, Level, Metadata, Subscriber, error, warn};
+use tracing_subscriber::fmt::MakeWriter;
 use tracing_subscriber::layer;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
-use crate::exit::{Failure, Result};
+use self::journal::{Entries, Journal};
+use crate::exit::{FLUSH_LIMIT, Failure, Result};
+use crate::metrics;
+use crate::outbox::{self, Bounds, Outbox};
 use crate::systemd;
+
+/// What may wait for a journald or a terminal that does not read: at 1,000 messages a second that is ten seconds. It is
+/// memory that a stall takes from the service: an entry for a request has about 600 bytes. Details are those below `info`.
+const BOUNDS: Bounds = Bounds { messages: 10_000, bytes: 8 << 20 };
+
+static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
 
 /// `journalctl MESSAGE_ID=…` finds the events of a service's life by these.
 pub mod message_id {
@@ -105,32 +124,148 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
         .with_context(|| format!("{name}={text} is not a log filter"))
         .map_err(Failure::config)?;
     let (filter, handle) = reload::Layer::new(filter);
-    let journal = if systemd::stderr_is_the_journal() { journal(generation) } else { None };
+    // Where journald is not there, its messages go to standard error: that is no reason to be silent.
+    let is_journal = systemd::stderr_is_the_journal();
+    let journal = is_journal.then(|| Journal::open(Path::new(journal::SOCKET)).ok()).flatten();
     let first = if journal.is_some() { Target::Journal } else { Target::Console };
     let target = Arc::new(AtomicU8::new(first as u8));
     let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(Lines)
+        .with_ansi(io::stderr().is_terminal())
         .with_target(false)
         .log_internal_errors(false); // they would go to standard error too, and panic if that is closed
     let lines = While { is: Target::Console, target: target.clone(), layer: lines };
-    let journal = journal.map(|layer| While { is: Target::Journal, target: target.clone(), layer });
-    tracing_subscriber::registry().with(filter).with(journal).with(lines).init();
-    std::panic::set_hook(Box::new(|panic| error!(%panic, "panicked")));
+    let entries = journal.is_some().then(|| {
+        let program = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
+        let identifier = program.file_name().unwrap_or_default().to_string_lossy();
+        let layer = Entries::new(&identifier, generation, |entry, level| push(Text::Entry(entry), level));
+        While { is: Target::Journal, target: target.clone(), layer }
+    });
+    start_writer(journal)
+        .context("could not start the thread that writes the log")
+        .map_err(Failure::unavailable)?;
+    tracing_subscriber::registry().with(filter).with(entries).with(lines).init();
+    std::panic::set_hook(Box::new(|panic| {
+        error!(%panic, "panicked");
+        // The process would end before the thread has written it. Elsewhere a panic ends one request or task, whose
+        // worker is not to wait.
+        if cfg!(panic = "abort") {
+            flush(FLUSH_LIMIT);
+        }
+    }));
     Ok(Control { name: service, filter: handle, target, first, set: Mutex::default() })
 }
 
-/// No journal to be reached is no reason to be silent: standard error goes there too.
-fn journal(generation: u64) -> Option<tracing_journald::Layer> {
-    let layer = tracing_journald::layer().ok()?;
-    Some(
-        layer
-            .with_field_prefix(None)
-            .with_custom_fields([("GENERATION", generation.to_string())])
-            .with_priority_mappings(PriorityMappings {
-                info: Priority::Informational,
-                debug: Priority::Debug,
-                ..PriorityMappings::new()
-            }),
-    )
+/// What waits to be written.
+struct Message {
+    at: Instant,
+    level: Level,
+    text: Text,
+}
+
+enum Text {
+    /// For the journal.
+    Entry(Vec<u8>),
+    /// For standard error.
+    Line(Vec<u8>),
+}
+
+impl outbox::Message for Message {
+    fn size(&self) -> usize {
+        let (Text::Entry(text) | Text::Line(text)) = &self.text;
+        size_of::<Self>() + text.capacity()
+    }
+
+    fn is_detail(&self) -> bool {
+        self.level > Level::INFO
+    }
+}
+
+fn push(text: Text, level: Level) {
+    if OUTBOX.push(Message { at: Instant::now(), level, text }).is_err() {
+        metrics::LOG_DROPPED.inc();
+    }
+}
+
+/// Makes lines for standard error.
+struct Lines;
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&self) -> Line {
+        Line(Level::INFO)
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> Line {
+        Line(*event.level())
+    }
+}
+
+/// A line of an event of this level, which is written at once.
+struct Line(Level);
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        push(Text::Line(line.to_vec()), self.0);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn start_writer(journal: Option<Journal>) -> io::Result<()> {
+    let write = move |Message { at, text, .. }| {
+        let written = match (&journal, text) {
+            (Some(journal), Text::Entry(entry)) => journal.write(entry, at),
+            (None, Text::Entry(_)) => Err(io::ErrorKind::NotFound.into()),
+            (_, Text::Line(line)) => write_to_stderr(&line),
+        };
+        written.inspect_err(|_| metrics::LOG_DROPPED.inc())
+    };
+    OUTBOX.start("log", write, |dropped| {
+        warn!(
+            dropped,
+            "{dropped} log messages were dropped, because journald or the reader of standard error did not take them \
+             in time; if this happens again, log less (--log)"
+        );
+    })
+}
+
+/// Writes a whole line, and waits for as long as that takes, also where standard error is non-blocking. The standard
+/// library's standard error would be locked meanwhile, and other threads that print there would wait for it.
+fn write_to_stderr(mut line: &[u8]) -> io::Result<()> {
+    let stderr = rustix::stdio::stderr();
+    while !line.is_empty() {
+        match rustix::io::write(stderr, line) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => line = &line[written..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            },
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The last line of a process that fails, on standard error, also where logging was not set up. It is written by the
+/// time that [`flush`] returns.
+pub fn last_line(line: &str) {
+    let line = format!("{line}\n").into_bytes();
+    if start_writer(None).is_ok() {
+        OUTBOX.push_last(Message { at: Instant::now(), level: Level::ERROR, text: Text::Line(line) });
+    } else {
+        // Without a thread to wait in its place, it waits itself.
+        let _ = write_to_stderr(&line);
+    }
+}
+
+/// Waits until all that was logged is written, but no longer than `limit`.
+pub fn flush(limit: Duration) {
+    OUTBOX.flush(limit);
 }

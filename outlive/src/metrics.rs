@@ -40,6 +40,11 @@ pub static CUT_OFF: LazyLock<IntCounter> = metric!(
     "requests_cut_off_total",
     "Requests lost to the drain limit, by this process and those before it."
 );
+pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
+    register_int_counter,
+    "log_messages_dropped_total",
+    "Log messages of this process that were dropped, because journald or standard error did not take them."
+);
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
     "accept_queue_length",

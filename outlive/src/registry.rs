@@ -13,12 +13,13 @@ use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU64 as Clock, AtomicUsize};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub use entry::{Entry, InFlight, PendingFrame, Registration, Remaining, Unfinished};
 pub use state::Stage;
 use tally::{Outstanding, Tally};
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::stream::Peer;
@@ -36,16 +37,29 @@ pub enum Phase {
     Draining,
     /// Nothing is accepted; connections that can move come to rest and leave.
     Resting,
+    /// As `Resting`, and no request begins any more: HTTP/2 streams are held until the others have ended, and
+    /// connections that cannot move close when they are idle.
+    Holding,
     /// There is nobody to move to: all connections are told to end. Others still hold the port, so
     /// what they pass is accepted.
     Lingering,
     /// As `Lingering`, and nothing is accepted.
     Closing,
+    /// As `Closing`, and connections close when they are idle.
+    Finishing,
 }
 
 impl Phase {
-    const ALL: [Self; 6] =
-        [Self::Serving, Self::Announcing, Self::Draining, Self::Resting, Self::Lingering, Self::Closing];
+    const ALL: [Self; 8] = [
+        Self::Serving,
+        Self::Announcing,
+        Self::Draining,
+        Self::Resting,
+        Self::Holding,
+        Self::Lingering,
+        Self::Closing,
+        Self::Finishing,
+    ];
 
     pub fn accepts(self) -> bool {
         matches!(self, Self::Serving | Self::Announcing | Self::Draining | Self::Lingering)
@@ -55,8 +69,27 @@ impl Phase {
     pub fn ends(self, movable: bool) -> bool {
         match self {
             Self::Serving | Self::Announcing => false,
-            Self::Draining | Self::Resting => !movable,
-            Self::Lingering | Self::Closing => true,
+            Self::Draining | Self::Resting | Self::Holding => !movable,
+            Self::Lingering | Self::Closing | Self::Finishing => true,
+        }
+    }
+
+    /// Whether connections that can move come to rest and leave.
+    pub fn rests(self) -> bool {
+        matches!(self, Self::Resting | Self::Holding)
+    }
+
+    /// Whether a connection closes when it is idle, because a request that begins now may not have the time it needs.
+    pub fn closes_idle(self, movable: bool) -> bool {
+        match self {
+            Self::Holding => !movable,
+            Self::Finishing => true,
+            Self::Serving
+            | Self::Announcing
+            | Self::Draining
+            | Self::Resting
+            | Self::Lingering
+            | Self::Closing => false,
         }
     }
 }
@@ -328,6 +361,11 @@ impl Registry {
         let mut all: Vec<_> = self.watched().into_iter().map(Unfinished::new).collect();
         all.retain(Unfinished::is_so);
         all
+    }
+
+    /// When the last of the requests in flight began.
+    pub fn last_request(&self) -> Option<Instant> {
+        self.entries().iter().filter_map(|entry| entry.last_request()).max()
     }
 
     /// What would be lost if the process ended now.

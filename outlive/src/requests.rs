@@ -254,12 +254,12 @@ fn hexadecimal<const DIGITS: usize>(number: u64) -> [u8; DIGITS] {
 mod tests {
     use std::future::poll_fn;
     use std::pin::pin;
-    use std::time::Instant;
 
     use axum::routing::{delete, get, post, put};
     use futures_util::stream;
     use http_body_util::BodyExt;
     use hyper::http::uri::PathAndQuery;
+    use tokio::time::Instant;
 
     use super::*;
     use crate::metrics::count;

@@ -2,7 +2,6 @@
 //! inherit -> listen -> start -> ready -> take over -> serve -> drain -> hand over -> background tasks end.
 
 use std::convert::Infallible;
-use std::io::Write;
 use std::panic::AssertUnwindSafe;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -17,13 +16,14 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::admin::{self, Admin};
+use crate::adopter::Adopter;
 #[cfg(feature = "jemalloc")]
 use crate::allocator;
 use crate::cli::{self, CommandLine};
 use crate::config::{Command, Config};
 use crate::connection::Services;
 use crate::drain::{Drain, Remaining};
-use crate::exit::{Failure, Result};
+use crate::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::handover;
 use crate::kind::ListenerKind;
 use crate::listeners::{self, Inherited, Listener};
@@ -81,14 +81,27 @@ where
     C: Parser,
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
 {
+    let _flush = FlushAtEnd;
     match try_run(start) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // Logging may not be set up yet; <3> is the level of an error, see sd-daemon(3).
+            // <3> is the level of an error, see sd-daemon(3).
             let level = if systemd::stderr_is_the_journal() { "<3>" } else { "" };
-            let _ = writeln!(std::io::stderr(), "{level}{}: {failure}", cli::name::<C>());
+            log::last_line(&format!("{level}{}: {failure}", cli::name::<C>()));
             failure.exit_code()
         }
+    }
+}
+
+/// Waits at the end of a process until what it has logged and told the service manager is written; also where it ends
+/// with a panic.
+struct FlushAtEnd;
+
+impl Drop for FlushAtEnd {
+    fn drop(&mut self) {
+        // Before the log, because what cannot be sent is logged.
+        systemd::flush(FLUSH_LIMIT);
+        log::flush(FLUSH_LIMIT);
     }
 }
 
@@ -181,8 +194,9 @@ where
 {
     let handed_down = handover::next_generation(&inherited.channels);
     let process = Process::begin(handed_down.or(inherited.generation).unwrap_or(1));
-    let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
+    // Before the log, which starts a thread.
     rlimit::make_room(line.config.max_connections);
+    let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
     #[cfg(feature = "jemalloc")]
     allocator::give_memory_back();
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
@@ -258,10 +272,8 @@ where
     } else {
         let socket = TakeoverSocket::open();
         systemd::ready(&status.line());
-        if let Some(taken) = handover::take(channels, &names, |connection| server.adopt(connection)) {
-            status.note(format!("took over {} connections", taken.connections));
-            systemd::unstore(handover::STORE_NAME);
-            server.go_on_with_tickets(taken.tickets);
+        if !channels.is_empty() {
+            status.note(Adopter::new(server.clone(), names).adopt_stored(channels));
         }
         predecessor_gone.cancel();
         socket

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use rustix::io::Errno;
-use rustix::net::{SocketFlags, acceptfrom_with, sockopt};
+use rustix::net::{Shutdown, SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{interval, sleep};
@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
 use crate::connection::{self, End, Services};
-use crate::handover::Secret;
+use crate::handover::{Overflow, Secret};
 use crate::kind::{ListenerKind, Name};
 use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::lock::lock;
@@ -51,6 +51,8 @@ pub struct Server {
     /// The tasks that accept from listeners that nobody else holds.
     own_ports: TaskTracker,
     queues: Queues,
+    /// Connections for which there are no file descriptors.
+    overflow: Arc<Overflow>,
 }
 
 /// The queues of the listeners, for as long as they are open.
@@ -84,7 +86,8 @@ impl Server {
         let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
         let own_ports = TaskTracker::new();
         let services = Arc::new(services);
-        let server = Self { services, registry, slots, admin_slots, sleepers, own_ports, queues };
+        let overflow = Arc::default();
+        let server = Self { services, registry, slots, admin_slots, sleepers, own_ports, queues, overflow };
         tokio::spawn(server.clone().serve_the_woken());
         Ok((server, rested))
     }
@@ -153,6 +156,31 @@ impl Server {
         }
     }
 
+    /// Serves a connection that ends with its next response, and of which a channel has another descriptor.
+    pub fn finish(&self, connection: Connection) {
+        let since = self.registry.now();
+        let copy = connection.socket.try_clone();
+        match connection.watched() {
+            Ok((connection, peer)) => {
+                let registration = self.registry.register_since(peer, None, since);
+                registration.entry.wear_out();
+                let services = self.services.clone();
+                tokio::spawn(async move {
+                    drop(connection::serve(connection, registration, &services).await);
+                    // The descriptor in the channel would keep the connection open.
+                    if let Ok(copy) = copy {
+                        let _ = rustix::net::shutdown(&copy, Shutdown::Both);
+                    }
+                });
+            }
+            Err(error) => debug!(%error, "a client left while its connection waited for a file descriptor"),
+        }
+    }
+
+    pub fn overflow(&self) -> &Overflow {
+        &self.overflow
+    }
+
     fn slots(&self, listener: &Name) -> &Arc<Semaphore> {
         if listener.kind() == ListenerKind::Admin { &self.admin_slots } else { &self.slots }
     }
@@ -177,7 +205,7 @@ impl Server {
         let mut clock = interval(registry.interval());
         loop {
             // What its peer says is for the next process.
-            registry.until_phase(|phase| phase != Phase::Resting).await;
+            registry.until_phase(|phase| !phase.rests()).await;
             let woken = tokio::select! {
                 heard = self.sleepers.heard() => {
                     heard.and_then(|heard| self.wake(|sleepers| sleepers.wake_heard(heard)))
@@ -194,7 +222,7 @@ impl Server {
     fn wake(&self, those: impl FnOnce(&Sleepers) -> io::Result<Vec<Sleeper>>) -> io::Result<()> {
         // Between their sleep and the registry they are nowhere.
         let _accepting = self.registry.accepting();
-        if self.registry.phase() != Phase::Resting {
+        if !self.registry.phase().rests() {
             for sleeper in those(&self.sleepers)? {
                 self.serve_woken(sleeper);
             }

@@ -17,7 +17,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::debug;
 
 use crate::lock::lock;
-use crate::registry::{Phase, Registration, Registry};
+use crate::registry::{Registration, Registry};
 use crate::stream::{Connection, Stream};
 use crate::sys;
 
@@ -59,7 +59,7 @@ impl Sleepers {
         mut registration: Registration,
     ) -> io::Result<Option<(Connection<Stream>, Registration)>> {
         let connection = connection.unwatched()?;
-        if self.registry.phase() == Phase::Resting && self.can_move(&connection) {
+        if self.registry.phase().rests() && self.can_move(&connection) {
             // Sent before it leaves the registry, so that a done registry means a full channel. Where nobody collects
             // any more, the process is ending.
             let _ = self.leaving.send(connection);
@@ -82,7 +82,7 @@ impl Sleepers {
         let mut asleep = lock(&self.asleep);
         // Asked behind the lock: whoever wakes or takes them all finds this one, or it finds the phase.
         let phase = self.registry.phase();
-        let is_to_go = phase == Phase::Resting || phase.ends(self.can_move(&sleeper.connection));
+        let is_to_go = phase.rests() || phase.ends(self.can_move(&sleeper.connection));
         // What was read belongs to a request.
         if is_to_go || !sleeper.connection.unread.is_empty() {
             return Err(sleeper);
@@ -172,7 +172,7 @@ mod tests {
 
     use super::*;
     use crate::kind::Name;
-    use crate::registry::Limits;
+    use crate::registry::{Limits, Phase};
 
     fn sleepers() -> (Arc<Registry>, Sleepers) {
         let limit = Duration::from_secs(1);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     async fn heard(sleepers: &Sleepers) -> Vec<RawFd> {
-        let heard = timeout(Duration::from_secs(10), sleepers.heard()).await.expect("in time");
+        let heard = timeout(Duration::from_secs(120), sleepers.heard()).await.expect("in time");
         let woken = sleepers.wake_heard(heard.expect("it is heard")).expect("no error");
         woken.iter().map(|sleeper| sleeper.connection.socket.as_raw_fd()).collect()
     }

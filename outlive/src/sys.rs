@@ -40,6 +40,28 @@ pub fn accept_queue(socket: impl AsFd) -> Option<u32> {
     Some(info.tcpi_unacked)
 }
 
+/// Has `MSG_PEEK` begin so many bytes behind the start of what is next to be read (`SO_PEEK_OFF` of `socket(7)`), or
+/// with None at its start, as it does by default.
+#[expect(unsafe_code, reason = "no safe crate sets SO_PEEK_OFF")]
+pub fn set_peek_offset(socket: impl AsFd, offset: Option<usize>) -> io::Result<()> {
+    let offset = match offset {
+        Some(offset) => libc::c_int::try_from(offset).map_err(io::Error::other)?,
+        None => -1,
+    };
+    let length = libc::socklen_t::try_from(size_of::<libc::c_int>()).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads `length` bytes, which `offset` has.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEEK_OFF,
+            (&raw const offset).cast(),
+            length,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// To wait until a listening socket has somebody to accept, without accepting.
 #[expect(unsafe_code, reason = "no safe crate waits for a listener but to accept from it")]
 pub fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

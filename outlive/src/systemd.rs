@@ -1,14 +1,25 @@
 //! All that is said to the service manager: `sd_notify(3)`. Without `NOTIFY_SOCKET` each of these does
 //! nothing.
+//!
+//! None of these waits for a service manager that is stopped or slow, whose socket is full then: messages go into a
+//! queue, from which a thread sends them in order.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::Duration;
 
 use sd_notify::NotifyState;
 use tokio::io::AsyncReadExt;
 use tokio::net::unix::pipe;
 use tracing::warn;
+
+use crate::outbox::{self, Bounds, Full, Outbox};
+
+/// What may wait for a service manager that does not read: a process has a handful of messages to send in its life, and
+/// two for each reload that fails. Those that repeat replace each other.
+const BOUNDS: Bounds = Bounds { messages: 64, bytes: 64 << 10 };
+
+static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
 
 /// How often STATUS= may change.
 pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
@@ -38,7 +49,7 @@ pub fn ready(status: &str) {
 
 /// The line in `systemctl status`.
 pub fn status(status: &str) {
-    send(&[NotifyState::Status(status)]);
+    repeat(Kind::Status, &[NotifyState::Status(status)]);
 }
 
 /// A successor is being started.
@@ -63,7 +74,7 @@ pub async fn hand_main_to(pid: u32) {
 
 /// Still starting: asks for `more` time from now, in case `TimeoutStartSec=` is shorter than `--start-timeout`.
 pub fn still_starting(more: Duration) {
-    send(&[NotifyState::ExtendTimeoutUsec(micros(more))]);
+    repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more))]);
 }
 
 fn micros(time: Duration) -> u32 {
@@ -77,7 +88,7 @@ pub fn stopping(status: &str) {
 
 /// Still going down: asks for `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
 pub fn still_stopping(status: &str, more: Duration) {
-    send(&[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)]);
+    repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)]);
 }
 
 /// Whether fds are kept for this unit; None where the service manager is too old to say.
@@ -97,7 +108,7 @@ pub fn has_store() -> Option<bool> {
 /// Asks for `fd` to be kept for the next process (`FileDescriptorStoreMax=`), whatever it polls.
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
-    sd_notify::notify_with_fds(&keep, &[fd])
+    push(Kind::Once, &keep, vec![fd.try_clone_to_owned()?]).map_err(io::Error::other)
 }
 
 /// Takes what was stored under `name` out of the store.
@@ -109,8 +120,8 @@ pub fn unstore(name: &str) {
 /// a pipe.
 pub async fn barrier() -> io::Result<()> {
     let (sent, mut closed) = pipe::pipe()?;
-    sd_notify::notify_with_fds(&[NotifyState::Custom("BARRIER=1")], &[sent.as_fd()])?;
-    drop(sent);
+    let barrier = [NotifyState::Custom("BARRIER=1")];
+    push(Kind::Once, &barrier, vec![sent.into_blocking_fd()?]).map_err(io::Error::other)?;
     closed.read_u8().await.map(drop).or_else(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => Ok(()),
         _ => Err(error),
@@ -145,16 +156,86 @@ pub fn watchdog() -> Option<Duration> {
 
 /// Feeds the watchdog at half its time, from a task: if the runtime no longer turns, nothing is sent, and
 /// systemd restarts the service. Ends when this process `is_watched` no more.
+///
+/// Handlers that block all worker threads for the watchdog's time have the process killed too. This is on purpose: a
+/// process that answers no request for so long cannot be told from one that hangs. A thread of its own would feed the
+/// watchdog of a process that serves nothing.
 pub async fn feed_watchdog(watchdog: Duration, is_watched: impl Fn() -> bool) {
     let mut clock = tokio::time::interval((watchdog / 2).max(Duration::from_millis(1)));
     while is_watched() {
-        send(&[NotifyState::Watchdog]);
+        repeat(Kind::Watchdog, &[NotifyState::Watchdog]);
         clock.tick().await;
     }
 }
 
-fn send(messages: &[NotifyState]) {
-    if let Err(error) = sd_notify::notify(messages) {
-        warn!(%error, "could not tell the service manager (NOTIFY_SOCKET)");
+/// What waits to be sent.
+struct Message {
+    kind: Kind,
+    text: String,
+    fds: Vec<OwnedFd>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// Must be sent.
+    Once,
+    /// These repeat: a newer one replaces an older one that still waits.
+    Status,
+    MoreTime,
+    Watchdog,
+}
+
+impl outbox::Message for Message {
+    fn size(&self) -> usize {
+        size_of::<Self>() + self.text.capacity() + self.fds.capacity() * size_of::<OwnedFd>()
     }
+
+    fn is_detail(&self) -> bool {
+        false
+    }
+}
+
+/// Sends `messages` after those that were sent before.
+fn send(messages: &[NotifyState]) {
+    // A message that does not fit is counted, and reported by the thread.
+    let _ = push(Kind::Once, messages, Vec::new());
+}
+
+/// Sends `messages` in place of those of this `kind` that still wait.
+fn repeat(kind: Kind, messages: &[NotifyState]) {
+    let _ = push(kind, messages, Vec::new());
+}
+
+fn push(kind: Kind, messages: &[NotifyState], fds: Vec<OwnedFd>) -> Result<(), Full> {
+    if !is_there() {
+        return Ok(());
+    }
+    if let Err(error) = start_sender() {
+        warn!(%error, "could not start the thread that sends messages to the service manager");
+        return Err(Full);
+    }
+    let lines: Vec<_> = messages.iter().map(ToString::to_string).collect();
+    let message = Message { kind, text: lines.join("\n"), fds };
+    OUTBOX.push_instead(message, |waiting| kind != Kind::Once && waiting.kind == kind)
+}
+
+fn start_sender() -> io::Result<()> {
+    let send = |Message { text, fds, .. }: Message| {
+        let text = [NotifyState::Custom(&text)];
+        let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
+        let sent =
+            if fds.is_empty() { sd_notify::notify(&text) } else { sd_notify::notify_with_fds(&text, &fds) };
+        sent.inspect_err(|error| warn!(%error, "could not tell the service manager (NOTIFY_SOCKET)"))
+    };
+    OUTBOX.start("notify", send, |dropped| {
+        warn!(
+            dropped,
+            "{dropped} messages to the service manager were dropped, because it did not take them in time"
+        );
+    })
+}
+
+/// Waits until all that was said is sent, but no longer than `limit`.
+pub fn flush(limit: Duration) {
+    OUTBOX.flush(limit);
 }

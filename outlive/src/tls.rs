@@ -15,6 +15,7 @@ use tokio_rustls::rustls::{self, ServerConfig};
 
 use crate::credentials::Credentials;
 use crate::tickets::Tickets;
+use crate::traffic_secret::FirstSecrets;
 
 /// What the unit's `LoadCredential=` lines call the two files.
 const CERTIFICATE: &str = "tls.crt";
@@ -25,9 +26,22 @@ const FILE_LIMIT: u64 = 1024 * 1024;
 /// What the https listeners speak.
 #[derive(Clone)]
 pub struct Tls {
-    pub acceptor: TlsAcceptor,
+    config: Arc<ServerConfig>,
     /// For the next process, where there is to be one that goes on.
     pub tickets: Option<Arc<Tickets>>,
+}
+
+impl Tls {
+    /// For one connection, whose secrets go to `secrets` if it may go on in another process.
+    pub fn acceptor(&self, secrets: &Arc<FirstSecrets>) -> TlsAcceptor {
+        if !self.config.enable_secret_extraction {
+            return self.config.clone().into();
+        }
+        // rustls lets go of it at the end of the handshake.
+        let mut config = ServerConfig::clone(&self.config);
+        config.key_log = secrets.clone();
+        Arc::new(config).into()
+    }
 }
 
 /// What HTTP versions are spoken behind TLS, the preferred one first.
@@ -62,7 +76,7 @@ pub fn acceptor(
     tls.enable_secret_extraction = handover;
     let tickets = Arc::new(Tickets::new()?);
     tls.ticketer = tickets.clone();
-    Ok(Tls { acceptor: TlsAcceptor::from(Arc::new(tls)), tickets: handover.then_some(tickets) })
+    Ok(Tls { config: Arc::new(tls), tickets: handover.then_some(tickets) })
 }
 
 /// What a file is called, and what is in it.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use harness::block_on;
 use harness::client::{Connection, Target, get};
 use harness::full_service::FullService;
-use harness::load::Load;
+use harness::load::{Load, Running};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -15,34 +15,47 @@ use tokio::task::JoinSet;
 
 use crate::BINARY;
 
-/// Nobody polite waits longer than this at the 99th percentile, on two busy cores and in a debug build.
+/// A polite client waits no longer than this at the 99th percentile, in a debug build; or, on a machine that is slow or
+/// busy with something else, `SLOWER` times as long as a client of a service that is not attacked waits meanwhile.
 const POLITE_LIMIT: Duration = Duration::from_millis(250);
+const SLOWER: u32 = 5;
+/// Requests of polite clients during an attack: enough for a 99th percentile.
+const POLITE_REQUESTS: u64 = 300;
 /// The head limit of the service under attack, the idle limit, and the one for taking an answer.
 const LIMIT: Duration = Duration::from_secs(2);
+/// By then a limit has ended what it is there for: long after `LIMIT`, and before the limits that a service has without
+/// these flags (30 s for taking an answer, 75 s for idling).
+const DUE: Duration = Duration::from_secs(20);
+/// The same of the head limit, which is 10 s without the flag.
+const HEAD_DUE: Duration = Duration::from_secs(8);
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// An empty SETTINGS frame.
 const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 
-/// Does `attack` again and again, for a second at least, while a polite client asks.
+/// Does `attack` again and again, until polite clients have been answered often enough.
 fn under(attack: impl AsyncFn(&FullService) + Copy) {
     let limit = humantime::format_duration(LIMIT).to_string();
     let flags = ["--head-timeout", &limit, "--idle-timeout", &limit, "--request-timeout", &limit];
     let service = FullService::start(BINARY, &flags).expect("a service");
-    let polite = Load { clients: 2, ..Load::w2(&Target::Tcp(service.http)) }.start(|| {});
-    let begun = Instant::now();
-    while begun.elapsed() < Duration::from_secs(1) {
+    let neighbour = FullService::start(BINARY, &flags).expect("a service");
+    let polite =
+        |service: &FullService| Load { clients: 2, ..Load::w2(&Target::Tcp(service.http)) }.start(|| {});
+    let (beside, elsewhere) = (polite(&service), polite(&neighbour));
+    loop {
         block_on(attack(&service));
+        if beside.ended() >= POLITE_REQUESTS {
+            break;
+        }
     }
-    let report = polite.stop();
-    let p99 = report.percentile(0.99);
-    eprintln!("beside it: {report}, p99 {:.1} ms", p99.as_secs_f64() * 1000.0);
-    assert!(report.answered > 50, "too few to measure: {report}");
-    assert_eq!(report.lost(), 0, "{report}");
-    assert!(p99 < POLITE_LIMIT, "p99 {p99:?}: {report}");
+    let [report, elsewhere] = [beside, elsewhere].map(Running::stop);
+    let [p99, quiet] = [&report, &elsewhere].map(|report| report.percentile(0.99));
+    eprintln!("beside it: {report}, p99 {p99:.1?}; at a service that is not attacked: {quiet:.1?}");
+    assert_eq!((report.lost(), elsewhere.lost()), (0, 0), "{report}; {elsewhere}");
+    assert!(p99 < POLITE_LIMIT.max(quiet * SLOWER), "p99 {p99:?}, elsewhere {quiet:?}: {report}");
 }
 
-/// Sends `bytes`, and gives all that comes back until the end, which is to come within the limit.
+/// Sends `bytes`, and gives all that comes back until the end, which the service has to bring about.
 async fn send_and_read(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
     let mut stream = TcpStream::connect(address).await.expect("a connection");
     // Refused before it is all sent, perhaps.
@@ -52,7 +65,7 @@ async fn send_and_read(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
 
 async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
     let mut answer = Vec::new();
-    let ended = tokio::time::timeout(3 * LIMIT, stream.read_to_end(&mut answer)).await;
+    let ended = tokio::time::timeout(DUE, stream.read_to_end(&mut answer)).await;
     // A reset is an end too.
     let _ = ended.expect("an end within the limit");
     answer
@@ -119,7 +132,7 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
         let large = &large[..40 * 1024];
         for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
             let output = std::process::Command::new("curl")
-                .args(["--silent", "--max-time", "10", "--output", "/dev/null", protocol])
+                .args(["--silent", "--max-time", "120", "--output", "/dev/null", protocol])
                 .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
                 .arg(format!("http://{}/", service.http))
                 .output()
@@ -150,18 +163,16 @@ fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
                             if to.write_all(&[byte]).await.is_err() {
                                 return;
                             }
-                            tokio::time::sleep(LIMIT / 10).await;
+                            // All of it takes far longer than the limit.
+                            tokio::time::sleep(LIMIT / 2).await;
                         }
                     });
                     let mut answered = Vec::new();
                     let _ = from.read_to_end(&mut answered).await;
                     trickle.abort();
                     assert_starts(&answered, answer);
-                    assert!(
-                        begun.elapsed() > LIMIT / 2 && begun.elapsed() < 3 * LIMIT,
-                        "{:?}",
-                        begun.elapsed()
-                    );
+                    let took = begun.elapsed();
+                    assert!(took > LIMIT / 2 && took < HEAD_DUE, "{took:?}");
                 });
             }
         }
@@ -202,7 +213,7 @@ fn http2_rapid_reset_is_ended_with_goaway() {
         let mut stream = TcpStream::connect(service.http).await.expect("a connection");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
-        let ended = tokio::time::timeout(5 * LIMIT, async {
+        let ended = tokio::time::timeout(DUE, async {
             let _ = tokio::join!(to.write_all(&bytes), from.read_to_end(&mut answer));
         });
         ended.await.expect("an end within the limit");
@@ -232,7 +243,7 @@ fn an_http2_peer_that_takes_nothing_but_pings_is_cut_off() {
                 };
                 let mut answers = Vec::new();
                 let read = async { drop(from.read_to_end(&mut answers).await) };
-                let ended = tokio::time::timeout(5 * LIMIT, async { tokio::join!(ping, read) }).await;
+                let ended = tokio::time::timeout(DUE, async { tokio::join!(ping, read) }).await;
                 ended.expect("an end within the limit");
             });
         }

@@ -1,25 +1,29 @@
 //! Clients that nobody here wrote, each as its users run it, over restarts and reloads on real systemds: none loses
 //! a request, and what they connected at first they keep.
 
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::Command;
+use std::process::{ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use harness::certificate::Certificate;
 use harness::client::Target;
 use harness::container::{Container, Package, Systemd};
-use harness::on_each_systemd;
-use harness::process::without_cargo;
+use harness::process::{Process, without_cargo};
+use harness::{PATIENCE, eventually, on_each_systemd};
 
 use crate::{BINARY, FOLDER, PACKAGE};
 
 const PLAIN: &str = "http://127.0.0.1:8080";
 const TLS: &str = "https://127.0.0.1:8443";
-/// How long each asks.
-const SECONDS: &str = "3";
-/// ... where it counts instead.
-const REQUESTS: usize = 200;
+const PLAIN_PORT: u16 = 8080;
+const TLS_PORT: u16 = 8443;
+/// How often the service is reloaded and restarted while clients ask.
+const ROUNDS: usize = 5;
+/// Seconds after which a client that asks until it is told to end takes itself for forgotten.
+const LIMIT: &str = "300";
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections
@@ -43,54 +47,123 @@ fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
 /// A client that runs.
 struct Client {
     name: String,
-    output: JoinHandle<(String, String)>,
+    process: Process,
+    /// Its end tells the client to end.
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    heard: Vec<String>,
+    complaints: JoinHandle<String>,
 }
 
 impl Client {
     fn start(container: &Container, command: &[&str]) -> Self {
         let name = command.join(" ");
         let mut command = container.outside(command);
-        let output = std::thread::spawn(move || {
-            let output = command.output().expect("a client");
-            let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-            (text(&output.stdout), text(&output.stderr))
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Process::spawn(&mut command).expect("a client");
+        let child = process.child();
+        let stdin = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let mut stderr = child.stderr.take().expect("piped");
+        let (tell, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines() {
+                // Nobody listens any more after a test has failed.
+                let _ = tell.send(line.expect("text"));
+            }
         });
-        Self { name, output }
+        let complaints = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            stderr.read_to_end(&mut text).expect("read");
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Self { name, process, stdin, lines, heard: Vec::new(), complaints }
     }
 
-    /// What it wrote.
-    fn said(self) -> String {
-        let (said, complaints) = self.output.join().expect("a client");
-        assert!(complaints.is_empty() && !said.is_empty(), "{}: {said}{complaints}", self.name);
+    fn runs(&mut self) -> bool {
+        !self.process.ends_within(Duration::ZERO).expect("a look")
+    }
+
+    /// Waits until it has written so many lines that are `wanted`.
+    fn wait_for(&mut self, wanted: &str, count: usize) {
+        while self.heard.iter().filter(|line| *line == wanted).count() < count {
+            let line = self.lines.recv_timeout(PATIENCE);
+            let line = line.unwrap_or_else(|_| panic!("{}: {count} times {wanted:?}", self.name));
+            self.heard.push(line);
+        }
+    }
+
+    /// Waits until a request that begins now is answered; of a client that takes such a question.
+    fn is_answered(&mut self) {
+        let before = self.heard.iter().filter(|line| *line == "answered").count();
+        self.stdin.as_mut().expect("open").write_all(b"\n").expect("it listens");
+        self.wait_for("answered", before + 1);
+    }
+
+    /// Waits for its end; what it wrote.
+    fn said(mut self) -> String {
+        drop(self.stdin.take());
+        let status = self.process.wait().unwrap_or_else(|error| panic!("{}: {error:#}", self.name));
+        self.heard.extend(self.lines.iter());
+        let (said, complaints) = (self.heard.join("\n"), self.complaints.join().expect("text"));
+        assert!(complaints.is_empty() && !said.is_empty(), "{}: {status}: {said}{complaints}", self.name);
         said
     }
 
-    /// The numbers that it wrote.
+    /// The numbers of its last line.
     fn counted(self) -> Vec<u64> {
         let name = self.name.clone();
         let said = self.said();
-        eprintln!("{name}: {}", said.trim());
-        said.split_whitespace().map(|number| number.parse().expect("a number")).collect()
+        let last = said.lines().next_back().expect("a line");
+        eprintln!("{name}: {last}");
+        last.split_whitespace().map(|number| number.parse().expect("a number")).collect()
     }
 }
 
-/// Restarts and reloads for as long as one of them runs, and `look`s after each.
-fn under(container: &Container, clients: &[Client], mut look: impl FnMut()) {
-    let mut verbs = 0;
-    while !clients.iter().all(|client| client.output.is_finished()) {
+/// Reloads and restarts while all of these clients ask, and `look`s after each round.
+fn under(container: &Container, clients: &mut [Client], mut look: impl FnMut(&mut [Client], usize)) {
+    clients.iter_mut().for_each(Client::is_answered);
+    for round in 1..=ROUNDS {
         // One after the other: what the restart ends has not had the time for all that it took over.
         for verb in ["reload", "restart"] {
             container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
-            verbs += 1;
-            if clients.iter().all(|client| !client.output.is_finished()) {
-                look();
+        }
+        // With nothing under way.
+        clients.iter_mut().for_each(Client::is_answered);
+        look(clients, round);
+    }
+}
+
+/// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again, and
+/// for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends well.
+/// They are at work when there are so many connections to both ports.
+fn over_runs(
+    container: &Container,
+    wanted: usize,
+    connected: usize,
+    start: impl Fn(u64) -> Vec<Client>,
+    mut check: impl FnMut(u64, Vec<Client>),
+) {
+    let mut begun = 0;
+    for seconds in [3, 6, 12, 24, 48, 96] {
+        let mut clients = start(seconds);
+        eventually("all clients are connected", || {
+            let both = [PLAIN_PORT, TLS_PORT].map(|port| connections(container, port).len());
+            both.iter().sum::<usize>() >= connected || !clients.iter_mut().all(Client::runs)
+        });
+        while clients.iter_mut().any(Client::runs) {
+            // As in `under`.
+            for verb in ["reload", "restart"] {
+                begun += usize::from(clients.iter_mut().all(Client::runs));
+                container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
             }
         }
-        // Some of what clients ask for is to be answered with nothing under way.
-        std::thread::sleep(Duration::from_millis(200));
+        check(seconds, clients);
+        if begun >= wanted {
+            return;
+        }
     }
-    eprintln!("{verbs} restarts and reloads");
-    assert!(verbs >= 2, "{verbs}");
+    panic!("only {begun} reloads and restarts began while the clients were at work");
 }
 
 /// They never connect again: with a connection that ended all its requests would fail. Many streams on each, with
@@ -110,52 +183,66 @@ fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
         &["--clients=4", "--max-concurrent-streams=10", TLS],
         &["--clients=2", "--max-concurrent-streams=1", &data, &tls_echo],
     ];
-    let duration = format!("--duration={SECONDS}");
-    let mut clients: Vec<Client> = loads
-        .iter()
-        .map(|load| Client::start(&container, &[&["h2load", &duration], *load].concat()))
-        .collect();
-    let (chain, many) = (certificate.chain(), format!("{TLS}/sleep?duration=5ms&n=[1-{REQUESTS}]"));
+    let chain = certificate.chain();
     // TLS 1.2 cannot move: it is told to close.
     let versions: [&[&str]; 3] = [&["--http1.1"], &["--http2"], &["--http1.1", "--tls-max", "1.2"]];
-    let curl = ["curl", "--silent", "--max-time", "120", "--output", "/dev/null", "--write-out"];
-    let what = ["%{response_code} %{num_connects}\n", &many, "--cacert", chain.to_str().expect("a path")];
-    clients.extend(versions.map(|version| Client::start(&container, &[&curl, &what[..], version].concat())));
-    under(&container, &clients, || {});
-    let curls = clients.split_off(loads.len());
-    for load in clients {
-        let said = load.said();
-        let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
-        eprintln!("{line}");
-        assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
-        assert!(!line.contains(" 0 succeeded"), "{said}");
-    }
-    for (curl, version) in curls.into_iter().zip(versions) {
-        let answers = curl.said();
-        let answered = answers.lines().filter(|line| line.starts_with("200 ")).count();
-        let connections = answers.lines().filter(|line| line.ends_with(" 1")).count();
-        assert_eq!(answered, REQUESTS, "{version:?}");
-        assert_eq!(connections > 1, version.contains(&"1.2"), "{version:?}: {connections}");
-    }
+    let requests = |seconds: u64| seconds * 60;
+    let start = |seconds: u64| {
+        let duration = format!("--duration={seconds}");
+        let many = format!("{TLS}/sleep?duration=5ms&n=[1-{}]", requests(seconds));
+        let curl = ["curl", "--silent", "--max-time", "120", "--output", "/dev/null", "--write-out"];
+        let what = ["%{response_code} %{num_connects}\n", &many, "--cacert", chain.to_str().expect("a path")];
+        let loads = loads.map(|load| [&["h2load", &duration], load].concat());
+        let curls = versions.map(|version| [&curl, &what[..], version].concat());
+        loads.iter().chain(&curls).map(|command| Client::start(&container, command)).collect()
+    };
+    // More connections than the runs of one that is never told to close.
+    let mut connected_again = 0;
+    over_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
+        let curls = clients.split_off(loads.len());
+        for load in clients {
+            let said = load.said();
+            let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
+            eprintln!("{line}");
+            assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
+            assert!(!line.contains(" 0 succeeded"), "{said}");
+        }
+        for (curl, version) in curls.into_iter().zip(versions) {
+            let answers = curl.said();
+            let count = |is_it: fn(&&str) -> bool| answers.lines().filter(is_it).count();
+            assert_eq!(count(|line| line.starts_with("200 ")) as u64, requests(seconds), "{version:?}");
+            let connections = count(|line| line.ends_with(" 1"));
+            if version.contains(&"1.2") {
+                connected_again += connections - 1;
+            } else {
+                assert_eq!(connections, 1, "{version:?}");
+            }
+        }
+    });
+    assert!(connected_again > 0, "TLS 1.2 was not told to close");
 }
 
-/// A hundred streams at once on each connection, of which the last ends when many processes have gone by.
+/// A hundred streams at once on each connection: they are in flight when the reload begins and when the restart does.
 fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
     let certificate = Certificate::new().expect("a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let clients = [PLAIN, TLS].map(|origin| {
-        let streams: Vec<String> =
-            (1..=100).map(|n| format!("{origin}/sleep?duration={}ms", n * 50)).collect();
-        let mut command = vec!["nghttp", "--null-out", "--stat", "--no-verify-peer"];
-        command.extend(streams.iter().map(String::as_str));
-        Client::start(&container, &command)
+    let start = |seconds: u64| {
+        let client = |origin: &str| {
+            let url = |n: u64| format!("{origin}/sleep?duration={}ms", seconds * n * 10);
+            let streams: Vec<String> = (1..=100).map(url).collect();
+            let mut command = vec!["nghttp", "--null-out", "--stat", "--no-verify-peer"];
+            command.extend(streams.iter().map(String::as_str));
+            Client::start(&container, &command)
+        };
+        [PLAIN, TLS].map(client).into()
+    };
+    over_runs(&container, 2, 2, start, |_, clients| {
+        for client in clients {
+            let said = client.said();
+            let is_answer = |line: &&str| line.contains(" 200 ") && line.contains("/sleep?");
+            assert_eq!(said.lines().filter(is_answer).count(), 100, "{said}");
+        }
     });
-    under(&container, &clients, || {});
-    for client in clients {
-        let said = client.said();
-        let answered = said.lines().filter(|line| line.contains(" 200 ") && line.contains("/sleep?")).count();
-        assert_eq!(answered, 100, "{said}");
-    }
 }
 
 /// net/http, of a Go that keeps to what it has acknowledged (RFC 7541 section 4.2, 1.20 on); over TLS.
@@ -166,13 +253,14 @@ fn go_keeps_its_connections(systemd: Systemd) {
     assert!(client.is_file(), "{}: make target/tools/bin/go-client", client.display());
     let (client, chain) = (client.to_str().expect("a path"), chain.to_str().expect("a path"));
     let url = format!("{TLS}/echo");
-    let clients = ["HTTP/1.1", "HTTP/2.0"]
-        .map(|protocol| Client::start(&container, &[client, &url, SECONDS, protocol, chain]));
-    under(&container, &clients, || {});
+    let mut clients = ["HTTP/1.1", "HTTP/2.0"]
+        .map(|protocol| Client::start(&container, &[client, &url, LIMIT, protocol, chain]));
+    under(&container, &mut clients, |_, _| {});
     for (client, connections) in clients.into_iter().zip([10, 1]) {
         let [answered, lost, made, closed] = client.counted()[..] else { panic!("four numbers") };
+        // Each goroutine was answered in each round.
         assert!(
-            answered > 20 && (lost, made) == (0, connections + closed),
+            answered > 50 && (lost, made) == (0, connections + closed),
             "{answered} {lost} {made} {closed}"
         );
     }
@@ -183,13 +271,14 @@ fn httpx_keeps_its_connection(systemd: Systemd) {
     let container = boot_with_tls(systemd, &certificate);
     let (script, chain) = (format!("{FOLDER}/tests/proof/clients/httpx-client.py"), certificate.chain());
     let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("a path"));
-    let clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
-        Client::start(&container, &["/usr/bin/python3", &script, &url, SECONDS, protocol, chain])
+    let mut clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
+        Client::start(&container, &["/usr/bin/python3", &script, &url, LIMIT, protocol, chain])
     });
-    under(&container, &clients, || {});
+    under(&container, &mut clients, |_, _| {});
     for client in clients {
         let [answered, lost, made] = client.counted()[..] else { panic!("three numbers") };
-        assert!(answered > 20 && (lost, made) == (0, 1), "{answered} {lost} {made}");
+        // Once before the first round and once in each.
+        assert!(answered > ROUNDS as u64 && (lost, made) == (0, 1), "{answered} {lost} {made}");
     }
 }
 
@@ -203,21 +292,24 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
     let Target::Tcp(address) = Container::target() else { panic!("TCP") };
     let script = format!("{FOLDER}/tests/proof/clients/grpcio-client.py");
-    let clients = [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), SECONDS])];
-    let connections = || connections(&container, address.port());
-    harness::eventually("a connection", || !connections().is_empty());
-    let first = connections();
-    let mut seen = 0;
-    under(&container, &clients, || {
-        let now = connections();
-        // None: it has just ended.
-        assert!(now == first || now.is_empty(), "{now:?} {first:?}");
-        seen += now.len();
+    let mut clients =
+        [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), LIMIT])];
+    let [client] = &mut clients;
+    client.wait_for("watching", 1);
+    let first = connections(&container, address.port());
+    assert_eq!(first.len(), 1, "{first:?}");
+    under(&container, &mut clients, |clients, round| {
+        assert_eq!(connections(&container, address.port()), first, "round {round}");
+        // The stream of the process before has ended, and the next one has begun.
+        clients[0].wait_for("watching", 1 + round);
     });
-    assert!(seen > 2, "{seen}");
     let [client] = clients;
     let [answered, lost, ended, broken] = client.counted()[..] else { panic!("four numbers") };
-    assert!(answered > 20 && ended > 2 && (lost, broken) == (0, 0), "{answered} {lost} {ended} {broken}");
+    let rounds = ROUNDS as u64;
+    assert!(
+        answered > rounds && ended >= rounds && (lost, broken) == (0, 0),
+        "{answered} {lost} {ended} {broken}"
+    );
 }
 
 /// The clients' ends of the established connections to a port (proc(5)).

@@ -66,7 +66,8 @@ async fn is_fast_by(connection: &mut Connection) -> Duration {
 #[test]
 fn no_connection_is_closed_and_no_request_cut_off_when_the_clock_is_set() {
     let clock = Clock::new();
-    let limits = ["--idle-timeout", "1min", "--request-timeout", "1min"];
+    // Far above what a round takes on a slow machine, and far below the hour.
+    let limits = ["--idle-timeout", "10min", "--request-timeout", "10min"];
     let service = FullService::start(&clock.binary(), &limits).expect("a service");
     block_on(async {
         let mut clients = Vec::new();
@@ -91,7 +92,7 @@ fn no_connection_is_closed_and_no_request_cut_off_when_the_clock_is_set() {
             let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
             let uptime = metrics.lines().find_map(|line| line.strip_prefix("uptime_seconds "));
             let uptime: u32 = uptime.expect("a metric").parse().expect("a number");
-            assert!((2..600).contains(&uptime), "{uptime}");
+            assert!((2..3000).contains(&uptime), "{uptime}");
         }
     });
 }
@@ -105,13 +106,13 @@ fn a_connection_goes_on_in_the_next_process_when_the_clock_is_set_during_the_dra
         let mut slow = service.connect().await;
         assert!(is_fast_by(&mut idle).await < Duration::from_secs(60));
         for (difference, fast) in [("+3600", true), ("+0", false), ("-3600", false), ("+3600", true)] {
-            slow.send(&get("/sleep?duration=2s")).await.expect("sent");
+            slow.send(&get("/sleep?duration=4s")).await.expect("sent");
             service.wait_for_in_flight(1).expect("in flight");
             service.signal(Signal::TERM);
             service.notifications.wait_for("STOPPING=1").expect("a drain");
             clock.set(difference);
             service = service.restart(&clock.binary()).expect("the next process");
-            assert_eq!(slow.answer().await.expect("an answer").text(), "slept 2s\n");
+            assert_eq!(slow.answer().await.expect("an answer").text(), "slept 4s\n");
             for connection in [&mut idle, &mut slow] {
                 let difference = is_fast_by(connection).await;
                 assert_eq!(difference > HOUR, fast, "{difference:?}");

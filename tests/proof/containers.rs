@@ -16,7 +16,7 @@ use crate::{BINARY, FOLDER, NAME};
 struct Container {
     unshare: Process,
     target: Target,
-    log: std::thread::JoinHandle<String>,
+    log: tempfile::NamedTempFile,
     _root: tempfile::TempDir,
 }
 
@@ -45,12 +45,17 @@ impl Container {
             .args(["--setgid=65534", "--setuid=65534", &format!("/{NAME}"), &format!("--listen={address}")])
             .env_clear()
             .stdout(Stdio::null());
-        let mut unshare = Process::spawn(&mut unshare).expect("a container");
-        let mut stderr = unshare.child().stderr.take().expect("piped");
-        let log = std::thread::spawn(move || std::io::read_to_string(&mut stderr).expect("text"));
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        unshare.stderr(log.reopen().expect("a file"));
+        let unshare = Process::spawn(&mut unshare).expect("a container");
         let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
         eventually("the service", || std::net::TcpStream::connect(address).is_ok());
         container
+    }
+
+    /// What it has written to standard error so far.
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.log.path()).expect("text")
     }
 
     /// A signal to PID 1.
@@ -65,7 +70,7 @@ impl Container {
     /// Expects it to end by itself, and well; gives what it said.
     fn end(mut self) -> String {
         let status = self.unshare.wait().expect("an end");
-        let log = self.log.join().expect("a log");
+        let log = self.said();
         assert!(status.success(), "{status}: {log}");
         log
     }
@@ -99,9 +104,9 @@ fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
         );
         assert!(connection.ask(&get("/")).await.expect("an answer").text().contains("generation 1"));
     });
+    eventually("the hangup is refused", || container.said().contains("no reload as PID 1"));
     container.signal(Signal::INT);
-    let log = container.end();
-    assert!(log.contains("no reload as PID 1"), "{log}");
+    container.end();
 }
 
 // ---- the README's recipes ----

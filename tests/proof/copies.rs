@@ -130,11 +130,16 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
 fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     let (copied, _alone) = copy_to_compile();
     let address = harness::free_address();
+    // What it builds first takes as long as it takes: no limit of this test is about that.
+    run(&mut in_copy(&copied, &["cargo", "build"]));
     // systemfd is installed once, here.
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").expect("a PATH"));
     let mut make = make(&copied, &["dev", &format!("DEV={address}")]);
     make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("PATH", path);
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    make.stderr(log.reopen().expect("a file"));
     let make = Process::spawn(&mut make).expect("make dev");
+    let said = || std::fs::read_to_string(log.path()).expect("text");
     let target = Target::Tcp(address);
     let ask = || {
         harness::block_on(async {
@@ -142,14 +147,44 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
             Some(connection.ask(&get("/")).await.ok()?.text())
         })
     };
-    harness::eventually("the first build", || ask().is_some_and(|text| text.starts_with("pid ")));
+    let is_answered = |start: &str| ask().expect("never refused").starts_with(start);
+    harness::eventually("the first start", || ask().is_some_and(|text| text.starts_with("pid ")));
     let routes = copied.join("src/app.rs");
     let source = std::fs::read_to_string(&routes).expect("the routes");
-    // What does not compile changes nothing; what does is there soon, and until then nothing is refused.
-    std::fs::write(&routes, source.replace("pid {pid}", "PID {pid")).expect("written");
-    std::fs::write(&routes, source.replace("pid {pid}", "PID {pid}")).expect("written");
-    harness::eventually("the change", || ask().expect("never refused").starts_with("PID "));
+    let write = |to: &str| {
+        harness::eventually("the sources are watched", || is_watched(&make));
+        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("written");
+    };
+    // What does not compile changes nothing.
+    write("PID {pid");
+    harness::eventually("the compiler refuses it", || {
+        assert!(is_answered("pid "));
+        said().contains("error: could not compile")
+    });
+    assert!(is_answered("pid "));
+    // What does is there soon, and until then nothing is refused.
+    write("PID {pid}");
+    harness::eventually("the change", || is_answered("PID "));
     make.signal(Signal::TERM);
+}
+
+/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed before.
+fn is_watched(make: &Process) -> bool {
+    let group = make.pid().as_raw_nonzero().to_string();
+    let processes = std::fs::read_dir("/proc").expect("processes").flatten().map(|entry| entry.path());
+    processes.into_iter().any(|process| {
+        // A process may end while it is looked at.
+        let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
+        let of_group =
+            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(2)) == Some(&*group);
+        let fds = || std::fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten();
+        of_group
+            && stat.contains("(inotifywait)")
+            && fds().any(|fd| {
+                let info = std::fs::read_to_string(fd.path()).unwrap_or_default();
+                info.matches("inotify wd:").count() >= 2
+            })
+    })
 }
 
 #[test]

@@ -79,7 +79,7 @@ fn a_user_without_root_has_the_whole_promise(systemd: Systemd) {
     install
         .arg(format!("BINARY={BINARY}"))
         .arg(format!("HOME={}", home.path().display()))
-        .arg(format!("SYSTEMD={}", if systemd == Systemd::V257 { "257" } else { "252" }))
+        .arg(format!("SYSTEMD={}", systemd.version(PACKAGE).expect("a version")))
         .env_remove("XDG_CONFIG_HOME");
     assert!(install.status().expect("make").success());
     let container = Container::boot_debian(systemd, PACKAGE, home.path()).expect("a container");

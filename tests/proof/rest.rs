@@ -5,7 +5,7 @@ use std::time::Duration;
 use harness::client::{Connection, Http2, Target, get};
 use harness::full_service::FullService;
 use harness::service::Service;
-use harness::{block_on, eventually};
+use harness::{PATIENCE, block_on, eventually};
 use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
@@ -66,7 +66,9 @@ fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
 
 #[test]
 fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is_not() {
-    let service = FullService::start(BINARY, &["--idle-timeout", "4s"]).expect("a service");
+    const LIMIT: Duration = Duration::from_secs(8);
+    let limit = humantime::format_duration(LIMIT).to_string();
+    let service = FullService::start(BINARY, &["--idle-timeout", &limit]).expect("a service");
     block_on(async {
         let mut clients = Vec::new();
         for kind in 0..4 {
@@ -77,13 +79,13 @@ fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is
             woken.is_answered().await;
         }
         let begun = Instant::now();
-        for _ in 0..2 {
+        // Asleep each time, and each time long before the limit.
+        while begun.elapsed() < LIMIT {
             sleep(ASLEEP).await;
             for (_, woken) in &mut clients {
                 woken.is_answered().await;
             }
         }
-        assert!(begun.elapsed() > Duration::from_secs(6));
         for (left_alone, _) in clients {
             let ended = async {
                 match left_alone {
@@ -91,7 +93,7 @@ fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is
                     Client::Http2(mut connection) => connection.is_over().await,
                 }
             };
-            assert!(timeout(ASLEEP, ended).await.expect("in time"));
+            assert!(timeout(PATIENCE, ended).await.expect("in time"));
         }
     });
 }
@@ -155,17 +157,25 @@ fn connections_that_sleep_are_counted_as_such() {
             let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
             line.parse::<u32>().expect("a number")
         };
-        assert_eq!(count("asleep").await, 0);
         let asleep = async {
-            while count("asleep").await != 4 {
+            while (count("asleep").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(2 * ASLEEP, asleep).await.expect("all sleep");
-        for client in &mut clients {
-            client.is_answered().await;
-        }
-        assert_eq!((count("asleep").await, count("waiting").await), (0, 4));
+        timeout(PATIENCE, asleep).await.expect("all sleep");
+        // A client has its answer a moment before the service counts its connection as waiting, and on a slow machine
+        // the first of them is asleep again before the last one is answered.
+        let awake = async {
+            loop {
+                for client in &mut clients {
+                    client.is_answered().await;
+                }
+                if (count("asleep").await, count("waiting").await) == (0, 4) {
+                    return;
+                }
+            }
+        };
+        timeout(PATIENCE, awake).await.expect("none sleeps");
     });
 }
 
@@ -200,10 +210,15 @@ fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
             for connection in &mut connections {
                 connection.send(&get("/")).await.expect("sent");
             }
-            for connection in &mut connections {
+            // The first may be asleep again when the last one is answered.
+            let mut awake = each();
+            for (number, connection) in connections.iter_mut().enumerate() {
                 assert_eq!(connection.answer().await.expect("an answer").status, 200);
+                if number % 100 == 0 {
+                    awake = awake.max(each());
+                }
             }
-            assert!(each() > LITTLE, "they are awake: {}", each());
+            assert!(awake > LITTLE, "they are awake: {awake}");
             eventually("memory goes back to the system", || each() < LITTLE);
         }
     });

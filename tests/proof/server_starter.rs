@@ -2,7 +2,6 @@
 //! only then ends the old one.
 
 use std::process::Stdio;
-use std::time::Duration;
 
 use harness::client::{Connection, Target, get};
 use harness::load::{Connections, Load};
@@ -16,6 +15,13 @@ use crate::BINARY;
 /// Times that it is told to start the next process, one a second.
 const TIMES: u64 = 5;
 
+/// How many processes `start_server` has that have not ended.
+fn children(start_server: &Process) -> usize {
+    let pid = start_server.pid().as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    children.expect("start_server runs").split_whitespace().count()
+}
+
 /// Which generation answers a fresh connection, if any does.
 fn generation(target: &Target) -> Option<u64> {
     block_on(async {
@@ -26,16 +32,16 @@ fn generation(target: &Target) -> Option<u64> {
 }
 
 /// `start_server` with its first process, which answers at `target`.
-fn start(flag: &str, target: &Target) -> Process {
+fn start(flag: &str, target: &Target, log: Stdio) -> Process {
     let mut start_server = command("start_server", &[flag, "--interval=1", "--", BINARY]);
-    start_server.stdout(Stdio::null()).stderr(Stdio::null());
+    start_server.stdout(Stdio::null()).stderr(log);
     let start_server = Process::spawn(&mut start_server).expect("start_server");
     eventually("the first process", || generation(target).is_some());
     start_server
 }
 
 fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
-    let mut start_server = start(flag, target);
+    let mut start_server = start(flag, target, Stdio::null());
     assert_eq!(generation(target), Some(1));
     let one_each = load.connections == Connections::OneEach;
     let running = load.start(|| {});
@@ -91,18 +97,22 @@ fn a_unix_path_loses_nothing() {
 fn an_idle_connection_is_answered_once_more_by_the_old_process() {
     let address = free_address();
     let target = Target::Tcp(address);
-    let mut start_server = start(&format!("--port={address}"), &target);
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let stderr = log.reopen().expect("a file").into();
+    let mut start_server = start(&format!("--port={address}"), &target, stderr);
     block_on(async {
         let mut idle = Connection::open(&target).await.expect("a connection");
         assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
         start_server.signal(Signal::HUP);
-        // Long after the next one has taken over.
-        tokio::time::sleep(Duration::from_secs(4)).await;
+        // The next one serves, and the old one was told to end.
+        eventually("the end of the old process begins", || {
+            std::fs::read_to_string(log.path()).expect("text").contains("draining: ")
+        });
         let answer = idle.ask(&get("/")).await.expect("an answer");
         assert!(answer.closes() && answer.text().contains("generation 1,"), "{}", answer.text());
     });
     // With that it has nobody left to wait for.
-    eventually("the end of the old process", || (0..10).all(|_| generation(&target) == Some(2)));
+    eventually("the end of the old process", || children(&start_server) == 1);
     start_server.signal(Signal::TERM);
     assert!(start_server.wait().expect("an end").success());
 }

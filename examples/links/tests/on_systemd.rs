@@ -78,9 +78,9 @@ fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: System
     for verb in ["restart", "reload"].repeat(TIMES) {
         container.systemctl(verb).expect(verb);
     }
+    running.wait_for(1000);
     let report = running.stop();
     assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-    assert!(report.answered > 1000, "{report}");
     // The last process has not ended: it adds its own within a second.
     eventually("the last clicks", || clicks(&container, "here") >= report.answered);
     container.systemctl("restart").expect("a restart");

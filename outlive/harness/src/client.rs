@@ -9,12 +9,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use h2::client::SendRequest;
+use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
 
 #[derive(Clone, Debug)]
@@ -45,8 +47,20 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// What carries the bytes.
-trait Duplex: AsyncRead + AsyncWrite + Send {}
-impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+trait Duplex: AsyncRead + AsyncWrite + Send {
+    /// Asks the server for new keys and goes on with new ones: a KeyUpdate before what is sent next.
+    fn update_keys(self: Pin<&mut Self>) -> Result<()> {
+        bail!("this connection has no keys")
+    }
+}
+
+impl Duplex for TcpStream {}
+impl Duplex for UnixStream {}
+impl Duplex for TlsStream<TcpStream> {
+    fn update_keys(self: Pin<&mut Self>) -> Result<()> {
+        Ok(self.get_mut().get_mut().1.refresh_traffic_keys()?)
+    }
+}
 type Stream = Pin<Box<dyn Duplex>>;
 
 /// An answer, whole.
@@ -83,6 +97,10 @@ pub const WEBSOCKET: &[u8] =
     b"GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
     sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
 
+/// A request whose handler sends back what it has, and waits for `REST_OF_HELD`.
+const HELD: &[u8] = b"POST /echo HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\n01234";
+const REST_OF_HELD: &[u8] = b"56789";
+
 /// A GET for `path`.
 pub fn get(path: &str) -> Vec<u8> {
     format!("GET {path} HTTP/1.1\r\nhost: test\r\n\r\n").into_bytes()
@@ -105,6 +123,11 @@ impl Connection {
         self.stream.write_all(bytes).await?;
         // TLS may hold it back.
         self.stream.flush().await
+    }
+
+    /// TLS 1.3: goes on with new keys, and asks the server to do so.
+    pub fn update_keys(&mut self) -> Result<()> {
+        self.stream.as_mut().update_keys()
     }
 
     /// Sends no more; still reads.
@@ -208,6 +231,23 @@ impl Connection {
         }
     }
 
+    /// Begins a request that is in flight until `release`: a POST of which half of the body is missing. Gives the head
+    /// of the answer, which says that the handler has begun.
+    pub async fn hold(&mut self) -> Result<Answer> {
+        self.send(HELD).await.context("could not send")?;
+        let head = self.head().await?;
+        ensure!(head.status == 200, "status {}", head.status);
+        Ok(head)
+    }
+
+    /// Sends what `hold` has held back, and reads the answer to its end.
+    pub async fn release(&mut self) -> Result<()> {
+        self.send(REST_OF_HELD).await.context("could not send")?;
+        let body = self.chunks().await?;
+        ensure!(body == b"0123456789", "a wrong answer: {body:?}");
+        Ok(())
+    }
+
     /// Whether the server has closed this connection, as far as can be seen now.
     pub fn is_closed_by_server(&mut self) -> bool {
         let mut byte = [0];
@@ -258,6 +298,18 @@ impl Http2 {
         self.ask(http::Method::POST, path, Some(Bytes::from_static(body))).await
     }
 
+    /// Begins a request that is in flight until it is released: a POST of which half of the body is missing. Returns
+    /// when the answer has begun.
+    pub async fn hold(&mut self) -> Result<HeldStream> {
+        let request = http::Request::post("https://localhost/echo").body(())?;
+        poll_fn(|cx| self.sender.poll_ready(cx)).await?;
+        let (response, mut sending) = self.sender.send_request(request, false)?;
+        sending.send_data(Bytes::from_static(b"01234"), false)?;
+        let response = response.await?;
+        ensure!(response.status() == 200, "status {}", response.status());
+        Ok(HeldStream { sending, body: response.into_body() })
+    }
+
     async fn ask(
         &mut self,
         method: http::Method,
@@ -283,5 +335,25 @@ impl Http2 {
             text.extend_from_slice(&data);
         }
         Ok(Some((head.status.as_u16(), String::from_utf8_lossy(&text).into_owned())))
+    }
+}
+
+/// A request of HTTP/2 that is in flight until it is released.
+pub struct HeldStream {
+    sending: SendStream<Bytes>,
+    body: RecvStream,
+}
+
+impl HeldStream {
+    /// Sends the second half of the body; gives that of the answer, whole.
+    pub async fn release(mut self) -> Result<Vec<u8>> {
+        self.sending.send_data(Bytes::from_static(b"56789"), true)?;
+        let mut all = Vec::new();
+        while let Some(data) = self.body.data().await {
+            let data = data?;
+            self.body.flow_control().release_capacity(data.len())?;
+            all.extend_from_slice(&data);
+        }
+        Ok(all)
     }
 }

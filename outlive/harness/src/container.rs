@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -15,6 +16,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::Value;
 use tempfile::TempDir;
 
+use crate::PATIENCE;
 use crate::certificate::Certificate;
 use crate::client::{Connection, Target, get};
 use crate::process::{Notifications, Process, make};
@@ -28,6 +30,44 @@ pub enum Systemd {
     V257,
     /// 252, the same: Debian 12.
     V252,
+    /// The newest, the same: Debian unstable's, whose version moves.
+    Unstable,
+}
+
+impl Systemd {
+    /// The file system that it is booted from.
+    fn root(self, package: Package<'_>) -> Result<PathBuf> {
+        let name = match self {
+            Self::Host => return Ok("/".into()),
+            Self::V257 => "target/systemd-257",
+            Self::V252 => "target/systemd-252",
+            Self::Unstable => "target/systemd-unstable",
+        };
+        let mut roots = Path::new(package.folder).ancestors().map(|folder| folder.join(name));
+        let root = roots.find(|root| root.join("usr").is_dir());
+        root.with_context(|| format!("{name} is missing: make {name}"))
+    }
+
+    /// As `systemctl --version` in its file system says.
+    pub fn version(self, package: Package<'_>) -> Result<u32> {
+        needs_root()?;
+        let root = self.root(package)?;
+        let mut systemctl = Command::new("unshare");
+        systemctl.arg(format!("--root={}", root.display())).args(["systemctl", "--version"]);
+        let said = String::from_utf8_lossy(&systemctl.output()?.stdout).into_owned();
+        let version =
+            said.strip_prefix("systemd ").and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+        let version = version.and_then(|version| version.parse().ok());
+        version.with_context(|| format!("systemctl --version in {}: {said:?}", root.display()))
+    }
+}
+
+fn needs_root() -> Result<()> {
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
+    );
+    Ok(())
 }
 
 /// The package whose test this stands in.
@@ -47,7 +87,7 @@ macro_rules! this_package {
 pub struct Package<'a> {
     pub name: &'a str,
     pub binary: &'a str,
-    /// The folder of the Makefile; in it or above it stand `target/systemd-257` and `target/systemd-252`.
+    /// The folder of the Makefile; in it or above it stand the roots that it makes, such as `target/systemd-257`.
     pub folder: &'a str,
 }
 
@@ -65,11 +105,8 @@ impl Container {
     /// Boots a systemd with the package installed and its socket enabled.
     pub fn boot(systemd: Systemd, package: Package<'_>) -> Result<Self> {
         let stage = tempfile::tempdir()?;
-        let mut install = make(package.folder, &["install"]);
-        if systemd == Systemd::V257 {
-            install.arg("SYSTEMD=257");
-        }
-        let install = install
+        let install = make(package.folder, &["install"])
+            .arg(format!("SYSTEMD={}", systemd.version(package)?))
             .arg(format!("DESTDIR={}", stage.path().display()))
             .arg(format!("BINARY={}", package.binary))
             .output()
@@ -106,13 +143,10 @@ impl Container {
         stage: TempDir,
         folders: &[(PathBuf, String)],
     ) -> Result<Self> {
-        ensure!(
-            rustix::process::geteuid().is_root(),
-            "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
-        );
+        needs_root()?;
         let mut notifications = Notifications::new()?;
         let cgroups = Cgroups::new()?;
-        let mut command = nspawn(systemd, package.folder, &cgroups)?;
+        let mut command = nspawn(systemd, package, &cgroups)?;
         for (outside, inside) in folders {
             command.arg(format!("--bind={}:{inside}", outside.display()));
         }
@@ -156,6 +190,11 @@ impl Container {
         let target = format!("--target={}", self.leader.as_raw_nonzero());
         entered.args([&target, "--net", "--"]).args(command).stdin(Stdio::null());
         entered
+    }
+
+    /// Signals the container's PID 1, as the kernel of the machine may.
+    pub fn signal_pid_1(&self, signal: Signal) {
+        kill_process(self.leader, signal).expect("the container runs");
     }
 
     /// `systemctl VERB` the service.
@@ -294,7 +333,7 @@ impl Drop for Container {
     }
 }
 
-fn nspawn(systemd: Systemd, folder: &str, cgroups: &Cgroups) -> Result<Command> {
+fn nspawn(systemd: Systemd, package: Package<'_>, cgroups: &Cgroups) -> Result<Command> {
     let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
     let mut command = Command::new("sh");
     // Into its own cgroups first.
@@ -305,18 +344,14 @@ fn nspawn(systemd: Systemd, folder: &str, cgroups: &Cgroups) -> Result<Command> 
     ]);
     command.args(cgroups.folders.iter().map(|folder| folder.join("cgroup.procs")));
     command.args(["--", "systemd-nspawn"]);
-    match systemd {
-        Systemd::Host => command.args(["--directory=/", "--volatile=yes"]),
-        Systemd::V257 | Systemd::V252 => {
-            let name = if systemd == Systemd::V257 { "target/systemd-257" } else { "target/systemd-252" };
-            let mut roots = Path::new(folder).ancestors().map(|folder| folder.join(name));
-            let root = roots.find(|root| root.join("usr").is_dir());
-            let root = root.with_context(|| format!("{name} is missing: make {name}"))?;
-            command.arg(format!("--directory={}", root.display())).arg("--volatile=overlay");
-            // Where the host has the legacy cgroup layout, systemd 257 would refuse it.
-            command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1")
-        }
-    };
+    command.arg(format!("--directory={}", systemd.root(package)?.display()));
+    if systemd == Systemd::Host {
+        command.arg("--volatile=yes");
+    } else {
+        command.arg("--volatile=overlay");
+        // Where the host has the legacy cgroup layout, systemd 257 and later would refuse it.
+        command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1");
+    }
     command
         .args(["--boot", "--register=no", "--keep-unit", "--console=pipe", "--private-network"])
         .args(["--notify-ready=yes", "--quiet"])
@@ -371,11 +406,13 @@ fn remove_cgroup(folder: &Path) {
             remove_cgroup(&entry.path());
         }
     }
-    // The kernel empties a cgroup a moment after its last process has gone.
-    for _ in 0..100 {
-        if fs::remove_dir(folder).is_ok() {
+    // The kernel empties a cgroup a moment after its last process has gone. No panic: this runs while a test ends.
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = fs::remove_dir(folder) {
+        if Instant::now() >= deadline {
+            eprintln!("could not remove the cgroup {}: {error}; remove it by hand", folder.display());
             return;
         }
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
 }

@@ -26,16 +26,26 @@ macro_rules! on_each_systemd {
     };
 }
 
+/// The same where a promise depends on what systemd does itself: on Debian unstable's too, the newest.
+#[macro_export]
+macro_rules! on_each_systemd_and_unstable {
+    ($($promise:ident)*) => {
+        $crate::on_each_systemd! { $($promise)* }
+        $crate::on_one! { systemd_unstable Unstable $($promise)* }
+    };
+}
+
 /// The same about packages, on each Debian.
 #[macro_export]
 macro_rules! on_each_debian {
     ($($promise:ident)*) => {
         $crate::on_one! { debian_12 V252 $($promise)* }
         $crate::on_one! { debian_13 V257 $($promise)* }
+        $crate::on_one! { debian_unstable Unstable $($promise)* }
     };
 }
 
-#[doc(hidden)]
+/// Each promise as a test on one of them, in a module of this name.
 #[macro_export]
 macro_rules! on_one {
     ($module:ident $systemd:ident $($promise:ident)*) => {
@@ -45,8 +55,9 @@ macro_rules! on_one {
     };
 }
 
-/// Nothing that is waited for takes longer than this, on the slowest machine.
-pub const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a test waits for an event before it fails. No test measures with it: it only ends a test that hangs, so it
+/// is far longer than any event takes on a slow machine that is busy with something else.
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Held by a test whose load takes all that the machine has: one of them at a time, while others wait for something.
 pub fn whole_machine() -> MutexGuard<'static, ()> {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -90,22 +90,30 @@ impl Load {
         Self { connections: Connections::Http2, ..Self::w1(target) }
     }
 
-    /// Starts the load in a thread of its own, which first does `enter` (to go into a container).
+    /// Starts the load in a thread of its own, which first does `enter` (to go into a container). Returns when each
+    /// client has been answered once, or has lost its first request: what the test does next meets all of them.
     pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
-        let stop = Arc::new(AtomicBool::new(false));
-        let stopped = stop.clone();
+        let progress = Arc::new(Progress {
+            stopped: AtomicBool::new(false),
+            ended: AtomicU64::new(0),
+            started: AtomicU64::new(0),
+        });
+        let (clients, begun, shared) = (self.clients as u64, Instant::now(), progress.clone());
         let thread = std::thread::spawn(move || {
             enter();
-            crate::block_on(Arc::new(self).run(stopped))
+            crate::block_on(Arc::new(self).run(begun, shared))
         });
-        Running { stop, thread }
+        let running = Running { begun, progress, thread };
+        running.until("each client has asked once", |progress| {
+            progress.started.load(Ordering::Relaxed) == clients
+        });
+        running
     }
 
-    async fn run(self: Arc<Self>, stopped: Arc<AtomicBool>) -> Report {
+    async fn run(self: Arc<Self>, start: Instant, progress: Arc<Progress>) -> Report {
         let mut clients = JoinSet::new();
-        let start = Instant::now();
         for _ in 0..self.clients {
-            clients.spawn(self.clone().client(start, stopped.clone()));
+            clients.spawn(self.clone().client(start, progress.clone()));
         }
         let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
         for each in clients.join_all().await {
@@ -114,10 +122,11 @@ impl Load {
         report
     }
 
-    async fn client(self: Arc<Self>, start: Instant, stopped: Arc<AtomicBool>) -> Report {
+    async fn client(self: Arc<Self>, start: Instant, progress: Arc<Progress>) -> Report {
         let mut report = Report::default();
         let mut kept = Kept::default();
-        while !stopped.load(Ordering::Relaxed) {
+        loop {
+            let is_last = progress.stopped.load(Ordering::Relaxed);
             if self.connections == Connections::Kept
                 && kept.http1.as_mut().is_some_and(Connection::is_closed_by_server)
             {
@@ -131,11 +140,17 @@ impl Load {
                 kept = Kept::default();
             }
             report.note(start, begun, asked);
+            if report.samples.len() == 1 {
+                progress.started.fetch_add(1, Ordering::Relaxed);
+            }
+            progress.ended.fetch_add(1, Ordering::Relaxed);
+            if is_last {
+                return report;
+            }
             if self.think > Duration::ZERO {
                 tokio::time::sleep(self.think).await;
             }
         }
-        report
     }
 
     async fn ask(&self, kept: &mut Kept, report: &mut Report) -> Result<()> {
@@ -201,17 +216,43 @@ fn bail_timeout() -> Result<()> {
     bail!("no answer within {ANSWER_LIMIT:?}")
 }
 
+/// What the clients of a load and its owner tell each other.
+struct Progress {
+    stopped: AtomicBool,
+    /// Requests that were answered or lost.
+    ended: AtomicU64,
+    /// Clients of which a request has ended.
+    started: AtomicU64,
+}
+
 /// A load under way.
 pub struct Running {
-    stop: Arc<AtomicBool>,
+    /// The beginning, from which its samples are timed.
+    pub begun: Instant,
+    progress: Arc<Progress>,
     thread: JoinHandle<Report>,
 }
 
 impl Running {
-    /// Lets each client finish its request.
+    /// How many requests were answered or lost so far.
+    pub fn ended(&self) -> u64 {
+        self.progress.ended.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many requests, counted from the beginning, were answered or lost.
+    pub fn wait_for(&self, count: u64) {
+        self.until(&format!("{count} requests of the load"), |_| self.ended() >= count);
+    }
+
+    /// Lets each client finish its request and ask once more: what was done before has left each of them served.
     pub fn stop(self) -> Report {
-        self.stop.store(true, Ordering::Relaxed);
+        self.progress.stopped.store(true, Ordering::Relaxed);
         self.thread.join().expect("the load ran")
+    }
+
+    fn until(&self, what: &str, is_so: impl Fn(&Progress) -> bool) {
+        // A load that has panicked says why when it is stopped.
+        crate::eventually(what, || is_so(&self.progress) || self.thread.is_finished());
     }
 }
 

@@ -151,7 +151,22 @@ impl Notifications {
 
     /// Waits for a line that begins with `wanted`, and gives it.
     pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
-        let deadline = Instant::now() + PATIENCE;
+        self.wait_for_at_most(wanted, PATIENCE)
+    }
+
+    /// As `wait_for`; fails after `limit`.
+    pub fn wait_for_at_most(&mut self, wanted: &str, limit: Duration) -> Result<String> {
+        self.wait_for_line(wanted, limit, |line| line.starts_with(wanted))
+    }
+
+    /// Waits for a status that contains `wanted`, and gives its line. The limit is the same however many other statuses
+    /// arrive first.
+    pub fn wait_for_status(&mut self, wanted: &str) -> Result<String> {
+        self.wait_for_line(wanted, PATIENCE, |line| line.starts_with("STATUS=") && line.contains(wanted))
+    }
+
+    fn wait_for_line(&mut self, wanted: &str, limit: Duration, is_it: impl Fn(&str) -> bool) -> Result<String> {
+        let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let message = self
@@ -160,7 +175,7 @@ impl Notifications {
                 .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
             let news = self.said.len();
             self.note(message);
-            if let Some(line) = self.said[news..].iter().find(|line| line.starts_with(wanted)) {
+            if let Some(line) = self.said[news..].iter().find(|line| is_it(line)) {
                 return Ok(line.clone());
             }
         }

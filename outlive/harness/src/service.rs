@@ -97,9 +97,7 @@ impl Service {
 
     /// Waits until the service has said that so many requests are in flight.
     pub fn wait_for_in_flight(&mut self, count: usize) -> Result<()> {
-        let wanted = format!(" {count} in flight");
-        while !self.notifications.wait_for("STATUS=")?.contains(&wanted) {}
-        Ok(())
+        self.notifications.wait_for_status(&format!(" {count} in flight")).map(drop)
     }
 
     /// Waits for the process to end; gives how it ended and what it wrote to standard error.

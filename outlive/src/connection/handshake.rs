@@ -6,16 +6,15 @@ use std::pin::pin;
 use std::task::Poll;
 
 use bytes::Bytes;
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::ProtocolVersion;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use super::io::{Io, Tls, Wire};
 use super::records::Records;
-use super::whole_records::WholeRecords;
+use super::whole_records::{self, WholeRecords};
 use super::{Arrived, End, Protocol, Services, drive, first_bytes};
-use crate::registry::{Entry, Phase, Registration, Stage};
+use crate::registry::{Entry, Registration, Stage};
 use crate::stream::{Connection, Stream};
 use crate::tls::{self, Tls as Spoken};
 use crate::tls_session::TlsSession;
@@ -41,7 +40,7 @@ pub(super) async fn serve(
     match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
         // The next process shakes hands.
         Arrived::AtRest => return End::AtRest(connection, registration),
-        Arrived::Bytes(_) if entry.phase() == Phase::Resting => {
+        Arrived::Bytes(_) if entry.phase().rests() => {
             return End::AtRest(connection, registration);
         }
         Arrived::Bytes(_) => {}
@@ -53,7 +52,7 @@ pub(super) async fn serve(
         io.refuse(NOT_TLS).await;
         return End::Closed;
     }
-    let Some(stream) = shake_hands(connection.socket, &entry, &tls.acceptor).await else {
+    let Some(stream) = shake_hands(connection.socket, &entry, tls).await else {
         return End::Closed;
     };
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
@@ -96,8 +95,8 @@ async fn go_on(
     drive(io, protocol, http2, listener, services, &services.routes).await
 }
 
-async fn shake_hands(stream: Stream, entry: &Entry, tls: &TlsAcceptor) -> Option<TlsStream<WholeRecords>> {
-    let mut handshake = pin!(tls.accept(WholeRecords::new(stream)));
+async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsStream<WholeRecords>> {
+    let mut handshake = pin!(whole_records::accept(stream, tls));
     poll_fn(|cx| {
         entry.wake_on_change(cx);
         match handshake.as_mut().poll(cx) {

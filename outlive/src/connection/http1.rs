@@ -44,6 +44,7 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
     let turn = poll_fn(|cx| {
+        let mut has_looked_again = false;
         loop {
             if !is_plain && entry.keeps_all_but_http1() {
                 entry.pin();
@@ -57,6 +58,12 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
             }
             if !state.is_at_rest() || !entry.is_to_rest() {
                 return Poll::Pending;
+            }
+            // hyper learns in its next turn that a handler has left a part of the request's body: it then reads the
+            // remainder at once, or ends the connection. Without that turn the next process would receive the
+            // remainder as the beginning of a request.
+            if state.has_left_body() && !std::mem::replace(&mut has_looked_again, true) {
+                continue;
             }
             // It was said before the phase was, and after we looked.
             if !is_plain && entry.keeps_all_but_http1() {

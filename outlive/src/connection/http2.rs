@@ -169,6 +169,8 @@ enum Try {
     None,
     Holding(Pin<Box<Sleep>>),
     Pausing(Pin<Box<Sleep>>),
+    /// Until the open streams have ended.
+    HoldingOn,
 }
 
 enum Step {
@@ -184,12 +186,15 @@ impl Tries {
     }
 
     fn go_on(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Step {
-        if entry.phase() != Phase::Resting || !entry.state().is_movable() {
+        let phase = entry.phase();
+        if !phase.rests() || !entry.state().is_movable() {
+            // The next hold is a try of its own, with as much time.
+            self.begun = None;
             if entry.is_drowsy() && relay.with(Session::falls_asleep) == Some(true) {
                 return Step::AtRest;
             }
             return match std::mem::replace(&mut self.now, Try::None) {
-                Try::Holding(_) => Self::release(relay),
+                Try::Holding(_) | Try::HoldingOn => Self::release(relay),
                 Try::None | Try::Pausing(_) => Step::Waits,
             };
         }
@@ -198,6 +203,9 @@ impl Tries {
             self.now = Try::None;
             return Self::release(relay);
         }
+        if phase == Phase::Holding {
+            return self.hold_on(entry, relay);
+        }
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Try::None;
             entry.pin();
@@ -205,7 +213,7 @@ impl Tries {
         }
         loop {
             match &mut self.now {
-                Try::None => {
+                Try::None | Try::HoldingOn => {
                     relay.with(Session::hold);
                     self.now = Try::Holding(Box::pin(sleep(self.hold)));
                 }
@@ -230,6 +238,26 @@ impl Tries {
                 }
             }
         }
+    }
+
+    /// Holds streams that begin until the others have ended, because a request that begins now may not have the time
+    /// it needs.
+    fn hold_on(&mut self, entry: &Entry, relay: &Relay) -> Step {
+        relay.with(Session::hold);
+        self.now = Try::HoldingOn;
+        if relay.with(|session| session.is_at_rest()) == Some(true) && entry.state().is_at_rest() {
+            return Step::AtRest;
+        }
+        let is_full = relay.with(|session| session.is_full()) == Some(true);
+        let is_starving =
+            entry.state().is_reading() && relay.with(|session| session.starves_uploads()) == Some(true);
+        if is_full || is_starving {
+            // The open streams could not end. The connection is told to end instead.
+            self.now = Try::None;
+            entry.pin();
+            return Self::release(relay);
+        }
+        Step::Waits
     }
 
     fn release(relay: &Relay) -> Step {

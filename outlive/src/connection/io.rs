@@ -350,7 +350,7 @@ mod tests {
     }
 
     async fn assert_ends(end: impl Future<Output = ()>) {
-        timeout(Duration::from_secs(10), end).await.expect("not waited for");
+        timeout(Duration::from_secs(120), end).await.expect("not waited for");
     }
 
     /// hyper, which is told to end an idle connection by then, would answer it and close.
@@ -385,7 +385,7 @@ mod tests {
         let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("a name");
-        let ours = acceptor.acceptor.accept(WholeRecords::new(Stream::Tcp(ours)));
+        let ours = whole_records::accept(Stream::Tcp(ours), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
         let ours = ours.expect("a handshake");
         fill(ours.get_ref().0.stream()).await;

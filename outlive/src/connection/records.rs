@@ -3,19 +3,27 @@
 //!
 //! | RFC 8446 | here |
 //! | --- | --- |
-//! | 5.1: a record's fragment is no longer than 2^14 bytes | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
+//! | 5.1: a handshake message may be cut into several records, with no others between them | `take_message` |
+//! | 5.2: a record's fragment is no longer than 2^14 bytes, its padding included | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
 //! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `Half::open`, `Half::seal` |
-//! | 5.2: sealed, no longer than 2^14 + 256 | `SEALED_LIMIT` |
 //! | 5.3: the nonce is the sequence number, big-endian, XOR the IV; it counts from 0 and does not wrap | `Half::nonce` |
-//! | 5.4: zeros behind the content type are padding; a record of nothing else is `unexpected_message` | `Half::open` |
-//! | 5.5: no key seals more records than is safe (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT` |
+//! | 5.4: zeros behind the content type are padding; a record of nothing else is refused | `Half::open` |
+//! | 5.5: no key seals more records than is safe (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`: a KeyUpdate of ours comes first |
 //! | 6.1: `close_notify` ends what comes from a peer; ours is the last that we send | `poll_read`, `poll_shutdown` |
 //! | 6.2: any other alert is fatal, and so is a record that does not open; we say why once | `Records::fail` |
-//! | 4.6.3: after a peer's KeyUpdate its records have another key, which we do not know | as `close_notify`, and we are worn |
+//! | 4.6.3: a KeyUpdate changes the keys of one direction, and may ask for the other's | `take_message`, `update_keys` |
 //! | 4.6: of other messages after the handshake a server expects none | `unexpected_message` |
+//!
+//! What the RFC leaves open is as in rustls, so that a client cannot tell which of the two it speaks to: how many records
+//! without content, alerts without effect and KeyUpdates are taken, and which alert answers what. The tests send the same
+//! bytes to both. What still differs stands in SECURITY.md.
+//!
+//! Where the secrets of a connection are not known, because a release that did not keep them handed it over, a KeyUpdate
+//! cannot be followed: it counts as `close_notify`, and the connection is worn.
 //!
 //! No early data: rustls was not told to take any.
 
+use std::fmt;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -25,18 +33,29 @@ use ring::aead::{self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSaf
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::stream::Stream;
-use crate::tls_session::{Direction, IV_LENGTH, Suite, TlsSession};
+use crate::tls_session::{Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsSession};
 
 /// The most that a record carries, in bytes.
 const FRAGMENT_LIMIT: usize = 1 << 14;
-/// The most that it is long, sealed, in bytes.
-const SEALED_LIMIT: usize = FRAGMENT_LIMIT + 256;
+/// A record that is as long or longer, sealed, is refused before it has come: as rustls does it, which leaves room for
+/// the seals of every version of TLS.
+const SEALED_LIMIT: usize = FRAGMENT_LIMIT + 2048;
 /// Of the authentication of each suite, in bytes.
 const TAG_LENGTH: usize = 16;
-const HEADER_LENGTH: usize = 5;
-/// After so many records a connection is told to end; half of what is safe, so that there is room for its last answer.
+pub(super) const HEADER_LENGTH: usize = 5;
+/// No handshake message is longer, in bytes, as in rustls.
+const MESSAGE_LIMIT: usize = 0xffff;
+/// So many records without content in a row are taken, as in rustls and BoringSSL: they cost us more than their peer.
+const EMPTY_RECORDS_LIMIT: u8 = 32;
+/// So many alerts that change nothing are taken from a connection, as in rustls and BoringSSL.
+const WARNINGS_LIMIT: u8 = 4;
+/// So many KeyUpdates are followed without application data between them, as in rustls and BoringSSL: each costs us a
+/// key schedule.
+const KEY_UPDATES_LIMIT: u8 = 32;
+/// After so many records a connection whose key we cannot update is told to end; half of what is safe, so that there is
+/// room for its last answer.
 const WORN_AT: u64 = 1 << 23;
-/// No more are sealed with one key.
+/// No more are sealed with one key, of which the last is a KeyUpdate.
 const SEALED_RECORDS_LIMIT: u64 = 1 << 24;
 /// What is sealed and not sent, in bytes; until it is out no more is sealed.
 const UNSENT_LIMIT: usize = 64 * 1024;
@@ -44,11 +63,20 @@ const UNSENT_LIMIT: usize = 64 * 1024;
 const READ_LENGTH: usize = 16 * 1024;
 
 /// Content types (section 5.1).
+const CHANGE_CIPHER_SPEC: u8 = 20;
 const ALERT: u8 = 21;
 const HANDSHAKE: u8 = 22;
 const APPLICATION_DATA: u8 = 23;
-/// The type of a handshake message (section 4).
+const HEARTBEAT: u8 = 24;
+
+/// The type of a handshake message (section 4), and what it asks for (section 4.6.3).
 const KEY_UPDATE: u8 = 24;
+const UPDATE_NOT_REQUESTED: u8 = 0;
+const UPDATE_REQUESTED: u8 = 1;
+
+/// How grave an alert is (section 6).
+const WARNING: u8 = 1;
+const FATAL: u8 = 2;
 
 /// Alerts (section 6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,26 +86,55 @@ enum Alert {
     UnexpectedMessage = 10,
     BadRecordMac = 20,
     RecordOverflow = 22,
+    IllegalParameter = 47,
     DecodeError = 50,
-}
-
-/// Why no more is read.
-#[derive(Clone, Copy, Debug)]
-enum Refusal {
-    Ours(Alert),
-    /// The peer's alert.
-    #[expect(dead_code, reason = "shown in the log")]
-    PeerFailed(u8),
-}
-
-impl From<Alert> for Refusal {
-    fn from(alert: Alert) -> Self {
-        Self::Ours(alert)
-    }
 }
 
 /// `user_canceled`, which says nothing.
 const USER_CANCELED: u8 = 90;
+
+/// Why no more is read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// The peer gets this alert.
+    Alert(Alert, &'static str),
+    /// The peer gets `close_notify` with the end of the connection and no other alert, as from rustls.
+    NoAlert(&'static str),
+    /// It has sent this alert, and expects nothing more.
+    PeerFailed(u8),
+}
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Alert(alert, reason) => write!(f, "TLS: {reason}; answered with the alert {alert:?}"),
+            Self::NoAlert(reason) => write!(f, "TLS: {reason}"),
+            Self::PeerFailed(alert) => write!(f, "TLS: the peer sent the fatal alert {alert}"),
+        }
+    }
+}
+
+/// What the beginning of a record's header was, which rustls refuses with `decode_error`.
+#[derive(Debug)]
+pub(super) struct NoHeader;
+
+/// How much follows the header of a record that begins with `bytes`. None where more of the header has to come. A header
+/// is refused as soon as in rustls: type and version are looked at before the rest has come.
+pub(super) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>, NoHeader> {
+    let is_kind = |kind: u8| (CHANGE_CIPHER_SPEC..=HEARTBEAT).contains(&kind);
+    // Every version of TLS begins with 3; the others are SSL 2 and DTLS, of which rustls knows the numbers.
+    let is_version = |version: [u8; 2]| matches!(version, [3, _] | [2, 0] | [0xfe, 0xfc | 0xfd | 0xff]);
+    match *bytes {
+        [kind, ..] if !is_kind(kind) => Err(NoHeader),
+        [_, major, minor, ..] if !is_version([major, minor]) => Err(NoHeader),
+        [kind, _, _, high, low, ..] => {
+            let length = usize::from(u16::from_be_bytes([high, low]));
+            let is_empty = length == 0 && kind != APPLICATION_DATA;
+            if is_empty || length >= SEALED_LIMIT { Err(NoHeader) } else { Ok(Some(length)) }
+        }
+        _ => Ok(None),
+    }
+}
 
 /// One direction, ready for use.
 struct Half {
@@ -96,6 +153,15 @@ impl Half {
         Self { direction, key: LessSafeKey::new(key) }
     }
 
+    /// Goes on with the keys of the next generation; false where the secret is not known.
+    fn update_keys(&mut self, suite: Suite) -> bool {
+        let Some(secret) = &self.direction.secret else { return false };
+        let next = secret.next(suite);
+        let (key, iv) = next.keys(suite);
+        *self = Self::new(suite, Direction { key, iv, sequence: 0, secret: Some(next) });
+        true
+    }
+
     fn nonce(&self) -> Nonce {
         let mut nonce = *self.direction.iv;
         let sequence = self.direction.sequence.to_be_bytes();
@@ -105,20 +171,25 @@ impl Half {
         Nonce::assume_unique_for_key(nonce)
     }
 
-    /// Opens a record; gives its content and its type.
-    fn open(&mut self, header: [u8; HEADER_LENGTH], sealed: &mut BytesMut) -> Result<u8, Alert> {
-        let length = self
-            .key
-            .open_in_place(self.nonce(), Aad::from(header), sealed)
-            .map_err(|_| Alert::BadRecordMac)?
-            .len();
+    /// Opens a record; leaves its content and gives its type.
+    fn open(&mut self, sealed: &mut BytesMut) -> Result<u8, Refusal> {
+        let length = u16::try_from(sealed.len()).expect("the header has no more").to_be_bytes();
+        // Of the header itself only the length counts, as in rustls.
+        let header = [APPLICATION_DATA, 3, 3, length[0], length[1]];
+        let unsealed = self.key.open_in_place(self.nonce(), Aad::from(header), sealed);
+        let wrong = Refusal::Alert(Alert::BadRecordMac, "a record was not sealed with the connection's key");
+        let length = unsealed.map_err(|_| wrong)?.len();
         // No peer sends as many.
-        self.direction.sequence = self.direction.sequence.checked_add(1).ok_or(Alert::BadRecordMac)?;
+        self.direction.sequence = self.direction.sequence.checked_add(1).ok_or(wrong)?;
+        if length > FRAGMENT_LIMIT + 1 {
+            return Err(Refusal::Alert(Alert::RecordOverflow, "a record is too long with its padding"));
+        }
         sealed.truncate(length);
-        let end = sealed.iter().rposition(|byte| *byte != 0).ok_or(Alert::UnexpectedMessage)?;
+        let end = sealed.iter().rposition(|byte| *byte != 0);
+        let end = end.ok_or(Refusal::NoAlert("a record has nothing but padding"))?;
         let kind = sealed[end];
         sealed.truncate(end);
-        if sealed.len() > FRAGMENT_LIMIT { Err(Alert::RecordOverflow) } else { Ok(kind) }
+        Ok(kind)
     }
 
     /// Seals a record of `content` onto `into`.
@@ -141,6 +212,28 @@ impl Half {
     }
 }
 
+/// What may still come from the peer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Incoming {
+    Open,
+    /// It has said `close_notify`.
+    Ended,
+    /// What it says is sealed with a key that we do not know.
+    Deaf,
+    /// It has closed the connection without `close_notify`.
+    CutOff,
+    /// It was refused, or it has failed.
+    Failed(Refusal),
+}
+
+/// What may still go to the peer.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outgoing {
+    Open,
+    /// We have said `close_notify`, or which rule the peer broke.
+    Ended,
+}
+
 pub(super) struct Records {
     stream: Stream,
     suite: Suite,
@@ -152,17 +245,14 @@ pub(super) struct Records {
     opened: BytesMut,
     /// What is sealed, and not sent.
     unsent: BytesMut,
-    /// Whether the peer has said its last.
-    has_ended: bool,
-    /// Whether we have.
-    has_said_end: bool,
-    /// Whether what the peer says is sealed with a key that we do not know.
-    is_deaf: bool,
+    incoming: Incoming,
+    outgoing: Outgoing,
+    peer: PeerState,
 }
 
 impl Records {
     pub(super) fn new(stream: Stream, session: TlsSession) -> Self {
-        let TlsSession { suite, from_peer, to_peer, unread } = session;
+        let TlsSession { suite, from_peer, to_peer, unread, peer } = session;
         Self {
             stream,
             suite,
@@ -171,91 +261,179 @@ impl Records {
             sealed: unread.into(),
             opened: BytesMut::new(),
             unsent: BytesMut::new(),
-            has_ended: false,
-            has_said_end: false,
-            is_deaf: false,
+            incoming: Incoming::Open,
+            outgoing: Outgoing::Open,
+            peer,
         }
     }
 
-    /// Whether the connection should end soon: its keys are not to be used much longer, or the peer has others.
+    /// Whether the connection should end soon: the peer has a key that we do not know, or ours is not to be used much
+    /// longer and we cannot update it.
     pub(super) fn is_worn(&self) -> bool {
-        self.is_deaf || self.to_peer.direction.sequence >= WORN_AT
+        let Direction { sequence, secret, .. } = &self.to_peer.direction;
+        self.is_deaf() || secret.is_none() && *sequence >= WORN_AT
     }
 
     /// Whether the peer says more than we can hear.
     pub(super) fn is_deaf(&self) -> bool {
-        self.is_deaf
+        self.incoming == Incoming::Deaf
     }
 
     /// Whether nothing was said that keeps it here.
     pub(super) fn is_movable(&self) -> bool {
-        !self.has_ended && !self.has_said_end && !self.is_worn() && self.unsent.is_empty()
+        let is_open = self.incoming == Incoming::Open && self.outgoing == Outgoing::Open;
+        is_open && !self.is_worn() && self.unsent.is_empty()
     }
 
     /// What it takes to go on elsewhere, and what was opened and not read.
     pub(super) fn into_parts(self) -> (Stream, TlsSession, Bytes) {
+        let Self { stream, suite, sealed, opened, peer, .. } = self;
         let (from_peer, to_peer) = (self.from_peer.direction, self.to_peer.direction);
-        let session = TlsSession { suite: self.suite, from_peer, to_peer, unread: self.sealed.freeze() };
-        (self.stream, session, self.opened.freeze())
+        (stream, TlsSession { suite, from_peer, to_peer, unread: sealed.freeze(), peer }, opened.freeze())
     }
 
-    /// Opens what there is of whole records, until there is something to read or the peer has ended; false where more
+    /// Opens what there is of whole records, until there is something to read or no more will come; false where more
     /// has to come.
     fn open(&mut self) -> Result<bool, Refusal> {
-        while self.opened.is_empty() && !self.has_ended {
-            let Some(header) = self.sealed.first_chunk::<HEADER_LENGTH>().copied() else { return Ok(false) };
-            let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
-            match header[0] {
-                APPLICATION_DATA if length > SEALED_LIMIT => return Err(Alert::RecordOverflow.into()),
-                APPLICATION_DATA => {}
-                // After the handshake nothing comes unsealed (section 5).
-                _ => return Err(Alert::UnexpectedMessage.into()),
-            }
-            if self.sealed.len() < HEADER_LENGTH + length {
+        while self.opened.is_empty() && self.incoming == Incoming::Open {
+            let length = sealed_length(&self.sealed).map_err(|NoHeader| {
+                Refusal::Alert(Alert::DecodeError, "what came is no header of a record")
+            })?;
+            let Some(length) = length.filter(|length| self.sealed.len() >= HEADER_LENGTH + length) else {
                 return Ok(false);
-            }
+            };
+            let outer_kind = self.sealed[0];
             self.sealed.advance(HEADER_LENGTH);
             let mut record = self.sealed.split_to(length);
-            match self.from_peer.open(header, &mut record)? {
-                APPLICATION_DATA => self.opened = record,
-                ALERT => self.hear(&record)?,
-                HANDSHAKE if record.first() == Some(&KEY_UPDATE) => {
-                    self.has_ended = true;
-                    self.is_deaf = true;
+            let has_part = !self.peer.message.is_empty();
+            if outer_kind == CHANGE_CIPHER_SPEC && !has_part {
+                // It is the only one that comes unsealed, and it belongs into a handshake (section 5).
+                let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
+                return Err(Refusal::Alert(alert, "change_cipher_spec came after the handshake"));
+            }
+            let kind = self.from_peer.open(&mut record)?;
+            if kind == CHANGE_CIPHER_SPEC {
+                return Err(Refusal::Alert(Alert::UnexpectedMessage, "change_cipher_spec came sealed"));
+            }
+            if kind != HANDSHAKE && has_part {
+                return Err(Refusal::NoAlert("another record came in the middle of a handshake message"));
+            }
+            if record.is_empty() {
+                count(&mut self.peer.empty_records, EMPTY_RECORDS_LIMIT, "too many records were empty")?;
+            } else {
+                self.peer.empty_records = 0;
+            }
+            match kind {
+                APPLICATION_DATA => {
+                    self.peer.key_updates = 0;
+                    self.opened = record;
                 }
-                _ => return Err(Alert::UnexpectedMessage.into()),
+                ALERT => self.take_alert(&record)?,
+                HANDSHAKE => self.take_message(&record)?,
+                _ => return Err(Refusal::Alert(Alert::DecodeError, "a record is of no known type")),
             }
         }
         Ok(true)
     }
 
-    fn hear(&mut self, alert: &[u8]) -> Result<(), Refusal> {
-        match *alert {
-            [_, said] if said == Alert::CloseNotify as u8 => self.has_ended = true,
-            [_, USER_CANCELED] => {}
-            [_, said] => {
-                // It has given up, and does not listen any more.
-                self.has_said_end = true;
-                return Err(Refusal::PeerFailed(said));
+    fn take_alert(&mut self, alert: &[u8]) -> Result<(), Refusal> {
+        let [level, description] = *alert else {
+            return Err(Refusal::Alert(Alert::DecodeError, "an alert is not two bytes long"));
+        };
+        match level {
+            WARNING | FATAL if description == Alert::CloseNotify as u8 => self.incoming = Incoming::Ended,
+            FATAL => return Err(Refusal::PeerFailed(description)),
+            WARNING => {
+                count(&mut self.peer.warnings, WARNINGS_LIMIT, "too many alerts came")?;
+                if description != USER_CANCELED {
+                    return Err(Refusal::Alert(Alert::DecodeError, "an alert should have been fatal"));
+                }
             }
-            _ => return Err(Alert::DecodeError.into()),
+            _ => return Err(Refusal::Alert(Alert::IllegalParameter, "an alert is of no known level")),
         }
         Ok(())
     }
 
+    /// Takes a handshake message, or a part of one: a KeyUpdate, since a server expects no other after the handshake.
+    fn take_message(&mut self, part: &[u8]) -> Result<(), Refusal> {
+        let mut message = std::mem::take(&mut self.peer.message);
+        message.extend_from_slice(part);
+        let Some((header, body)) = message.split_first_chunk::<MESSAGE_HEADER_LENGTH>() else {
+            self.peer.message = message;
+            return Ok(());
+        };
+        let [kind, length @ ..] = *header;
+        let length = length.into_iter().fold(0, |length, byte| length << 8 | usize::from(byte));
+        if length > MESSAGE_LIMIT {
+            return Err(Refusal::NoAlert("a handshake message is too long"));
+        }
+        // rustls waits until the message is whole. It has no use for it either.
+        if kind != KEY_UPDATE {
+            return Err(Refusal::Alert(
+                Alert::UnexpectedMessage,
+                "a handshake message came after the handshake",
+            ));
+        }
+        if length != 1 {
+            return Err(Refusal::Alert(Alert::DecodeError, "a KeyUpdate is of a wrong length"));
+        }
+        let Some((request, behind)) = body.split_first() else {
+            self.peer.message = message;
+            return Ok(());
+        };
+        if !behind.is_empty() {
+            // The rest of the record should have had the new key.
+            return Err(Refusal::Alert(Alert::UnexpectedMessage, "more came in the record of a KeyUpdate"));
+        }
+        count(&mut self.peer.key_updates, KEY_UPDATES_LIMIT, "too many KeyUpdates came")?;
+        match *request {
+            UPDATE_NOT_REQUESTED => {}
+            // One answer is enough, however often it is asked for, so a peer that never reads gets no more.
+            UPDATE_REQUESTED => self.peer.wants_key_update = true,
+            _ => return Err(Refusal::Alert(Alert::IllegalParameter, "a KeyUpdate asks for nothing known")),
+        }
+        if !self.from_peer.update_keys(self.suite) {
+            self.incoming = Incoming::Deaf;
+        }
+        Ok(())
+    }
+
+    /// Updates our keys where the peer has asked for it, or the key has sealed as much as is safe.
+    fn update_keys(&mut self) -> io::Result<()> {
+        let direction = &self.to_peer.direction;
+        let request = if self.peer.wants_key_update {
+            UPDATE_NOT_REQUESTED
+        } else if direction.sequence + 1 >= SEALED_RECORDS_LIMIT {
+            UPDATE_REQUESTED
+        } else {
+            return Ok(());
+        };
+        if direction.secret.is_none() {
+            return Ok(());
+        }
+        self.peer.wants_key_update = false;
+        self.to_peer.seal(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, request], &mut self.unsent)?;
+        self.to_peer.update_keys(self.suite);
+        Ok(())
+    }
+
+    /// Seals a record, with a KeyUpdate before it where one is due.
+    fn seal(&mut self, kind: u8, content: &[u8]) -> io::Result<()> {
+        self.update_keys()?;
+        self.to_peer.seal(kind, content, &mut self.unsent)
+    }
+
     /// Says why, once; whether it arrives is no longer our affair.
-    fn fail(&mut self, cx: &mut Context<'_>, refusal: Refusal) -> io::Error {
-        const FATAL: u8 = 2;
-        self.has_ended = true;
-        if let Refusal::Ours(alert) = refusal
-            && !self.has_said_end
+    fn fail(&mut self, cx: &mut Context<'_>, refusal: Refusal) {
+        self.incoming = Incoming::Failed(refusal);
+        if let Refusal::Alert(alert, _) = refusal
+            && self.outgoing == Outgoing::Open
         {
-            self.has_said_end = true;
-            if self.to_peer.seal(ALERT, &[FATAL, alert as u8], &mut self.unsent).is_ok() {
+            self.outgoing = Outgoing::Ended;
+            if self.seal(ALERT, &[FATAL, alert as u8]).is_ok() {
                 let _ = self.poll_send(cx);
             }
         }
-        io::Error::new(io::ErrorKind::InvalidData, format!("TLS: {refusal:?}"))
     }
 
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -277,10 +455,17 @@ impl AsyncRead for Records {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
-            let is_news = match this.open() {
-                Ok(is_news) => is_news,
-                Err(refusal) => return Poll::Ready(Err(this.fail(cx, refusal))),
-            };
+            let is_news = this.open().unwrap_or_else(|refusal| {
+                this.fail(cx, refusal);
+                true
+            });
+            match this.incoming {
+                Incoming::Open | Incoming::Ended | Incoming::Deaf => {}
+                Incoming::CutOff => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
+                Incoming::Failed(refusal) => {
+                    return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, refusal.to_string())));
+                }
+            }
             if is_news {
                 let length = this.opened.len().min(into.remaining());
                 into.put_slice(&this.opened.split_to(length));
@@ -296,10 +481,9 @@ impl AsyncRead for Records {
             let mut read = ReadBuf::uninit(&mut buffer);
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
-                // Cut off without a close_notify: what came may not be all.
-                this.has_ended = true;
-                this.has_said_end = true;
-                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+                // What came may not be all.
+                this.incoming = Incoming::CutOff;
+                continue;
             }
             this.sealed.extend_from_slice(read.filled());
         }
@@ -309,7 +493,7 @@ impl AsyncRead for Records {
 impl AsyncWrite for Records {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if this.has_said_end {
+        if this.outgoing == Outgoing::Ended || matches!(this.incoming, Incoming::Failed(_)) {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
         if this.unsent.len() >= UNSENT_LIMIT {
@@ -317,7 +501,7 @@ impl AsyncWrite for Records {
         }
         let content = &bytes[..bytes.len().min(FRAGMENT_LIMIT)];
         if !content.is_empty() {
-            this.to_peer.seal(APPLICATION_DATA, content, &mut this.unsent)?;
+            this.seal(APPLICATION_DATA, content)?;
             let _ = this.poll_send(cx)?;
         }
         Poll::Ready(Ok(content.len()))
@@ -330,16 +514,26 @@ impl AsyncWrite for Records {
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        const WARNING: u8 = 1;
         let this = self.get_mut();
-        if !this.has_said_end {
-            this.has_said_end = true;
-            this.to_peer.seal(ALERT, &[WARNING, Alert::CloseNotify as u8], &mut this.unsent)?;
+        if this.outgoing == Outgoing::Open {
+            this.outgoing = Outgoing::Ended;
+            this.seal(ALERT, &[WARNING, Alert::CloseNotify as u8])?;
         }
         ready!(this.poll_send(cx))?;
         Pin::new(&mut this.stream).poll_shutdown(cx)
     }
 }
 
+/// Counts what is allowed up to `limit`.
+fn count(counted: &mut u8, limit: u8, reason: &'static str) -> Result<(), Refusal> {
+    if *counted >= limit {
+        return Err(Refusal::NoAlert(reason));
+    }
+    *counted += 1;
+    Ok(())
+}
+
+#[cfg(test)]
+mod rustls_tests;
 #[cfg(test)]
 mod tests;

@@ -16,10 +16,11 @@ use crate::registry::Stage;
 use crate::tls::{Tls, acceptor};
 
 /// Longer than an idle connection stays unparked.
-const IDLE: Duration = Duration::from_secs(3);
-const PATIENCE: Duration = Duration::from_secs(60);
-const FIRST: &[u8] = b"GET /first HTTP/1.1\r\nhost: test\r\n\r\n";
-const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: test\r\n\r\n";
+pub const IDLE: Duration = Duration::from_secs(3);
+/// Only a test that hangs waits as long.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+pub const FIRST: &[u8] = b"GET /first HTTP/1.1\r\nhost: test\r\n\r\n";
+pub const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: test\r\n\r\n";
 
 /// What happens to the connections while the second part of the request is missing.
 #[derive(Clone, Copy, Debug)]
@@ -36,12 +37,12 @@ use Pause::{Handover, Idle};
 const PAUSES: [&[Pause]; 6] =
     [&[], &[Idle], &[Idle, Idle], &[Handover], &[Idle, Handover], &[Handover, Idle, Handover, Idle]];
 
-fn router() -> Router {
+pub fn router() -> Router {
     Router::new().route("/first", get("first")).route("/second", get("second"))
 }
 
 /// Where the server listens, for a client that speaks TLS if there is a certificate.
-fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
+pub fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
     match certificate {
         Some(certificate) => {
             Target::Tls(served.address, certificate.client(&["http/1.1"]).expect("a client configuration"))
@@ -51,7 +52,7 @@ fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
 }
 
 /// Waits until `done`, which no event announces.
-async fn wait_until(what: &str, done: impl Fn() -> bool) {
+pub async fn wait_until(what: &str, done: impl Fn() -> bool) {
     let reached = async {
         while !done() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -104,7 +105,7 @@ async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificat
     }
 }
 
-fn tls_of(certificate: &Certificate) -> Tls {
+pub fn tls_of(certificate: &Certificate) -> Tls {
     let (chain, key) = (certificate.chain(), certificate.key());
     acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("a TLS configuration")
 }

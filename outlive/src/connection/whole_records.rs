@@ -1,21 +1,27 @@
 //! A stream that gives rustls whole records only, so that what it holds when its secrets are taken is nothing but
 //! what it has opened; and how they are taken.
 
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Buf, Bytes, BytesMut};
+use rustix::net::{SendFlags, send};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::Accept;
 use tokio_rustls::rustls::ServerConnection;
 use tokio_rustls::server::TlsStream;
 
+use super::records::{HEADER_LENGTH, NoHeader, sealed_length};
 use crate::stream::Stream;
+use crate::tls::Tls;
 use crate::tls_session::TlsSession;
+use crate::traffic_secret::FirstSecrets;
+#[cfg(test)]
+use crate::traffic_secret::TrafficSecret;
 
-const HEADER_LENGTH: usize = 5;
-/// No record is longer, in bytes (RFC 8446 section 5.2; 1,792 more in TLS 1.2).
-const RECORD_LIMIT: usize = HEADER_LENGTH + (1 << 14) + 2048;
 /// How much is read at once, in bytes.
 const READ_LENGTH: usize = 16 * 1024;
 
@@ -26,21 +32,33 @@ pub(super) struct WholeRecords {
     whole: usize,
     /// How much of a record is still to be given of which something was given.
     begun: usize,
+    /// Of the connection that rustls makes on this stream.
+    secrets: Arc<FirstSecrets>,
+}
+
+/// Shakes hands on `stream`.
+pub(super) fn accept(stream: Stream, tls: &Tls) -> Accept<WholeRecords> {
+    let secrets = Arc::new(FirstSecrets::default());
+    let acceptor = tls.acceptor(&secrets);
+    acceptor.accept(WholeRecords { stream, buffer: BytesMut::new(), whole: 0, begun: 0, secrets })
 }
 
 impl WholeRecords {
-    pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, buffer: BytesMut::new(), whole: 0, begun: 0 }
-    }
-
     #[cfg(test)]
     pub(super) fn stream(&self) -> &Stream {
         &self.stream
     }
 
-    /// The stream, and what was not given.
-    pub(super) fn into_parts(self) -> (Stream, Bytes) {
-        (self.stream, self.buffer.freeze())
+    /// How many hold the secrets, and which they are.
+    #[cfg(test)]
+    pub(super) fn secrets(&self) -> (usize, Option<&TrafficSecret>, Option<&TrafficSecret>) {
+        (Arc::strong_count(&self.secrets), self.secrets.from_peer.get(), self.secrets.to_peer.get())
+    }
+
+    /// Sends all of `bytes` at once, or fails.
+    fn send_now(&self, bytes: &[u8]) -> Option<()> {
+        let sent = send(self.stream.as_fd(), bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).ok()?;
+        (sent == bytes.len()).then_some(())
     }
 
     /// The rest of a record that was given in part.
@@ -52,18 +70,18 @@ impl WholeRecords {
     }
 
     fn count_whole(&mut self) {
-        while let Some(header) = self.buffer[self.whole..].first_chunk::<HEADER_LENGTH>() {
-            let length = record_length(*header);
-            // Content types are 20 to 24, and every version of TLS begins with 3.
-            if !(20..=24).contains(&header[0]) || header[1] != 3 || length > RECORD_LIMIT {
-                // It is for rustls to object to, at once.
-                self.whole = self.buffer.len();
-                return;
+        loop {
+            match sealed_length(&self.buffer[self.whole..]) {
+                Ok(Some(length)) if self.buffer.len() >= self.whole + HEADER_LENGTH + length => {
+                    self.whole += HEADER_LENGTH + length;
+                }
+                Ok(_) => return,
+                Err(NoHeader) => {
+                    // It is for rustls to object to, at once.
+                    self.whole = self.buffer.len();
+                    return;
+                }
             }
-            if self.buffer.len() < self.whole + length {
-                return;
-            }
-            self.whole += length;
         }
     }
 
@@ -99,9 +117,19 @@ pub(super) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSes
     if session.is_handshaking() || session.wants_write() {
         return None;
     }
-    let (stream, unread) = below.into_parts();
-    let secrets = session.dangerous_extract_secrets().ok()?;
-    Some((stream, TlsSession::new(secrets, unread)?, opened.freeze()))
+    // rustls answers a KeyUpdate in front of what it sends next, but changes its key at once. Without this answer the
+    // peer could open nothing of what comes later.
+    let _of_none = session.writer().write(&[]).ok()?;
+    let mut answer = Vec::new();
+    while session.wants_write() {
+        session.write_tls(&mut answer).ok()?;
+    }
+    if !answer.is_empty() {
+        below.send_now(&answer)?;
+    }
+    let WholeRecords { stream, buffer, secrets, .. } = below;
+    let extracted = session.dangerous_extract_secrets().ok()?;
+    Some((stream, TlsSession::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
 }
 
 /// None where the peer has said its last.

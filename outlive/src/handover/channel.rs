@@ -19,9 +19,16 @@ use zeroize::Zeroizing;
 use super::Origin;
 use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
 pub use super::frame::{Kind, MAX_SOCKETS, Record, Secret};
+use crate::rlimit::{self, FdRoom};
+use crate::sys;
 
 /// The records of one frame: 252 connections with 2 MiB unread each.
 const RECORDS_LIMIT: u64 = 252 << 21;
+
+/// The connections of a frame where few travel; fewer in a message cost more memory of the kernel for each of them.
+const SMALL_FRAME: usize = 32;
+/// Messages that fit into the socket's buffer, with room for those that follow the connections.
+const FRAMES_IN_CHANNEL: usize = 200;
 
 /// A frame read.
 pub struct Frame {
@@ -38,6 +45,8 @@ pub enum Next {
     Frame(Frame),
     /// A message that makes no sense, and the number of sockets that came with it.
     Refused(usize, String),
+    /// The next frame carries more sockets than this process may open; it stays in the channel.
+    NoRoom,
     /// Nothing yet.
     Pending,
     /// The other end is closed, and all that it sent has been read.
@@ -59,8 +68,9 @@ pub fn send<S: AsFd>(
     sockets: &[(S, Record)],
     text: &str,
 ) -> (usize, Option<io::Error>) {
+    let length = if kind == Kind::Connections { frame_length(sockets.len()) } else { MAX_SOCKETS };
     // At least one frame, so that its kind, its sender and its text are said.
-    let frames = sockets.chunks(MAX_SOCKETS).chain(sockets.is_empty().then_some(&[][..]));
+    let frames = sockets.chunks(length).chain(sockets.is_empty().then_some(&[][..]));
     let mut sent = 0;
     for frame in frames {
         if let Err(error) = send_frame(channel.as_fd(), kind, origin, frame, text) {
@@ -69,6 +79,13 @@ pub fn send<S: AsFd>(
         sent += frame.len();
     }
     (sent, None)
+}
+
+/// How many of `count` connections travel in one frame. A process with few free descriptors adopts connections by whole
+/// frames, so frames are small; but the socket's buffer holds only some 230 messages, so many connections need large
+/// ones.
+fn frame_length(count: usize) -> usize {
+    count.div_ceil(FRAMES_IN_CHANNEL).clamp(SMALL_FRAME, MAX_SOCKETS)
 }
 
 fn send_frame<S: AsFd>(
@@ -107,18 +124,89 @@ fn write_records<S>(version: u16, sockets: &[(S, Record)]) -> io::Result<File> {
 
 /// What the next frame says of its sender; the frame stays.
 pub(super) fn peek(channel: &OwnedFd) -> Option<Origin> {
+    peek_header(channel).map(|header| header.origin)
+}
+
+/// The header of the next frame; the frame stays, and so do its descriptors, since no buffer for them is given.
+fn peek_header(channel: impl AsFd) -> Option<Header> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let (length, _) = recv(channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
-    Header::decode(&bytes[..length]).ok().map(|header| header.origin)
+    Header::decode(&bytes[..length]).ok()
+}
+
+/// The header and the length of the frame that begins `offset` bytes behind the next one. None behind the last one, and
+/// behind a message that is not a frame.
+pub(super) fn peek_header_at(channel: impl AsFd, offset: usize) -> io::Result<Option<(Header, usize)>> {
+    let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
+    let peeked = with_peek_offset(&channel, offset, || {
+        recv(&channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT)
+    });
+    Ok(match peeked? {
+        Ok((length, _)) => Header::decode(&bytes[..length]).ok().map(|header| (header, length)),
+        Err(_) => None,
+    })
+}
+
+/// Makes one `peek`, which begins `offset` bytes behind the start of the next message.
+fn with_peek_offset<T>(channel: impl AsFd, offset: usize, peek: impl FnOnce() -> T) -> io::Result<T> {
+    sys::set_peek_offset(&channel, Some(offset))?;
+    let peeked = peek();
+    // Otherwise the next look at the first frame would begin where this one ended.
+    sys::set_peek_offset(&channel, None)?;
+    Ok(peeked)
+}
+
+/// See [`peek_at`].
+pub(super) enum Peeked {
+    /// A frame with copies of its descriptors, and its length in bytes.
+    Frame(Frame, usize),
+    /// A frame that carries more sockets than this process may open.
+    NoRoom { sockets: usize, length: usize },
+    /// There is no frame.
+    End,
+}
+
+/// Descriptors that stay free for handlers while connections of a copied frame are answered, which takes two
+/// descriptors for each.
+const ROOM_OF_HANDLERS: usize = 16;
+
+/// Copies the frame that begins `offset` bytes behind the next one, if its descriptors fit; it stays in the channel.
+pub(super) fn peek_at(channel: impl AsFd, offset: usize, room: &mut FdRoom) -> io::Result<Peeked> {
+    let Some((header, length)) = peek_header_at(&channel, offset)? else { return Ok(Peeked::End) };
+    let sockets = usize::from(header.sockets);
+    if header.kind != Kind::Connections || !room.fits(2 * sockets + ROOM_OF_HANDLERS) {
+        let sockets = if header.kind == Kind::Connections { sockets } else { 0 };
+        return Ok(Peeked::NoRoom { sockets, length });
+    }
+    match with_peek_offset(&channel, offset, || receive_with(&channel, RecvFlags::PEEK))?? {
+        Next::Frame(frame) => Ok(Peeked::Frame(frame, length)),
+        _ => Ok(Peeked::NoRoom { sockets, length }),
+    }
+}
+
+/// Takes the next frame if its descriptors fit and leave `reserve` free; never waits. The kernel would close those that
+/// do not fit without a response to their peers. A frame that could never fit is taken nevertheless.
+pub fn receive_if_room(channel: impl AsFd, room: &mut FdRoom, reserve: usize) -> io::Result<Next> {
+    let sockets = peek_header(&channel).map_or(0, |header| usize::from(header.sockets));
+    // The file of its records comes with them.
+    if sockets == 0 || room.take(sockets + 1, reserve) || !rlimit::could_fit(sockets + 1) {
+        receive(channel)
+    } else {
+        Ok(Next::NoRoom)
+    }
 }
 
 /// Takes the next frame; never waits.
 pub fn receive(channel: impl AsFd) -> io::Result<Next> {
+    receive_with(channel, RecvFlags::empty())
+}
+
+fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
     // One more than a header, to see a message that is too long.
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = loop {
         match recvmsg(&channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
             Err(Errno::INTR) => {}
@@ -150,9 +238,10 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         0 => 0,
         sockets => sockets + 1,
     };
-    if fds.len() != expected {
-        return Err(format!("{} fds with a frame of {sockets} sockets", fds.len()));
+    if fds.is_empty() && expected > 0 || fds.len() > expected {
+        return Err(format!("{} of {expected} file descriptors of a message were received", fds.len()));
     }
+    let missing = expected - fds.len();
     let mut fds = fds.into_iter();
     let records = match fds.next() {
         Some(file) => read_records(&file.into()).map_err(|error| format!("its records: {error}"))?,
@@ -166,6 +255,8 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
             Err(reason) => frame.refused.push(reason),
         }
     }
+    // The kernel closes the descriptors that a process may not open.
+    frame.refused.extend((0..missing).map(|_| "too few file descriptors: raise LimitNOFILE=".to_owned()));
     Ok(frame)
 }
 
@@ -201,11 +292,33 @@ impl Channel {
                 Ok(Next::Frame(frame)) => return Ok(Some(frame)),
                 Ok(Next::Refused(_, reason)) => return Err(io::Error::other(reason)),
                 Ok(Next::End) => return Ok(None),
-                Ok(Next::Pending) => {}
+                Ok(Next::Pending | Next::NoRoom) => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Waits until there is something to read, or the other end is closed.
+    pub async fn readable(&self) -> io::Result<()> {
+        self.0.readable().await
+    }
+
+    /// As [`receive_if_room`]; pending if there is nothing to read after all.
+    pub fn receive_if_room(&self, room: &mut FdRoom, reserve: usize) -> io::Result<Next> {
+        let next = self.0.try_io(Interest::READABLE, || match receive_if_room(&self.0, room, reserve)? {
+            Next::Pending => Err(io::ErrorKind::WouldBlock.into()),
+            next => Ok(next),
+        });
+        match next {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Next::Pending),
+            next => next,
+        }
+    }
+
+    /// The socket, where nothing waits for it any more.
+    pub fn into_socket(self) -> io::Result<OwnedFd> {
+        Ok(self.0.into_std()?.into())
     }
 
     /// Sends all of `sockets`, waiting for the other side to read where need be.
@@ -274,6 +387,35 @@ mod tests {
             received += frame.sockets.len();
         }
         assert_eq!(received, fitted);
+    }
+
+    #[test]
+    fn frames_are_small_unless_so_many_connections_travel_that_the_channel_would_be_full() {
+        assert_eq!(frame_length(1), SMALL_FRAME);
+        assert_eq!(frame_length(SMALL_FRAME * FRAMES_IN_CHANNEL), SMALL_FRAME);
+        for count in [7_000_usize, 20_000, 50_000] {
+            assert!(count.div_ceil(frame_length(count)) <= FRAMES_IN_CHANNEL, "{count}");
+        }
+        assert_eq!(frame_length(1_000_000), MAX_SOCKETS);
+    }
+
+    #[test]
+    fn descriptors_that_the_kernel_dropped_are_refused_and_the_others_are_read() {
+        let (write, read) = pair().expect("a pair");
+        send(&write, Kind::Connections, Origin::now(1), &sockets(20), "");
+        let mut bytes = [0; HEADER_LENGTH];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+        recvmsg(&read, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags).expect("a message");
+        let fds = ancillary.drain().flat_map(|message| match message {
+            RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
+            _ => Vec::new(),
+        });
+        let frame = read_frame(&bytes, fds.collect()).expect("a frame");
+        assert!(!frame.sockets.is_empty() && !frame.refused.is_empty());
+        assert_eq!(frame.sockets.len() + frame.refused.len(), 20);
+        assert!(read_frame(&bytes, Vec::new()).is_err(), "without its records");
     }
 
     #[test]

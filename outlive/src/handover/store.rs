@@ -4,11 +4,9 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
-use super::{Kind, Next, Origin, STORE_NAME, Secret, channel, pack, pack_tickets, unpack, unpack_tickets};
-use crate::kind::Name;
-use crate::log::message_id;
+use super::{Kind, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
 use crate::metrics;
 use crate::stream::Connection;
 use crate::systemd;
@@ -92,101 +90,5 @@ impl FdStore {
     pub fn say_totals(&self, origin: Origin) {
         // Where the channel is full or gone, the journal has it.
         channel::send::<OwnedFd>(&self.channel, Kind::Totals, origin, &[], &metrics::totals());
-    }
-}
-
-/// Goes on with the connections that a predecessor left in `channels`, and says what became of them. None where it left
-/// no channel.
-pub fn take(
-    channels: Vec<anyhow::Result<OwnedFd>>,
-    names: &[Name],
-    adopt: impl Fn(Connection),
-) -> Option<Taken> {
-    if channels.is_empty() {
-        return None;
-    }
-    let mut taken = Taken::default();
-    for channel in channels {
-        if let Err(error) = channel.and_then(|channel| taken.empty(&channel, names, &adopt)) {
-            taken.refuse(0, format!("{error:#}"));
-        }
-    }
-    metrics::TAKEN_OVER.inc_by(taken.connections as u64);
-    taken.log();
-    Some(taken)
-}
-
-/// What was in the store.
-#[derive(Default)]
-pub struct Taken {
-    /// Connections that go on.
-    pub connections: usize,
-    /// Keys of session tickets.
-    pub tickets: Option<Secret>,
-    origin: Option<Origin>,
-    /// Connections closed because nobody here could go on with them.
-    refused: usize,
-    /// Why; the last reason.
-    reason: Option<String>,
-}
-
-impl Taken {
-    fn log(&self) {
-        let Self { connections: taken_over, refused, .. } = *self;
-        if let Some(origin) = self.origin {
-            let rest_ms = u64::try_from(origin.pause().as_millis()).unwrap_or(u64::MAX);
-            info!(
-                message_id = message_id::TOOK_OVER,
-                taken_over,
-                rest_ms,
-                "took over {taken_over} connections, {rest_ms} ms after the predecessor's last answer",
-            );
-        }
-        if let Some(reason) = &self.reason {
-            warn!(refused, "closed {refused} connections of the predecessor: {reason}");
-        }
-    }
-
-    /// Takes all that the channel's writer has sent. A frame that makes no sense costs the connections in
-    /// it, and no others.
-    fn empty(
-        &mut self,
-        channel: &OwnedFd,
-        names: &[Name],
-        adopt: &impl Fn(Connection),
-    ) -> anyhow::Result<()> {
-        loop {
-            match channel::receive(channel)? {
-                Next::Frame(frame) if frame.kind == Kind::Totals => {
-                    if let Err(error) = metrics::go_on_from(&frame.text) {
-                        debug!(%error, "the predecessor's totals make no sense");
-                    }
-                }
-                Next::Frame(frame) if frame.kind == Kind::Tickets => self.tickets = unpack_tickets(frame),
-                Next::Frame(frame) => {
-                    self.origin = Some(frame.origin);
-                    for reason in frame.refused {
-                        self.refuse(1, reason);
-                    }
-                    for (fd, record) in frame.sockets {
-                        match unpack(fd, record, names) {
-                            Ok(connection) => {
-                                self.connections += 1;
-                                adopt(connection);
-                            }
-                            Err(reason) => self.refuse(1, reason),
-                        }
-                    }
-                }
-                Next::Refused(connections, reason) => self.refuse(connections, reason),
-                // Its writer has ended: nothing more will come.
-                Next::Pending | Next::End => return Ok(()),
-            }
-        }
-    }
-
-    fn refuse(&mut self, connections: usize, reason: String) {
-        self.refused += connections;
-        self.reason = Some(reason);
     }
 }

@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Clock;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::task::{Context, Poll, Waker};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use hyper::Uri;
 use hyper::http::uri::PathAndQuery;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::Instant;
 
 use super::state::{Event, Stage, State};
 use super::{Phase, Registry};
@@ -239,7 +240,7 @@ impl Entry {
 
     /// Whether the connection is to come to rest as soon as it can: for the next process, or because it is idle.
     pub fn is_to_rest(&self) -> bool {
-        self.phase() == Phase::Resting || self.is_drowsy()
+        self.phase().rests() || self.is_drowsy()
     }
 
     /// When it came to its stage, by the registry's clock.
@@ -262,6 +263,10 @@ impl Entry {
     pub fn is_overdue(&self) -> bool {
         let limits = self.registry.limits();
         let state = self.state();
+        if state.stage == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
+            // The first request of a new connection may be on its way.
+            return self.registry.age(self.since().max(self.registered)) >= DROWSY_AFTER;
+        }
         let (limit, since) = match state.stage {
             Stage::Waiting => (limits.idle, self.since()),
             Stage::Head => (limits.head, self.since()),
@@ -356,6 +361,15 @@ impl Entry {
     /// How many requests have begun on this connection in this process.
     pub fn started(&self) -> u64 {
         self.started.load(Acquire)
+    }
+
+    /// When the last of its requests in flight began. One that is answered, and whose answer is not sent yet, counts
+    /// from when the peer last took something.
+    pub(super) fn last_request(&self) -> Option<Instant> {
+        let listed = lock(&self.listed).iter().map(|request| request.since).max();
+        let is_in_flight = self.stage() == Stage::InFlight;
+        listed
+            .or_else(|| is_in_flight.then(|| Instant::now().checked_sub(self.registry.age(self.since())))?)
     }
 
     pub(super) fn remaining(&self) -> Remaining {

@@ -73,7 +73,7 @@ mod tests {
         let mut body = Within::new(body, 1024, Duration::from_millis(50));
         let chunk = body.frame().await.expect("a chunk").expect("in time").into_data().expect("data");
         assert_eq!(chunk, "first");
-        let end = timeout(Duration::from_secs(5), body.frame()).await.expect("not waited for");
+        let end = timeout(Duration::from_secs(120), body.frame()).await.expect("not waited for");
         let error = end.expect("an end").expect_err("late");
         assert_eq!(error.downcast::<io::Error>().expect("ours").kind(), io::ErrorKind::TimedOut);
     }

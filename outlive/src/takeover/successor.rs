@@ -7,16 +7,15 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::launch::{Outcome, is_readable, take_standard_input};
 use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
+use crate::adopter::Adopter;
 use crate::credentials::Credentials;
-use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames, unpack, unpack_tickets};
+use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames};
 use crate::kind::Name;
 use crate::listeners::{Inherited, Listener, leave_socket_files};
-use crate::log::message_id;
-use crate::metrics;
 use crate::server::Server;
 use crate::status::Status;
 
@@ -50,7 +49,7 @@ impl Predecessor {
             match receive_frame(&self.channel)? {
                 Next::Frame(frame) => break frame,
                 Next::Refused(_, reason) => bail!("from the predecessor: {reason}"),
-                Next::Pending => {}
+                Next::Pending | Next::NoRoom => {}
                 Next::End => bail!("the predecessor hung up"),
             }
         };
@@ -149,48 +148,13 @@ async fn receive(
     to_main: oneshot::Sender<()>,
 ) {
     let _arriving = server.registry().arriving();
-    let begun = Instant::now();
     let mut to_main = Some(to_main);
-    let mut taken_over = 0_usize;
-    loop {
-        let frame = match channel.receive().await {
-            Ok(Some(frame)) => frame,
-            Ok(None) => break,
-            Err(error) => {
-                warn!(%error, "the predecessor makes no sense");
-                break;
-            }
-        };
-        match frame.kind {
+    let adopter = Adopter::new(server.clone(), names);
+    let note = adopter
+        .adopt_from(channel, |frame| match frame.kind {
             Kind::Main => drop(to_main.take()),
-            Kind::Connections => {
-                for reason in frame.refused {
-                    warn!("closed a connection of the predecessor: {reason}");
-                }
-                for (fd, record) in frame.sockets {
-                    match unpack(fd, record, &names) {
-                        Ok(connection) => {
-                            taken_over += 1;
-                            metrics::TAKEN_OVER.inc();
-                            server.adopt(connection);
-                        }
-                        Err(reason) => warn!("closed a connection of the predecessor: {reason}"),
-                    }
-                }
-            }
-            Kind::Tickets => server.go_on_with_tickets(unpack_tickets(frame)),
-            Kind::Totals => {
-                if let Err(error) = metrics::go_on_from(&frame.text) {
-                    debug!(%error, "the predecessor's totals make no sense");
-                }
-            }
-            other => debug!(?other, "not expected here"),
-        }
-    }
-    status.note(format!("took over {taken_over} connections"));
-    let took_ms = u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX);
-    info!(
-        message_id = message_id::TOOK_OVER,
-        taken_over, took_ms, "took over {taken_over} connections; the predecessor ended after {took_ms} ms",
-    );
+            other => debug!(?other, "unexpected frame from the predecessor"),
+        })
+        .await;
+    status.note(note);
 }

@@ -1,12 +1,17 @@
-"""httpx, for so many seconds, one request after the other. Prints a line: answered, lost, connections made."""
+"""httpx, one request after the other, until standard input ends. For each line of standard input it writes "answered",
+as soon as a request that began since then was answered. At its end it prints a line: answered, lost, connections made."""
 
+import signal
 import sys
-import time
+import threading
 
 import httpx
 
-url, seconds, protocol, roots = sys.argv[1], float(sys.argv[2]), sys.argv[3], sys.argv[4]
-answered = lost = made = 0
+url, limit, protocol, roots = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+# A test that hangs does not leave this process behind.
+signal.alarm(limit)
+answered = lost = made = asked = told = 0
+ends = False
 
 
 def trace(event, _):
@@ -14,9 +19,20 @@ def trace(event, _):
     made += event == "connection.connect_tcp.complete"
 
 
-with httpx.Client(http1=protocol == "HTTP/1.1", http2=protocol == "HTTP/2", verify=roots) as client:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+def listen():
+    global asked, ends
+    for _ in sys.stdin:
+        asked += 1
+    ends = True
+
+
+threading.Thread(target=listen, daemon=True).start()
+with httpx.Client(
+    http1=protocol == "HTTP/1.1", http2=protocol == "HTTP/2", verify=roots, timeout=60
+) as client:
+    is_last = False
+    while not is_last:
+        is_last, until = ends, asked
         try:
             answer = client.post(url, content=b"x" * 1024, extensions={"trace": trace})
             good = (answer.status_code, answer.http_version) == (200, protocol)
@@ -24,4 +40,7 @@ with httpx.Client(http1=protocol == "HTTP/1.1", http2=protocol == "HTTP/2", veri
             print(repr(error), file=sys.stderr)
             good = False
         answered, lost = answered + good, lost + (not good)
+        while good and told < until:
+            print("answered", flush=True)
+            told += 1
 print(answered, lost, made)

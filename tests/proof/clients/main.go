@@ -1,5 +1,6 @@
-// Go's net/http: ten goroutines, each one request after the other, for so many seconds. Prints a line: answered, lost,
-// connections made, of these the ones that it closed though nobody had told it to.
+// Go's net/http: ten goroutines, each one request after the other, until standard input ends. For each line of standard
+// input it writes "answered", as soon as a request of each goroutine that began since then was answered. At its end it
+// prints a line: answered, lost, connections made, of these the ones that it closed though nobody had told it to.
 //
 // net/http closes a connection of its own accord too, where its own writer was kept waiting for 50 ms
 // (`maxWriteWaitBeforeConnReuse` in its transport.go), and makes another without a word. Whatever ends a connection
@@ -7,6 +8,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -16,6 +18,7 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -89,9 +92,15 @@ func main() {
 		MaxIdleConnsPerHost: 10,
 	}
 	client := &http.Client{Transport: transport}
-	end := time.Now().Add(time.Duration(seconds) * time.Second)
+	// A test that hangs does not leave this process behind.
+	time.AfterFunc(time.Duration(seconds)*time.Second, func() {
+		fmt.Fprintln(os.Stderr, "not told to end within", seconds, "s")
+		os.Exit(1)
+	})
+	var asked atomic.Int64
+	var ends atomic.Bool
 	var answered, lost atomic.Int64
-	ask := func() {
+	ask := func() bool {
 		// A POST is not sent again by the client itself.
 		request, err := http.NewRequest("POST", url, nil)
 		if err != nil {
@@ -111,19 +120,42 @@ func main() {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, err)
 			lost.Add(1)
-			return
+			return false
 		}
 		answered.Add(1)
+		return true
 	}
+	// What was asked before the last good answer of each goroutine began.
+	var mutex sync.Mutex
+	told, until := int64(0), make([]int64, 10)
+	note := func(number int, asked int64) {
+		mutex.Lock()
+		defer mutex.Unlock()
+		until[number] = asked
+		for told < slices.Min(until) {
+			fmt.Println("answered")
+			told++
+		}
+	}
+	go func() {
+		for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
+			asked.Add(1)
+		}
+		ends.Store(true)
+	}()
 	// The first alone: whoever knows of no HTTP/2 connection yet makes one.
 	ask()
 	var group sync.WaitGroup
-	for range 10 {
+	for number := range until {
 		group.Add(1)
 		go func() {
 			defer group.Done()
-			for time.Now().Before(end) {
-				ask()
+			for isLast := false; !isLast; {
+				var askedFor int64
+				isLast, askedFor = ends.Load(), asked.Load()
+				if ask() {
+					note(number, askedFor)
+				}
 			}
 		}()
 	}

@@ -27,6 +27,8 @@ use crate::connection::PREFACE;
 
 /// A client that begins more while it is held is held no longer, in bytes.
 const HELD_LIMIT: usize = 1280 * 1024;
+/// Half of the connection's window, in bytes: what is held beyond that leaves too little to an upload that is open.
+const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
 /// Streams that are kept account of: more than h2 lets a client have.
 const STREAMS_LIMIT: usize = 1000;
 /// Frames are no longer, in bytes (RFC 9113 section 4.2); h2 objects to any that are.
@@ -172,6 +174,11 @@ impl Session {
     /// Whether the client sends too much to be held any longer.
     pub fn is_full(&self) -> bool {
         self.held.len() > HELD_LIMIT
+    }
+
+    /// Whether what is held takes so much of the connection's window that an upload which is open hardly gets any.
+    pub fn starves_uploads(&self) -> bool {
+        self.held.len() > HELD_BESIDE_UPLOADS
     }
 
     /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.

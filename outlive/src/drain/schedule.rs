@@ -1,0 +1,78 @@
+//! When a process that restarts holds the requests that arrive, so that the next process serves them.
+//!
+//! Two demands pull in opposite directions. A request that is in flight must not be cut off if it takes less than the
+//! drain limit. And new requests should wait as briefly as possible, although no process can serve them between the
+//! moment at which they are held and the start of the next process.
+//!
+//! The limit therefore counts for each request from its own beginning, or from the beginning of the drain if the request
+//! was in flight then. New requests are held within one limit, at a moment `h`; each request that was admitted before
+//! `h` has time until `h + limit` at least. The guarantee is independent of what arrives and of how `h` is chosen; the
+//! drain takes two limits at most. The choice of `h` decides only how long others wait: until the slowest request that
+//! is in flight at `h` has ended.
+//!
+//! No one knows how long a request will take, so the choice uses what the drain itself has shown:
+//!
+//! 1. New requests are served until all requests that were in flight at the beginning have ended. One slow download
+//!    among quick requests thus delays only the restart, and no other client.
+//! 2. If only quick requests are in flight then, they end within a short hold: [`Step::Try`].
+//! 3. If they do not, new requests are served a little longer, in search of a better moment. A round and its hold may
+//!    each cost a tenth of the time that the drain has taken, because with steady slow requests there is no better
+//!    moment: the wait of others is then the duration of those requests, whenever the hold begins.
+//! 4. Otherwise, and at one limit at the latest, new requests are held until all others have ended: [`Step::Hold`].
+//!
+//! With steady requests of duration `d`, others wait for about `d`, which is the minimum, and the drain takes about
+//! `2.1 d`. Holding from the beginning would take about `d`, but one slow request would then stop all others.
+
+use std::time::Duration;
+
+/// The first try. Shorter ones end before the tasks of a busy process have had their turn.
+const FIRST_TRY: Duration = Duration::from_millis(100);
+/// A further round of serving, or a try, costs at most this fraction of the time that the drain has taken so far.
+/// A larger fraction makes restarts under steady slow requests longer; a smaller one gives up earlier on a moment at
+/// which others hardly have to wait.
+const FRACTION: u32 = 10;
+
+/// What a drain does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// Requests that arrive are served, until those that were in flight at the beginning of this step have ended, and
+    /// no longer than this.
+    Serve { at_most: Duration },
+    /// Requests that arrive are held. The drain is over if the others end within this time; otherwise those that were
+    /// held are served.
+    Try { at_most: Duration },
+    /// Requests that arrive are held for the next process, until all others have ended.
+    Hold,
+}
+
+/// The schedule of one drain; see the module. All times are since its beginning.
+#[derive(Debug)]
+pub struct Schedule {
+    limit: Duration,
+    next_try: Duration,
+}
+
+impl Schedule {
+    pub fn new(limit: Duration) -> Self {
+        Self { limit, next_try: FIRST_TRY }
+    }
+
+    pub fn first(&self, elapsed: Duration) -> Step {
+        Step::Serve { at_most: self.limit.saturating_sub(elapsed) }
+    }
+
+    /// `have_ended`: all requests that were in flight at the beginning of that step have ended.
+    pub fn after_serving(&mut self, elapsed: Duration, have_ended: bool) -> Step {
+        let at_most = self.next_try;
+        let is_cheap = at_most <= elapsed / FRACTION && elapsed + at_most < self.limit;
+        if !have_ended || !is_cheap {
+            return Step::Hold;
+        }
+        self.next_try *= 2;
+        Step::Try { at_most }
+    }
+
+    pub fn after_failed_try(&self, elapsed: Duration) -> Step {
+        Step::Serve { at_most: (elapsed / FRACTION).min(self.limit.saturating_sub(elapsed)) }
+    }
+}

@@ -1,0 +1,304 @@
+//! Connections for which this process has no file descriptors, because `LimitNOFILE=` was lowered or a handler has many
+//! files open.
+//!
+//! They stay in the channel that they came in, as messages that the kernel keeps; systemd's store keeps its copy of the
+//! channel as well. This process cannot move them to a channel of its own, because the kernel lets an unprivileged
+//! process pass on descriptors only while no more than `RLIMIT_NOFILE` of its user's are on the way (`unix(7)`,
+//! ETOOMANYREFS).
+//!
+//! At short intervals the process takes the messages for which there is room by now, and looks at the others without
+//! taking them (`SO_PEEK_OFF`, `socket(7)`), which gives it copies of their descriptors for that moment. It serves each
+//! connection that its peer has closed or sent something on, and ends it with that response. So each of them is answered
+//! soon, however long others stay idle, and none is closed without a response.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Mutex;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
+use tracing::warn;
+
+use super::channel::{self, Frame, Next, Peeked};
+use super::{Kind, STORE_NAME};
+use crate::lock::lock;
+use crate::rlimit::FdRoom;
+use crate::stream::Connection;
+use crate::systemd;
+
+/// Descriptors that an adoption leaves free: for one message that is looked at, for those of its connections that are
+/// answered, and for the files of handlers.
+pub const WINDOW: usize = 96;
+
+#[derive(Default)]
+pub struct Overflow(Mutex<State>);
+
+enum State {
+    Open(Vec<Waiting>),
+    /// The next process has the channels.
+    HandedOver,
+}
+
+impl Default for State {
+    fn default() -> Self {
+        Self::Open(Vec::new())
+    }
+}
+
+/// A channel that still holds connections.
+struct Waiting {
+    channel: OwnedFd,
+    is_stored: bool,
+    /// How many connections of it wait.
+    count: usize,
+}
+
+impl Overflow {
+    /// Keeps a channel whose next message carries more descriptors than this process may open.
+    pub fn keep(&self, channel: OwnedFd, is_stored: bool) {
+        let count = count(&channel);
+        if let State::Open(channels) = &mut *lock(&self.0) {
+            channels.push(Waiting { channel, is_stored, count });
+        }
+    }
+
+    /// How many connections wait.
+    pub fn len(&self) -> usize {
+        match &*lock(&self.0) {
+            State::Open(channels) => channels.iter().map(|waiting| waiting.count).sum(),
+            State::HandedOver => 0,
+        }
+    }
+
+    /// Whether the processes that wrote to the channels have ended.
+    pub fn is_complete(&self) -> bool {
+        match &*lock(&self.0) {
+            State::Open(channels) => channels.iter().all(|waiting| is_hung_up(&waiting.channel)),
+            State::HandedOver => true,
+        }
+    }
+
+    /// Has systemd keep those channels that came from elsewhere, so that a restart or a crash does not close their
+    /// connections.
+    pub fn store(&self) {
+        if let State::Open(channels) = &mut *lock(&self.0) {
+            store(channels);
+        }
+    }
+
+    /// Gives each frame for which there is room to `adopt`, and to `finish` each of the other connections that its peer
+    /// has closed or sent something on. Gives the number of connections that still wait; none once the channels are
+    /// handed over.
+    pub fn rotate(
+        &self,
+        room: &mut FdRoom,
+        mut adopt: impl FnMut(Next),
+        unpack: impl Fn(Frame) -> Vec<Connection>,
+        mut finish: impl FnMut(Connection),
+    ) -> Option<usize> {
+        let mut state = lock(&self.0);
+        let State::Open(channels) = &mut *state else { return None };
+        channels.retain_mut(|waiting| {
+            loop {
+                match channel::receive_if_room(&waiting.channel, room, WINDOW) {
+                    Ok(Next::NoRoom) => break,
+                    Ok(Next::Pending) => return !is_hung_up(&waiting.channel),
+                    Ok(Next::End) | Err(_) => return false,
+                    Ok(next) => adopt(next),
+                }
+            }
+            waiting.count = 0;
+            let mut offset = 0;
+            loop {
+                match channel::peek_at(&waiting.channel, offset, room) {
+                    Ok(Peeked::Frame(frame, length)) => {
+                        offset += length;
+                        for connection in unpack(frame) {
+                            if is_claimed(&connection) {
+                                continue;
+                            }
+                            if !is_ready(&connection) {
+                                waiting.count += 1;
+                            } else if claim(&connection).is_ok() {
+                                finish(connection);
+                            }
+                        }
+                    }
+                    Ok(Peeked::NoRoom { sockets, length }) => {
+                        offset += length;
+                        waiting.count += sockets;
+                    }
+                    Ok(Peeked::End) | Err(_) => return true,
+                }
+            }
+        });
+        Some(channels.iter().map(|waiting| waiting.count).sum())
+    }
+
+    /// Gives the channels to the next process, which finds in systemd's store what is there already.
+    pub fn hand_over(&self) -> Vec<OwnedFd> {
+        match std::mem::replace(&mut *lock(&self.0), State::HandedOver) {
+            State::Open(mut channels) => {
+                store(&mut channels);
+                channels.into_iter().map(|waiting| waiting.channel).collect()
+            }
+            State::HandedOver => Vec::new(),
+        }
+    }
+}
+
+fn store(channels: &mut [Waiting]) {
+    for waiting in channels.iter_mut().filter(|waiting| !waiting.is_stored) {
+        match systemd::store(STORE_NAME, waiting.channel.as_fd()) {
+            Ok(()) => waiting.is_stored = true,
+            Err(error) => warn!(
+                %error,
+                connections = waiting.count,
+                "a restart closes {} connections that wait for file descriptors: could not store their channel",
+                waiting.count,
+            ),
+        }
+    }
+}
+
+/// How many connections of `channel` wait.
+fn count(channel: &OwnedFd) -> usize {
+    let mut offset = 0;
+    let mut count = 0;
+    while let Ok(Some((header, length))) = channel::peek_header_at(channel, offset) {
+        offset += length;
+        if header.kind == Kind::Connections {
+            count += usize::from(header.sockets);
+        }
+    }
+    count
+}
+
+/// Whether there is something to do for a connection.
+fn is_ready(connection: &Connection) -> bool {
+    !connection.unread.is_empty() || polls(connection.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP)
+}
+
+fn is_hung_up(channel: &OwnedFd) -> bool {
+    polls(channel.as_fd(), PollFlags::empty())
+}
+
+/// Whether one of `flags` is set, or the other side is gone.
+fn polls(socket: BorrowedFd<'_>, flags: PollFlags) -> bool {
+    let mut polled = [PollFd::from_borrowed_fd(socket, flags)];
+    // On an error of poll(2) the socket is used, which finds out what is wrong with it.
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |count| count > 0)
+}
+
+/// Marks a connection that is served while its descriptor is still in a channel, so that neither this process nor the
+/// next one serves it a second time. SO_BROADCAST is a mark that all copies of a descriptor share, and that means
+/// nothing for stream sockets.
+fn claim(connection: &Connection) -> io::Result<()> {
+    Ok(sockopt::set_socket_broadcast(&connection.socket, true)?)
+}
+
+/// Whether another descriptor of this connection is or was served.
+pub fn is_claimed(connection: &Connection) -> bool {
+    sockopt::socket_broadcast(&connection.socket).unwrap_or(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::os::unix::net::UnixStream;
+
+    use bytes::Bytes;
+
+    use super::super::{Origin, pack};
+    use super::*;
+    use crate::kind::Name;
+
+    /// A channel with one frame of `count` connections, and the clients' ends of these.
+    fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {
+        let (write, read) = channel::pair().expect("a pair");
+        let (clients, connections): (Vec<_>, Vec<_>) = (0..count)
+            .map(|_| {
+                let (client, server) = UnixStream::pair().expect("a pair");
+                let connection = Connection {
+                    socket: server.into(),
+                    listener: Name::default(),
+                    unread: Bytes::new(),
+                    http2: None,
+                    tls: None,
+                };
+                (client, connection)
+            })
+            .unzip();
+        let (sent, error) = channel::send(&write, Kind::Connections, Origin::now(1), &pack(&connections), "");
+        assert_eq!((sent, error.map(|error| error.to_string())), (count, None));
+        (read, clients)
+    }
+
+    fn unpack(frame: Frame) -> Vec<Connection> {
+        let names = [Name::default()];
+        let unpacked = frame.sockets.into_iter().map(|(fd, record)| super::super::unpack(fd, record, &names));
+        unpacked.map(|connection| connection.expect("a connection")).collect()
+    }
+
+    /// One turn; gives the connections adopted, those finished, and how many wait.
+    fn turn(overflow: &Overflow, room: fn() -> usize) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
+        let (mut adopted, mut finished) = (Vec::new(), Vec::new());
+        let adopt = |next| match next {
+            Next::Frame(frame) => adopted.extend(unpack(frame)),
+            _ => panic!("not a frame"),
+        };
+        let waiting = overflow.rotate(&mut FdRoom::counted_by(room), adopt, unpack, |connection| {
+            finished.push(connection);
+        });
+        (adopted, finished, waiting)
+    }
+
+    /// Enough to look at a frame of three, and too few to adopt it.
+    const LITTLE: fn() -> usize = || 30;
+    const NONE: fn() -> usize = || 0;
+    const ENOUGH: fn() -> usize = || 1000;
+
+    #[test]
+    fn connections_without_room_are_finished_once_each_when_their_peers_send_or_close() {
+        let (channel, mut clients) = channel_of(3);
+        let overflow = Overflow::default();
+        overflow.keep(channel, true);
+        assert_eq!(overflow.len(), 3);
+        assert!(
+            matches!(turn(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
+        );
+        clients[1].write_all(b"GET").expect("sent");
+        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        assert_eq!((finished.len(), waiting), (1, Some(2)));
+        let (_, again, waiting) = turn(&overflow, LITTLE);
+        assert_eq!((again.len(), waiting), (0, Some(2)), "it is served already");
+        drop(clients.remove(0));
+        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        assert_eq!((finished.len(), waiting), (1, Some(1)));
+    }
+
+    #[test]
+    fn connections_are_adopted_once_there_is_room_and_those_already_served_are_recognized() {
+        let (channel, mut clients) = channel_of(3);
+        let overflow = Overflow::default();
+        overflow.keep(channel, true);
+        clients[2].write_all(b"GET").expect("sent");
+        assert_eq!(turn(&overflow, LITTLE).1.len(), 1);
+        let (adopted, finished, waiting) = turn(&overflow, ENOUGH);
+        assert_eq!((finished.len(), waiting), (0, Some(0)));
+        assert_eq!(adopted.iter().map(is_claimed).collect::<Vec<_>>(), [false, false, true]);
+    }
+
+    #[test]
+    fn connections_that_cannot_even_be_looked_at_stay_in_the_channel() {
+        let (channel, mut clients) = channel_of(3);
+        let overflow = Overflow::default();
+        overflow.keep(channel, true);
+        clients[0].write_all(b"GET").expect("sent");
+        let (adopted, finished, waiting) = turn(&overflow, NONE);
+        assert_eq!((adopted.len(), finished.len(), waiting), (0, 0, Some(3)));
+        let [channel] = <[OwnedFd; 1]>::try_from(overflow.hand_over()).expect("the channel");
+        assert_eq!(count(&channel), 3);
+        assert_eq!(turn(&overflow, ENOUGH).2, None, "the next process has them");
+    }
+}

@@ -1,0 +1,116 @@
+// What a client does in Node or in a browser while the service is restarted and reloaded. The test appends the call of
+// one of these functions.
+
+const SERVICE = "127.0.0.1:8080";
+const TEST = "http://127.0.0.1:9000";
+
+// Sends a report to the test, and waits for its answer.
+async function report(what) {
+  const answer = await fetch(TEST, { method: "POST", body: JSON.stringify(what) });
+  return answer.text();
+}
+
+async function byFetch(path, body) {
+  const method = body === undefined ? "GET" : "POST";
+  const answer = await fetch(`http://${SERVICE}${path}`, { method, body, cache: "no-store" });
+  return [answer.status, await answer.text()];
+}
+
+// For Node alone.
+function byAgent() {
+  const http = require("node:http");
+  const agent = new http.Agent({ keepAlive: true });
+  return (path, body) => new Promise((resolve, reject) => {
+    const method = body === undefined ? "GET" : "POST";
+    const request = http.request(`http://${SERVICE}${path}`, { agent, method }, (answer) => {
+      let text = "";
+      answer.setEncoding("utf8");
+      answer.on("data", (piece) => { text += piece; });
+      answer.on("error", reject);
+      answer.on("end", () => resolve([answer.statusCode, text]));
+    });
+    request.on("error", reject);
+    request.end(body);
+  });
+}
+
+// Sends requests on so many connections until the test answers the second report. None is sent twice.
+async function requests(clients, ask) {
+  const counts = { answered: 0, lost: [] };
+  const one = async (path, body, isRight) => {
+    try {
+      const [status, text] = await ask(path, body);
+      if (status !== 200 || !isRight(text)) throw new Error(`${path}: ${status} ${text}`);
+      counts.answered += 1;
+    } catch (error) {
+      counts.lost.push(`${error} ${error.cause ?? ""}`);
+    }
+  };
+  const body = "x".repeat(1024);
+  const all = (work) => Promise.all(Array.from({ length: clients }, work));
+  do {
+    // At the same time, so that each takes a connection of its own.
+    await all(() => one("/sleep?duration=300ms", undefined, (text) => text === "slept 300ms\n"));
+  } while (await report("connected") === "again");
+  let isOver = false;
+  // After each request, because Node frees a connection only after it has given the last of the answer: a request that
+  // followed at once would be sent on a new one.
+  const pause = () => new Promise((resolve) => { setTimeout(resolve, 20); });
+  const running = all(async () => {
+    while (!isOver) {
+      await one("/", undefined, (text) => text.startsWith("pid "));
+      await pause();
+      await one("/echo", body, (text) => text === body);
+      await pause();
+    }
+  });
+  await report("asking");
+  isOver = true;
+  await running;
+  await report(counts);
+}
+
+// An event stream, which the browser opens again when it has ended. Reports at the first event of each connection.
+function events() {
+  const counts = { opened: 0, ended: 0, given_up: 0, events: 0, missed_or_repeated: 0 };
+  let isFirst = false;
+  const source = new EventSource(`http://${SERVICE}/events`);
+  source.onopen = () => {
+    counts.opened += 1;
+    isFirst = true;
+  };
+  source.onerror = () => {
+    counts.ended += 1;
+    if (source.readyState === EventSource.CLOSED) counts.given_up += 1;
+  };
+  source.onmessage = (event) => {
+    if (event.lastEventId !== String(counts.events)) counts.missed_or_repeated += 1;
+    counts.events += 1;
+    if (isFirst) report(counts);
+    isFirst = false;
+  };
+}
+
+// A WebSocket, which is opened again as soon as it has been closed. Reports when its message has come back.
+function webSockets() {
+  const counts = { opened: 0, ended: 0, errors: 0, closed: {} };
+  const open = () => {
+    const socket = new WebSocket(`ws://${SERVICE}/socket`);
+    const text = `message ${counts.opened}`;
+    socket.onopen = () => {
+      counts.opened += 1;
+      socket.send(text);
+    };
+    socket.onmessage = (event) => {
+      if (event.data === text) report(counts);
+    };
+    socket.onerror = () => { counts.errors += 1; };
+    socket.onclose = (event) => {
+      const how = `${event.code} ${event.reason}${event.wasClean ? "" : ", not clean"}`;
+      counts.ended += 1;
+      counts.closed[how] = (counts.closed[how] ?? 0) + 1;
+      open();
+    };
+  };
+  open();
+}
