@@ -17,6 +17,7 @@ mod peers;
 mod ports;
 mod rest;
 mod server_starter;
+mod slow;
 mod stalls;
 mod takeover;
 

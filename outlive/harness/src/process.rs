@@ -165,7 +165,12 @@ impl Notifications {
         self.wait_for_line(wanted, PATIENCE, |line| line.starts_with("STATUS=") && line.contains(wanted))
     }
 
-    fn wait_for_line(&mut self, wanted: &str, limit: Duration, is_it: impl Fn(&str) -> bool) -> Result<String> {
+    fn wait_for_line(
+        &mut self,
+        wanted: &str,
+        limit: Duration,
+        is_it: impl Fn(&str) -> bool,
+    ) -> Result<String> {
         let deadline = Instant::now() + limit;
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
