@@ -96,7 +96,6 @@ impl Inner {
 
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if !self.session.mediates() {
-            let bytes = &bytes[..bytes.len().min(self.session.unmediated())];
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
             self.session.sent(&bytes[..written]);
             return Poll::Ready(Ok(written));
@@ -112,7 +111,7 @@ impl Inner {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.session.mediates() || self.session.unmediated() < usize::MAX {
+        if self.session.mediates() {
             let first = slices.iter().find(|slice| !slice.is_empty());
             return self.poll_write(cx, first.map_or(&[], |slice| slice));
         }

@@ -10,7 +10,7 @@ use super::frame::{
     WINDOW_UPDATE, increment,
 };
 use super::session::Session;
-use crate::agreement::{Agreement, FIRST_WINDOW};
+use crate::agreement::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
 use crate::connection::PREFACE;
 
 const PRIORITY: u8 = 2;
@@ -18,6 +18,7 @@ const GREASE: u8 = 0xb;
 /// What h2 grants a connection.
 const TARGET: i64 = 200_000;
 const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
+const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = bytes::BytesMut::new();
@@ -152,6 +153,10 @@ struct H2 {
     receive_window: i64,
     send_window: i64,
     pings: u32,
+    /// How large the client lets the table of headers be.
+    table: u32,
+    /// The last stream of the generations before, once it is known.
+    former: u32,
     /// Of this generation, and whether each side has ended.
     streams: BTreeMap<u32, (bool, bool)>,
     bytes: BTreeMap<u32, i64>,
@@ -171,6 +176,8 @@ impl H2 {
             receive_window: FIRST_WINDOW,
             send_window: FIRST_WINDOW,
             pings: 0,
+            table: 4096,
+            former: 0,
             streams: BTreeMap::new(),
             bytes: BTreeMap::new(),
             left: BTreeSet::new(),
@@ -183,16 +190,33 @@ impl H2 {
         self.preface_left -= preface;
         for (head, payload) in frames(&mut self.received) {
             let Head { kind, stream, .. } = head;
+            if kind == HEADERS && head.length > LIST_LIMIT / 60 {
+                // Too large: refused, and forgotten. Its encoder must not have begun a table by then.
+                assert_eq!(self.table, 0, "the refusal enters the table of headers");
+                self.former = stream;
+                self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20\x48431"));
+                continue;
+            }
             let is_of_stream = stream > 0 && matches!(kind, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
             if self.generation > 0 && (is_of_stream || kind == PING) {
                 assert!(self.is_acknowledged && self.has_begun, "{head:?} before h2 has begun");
+            }
+            if is_of_stream && kind != HEADERS && stream <= self.former {
+                // Closed: as h2 does, which grants again what it throws away.
+                if kind == DATA {
+                    self.receive_window -= length(head);
+                    assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
+                    self.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 5]));
+                }
+                continue;
             }
             if is_of_stream && kind != HEADERS {
                 assert!(self.streams.contains_key(&stream), "an error on an idle stream: {head:?}");
             }
             match kind {
                 HEADERS => {
-                    let is_new = self.streams.keys().next_back().is_none_or(|last| *last < stream);
+                    let last = self.streams.keys().next_back().copied().unwrap_or(self.former);
+                    let is_new = last < stream;
                     assert!(is_new, "a stream begins twice: {head:?}");
                     self.streams.insert(stream, (false, false));
                 }
@@ -213,6 +237,9 @@ impl H2 {
                 }
                 SETTINGS => {
                     self.sent.extend(frame(SETTINGS, ACK, 0, &[]));
+                    for setting in payload.chunks(6).filter(|setting| setting[..2] == [0, 1]) {
+                        self.table = u32::from_be_bytes(setting[2..].try_into().expect("six bytes"));
+                    }
                     if !self.has_begun {
                         self.has_begun = true;
                         self.replenish();
@@ -316,12 +343,11 @@ impl World {
             self.h2.received.extend_from_slice(&for_h2.split_to(length));
             is_news |= length > 0;
             self.h2.hear();
-            let mut length = piece.min(self.h2.sent.len());
+            let length = piece.min(self.h2.sent.len());
             if self.session.mediates() {
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
                 self.session.mediate(&bytes);
             } else {
-                length = length.min(self.session.unmediated());
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
                 self.session.sent(&bytes);
                 self.client.received.extend(bytes);
@@ -457,6 +483,7 @@ impl World {
         }
         assert_eq!(self.h2.receive_window, self.session.agreement().receive_window);
         assert_eq!(self.h2.receive_window, self.client.send_window, "nothing is under way");
+        assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "what the client takes for granted");
         assert_eq!(self.client.unanswered, 0, "a ping or settings of the client's");
         self.moves
     }
