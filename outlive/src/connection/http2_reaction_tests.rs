@@ -10,6 +10,7 @@ use axum::body::Body;
 use axum::routing::{get, post};
 use bytes::BytesMut;
 use harness::certificate::Certificate;
+use hyper::StatusCode;
 use proptest::prelude::*;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -187,8 +188,11 @@ impl Client {
 
 fn router() -> Router {
     let stall = async |_body: Body| std::future::pending::<()>().await;
+    let headers_only = async || (StatusCode::NO_CONTENT, [("x-large", "x".repeat(3_500))]);
     Router::new()
         .route("/", get("hello\n").post(async |body: axum::body::Bytes| body))
+        .route("/large", get(vec![0; 60_000]))
+        .route("/headers", get(headers_only))
         .route("/stall", post(stall))
 }
 
@@ -363,8 +367,7 @@ fn on_old_streams() -> Vec<Probe> {
     ]
 }
 
-fn on_other_streams() -> Vec<Probe> {
-    let error = || Some(Reaction::goaway(PROTOCOL_ERROR));
+fn requests() -> Vec<Probe> {
     let answered = |stream, body: &[u8]| {
         let answers = [(stream, body.to_vec())].into();
         Some(Reaction { goaways: vec![(stream, NO_ERROR)], answers, ..Reaction::default() })
@@ -432,6 +435,13 @@ fn on_other_streams() -> Vec<Probe> {
             [then_data(&with_content_length(POST, "5"), b"body"), frame(DATA, 0, 1, b"x")].concat(),
             None,
         ),
+    ]
+}
+
+fn on_other_streams() -> Vec<Probe> {
+    let error = || Some(Reaction::goaway(PROTOCOL_ERROR));
+    let headers = |flags: u8, stream: u32, block: &[u8]| frame(HEADERS, flags, stream, block);
+    vec![
         ("HEADERS on 0", headers(ENDS, 0, GET), error()),
         ("HEADERS on 2", headers(ENDS, 2, GET), error()),
         ("HEADERS on 4", headers(ENDS, 4, GET), error()),
@@ -501,7 +511,8 @@ fn inside_a_header_block() -> Vec<Probe> {
 
 async fn assert_same_reactions(certificate: Option<&Certificate>) {
     let probes =
-        [on_connection_frames(), on_old_streams(), on_other_streams(), inside_a_header_block()].concat();
+        [on_connection_frames(), on_old_streams(), requests(), on_other_streams(), inside_a_header_block()]
+            .concat();
     let bytes: Vec<Vec<u8>> = probes.iter().map(|(_, bytes, _)| bytes.clone()).collect();
     let fresh = reactions(&bytes, certificate, 0).await;
     for moves in [1, 2] {
@@ -539,16 +550,16 @@ async fn moved_http2_connections_react_to_each_frame_as_fresh_ones_over_tls() {
 /// The most that a server takes from a client that never reads, in bytes: buffers of the kernel and of h2.
 const FLOOD_LIMIT: usize = 32 << 20;
 
-/// How much of an endless repetition of `bytes` the server takes from a client that never reads.
-async fn flood(mut client: Client, bytes: &[u8]) -> usize {
-    let bytes = bytes.repeat(10_000);
+/// How much of `parts` the server takes from a client that never reads, up to the limit.
+async fn flood(mut client: Client, mut parts: impl FnMut() -> Vec<u8>) -> usize {
     let mut taken = 0;
     let flooded = async {
         while taken < FLOOD_LIMIT {
-            match client.wire.write(&bytes).await {
-                Ok(written) => taken += written,
-                Err(_) => return,
+            let part = parts();
+            if client.wire.write_all(&part).await.is_err() {
+                return;
             }
+            taken += part.len();
         }
     };
     timeout(PATIENCE, flooded).await.expect("the server reads on or closes");
@@ -558,17 +569,42 @@ async fn flood(mut client: Client, bytes: &[u8]) -> usize {
 /// Each frame that is thrown away is granted again. If each grant were queued, a client could fill the memory.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
-    for moves in [0, 1] {
-        let mut served = serve_with(router(), None).await;
-        let client = Client::open(&served, None).await;
+    let certificate = Certificate::new().expect("openssl makes a certificate");
+    for (moves, certificate) in [(0, None), (1, None), (0, Some(&certificate)), (1, Some(&certificate))] {
+        let mut served = serve_with(router(), tls_of(certificate)).await;
+        let client = Client::open(&served, certificate).await;
         for _ in 0..moves {
-            let next = serve_with(router(), None).await;
+            let next = serve_with(router(), tls_of(certificate)).await;
             move_to(&next, served).await;
             served = next;
         }
-        let taken = flood(client, &frame(DATA, 0, 1, b"x")).await;
+        let taken = flood(client, || frame(DATA, 0, 1, b"x").repeat(10_000)).await;
         assert!(taken < FLOOD_LIMIT, "after {moves} moves {taken} bytes were taken");
     }
+}
+
+/// h2 begins with a larger window than the client has, so answers wait in between. Those that have no body are limited
+/// by no window.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
+    const GET_LARGE: &[u8] = b"\x82\x86\x04\x06/large\x41\x01x";
+    const GET_HEADERS: &[u8] = b"\x82\x86\x04\x08/headers\x41\x01x";
+    let served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None).await;
+    client.send(&frame(HEADERS, ENDS, 5, GET_LARGE)).await;
+    client.until(|head| head.stream == 5 && head.has(END_STREAM)).await;
+    let next = serve_with(router(), None).await;
+    move_to(&next, served).await;
+    // Of the window of 65,535 bytes less than 60,000 are left. To h2 all of them are.
+    client.send(&frame(HEADERS, ENDS, 7, GET_LARGE)).await;
+    let mut stream = 7;
+    let request = || {
+        stream += 2;
+        // Padded, so that few requests reach the limit of bytes.
+        frame(HEADERS, ENDS | PADDED, stream, &[&[200], GET_HEADERS, &[0; 200]].concat())
+    };
+    let taken = flood(client, request).await;
+    assert!(taken < FLOOD_LIMIT, "{taken} bytes of requests were taken");
 }
 
 /// A frame of any type, flags, stream and payload, with a preference for what is nearly right.

@@ -65,8 +65,9 @@ impl Inner {
                 }
                 return Poll::Ready(Ok(()));
             }
-            // Woken when h2 has begun, or the driver looks.
-            if !self.session.is_begun() || self.session.is_at_rest() {
+            // Woken when h2 has begun, or the driver looks: it does so after each turn, and releases what is held where
+            // that is too much.
+            if !self.session.is_begun() || self.session.is_at_rest() || self.session.is_full() {
                 return Poll::Pending;
             }
             let before = into.filled().len();
@@ -102,6 +103,11 @@ impl Inner {
         }
         ready!(self.poll_room(cx))?;
         self.mediate(cx, bytes);
+        if self.session.has_too_much_waiting() {
+            return Poll::Ready(Err(io::Error::other(
+                "the client keeps the connection's window closed and goes on requesting: too many responses wait",
+            )));
+        }
         let _ = self.poll_send(cx)?;
         Poll::Ready(Ok(bytes.len()))
     }

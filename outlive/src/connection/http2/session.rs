@@ -31,6 +31,10 @@ use crate::connection::PREFACE;
 
 /// A client that begins more while it is held is held no longer, in bytes.
 const HELD_LIMIT: usize = 1280 * 1024;
+/// How much of what h2 sends may wait for the client to grant more, in bytes. h2 begins with a window of 65,535 bytes
+/// even where the client takes less, so that much DATA may wait. Behind it wait all further answers, because HPACK fixes
+/// the order of header blocks. An answer without a body needs no window, so there is no other limit to them.
+const WAITING_LIMIT: usize = 1024 * 1024;
 /// Streams that are kept account of: more than h2 lets a client have.
 const STREAMS_LIMIT: usize = 1000;
 /// Frames are no longer, in bytes (RFC 9113 section 4.2); h2 objects to any that are.
@@ -194,7 +198,12 @@ impl Session {
 
     /// Whether the client sends too much to be held any longer.
     pub fn is_full(&self) -> bool {
-        self.held.len() > HELD_LIMIT
+        self.rest == Rest::Coming && self.held.len() > HELD_LIMIT
+    }
+
+    /// Whether more waits for the client to grant a window than a client in good faith lets accumulate.
+    pub fn has_too_much_waiting(&self) -> bool {
+        self.waiting.len() > WAITING_LIMIT
     }
 
     /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.

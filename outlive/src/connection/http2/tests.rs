@@ -601,3 +601,46 @@ fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() 
     let (agreement, unread) = session.leave();
     assert_eq!((agreement.last_stream, unread), (1, second.into()));
 }
+
+/// The relay reads no more while that is so: it must not wait for a release that has happened.
+#[test]
+fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
+    let mut session = Session::new();
+    session.receive(&Client::new().sent);
+    session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+    session.receive(&frame(SETTINGS, ACK, 0, &[]));
+    session.receive(&frame(HEADERS, END_HEADERS, 1, b"\x20\x82"));
+    let data = frame(DATA, 0, 1, &[0; 100]);
+    session.receive(&data[..50]);
+    session.for_h2().clear();
+    session.hold();
+    session.receive(&data[50..]);
+    session.receive(&frame(HEADERS, END_HEADERS, 3, b"\x82"));
+    while !session.is_full() {
+        session.receive(&frame(DATA, 0, 3, &[0; 16_000]));
+    }
+    session.for_h2().clear();
+    // Half a frame of another stream is under way.
+    session.receive(&data[..50]);
+    session.release();
+    assert!(!session.is_full());
+    session.receive(&data[50..]);
+    assert!(session.for_h2().len() > 1_000_000);
+}
+
+/// Each of these frames was once granted again by a frame of our own, which waited for a client that never reads.
+#[test]
+fn data_on_streams_of_a_former_process_queues_nothing() {
+    let mut world = World::new();
+    world.client.begin(true, false);
+    world.carry(10_000, usize::MAX);
+    world.h2.answer(0, 5, true);
+    world.session.hold();
+    world.carry(10_000, usize::MAX);
+    assert_eq!((world.moves, world.session.is_begun()), (1, true));
+    for _ in 0..10_000 {
+        world.session.receive(&frame(DATA, 0, 1, b"x"));
+        world.session.for_h2().clear();
+        assert!(world.session.for_client().is_empty());
+    }
+}
