@@ -30,8 +30,8 @@ use crate::server::{Queues, Server};
 use crate::stream::Connection;
 use crate::tls::Tls;
 
-/// Nothing here takes as long.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// Nothing here takes as long, even where many other programs run on the same processors.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 pub struct Served {
     pub address: SocketAddr,
