@@ -490,7 +490,7 @@ impl Session {
             unreachable!("asked where one was seen")
         };
         let way = match head {
-            // Inside a header block every frame is an error, and reaches h2 as it is.
+            // Inside a header block all that is no CONTINUATION is an error, and reaches h2 as it is.
             _ if self.block.is_some() => self.way_of(head, &payload),
             Head { kind: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));

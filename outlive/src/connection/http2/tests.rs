@@ -644,3 +644,22 @@ fn data_on_streams_of_a_former_process_queues_nothing() {
         assert!(world.session.for_client().is_empty());
     }
 }
+
+/// It is taken out where it answers settings that h2 believes to be acknowledged.
+#[test]
+fn a_settings_ack_that_is_an_error_reaches_h2() {
+    for (stream, payload) in [(1, &b""[..]), (0, b"\0\x04\0\0\0\x01")] {
+        let mut session = Session::resume(Agreement::default());
+        // Settings that the client does not know, and what else h2 begins with.
+        let settings = [frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, b"")].concat();
+        session.mediate(&[settings, grant(0, 100_000)].concat());
+        assert!(session.is_begun());
+        session.for_h2().clear();
+        let wrong = frame(SETTINGS, ACK, stream, payload);
+        session.receive(&wrong);
+        assert_eq!(session.for_h2(), &wrong);
+        session.for_h2().clear();
+        session.receive(&frame(SETTINGS, ACK, 0, b""));
+        assert!(session.for_h2().is_empty());
+    }
+}
