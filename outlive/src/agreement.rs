@@ -8,6 +8,9 @@ const SETTINGS_LIMIT: usize = 32;
 pub const FIRST_WINDOW: i64 = 65_535;
 /// The largest that a window can be, in bytes.
 const WINDOW_LIMIT: i64 = (1 << 31) - 1;
+/// The parameter of SETTINGS that limits the table of headers (RFC 9113 section 6.5.2), and its first value, in bytes.
+pub const HEADER_TABLE_SIZE: u16 = 1;
+pub const FIRST_HEADER_TABLE_SIZE: u32 = 4096;
 /// The highest number of a stream.
 const STREAM_LIMIT: u32 = (1 << 31) - 1;
 
@@ -27,6 +30,14 @@ impl Settings {
             }
         }
         payload.is_empty()
+    }
+
+    /// As they are, with `value` for `key` where they do not say another.
+    pub fn or(mut self, key: u16, value: u32) -> Self {
+        if !self.0.iter().any(|(known, _)| *known == key) {
+            self.0.push((key, value));
+        }
+        self
     }
 
     /// The payload of a frame that says all of them.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use bytesize::ByteSize;
-use clap::builder::BoolishValueParser;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, ValueEnum};
 
 use crate::listeners::Listen;
@@ -38,7 +38,7 @@ pub struct Config {
     pub tls_key: Option<PathBuf>,
 
     /// Whether TLS connections go on in the next process; their keys go there with them.
-    #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = BoolishValueParser::new())]
+    #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = yes_or_no())]
     pub tls_handover: bool,
 
     /// How long to accept and serve on after SIGTERM, while /readyz says 503, for a load balancer to take
@@ -46,7 +46,8 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub drain_delay: Duration,
 
-    /// How long requests in flight may go on after SIGTERM. Keep TimeoutStopSec= of the unit above it.
+    /// How long a request may take after SIGTERM, counted from its own beginning if it begins later. The drain takes up
+    /// to twice as long: keep TimeoutStopSec= of the unit above that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
 
@@ -105,6 +106,16 @@ impl Config {
             close: CLOSE_LIMIT,
         }
     }
+}
+
+/// `yes` or `no`, and what else systemd takes for these (systemd.syntax(7)).
+fn yes_or_no() -> impl TypedValueParser<Value = bool> {
+    let values = [
+        PossibleValue::new("yes").aliases(["y", "true", "t", "on", "1"]),
+        PossibleValue::new("no").aliases(["n", "false", "f", "off", "0"]),
+    ];
+    let is_yes = values[0].clone();
+    PossibleValuesParser::new(values).map(move |value| is_yes.matches(&value, true))
 }
 
 fn positive_duration(text: &str) -> Result<Duration, String> {

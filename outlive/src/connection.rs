@@ -4,6 +4,8 @@ mod exchange;
 mod handshake;
 mod http1;
 mod http2;
+#[cfg(test)]
+mod http2_reaction_tests;
 mod io;
 #[cfg(test)]
 mod key_update_tests;

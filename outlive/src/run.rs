@@ -32,7 +32,7 @@ use crate::process::Process;
 use crate::registry::Registry;
 use crate::requests::Routes;
 use crate::rlimit;
-use crate::server::{Queues, Server};
+use crate::server::{Acceptor, Queues, Server};
 use crate::service::{Hooks, Service};
 use crate::signals::Signals;
 use crate::status::{ManagerRole, Status};
@@ -255,12 +255,13 @@ where
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues)?;
     tokio::spawn(registry.watch());
 
-    // Last, when nothing can fail any more: until then the connections are safe where they are.
-    let committed = commit(predecessor.take(), &logging).await?;
     let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
     let example = listeners.iter().find_map(Listener::try_it);
-    for listener in listeners {
-        server.listen(listener)?;
+    let acceptors = listeners.into_iter().map(Acceptor::new).collect::<anyhow::Result<Vec<_>>>()?;
+    // Last, because nothing may fail after it: until then the predecessor still has the connections.
+    let committed = commit(predecessor.take(), &logging).await?;
+    for acceptor in acceptors {
+        server.accept_from(acceptor);
     }
     let predecessor_gone = CancellationToken::new();
     let socket = if let Some(committed) = committed {

@@ -92,10 +92,8 @@ impl Server {
         Ok((server, rested))
     }
 
-    /// Accepts from `listener` from now on, whenever the phase allows.
-    pub fn listen(&self, listener: Listener) -> anyhow::Result<()> {
-        let label = listener.label();
-        let acceptor = Acceptor::new(listener).with_context(|| format!("could not listen on {label}"))?;
+    /// Accepts from now on, whenever the phase allows.
+    pub fn accept_from(&self, acceptor: Acceptor) {
         let acceptor = Arc::new(acceptor);
         self.queues.add(&acceptor);
         let is_own = matches!(acceptor.holder, Holder::Nobody(_));
@@ -105,7 +103,6 @@ impl Server {
         } else {
             tokio::spawn(accept)
         };
-        Ok(())
     }
 
     pub fn registry(&self) -> &Registry {
@@ -316,7 +313,8 @@ impl Server {
     }
 }
 
-struct Acceptor {
+/// A listener that is ready to be accepted from.
+pub struct Acceptor {
     label: String,
     name: Name,
     /// Before the socket: what has a file goes before it closes.
@@ -325,7 +323,13 @@ struct Acceptor {
 }
 
 impl Acceptor {
-    fn new(listener: Listener) -> io::Result<Self> {
+    /// Fails where the runtime cannot watch the socket.
+    pub fn new(listener: Listener) -> anyhow::Result<Self> {
+        let label = listener.label();
+        Self::watching(listener).with_context(|| format!("could not listen on {label}"))
+    }
+
+    fn watching(listener: Listener) -> io::Result<Self> {
         let label = listener.label();
         let Listener { name, socket, holder } = listener;
         let socket = match socket {

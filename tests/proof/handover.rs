@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use harness::client::{Connection, Http2, Target, WEBSOCKET, get};
 use harness::frames::{self, CONNECTIONS, frame, frame_of};
+use harness::full_service::FullService;
 use harness::process::terminate;
 use harness::service::Service;
 use harness::{PATIENCE, block_on};
@@ -652,4 +653,100 @@ fn something_else_in_the_place_of_a_channel_does_not_stop_a_start() {
     let (read, _write) = std::os::unix::net::UnixStream::pair().expect("a pair");
     let service = Service::start_with_channel(BINARY, read.into()).expect("it starts all the same");
     block_on(async { generation(&mut service.connect().await).await });
+}
+
+/// A frame of HTTP/2 that is no longer than 255 bytes.
+fn http2(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).expect("a short payload");
+    [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+/// Reads frames up to one that is as `wanted`.
+async fn http2_until(connection: &mut Connection, wanted: impl Fn(&[u8]) -> bool) {
+    loop {
+        let head = connection.take(9).await.expect("the frame arrives");
+        let length = usize::from(head[1]) << 8 | usize::from(head[2]);
+        connection.take(length).await.expect("its payload arrives");
+        if wanted(&head) {
+            return;
+        }
+    }
+}
+
+/// An HTTP/2 connection on which stream 1 has been answered.
+async fn answered_on_stream_1(target: &Target) -> Connection {
+    let mut connection = Connection::open(target).await.expect("the server accepts");
+    let preface = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &http2(4, 0, 0, b"")].concat();
+    connection.send(&preface).await.expect("the preface is sent");
+    http2_until(&mut connection, |head| head[3..5] == [4, 0]).await;
+    let request = http2(1, 5, 1, b"\x20\x82\x86\x84\x41\x01x");
+    connection.send(&[http2(4, 1, 0, b""), request].concat()).await.expect("a request is sent");
+    http2_until(&mut connection, |head| head[8] == 1 && head[4] & 1 == 1).await;
+    connection
+}
+
+/// GOAWAY and RST_STREAM with their payloads, and which streams are answered, up to the end.
+async fn http2_reaction(mut connection: Connection, probe: &[u8]) -> Vec<(u8, u8, Vec<u8>)> {
+    // A client that says goodbye is closed once all is answered.
+    let goodbye = http2(7, 0, 0, &[0; 8]);
+    let _ = connection.send(&[probe, &goodbye].concat()).await;
+    let mut reaction = Vec::new();
+    while let Ok(head) = connection.take(9).await {
+        let length = usize::from(head[1]) << 8 | usize::from(head[2]);
+        let Ok(payload) = connection.take(length).await else { break };
+        match head[3] {
+            3 | 7 => reaction.push((head[3], head[8], payload)),
+            // The text of the answer names the process.
+            0 | 1 if head[4] & 1 == 1 => reaction.push((0, head[8], Vec::new())),
+            _ => {}
+        }
+    }
+    reaction
+}
+
+#[test]
+fn reload_leaves_http2_connections_as_strict_as_fresh_ones() {
+    let get = b"\x82\x86\x84\x41\x01x";
+    let inside_a_block =
+        |frame: Vec<u8>| [http2(1, 1, 5, &get[..3]), frame, http2(9, 4, 5, &get[3..])].concat();
+    let probes = [
+        ("a request", http2(1, 5, 5, get)),
+        ("PING on 1", http2(6, 0, 1, &[0; 8])),
+        ("GOAWAY on 1", http2(7, 0, 1, &[0; 8])),
+        ("HEADERS on 2", http2(1, 5, 2, get)),
+        ("HEADERS again on 1", http2(1, 5, 1, get)),
+        ("DATA on 1", http2(0, 0, 1, b"x")),
+        ("RST_STREAM on 1", http2(3, 0, 1, &[0; 4])),
+        ("WINDOW_UPDATE on 1", http2(8, 0, 1, &[0, 0, 0, 1])),
+        ("DATA on 1 inside a header block", inside_a_block(http2(0, 0, 1, b"x"))),
+        ("RST_STREAM on 1 inside a header block", inside_a_block(http2(3, 0, 1, &[0; 4]))),
+        ("WINDOW_UPDATE on 1 inside a header block", inside_a_block(http2(8, 0, 1, &[0, 0, 0, 1]))),
+        (
+            "a content-length that is too large",
+            [http2(1, 4, 5, b"\x83\x86\x84\x41\x01x\x0f\x0d\x015"), http2(0, 1, 5, b"body")].concat(),
+        ),
+    ];
+    let mut service = FullService::start(BINARY, &[]).expect("a service");
+    block_on(async {
+        let targets = [Target::Tcp(service.http), service.https(&["h2"]).expect("a client")];
+        let mut moved = Vec::new();
+        for target in &targets {
+            for _ in &probes {
+                moved.push(answered_on_stream_1(target).await);
+            }
+        }
+        service.process.signal(Signal::HUP);
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        service.process.wait().expect("the old process ends");
+        let mut moved = moved.into_iter();
+        for target in &targets {
+            for (name, probe) in &probes {
+                let fresh = http2_reaction(answered_on_stream_1(target).await, probe).await;
+                let moved = http2_reaction(moved.next().expect("one for each probe"), probe).await;
+                assert!(!fresh.is_empty(), "{name}");
+                assert_eq!(moved, fresh, "{name}");
+            }
+        }
+        terminate(main.trim_start_matches("MAINPID=")).expect("the successor ends");
+    });
 }

@@ -19,6 +19,7 @@ mod ports;
 mod rest;
 mod server_starter;
 mod silent;
+mod slow;
 mod stalls;
 mod takeover;
 

@@ -416,6 +416,9 @@ fn an_upgrade_during_a_reload_loses_nothing(systemd: Systemd) {
 fn what_is_stopped_or_disabled_or_masked_stays_so(systemd: Systemd) {
     let [socket, service] = ["socket", "service"].map(|kind| format!("{NAME}.{kind}"));
     let container = serving(systemd);
+    // With a unit that is masked while it runs systemd forgets NotifyAccess=, refuses the service's messages, and ends it
+    // when the watchdog's time is over. Here it is to run for as long as the test takes.
+    container.add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=0\n").expect("a drop-in");
     let states = || {
         let units = [&socket, &service];
         [

@@ -139,7 +139,8 @@ fn restarts_and_reloads_while_journald_is_stopped_lose_nothing(systemd: Systemd)
 
 fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Systemd) {
     let container = boot_logging_each_request(systemd);
-    let pid = format!("_PID={}", container.show("MainPID").expect("a pid"));
+    let main = container.show("MainPID").expect("a pid");
+    let pid = format!("_PID={main}");
     {
         let _alone = whole_machine();
         stall_journald(&container);
@@ -160,6 +161,8 @@ fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Syst
         eventually("the beginning of the drain", || !entries("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22").is_empty());
         slow.send(b"b").await.expect("sent");
         assert_eq!(slow.answer().await.expect("an answer").text(), "ab");
+        // Until it ends, the old process may still answer.
+        container.until("MainPID", |now| now != main && now != "0");
         let next = slow.ask(&get("/")).await.expect("the same connection goes on").text();
         assert!(next.contains("generation 2"), "{next}");
     });

@@ -179,14 +179,19 @@ impl Load {
         }
     }
 
-    /// Whether it is this request's answer: `/` says who answers, and `/echo` gives the body back.
+    /// Whether it is this request's answer: `/` says who answers, `/sleep` for how long it slept, and `/echo` gives the
+    /// body back.
     fn check(&self, text: &str) -> Result<()> {
         let body = self
             .request
             .windows(4)
             .position(|four| four == b"\r\n\r\n")
             .map_or(&[][..], |at| &self.request[at + 4..]);
-        let is_right = if body.is_empty() { text.starts_with("pid ") } else { text.as_bytes() == body };
+        let is_right = match body {
+            [] if self.request.starts_with(b"GET /sleep") => text.starts_with("slept "),
+            [] => text.starts_with("pid "),
+            _ => text.as_bytes() == body,
+        };
         if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
     }
 

@@ -32,6 +32,8 @@ const MAX_STREAMS: u32 = 200;
 /// How much a client may send ahead, in bytes, on the connection and on each stream. No later release may have less:
 /// a client that has moved goes on with what it was granted.
 const WINDOW: u32 = 1024 * 1024;
+/// How large the headers of a request may be, in bytes as RFC 9113 section 6.5.2 counts them; larger ones get 431.
+const HEADER_LIST_LIMIT: u32 = 16 * 1024;
 
 /// How long streams that begin are held at first, for those that are open to end; twice as long at each further try, up
 /// to an eighth of the time that there is, with as long a pause before it. What is held takes room from an upload that
@@ -74,6 +76,7 @@ pub(super) async fn drive(
         .max_concurrent_streams(MAX_STREAMS)
         .initial_connection_window_size(WINDOW)
         .initial_stream_window_size(WINDOW)
+        .max_header_list_size(HEADER_LIST_LIMIT)
         .header_table_size(0) // so that there is nothing of our decoder's to remember
         .serve_connection(TokioIo::new(relay.clone()), service);
     entry.enter(Stage::Waiting);
@@ -92,7 +95,7 @@ pub(super) async fn drive(
             // The process would wait until its limit for what such a client does not send.
             if matches!(phase, Phase::Draining | Phase::Resting)
                 && entry.is_drowsy()
-                && relay.with(|session| session.is_stuck()) == Some(true)
+                && relay.with(|session| session.is_stuck()) == None
             {
                 entry.pin();
             }

@@ -29,7 +29,7 @@ use crate::listeners::{Holder, Listener, ListeningSocket};
 use crate::process::Process;
 use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::Routes;
-use crate::server::{Queues, Server};
+use crate::server::{Acceptor, Queues, Server};
 use crate::stream::Connection;
 use crate::tls::Tls;
 
@@ -68,9 +68,8 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port").into_std().expect("a listener");
     let address = socket.local_addr().expect("an address");
     let socket = ListeningSocket::Tcp(socket);
-    server
-        .listen(Listener { name: name.parse().expect("a name"), socket, holder: Holder::Parent })
-        .expect("it listens");
+    let listener = Listener { name: name.parse().expect("a name"), socket, holder: Holder::Parent };
+    server.accept_from(Acceptor::new(listener).expect("it listens"));
     Served { address, server, rested }
 }
 

@@ -4,8 +4,11 @@ use bytes::{Buf, BufMut, BytesMut};
 
 pub const DATA: u8 = 0;
 pub const HEADERS: u8 = 1;
+#[cfg(test)]
+pub const PRIORITY: u8 = 2;
 pub const RST_STREAM: u8 = 3;
 pub const SETTINGS: u8 = 4;
+pub const PUSH_PROMISE: u8 = 5;
 pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
@@ -19,7 +22,7 @@ pub const ACK: u8 = 1;
 pub const END_HEADERS: u8 = 4;
 /// Of HEADERS: what comes before the headers themselves.
 const PADDED: u8 = 8;
-const PRIORITY: u8 = 0x20;
+const WITH_PRIORITY: u8 = 0x20;
 
 pub const HEAD_LENGTH: usize = 9;
 
@@ -50,7 +53,7 @@ impl Head {
     /// Whether the headers in `payload` begin with a new size of the table that they are encoded with (RFC 7541
     /// section 6.3).
     pub fn sets_table_size(self, payload: &[u8]) -> bool {
-        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(PRIORITY));
+        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
         payload.get(before).is_some_and(|first| first & 0xe0 == 0x20)
     }
 
@@ -107,6 +110,21 @@ pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
     Head::new(GOAWAY, 0, 8).put(into);
     into.put_u32(last_stream);
     into.put_u32(NO_ERROR);
+}
+
+/// A request of which the headers count as `limit` bytes or more (RFC 9113 section 6.5.2): a server that takes no more
+/// than that refuses it without a look at what it asks for. A stream that ends with such a request leaves no state
+/// behind, unlike one that the server resets.
+pub fn put_oversized_request(stream: u32, limit: u32, into: &mut BytesMut) {
+    // `accept-encoding: gzip, deflate` by its index in the static table (RFC 7541 appendix A).
+    const FIELD: u8 = 0x80 | 16;
+    const FIELD_SIZE: usize = 15 + 13 + 32;
+    /// No table from here on, as we have demanded of the client.
+    const NO_TABLE: u8 = 0x20;
+    let fields = limit as usize / FIELD_SIZE + 1;
+    Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, 1 + fields) }.put(into);
+    into.put_u8(NO_TABLE);
+    into.put_bytes(FIELD, fields);
 }
 
 /// What becomes of a frame.

@@ -65,8 +65,9 @@ impl Inner {
                 }
                 return Poll::Ready(Ok(()));
             }
-            // Woken when h2 has begun, or the driver looks.
-            if !self.session.is_begun() || self.session.is_at_rest() {
+            // Woken when h2 has begun, or the driver looks: it does so after each turn, and releases what is held where
+            // that is too much.
+            if !self.session.is_begun() || self.session.is_at_rest() || self.session.is_full() {
                 return Poll::Pending;
             }
             let before = into.filled().len();
@@ -96,13 +97,17 @@ impl Inner {
 
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if !self.session.mediates() {
-            let bytes = &bytes[..bytes.len().min(self.session.unmediated())];
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
             self.session.sent(&bytes[..written]);
             return Poll::Ready(Ok(written));
         }
         ready!(self.poll_room(cx))?;
         self.mediate(cx, bytes);
+        if self.session.has_too_much_waiting() {
+            return Poll::Ready(Err(io::Error::other(
+                "the client keeps the connection's window closed and goes on requesting: too many responses wait",
+            )));
+        }
         let _ = self.poll_send(cx)?;
         Poll::Ready(Ok(bytes.len()))
     }
@@ -112,7 +117,7 @@ impl Inner {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.session.mediates() || self.session.unmediated() < usize::MAX {
+        if self.session.mediates() {
             let first = slices.iter().find(|slice| !slice.is_empty());
             return self.poll_write(cx, first.map_or(&[], |slice| slice));
         }

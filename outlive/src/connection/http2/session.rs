@@ -12,27 +12,37 @@
 //! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`; a client that
 //!   does not heed it (Go before 1.20) stays. Our encoder begins empty, and the client's table agrees: indices count
 //!   from the newest entry, and the oldest goes first.
-//! - What still comes for streams of the former process would be errors to h2: it is swallowed, and DATA among it
-//!   given back to the connection's window.
+//! - A fresh h2 takes the streams of the former process for idle ones, on which most frames are connection errors. So
+//!   it first receives a request on the last of them and refuses it. From then on it knows that all of them are closed,
+//!   and judges what still comes for them as it would if it had served them: nothing of that is judged here.
 
 use bytes::{Bytes, BytesMut};
 
+use super::HEADER_LIST_LIMIT;
 use super::frame::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
-    SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_goaway, put_settings, put_settings_ack,
-    put_window_update, take,
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, PUSH_PROMISE,
+    RST_STREAM, SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_goaway, put_oversized_request,
+    put_settings, put_settings_ack, put_window_update, take,
 };
-use crate::agreement::{Agreement, FIRST_WINDOW, Settings, Table};
+use crate::agreement::{
+    Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings, Table,
+};
 use crate::connection::PREFACE;
 
 /// A client that begins more while it is held is held no longer, in bytes.
 const HELD_LIMIT: usize = 1280 * 1024;
 /// Half of the connection's window, in bytes: what is held beyond that leaves too little to an upload that is open.
 const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
+/// How much of what h2 sends may wait for the client to grant more, in bytes. h2 begins with a window of 65,535 bytes
+/// even where the client takes less, so that much DATA may wait. Behind it wait all further answers, because HPACK fixes
+/// the order of header blocks. An answer without a body needs no window, so there is no other limit to them.
+const WAITING_LIMIT: usize = 1024 * 1024;
 /// Streams that are kept account of: more than h2 lets a client have.
 const STREAMS_LIMIT: usize = 1000;
 /// Frames are no longer, in bytes (RFC 9113 section 4.2); h2 objects to any that are.
 const FRAME_LIMIT: usize = 16 * 1024;
+/// Of the payload of a PING, in bytes; h2 objects to any other.
+const PING_LENGTH: usize = 8;
 
 pub struct Session {
     agreement: Agreement,
@@ -55,8 +65,6 @@ pub struct Session {
     to_client: BytesMut,
     /// Frames of h2's that the client has no room for.
     waiting: BytesMut,
-    /// Frames of our own, for the next gap between two of h2's.
-    own: BytesMut,
     /// What of its beginning a fresh h2 has still to say.
     beginning: Option<Beginning>,
     /// How much h2 believes that the client takes, and it does not, in bytes.
@@ -83,11 +91,23 @@ enum Rest {
 }
 
 /// What a fresh h2 says first, each once.
-#[derive(Default)]
 struct Beginning {
     has_set: bool,
-    has_acknowledged: bool,
     has_granted: bool,
+    told: Told,
+}
+
+/// What a fresh h2 has been told in the client's name.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Told {
+    /// A request on the last stream of the former process, and settings that forbid a table of headers: h2 encodes the
+    /// refusal of that request, and the client does not receive it. If it entered the table, the client's table would
+    /// differ from then on.
+    FormerStreams,
+    /// The client's settings.
+    Settings,
+    /// h2 has acknowledged them.
+    All,
 }
 
 /// What was said and not answered.
@@ -122,7 +142,6 @@ impl Session {
             partial: BytesMut::new(),
             to_client: BytesMut::new(),
             waiting: BytesMut::new(),
-            own: BytesMut::new(),
             beginning: None,
             debt: 0,
             unanswered: Unanswered::default(),
@@ -132,18 +151,26 @@ impl Session {
 
     /// Of a connection that began in another process.
     pub fn resume(agreement: Agreement) -> Self {
+        let former = agreement.last_stream;
         let mut to_h2 = BytesMut::from(PREFACE);
-        put_settings(&agreement.theirs.payload(), &mut to_h2);
+        let told = if former > 0 {
+            put_settings(&Settings::default().or(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
+            put_oversized_request(former, HEADER_LIST_LIMIT, &mut to_h2);
+            Told::FormerStreams
+        } else {
+            put_settings(&agreement.theirs.payload(), &mut to_h2);
+            Told::Settings
+        };
         let granted = agreement.send_window - FIRST_WINDOW;
         if let Ok(granted @ 1..) = u32::try_from(granted) {
             put_window_update(granted, &mut to_h2);
         }
         Self {
-            former: agreement.last_stream,
+            former,
             agreement,
             preface_left: 0,
             to_h2,
-            beginning: Some(Beginning::default()),
+            beginning: Some(Beginning { has_set: false, has_granted: false, told }),
             debt: (-granted).max(0),
             ..Self::new()
         }
@@ -173,7 +200,12 @@ impl Session {
 
     /// Whether the client sends too much to be held any longer.
     pub fn is_full(&self) -> bool {
-        self.held.len() > HELD_LIMIT
+        self.rest == Rest::Coming && self.held.len() > HELD_LIMIT
+    }
+
+    /// Whether more waits for the client to grant a window than a client in good faith lets accumulate.
+    pub fn has_too_much_waiting(&self) -> bool {
+        self.waiting.len() > WAITING_LIMIT
     }
 
     /// Whether what is held takes so much of the connection's window that an upload which is open hardly gets any.
@@ -193,7 +225,7 @@ impl Session {
             && self.preface_left == 0
             && self.beginning.is_none()
             && self.from_h2.is_start()
-            && [&self.to_h2, &self.partial, &self.to_client, &self.waiting, &self.own]
+            && [&self.to_h2, &self.partial, &self.to_client, &self.waiting]
                 .into_iter()
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
@@ -407,17 +439,21 @@ impl Session {
     /// What becomes of a frame of the client's; `payload` is whole where there is no DATA in it.
     fn way_of(&mut self, head: Head, payload: &[u8]) -> Way {
         let Head { length, kind, stream, .. } = head;
-        let is_former = (1..=self.former).contains(&stream);
+        if let Some(way) = self.block {
+            if kind != CONTINUATION {
+                // h2 ends the connection when it sees this frame inside a header block (RFC 9113 section 6.10), so the
+                // frame must not leave its place.
+                self.is_ending = true;
+            } else if head.has(END_HEADERS) {
+                self.block = None;
+            }
+            return way;
+        }
         // Headers from before the client knew our settings are for a decoder that has a table: they do not wait.
         let is_new =
             self.rest == Rest::Coming && stream > self.agreement.last_stream && self.has_been_acknowledged();
-        let by_stream = match (is_former, is_new) {
-            (true, _) => Way::Swallow,
-            (_, true) => Way::Hold,
-            (false, false) => Way::Pass,
-        };
+        let way = if is_new { Way::Hold } else { Way::Pass };
         match kind {
-            DATA if is_former => put_window_update_for(length, &mut self.own),
             DATA if !is_new => {
                 self.agreement.receive_window -= size(length);
                 if head.has(END_STREAM) {
@@ -425,39 +461,33 @@ impl Session {
                 }
             }
             HEADERS => {
-                if by_stream != Way::Hold
-                    && self.agreement.table == Table::Unknown
-                    && self.has_been_acknowledged()
-                {
+                if !is_new && self.agreement.table == Table::Unknown && self.has_been_acknowledged() {
                     self.agreement.table =
                         if head.sets_table_size(payload) { Table::Empty } else { Table::InUse };
                 }
-                if by_stream == Way::Pass {
+                if !is_new {
                     self.begin_stream(stream);
                     if head.has(END_STREAM) {
                         self.end_half(stream, |ended| ended.client = true);
                     }
                 }
-                self.block = (!head.has(END_HEADERS)).then_some(by_stream);
+                self.block = (!head.has(END_HEADERS)).then_some(way);
             }
-            CONTINUATION => {
-                let way = self.block.unwrap_or(Way::Pass);
-                if head.has(END_HEADERS) {
-                    self.block = None;
+            // h2 refuses it once its header block is whole.
+            PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(way),
+            RST_STREAM if !is_new => self.end_stream(stream),
+            PING if head.has(ACK) && stream == 0 && length == PING_LENGTH => {
+                match self.unanswered.own_pings.checked_sub(1) {
+                    Some(left) => self.unanswered.own_pings = left,
+                    // The ping was sent by a former process. h2 would ignore this, but log a warning.
+                    None => return Way::Swallow,
                 }
-                return way;
             }
-            RST_STREAM if by_stream == Way::Pass => self.end_stream(stream),
-            PING if head.has(ACK) => match self.unanswered.own_pings.checked_sub(1) {
-                Some(left) => self.unanswered.own_pings = left,
-                // Of the former process.
-                None => return Way::Swallow,
-            },
-            PING => self.unanswered.pings = self.unanswered.pings.saturating_add(1),
+            PING if !head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_add(1),
             GOAWAY => self.is_ending = true,
             _ => {}
         }
-        by_stream
+        way
     }
 
     /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
@@ -510,12 +540,16 @@ impl Session {
             unreachable!("asked where one was seen")
         };
         let way = match head {
+            // Inside a header block all that is no CONTINUATION is an error, and reaches h2 as it is.
+            _ if self.block.is_some() => self.way_of(head, &payload),
             Head { kind: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));
                 Way::Swallow
             }
-            Head { kind: SETTINGS, .. } if head.has(ACK) => self.receive_acknowledgement(),
-            Head { kind: SETTINGS, .. } => {
+            Head { kind: SETTINGS, stream: 0, length: 0, .. } if head.has(ACK) => {
+                self.receive_acknowledgement()
+            }
+            Head { kind: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
                 // What makes no sense is h2's to refuse.
                 self.is_ending |= !self.agreement.theirs.set(&payload);
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
@@ -562,24 +596,10 @@ impl Session {
         self.beginning.is_some()
             || self.debt > 0
             || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
-            || (!self.own.is_empty() && self.from_h2.is_start())
-    }
-
-    /// How much of h2's bytes may go as they are before there is something of our own to say.
-    pub fn unmediated(&self) -> usize {
-        match &self.from_h2 {
-            _ if self.own.is_empty() => usize::MAX,
-            Step::Head(_, have) => HEAD_LENGTH - have,
-            Step::Payload(_, left) => *left,
-            Step::Seen(head, _, payload) => head.length - payload.len(),
-        }
     }
 
     /// What is to be sent before anything else.
     pub fn for_client(&mut self) -> &mut BytesMut {
-        if self.from_h2.is_start() && !self.own.is_empty() {
-            self.to_client.unsplit(std::mem::take(&mut self.own));
-        }
         &mut self.to_client
     }
 
@@ -620,7 +640,6 @@ impl Session {
 
     /// Takes what h2 sends; what goes out of it is for the client then.
     pub fn mediate(&mut self, bytes: &[u8]) {
-        self.for_client();
         self.partial.extend_from_slice(bytes);
         while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
             let head = Head::decode(*head);
@@ -662,7 +681,18 @@ impl Session {
     fn begin_with(&mut self, head: Head, payload: &[u8]) -> bool {
         let Some(beginning) = &mut self.beginning else { return false };
         match head.kind {
-            SETTINGS if head.has(ACK) && !beginning.has_acknowledged => beginning.has_acknowledged = true,
+            SETTINGS if head.has(ACK) => match beginning.told {
+                // Of those without a table.
+                Told::FormerStreams => {}
+                Told::Settings => beginning.told = Told::All,
+                Told::All => return false,
+            },
+            // The refusal of the request on the last stream of the former process.
+            HEADERS | RST_STREAM if beginning.told == Told::FormerStreams && head.stream == self.former => {
+                beginning.told = Told::Settings;
+                let theirs = self.agreement.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
+                put_settings(&theirs.payload(), &mut self.to_h2);
+            }
             SETTINGS if !beginning.has_set => {
                 beginning.has_set = true;
                 put_settings_ack(&mut self.to_h2);
@@ -685,7 +715,7 @@ impl Session {
             }
             _ => return false,
         }
-        if beginning.has_set && beginning.has_acknowledged && beginning.has_granted {
+        if beginning.has_set && beginning.has_granted && beginning.told == Told::All {
             self.beginning = None;
         }
         true
@@ -701,7 +731,13 @@ impl Session {
                 }
             }
             HEADERS if head.has(END_STREAM) => self.end_half(head.stream, |ended| ended.h2 = true),
-            RST_STREAM => self.end_stream(head.stream),
+            RST_STREAM => {
+                // To h2 a stream that it resets has begun, whatever frame was the reason.
+                if !head.stream.is_multiple_of(2) {
+                    self.agreement.last_stream = self.agreement.last_stream.max(head.stream);
+                }
+                self.end_stream(head.stream);
+            }
             SETTINGS if head.has(ACK) => self.unanswered.theirs = self.unanswered.theirs.saturating_sub(1),
             SETTINGS => {
                 self.is_ending |= !self.agreement.ours.set(payload);
@@ -720,11 +756,4 @@ impl Session {
 
 fn size(length: usize) -> i64 {
     i64::try_from(length).expect("a frame's length has 24 bits")
-}
-
-/// Gives back what was sent to nobody.
-fn put_window_update_for(length: usize, into: &mut BytesMut) {
-    if let Ok(increment @ 1..) = u32::try_from(length) {
-        put_window_update(increment, into);
-    }
 }

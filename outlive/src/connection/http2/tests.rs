@@ -10,7 +10,7 @@ use super::frame::{
     SETTINGS, WINDOW_UPDATE, increment,
 };
 use super::session::Session;
-use crate::agreement::{Agreement, FIRST_WINDOW};
+use crate::agreement::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
 use crate::connection::PREFACE;
 
 const PRIORITY: u8 = 2;
@@ -18,6 +18,7 @@ const GREASE: u8 = 0xb;
 /// What h2 grants a connection.
 const TARGET: i64 = 200_000;
 const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
+const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = bytes::BytesMut::new();
@@ -152,6 +153,10 @@ struct H2 {
     receive_window: i64,
     send_window: i64,
     pings: u32,
+    /// How large the client lets the table of headers be.
+    table: u32,
+    /// The last stream of the generations before, once it is known.
+    former: u32,
     /// Of this generation, and whether each side has ended.
     streams: BTreeMap<u32, (bool, bool)>,
     bytes: BTreeMap<u32, i64>,
@@ -171,6 +176,8 @@ impl H2 {
             receive_window: FIRST_WINDOW,
             send_window: FIRST_WINDOW,
             pings: 0,
+            table: 4096,
+            former: 0,
             streams: BTreeMap::new(),
             bytes: BTreeMap::new(),
             left: BTreeSet::new(),
@@ -183,16 +190,33 @@ impl H2 {
         self.preface_left -= preface;
         for (head, payload) in frames(&mut self.received) {
             let Head { kind, stream, .. } = head;
+            if kind == HEADERS && head.length > LIST_LIMIT / 60 {
+                // Too large: refused, and forgotten. Its encoder must not have begun a table by then.
+                assert_eq!(self.table, 0, "the refusal enters the table of headers");
+                self.former = stream;
+                self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20\x48431"));
+                continue;
+            }
             let is_of_stream = stream > 0 && matches!(kind, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
             if self.generation > 0 && (is_of_stream || kind == PING) {
                 assert!(self.is_acknowledged && self.has_begun, "{head:?} before h2 has begun");
+            }
+            if is_of_stream && kind != HEADERS && stream <= self.former {
+                // Closed: as h2 does, which grants again what it throws away.
+                if kind == DATA {
+                    self.receive_window -= length(head);
+                    assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
+                    self.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 5]));
+                }
+                continue;
             }
             if is_of_stream && kind != HEADERS {
                 assert!(self.streams.contains_key(&stream), "an error on an idle stream: {head:?}");
             }
             match kind {
                 HEADERS => {
-                    let is_new = self.streams.keys().next_back().is_none_or(|last| *last < stream);
+                    let last = self.streams.keys().next_back().copied().unwrap_or(self.former);
+                    let is_new = last < stream;
                     assert!(is_new, "a stream begins twice: {head:?}");
                     self.streams.insert(stream, (false, false));
                 }
@@ -213,6 +237,9 @@ impl H2 {
                 }
                 SETTINGS => {
                     self.sent.extend(frame(SETTINGS, ACK, 0, &[]));
+                    for setting in payload.chunks(6).filter(|setting| setting[..2] == [0, 1]) {
+                        self.table = u32::from_be_bytes(setting[2..].try_into().expect("six bytes"));
+                    }
                     if !self.has_begun {
                         self.has_begun = true;
                         self.replenish();
@@ -316,12 +343,11 @@ impl World {
             self.h2.received.extend_from_slice(&for_h2.split_to(length));
             is_news |= length > 0;
             self.h2.hear();
-            let mut length = piece.min(self.h2.sent.len());
+            let length = piece.min(self.h2.sent.len());
             if self.session.mediates() {
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
                 self.session.mediate(&bytes);
             } else {
-                length = length.min(self.session.unmediated());
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
                 self.session.sent(&bytes);
                 self.client.received.extend(bytes);
@@ -457,6 +483,7 @@ impl World {
         }
         assert_eq!(self.h2.receive_window, self.session.agreement().receive_window);
         assert_eq!(self.h2.receive_window, self.client.send_window, "nothing is under way");
+        assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "what the client takes for granted");
         assert_eq!(self.client.unanswered, 0, "a ping or settings of the client's");
         self.moves
     }
@@ -656,4 +683,66 @@ fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() 
     assert!(session.is_at_rest());
     let (agreement, unread) = session.leave();
     assert_eq!((agreement.last_stream, unread), (1, second.into()));
+}
+
+/// The relay reads no more while that is so: it must not wait for a release that has happened.
+#[test]
+fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
+    let mut session = Session::new();
+    session.receive(&Client::new().sent);
+    session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+    session.receive(&frame(SETTINGS, ACK, 0, &[]));
+    session.receive(&frame(HEADERS, END_HEADERS, 1, b"\x20\x82"));
+    let data = frame(DATA, 0, 1, &[0; 100]);
+    session.receive(&data[..50]);
+    session.for_h2().clear();
+    session.hold();
+    session.receive(&data[50..]);
+    session.receive(&frame(HEADERS, END_HEADERS, 3, b"\x82"));
+    while !session.is_full() {
+        session.receive(&frame(DATA, 0, 3, &[0; 16_000]));
+    }
+    session.for_h2().clear();
+    // Half a frame of another stream is under way.
+    session.receive(&data[..50]);
+    session.release();
+    assert!(!session.is_full());
+    session.receive(&data[50..]);
+    assert!(session.for_h2().len() > 1_000_000);
+}
+
+/// Each of these frames was once granted again by a frame of our own, which waited for a client that never reads.
+#[test]
+fn data_on_streams_of_a_former_process_queues_nothing() {
+    let mut world = World::new();
+    world.client.begin(true, false);
+    world.carry(10_000, usize::MAX);
+    world.h2.answer(0, 5, true);
+    world.session.hold();
+    world.carry(10_000, usize::MAX);
+    assert_eq!((world.moves, world.session.is_begun()), (1, true));
+    for _ in 0..10_000 {
+        world.session.receive(&frame(DATA, 0, 1, b"x"));
+        world.session.for_h2().clear();
+        assert!(world.session.for_client().is_empty());
+    }
+}
+
+/// It is taken out where it answers settings that h2 believes to be acknowledged.
+#[test]
+fn a_settings_ack_that_is_an_error_reaches_h2() {
+    for (stream, payload) in [(1, &b""[..]), (0, b"\0\x04\0\0\0\x01")] {
+        let mut session = Session::resume(Agreement::default());
+        // Settings that the client does not know, and what else h2 begins with.
+        let settings = [frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, b"")].concat();
+        session.mediate(&[settings, grant(0, 100_000)].concat());
+        assert!(session.is_begun());
+        session.for_h2().clear();
+        let wrong = frame(SETTINGS, ACK, stream, payload);
+        session.receive(&wrong);
+        assert_eq!(session.for_h2(), &wrong);
+        session.for_h2().clear();
+        session.receive(&frame(SETTINGS, ACK, 0, b""));
+        assert!(session.for_h2().is_empty());
+    }
 }

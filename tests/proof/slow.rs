@@ -1,0 +1,69 @@
+//! Restarts and reloads while slow requests overlap, so that at no moment none is in flight.
+
+use std::time::Duration;
+
+use harness::container::{Container, Systemd};
+use harness::load::{Connections, Load};
+use harness::on_each_systemd;
+
+use crate::PACKAGE;
+
+on_each_systemd! {
+    restart_cuts_off_no_overlapping_slow_request_of_kept_connections
+    restart_cuts_off_no_overlapping_slow_request_of_single_use_connections
+    reload_cuts_off_no_overlapping_slow_request
+}
+
+/// Requests take a third of it, so on a machine that is slow three times over they still take less.
+const DRAIN_TIMEOUT: &str = "[Service]\nEnvironment=APP_DRAIN_TIMEOUT=6s\n";
+
+/// Clients that each have a slow request in flight nearly all the time.
+fn overlapping(connections: Connections) -> Load {
+    let close = if connections == Connections::OneEach { "connection: close\r\n" } else { "" };
+    let request = format!("GET /sleep?duration=2s HTTP/1.1\r\nhost: test\r\n{close}\r\n");
+    Load {
+        clients: 5,
+        request: request.into_bytes(),
+        connections,
+        think: Duration::from_millis(400),
+        ..Load::w1(&Container::target())
+    }
+}
+
+fn none_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
+    let container = Container::boot(systemd, PACKAGE).expect("a container");
+    container.add_to_unit("service", "drain", DRAIN_TIMEOUT).expect("a drop-in");
+    // A request for which the first process starts.
+    container.ask("/");
+    let loads: Vec<_> = (0..4)
+        // Each load starts when the one before it has been answered once, so their requests overlap.
+        .map(|_| overlapping(connections).start(container.enter()))
+        .collect();
+    container.systemctl(verb).expect("the verb");
+    for load in loads {
+        let report = load.stop();
+        assert_eq!(report.lost(), 0, "{report}");
+        if connections == Connections::Kept {
+            assert_eq!(report.connections, report.asked_for, "{report}");
+        }
+    }
+    let drained = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+    let cut_off: Vec<_> = drained
+        .iter()
+        .filter_map(|entry| entry["MESSAGE"].as_str())
+        .filter(|message| message.contains(" cut off, in "))
+        .collect();
+    assert!(!cut_off.is_empty() && cut_off.iter().all(|line| line.contains(" 0 cut off")), "{cut_off:?}");
+}
+
+fn restart_cuts_off_no_overlapping_slow_request_of_kept_connections(systemd: Systemd) {
+    none_is_cut_off(systemd, "restart", Connections::Kept);
+}
+
+fn restart_cuts_off_no_overlapping_slow_request_of_single_use_connections(systemd: Systemd) {
+    none_is_cut_off(systemd, "restart", Connections::OneEach);
+}
+
+fn reload_cuts_off_no_overlapping_slow_request(systemd: Systemd) {
+    none_is_cut_off(systemd, "reload", Connections::Kept);
+}
