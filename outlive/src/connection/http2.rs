@@ -95,7 +95,7 @@ pub(super) async fn drive(
             // The process would wait until its limit for what such a client does not send.
             if matches!(phase, Phase::Draining | Phase::Resting)
                 && entry.is_drowsy()
-                && relay.with(|session| session.is_stuck()) == None
+                && relay.with(|session| session.is_stuck()) == Some(true)
             {
                 entry.pin();
             }
