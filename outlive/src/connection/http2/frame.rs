@@ -62,7 +62,7 @@ impl Head {
     pub fn empties_table(self, payload: &[u8]) -> Option<bool> {
         /// What does not fit into the 5 bits of the first byte follows in bytes of which all but the last have this bit.
         const MORE: u8 = 0x80;
-        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(PRIORITY));
+        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
         let mut bytes = payload.get(before..)?;
         let mut is_empty = None;
         while let Some((first, mut rest)) = bytes.split_first()
