@@ -4,8 +4,12 @@
 // A line on standard input is answered with a line as soon as each thread has had so many more requests: the requests
 // answered and the requests lost until then. Why one was lost is on standard error.
 //
-// usage: java JavaClient.java URL VERSION CHAIN
+// An answer of another version than VERSION counts as lost. With http:// each request offers `Upgrade: h2c`, as the
+// client prefers HTTP/2, and a service that declines it answers with HTTP_1_1.
+//
+// usage: java JavaClient.java URL VERSION [CHAIN]
 //        java JavaClient.java https://127.0.0.1:8443/ HTTP_2 tls.crt
+//        java JavaClient.java http://127.0.0.1:8080/ HTTP_1_1
 
 import java.io.BufferedReader;
 import java.io.FileInputStream;
@@ -37,10 +41,11 @@ public class JavaClient {
     private JavaClient(String[] arguments) throws Exception {
         root = URI.create(arguments[0]);
         version = HttpClient.Version.valueOf(arguments[1]);
-        client = HttpClient.newBuilder()
-            .version(version)
-            .sslContext(trusting(arguments[2]))
-            .build();
+        HttpClient.Builder builder = HttpClient.newBuilder();
+        if (arguments.length > 2) {
+            builder.sslContext(trusting(arguments[2]));
+        }
+        client = builder.build();
     }
 
     private static SSLContext trusting(String chain) throws Exception {
@@ -109,7 +114,7 @@ public class JavaClient {
 
     public static void main(String[] arguments) throws Exception {
         JavaClient client = new JavaClient(arguments);
-        // The first alone, because each thread that finds no connection makes one.
+        // The first alone, because each thread that finds no connection makes one. Over HTTP/2 all share this one.
         client.ask(0, true);
         for (int thread = 0; thread < THREADS; thread++) {
             int number = thread;
