@@ -93,7 +93,7 @@ pub(super) async fn drive(
                 entry.pin();
             }
             // The process would wait until its limit for what such a client does not send.
-            if matches!(phase, Phase::Draining | Phase::Resting)
+            if matches!(phase, Phase::Draining | Phase::Resting | Phase::Holding)
                 && entry.is_drowsy()
                 && relay.with(|session| session.is_stuck()) == Some(true)
             {
