@@ -7,6 +7,7 @@ mod containers;
 mod contract;
 mod copies;
 mod descriptors;
+mod half_heads;
 mod handover;
 mod instances;
 mod key_updates;
@@ -20,6 +21,7 @@ mod server_starter;
 mod slow;
 mod stalls;
 mod takeover;
+mod upgrades;
 
 use harness::container::Package;
 use harness::this_package;
