@@ -7,6 +7,7 @@ mod containers;
 mod contract;
 mod copies;
 mod descriptors;
+mod half_heads;
 mod handover;
 mod instances;
 mod java;
@@ -22,6 +23,7 @@ mod silent;
 mod slow;
 mod stalls;
 mod takeover;
+mod upgrades;
 
 use harness::container::Package;
 use harness::this_package;
