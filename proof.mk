@@ -12,11 +12,11 @@ ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
 
 # What the proof runs besides cargo, and the Debian packages that it comes in.
 PYTHON := grpc h2 httpx
-TOOLS := curl h2load inotifywait lintian mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
+TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit start_server systemctl systemd-nspawn systemd-socket-activate \
 	/usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 /usr/lib/*/faketime/libfaketimeMT.so.1 \
 	$(PYTHON:%=/usr/lib/python3/dist-packages/%)
-DEBIAN := ca-certificates curl inotify-tools libfaketime libnss-systemd libserver-starter-perl lintian mmdebstrap nghttp2-client openssl \
-	postgresql python3-grpcio python3-h2 python3-httpx systemd systemd-container util-linux
+DEBIAN := ca-certificates curl inotify-tools libfaketime libnss-systemd libserver-starter-perl lintian mmdebstrap nghttp2-client \
+	openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx systemd systemd-container util-linux
 # Nobody needs the database server that Debian would set up and start.
 NO_CLUSTER := mkdir -p $$root/etc/postgresql-common && \
 	echo create_main_cluster = false >>$$root/etc/postgresql-common/createcluster.conf

@@ -40,10 +40,23 @@ const HEADER_LIST_LIMIT: u32 = 16 * 1024;
 /// is open.
 const HOLD_LIMIT: Duration = Duration::from_millis(20);
 
+/// How long a client that has no answer to get may take to react to GOAWAY, while the process waits for that to end. It
+/// takes a client one round trip; one that is later finds the second GOAWAY, and may send again what came after it.
+const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
+
 pub(super) enum End {
     Closed,
     /// With what is agreed upon, and what was read and not consumed.
     AtRest(Parts, Box<Agreement>, Bytes),
+}
+
+/// What becomes of a connection that is not driven any longer.
+enum Outcome {
+    /// Its end was seen, or it is cut off.
+    Closed,
+    AtRest,
+    /// The client does not react to GOAWAY, and has no answer to get.
+    Silent,
 }
 
 /// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
@@ -67,13 +80,22 @@ pub(super) async fn drive(
         .header_table_size(0) // so that there is nothing of our decoder's to remember
         .serve_connection(TokioIo::new(relay.clone()), service);
     entry.enter(Stage::Waiting);
-    let mut told = false;
+    // Once the client is told to end: until when it may stay silent.
+    let mut told: Option<Pin<Box<Sleep>>> = None;
     let mut tries = Tries::new(rest_limit);
-    let is_at_rest = poll_fn(|cx| {
+    let outcome = poll_fn(|cx| {
         loop {
-            let is_asked = entry.phase() != Phase::Serving;
+            let phase = entry.phase();
+            let is_asked = phase != Phase::Serving;
             if is_asked
                 && (entry.keeps_all_but_http1() || relay.with(|session| session.is_immovable()) == Some(true))
+            {
+                entry.pin();
+            }
+            // The process would wait until its limit for what such a client does not send.
+            if matches!(phase, Phase::Draining | Phase::Resting | Phase::Holding)
+                && entry.is_drowsy()
+                && relay.with(|session| session.is_stuck()) == Some(true)
             {
                 entry.pin();
             }
@@ -81,18 +103,25 @@ pub(super) async fn drive(
                 if let Err(error) = result {
                     debug!(peer = %entry.peer, %error, "connection ended");
                 }
-                return Poll::Ready(false);
+                return Poll::Ready(Outcome::Closed);
             }
             let is_overdue = entry.is_overdue();
             if is_overdue && entry.stage() == Stage::InFlight {
                 warn!(peer = %entry.peer, "the peer takes no more of its answers: cut off");
-                return Poll::Ready(false);
+                return Poll::Ready(Outcome::Closed);
             }
-            if is_overdue && told {
-                return Poll::Ready(false);
+            if is_overdue && told.is_some() {
+                return Poll::Ready(Outcome::Closed);
             }
-            if !told && (is_overdue || entry.is_to_end()) {
-                told = true;
+            if let Some(limit) = &mut told
+                && limit.as_mut().poll(cx).is_ready()
+                && is_asked
+                && is_silent(entry, &relay)
+            {
+                return Poll::Ready(Outcome::Silent);
+            }
+            if told.is_none() && (is_overdue || entry.is_to_end()) {
+                told = Some(Box::pin(sleep(GOAWAY_LIMIT)));
                 entry.pin();
                 // As long again for the peer to close.
                 entry.touch();
@@ -101,21 +130,34 @@ pub(super) async fn drive(
                 continue;
             }
             match tries.go_on(cx, entry, &relay) {
-                Step::AtRest => return Poll::Ready(true),
+                Step::AtRest => return Poll::Ready(Outcome::AtRest),
                 Step::Released => {}
                 Step::Waits => return Poll::Pending,
             }
         }
     })
     .await;
-    if is_at_rest
-        && let Some((io, session)) = relay.take()
-        && let Some(parts) = io.into_parts()
-    {
-        let (agreement, unread) = session.leave();
-        return End::AtRest(parts, Box::new(agreement), unread);
+    match (outcome, relay.take()) {
+        (Outcome::AtRest, Some((io, session))) => {
+            if let Some(parts) = io.into_parts() {
+                let (agreement, unread) = session.leave();
+                return End::AtRest(parts, Box::new(agreement), unread);
+            }
+        }
+        (Outcome::Silent, Some((io, session))) => {
+            debug!(peer = %entry.peer, "the client does not react to GOAWAY: closed with a second one");
+            io.refuse(&session.farewell()).await;
+        }
+        (Outcome::Closed, _) | (_, None) => {}
     }
     End::Closed
+}
+
+/// Whether a client that is told to end has no answer to get, and has not begun to close.
+fn is_silent(entry: &Entry, relay: &Relay) -> bool {
+    let state = entry.state();
+    let is_idle = state.stage == Stage::Waiting && state.is_flushed();
+    is_idle && relay.with(|session| session.owes_nothing()) == Some(true)
 }
 
 /// How a busy connection is brought to rest: streams that begin are held for a while, let go again, and so on.

@@ -16,12 +16,13 @@ use harness::client::{self, Http2, Target};
 use hyper::{Request, StatusCode};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::http2::frame::{
-    ACK, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, RST_STREAM, SETTINGS,
+    ACK, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
+    WINDOW_UPDATE,
 };
 use super::{PREFACE, Services};
 use crate::listeners::{Holder, Listener, ListeningSocket};
@@ -306,6 +307,115 @@ async fn half_a_frame_of_http2_goes_through_a_process_that_has_no_time_for_it() 
         served = move_through(served, echo()).await;
         sent = left.to_vec();
     }
+}
+
+/// A client that cannot move, because it goes on using its table, and that has had the answer to stream 1.
+async fn immovable_client(served: &Served) -> TcpStream {
+    let mut client = TcpStream::connect(served.address).await.expect("a connection");
+    let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    client.write_all(&hello).await.expect("sent");
+    await_frame(&mut client, |head| head.kind == SETTINGS && !head.has(ACK)).await;
+    let acknowledged = [frame(SETTINGS, ACK, 0, &[]), get_with_table(1)].concat();
+    client.write_all(&acknowledged).await.expect("sent");
+    await_frame(&mut client, |head| head.stream == 1 && head.has(END_STREAM)).await;
+    client
+}
+
+fn get_with_table(stream: u32) -> Vec<u8> {
+    frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x82\x86\x84\x41\x01x")
+}
+
+/// The next frame that is no SETTINGS and no WINDOW_UPDATE: its head, and its payload. None at the end of the stream.
+async fn next_frame(client: &mut TcpStream) -> Option<(Head, Vec<u8>)> {
+    loop {
+        let mut head = [0; HEAD_LENGTH];
+        let read = timeout(PATIENCE, client.read(&mut head[..1])).await.expect("in time").expect("no reset");
+        if read == 0 {
+            return None;
+        }
+        client.read_exact(&mut head[1..]).await.expect("a frame");
+        let head = Head::decode(head);
+        let mut payload = vec![0; head.length];
+        client.read_exact(&mut payload).await.expect("a payload");
+        if ![SETTINGS, WINDOW_UPDATE].contains(&head.kind) {
+            return Some((head, payload));
+        }
+    }
+}
+
+/// Reads GOAWAY, and gives the last stream that it names.
+async fn goaway(client: &mut TcpStream) -> u32 {
+    let (head, payload) = next_frame(client).await.expect("a frame");
+    assert_eq!(head.kind, GOAWAY, "{head:?}");
+    let (stream, error) = payload.split_first_chunk().expect("a stream");
+    assert_eq!(error, [0; 4], "NO_ERROR");
+    u32::from_be_bytes(*stream)
+}
+
+const ANY_STREAM: u32 = (1 << 31) - 1;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_crosses_goaway_is_answered_before_the_second_goaway_and_the_end() {
+    let served = serve(echo()).await;
+    let mut client = immovable_client(&served).await;
+    served.server.enter(Phase::Resting);
+    assert_eq!(goaway(&mut client).await, ANY_STREAM);
+    let (ping, payload) = next_frame(&mut client).await.expect("a frame");
+    assert_eq!((ping.kind, ping.flags), (PING, 0));
+    let crossing = [get_with_table(3), frame(PING, ACK, 0, &payload)].concat();
+    client.write_all(&crossing).await.expect("sent");
+    let mut is_answered = false;
+    let last = loop {
+        let (head, payload) = next_frame(&mut client).await.expect("a frame");
+        is_answered |= head.stream == 3 && head.has(END_STREAM);
+        if head.kind == GOAWAY {
+            break payload;
+        }
+    };
+    assert_eq!(last, [0, 0, 0, 3, 0, 0, 0, 0]);
+    while !is_answered {
+        let (head, _) = next_frame(&mut client).await.expect("the answer");
+        is_answered = head.stream == 3 && head.has(END_STREAM);
+    }
+    assert!(next_frame(&mut client).await.is_none());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_does_not_react_to_goaway_gets_a_second_one_and_the_end() {
+    let served = serve(echo()).await;
+    let mut client = immovable_client(&served).await;
+    served.server.enter(Phase::Resting);
+    assert_eq!(goaway(&mut client).await, ANY_STREAM);
+    let (ping, _) = next_frame(&mut client).await.expect("a frame");
+    assert_eq!((ping.kind, ping.flags), (PING, 0));
+    assert_eq!(goaway(&mut client).await, 1);
+    assert!(next_frame(&mut client).await.is_none());
+}
+
+/// Its handler takes longer than the client may stay silent.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_waits_for_an_answer_is_not_ended_however_silent_it_is() {
+    let gate = Arc::new(Notify::new());
+    let waits = gate.clone();
+    let slow = move || {
+        let gate = waits.clone();
+        async move { gate.notified().await }
+    };
+    let served = serve(Router::new().route("/", get("hello")).route("/slow", get(slow))).await;
+    let mut client = immovable_client(&served).await;
+    let slow = frame(HEADERS, END_HEADERS | END_STREAM, 3, b"\x82\x86\x04\x05/slow\x41\x01x");
+    client.write_all(&slow).await.expect("sent");
+    served.until_stage(Stage::InFlight).await;
+    served.server.enter(Phase::Resting);
+    assert_eq!(goaway(&mut client).await, ANY_STREAM);
+    let (ping, _) = next_frame(&mut client).await.expect("a frame");
+    assert_eq!(ping.kind, PING);
+    // Longer than the limit for a client that waits for nothing.
+    let silence = timeout(Duration::from_millis(1500), next_frame(&mut client)).await;
+    assert!(silence.is_err(), "{silence:?}");
+    gate.notify_one();
+    let (answer, _) = next_frame(&mut client).await.expect("a frame");
+    assert_eq!((answer.kind, answer.stream), (HEADERS, 3));
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {

@@ -57,6 +57,27 @@ impl Head {
         payload.get(before).is_some_and(|first| first & 0xe0 == 0x20)
     }
 
+    /// The size of that table that the headers in `payload` begin with, if they begin with one: the last of them, where
+    /// there are several (RFC 7541 section 4.2). Whether it is zero.
+    pub fn empties_table(self, payload: &[u8]) -> Option<bool> {
+        /// What does not fit into the 5 bits of the first byte follows in bytes of which all but the last have this bit.
+        const MORE: u8 = 0x80;
+        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
+        let mut bytes = payload.get(before..)?;
+        let mut is_empty = None;
+        while let Some((first, mut rest)) = bytes.split_first()
+            && first & 0xe0 == 0x20
+        {
+            if first & 0x1f == 0x1f {
+                let length = rest.iter().take_while(|byte| *byte & MORE != 0).count() + 1;
+                rest = rest.get(length..).unwrap_or_default();
+            }
+            is_empty = Some(*first == 0x20);
+            bytes = rest;
+        }
+        is_empty
+    }
+
     pub fn put(self, into: &mut BytesMut) {
         into.put_uint(self.length as u64, 3);
         into.put_slice(&[self.kind, self.flags]);
@@ -81,6 +102,14 @@ pub fn put_settings(payload: &[u8], into: &mut BytesMut) {
 
 pub fn put_settings_ack(into: &mut BytesMut) {
     Head::new(SETTINGS, ACK, 0).put(into);
+}
+
+/// The end of a connection without an error: streams after `last_stream` were not served (RFC 9113 section 6.8).
+pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
+    const NO_ERROR: u32 = 0;
+    Head::new(GOAWAY, 0, 8).put(into);
+    into.put_u32(last_stream);
+    into.put_u32(NO_ERROR);
 }
 
 /// A request of which the headers count as `limit` bytes or more (RFC 9113 section 6.5.2): a server that takes no more

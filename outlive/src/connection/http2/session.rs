@@ -21,8 +21,8 @@ use bytes::{Bytes, BytesMut};
 use super::HEADER_LIST_LIMIT;
 use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, PUSH_PROMISE,
-    RST_STREAM, SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_oversized_request, put_settings,
-    put_settings_ack, put_window_update, take,
+    RST_STREAM, SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_goaway, put_oversized_request,
+    put_settings, put_settings_ack, put_window_update, take,
 };
 use crate::agreement::{
     Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings, Table,
@@ -215,8 +215,12 @@ impl Session {
 
     /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.
     pub fn is_at_rest(&self) -> bool {
-        self.rest == Rest::Coming
-            && self.open.is_empty()
+        self.rest == Rest::Coming && self.is_settled()
+    }
+
+    /// The same, but for streams that may still begin.
+    fn is_settled(&self) -> bool {
+        self.open.is_empty()
             && self.is_between_frames()
             && self.preface_left == 0
             && self.beginning.is_none()
@@ -226,6 +230,31 @@ impl Session {
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
             && !self.is_immovable()
+    }
+
+    /// Whether the client owes what it takes to come to rest, and is owed nothing itself: it has not sent the whole
+    /// preface, has not acknowledged our settings, or has begun a header block and not ended it. As long as it stays
+    /// silent, no other process can go on with this connection.
+    pub fn is_stuck(&self) -> bool {
+        self.owes_nothing() && !self.is_settled()
+    }
+
+    /// Whether no request that the client has sent whole is unanswered. A stream whose header block has not ended is not
+    /// a request yet.
+    pub fn owes_nothing(&self) -> bool {
+        let is_begun = |stream| self.block == Some(Way::Pass) && stream == self.agreement.last_stream;
+        self.waiting.is_empty() && self.open.iter().all(|(stream, _)| is_begun(*stream))
+    }
+
+    /// What is left to send where h2 is not waited for any longer: GOAWAY with the last stream that h2 knows of.
+    pub fn farewell(mut self) -> BytesMut {
+        let is_between_frames = self.from_h2.is_start() && self.partial.is_empty();
+        let mut bytes = std::mem::take(self.for_client());
+        // Inside another frame it would be taken for a part of that frame.
+        if is_between_frames {
+            put_goaway(self.agreement.last_stream, &mut bytes);
+        }
+        bytes
     }
 
     /// Comes to rest where nothing is in its way; else nothing changes.
@@ -323,7 +352,9 @@ impl Session {
                         return passed;
                     };
                     bytes = &bytes[HEAD_LENGTH..];
-                    let way = self.way_of(head, take(&mut { bytes }, head.length));
+                    let payload = take(&mut { bytes }, head.length);
+                    self.note_table_size(head, payload);
+                    let way = self.way_of(head, payload);
                     if way != Way::Pass {
                         self.begin_payload(raw, head, way);
                         self.receive(bytes);
@@ -459,6 +490,18 @@ impl Session {
         way
     }
 
+    /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
+    /// JDK's HttpClient does so in its first headers. It has nothing to say after the acknowledgement then, because the
+    /// size does not change any more (RFC 7541 section 4.2).
+    fn note_table_size(&mut self, head: Head, payload: &[u8]) {
+        if head.kind == HEADERS
+            && !self.has_been_acknowledged()
+            && let Some(is_empty) = head.empties_table(payload)
+        {
+            self.agreement.table = if is_empty { Table::Empty } else { Table::Unknown };
+        }
+    }
+
     /// Whether the client knows our settings.
     fn has_been_acknowledged(&self) -> bool {
         self.former > 0 || (self.unanswered.ours == 0 && self.agreement.ours != Settings::default())
@@ -512,7 +555,10 @@ impl Session {
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
                 Way::Pass
             }
-            _ => self.way_of(head, &payload),
+            _ => {
+                self.note_table_size(head, &payload);
+                self.way_of(head, &payload)
+            }
         };
         self.go(way, &bytes);
         self.go(way, &payload);

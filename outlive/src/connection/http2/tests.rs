@@ -6,8 +6,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::frame::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
-    WINDOW_UPDATE, increment,
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
+    SETTINGS, WINDOW_UPDATE, increment,
 };
 use super::session::Session;
 use crate::agreement::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
@@ -576,6 +576,89 @@ fn a_client_that_goes_on_using_its_table_stays() {
         session.hold();
         assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{flags} {headers:?}");
     }
+}
+
+/// The JDK's HttpClient empties its table in its first headers, which it may send before it acknowledges our settings.
+#[test]
+fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
+    // Sizes 0 and 4096, and a field.
+    const EMPTY: &[u8] = b"\x20";
+    const LARGE: &[u8] = b"\x3f\xe1\x1f";
+    const FIELD: &[u8] = b"\x82";
+    let ends = END_STREAM | END_HEADERS;
+    for (blocks, moves) in [
+        (&[[EMPTY, FIELD].concat()][..], true),
+        (&[[LARGE, EMPTY, FIELD].concat()], true),
+        (&[[EMPTY, FIELD].concat(), FIELD.to_vec()], true),
+        (&[FIELD.to_vec(), [EMPTY, FIELD].concat()], true),
+        (&[FIELD.to_vec()], false),
+        (&[[LARGE, FIELD].concat()], false),
+        (&[[EMPTY, LARGE, FIELD].concat()], false),
+        (&[[EMPTY, FIELD].concat(), [LARGE, FIELD].concat()], false),
+        (&[[FIELD, EMPTY].concat()], false),
+        // A size that is cut off.
+        (&[[EMPTY, b"\x3f\xff"].concat()], false),
+    ] {
+        let mut session = Session::new();
+        session.receive(&Client::new().sent);
+        session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+        let mut stream = 1;
+        let mut exchange = |session: &mut Session, block: &[u8]| {
+            session.receive(&frame(HEADERS, ends, stream, block));
+            session.sent(&frame(HEADERS, ends, stream, b"head"));
+            stream += 2;
+        };
+        for block in blocks {
+            exchange(&mut session, block);
+        }
+        session.receive(&frame(SETTINGS, ACK, 0, &[]));
+        exchange(&mut session, FIELD);
+        session.for_h2().clear();
+        session.hold();
+        assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{blocks:?}");
+    }
+}
+
+/// What a client has sent when it falls silent, and whether the connection waits for more of it while it waits for
+/// nothing.
+#[test]
+fn a_session_is_stuck_where_only_its_client_can_go_on() {
+    let ends = END_STREAM | END_HEADERS;
+    let hello = Client::new().sent;
+    let acknowledged = [hello.clone(), frame(SETTINGS, ACK, 0, &[])].concat();
+    let then = |frame: Vec<u8>| [acknowledged.clone(), frame].concat();
+    for (sent, is_stuck, owes_nothing) in [
+        (Vec::new(), true, true),
+        (PREFACE[..10].to_vec(), true, true),
+        (hello.clone(), true, true),
+        (acknowledged.clone(), false, true),
+        (then(frame(HEADERS, END_STREAM, 1, b"\x20")), true, true),
+        (then(frame(HEADERS, ends, 1, b"\x20")), false, false),
+        (then(frame(HEADERS, END_HEADERS, 1, b"\x20")), false, false),
+        (then([frame(HEADERS, ends, 1, b"\x20"), frame(HEADERS, 0, 3, b"")].concat()), false, false),
+        // Half a frame that h2 has seen nothing of moves.
+        (then(frame(HEADERS, ends, 1, b"\x20")[..9].to_vec()), false, true),
+    ] {
+        let mut session = Session::new();
+        session.sent(&frame(SETTINGS, 0, 0, &OURS));
+        session.receive(&sent);
+        session.sent(&frame(SETTINGS, ACK, 0, &[]));
+        session.for_h2().clear();
+        assert_eq!((session.is_stuck(), session.owes_nothing()), (is_stuck, owes_nothing), "{sent:?}");
+    }
+}
+
+#[test]
+fn the_last_goaway_names_the_last_stream_and_does_not_break_a_frame() {
+    let farewell = |sent: &[u8]| {
+        let mut session = Session::new();
+        session.receive(&Client::new().sent);
+        session.receive(&frame(HEADERS, END_STREAM | END_HEADERS, 5, b"\x20"));
+        session.sent(sent);
+        session.farewell()
+    };
+    assert_eq!(farewell(&frame(SETTINGS, 0, 0, &OURS)), frame(GOAWAY, 0, 0, &[0, 0, 0, 5, 0, 0, 0, 0]));
+    assert!(farewell(&frame(HEADERS, END_HEADERS, 5, b"head")[..11]).is_empty());
 }
 
 /// Held, they would seem to come after it, and to break what it promises.
