@@ -151,7 +151,7 @@ impl ResponseFuture {
             Ok(Poll::Pending) if !HAS_LIMITS => return Poll::Pending,
             Ok(Poll::Pending) => {
                 let deadline = request.since + *this.limit;
-                let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline.into())));
+                let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
                 std::task::ready!(late.as_mut().poll(cx));
                 answer(StatusCode::SERVICE_UNAVAILABLE, "no answer in time\n")
             }
