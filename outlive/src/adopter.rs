@@ -19,7 +19,7 @@ use crate::server::Server;
 use crate::systemd;
 
 /// How often the connections that wait for descriptors are looked at: none of them waits much longer for its response.
-const ROTATION_INTERVAL: Duration = Duration::from_millis(200);
+const ROTATION_INTERVAL: Duration = Duration::from_millis(50);
 
 /// What a channel still holds.
 #[derive(PartialEq, Eq)]

@@ -48,7 +48,7 @@ const SOURCES: &str = "\
 Sockets come from the first of these that has any: LISTEN_FDS (a systemd socket unit), \
 SERVER_STARTER_PORT (Server::Starter), --listen.
 
-SIGTERM and SIGINT drain: requests in flight finish, up to --drain-timeout; a second one ends the drain at \
+SIGTERM and SIGINT drain: requests in flight finish, each within --drain-timeout; a second one ends the drain at \
 once. SIGHUP reloads: a successor with the binary now at the same path takes over the sockets and connections, \
 and this process ends; without systemd, whoever started it sees its pid go.
 

@@ -20,7 +20,7 @@
 //!                                  Tickets ---->                    takes up TLS sessions of ours
 //!                                  Connections ---->                goes on with each as it comes to rest
 //!                                  Totals ---->                     goes on counting from there
-//!                                  ends, at the drain limit at the latest
+//!                                  ends, at twice the drain limit at the latest
 //! ```
 //! On SIGHUP the predecessor starts the intermediate process itself. Until `Commit` each side may end, and
 //! the predecessor goes on as if nothing had been. From `Commit` on nothing is cancelled: a successor that

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use harness::client::{Connection, Target, get};
 use harness::process::{Process, make, without_cargo};
@@ -11,6 +12,8 @@ use rustix::process::Signal;
 use crate::{BINARY, FOLDER, NAME};
 
 const NEW_NAME: &str = "shop-front";
+/// How long a test waits for cargo to compile one crate before it fails: the whole suite may compile beside it.
+const COMPILED: Duration = Duration::from_secs(900);
 
 fn run(command: &mut Command) -> String {
     let output = command.output().expect("started");
@@ -148,7 +151,9 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
         })
     };
     let is_answered = |start: &str| ask().expect("never refused").starts_with(start);
-    harness::eventually("the first start", || ask().is_some_and(|text| text.starts_with("pid ")));
+    harness::eventually_within(COMPILED, "the first start", || {
+        ask().is_some_and(|text| text.starts_with("pid "))
+    });
     let routes = copied.join("src/app.rs");
     let source = std::fs::read_to_string(&routes).expect("the routes");
     let write = |to: &str| {
@@ -157,14 +162,14 @@ fn make_dev_starts_what_was_changed_and_the_socket_stays_open() {
     };
     // What does not compile changes nothing.
     write("PID {pid");
-    harness::eventually("the compiler refuses it", || {
+    harness::eventually_within(COMPILED, "the compiler refuses it", || {
         assert!(is_answered("pid "));
         said().contains("error: could not compile")
     });
     assert!(is_answered("pid "));
     // What does is there soon, and until then nothing is refused.
     write("PID {pid}");
-    harness::eventually("the change", || is_answered("PID "));
+    harness::eventually_within(COMPILED, "the change", || is_answered("PID "));
     make.signal(Signal::TERM);
 }
 

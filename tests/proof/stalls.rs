@@ -317,7 +317,8 @@ fn a_pipe_that_is_read_late_has_whole_lines_and_the_number_of_those_dropped() {
     let last = rest.last().expect("lines");
     assert!(last.contains("handed over 0 connections"), "{last}");
     assert!(!rest.iter().any(|line| line.contains("were dropped")), "one report: {rest:?}");
-    assert!(read[0].contains("serving on "), "{}", read[0]);
+    // Not always the first: requests are served from READY=1 on, just before it.
+    assert!(read.iter().any(|line| line.contains("serving on ")), "{:?}", read.first());
     // A line that was cut would have another's beginning inside it, or no level.
     for line in read.iter().chain(&rest) {
         assert_eq!(line.matches("Z  INFO ").count() + line.matches("Z DEBUG ").count(), 1, "{line:?}");

@@ -91,8 +91,13 @@ pub fn free_address() -> SocketAddr {
 }
 
 /// Waits until `done`, which nothing announces. It looks a sixth of the time: others have something to do.
-pub fn eventually(what: &str, mut done: impl FnMut() -> bool) {
-    let deadline = Instant::now() + PATIENCE;
+pub fn eventually(what: &str, done: impl FnMut() -> bool) {
+    eventually_within(PATIENCE, what, done);
+}
+
+/// As `eventually`, for what takes far longer, such as a compiler's work beside that of others.
+pub fn eventually_within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
+    let deadline = Instant::now() + limit;
     loop {
         let begun = Instant::now();
         if done() {
