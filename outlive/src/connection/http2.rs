@@ -207,6 +207,11 @@ impl Tries {
             return Self::release(relay);
         }
         if phase == Phase::Holding {
+            if let Try::Pausing(end) = &mut self.now
+                && end.as_mut().poll(cx).is_pending()
+            {
+                return Step::Waits;
+            }
             return self.hold_on(entry, relay);
         }
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
@@ -229,8 +234,7 @@ impl Tries {
                     if !is_full && end.as_mut().poll(cx).is_pending() {
                         return Step::Waits;
                     }
-                    self.now = Try::Pausing(Box::pin(sleep(self.hold)));
-                    self.hold = (self.hold * 2).min(self.limit / 8).max(HOLD_LIMIT);
+                    self.pause();
                     return Self::release(relay);
                 }
                 Try::Pausing(end) => {
@@ -254,13 +258,23 @@ impl Tries {
         let is_full = relay.with(|session| session.is_full()) == Some(true);
         let is_starving =
             entry.state().is_reading() && relay.with(|session| session.starves_uploads()) == Some(true);
-        if is_full || is_starving {
-            // The open streams could not end. The connection is told to end instead.
+        if !is_full && !is_starving {
+            return Step::Waits;
+        }
+        // The open streams could not end, so those that are held begin. The connection is told to end if it is so busy
+        // for long.
+        if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Try::None;
             entry.pin();
-            return Self::release(relay);
+        } else {
+            self.pause();
         }
-        Step::Waits
+        Self::release(relay)
+    }
+
+    fn pause(&mut self) {
+        self.now = Try::Pausing(Box::pin(sleep(self.hold)));
+        self.hold = (self.hold * 2).min(self.limit / 8).max(HOLD_LIMIT);
     }
 
     fn release(relay: &Relay) -> Step {

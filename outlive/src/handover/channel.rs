@@ -239,7 +239,7 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         sockets => sockets + 1,
     };
     if fds.is_empty() && expected > 0 || fds.len() > expected {
-        return Err(format!("{} of {expected} file descriptors of a message were received", fds.len()));
+        return Err(format!("received {} file descriptors in a message, expected {expected}", fds.len()));
     }
     let missing = expected - fds.len();
     let mut fds = fds.into_iter();
