@@ -109,13 +109,14 @@ fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
     container.end();
 }
 
-// ---- the README's recipes ----
+// ---- docs/recipes ----
 
-/// The first block of the README in this language.
-fn recipe(language: &str) -> String {
-    let readme = std::fs::read_to_string(Path::new(FOLDER).join("README.md")).expect("the README");
-    let block = readme.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
-    block.expect("a recipe").to_owned()
+/// The first block in this language of the recipe in `docs/recipes/NAME.md`.
+pub fn recipe(name: &str, language: &str) -> String {
+    let path = Path::new(FOLDER).join(format!("docs/recipes/{name}.md"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let block = text.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
+    block.unwrap_or_else(|| panic!("{} has no block in {language}", path.display())).to_owned()
 }
 
 /// What stands between `before` and the next blank or brace.
@@ -126,7 +127,7 @@ fn value(text: &str, before: &str) -> String {
 
 #[test]
 fn the_recipes_for_containers_say_what_the_binary_takes() {
-    let (file, deployment) = (recipe("Dockerfile"), recipe("yaml"));
+    let (file, deployment) = (recipe("container", "Dockerfile"), recipe("kubernetes", "yaml"));
     assert!(file.contains("make -C /src static\n"), "{file}");
     let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
     let listen = value(&file, &variable);

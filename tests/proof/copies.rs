@@ -63,12 +63,19 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
 }
 
 #[test]
-fn what_the_readme_shows_of_a_service_is_what_is_tested() {
+fn code_in_the_documents_is_code_of_the_examples() {
     let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
-    let readme = read("README.md");
-    let shown =
-        readme.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next()).expect("some code");
-    assert!(read("examples/links/src/app.rs").contains(shown), "{shown}");
+    for (document, example) in [
+        ("README.md", "outlive/examples/minimal.rs"),
+        ("docs/recipes/application.md", "examples/links/src/app.rs"),
+    ] {
+        let text = read(document);
+        let shown = text.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
+        let shown = shown.unwrap_or_else(|| panic!("{document} has no block of Rust"));
+        // The document has the name of the package, as most services do.
+        let code = read(example).replace("name = \"minimal\", ", "");
+        assert!(code.contains(shown), "not in {example}: {shown}");
+    }
 }
 
 #[test]

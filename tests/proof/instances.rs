@@ -40,11 +40,9 @@ fn unnoticed(container: &Container, ports: &[u16], work: impl FnOnce()) {
 }
 
 fn two_instances_live_by_themselves(systemd: Systemd) {
-    let readme = include_str!("../../README.md");
-    let recipe = readme.split("**Several on one machine.**").nth(1).expect("a recipe");
-    let recipe = recipe.split("```").nth(1).expect("its commands");
+    let recipe = crate::containers::recipe("instances", "sh");
     let container = Container::boot(systemd, PACKAGE).expect("a container");
-    container.run(&["sh", "-ec", recipe]).expect("the recipe of the README");
+    container.run(&["sh", "-ec", &recipe]).expect("the commands of docs/recipes/instances.md");
     let variable = format!("{}_NAP", NAME.to_uppercase().replace('-', "_"));
     container.write(&format!("etc/default/{NAME}"), &format!("{variable}=3ms\n")).expect("written");
     container.write(&format!("etc/default/{NAME}@8081"), &format!("{variable}=2ms\n")).expect("written");

@@ -453,9 +453,8 @@ fn what_is_stopped_or_disabled_or_masked_stays_so(systemd: Systemd) {
 
 fn an_upgrade_takes_the_instances_along(systemd: Systemd) {
     let container = serving(systemd);
-    let readme = include_str!("../../README.md");
-    let recipe = readme.split("**Several on one machine.**").nth(1).and_then(|rest| rest.split("```").nth(1));
-    container.run(&["sh", "-ec", recipe.expect("its commands")]).expect("the recipe of the README");
+    let recipe = crate::containers::recipe("instances", "sh");
+    container.run(&["sh", "-ec", &recipe]).expect("the commands of docs/recipes/instances.md");
     let target = Target::Tcp(SocketAddr::from(([127, 0, 0, 1], 8081)));
     let generation = async || {
         let mut connection = Connection::open(&target).await.expect("the port is open");
