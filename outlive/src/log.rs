@@ -8,7 +8,6 @@
 mod journal;
 
 use std::io::{self, IsTerminal, Write};
-use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,14 +23,14 @@ use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
-use self::journal::{Entries, Journal};
+use self::journal::{Entries, Entry, Journal};
 use crate::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::metrics;
 use crate::outbox::{self, Bounds, Outbox};
 use crate::systemd;
 
 /// What may wait for a journald or a terminal that does not read: at 1,000 messages a second that is ten seconds. It is
-/// memory that a stall takes from the service: an entry for a request has about 600 bytes. Details are those below `info`.
+/// memory that a stall takes from the service: an entry for a request has about 400 bytes. Details are those below `info`.
 const BOUNDS: Bounds = Bounds { messages: 10_000, bytes: 8 << 20 };
 
 static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
@@ -126,7 +125,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     let (filter, handle) = reload::Layer::new(filter);
     // Where journald is not there, its messages go to standard error: that is no reason to be silent.
     let is_journal = systemd::stderr_is_the_journal();
-    let journal = is_journal.then(|| Journal::open(Path::new(journal::SOCKET)).ok()).flatten();
+    let journal = is_journal.then(|| Journal::open(generation).ok()).flatten();
     let first = if journal.is_some() { Target::Journal } else { Target::Console };
     let target = Arc::new(AtomicU8::new(first as u8));
     let lines = tracing_subscriber::fmt::layer()
@@ -136,9 +135,10 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
         .log_internal_errors(false); // they would go to standard error too, and panic if that is closed
     let lines = While { is: Target::Console, target: target.clone(), layer: lines };
     let entries = journal.is_some().then(|| {
-        let program = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
-        let identifier = program.file_name().unwrap_or_default().to_string_lossy();
-        let layer = Entries::new(&identifier, generation, |entry, level| push(Text::Entry(entry), level));
+        let layer = Entries::new(|entry| {
+            let level = entry.level();
+            push(Text::Entry(entry), level);
+        });
         While { is: Target::Journal, target: target.clone(), layer }
     });
     start_writer(journal)
@@ -165,15 +165,18 @@ struct Message {
 
 enum Text {
     /// For the journal.
-    Entry(Vec<u8>),
+    Entry(Entry),
     /// For standard error.
     Line(Vec<u8>),
 }
 
 impl outbox::Message for Message {
     fn size(&self) -> usize {
-        let (Text::Entry(text) | Text::Line(text)) = &self.text;
-        size_of::<Self>() + text.capacity()
+        size_of::<Self>()
+            + match &self.text {
+                Text::Entry(entry) => entry.size(),
+                Text::Line(line) => line.capacity(),
+            }
     }
 
     fn is_detail(&self) -> bool {
@@ -216,10 +219,10 @@ impl Write for Line {
     }
 }
 
-fn start_writer(journal: Option<Journal>) -> io::Result<()> {
+fn start_writer(mut journal: Option<Journal>) -> io::Result<()> {
     let write = move |Message { at, text, .. }| {
-        let written = match (&journal, text) {
-            (Some(journal), Text::Entry(entry)) => journal.write(entry, at),
+        let written = match (&mut journal, text) {
+            (Some(journal), Text::Entry(entry)) => journal.write(&entry, at),
             (None, Text::Entry(_)) => Err(io::ErrorKind::NotFound.into()),
             (_, Text::Line(line)) => write_to_stderr(&line),
         };

@@ -43,7 +43,8 @@ pub static CUT_OFF: LazyLock<IntCounter> = metric!(
 pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "log_messages_dropped_total",
-    "Log messages of this process that were dropped, because journald or standard error did not take them."
+    "Log messages of this process that were dropped, because journald did not take them in time, or standard error did \
+     not take them. Not among them: messages that journald refused."
 );
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
