@@ -553,7 +553,7 @@ fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goe
             let (mut late, _held) = Delayed::hold(folder.path(), kind);
             let status = late.successor.wait().expect("an end");
             assert_eq!(status.signal(), Some(9), "{status}");
-            let reason = "last reload failed: the successor does not answer Commit";
+            let reason = "last reload failed: the successor did not answer Commit in time";
             service.notifications.wait_for_status(reason).expect("that status");
             assert_eq!(who(&mut connection).await, (service.pid(), 1));
             for _ in 0..20 {
