@@ -172,7 +172,7 @@ impl Server {
                 });
             }
             Err(error) => {
-                debug!(%error, "a client disconnected while its connection waited for a file descriptor")
+                debug!(%error, "a client disconnected while its connection waited for a file descriptor");
             }
         }
     }
