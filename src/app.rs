@@ -26,11 +26,11 @@ use outlive::{Process, Service, Shutdown};
 /// For the other end of a WebSocket to close it too.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
 
-/// An HTTP service that lives under systemd.
+/// An HTTP service for systemd whose connections survive restarts.
 #[derive(Debug, clap::Parser)]
 #[command(version, about)]
 pub struct Config {
-    /// How long /sleep takes where nobody says how long.
+    /// Time that /sleep takes if the request does not set `duration`.
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
     nap: Duration,
 }

@@ -40,7 +40,7 @@ impl Health for Service {
         let first = stream::once(async { Ok(SERVING) });
         let last = stream::once(async move {
             shutdown.cancelled().await;
-            Err(Status::unavailable("this process ends: call again"))
+            Err(Status::unavailable("this process is shutting down: call again"))
         });
         Ok(Response::new(first.chain(last).boxed()))
     }

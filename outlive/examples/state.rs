@@ -52,7 +52,7 @@ async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> 
             }
         })
         .alone();
-    service.at_end("say goodbye", async {
+    service.at_end("log the visits", async {
         tracing::info!("all visits are counted");
         Ok(())
     });
@@ -68,7 +68,10 @@ async fn visit(State((visits, counter)): State<(UnboundedSender<()>, IntCounter)
 
 fn read(file: &Path) -> anyhow::Result<usize> {
     match fs::read_to_string(file) {
-        Ok(text) => text.trim().parse().with_context(|| format!("{} is to be a number", file.display())),
+        Ok(text) => text
+            .trim()
+            .parse()
+            .with_context(|| format!("invalid content of {}: expected a number", file.display())),
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(0),
         Err(error) => Err(error).with_context(|| format!("could not read {}", file.display())),
     }

@@ -68,8 +68,8 @@ impl Adopter {
     /// Adopts what `channels` of the store hold; says how many connections that is.
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
         for channel in channels {
-            let emptied =
-                channel.and_then(|channel| self.empty(channel, true).context("could not read a channel"));
+            let emptied = channel
+                .and_then(|channel| self.empty(channel, true).context("could not read a handover channel"));
             if let Err(error) = emptied {
                 self.refuse(0, format!("{error:#}"));
             }
@@ -81,7 +81,7 @@ impl Adopter {
             let note = self.note();
             info!(
                 message_id = message_id::TOOK_OVER,
-                taken_over, rest_ms, "{note}, {rest_ms} ms after the predecessor's last answer",
+                taken_over, rest_ms, "{note}, {rest_ms} ms after the predecessor's last response",
             );
         }
         if self.server.overflow().len() == 0 {
@@ -110,7 +110,7 @@ impl Adopter {
         let note = self.note();
         info!(
             message_id = message_id::TOOK_OVER,
-            taken_over, took_ms, "{note}; the predecessor ended after {took_ms} ms",
+            taken_over, took_ms, "{note}; the predecessor exited after {took_ms} ms",
         );
         self.server.overflow().store();
         self.finish()
@@ -226,8 +226,8 @@ impl Adopter {
         if waiting > 0 {
             warn!(
                 waiting,
-                "{waiting} connections wait for file descriptors, and end with their next response: raise \
-                 LimitNOFILE= (now {})",
+                "{waiting} connections wait for file descriptors and will be closed after their next response: \
+                 raise LimitNOFILE= (now {})",
                 rlimit::limit()
             );
             tokio::spawn(self.rotate());
@@ -238,7 +238,7 @@ impl Adopter {
     fn log_refused(&mut self) {
         let refused = std::mem::take(&mut self.refused);
         if let Some(reason) = self.reason.take() {
-            warn!(refused, "closed {refused} connections of the predecessor: {reason}");
+            warn!(refused, "closed {refused} of the predecessor's connections: {reason}");
         }
     }
 
@@ -263,7 +263,7 @@ impl Adopter {
         info!(
             adopted,
             finished,
-            "no connection waits for file descriptors any more: {adopted} were adopted, {finished} ended with a response"
+            "no connection waits for file descriptors anymore: {adopted} adopted, {finished} closed after a response"
         );
         self.log_refused();
     }

@@ -12,6 +12,6 @@ static ALLOCATOR: Jemalloc = Jemalloc;
 /// To be called once there may be other threads.
 pub fn give_memory_back() {
     if let Err(error) = sys::give_memory_back() {
-        debug!(%error, "memory that is free stays with the process");
+        debug!(%error, "could not start jemalloc's background thread; freed memory returns to the system late");
     }
 }

@@ -45,14 +45,15 @@ impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
 }
 
 const SOURCES: &str = "\
-Sockets come from the first of these that has any: LISTEN_FDS (a systemd socket unit), \
+The process listens on the sockets of the first of these sources that has any: LISTEN_FDS (a systemd socket unit), \
 SERVER_STARTER_PORT (Server::Starter), --listen.
 
-SIGTERM and SIGINT drain: requests in flight finish, each within --drain-timeout; a second one ends the drain at \
-once. SIGHUP reloads: a successor with the binary now at the same path takes over the sockets and connections, \
-and this process ends; without systemd, whoever started it sees its pid go.
+SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. A second signal ends \
+the drain at once. SIGHUP reloads: a successor, started from the binary that is now at the same path, takes over the \
+sockets and connections, and then this process exits. Without systemd, a supervisor sees the pid that it started \
+exit.
 
-Each flag is also a variable, such as ";
+Each option can also be set by an environment variable, such as ";
 
 /// The command line as [`run`](crate::run) reads it, with the service's own flags and the library's, each of them with
 /// its variable: for a man page, completions, or a list of variables.
@@ -74,13 +75,13 @@ pub fn command<C: CommandFactory>() -> clap::Command {
     let service = C::command();
     let name = service.get_name().to_owned();
     refuse_collisions(&service);
-    // clap wants what lives as long as the process.
-    let heading: &'static str = format!("Options of {name}").leak();
-    let service = service
-        .mut_args(|arg| if arg.get_help_heading().is_some() { arg } else { arg.help_heading(heading) });
+    let service = service.mut_args(|arg| {
+        if arg.get_help_heading().is_some() { arg } else { arg.help_heading("Application options") }
+    });
     let more = format!("{SOURCES}{}.", variable(&name, "drain-timeout"));
-    let (about, long_about) = (service.get_about().cloned(), service.get_long_about().cloned());
-    Config::augment_args(service.next_help_heading("Life of the service"))
+    let about = service.get_about().cloned();
+    let long_about = service.get_long_about().cloned().or_else(|| about.clone());
+    Config::augment_args(service.next_help_heading("Server options"))
         .about(about.unwrap_or_default())
         .long_about(long_about.unwrap_or_default())
         .after_long_help(more)
@@ -108,7 +109,7 @@ fn refuse_collisions(service: &clap::Command) {
         };
         if let Some(our) = ours.get_arguments().find(is_same) {
             panic!(
-                "the service's own --{} is a flag of outlive already: call it something else",
+                "outlive already has an option --{}: rename the application's option",
                 our.get_long().unwrap_or(our.get_id().as_str())
             );
         }
@@ -183,6 +184,12 @@ mod tests {
     }
 
     #[test]
+    fn long_help_begins_with_the_description() {
+        let help = command::<Own>().render_long_help().to_string();
+        assert!(help.starts_with("Links, shortened"), "{help}");
+    }
+
+    #[test]
     fn each_flag_has_a_variable_with_the_name_of_the_service() {
         let command = command::<Own>();
         let variable = |flag| {
@@ -196,8 +203,8 @@ mod tests {
     #[test]
     fn flags_of_both_stand_under_a_heading_each_before_or_after_the_command() {
         let help = command::<Own>().render_help().to_string();
-        let own = help.find("Options of shop-front:").expect("a heading");
-        let ours = help.find("Life of the service:").expect("a heading");
+        let own = help.find("Application options:").expect("a heading");
+        let ours = help.find("Server options:").expect("a heading");
         // In the line of the usage each stands once before.
         assert!(own < help.rfind("--database").expect("a flag"), "{help}");
         assert!(ours < help.rfind("--listen").expect("a flag"), "{help}");
@@ -236,7 +243,7 @@ mod tests {
         };
         let said = say(&line, true);
         assert!(
-            said.starts_with("invalid value '0s' for '--idle-timeout <TIME>': must be above zero"),
+            said.starts_with("invalid value '0s' for '--idle-timeout <TIME>': expected a time above zero"),
             "{said}"
         );
         assert!(!said.contains('\n'), "{said}");
@@ -245,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic(expected = "the service's own --log is a flag of outlive already")]
+    #[should_panic(expected = "outlive already has an option --log")]
     fn a_flag_that_there_is_already_is_refused() {
         #[derive(Parser)]
         struct Colliding {

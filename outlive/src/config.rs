@@ -17,82 +17,86 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 pub struct Config {
-    /// What to do instead of serving.
+    /// What to do instead of serving requests.
     #[arg(value_enum)]
     pub command: Option<Command>,
 
     /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
-    /// unix:/run/x.sock or unix:@abstract. A NAME= prefix selects the protocol, as FileDescriptorName= of a socket
-    /// unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). Repeatable; comma-separated in the
+    /// unix:/run/x.sock or unix:@abstract. An optional NAME= prefix selects the protocol, as FileDescriptorName= of a
+    /// socket unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). Repeatable; comma-separated in the
     /// environment variable. The default is 127.0.0.1:8080; under systemd there is no default, because the socket
     /// unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
 
-    /// The certificate chain for https, PEM; by default tls.crt of the unit's credentials.
+    /// Certificate chain for https listeners, in PEM format; the default is the unit's credential tls.crt.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
     pub tls_cert: Option<PathBuf>,
 
-    /// Its key, PEM; by default tls.key of the unit's credentials.
+    /// Private key of the certificate, in PEM format; the default is the unit's credential tls.key.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// Whether TLS connections go on in the next process; their keys go there with them.
+    /// Hand TLS 1.3 connections, including their traffic keys, to the next process; with `no`, a restart or
+    /// reload closes them.
     #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = yes_or_no())]
     pub tls_handover: bool,
 
-    /// How long to accept and serve on after SIGTERM, while /readyz says 503, for a load balancer to take
-    /// notice; --drain-timeout counts from its end. Not needed where a socket unit holds the port.
+    /// Time after SIGTERM in which the process still accepts connections and serves requests while /readyz responds
+    /// with 503, so that load balancers stop sending traffic. --drain-timeout starts after it. Not needed if a socket
+    /// unit holds the port.
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub drain_delay: Duration,
 
-    /// How long a request may take after SIGTERM, counted from its own beginning if it begins later. The drain takes up
-    /// to twice as long: keep TimeoutStopSec= of the unit above that.
+    /// Time that a request may take after SIGTERM, or after its own start if it starts later. A drain therefore takes
+    /// up to twice as long; keep TimeoutStopSec= of the unit above that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
 
-    /// How long the service may take to start.
+    /// Time that the service may take to start.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub start_timeout: Duration,
 
-    /// How long a successor may take to be ready, at a reload; after that the old process stays.
+    /// Time that a successor may take to become ready during a reload; if it takes longer, the reload fails and
+    /// the old process keeps serving.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub takeover_timeout: Duration,
 
-    /// How long a client may take to send the head of a request, from its first byte, and for a TLS
-    /// handshake.
+    /// Time that a client may take to send the head of a request, measured from its first byte, and to complete a
+    /// TLS handshake.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub head_timeout: Duration,
 
-    /// How long a connection may stay open with no request.
+    /// Time that a connection may stay open without a request.
     #[arg(long, value_name = "TIME", default_value = "75s", value_parser = positive_duration)]
     pub idle_timeout: Duration,
 
-    /// How long the service may take to begin its answer, and a client to send the next chunk of a
-    /// body or to take the next chunk of an answer.
+    /// Time that the service may take to start its response, and that a client may take to send the next part of a
+    /// request body or to read the next part of a response.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub request_timeout: Duration,
 
-    /// The largest request body.
+    /// Maximum size of a request body; a larger one is rejected with 413.
     #[arg(long, value_name = "SIZE", default_value = "2MiB")]
     pub body_limit: ByteSize,
 
-    /// How many connections may be open; further ones wait in the socket's queue.
+    /// Maximum number of open connections; further ones wait in the accept queue of the socket.
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
-    /// What to log, as in RUST_LOG (which is read when this is not given): info, debug, or
-    /// info,request=debug to see each request.
+    /// What to log, in the syntax of RUST_LOG, which is used if this option is not set: info, debug, or
+    /// info,request=debug to log each request. The default is info.
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Command {
-    /// Do everything a start does short of serving; exit 0, or say why not.
+    /// Check the configuration: start the service without serving, and exit with 0 if that works. Otherwise print
+    /// the reason and fail.
     Check,
-    /// Start a successor to the service that runs here, and wait until it has taken over: for ExecReload=,
-    /// with the flags of ExecStart=. Where it cannot start, the old process stays, and this fails.
+    /// Reload the running service: start a successor and wait until it has taken over. Use it in ExecReload=, with
+    /// the options of ExecStart=. If the successor cannot start, this command fails and the old process keeps serving.
     Takeover,
 }
 
@@ -120,7 +124,7 @@ fn yes_or_no() -> impl TypedValueParser<Value = bool> {
 
 fn positive_duration(text: &str) -> Result<Duration, String> {
     match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("must be above zero".into()),
+        Ok(Duration::ZERO) => Err("expected a time above zero".into()),
         Ok(duration) => Ok(duration),
         Err(error) => Err(error.to_string()),
     }

@@ -181,7 +181,7 @@ async fn first_bytes(
                 Ok(0) => Arrived::Gone,
                 Ok(length) => Arrived::Bytes(length),
                 Err(error) => {
-                    debug!(peer = %entry.peer, %error, "connection lost");
+                    debug!(peer = %entry.peer, %error, "connection failed");
                     Arrived::Gone
                 }
             });

@@ -37,7 +37,10 @@ type Missing = (StatusCode, &'static str);
 
 fn of(parts: &Parts) -> Result<&Context, Missing> {
     let context = parts.extensions.get::<Arc<Context>>().map(AsRef::as_ref);
-    context.ok_or((StatusCode::INTERNAL_SERVER_ERROR, "a request without its context\n"))
+    context.ok_or((
+        StatusCode::INTERNAL_SERVER_ERROR,
+        "this request has no outlive context: in a unit test, use outlive::testing::with_context\n",
+    ))
 }
 
 impl<S: Sync> FromRequestParts<S> for Process {

@@ -20,7 +20,7 @@ impl Credentials {
         let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY") else { return Ok(Self(None)) };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = open(Path::new(&folder), flags, Mode::empty())
-            .with_context(|| format!("CREDENTIALS_DIRECTORY={}", folder.display()))?;
+            .with_context(|| format!("could not open CREDENTIALS_DIRECTORY={}", folder.display()))?;
         Ok(Self(Some(fd)))
     }
 
@@ -38,6 +38,6 @@ impl Credentials {
     pub fn open(&self, name: &str) -> Option<anyhow::Result<File>> {
         let folder = self.0.as_ref()?;
         let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-        Some(file.map(File::from).with_context(|| format!("could not read {name} of the unit's credentials")))
+        Some(file.map(File::from).with_context(|| format!("could not read the credential {name:?}")))
     }
 }

@@ -31,7 +31,7 @@ const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
 /// What is asked of systemd beyond each report, so that one late report does not end the drain.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
-const SECOND_SIGNAL: &str = "a second signal";
+const SECOND_SIGNAL: &str = "a second stop signal";
 
 /// What the end of a process's serving leaves for what comes after it.
 pub struct Remaining {
@@ -68,7 +68,7 @@ impl<'a> Drain<'a> {
     async fn announce(&mut self, delay: Duration) {
         self.limit.begun += delay;
         self.server.registry().set_phase(Phase::Announcing);
-        info!("serving on for {}", humantime::format_duration(delay));
+        info!("accepting connections for another {} (--drain-delay)", humantime::format_duration(delay));
         tokio::select! {
             () = sleep(delay) => {}
             () = self.limit.passes() => {}
@@ -83,7 +83,7 @@ impl<'a> Drain<'a> {
             message_id = message_id::DRAINING,
             connections,
             in_flight,
-            "draining: {in_flight} in flight on {connections} connections, up to {}",
+            "draining: {in_flight} requests in flight on {connections} connections, limit {}",
             humantime::format_duration(self.limit.length),
         );
     }
@@ -237,7 +237,7 @@ impl<'a> Drain<'a> {
             let sent =
                 timeout(SUCCESSOR_LINGER, successor.send(Kind::Connections, origin, &packed, "")).await;
             if let Err(error) = sent.map_err(io::Error::from).flatten() {
-                warn!(%error, "connections that wait for file descriptors wait for the next restart");
+                warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
             }
         }
         server.enter(Phase::Resting);
@@ -271,8 +271,8 @@ impl<'a> Drain<'a> {
                 }
             };
             if let Err(error) = sent {
-                warn!(%error, connections = connections.len(), "the successor takes no more connections");
-                limit.passed.get_or_insert("the successor's end");
+                warn!(%error, connections = connections.len(), "could not hand over connections; they will be closed");
+                limit.passed.get_or_insert("the successor's exit");
                 break;
             }
             handed_over += connections.len();
@@ -294,8 +294,8 @@ impl<'a> Drain<'a> {
         let answered = registry.counts().answered;
         let drain_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let line = format!(
-            "handed over {handed_over} connections, {finished} in flight finished, {cut_off} cut off, in \
-             {drain_ms} ms; {answered} answered in all"
+            "handed over {handed_over} connections; {finished} requests in flight finished, {cut_off} cut off, in \
+             {drain_ms} ms; {answered} answered in total"
         );
         info!(message_id = message_id::STOPPED, handed_over, finished, cut_off, answered, drain_ms, "{line}");
         line
@@ -444,7 +444,7 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
             u64::try_from(remaining.age.as_millis()).unwrap_or(u64::MAX),
         ));
         if remaining.requests.is_empty() {
-            info!(peer = %remaining.peer, %age, "closed at {reason}: a connection with no request");
+            info!(peer = %remaining.peer, %age, "closed at {reason}: connection without a request");
         }
         for request in remaining.requests {
             requests += 1;
@@ -454,7 +454,7 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
                 path = logged(request.path.path()),
                 %age,
                 request_ms = u64::try_from(request.since.elapsed().as_millis()).unwrap_or(u64::MAX),
-                "cut off at {reason}: {} for {}",
+                "cut off at {reason}: request {} from {}",
                 logged(request.path.path()),
                 remaining.peer,
             );

@@ -65,21 +65,23 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
 /// came from.
 pub fn unpack(socket: OwnedFd, record: Record, names: &[Name]) -> Result<Connection, String> {
     let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
-        return Err(format!("no listener is named {:?} any more", record.listener));
+        return Err(format!("this process has no listener named {:?}", record.listener));
     };
     let http2 = match record.http2.as_deref().map(Agreement::decode) {
-        Some(None) => return Err("an HTTP/2 connection of which nothing is known".into()),
+        Some(None) => return Err("could not decode the state of an HTTP/2 connection".into()),
         Some(Some(agreement)) => Some(Box::new(agreement)),
         None => None,
     };
     let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
-        Some(None) => return Err("a TLS connection whose keys make no sense".into()),
+        Some(None) => return Err("could not decode the keys of a TLS connection".into()),
         Some(Some(session)) => Some(Box::new(session)),
         None => None,
     };
     let is_https = name.kind() == ListenerKind::Https;
     if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
-        return Err(format!("{name} does not speak what this connection speaks"));
+        return Err(format!(
+            "listener {name} does not match the connection's protocol: one of them is without TLS"
+        ));
     }
     Ok(Connection { socket, listener: name.clone(), unread: record.payload, http2, tls })
 }

@@ -47,7 +47,9 @@ impl FromStr for Name {
             "admin" => ListenerKind::Admin,
             _ if text.starts_with("https") => ListenerKind::Https,
             _ if text.starts_with("http") => ListenerKind::Http,
-            _ => anyhow::bail!("a listener's name decides what is spoken there: http…, https… or admin"),
+            _ => anyhow::bail!(
+                "invalid listener name {text:?}: expected admin or a name that starts with http or https"
+            ),
         };
         Ok(Self { text: Arc::from(text), kind })
     }

@@ -170,8 +170,7 @@ impl Inherited {
         let count = self.listeners.len();
         if count > MAX_LISTENERS {
             let reason = anyhow!(
-                "{count} listeners (ListenStream=, --listen): no more than {MAX_LISTENERS} can be passed on to \
-                 a successor"
+                "too many listeners (ListenStream=, --listen): {count}, expected at most {MAX_LISTENERS}"
             );
             return Err(Failure::config(reason));
         }
@@ -276,7 +275,7 @@ fn from_listen_fds(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<a
             return Ok((listeners, channels));
         }
         bail!(
-            "LISTEN_PID={pid} names another process than this one ({}), so LISTEN_FDS={count} is not for it: if a \
+            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: if a \
              wrapper script starts this program, start it with `exec`; else set --listen",
             std::process::id()
         );
@@ -321,7 +320,7 @@ fn from_listen_fds(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<a
 fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<OwnedFd> {
     let (family, kind) = (AddressFamily::UNIX.as_raw().into(), SocketType::SEQPACKET.as_raw().try_into()?);
     let channel = passed.take_custom(index, family, kind, "handover channel (a SOCK_SEQPACKET socket)")?;
-    channel.context("taken twice")
+    channel.context("the socket was already taken")
 }
 
 fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<ListeningSocket> {
@@ -338,7 +337,7 @@ fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<Listenin
 }
 
 const NOT_LISTENING: &str =
-    "not a listening stream socket; a socket unit makes one with ListenStream= and Accept=no";
+    "not a listening stream socket; use ListenStream= and Accept=no in the socket unit";
 
 fn require_listening(socket: impl AsFd) -> anyhow::Result<()> {
     if sockopt::socket_acceptconn(socket)? { Ok(()) } else { bail!("{NOT_LISTENING}") }
@@ -362,10 +361,11 @@ fn from_server_starter() -> anyhow::Result<Vec<Listener>> {
     let mut seen = HashSet::new();
     text.split(';')
         .map(|pair| {
-            let (place, fd) = server_starter_pair(pair)
-                .with_context(|| format!("SERVER_STARTER_PORT={text}: {pair} is not host:port=fd"))?;
+            let (place, fd) = server_starter_pair(pair).with_context(|| {
+                format!("invalid SERVER_STARTER_PORT {text:?}: expected host:port=fd, got {pair:?}")
+            })?;
             if !seen.insert(fd) {
-                bail!("SERVER_STARTER_PORT={text}: fd {fd} stands there twice");
+                bail!("invalid SERVER_STARTER_PORT {text:?}: fd {fd} is listed twice");
             }
             adopt(fd)
                 .and_then(|socket| Listener::inherited(Name::default(), socket))
@@ -415,7 +415,7 @@ impl FromStr for Listen {
         let is_name = |start: &str| start.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
         let (name, endpoint) = match text.split_once('=') {
             Some((name, endpoint)) if is_name(name) => {
-                (name.parse().map_err(|error| format!("{name}: {error}"))?, endpoint)
+                (name.parse().map_err(|error: anyhow::Error| error.to_string())?, endpoint)
             }
             _ => (Name::default(), text),
         };
@@ -450,13 +450,13 @@ impl FromStr for Endpoint {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let path = text.strip_prefix("unix:").or_else(|| text.starts_with('/').then_some(text));
         match path {
-            Some("" | "@") => Err("a path or @name must follow unix:".into()),
+            Some("" | "@") => Err("expected a path or @name after unix:".into()),
             Some(path) => Ok(match path.strip_prefix('@') {
                 Some(name) => Self::Abstract(name.to_owned()),
                 None => Self::Path(path.into()),
             }),
             None => text.parse().map(Self::Tcp).map_err(|_| {
-                "not an address like 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
+                "expected an address such as 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
             }),
         }
     }
@@ -525,7 +525,7 @@ fn variable(name: &str) -> anyhow::Result<Option<String>> {
         Ok(text) if text.is_empty() => Ok(None),
         Ok(text) => Ok(Some(text)),
         Err(std::env::VarError::NotPresent) => Ok(None),
-        Err(error) => Err(anyhow!("{name}: {error}")),
+        Err(error) => Err(anyhow!("invalid {name}: {error}")),
     }
 }
 
@@ -560,7 +560,10 @@ mod tests {
         assert_eq!(read("https=[::1]:443"), pair("https", "[::1]:443"));
         assert_eq!(read("admin=/run/a=b.sock"), pair("admin", "/run/a=b.sock"));
         assert_eq!(read("/run/a=b.sock"), pair("http", "/run/a=b.sock"));
-        assert!(read("web=127.0.0.1:80").is_err_and(|error| error.contains("http…, https… or admin")));
+        assert!(
+            read("web=127.0.0.1:80")
+                .is_err_and(|error| error.contains("invalid listener name \"web\": expected admin or"))
+        );
         assert!(read("https=").is_err() && read("=127.0.0.1:80").is_err());
     }
 

@@ -47,7 +47,7 @@ pub mod message_id {
 }
 
 /// Where events go.
-#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "nobody asks for null"))]
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control selects it"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Target {
@@ -57,7 +57,7 @@ pub enum Target {
 }
 
 /// What is logged, and where: for whoever changes it while the process runs.
-#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "nobody does"))]
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control reads it"))]
 pub struct Control {
     /// The service's.
     pub name: String,
@@ -120,7 +120,9 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     };
     let filter = EnvFilter::builder()
         .parse(&text)
-        .with_context(|| format!("{name}={text} is not a log filter"))
+        .with_context(|| {
+            format!("invalid {name} {text:?}: expected a log filter such as info or info,request=debug")
+        })
         .map_err(Failure::config)?;
     let (filter, handle) = reload::Layer::new(filter);
     // Where journald is not there, its messages go to standard error: that is no reason to be silent.
@@ -231,7 +233,7 @@ fn start_writer(mut journal: Option<Journal>) -> io::Result<()> {
     OUTBOX.start("log", write, |dropped| {
         warn!(
             dropped,
-            "{dropped} log messages were dropped, because journald or the reader of standard error did not take them \
+            "{dropped} log messages were dropped, because journald or the reader of standard error did not read them \
              in time; if this happens again, log less (--log)"
         );
     })

@@ -40,8 +40,8 @@ pub async fn serve(control: Control) {
             let _: Infallible = future::pending().await;
             drop(connection);
         }
-        Ok(Err(error)) => debug!("no log control on the bus: {error}"),
-        Err(_) => debug!("no log control on the bus: no answer"),
+        Ok(Err(error)) => debug!("could not offer log control on D-Bus: {error}"),
+        Err(_) => debug!("could not offer log control on D-Bus: no reply in time"),
     }
 }
 
@@ -88,12 +88,12 @@ pub async fn succeed(control: &Control) {
                 if !to.is_empty()
                     && let Err(error) = set(control, &to)
                 {
-                    debug!("not as the predecessor logs: {error}");
+                    debug!("could not restore the predecessor's log settings: {error}");
                 }
             }
         }
-        Ok(Err(error)) => debug!("how the predecessor logs is not known: {error}"),
-        Err(_) => debug!("how the predecessor logs is not known: no answer"),
+        Ok(Err(error)) => debug!("could not read the predecessor's log settings: {error}"),
+        Err(_) => debug!("could not read the predecessor's log settings: no reply in time"),
     }
 }
 
@@ -109,7 +109,11 @@ fn set_level(control: &Control, level: &str) -> Result<()> {
         "warning" => "warn",
         "notice" | "info" => "info",
         "debug" => "debug",
-        _ => return Err(Error::InvalidArgs(format!("{level:?} is not a level of syslog(3)"))),
+        _ => {
+            return Err(Error::InvalidArgs(format!(
+                "invalid log level {level:?}: expected a level of syslog(3)"
+            )));
+        }
     };
     control.filter.reload(filter).map_err(|error| Error::Failed(error.to_string()))?;
     level.clone_into(&mut lock(&control.set).0);
@@ -122,7 +126,11 @@ fn set_target(control: &Control, name: &str) -> Result<()> {
         "console" => Target::Console,
         "null" => Target::Null,
         "journal" if control.first == Target::Journal => Target::Journal,
-        _ => return Err(Error::NotSupported(format!("{name:?}: journal, console, null or auto"))),
+        _ => {
+            return Err(Error::NotSupported(format!(
+                "unsupported log target {name:?}: expected journal, console, null or auto"
+            )));
+        }
     };
     control.target.store(target as u8, Ordering::Relaxed);
     name.clone_into(&mut lock(&control.set).1);

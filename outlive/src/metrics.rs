@@ -22,43 +22,43 @@ macro_rules! metric {
 }
 
 pub static IN_FLIGHT: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "http_requests_in_flight", "Requests being answered.");
+    metric!(register_int_gauge, "http_requests_in_flight", "Requests in flight.");
 pub static CONNECTIONS: LazyLock<IntGaugeVec> =
-    metric!(register_int_gauge_vec, "connections", "Open connections, by what they are doing.", &["stage"]);
+    metric!(register_int_gauge_vec, "connections", "Open connections by stage.", &["stage"]);
 pub static HANDED_OVER: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "connections_handed_over_total",
-    "Connections left to the next process, by this one and those before it."
+    "Connections handed over to the next process, by this process and its predecessors."
 );
 pub static TAKEN_OVER: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "connections_taken_over_total",
-    "Connections that the process before this one left to it."
+    "Connections taken over from the predecessor."
 );
 pub static CUT_OFF: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "requests_cut_off_total",
-    "Requests lost to the drain limit, by this process and those before it."
+    "Requests cut off at the end of a drain, by this process and its predecessors."
 );
 pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "log_messages_dropped_total",
-    "Log messages of this process that were dropped, because journald did not take them in time, or standard error did \
-     not take them. Not among them: messages that journald refused."
+    "Log messages of this process that were dropped because journald or standard error did not accept them in time. \
+     Messages that journald refused are not counted."
 );
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
     "accept_queue_length",
-    "Connections that wait to be accepted, by TCP listener.",
+    "Connections waiting to be accepted, by TCP listener.",
     &["listener"]
 );
 pub static GENERATION: LazyLock<IntGauge> = metric!(
     register_int_gauge,
     "generation",
-    "Which process this is in the row of those that received their connections on."
+    "Number of this process in the handover chain; the first is 1."
 );
 pub static UPTIME: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "uptime_seconds", "Seconds for which this process has been there.");
+    metric!(register_int_gauge, "uptime_seconds", "Seconds since this process started.");
 
 /// For the next process to go on from: what is counted at a process's end, nobody could ask it for.
 pub fn totals() -> String {
@@ -67,7 +67,7 @@ pub fn totals() -> String {
 
 /// Goes on from the totals of the process before this one.
 pub fn go_on_from(totals: &str) -> anyhow::Result<()> {
-    let (handed_over, cut_off) = totals.split_once(' ').context("totals are two numbers")?;
+    let (handed_over, cut_off) = totals.split_once(' ').context("expected two numbers")?;
     let (handed_over, cut_off) = (handed_over.parse()?, cut_off.parse()?);
     HANDED_OVER.inc_by(handed_over);
     CUT_OFF.inc_by(cut_off);

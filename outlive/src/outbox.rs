@@ -40,7 +40,7 @@ pub struct Full;
 
 impl fmt::Display for Full {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("too many messages wait to be sent")
+        f.write_str("too many messages are queued")
     }
 }
 

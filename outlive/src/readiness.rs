@@ -38,7 +38,7 @@ impl Check {
         }
         let answer = match timeout(CHECK_LIMIT, tasks::outcome(|| (self.run)())).await {
             Ok(answer) => answer.map_err(|error| format!("{error:#}").replace('\n', " ")),
-            Err(_) => Err(format!("no answer within {}", humantime::format_duration(CHECK_LIMIT))),
+            Err(_) => Err(format!("timed out after {}", humantime::format_duration(CHECK_LIMIT))),
         };
         *last = Some((Instant::now(), answer.clone()));
         answer
@@ -71,7 +71,7 @@ mod tests {
             Check::new("index".into(), || panic!("on purpose")),
         ];
         let expected =
-            "cache: ok\ndatabase: it is gone\nqueue: no answer within 2s\nindex: a panic: on purpose\n";
+            "cache: ok\ndatabase: it is gone\nqueue: timed out after 2s\nindex: panicked: on purpose\n";
         assert_eq!(ask(&checks).await, (false, expected.to_owned()));
     }
 

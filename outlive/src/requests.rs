@@ -153,7 +153,7 @@ impl ResponseFuture {
                 let deadline = request.since + *this.limit;
                 let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
                 std::task::ready!(late.as_mut().poll(cx));
-                answer(StatusCode::SERVICE_UNAVAILABLE, "no answer in time\n")
+                answer(StatusCode::SERVICE_UNAVAILABLE, "the service did not respond in time\n")
             }
             // Logged where it happened (`log::init`).
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
@@ -169,9 +169,9 @@ impl ResponseFuture {
                 // Nobody asked for spans; whoever reads of a failure wants to know of which request.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
                 let (method, path) = (*this.method, logged(request.path.path()));
-                error!(target: TARGET, request_id = id, method, path, status, %latency, "failed");
+                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed");
             } else {
-                error!(target: TARGET, status, %latency, "failed");
+                error!(target: TARGET, status, %latency, "request failed");
             }
         } else if HAS_SPANS {
             debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");

@@ -110,7 +110,8 @@ where
     C: Parser,
     S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
 {
-    let program = Program::current(cli::position_of_takeover::<C>).context("the path of this binary")?;
+    let program = Program::current(cli::position_of_takeover::<C>)
+        .context("could not find out the path of this binary")?;
     match takeover::role() {
         Role::First => first(start, program),
         Role::Intermediate => Ok(takeover::be_the_intermediate(&program)?),
@@ -225,7 +226,7 @@ where
     let Inherited { listeners, channels, credentials, watchdog, .. } = inherited;
     let offer =
         Offer::new(&listeners, &credentials, process.generation, watchdog, program, config.takeover_timeout)
-            .context("could not keep the listeners for a successor")?;
+            .context("could not duplicate the listeners")?;
 
     let shutdown = CancellationToken::new();
     let mut service = Service::new(process, shutdown.clone(), credentials);
@@ -234,7 +235,7 @@ where
         routes = begin(start, own, &mut service, config.start_timeout) => routes?,
         never = ask_for_time_to_start(), if is_main => match never {},
         () = signals.terminated() => {
-            info!("told to end before it had started");
+            info!("received a stop signal during startup");
             return Ok(());
         }
     };
@@ -336,11 +337,9 @@ where
     let started = AssertUnwindSafe(start(own, service)).catch_unwind();
     match timeout(limit, started).await {
         Ok(Ok(routes)) => routes.map_err(Failure::unavailable),
-        Ok(Err(panic)) => {
-            Err(Failure::software(tasks::panic_message(&*panic).context("the service's start")))
-        }
+        Ok(Err(panic)) => Err(Failure::software(tasks::panic_message(&*panic).context("startup failed"))),
         Err(_) => Err(Failure::unavailable(anyhow!(
-            "the service's start took longer than {} (--start-timeout)",
+            "startup took longer than {} (--start-timeout)",
             humantime::format_duration(limit)
         ))),
     }
@@ -363,13 +362,13 @@ async fn end(running: tasks::Running, hooks: Hooks, remaining: Remaining, signal
     let cut_off = async {
         for _ in 1..remaining.signals {
             signals.terminated().await;
-            info!("told to end, and ending already");
+            info!("stop signal ignored: already shutting down");
         }
         signals.terminated().await;
     };
     tokio::select! {
         () = async { running.finish(deadline).await; hooks.run().await } => {}
-        () = cut_off => info!("a further signal: background tasks are cut off"),
+        () = cut_off => info!("another stop signal: cutting off background tasks and exit hooks"),
     }
 }
 

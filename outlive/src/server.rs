@@ -80,7 +80,8 @@ impl Server {
         max_connections: u32,
         queues: Queues,
     ) -> anyhow::Result<(Self, mpsc::UnboundedReceiver<Connection>)> {
-        let (sleepers, rested) = Sleepers::new(registry.clone()).context("no epoll for idle connections")?;
+        let (sleepers, rested) = Sleepers::new(registry.clone())
+            .context("could not create an epoll instance for parked connections")?;
         let sleepers = Arc::new(sleepers);
         let slots = Arc::new(Semaphore::new(max_connections as usize));
         let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
@@ -121,7 +122,7 @@ impl Server {
         if let (Some(tickets), Some(keys)) = (tickets, keys)
             && !tickets.go_on_with(&keys.0)
         {
-            debug!("the predecessor's keys of session tickets make no sense");
+            debug!("invalid TLS ticket keys from the predecessor; clients will do full handshakes");
         }
     }
 
@@ -170,7 +171,9 @@ impl Server {
                     }
                 });
             }
-            Err(error) => debug!(%error, "a client left while its connection waited for a file descriptor"),
+            Err(error) => {
+                debug!(%error, "a client disconnected while its connection waited for a file descriptor");
+            }
         }
     }
 
@@ -210,7 +213,7 @@ impl Server {
                 _ = clock.tick() => self.wake(|sleepers| Ok(sleepers.wake_overdue())),
             };
             if let Err(error) = woken {
-                warn!(%error, "idle connections are not heard");
+                warn!(%error, "epoll on parked connections failed; retrying");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -234,7 +237,7 @@ impl Server {
                 let registration = self.registry.register_since(peer, slot, since);
                 self.serve(connection, registration);
             }
-            Err(error) => debug!(%error, "a client left while its connection was at rest"),
+            Err(error) => debug!(%error, "a client disconnected while its connection was parked"),
         }
     }
 
@@ -254,7 +257,7 @@ impl Server {
                     return;
                 };
                 next = sleepers.take(connection, registration).unwrap_or_else(|error| {
-                    debug!(%error, "a client left while its connection came to rest");
+                    debug!(%error, "a client disconnected while its connection was being parked");
                     None
                 });
             }
@@ -335,7 +338,7 @@ impl Acceptor {
         let socket = match socket {
             ListeningSocket::Tcp(socket) => {
                 if let Err(error) = keep_alive(&socket) {
-                    warn!(%error, listener = label, "peers that are gone are not found out");
+                    warn!(%error, listener = label, "could not enable TCP keepalive; dead peers will not be detected");
                 }
                 socket.into()
             }
@@ -397,12 +400,16 @@ struct AcceptErrors {
 impl AcceptErrors {
     async fn handle(&mut self, error: &io::Error) {
         if is_of_one_connection(error) {
-            debug!(%error, "a connection was gone before it was accepted");
+            debug!(%error, "a client disconnected before its connection was accepted");
             return;
         }
         self.unlogged += 1;
         if self.logged.is_none_or(|logged| logged.elapsed() >= ACCEPT_LOG_INTERVAL) {
-            warn!(%error, times = self.unlogged, "could not accept (is LimitNOFILE= above --max-connections?)");
+            warn!(
+                %error,
+                times = self.unlogged,
+                "could not accept connections; check that LimitNOFILE= is above --max-connections"
+            );
             self.logged = Some(Instant::now());
             self.unlogged = 0;
         }

@@ -107,9 +107,9 @@ impl Service {
     pub fn credential(&self, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
         let Some(file) = self.credentials.open(name) else { return Ok(None) };
         let mut content = Vec::new();
-        let could_not = || format!("could not read {name} of the unit's credentials");
+        let could_not = || format!("could not read the credential {name:?}");
         file?.take(CREDENTIAL_LIMIT + 1).read_to_end(&mut content).with_context(could_not)?;
-        ensure!(content.len() as u64 <= CREDENTIAL_LIMIT, "{name}: larger than a credential can be (1 MiB)");
+        ensure!(content.len() as u64 <= CREDENTIAL_LIMIT, "the credential {name:?} is larger than 1 MiB");
         Ok(Some(content))
     }
 
@@ -124,7 +124,7 @@ impl Service {
     /// # }
     /// ```
     pub fn register(&mut self, metric: impl Collector + 'static) -> anyhow::Result<()> {
-        prometheus::register(Box::new(metric)).context("a metric of the service")
+        prometheus::register(Box::new(metric)).context("could not register a metric")
     }
 
     /// Adds routes to the admin listeners, beside `/healthz`, `/readyz` and `/metrics`.
@@ -258,8 +258,8 @@ impl Hooks {
         for (name, work) in self.0.into_iter().rev() {
             match timeout_at(deadline, tasks::outcome(|| work)).await {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => error!(hook = name, "{name:?}, at the end, failed: {error:#}"),
-                Err(_) => error!(hook = name, "{name:?}, at the end, was not done in time: cut off"),
+                Ok(Err(error)) => error!(hook = name, "exit hook {name:?} failed: {error:#}"),
+                Err(_) => error!(hook = name, "exit hook {name:?} did not finish in time: cut off"),
             }
         }
     }

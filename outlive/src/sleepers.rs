@@ -92,7 +92,7 @@ impl Sleepers {
         // Once: who has left goes on speaking, to the next process.
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
         if let Err(error) = epoll::add(self.epoll.get_ref(), socket, key, flags) {
-            debug!(%error, "an idle connection cannot sleep");
+            debug!(%error, "could not park an idle connection");
             return Err(sleeper);
         }
         asleep.insert(socket.as_raw_fd(), sleeper);

@@ -68,7 +68,7 @@ pub async fn hand_main_to(pid: u32) {
     send(&[NotifyState::MainPid(pid), NotifyState::Ready]);
     let known = tokio::time::timeout(BARRIER_LIMIT, barrier()).await.map_err(io::Error::from);
     if let Err(error) = known.flatten() {
-        warn!(%error, "the service manager does not say that it has read a message");
+        warn!(%error, "the service manager did not confirm MAINPID= in time (BARRIER=1)");
     }
 }
 
@@ -225,12 +225,14 @@ fn start_sender() -> io::Result<()> {
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let sent =
             if fds.is_empty() { sd_notify::notify(&text) } else { sd_notify::notify_with_fds(&text, &fds) };
-        sent.inspect_err(|error| warn!(%error, "could not tell the service manager (NOTIFY_SOCKET)"))
+        sent.inspect_err(
+            |error| warn!(%error, "could not send a message to the service manager (NOTIFY_SOCKET)"),
+        )
     };
     OUTBOX.start("notify", send, |dropped| {
         warn!(
             dropped,
-            "{dropped} messages to the service manager were dropped, because it did not take them in time"
+            "{dropped} messages to the service manager were dropped, because it did not read them in time"
         );
     })
 }

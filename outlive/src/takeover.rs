@@ -46,7 +46,7 @@ const OUTCOME_LIMIT: Duration =
     COMMIT_LIMIT.saturating_add(BARRIER_LIMIT).saturating_add(Duration::from_secs(1));
 
 /// Why a reload came to nothing that nobody refused.
-const OVERTAKEN: &str = "a stop of the service overtook it";
+const OVERTAKEN: &str = "the service is being stopped";
 
 /// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing. It also
 /// shows in the binary of such a release.

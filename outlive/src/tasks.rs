@@ -81,7 +81,7 @@ impl Task {
                     return Ok(());
                 }
                 let reason = outcome.map_or_else(|error| format!(": {error:#}"), |()| String::new());
-                return Err(format!("the background task {name:?} ended before the service did{reason}"));
+                return Err(format!("the service stops because the background task {name:?} ended{reason}"));
             }
             Begin::Again(begin) => begin,
         };
@@ -92,7 +92,7 @@ impl Task {
                 return Ok(());
             }
             let reason = outcome.map_or_else(|error| format!(": {error:#}"), |()| String::new());
-            warn!(task = name, "the background task {name:?} ended, and begins again{reason}");
+            warn!(task = name, "the background task {name:?} ended and will be restarted{reason}");
             tokio::select! {
                 () = sleep(RESTART_PAUSE) => {}
                 () = end.cancelled() => return Ok(()),
@@ -103,7 +103,7 @@ impl Task {
 
 fn report(name: &str, outcome: anyhow::Result<()>) {
     if let Err(error) = outcome {
-        error!(task = name, "the background task {name:?} failed at its end: {error:#}");
+        error!(task = name, "the background task {name:?} failed during shutdown: {error:#}");
     }
 }
 
@@ -117,7 +117,7 @@ pub async fn outcome(work: impl FnOnce() -> Work) -> anyhow::Result<()> {
 pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    anyhow!("a panic: {}", text.unwrap_or("it said nothing"))
+    anyhow!("panicked: {}", text.unwrap_or("no message"))
 }
 
 impl Running {
@@ -138,7 +138,7 @@ impl Running {
         self.end.cancel();
         if timeout_at(deadline, self.tracker.wait()).await.is_err() {
             for name in lock(&self.names).iter() {
-                error!(task = name, "the background task {name:?} has not ended in time: cut off");
+                error!(task = name, "the background task {name:?} did not finish in time: cut off");
             }
         }
     }
@@ -193,10 +193,10 @@ mod tests {
     async fn a_task_that_ends_early_or_panics_is_the_end_of_the_process() {
         let early = Begin::Once(Box::new(|_| Box::pin(async { Ok(()) })));
         let reason = begin_one(task("early", early)).failed().await;
-        assert_eq!(reason, "the background task \"early\" ended before the service did");
+        assert_eq!(reason, "the service stops because the background task \"early\" ended");
         let panics = Begin::Once(Box::new(|_| Box::pin(async { panic!("on purpose") })));
         let reason = begin_one(task("bad", panics)).failed().await;
-        assert!(reason.ends_with(": a panic: on purpose"), "{reason}");
+        assert!(reason.ends_with(": panicked: on purpose"), "{reason}");
     }
 
     #[tokio::test(start_paused = true)]

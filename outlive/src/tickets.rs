@@ -54,7 +54,8 @@ impl Key {
 impl Tickets {
     pub fn new() -> anyhow::Result<Self> {
         let random = SystemRandom::new();
-        let current = Key::new(&random, now()).ok_or_else(|| anyhow::anyhow!("no random numbers"))?;
+        let current = Key::new(&random, now())
+            .ok_or_else(|| anyhow::anyhow!("could not get random numbers from the system"))?;
         Ok(Self { random, keys: Mutex::new(Keys { current, former: None }) })
     }
 

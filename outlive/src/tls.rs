@@ -60,7 +60,7 @@ pub fn acceptor(
     let chain: Vec<_> = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<_, _>>()
         .map_err(|error| not_pem(&certificate, &error))?;
-    ensure!(!chain.is_empty(), "{certificate}: no certificate (PEM) in it");
+    ensure!(!chain.is_empty(), "{certificate}: contains no PEM certificate");
     let (key, text) = read(key, KEY, credentials)?;
     let key_der = PrivateKeyDer::from_pem_slice(&text).map_err(|error| not_pem(&key, &error))?;
     let mut tls = ServerConfig::builder_with_provider(Arc::new(ring::default_provider()))
@@ -68,7 +68,7 @@ pub fn acceptor(
         .with_no_client_auth()
         .with_single_cert(chain, key_der)
         .map_err(|error| match error {
-            rustls::Error::InconsistentKeys(_) => anyhow!("the key is not the certificate's"),
+            rustls::Error::InconsistentKeys(_) => anyhow!("the private key does not match the certificate"),
             error => error.into(),
         })
         .with_context(|| format!("{certificate} and {key}"))?;
@@ -90,21 +90,24 @@ fn read(
         Some(path) => File::open(path).with_context(|| format!("could not read {name}"))?,
         None => credentials.open(credential).with_context(|| {
             format!(
-                "no {credential} for the https listener: LoadCredential={credential}:… in the unit, or \
-                 --tls-cert and --tls-key"
+                "an https listener needs {credential}: add LoadCredential={credential}:/path/to/{credential} to the \
+                 unit, or set --tls-cert and --tls-key"
             )
         })??,
     };
     let mut text = Vec::new();
     file.take(FILE_LIMIT + 1).read_to_end(&mut text).with_context(|| format!("could not read {name}"))?;
-    ensure!(text.len() as u64 <= FILE_LIMIT, "{name}: larger than a certificate or a key can be");
+    ensure!(
+        text.len() as u64 <= FILE_LIMIT,
+        "{name}: larger than {FILE_LIMIT} bytes, so not a certificate or a key"
+    );
     Ok((name, text))
 }
 
 fn not_pem(name: &str, error: &pem::Error) -> anyhow::Error {
     let error = match error {
-        pem::Error::NoItemsFound => "nothing of the kind in it".to_owned(),
-        error => error.to_string(),
+        pem::Error::NoItemsFound => "contains no PEM private key".to_owned(),
+        error => format!("invalid PEM: {error}"),
     };
-    anyhow!("{name}: {error} (PEM is expected)")
+    anyhow!("{name}: {error}")
 }

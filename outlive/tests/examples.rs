@@ -99,7 +99,8 @@ fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
     {
         let (code, said, log) = run_to_end(&mut command(&example("state"), arguments)).expect("an end");
         assert_eq!((code, said.as_str()), (Some(69), ""), "{log}");
-        let expected = format!("state: {file} is to be a number: invalid digit found in string\n");
+        let expected =
+            format!("state: invalid content of {file}: expected a number: invalid digit found in string\n");
         assert_eq!(log, expected);
     }
 }
@@ -116,7 +117,7 @@ fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_i
         eventually("the count", || file.exists());
         std::fs::write(&file, "many").expect("written");
         service.signal(Signal::HUP);
-        let reason = "is to be a number: invalid digit found in string";
+        let reason = "expected a number: invalid digit found in string";
         service.notifications.wait_for_status(reason).expect("a status");
         visit(&mut connection).await;
     });
@@ -137,7 +138,7 @@ fn a_task_that_fails_drains_the_service_and_ends_it_with_its_name() {
     });
     let (status, log) = service.end().expect("an end");
     assert_eq!(status.code(), Some(70), "{log}");
-    assert!(log.contains("the background task \"count visits\" ended before the service did"), "{log}");
+    assert!(log.contains("the service stops because the background task \"count visits\" ended"), "{log}");
 }
 
 #[test]
@@ -199,9 +200,9 @@ fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
     eventually("it starts", || said().contains("waiting for the file"));
     process.signal(Signal::HUP);
     std::fs::write(&file, "").expect("written");
-    eventually("a successor", || said().contains("has taken over: pid "));
+    eventually("a successor", || said().contains("has taken over as pid "));
     let said = said();
-    let pid = said.split("has taken over: pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let pid = said.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
     assert!(process.wait().expect("an end").success());
     terminate(pid.expect("a pid")).expect("it runs");
 }
@@ -218,7 +219,7 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
     let mut begun = 0;
     let mut wait_for = |wanted: &str| {
         for line in lines.by_ref() {
-            assert!(!line.contains("tasks are cut off"), "{line}");
+            assert!(!line.contains("cutting off background tasks"), "{line}");
             begun += u32::from(line.contains("the task has begun"));
             if line.contains(wanted) {
                 return begun;
@@ -230,7 +231,7 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
     let main = service.notifications.wait_for("MAINPID=").expect("a successor");
     wait_for("waiting for the file");
     service.signal(Signal::TERM);
-    wait_for("told to end, and ending already");
+    wait_for("stop signal ignored: already shutting down");
     std::fs::write(&file, "").expect("written");
     assert_eq!(wait_for("the file is there"), 1, "the successor's task runs alone");
     assert_eq!(wait_for("the task has begun"), 2);
@@ -249,7 +250,7 @@ fn a_second_signal_cuts_a_background_task_off() {
     service.signal(Signal::TERM);
     lines.find(|line| line.contains("waiting for the file")).expect("it ends");
     service.signal(Signal::TERM);
-    lines.find(|line| line.contains("a further signal: background tasks are cut off")).expect("cut off");
+    lines.find(|line| line.contains("another stop signal: cutting off background tasks")).expect("cut off");
     assert!(service.process().wait().expect("an end").success());
 }
 
@@ -307,7 +308,7 @@ fn a_start_that_never_returns_is_given_up_at_its_limit() {
         command(&example("slow"), &["--when", "start", "--listen", &address, "--start-timeout", "200ms"]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
     assert_eq!(code, Some(69), "{log}");
-    assert!(log.contains("slow: the service's start took longer than 200ms (--start-timeout)"), "{log}");
+    assert!(log.contains("slow: startup took longer than 200ms (--start-timeout)"), "{log}");
 }
 
 #[test]
@@ -370,5 +371,5 @@ fn a_panic_in_a_start_is_a_start_that_failed() {
     let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
     assert_eq!(code, Some(70), "{log}");
-    assert!(log.contains("slow: the service's start: a panic: on purpose"), "{log}");
+    assert!(log.contains("slow: startup failed: panicked: on purpose"), "{log}");
 }

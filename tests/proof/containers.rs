@@ -104,7 +104,7 @@ fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
         );
         assert!(connection.ask(&get("/")).await.expect("an answer").text().contains("generation 1"));
     });
-    eventually("the hangup is refused", || container.said().contains("no reload as PID 1"));
+    eventually("the hangup is refused", || container.said().contains("PID 1 of a container cannot reload"));
     container.signal(Signal::INT);
     container.end();
 }

@@ -83,9 +83,11 @@ fn each_is_answered_after(systemd: Systemd, verb: &str) {
         wait_for_message(&container, &format!("handed over {CONNECTIONS} connections"));
         let ended = ask_all(&mut connections).await;
         assert!(ended <= waiting, "{ended} of {waiting} that waited were ended");
-        let message = wait_for_message(&container, "no connection waits for file descriptors any more");
-        assert!(message.ends_with(&format!(" {ended} ended with a response")), "{message}: {ended}");
-        let closed = messages(&container).into_iter().find(|message| message.contains("of the predecessor:"));
+        let message = wait_for_message(&container, "no connection waits for file descriptors anymore");
+        assert!(message.ends_with(&format!(" {ended} closed after a response")), "{message}: {ended}");
+        let closed = messages(&container)
+            .into_iter()
+            .find(|message| message.contains("of the predecessor's connections:"));
         assert_eq!(closed, None);
     });
 }

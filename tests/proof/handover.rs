@@ -202,7 +202,8 @@ fn connections_that_end_are_not_handed_over() {
         }
         let (status, log) = service.end().expect("an end");
         assert!(
-            status.success() && log.contains("handed over 0 connections, 2 in flight finished, 0 cut off"),
+            status.success()
+                && log.contains("handed over 0 connections; 2 requests in flight finished, 0 cut off"),
             "{log}"
         );
     });
@@ -245,7 +246,7 @@ fn an_http_2_stream_in_flight_finishes() {
     let answer = client.join().expect("an answer");
     assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 5s\n");
     let (status, log) = service.end().expect("an end");
-    assert!(status.success() && log.contains("1 in flight finished, 0 cut off"), "{log}");
+    assert!(status.success() && log.contains("1 requests in flight finished, 0 cut off"), "{log}");
 }
 
 #[test]
@@ -524,7 +525,10 @@ fn both_ends_say_what_they_did() {
         let log = service.process().child().stderr.take();
         let mut said = String::new();
         std::io::Read::read_to_string(&mut log.expect("piped"), &mut said).expect("text");
-        assert!(said.contains("handed over 300 connections, 0 in flight finished, 0 cut off, in "), "{said}");
+        assert!(
+            said.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
+            "{said}"
+        );
         let mut service = service.restart(BINARY).expect("the next service");
         service.notifications.wait_for("FDSTOREREMOVE=1").expect("taken out of the store");
         for connection in &mut connections {
@@ -534,7 +538,7 @@ fn both_ends_say_what_they_did() {
         service.notifications.wait_for("STOPPING=1").expect("stopping");
         let (_, said) = service.end().expect("an end");
         assert!(said.contains("took over 300 connections, "), "{said}");
-        assert!(said.contains(" ms after the predecessor's last answer"), "{said}");
+        assert!(said.contains(" ms after the predecessor's last response"), "{said}");
     });
 }
 
@@ -557,8 +561,7 @@ fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
         let (status, log) = service.end().expect("an end");
         assert!(status.success(), "{log}");
         assert!(
-            log.contains("systemd has closed the handover channel")
-                && log.contains("handed over 0 connections"),
+            log.contains("systemd closed the handover channel") && log.contains("handed over 0 connections"),
             "{log}"
         );
     });
@@ -579,17 +582,17 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
     let null = std::fs::File::open("/dev/null").expect("a file");
     let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
-        (frame_of(3, CONNECTIONS, 1, ""), "frame version 3, where this binary knows 1 to 2"),
-        (good[..20].to_vec(), "a frame of a wrong length"),
-        ([good.clone(), vec![0; 513]].concat(), "a frame of a wrong length"),
+        (frame_of(3, CONNECTIONS, 1, ""), "unsupported frame version 3: this binary supports 1 to 2"),
+        (good[..20].to_vec(), "invalid frame length"),
+        ([good.clone(), vec![0; 513]].concat(), "invalid frame length"),
         ([good.clone(), vec![0xff]].concat(), "invalid utf-8"),
-        (frame(99, 1, ""), "a frame of kind 99"),
-        (frame(CONNECTIONS, 253, ""), "a frame of 253 sockets"),
-        (frame(CONNECTIONS, 2, ""), "its records"),
+        (frame(99, 1, ""), "unknown frame type 99"),
+        (frame(CONNECTIONS, 253, ""), "invalid frame: 253 sockets"),
+        (frame(CONNECTIONS, 2, ""), "could not read the records"),
         (frame(CONNECTIONS, 0, ""), "received 2 file descriptors in a message, expected 0"),
-        (good, "its records"),
-        (b"x".to_vec(), "not a frame"),
-        (vec![0xff; 60_000], "not a frame"),
+        (good, "could not read the records"),
+        (b"x".to_vec(), "not a handover frame"),
+        (vec![0xff; 60_000], "not a handover frame"),
     ] {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let target = Target::Tcp(listener.local_addr().expect("an address"));
@@ -644,7 +647,10 @@ fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_know
         assert_eq!(unknown.read_more().await.expect("closed, not reset"), 0);
         service.signal(Signal::TERM);
         let (_, log) = service.end().expect("an end");
-        assert!(log.contains("closed 1 connections of the predecessor: a connection of kind 99"), "{log}");
+        assert!(
+            log.contains("closed 1 of the predecessor's connections: unsupported connection type 99"),
+            "{log}"
+        );
     });
 }
 

@@ -169,7 +169,7 @@ fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Syst
     eventually("the end of the drain", || {
         entries("a81d6e0b9c3f47d5886e2b4f7c0d9e33").iter().any(|entry| {
             let message = text(entry, "MESSAGE");
-            message.starts_with("handed over 1 connections, 1 in flight finished, 0 cut off")
+            message.starts_with("handed over 1 connections; 1 requests in flight finished, 0 cut off")
         })
     });
     assert_eq!(reports_of_dropped(&container).len(), 1);

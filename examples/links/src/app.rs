@@ -27,7 +27,7 @@ const URL_LIMIT: usize = 2048;
 #[derive(clap::Parser)]
 #[command(version, about)]
 pub struct Config {
-    /// Where the links are kept.
+    /// URL of the PostgreSQL database that stores the links.
     #[arg(
         long,
         env = "LINKS_DATABASE_URL",
@@ -155,14 +155,16 @@ impl IntoResponse for Refusal {
     fn into_response(self) -> Response {
         match self {
             Self::Link => {
-                (StatusCode::UNPROCESSABLE_ENTITY, "not an http or https link of 2048 bytes or less\n")
+                (StatusCode::UNPROCESSABLE_ENTITY, "expected an http or https link of at most 2048 bytes\n")
             }
-            Self::Code => (StatusCode::UNPROCESSABLE_ENTITY, "a code has 1 to 32 letters and digits\n"),
-            Self::Taken => (StatusCode::CONFLICT, "there is a link of that code\n"),
+            Self::Code => {
+                (StatusCode::UNPROCESSABLE_ENTITY, "invalid code: expected 1 to 32 letters and digits\n")
+            }
+            Self::Taken => (StatusCode::CONFLICT, "this code is already in use\n"),
             Self::Unknown => (StatusCode::NOT_FOUND, "no such link\n"),
             Self::Database(error) => {
-                tracing::error!("the database: {error}");
-                (StatusCode::SERVICE_UNAVAILABLE, "the database does not answer\n")
+                tracing::error!("database query failed: {error}");
+                (StatusCode::SERVICE_UNAVAILABLE, "the database is not available\n")
             }
         }
         .into_response()

@@ -28,7 +28,7 @@ pub struct Clicks {
 
 impl Clicks {
     pub fn new(store: Store) -> anyhow::Result<Self> {
-        let total = IntCounter::new("links_followed_total", "Redirects answered by this process.")?;
+        let total = IntCounter::new("links_followed_total", "Redirects served by this process.")?;
         Ok(Self { store, counts: Arc::default(), total })
     }
 
@@ -50,7 +50,7 @@ impl Clicks {
         let mut batch = None;
         while end.run_until_cancelled(tokio::time::sleep(FLUSH_INTERVAL)).await.is_some() {
             if let Err(error) = self.flush_once(&mut batch).await {
-                tracing::warn!("clicks wait: {error:#}");
+                tracing::warn!("could not write clicks to the database; retrying: {error:#}");
             }
         }
         let mut tries = LAST_TRIES;
@@ -59,7 +59,7 @@ impl Clicks {
             if tries == 0 {
                 let lost = batch.iter().flat_map(|batch| batch.counts.values()).sum::<i64>()
                     + self.counts().values().sum::<i64>();
-                return Err(error.context(format!("{lost} clicks are lost")));
+                return Err(error.context(format!("lost {lost} clicks")));
             }
             tries -= 1;
             tokio::time::sleep(FLUSH_INTERVAL).await;

@@ -42,7 +42,7 @@ impl Store {
             .connect_with(database.clone().options([("client_min_messages", "warning")]))
             .await
             .with_context(|| format!("could not reach the database at {place} (--database-url)"))?;
-        MIGRATIONS.run(&pool).await.context("could not bring the tables up to date")?;
+        MIGRATIONS.run(&pool).await.context("could not update the database tables")?;
         Ok(Self { pool })
     }
 

@@ -43,8 +43,8 @@ fn made(folder: &Path) -> Result<PathBuf> {
 fn variables(command: &Command) -> String {
     let name = command.get_name();
     let mut text = format!(
-        "# The configuration of {name}: take the # from a line to change it. It is in force with\n\
-         # `systemctl reload {name}`, which fails and changes nothing where {name} could not start with it.\n"
+        "# Configuration of {name}. Uncomment a line to change it, then run `systemctl reload {name}`. If {name} cannot\n\
+         # start with the new values, the reload fails and the running process keeps the old ones.\n"
     );
     for arg in command.get_arguments() {
         let Some(variable) = arg.get_env() else { continue };

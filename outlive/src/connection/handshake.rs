@@ -102,11 +102,11 @@ async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsS
         match handshake.as_mut().poll(cx) {
             Poll::Ready(Ok(stream)) => Poll::Ready(Some(stream)),
             Poll::Ready(Err(error)) => {
-                debug!(peer = %entry.peer, %error, "no TLS");
+                debug!(peer = %entry.peer, %error, "TLS handshake failed");
                 Poll::Ready(None)
             }
             Poll::Pending if entry.is_overdue() => {
-                debug!(peer = %entry.peer, "no TLS: the handshake took too long");
+                debug!(peer = %entry.peer, "TLS handshake timed out (--head-timeout)");
                 Poll::Ready(None)
             }
             Poll::Pending => Poll::Pending,

@@ -99,14 +99,14 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
         Turn::Overdue(Stage::InFlight) => {
-            warn!(peer = %entry.peer, "the peer takes no more of its answer: cut off");
+            warn!(peer = %entry.peer, "closed the connection: the client stopped reading the response (--request-timeout)");
         }
         // What is not encrypted just ends.
         Turn::Overdue(_) if io.is_plain() => {}
         Turn::Overdue(_) => io.close().await,
         Turn::Done(result) => {
             if let Err(error) = result {
-                debug!(peer = %entry.peer, %error, "connection ended");
+                debug!(peer = %entry.peer, %error, "connection failed");
             }
             io.close().await;
         }

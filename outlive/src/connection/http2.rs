@@ -101,13 +101,13 @@ pub(super) async fn drive(
             }
             if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 if let Err(error) = result {
-                    debug!(peer = %entry.peer, %error, "connection ended");
+                    debug!(peer = %entry.peer, %error, "connection failed");
                 }
                 return Poll::Ready(Outcome::Closed);
             }
             let is_overdue = entry.is_overdue();
             if is_overdue && entry.stage() == Stage::InFlight {
-                warn!(peer = %entry.peer, "the peer takes no more of its answers: cut off");
+                warn!(peer = %entry.peer, "closed the connection: the client stopped reading its responses (--request-timeout)");
                 return Poll::Ready(Outcome::Closed);
             }
             if is_overdue && told.is_some() {

@@ -107,9 +107,9 @@ enum Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Alert(alert, reason) => write!(f, "TLS: {reason}; answered with the alert {alert:?}"),
+            Self::Alert(alert, reason) => write!(f, "TLS: {reason}; sent the alert {alert:?}"),
             Self::NoAlert(reason) => write!(f, "TLS: {reason}"),
-            Self::PeerFailed(alert) => write!(f, "TLS: the peer sent the fatal alert {alert}"),
+            Self::PeerFailed(alert) => write!(f, "TLS: received the fatal alert {alert}"),
         }
     }
 }
@@ -177,16 +177,17 @@ impl Half {
         // Of the header itself only the length counts, as in rustls.
         let header = [APPLICATION_DATA, 3, 3, length[0], length[1]];
         let unsealed = self.key.open_in_place(self.nonce(), Aad::from(header), sealed);
-        let wrong = Refusal::Alert(Alert::BadRecordMac, "a record was not sealed with the connection's key");
+        let wrong =
+            Refusal::Alert(Alert::BadRecordMac, "could not decrypt a record with the connection's key");
         let length = unsealed.map_err(|_| wrong)?.len();
         // No peer sends as many.
         self.direction.sequence = self.direction.sequence.checked_add(1).ok_or(wrong)?;
         if length > FRAGMENT_LIMIT + 1 {
-            return Err(Refusal::Alert(Alert::RecordOverflow, "a record is too long with its padding"));
+            return Err(Refusal::Alert(Alert::RecordOverflow, "a record with its padding is too long"));
         }
         sealed.truncate(length);
         let end = sealed.iter().rposition(|byte| *byte != 0);
-        let end = end.ok_or(Refusal::NoAlert("a record has nothing but padding"))?;
+        let end = end.ok_or(Refusal::NoAlert("a record contains only padding"))?;
         let kind = sealed[end];
         sealed.truncate(end);
         Ok(kind)
@@ -195,7 +196,7 @@ impl Half {
     /// Seals a record of `content` onto `into`.
     fn seal(&mut self, kind: u8, content: &[u8], into: &mut BytesMut) -> io::Result<()> {
         if self.direction.sequence >= SEALED_RECORDS_LIMIT {
-            return Err(io::Error::other("a key has sealed as many records as is safe"));
+            return Err(io::Error::other("the connection's key has encrypted the maximum number of records"));
         }
         let length = content.len() + 1 + TAG_LENGTH;
         let mut header = [APPLICATION_DATA, 3, 3, 0, 0];
@@ -205,7 +206,7 @@ impl Half {
         into.put_slice(content);
         into.put_u8(kind);
         let sealed = self.key.seal_in_place_separate_tag(self.nonce(), Aad::from(header), &mut into[at..]);
-        let tag = sealed.map_err(|_| io::Error::other("a record could not be sealed"))?;
+        let tag = sealed.map_err(|_| io::Error::other("could not encrypt a record"))?;
         into.put_slice(tag.as_ref());
         self.direction.sequence += 1;
         Ok(())
@@ -296,9 +297,8 @@ impl Records {
     /// has to come.
     fn open(&mut self) -> Result<bool, Refusal> {
         while self.opened.is_empty() && self.incoming == Incoming::Open {
-            let length = sealed_length(&self.sealed).map_err(|NoHeader| {
-                Refusal::Alert(Alert::DecodeError, "what came is no header of a record")
-            })?;
+            let length = sealed_length(&self.sealed)
+                .map_err(|NoHeader| Refusal::Alert(Alert::DecodeError, "invalid record header"))?;
             let Some(length) = length.filter(|length| self.sealed.len() >= HEADER_LENGTH + length) else {
                 return Ok(false);
             };
@@ -309,17 +309,20 @@ impl Records {
             if outer_kind == CHANGE_CIPHER_SPEC && !has_part {
                 // It is the only one that comes unsealed, and it belongs into a handshake (section 5).
                 let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
-                return Err(Refusal::Alert(alert, "change_cipher_spec came after the handshake"));
+                return Err(Refusal::Alert(alert, "received change_cipher_spec after the handshake"));
             }
             let kind = self.from_peer.open(&mut record)?;
             if kind == CHANGE_CIPHER_SPEC {
-                return Err(Refusal::Alert(Alert::UnexpectedMessage, "change_cipher_spec came sealed"));
+                return Err(Refusal::Alert(
+                    Alert::UnexpectedMessage,
+                    "received an encrypted change_cipher_spec",
+                ));
             }
             if kind != HANDSHAKE && has_part {
-                return Err(Refusal::NoAlert("another record came in the middle of a handshake message"));
+                return Err(Refusal::NoAlert("received another record in the middle of a handshake message"));
             }
             if record.is_empty() {
-                count(&mut self.peer.empty_records, EMPTY_RECORDS_LIMIT, "too many records were empty")?;
+                count(&mut self.peer.empty_records, EMPTY_RECORDS_LIMIT, "received too many empty records")?;
             } else {
                 self.peer.empty_records = 0;
             }
@@ -330,7 +333,7 @@ impl Records {
                 }
                 ALERT => self.take_alert(&record)?,
                 HANDSHAKE => self.take_message(&record)?,
-                _ => return Err(Refusal::Alert(Alert::DecodeError, "a record is of no known type")),
+                _ => return Err(Refusal::Alert(Alert::DecodeError, "unknown record type")),
             }
         }
         Ok(true)
@@ -338,18 +341,21 @@ impl Records {
 
     fn take_alert(&mut self, alert: &[u8]) -> Result<(), Refusal> {
         let [level, description] = *alert else {
-            return Err(Refusal::Alert(Alert::DecodeError, "an alert is not two bytes long"));
+            return Err(Refusal::Alert(Alert::DecodeError, "invalid alert length: expected two bytes"));
         };
         match level {
             WARNING | FATAL if description == Alert::CloseNotify as u8 => self.incoming = Incoming::Ended,
             FATAL => return Err(Refusal::PeerFailed(description)),
             WARNING => {
-                count(&mut self.peer.warnings, WARNINGS_LIMIT, "too many alerts came")?;
+                count(&mut self.peer.warnings, WARNINGS_LIMIT, "received too many warning alerts")?;
                 if description != USER_CANCELED {
-                    return Err(Refusal::Alert(Alert::DecodeError, "an alert should have been fatal"));
+                    return Err(Refusal::Alert(
+                        Alert::DecodeError,
+                        "received a warning alert that must be fatal",
+                    ));
                 }
             }
-            _ => return Err(Refusal::Alert(Alert::IllegalParameter, "an alert is of no known level")),
+            _ => return Err(Refusal::Alert(Alert::IllegalParameter, "unknown alert level")),
         }
         Ok(())
     }
@@ -371,11 +377,11 @@ impl Records {
         if kind != KEY_UPDATE {
             return Err(Refusal::Alert(
                 Alert::UnexpectedMessage,
-                "a handshake message came after the handshake",
+                "received a handshake message after the handshake",
             ));
         }
         if length != 1 {
-            return Err(Refusal::Alert(Alert::DecodeError, "a KeyUpdate is of a wrong length"));
+            return Err(Refusal::Alert(Alert::DecodeError, "invalid KeyUpdate length"));
         }
         let Some((request, behind)) = body.split_first() else {
             self.peer.message = message;
@@ -383,14 +389,22 @@ impl Records {
         };
         if !behind.is_empty() {
             // The rest of the record should have had the new key.
-            return Err(Refusal::Alert(Alert::UnexpectedMessage, "more came in the record of a KeyUpdate"));
+            return Err(Refusal::Alert(
+                Alert::UnexpectedMessage,
+                "received data behind a KeyUpdate in the same record",
+            ));
         }
-        count(&mut self.peer.key_updates, KEY_UPDATES_LIMIT, "too many KeyUpdates came")?;
+        count(&mut self.peer.key_updates, KEY_UPDATES_LIMIT, "received too many KeyUpdate messages")?;
         match *request {
             UPDATE_NOT_REQUESTED => {}
             // One answer is enough, however often it is asked for, so a peer that never reads gets no more.
             UPDATE_REQUESTED => self.peer.wants_key_update = true,
-            _ => return Err(Refusal::Alert(Alert::IllegalParameter, "a KeyUpdate asks for nothing known")),
+            _ => {
+                return Err(Refusal::Alert(
+                    Alert::IllegalParameter,
+                    "unknown request_update value in a KeyUpdate",
+                ));
+            }
         }
         if !self.from_peer.update_keys(self.suite) {
             self.incoming = Incoming::Deaf;

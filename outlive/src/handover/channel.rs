@@ -244,7 +244,8 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
     let missing = expected - fds.len();
     let mut fds = fds.into_iter();
     let records = match fds.next() {
-        Some(file) => read_records(&file.into()).map_err(|error| format!("its records: {error}"))?,
+        Some(file) => read_records(&file.into())
+            .map_err(|error| format!("could not read the records of a message: {error}"))?,
         None => Zeroizing::default(),
     };
     let mut records = &records[..];
@@ -256,7 +257,7 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         }
     }
     // The kernel closes the descriptors that a process may not open.
-    frame.refused.extend((0..missing).map(|_| "too few file descriptors: raise LimitNOFILE=".to_owned()));
+    frame.refused.extend((0..missing).map(|_| "out of file descriptors: raise LimitNOFILE=".to_owned()));
     Ok(frame)
 }
 

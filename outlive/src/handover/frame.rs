@@ -134,24 +134,24 @@ impl Header {
 
     pub(super) fn decode(mut bytes: &[u8]) -> Result<Self, String> {
         if bytes.len() < 6 || bytes[..4] != *MAGIC {
-            return Err("not a frame of the handover channel".into());
+            return Err("not a handover frame".into());
         }
         bytes.advance(4);
         let version = bytes.get_u16_le();
         if !(FIRST_VERSION..=LAST_VERSION).contains(&version) {
             return Err(format!(
-                "frame version {version}, where this binary knows {FIRST_VERSION} to {LAST_VERSION}"
+                "unsupported frame version {version}: this binary supports {FIRST_VERSION} to {LAST_VERSION}"
             ));
         }
         let lengths = HEADER_LENGTH - 6..=HEADER_LENGTH - 6 + TEXT_LIMIT;
         if !lengths.contains(&bytes.len()) {
-            return Err("a frame of a wrong length".into());
+            return Err(format!("invalid frame length {}", 6 + bytes.len()));
         }
         let kind = bytes.get_u16_le();
-        let kind = *Kind::ALL.get(usize::from(kind)).ok_or_else(|| format!("a frame of kind {kind}"))?;
+        let kind = *Kind::ALL.get(usize::from(kind)).ok_or_else(|| format!("unknown frame type {kind}"))?;
         let sockets = bytes.get_u16_le();
         if usize::from(sockets) > MAX_SOCKETS {
-            return Err(format!("a frame of {sockets} sockets"));
+            return Err(format!("invalid frame: {sockets} sockets, expected at most {MAX_SOCKETS}"));
         }
         let origin = Origin { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
         let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?.to_owned();
@@ -204,7 +204,7 @@ impl Record {
         let mut body = take(bytes, length)?;
         let kind = body.try_get_u16_le().map_err(|_| SHORT)?;
         if kind & !(HTTP2 | TLS) != 0 {
-            return Ok(Err(format!("a connection of kind {kind}, which this binary does not know")));
+            return Ok(Err(format!("unsupported connection type {kind}")));
         }
         let mut record = Self::decode_body(&mut body)?;
         let mut part = || {
@@ -236,7 +236,7 @@ fn take<'a>(bytes: &mut &'a [u8], length: u32) -> Result<&'a [u8], String> {
     Ok(taken)
 }
 
-const SHORT: &str = "a record that is cut short";
+const SHORT: &str = "truncated record";
 /// A connection that speaks HTTP/1.1, or nothing yet.
 const HTTP1: u16 = 0;
 /// A connection that speaks HTTP/2.

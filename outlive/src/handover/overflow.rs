@@ -154,7 +154,7 @@ fn store(channels: &mut [Waiting]) {
             Err(error) => warn!(
                 %error,
                 connections = waiting.count,
-                "a restart closes {} connections that wait for file descriptors: could not store their channel",
+                "could not store {} connections that wait for file descriptors; a restart will close them",
                 waiting.count,
             ),
         }

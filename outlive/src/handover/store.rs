@@ -26,7 +26,7 @@ impl FdStore {
         match Self::try_open().await {
             Ok(store) => store,
             Err(error) => {
-                warn!(%error, "could not open a handover channel");
+                warn!(%error, "could not open a handover channel to systemd; connections will be closed");
                 None
             }
         }
@@ -48,7 +48,9 @@ impl FdStore {
         let store = Self { channel };
         let is_kept = store.is_kept()?;
         if !is_kept {
-            debug!("systemd keeps no fds for this unit (FileDescriptorStoreMax=)");
+            debug!(
+                "systemd stores no file descriptors for this unit; a restart closes its connections (FileDescriptorStoreMax=)"
+            );
         }
         Ok(is_kept.then_some(store))
     }
@@ -65,12 +67,15 @@ impl FdStore {
         let (sent, error) = channel::send(&self.channel, Kind::Connections, origin, &pack(&connections), "");
         // systemd may close what it does not keep a while after it has said that it has read the message.
         if !self.is_kept().unwrap_or(false) {
-            warn!(connections = connections.len(), "systemd has closed the handover channel");
+            warn!(
+                connections = connections.len(),
+                "systemd closed the handover channel; connections will be closed"
+            );
             return connections;
         }
         let left = connections.split_off(sent);
         if let Some(error) = error {
-            warn!(%error, connections = left.len(), "the handover channel is full");
+            warn!(%error, connections = left.len(), "could not hand over all connections; the others will be closed");
         }
         // Closing ten thousand one by one takes a while; the kernel does it all at the process's end.
         std::mem::forget(connections);
@@ -82,7 +87,7 @@ impl FdStore {
         let packed = pack_tickets(keys);
         let sent = packed.map(|packed| channel::send(&self.channel, Kind::Tickets, origin, &packed, "").1);
         if let Err(error) | Ok(Some(error)) = sent {
-            debug!(%error, "the keys of session tickets are not left for the next process");
+            debug!(%error, "could not hand over the TLS ticket keys; clients will do full handshakes");
         }
     }
 

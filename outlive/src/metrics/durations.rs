@@ -64,7 +64,7 @@ impl Durations {
     fn new() -> prometheus::Result<Self> {
         let options = HistogramOpts::new(
             "http_request_duration_seconds",
-            "Time from a request to the head of its answer, by route template, method and status.",
+            "Time from the receipt of a request to the head of its response, by route template, method and status.",
         );
         let sums = HistogramVec::new(options.buckets(BOUNDS.to_vec()), &["route", "method", "status"])?;
         Ok(Self { sums, parts: Arc::default() })

@@ -45,7 +45,11 @@ impl<B: Body<Data = Bytes, Error: Into<BoxError>>> Body for Within<B> {
         }
         let late = this.late.get_or_insert_with(|| Box::pin(sleep(*this.pause)));
         std::task::ready!(late.as_mut().poll(cx));
-        Poll::Ready(Some(Err(io::Error::new(io::ErrorKind::TimedOut, "no more of the body in time").into())))
+        Poll::Ready(Some(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the client sent no more of the request body in time (--request-timeout)",
+        )
+        .into())))
     }
 
     fn is_end_stream(&self) -> bool {

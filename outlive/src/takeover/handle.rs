@@ -20,9 +20,10 @@ impl ProcessHandle {
     /// Fails where `pid` is no process, or none that may be ended: PID 1, or this one.
     pub(super) fn open(pid: u32) -> Result<Self> {
         let is_another = pid > 1 && pid != std::process::id();
-        let pid = i32::try_from(pid).ok().filter(|_| is_another).and_then(Pid::from_raw);
-        let pid = pid.context("not the pid of another process")?;
-        let handle = pidfd_open(pid, PidfdFlags::empty()).with_context(|| format!("process {pid}"))?;
+        let other = i32::try_from(pid).ok().filter(|_| is_another).and_then(Pid::from_raw);
+        let pid = other.with_context(|| format!("invalid pid {pid}: expected the pid of another process"))?;
+        let handle =
+            pidfd_open(pid, PidfdFlags::empty()).with_context(|| format!("could not open process {pid}"))?;
         Ok(Self { pid, handle })
     }
 
@@ -41,7 +42,7 @@ impl ProcessHandle {
         // It may have ended by itself.
         let _ = pidfd_send_signal(&self.handle, Signal::KILL);
         let is_gone = is_readable(&self.handle, Instant::now() + KILL_LIMIT)?;
-        ensure!(is_gone, "process {} was killed, and does not end", self.pid);
+        ensure!(is_gone, "process {} did not exit after SIGKILL", self.pid);
         Ok(())
     }
 }

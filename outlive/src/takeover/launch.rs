@@ -109,11 +109,13 @@ impl Program {
             child.kill()?;
         }
         let status = child.wait()?;
-        ensure!(status.success(), "could not start a successor: {path} ended with {status}");
+        ensure!(status.success(), "could not start a successor: {path}: {status}");
         let mut launched = Launched { outcome: outcome.into(), successor: None };
         let said = launched.read_line(deadline)?;
         let pid = said.strip_prefix("pid ").and_then(|pid| pid.parse().ok());
-        let pid = pid.with_context(|| format!("{path} is no release of this service: it said {said:?}"))?;
+        let pid = pid.with_context(|| {
+            format!("{path} is not a release of this service: expected \"pid NUMBER\" from it, got {said:?}")
+        })?;
         // None: it has ended, and what it said of that is still to be read.
         launched.successor = ProcessHandle::open(pid).ok();
         Ok(launched)
@@ -167,9 +169,9 @@ impl Launched {
     pub fn outcome(mut self, limit: Duration) -> Result<()> {
         let outcome = match self.read_line(Instant::now() + limit + OUTCOME_LIMIT) {
             Ok(line) if line == OK => return Ok(()),
-            Ok(line) if line.is_empty() => Err(anyhow!("the successor died")),
+            Ok(line) if line.is_empty() => Err(anyhow!("the successor exited unexpectedly")),
             Ok(line) => Err(anyhow!(line)),
-            Err(error) => Err(error.context("the successor is not ready")),
+            Err(error) => Err(error.context("the successor did not become ready")),
         };
         if let Some(successor) = self.successor {
             successor.kill()?;
@@ -182,10 +184,7 @@ impl Launched {
         let mut line = Vec::new();
         let mut byte = [0];
         loop {
-            ensure!(
-                is_readable(&self.outcome, deadline)?,
-                "nothing was heard within the time limit (--takeover-timeout)"
-            );
+            ensure!(is_readable(&self.outcome, deadline)?, "no message within --takeover-timeout");
             if self.outcome.read(&mut byte)? == 0 || byte[0] == b'\n' {
                 return Ok(String::from_utf8_lossy(&line).into_owned());
             }

@@ -22,10 +22,10 @@ use crate::signals::{Asked, Signals};
 use crate::status::{ManagerRole, Status};
 use crate::systemd;
 
-const UNDER_WAY: &str = "a takeover is under way already";
+const UNDER_WAY: &str = "another reload is in progress";
 
-/// The end of a container's PID 1 is the end of all in it, successors too.
-const PID_1: &str = "no reload as PID 1 of a container: start another container";
+/// The kernel ends all processes of a container with its PID 1, successors included.
+const PID_1: &str = "PID 1 of a container cannot reload; start a new container instead";
 
 /// What a successor inherits.
 pub struct Offer {
@@ -103,12 +103,12 @@ pub async fn serve_until_end(
             asked = signals.next() => match asked {
                 Asked::End => {
                     if preparation.is_some() {
-                        info!(message_id = message_id::NOT_RELOADED, "not reloaded: {OVERTAKEN}");
+                        info!(message_id = message_id::NOT_RELOADED, "reload failed: {OVERTAKEN}");
                     }
                     return Ending::Terminated;
                 }
-                Asked::Reload if preparation.is_some() => error!("SIGHUP: {UNDER_WAY}"),
-                Asked::Reload if std::process::id() == 1 => error!("SIGHUP: {PID_1}"),
+                Asked::Reload if preparation.is_some() => error!("SIGHUP ignored: {UNDER_WAY}"),
+                Asked::Reload if std::process::id() == 1 => error!("SIGHUP ignored: {PID_1}"),
                 Asked::Reload => preparation = Some(Box::pin(prepare_own(offer))),
             },
             reason = &mut failed => {
@@ -127,7 +127,7 @@ pub async fn serve_until_end(
                     }
                     Err(reason) => {
                         let reason = format!("{reason:#}");
-                        error!(message_id = message_id::NOT_RELOADED, "not reloaded: {reason}");
+                        error!(message_id = message_id::NOT_RELOADED, "reload failed: {reason}");
                         if terminations > 0 {
                             return Ending::Terminated;
                         }
@@ -148,7 +148,7 @@ pub async fn serve_until_end(
 }
 
 async fn refuse(channel: &Channel, generation: u64) {
-    info!("a takeover was refused: {UNDER_WAY}");
+    info!("refused a takeover: {UNDER_WAY}");
     // Whoever it was may be gone.
     let _ = channel.say(Kind::Refused, Origin::now(generation), UNDER_WAY).await;
 }
@@ -166,7 +166,7 @@ async fn prepare_knocking(offer: &Offer, channel: Channel) -> Result<Prepared> {
 
 /// We start the successor ourselves.
 async fn prepare_own(offer: &Offer) -> Result<Prepared> {
-    let (ours, theirs) = pair().context("a channel")?;
+    let (ours, theirs) = pair().context("could not create a channel for the successor")?;
     let channel = Channel::new(ours)?;
     let program = offer.program.clone();
     let limit = offer.limit;
@@ -175,7 +175,7 @@ async fn prepare_own(offer: &Offer) -> Result<Prepared> {
     let reason = match timeout(limit, prepare(offer, &channel, true)).await {
         Ok(Ok((successor, takes_all_kinds))) => return Ok(Prepared { channel, successor, takes_all_kinds }),
         Ok(Err(reason)) => reason,
-        Err(_) => anyhow!("the successor was not ready in time"),
+        Err(_) => anyhow!("the successor was not ready within --takeover-timeout"),
     };
     // It hears that it is hung up on; this waits until it is gone.
     drop(channel);
@@ -192,14 +192,18 @@ async fn prepare(offer: &Offer, channel: &Channel, mut reparented: bool) -> Resu
             Kind::Hello => {
                 let pid =
                     frame.text.parse::<u32>().map_err(anyhow::Error::from).and_then(ProcessHandle::open);
-                successor = Some(pid.context("the successor's pid")?);
+                successor = Some(pid.context("could not identify the successor")?);
             }
             Kind::Go => reparented = true,
-            other => bail!("a successor was to say Hello, and said {other:?}"),
+            other => bail!("protocol error: expected Hello from the successor, got {other:?}"),
         }
     }
-    let successor = successor.context("a successor said nothing of itself")?;
-    systemd::reloading(&format!("generation {} takes over: pid {}", offer.generation + 1, successor.pid()));
+    let successor = successor.context("protocol error: no Hello from the successor")?;
+    systemd::reloading(&format!(
+        "reloading: generation {} starts as pid {}",
+        offer.generation + 1,
+        successor.pid()
+    ));
     let watchdog = offer.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(Kind::Listeners, me, &offer.fds, &watchdog).await?;
     let ready = expect(channel, Kind::Ready).await?;
@@ -229,7 +233,7 @@ async fn commit(
             outcome = &mut committed => break outcome,
             asked = signals.next() => match asked {
                 Asked::End => terminations += 1,
-                Asked::Reload => error!("SIGHUP: {UNDER_WAY}"),
+                Asked::Reload => error!("SIGHUP ignored: {UNDER_WAY}"),
             },
         }
     };
@@ -253,14 +257,14 @@ impl Prepared {
             expect(&self.channel, Kind::Accepting).await
         };
         let agreed = timeout(COMMIT_LIMIT, agreement).await;
-        if let Err(reason) = agreed.context("the successor does not answer Commit").flatten() {
+        if let Err(reason) = agreed.context("the successor did not answer Commit in time").flatten() {
             // Before it is hung up on, which it would take for the end of this process.
             let ended = tokio::task::spawn_blocking(move || {
                 let Self { channel, successor, .. } = self;
                 successor.kill().map(|()| drop(channel))
             });
             if let Err(error) = ended.await.map_err(anyhow::Error::from).flatten() {
-                error!("two processes may be serving: {error:#}");
+                error!("could not end the failed successor, so two processes may be serving: {error:#}");
             }
             return Err(reason);
         }
@@ -273,7 +277,7 @@ impl Prepared {
         info!(
             message_id = message_id::SUCCEEDED,
             successor = pid,
-            "generation {next} has taken over: pid {pid}"
+            "generation {next} has taken over as pid {pid}"
         );
         Ok(self)
     }
@@ -281,14 +285,14 @@ impl Prepared {
 
 async fn expect(channel: &Channel, kind: Kind) -> Result<Frame> {
     let frame = next(channel).await?;
-    ensure!(frame.kind == kind, "a successor was to say {kind:?}, and said {:?}", frame.kind);
+    ensure!(frame.kind == kind, "protocol error: expected {kind:?} from the successor, got {:?}", frame.kind);
     Ok(frame)
 }
 
 async fn next(channel: &Channel) -> Result<Frame> {
-    match channel.receive().await.context("from the successor")? {
+    match channel.receive().await.context("could not receive from the successor")? {
         Some(frame) if frame.kind == Kind::Refused => bail!("{}", frame.text),
         Some(frame) => Ok(frame),
-        None => bail!("the successor died"),
+        None => bail!("the successor exited unexpectedly"),
     }
 }

@@ -47,7 +47,7 @@ impl TakeoverSocket {
     pub fn open() -> Option<Self> {
         let path = path()?;
         Self::bind(&path)
-            .inspect_err(|error| warn!(%error, path = %path.display(), "no takeover socket: no reload"))
+            .inspect_err(|error| warn!(%error, path = %path.display(), "could not create the takeover socket; reloads will fail"))
             .ok()
     }
 
@@ -82,7 +82,8 @@ impl TakeoverSocket {
         let (channel, _) = self.0.accept().await?;
         let peer = channel.peer_cred()?;
         if peer.uid() != rustix::process::geteuid().as_raw() {
-            warn!(pid = peer.pid(), uid = peer.uid(), "a stranger at the takeover socket was sent away");
+            let (pid, uid) = (peer.pid(), peer.uid());
+            warn!(pid, uid, "rejected a takeover connection from another user (uid {uid})");
             return Ok(None);
         }
         Channel::new(channel.into_std()?.into()).map(Some)
@@ -100,13 +101,13 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
         let failed = tokio::select! {
             biased;
             _ = stop.recv() => None,
-            result = reload => match result.context("a panic")? {
+            result = reload => match result.context("the takeover command panicked")? {
                 Ok(()) => return Ok(()),
                 // The successor may have died of the same stop, and be heard of first: no reason of its own.
                 Err(failure) => timeout(STOP_LAG, stop.recv()).await.is_err().then_some(failure),
             },
         };
-        let overtaken = || Failure::unavailable(anyhow!("the service was not reloaded: {OVERTAKEN}"));
+        let overtaken = || Failure::unavailable(anyhow!("reload failed: {OVERTAKEN}"));
         Err(failed.unwrap_or_else(overtaken))
     });
     runtime.shutdown_background();
@@ -116,7 +117,8 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
 fn reload(program: &Program, limit: Duration) -> Result<()> {
     let channel = connect()?;
     let say = |kind, text: &str| send_frames::<OwnedFd>(&channel, kind, Origin::now(0), &[], text);
-    let launched = channel.try_clone().context("a socket").and_then(|channel| program.launch(channel, limit));
+    let copy = channel.try_clone().context("could not duplicate the takeover connection");
+    let launched = copy.and_then(|channel| program.launch(channel, limit));
     let launched = launched.map_err(|error| {
         say(Kind::Refused, &format!("{error:#}"));
         Failure::unavailable(error)
@@ -125,7 +127,7 @@ fn reload(program: &Program, limit: Duration) -> Result<()> {
     say(Kind::Go, "");
     // Ours would keep the channel open when the successor has died.
     drop(channel);
-    launched.outcome(limit).context("the service was not reloaded").map_err(Failure::unavailable)
+    launched.outcome(limit).context("reload failed").map_err(Failure::unavailable)
 }
 
 /// Tells the service that runs here why it is not reloaded.
@@ -138,13 +140,13 @@ pub fn give_up(reason: &str) {
 fn connect() -> Result<OwnedFd> {
     let path = path()
         .context(
-            "RUNTIME_DIRECTORY is not set: takeover is for ExecReload=, in a unit with RuntimeDirectory=",
+            "RUNTIME_DIRECTORY is not set: run `takeover` from ExecReload= of a unit that has RuntimeDirectory=",
         )
         .map_err(Failure::config)?;
-    let channel = new_socket().context("a socket")?;
+    let channel = new_socket().context("could not create a socket")?;
     SocketAddrUnix::new(&path)
         .and_then(|address| rustix::net::connect(&channel, &address))
-        .with_context(|| format!("nobody to take over from at {}", path.display()))
+        .with_context(|| format!("no running service listens on {}", path.display()))
         .map_err(Failure::unavailable)?;
     Ok(channel)
 }

@@ -30,8 +30,8 @@ pub struct Predecessor {
 impl Predecessor {
     /// What `launch` gave this process.
     pub fn find() -> Result<Self> {
-        let outcome = Outcome::take().context("standard output")?;
-        let channel = take_standard_input().context("standard input")?;
+        let outcome = Outcome::take().context("could not duplicate standard output")?;
+        let channel = take_standard_input().context("could not duplicate standard input")?;
         Ok(Self { channel, outcome, me: Origin::now(0), deadline: Instant::now() })
     }
 
@@ -48,15 +48,15 @@ impl Predecessor {
             );
             match receive_frame(&self.channel)? {
                 Next::Frame(frame) => break frame,
-                Next::Refused(_, reason) => bail!("from the predecessor: {reason}"),
+                Next::Refused(_, reason) => bail!("invalid message from the predecessor: {reason}"),
                 Next::Pending | Next::NoRoom => {}
-                Next::End => bail!("the predecessor hung up"),
+                Next::End => bail!("the predecessor closed the channel"),
             }
         };
         match frame.kind {
             Kind::Listeners => {}
             Kind::Refused => bail!("{}", frame.text),
-            other => bail!("listeners were to come from the predecessor, and {other:?} came"),
+            other => bail!("protocol error: expected Listeners from the predecessor, got {other:?}"),
         }
         leave_socket_files();
         let mut listeners = Vec::new();
@@ -97,13 +97,13 @@ impl Predecessor {
 
 async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
     let channel = Channel::new(channel)?;
-    channel.say(Kind::Ready, me, TAKES_ALL_KINDS).await.context("the predecessor is gone")?;
+    channel.say(Kind::Ready, me, TAKES_ALL_KINDS).await.context("could not send Ready to the predecessor")?;
     let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
-    match answer.context("no word from the predecessor within --takeover-timeout")?? {
+    match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.kind == Kind::Commit => Ok(channel),
         Some(frame) if frame.kind == Kind::Refused => bail!("{}", frame.text),
-        Some(frame) => bail!("a commit was to come from the predecessor, and {:?} came", frame.kind),
-        None => bail!("the predecessor hung up"),
+        Some(frame) => bail!("protocol error: expected Commit from the predecessor, got {:?}", frame.kind),
+        None => bail!("the predecessor closed the channel"),
     }
 }
 
@@ -127,7 +127,7 @@ impl Committed {
     ) -> Outcome {
         let Self { channel, outcome, me } = self;
         if let Err(error) = channel.say(Kind::Accepting, me, "").await {
-            warn!(%error, "the predecessor is gone");
+            warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
         tokio::spawn(async move {

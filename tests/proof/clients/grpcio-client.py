@@ -42,7 +42,7 @@ def watch(channel):
             said = (error.code(), error.details())
         if ends.is_set():
             return
-        good = begun and said == (grpc.StatusCode.UNAVAILABLE, "this process ends: call again")
+        good = begun and said == (grpc.StatusCode.UNAVAILABLE, "this process is shutting down: call again")
         count(streams, good)
         if not good:
             print("a stream ended:", said, file=sys.stderr)

@@ -105,7 +105,7 @@ impl Inner {
         self.mediate(cx, bytes);
         if self.session.has_too_much_waiting() {
             return Poll::Ready(Err(io::Error::other(
-                "the client keeps the connection's window closed and goes on requesting: too many responses wait",
+                "too many responses are queued: the client sends requests but no WINDOW_UPDATE for the connection",
             )));
         }
         let _ = self.poll_send(cx)?;
