@@ -15,19 +15,22 @@
 //! 1. New requests are served until all requests that were in flight at the beginning have ended. One slow download
 //!    among quick requests thus delays only the restart, and no other client.
 //! 2. If only quick requests are in flight then, they end within a short hold: [`Step::Try`].
-//! 3. If they do not, new requests are served a little longer, in search of a better moment. A round and its hold may
-//!    each cost a tenth of the time that the drain has taken, because with steady slow requests there is no better
-//!    moment: the wait of others is then the duration of those requests, whenever the hold begins.
-//! 4. Otherwise, and at one limit at the latest, new requests are held until all others have ended: [`Step::Hold`].
+//! 3. If they do not, new requests are served once more until those in flight have ended, because a single slow request
+//!    that came during the drain must not delay others either.
+//! 4. After that, slow requests overlap, and a further round of serving or a try may cost a tenth of the time that the
+//!    drain has taken. With steady slow requests there is no better moment: the wait of others is then the duration of
+//!    those requests, whenever the hold begins.
+//! 5. Otherwise, and at one limit at the latest, new requests are held until all others have ended: [`Step::Hold`].
 //!
 //! With steady requests of duration `d`, others wait for about `d`, which is the minimum, and the drain takes about
-//! `2.1 d`. Holding from the beginning would take about `d`, but one slow request would then stop all others.
+//! `3 d`. Holding from the beginning would take about `d`, but one slow request would then delay all others.
 
 use std::time::Duration;
 
 /// The first try. Shorter ones end before the tasks of a busy process have had their turn.
 const FIRST_TRY: Duration = Duration::from_millis(100);
-/// A further round of serving, or a try, costs at most this fraction of the time that the drain has taken so far.
+/// After the second round of serving, a further one, or a try, costs at most this fraction of the time that the drain has
+/// taken so far.
 /// A larger fraction makes restarts under steady slow requests longer; a smaller one gives up earlier on a moment at
 /// which others hardly have to wait.
 const FRACTION: u32 = 10;
@@ -50,11 +53,21 @@ pub enum Step {
 pub struct Schedule {
     limit: Duration,
     next_try: Duration,
+    rounds: Rounds,
+}
+
+/// Rounds of serving that the next failed try may begin.
+#[derive(Debug)]
+enum Rounds {
+    /// One until all that is in flight has ended.
+    Whole,
+    /// Short ones, because requests in flight have overlapped twice.
+    Short,
 }
 
 impl Schedule {
     pub fn new(limit: Duration) -> Self {
-        Self { limit, next_try: FIRST_TRY }
+        Self { limit, next_try: FIRST_TRY, rounds: Rounds::Whole }
     }
 
     pub fn first(&self, elapsed: Duration) -> Step {
@@ -64,7 +77,7 @@ impl Schedule {
     /// `have_ended`: all requests that were in flight at the beginning of that step have ended.
     pub fn after_serving(&mut self, elapsed: Duration, have_ended: bool) -> Step {
         let at_most = self.next_try;
-        let is_cheap = at_most <= elapsed / FRACTION && elapsed + at_most < self.limit;
+        let is_cheap = at_most <= FIRST_TRY.max(elapsed / FRACTION) && elapsed + at_most < self.limit;
         if !have_ended || !is_cheap {
             return Step::Hold;
         }
@@ -72,7 +85,11 @@ impl Schedule {
         Step::Try { at_most }
     }
 
-    pub fn after_failed_try(&self, elapsed: Duration) -> Step {
-        Step::Serve { at_most: (elapsed / FRACTION).min(self.limit.saturating_sub(elapsed)) }
+    pub fn after_failed_try(&mut self, elapsed: Duration) -> Step {
+        let left = self.limit.saturating_sub(elapsed);
+        match std::mem::replace(&mut self.rounds, Rounds::Short) {
+            Rounds::Whole => Step::Serve { at_most: left },
+            Rounds::Short => Step::Serve { at_most: left.min(elapsed / FRACTION) },
+        }
     }
 }
