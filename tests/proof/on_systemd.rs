@@ -315,7 +315,12 @@ fn the_journal_has_fields_and_levels(systemd: Systemd) {
     container.ask("/?query");
     container.ask("/sleep?duration=1h");
     let pid = format!("_PID={}", container.show("MainPID").expect("a pid"));
-    let entries = container.journal(&[&pid]).expect("a journal");
+    let mut entries = Vec::new();
+    // The log has a queue, so an entry may arrive after its response.
+    eventually("both requests are in the journal", || {
+        entries = container.journal(&[&pid]).expect("a journal");
+        ["/", "/sleep"].iter().all(|path| entries.iter().any(|entry| text(entry, "PATH") == *path))
+    });
     let answered = entries.iter().find(|entry| text(entry, "PATH") == "/").expect("the first request");
     assert_eq!(text(answered, "MESSAGE"), "answered");
     assert_eq!(text(answered, "PRIORITY"), "7");
@@ -508,7 +513,11 @@ fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
     let left = container.journal(&["MESSAGE_ID=a81d6e0b9c3f47d5886e2b4f7c0d9e33"]).expect("a journal");
     assert_eq!((text(&left[0], "HANDED_OVER"), text(&left[0], "GENERATION")), ("1", "1"), "{left:?}");
     assert_eq!((text(&left[0], "CUT_OFF"), text(&left[0], "FINISHED")), ("0", "0"), "{left:?}");
-    let taken = container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("a journal");
+    let mut taken = Vec::new();
+    eventually("the successor's entry is in the journal", || {
+        taken = container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("a journal");
+        !taken.is_empty()
+    });
     assert_eq!((text(&taken[0], "TAKEN_OVER"), text(&taken[0], "GENERATION")), ("1", "2"), "{taken:?}");
     assert!(text(&taken[0], "REST_MS").parse::<u64>().expect("a number") > 0, "{taken:?}");
 }
@@ -577,9 +586,10 @@ fn a_release_that_cannot_start_is_rolled_back_under_load(systemd: Systemd) {
         container.systemctl("reload").expect_err("such a release does not take over");
         assert_eq!(container.show("MainPID").expect("a pid"), pid, "{reason}");
         assert_eq!(container.show("ActiveState").expect("a state"), "active", "{reason}");
-        let journal = container.journal(&["-u", &container.unit("service")]).expect("a journal");
-        let said = |entry: &Value| text(entry, "MESSAGE").contains(reason);
-        assert!(journal.iter().any(said), "{reason:?} is not in the journal");
+        eventually(&format!("{reason:?} is in the journal"), || {
+            let journal = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+            journal.iter().any(|entry| text(entry, "MESSAGE").contains(reason))
+        });
     }
     // Its own line, in the journal and in the status.
     container.replace_binary(good.path()).expect("replaced");

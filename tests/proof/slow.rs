@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use harness::container::{Container, Systemd};
 use harness::load::{Connections, Load};
-use harness::on_each_systemd;
+use harness::{eventually, on_each_systemd};
 
 use crate::PACKAGE;
 
@@ -47,13 +47,14 @@ fn none_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
             assert_eq!(report.connections, report.asked_for, "{report}");
         }
     }
-    let drained = container.journal(&["-u", &container.unit("service")]).expect("a journal");
-    let cut_off: Vec<_> = drained
-        .iter()
-        .filter_map(|entry| entry["MESSAGE"].as_str())
-        .filter(|message| message.contains(" cut off, in "))
-        .collect();
-    assert!(!cut_off.is_empty() && cut_off.iter().all(|line| line.contains(" 0 cut off")), "{cut_off:?}");
+    let mut ends = Vec::new();
+    eventually("the old process logs how its drain ended", || {
+        let entries = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+        let messages = entries.iter().filter_map(|entry| entry["MESSAGE"].as_str());
+        ends = messages.filter(|message| message.contains(" cut off, in ")).map(str::to_owned).collect();
+        !ends.is_empty()
+    });
+    assert!(ends.iter().all(|line| line.contains(" 0 cut off")), "{ends:?}");
 }
 
 fn restart_cuts_off_no_overlapping_slow_request_of_kept_connections(systemd: Systemd) {
