@@ -50,8 +50,8 @@ SERVER_STARTER_PORT (Server::Starter), --listen.
 
 SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. A second signal ends \
 the drain at once. SIGHUP reloads: a successor, started from the binary that is now at the same path, takes over the \
-sockets and connections, and then this process exits. Without systemd, a supervisor sees the pid that it started \
-exit.
+sockets and connections, and then this process exits. A supervisor other than systemd sees the pid that it \
+started exit.
 
 Each option can also be set by an environment variable, such as ";
 

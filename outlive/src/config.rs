@@ -22,8 +22,8 @@ pub struct Config {
     pub command: Option<Command>,
 
     /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
-    /// unix:/run/x.sock or unix:@abstract. An optional NAME= prefix selects the protocol, as FileDescriptorName= of a
-    /// socket unit does: http, https (TLS) or admin (/healthz, /readyz, /metrics). Repeatable; comma-separated in the
+    /// unix:/run/x.sock or unix:@abstract. Prefix the address with http=, https= (TLS) or admin=
+    /// (/healthz, /readyz, /metrics) to choose the protocol, as FileDescriptorName= of a socket unit does. Repeatable; comma-separated in the
     /// environment variable. The default is 127.0.0.1:8080; under systemd there is no default, because the socket
     /// unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
@@ -48,8 +48,8 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     pub drain_delay: Duration,
 
-    /// Time that a request may take after SIGTERM, or after its own start if it starts later. A drain therefore takes
-    /// up to twice as long; keep TimeoutStopSec= of the unit above that.
+    /// Limit for each request during a drain, from SIGTERM or from its own start. New requests are accepted during the
+    /// drain, so it can last twice this time; keep TimeoutStopSec= of the unit above that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
     pub drain_timeout: Duration,
 
