@@ -334,7 +334,7 @@ fn the_journal_has_fields_and_levels(systemd: Systemd) {
     container.systemctl("stop").expect("a stop");
     for (id, message) in [
         ("c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "serving on http(8080)"),
-        ("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22", "draining: 0 in flight"),
+        ("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22", "draining: 0 requests in flight"),
         ("a81d6e0b9c3f47d5886e2b4f7c0d9e33", "handed over 0 connections"),
     ] {
         let found = container.journal(&[&format!("MESSAGE_ID={id}")]).expect("a journal");
