@@ -242,23 +242,22 @@ impl Adopter {
         }
     }
 
-    /// Serves the connections that wait, until none is left or the next process has them.
+    /// Serves the connections that wait, until their channels are empty or the next process has them.
     async fn rotate(mut self) {
         let adopted_before = self.adopted;
         let mut interval = ROTATION_INTERVAL;
         loop {
             sleep(interval).await;
             let finished_before = self.finished;
-            let waiting = self.rotate_once();
+            let channels = self.rotate_once();
             let is_busy = self.finished > finished_before;
             interval = if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
-            match waiting {
+            match channels {
                 Some(0) => break,
                 Some(_) => {}
                 None => return,
             }
         }
-        systemd::unstore(STORE_NAME);
         let (adopted, finished) = (self.adopted - adopted_before, self.finished);
         info!(
             adopted,
@@ -268,7 +267,8 @@ impl Adopter {
         self.log_refused();
     }
 
-    /// Adopts what fits by now, and serves those of the others that have something to say. Gives how many still wait.
+    /// Adopts what fits by now, and serves those of the others that have something to say. Gives how many
+    /// channels are not empty yet.
     fn rotate_once(&mut self) -> Option<usize> {
         let server = self.server.clone();
         // A connection between the channel and the registry would be counted by neither.
@@ -280,7 +280,7 @@ impl Adopter {
             connections.collect()
         };
         let mut finished = 0;
-        let waiting = server.overflow().rotate(
+        let channels = server.overflow().rotate(
             &mut room,
             |next| self.on_next(next),
             unpacked,
@@ -292,8 +292,10 @@ impl Adopter {
         );
         self.room = room;
         self.finished += finished;
+        // Each of these can have become one more channel that waits.
+        let nested = self.nested.len();
         self.empty_nested();
-        waiting
+        channels.map(|channels| channels + nested)
     }
 }
 

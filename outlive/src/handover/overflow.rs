@@ -57,8 +57,11 @@ impl Overflow {
     /// Keeps a channel whose next message carries more descriptors than this process may open.
     pub fn keep(&self, channel: OwnedFd, is_stored: bool) {
         let count = count(&channel);
-        if let State::Open(channels) = &mut *lock(&self.0) {
-            channels.push(Waiting { channel, is_stored, count });
+        let waiting = Waiting { channel, is_stored, count };
+        match &mut *lock(&self.0) {
+            State::Open(channels) => channels.push(waiting),
+            // This process ends, so the next one finds the channel in the store.
+            State::HandedOver => store(&mut [waiting]),
         }
     }
 
@@ -87,8 +90,8 @@ impl Overflow {
     }
 
     /// Gives each frame for which there is room to `adopt`, and to `finish` each of the other connections that its peer
-    /// has closed or sent something on. Gives the number of connections that still wait; none once the channels are
-    /// handed over.
+    /// has closed or sent something on. Gives the number of channels that are not empty yet, which can hold counters
+    /// behind connections that were all served; none once the channels are handed over.
     pub fn rotate(
         &self,
         room: &mut FdRoom,
@@ -132,7 +135,11 @@ impl Overflow {
                 }
             }
         });
-        Some(channels.iter().map(|waiting| waiting.count).sum())
+        if channels.is_empty() {
+            // Under the lock, because a drain stores a channel of the same name once it has handed these over.
+            systemd::unstore(STORE_NAME);
+        }
+        Some(channels.len())
     }
 
     /// Gives the channels to the next process, which finds in systemd's store what is there already.
@@ -240,7 +247,7 @@ mod tests {
         unpacked.map(|connection| connection.expect("a connection")).collect()
     }
 
-    /// One turn; gives the connections adopted, those finished, and how many wait.
+    /// One turn; gives the connections adopted, those finished, and how many wait; None once they are handed over.
     fn turn(overflow: &Overflow, room: fn() -> usize) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
         let (mut adopted, mut finished) = (Vec::new(), Vec::new());
         let adopt = |next| match next {
@@ -250,7 +257,7 @@ mod tests {
         let waiting = overflow.rotate(&mut FdRoom::counted_by(room), adopt, unpack, |connection| {
             finished.push(connection);
         });
-        (adopted, finished, waiting)
+        (adopted, finished, waiting.map(|_| overflow.len()))
     }
 
     /// Enough to look at a frame of three, and too few to adopt it.
