@@ -230,11 +230,15 @@ async fn commit(
     let outcome = loop {
         tokio::select! {
             biased;
-            outcome = &mut committed => break outcome,
+            // First, because a stop signal that came before the successor's answer counts.
             asked = signals.next() => match asked {
-                Asked::End => terminations += 1,
+                Asked::End => {
+                    info!("stop signal received during a reload: stopping after the reload");
+                    terminations += 1;
+                }
                 Asked::Reload => error!("SIGHUP ignored: {UNDER_WAY}"),
             },
+            outcome = &mut committed => break outcome,
         }
     };
     let outcome = outcome.map(|Prepared { channel, successor, takes_all_kinds }| {
