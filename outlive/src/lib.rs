@@ -1,53 +1,22 @@
 #![doc = include_str!("front.md")]
 
-mod admin;
-mod adopter;
-mod agreement;
-#[cfg(feature = "jemalloc")]
-mod allocator;
-mod cli;
-mod config;
+mod app;
 mod connection;
-mod context;
-mod credentials;
-mod drain;
-mod exit;
 mod handover;
-mod kind;
+mod lifecycle;
 mod listeners;
-mod lock;
-mod log;
-#[cfg(feature = "log-control")]
-mod log_control;
-mod metrics;
-mod outbox;
-mod process;
-mod readiness;
+mod observe;
+mod os;
 mod registry;
 mod requests;
-mod rlimit;
-mod run;
 mod server;
-mod service;
-mod signals;
-mod sleepers;
-mod status;
-mod stream;
-mod sync;
-mod sys;
-mod systemd;
 mod takeover;
-mod tasks;
-pub mod testing;
-mod tickets;
-mod tls;
-mod tls_session;
-mod traffic_secret;
+mod transport;
 
-pub use cli::command;
-pub use context::Shutdown;
-pub use process::Process;
+pub use app::context::Shutdown;
+pub use app::process::Process;
+pub use app::setup::{Service, TaskOptions};
+pub use app::testing;
+pub use lifecycle::{command, run};
 pub use prometheus;
-pub use run::run;
-pub use service::{Service, TaskOptions};
-pub use stream::Peer;
+pub use transport::stream::Peer;

@@ -15,9 +15,9 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
 
+use super::body_chunks::Window;
 use super::upgrade::DeclinedUpgrade;
-use super::window::Window;
-use crate::context::Context as RequestContext;
+use crate::app::context::Context as RequestContext;
 use crate::registry::{Entry, InFlight, Stage};
 use crate::requests::{self, Routes};
 
@@ -274,10 +274,10 @@ mod tests {
     use http_body_util::BodyExt;
     use tokio_util::sync::CancellationToken;
 
-    use super::super::window::CHUNK;
+    use super::super::body_chunks::CHUNK;
     use super::*;
     use crate::registry::{Limits, Registry};
-    use crate::stream::Peer;
+    use crate::transport::stream::Peer;
 
     fn answer(version: Version, body: Vec<u8>) -> (Arc<Entry>, ResponseBody) {
         let limit = Duration::from_secs(1);

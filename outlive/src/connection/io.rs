@@ -11,11 +11,11 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
 use super::Protocol;
-use super::records::Records;
-use super::whole_records::{self, WholeRecords};
+use super::tls::record_layer::Records;
+use super::tls::record_reader::{self, WholeRecords};
 use crate::registry::{Entry, Registration, Stage};
-use crate::stream::Stream;
-use crate::tls_session::TlsSession;
+use crate::transport::stream::Stream;
+use crate::transport::tls_traffic::TlsSession;
 
 /// How much a peer may still send while we wait for it to take our last answer, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
@@ -68,7 +68,7 @@ impl Io {
         let (stream, tls, opened) = match self.wire {
             Wire::Left(stream) => (stream, None, Bytes::new()),
             Wire::Right(Tls::Left(tls)) => {
-                let (stream, session, opened) = whole_records::into_parts(*tls)?;
+                let (stream, session, opened) = record_reader::into_parts(*tls)?;
                 (stream, Some(Box::new(session)), opened)
             }
             Wire::Right(Tls::Right(records)) => {
@@ -313,10 +313,10 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::credentials::Credentials;
+    use crate::os::credentials::Credentials;
     use crate::registry::{Limits, Registry};
-    use crate::stream::Peer;
-    use crate::tls;
+    use crate::transport::stream::Peer;
+    use crate::transport::tls_config;
 
     /// Both ends of a connection: ours, and a peer's.
     async fn connection() -> (TcpStream, TcpStream) {
@@ -380,12 +380,12 @@ mod tests {
     async fn a_tls_end_that_the_peer_does_not_take_ends_at_the_stall_limit() {
         let certificate = Certificate::new().expect("a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
-        let acceptor =
-            tls::acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("an acceptor");
+        let acceptor = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
+            .expect("an acceptor");
         let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("a name");
-        let ours = whole_records::accept(Stream::Tcp(ours), &acceptor);
+        let ours = record_reader::accept(Stream::Tcp(ours), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
         let ours = ours.expect("a handshake");
         fill(ours.get_ref().0.stream()).await;

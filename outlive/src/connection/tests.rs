@@ -25,13 +25,13 @@ use super::http2::frame::{
     WINDOW_UPDATE,
 };
 use super::{PREFACE, Services};
+use crate::app::process::Process;
 use crate::listeners::{Holder, Listener, ListeningSocket};
-use crate::process::Process;
 use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::Routes;
 use crate::server::{Acceptor, Queues, Server};
-use crate::stream::Connection;
-use crate::tls::Tls;
+use crate::transport::stream::Connection;
+use crate::transport::tls_config::Tls;
 
 /// How long a test waits for an event before it fails: only a test that hangs waits as long.
 const PATIENCE: Duration = Duration::from_secs(120);

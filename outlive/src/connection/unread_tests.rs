@@ -11,9 +11,9 @@ use harness::client::{Connection, Target};
 use tokio::time::timeout;
 
 use super::tests::{Served, move_to, serve_with};
-use crate::credentials::Credentials;
+use crate::os::credentials::Credentials;
 use crate::registry::Stage;
-use crate::tls::{Tls, acceptor};
+use crate::transport::tls_config::{Tls, acceptor};
 
 /// Longer than an idle connection stays unparked.
 pub const IDLE: Duration = Duration::from_secs(3);

@@ -14,7 +14,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use super::io::Io;
-use crate::lock::lock;
+use crate::os::lock::lock;
 
 /// The receiving end of the last upgrade that no response granted. The service of a connection and its driver share it.
 #[derive(Clone, Default)]

@@ -19,8 +19,8 @@ use zeroize::Zeroizing;
 use super::Origin;
 use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
 pub use super::frame::{Kind, MAX_SOCKETS, Record, Secret};
-use crate::rlimit::{self, FdRoom};
-use crate::sys;
+use crate::os::rlimit::{self, FdRoom};
+use crate::os::sys;
 
 /// The records of one frame: 252 connections with 2 MiB unread each.
 const RECORDS_LIMIT: u64 = 252 << 21;

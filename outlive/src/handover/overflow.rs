@@ -21,10 +21,10 @@ use tracing::warn;
 
 use super::channel::{self, Frame, Next, Peeked};
 use super::{Kind, STORE_NAME};
-use crate::lock::lock;
-use crate::rlimit::FdRoom;
-use crate::stream::Connection;
-use crate::systemd;
+use crate::os::lock::lock;
+use crate::os::rlimit::FdRoom;
+use crate::os::systemd;
+use crate::transport::stream::Connection;
 
 /// Descriptors that an adoption leaves free: for one message that is looked at, for those of its connections that are
 /// answered, and for the files of handlers.
@@ -218,7 +218,7 @@ mod tests {
 
     use super::super::{Origin, pack};
     use super::*;
-    use crate::kind::Name;
+    use crate::transport::listener_name::Name;
 
     /// A channel with one frame of `count` connections, and the clients' ends of these.
     fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {

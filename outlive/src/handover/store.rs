@@ -7,9 +7,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, warn};
 
 use super::{Kind, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
-use crate::metrics;
-use crate::stream::Connection;
-use crate::systemd;
+use crate::observe::metrics;
+use crate::os::systemd;
+use crate::transport::stream::Connection;
 
 /// The writing end of a channel whose reading end systemd keeps.
 pub struct FdStore {

@@ -13,8 +13,8 @@ use tokio::time::Instant;
 
 use super::state::{Event, Stage, State};
 use super::{Phase, Registry};
-use crate::stream::Peer;
-use crate::sync::{AtomicU64, Mutex, lock};
+use crate::registry::sync::{AtomicU64, Mutex, lock};
+use crate::transport::stream::Peer;
 
 /// A connection that is idle for this long sleeps, until its peer says something.
 const DROWSY_AFTER: Duration = Duration::from_millis(1500);

@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::handle::ProcessHandle;
+use super::process_handle::ProcessHandle;
 use super::{OUTCOME_LIMIT, TAKES_ALL_KINDS};
 
 /// Tells a process that we start what it is to be.

@@ -17,8 +17,8 @@ use tracing::warn;
 
 use super::OVERTAKEN;
 use super::launch::Program;
-use crate::exit::{Failure, Result};
 use crate::handover::{Channel, Kind, Origin, send_frames};
+use crate::os::exit::{Failure, Result};
 
 const NAME: &str = "takeover";
 /// A stop reaches all processes of a service within this time.

@@ -8,9 +8,9 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::session::Session;
+use super::interposer::Session;
 use crate::connection::io::Io;
-use crate::lock::lock;
+use crate::os::lock::lock;
 
 /// h2 waits with more while as much of what it has written is not out, in bytes.
 const UNSENT_LIMIT: usize = 64 * 1024;

@@ -9,9 +9,9 @@ use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
     SETTINGS, WINDOW_UPDATE, increment,
 };
-use super::session::Session;
-use crate::agreement::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
+use super::interposer::Session;
 use crate::connection::PREFACE;
+use crate::transport::http2_state::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
 
 const PRIORITY: u8 = 2;
 const GREASE: u8 = 0xb;

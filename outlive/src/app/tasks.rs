@@ -1,0 +1,236 @@
+//! Background tasks: begun when the process serves, told of the end when its last request is answered, and
+//! waited for.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::anyhow;
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
+use tokio::sync::watch;
+use tokio::time::{Instant, sleep, timeout_at};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tracing::{error, warn};
+
+use crate::os::lock::lock;
+
+/// Between the end of a task and its next beginning, where it is to go on.
+const RESTART_PAUSE: Duration = Duration::from_secs(1);
+
+type Work = BoxFuture<'static, anyhow::Result<()>>;
+
+/// How a task is begun.
+pub enum Begin {
+    /// Once: its end is the end of the process.
+    Once(Box<dyn FnOnce(CancellationToken) -> Work + Send>),
+    /// Again each time that it ends.
+    Again(Box<dyn FnMut(CancellationToken) -> Work + Send>),
+}
+
+/// A task that is to run while the process serves.
+pub struct Task {
+    pub name: String,
+    pub begin: Begin,
+    /// Not before those of the process before this one have ended.
+    pub is_alone: bool,
+}
+
+/// Those that run.
+pub struct Running {
+    tracker: TaskTracker,
+    end: CancellationToken,
+    names: Arc<Mutex<Vec<String>>>,
+    failed: watch::Receiver<Option<String>>,
+}
+
+/// Begins `tasks`; those that are to run alone once `predecessor_gone` is cancelled.
+pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running {
+    let tracker = TaskTracker::new();
+    let end = CancellationToken::new();
+    let names = Arc::new(Mutex::new(tasks.iter().map(|task| task.name.clone()).collect::<Vec<_>>()));
+    let (fail, failed) = watch::channel(None);
+    for task in tasks {
+        let (end, names, fail) = (end.clone(), names.clone(), fail.clone());
+        let predecessor_gone = predecessor_gone.clone();
+        tracker.spawn(async move {
+            let name = task.name.clone();
+            // One that has begun is told of the end, and may still have something to do; one that still waits has not.
+            let begins = async { predecessor_gone.cancelled().await };
+            let is_to_begin = !task.is_alone || end.run_until_cancelled(begins).await.is_some();
+            if is_to_begin && let Err(reason) = task.run(&end).await {
+                fail.send_if_modified(|failed| failed.is_none() && failed.replace(reason).is_none());
+            }
+            lock(&names).retain(|other| *other != name);
+        });
+    }
+    tracker.close();
+    Running { tracker, end, names, failed }
+}
+
+impl Task {
+    /// Runs until the end; fails where the process is to end with it.
+    async fn run(self, end: &CancellationToken) -> Result<(), String> {
+        let Self { name, begin, .. } = self;
+        let mut again = match begin {
+            Begin::Once(begin) => {
+                let outcome = outcome(|| begin(end.clone())).await;
+                if end.is_cancelled() {
+                    report(&name, outcome);
+                    return Ok(());
+                }
+                let reason = outcome.map_or_else(|error| format!(": {error:#}"), |()| String::new());
+                return Err(format!("the service stops because the background task {name:?} ended{reason}"));
+            }
+            Begin::Again(begin) => begin,
+        };
+        loop {
+            let outcome = outcome(|| again(end.clone())).await;
+            if end.is_cancelled() {
+                report(&name, outcome);
+                return Ok(());
+            }
+            let reason = outcome.map_or_else(|error| format!(": {error:#}"), |()| String::new());
+            warn!(task = name, "the background task {name:?} ended and will be restarted{reason}");
+            tokio::select! {
+                () = sleep(RESTART_PAUSE) => {}
+                () = end.cancelled() => return Ok(()),
+            }
+        }
+    }
+}
+
+fn report(name: &str, outcome: anyhow::Result<()>) {
+    if let Err(error) = outcome {
+        error!(task = name, "the background task {name:?} failed during shutdown: {error:#}");
+    }
+}
+
+/// How `work` ended; a panic, which the log has already, is an error.
+pub async fn outcome(work: impl FnOnce() -> Work) -> anyhow::Result<()> {
+    let work = async move { work().await };
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| Err(panic_message(&*panic)))
+}
+
+/// What a panic said.
+pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
+    let text = panic.downcast_ref::<&str>().copied();
+    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    anyhow!("panicked: {}", text.unwrap_or("no message"))
+}
+
+impl Running {
+    /// Waits until a task has ended with which the process is to end; gives the reason.
+    pub async fn failed(&self) -> String {
+        let mut failed = self.failed.clone();
+        let reason = failed.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
+        match reason {
+            Some(reason) => reason,
+            // All of them have ended well, or there are none.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Tells all tasks to end, and waits for them up to `deadline`; those that have not ended then are named in
+    /// the log.
+    pub async fn finish(self, deadline: Instant) {
+        self.end.cancel();
+        if timeout_at(deadline, self.tracker.wait()).await.is_err() {
+            for name in lock(&self.names).iter() {
+                error!(task = name, "the background task {name:?} did not finish in time: cut off");
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+
+    fn task(name: &str, begin: Begin) -> Task {
+        Task { name: name.to_owned(), begin, is_alone: false }
+    }
+
+    fn gone() -> CancellationToken {
+        let gone = CancellationToken::new();
+        gone.cancel();
+        gone
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn tasks_are_told_of_the_end_and_waited_for() {
+        let ended = Arc::new(AtomicU32::new(0));
+        let count = ended.clone();
+        let begin = Begin::Once(Box::new(move |end| {
+            Box::pin(async move {
+                end.cancelled().await;
+                sleep(Duration::from_secs(3)).await;
+                count.fetch_add(1, Ordering::SeqCst);
+                Ok(())
+            })
+        }));
+        let running = begin_one(task("flush", begin));
+        running.finish(Instant::now() + Duration::from_secs(4)).await;
+        assert_eq!(ended.load(Ordering::SeqCst), 1);
+    }
+
+    fn begin_one(task: Task) -> Running {
+        begin(vec![task], &gone())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_ignores_the_end_is_cut_off_at_the_limit() {
+        let running = begin_one(task("deaf", Begin::Once(Box::new(|_| Box::pin(std::future::pending())))));
+        let begun = Instant::now();
+        running.finish(begun + Duration::from_secs(4)).await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(4));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_ends_early_or_panics_is_the_end_of_the_process() {
+        let early = Begin::Once(Box::new(|_| Box::pin(async { Ok(()) })));
+        let reason = begin_one(task("early", early)).failed().await;
+        assert_eq!(reason, "the service stops because the background task \"early\" ended");
+        let panics = Begin::Once(Box::new(|_| Box::pin(async { panic!("on purpose") })));
+        let reason = begin_one(task("bad", panics)).failed().await;
+        assert!(reason.ends_with(": panicked: on purpose"), "{reason}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_is_to_go_on_begins_again() {
+        let times = Arc::new(AtomicU32::new(0));
+        let count = times.clone();
+        let begin = Begin::Again(Box::new(move |_| {
+            count.fetch_add(1, Ordering::SeqCst);
+            Box::pin(async { anyhow::bail!("no luck") })
+        }));
+        let running = begin_one(task("poll", begin));
+        sleep(Duration::from_millis(3500)).await;
+        assert_eq!(times.load(Ordering::SeqCst), 4);
+        running.finish(Instant::now()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_task_that_runs_alone_waits_for_the_process_before_this_one() {
+        let (times, predecessor_gone) = (Arc::new(AtomicU32::new(0)), CancellationToken::new());
+        let count = times.clone();
+        let begin = Begin::Once(Box::new(move |end| {
+            count.fetch_add(1, Ordering::SeqCst);
+            Box::pin(async move {
+                end.cancelled().await;
+                Ok(())
+            })
+        }));
+        let running =
+            super::begin(vec![Task { is_alone: true, ..task("schedule", begin) }], &predecessor_gone);
+        sleep(Duration::from_secs(60)).await;
+        assert_eq!(times.load(Ordering::SeqCst), 0);
+        predecessor_gone.cancel();
+        sleep(Duration::from_secs(1)).await;
+        assert_eq!(times.load(Ordering::SeqCst), 1);
+        running.finish(Instant::now() + Duration::from_secs(1)).await;
+    }
+}

@@ -1,0 +1,705 @@
+//! Frames of every type, right and wrong, on connections that have served two requests: one that began in this process
+//! and one that was handed over react to them alike, because h2 judges them in both cases.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use axum::routing::{get, post};
+use bytes::BytesMut;
+use harness::certificate::Certificate;
+use hyper::StatusCode;
+use proptest::prelude::*;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+
+use super::frame::{
+    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, PRIORITY,
+    PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE,
+};
+use crate::connection::PREFACE;
+use crate::connection::tests::{Served, move_to, serve_with};
+use crate::os::credentials::Credentials;
+use crate::transport::tls_config::{Tls, acceptor};
+
+const PATIENCE: Duration = Duration::from_secs(60);
+const PADDED: u8 = 8;
+const WITH_PRIORITY: u8 = 0x20;
+const UNKNOWN: u8 = 0xb;
+const ENDS: u8 = END_STREAM | END_HEADERS;
+
+/// Error codes (RFC 9113 section 7).
+const NO_ERROR: u32 = 0;
+const PROTOCOL_ERROR: u32 = 1;
+const FLOW_CONTROL_ERROR: u32 = 3;
+const STREAM_CLOSED: u32 = 5;
+const FRAME_SIZE_ERROR: u32 = 6;
+
+/// Header blocks; the indices are those of the static table (RFC 7541 appendix A).
+const GET: &[u8] = b"\x82\x86\x84\x41\x01x";
+const POST: &[u8] = b"\x83\x86\x84\x41\x01x";
+/// A POST to a handler that neither reads nor answers.
+const POST_STALLED: &[u8] = b"\x83\x86\x04\x06/stall\x41\x01x";
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = BytesMut::new();
+    Head { stream, ..Head::new(kind, flags, payload.len()) }.put(&mut bytes);
+    [&bytes, payload].concat()
+}
+
+fn with_content_length(block: &[u8], length: &str) -> Vec<u8> {
+    let size = u8::try_from(length.len()).expect("a short number");
+    [block, &[0x0f, 0x0d, size], length.as_bytes()].concat()
+}
+
+fn with_field(block: &[u8], name: &str, value: &str) -> Vec<u8> {
+    let size = |text: &str| u8::try_from(text.len()).expect("a short text");
+    [block, &[0, size(name)], name.as_bytes(), &[size(value)], value.as_bytes()].concat()
+}
+
+fn grant(stream: u32, increment: u32) -> Vec<u8> {
+    frame(WINDOW_UPDATE, 0, stream, &increment.to_be_bytes())
+}
+
+fn priority(stream: u32, dependency: u32) -> Vec<u8> {
+    frame(PRIORITY, 0, stream, &[&dependency.to_be_bytes()[..], &[9]].concat())
+}
+
+/// What a server has to say to what a client has sent, until it closes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Reaction {
+    /// The last stream and the code of each GOAWAY.
+    goaways: Vec<(u32, u32)>,
+    resets: BTreeMap<u32, Vec<u32>>,
+    /// Response bodies that came to their end.
+    answers: BTreeMap<u32, Vec<u8>>,
+    pongs: usize,
+    settings_acks: usize,
+}
+
+impl Reaction {
+    /// It ends with GOAWAY of this code, and nothing else happens.
+    fn goaway(code: u32) -> Self {
+        Self { goaways: vec![(3, code)], ..Self::default() }
+    }
+
+    /// It resets these streams, and is otherwise unimpressed.
+    fn resets<const N: usize>(resets: [(u32, u32); N]) -> Self {
+        let resets = resets.map(|(stream, code)| (stream, vec![code])).into();
+        Self { resets, ..Self::goaway(NO_ERROR) }
+    }
+}
+
+trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
+
+struct Client {
+    wire: Box<dyn Wire>,
+}
+
+impl Client {
+    /// A connection on which streams 1 and 3 have been answered.
+    async fn open(served: &Served, certificate: Option<&Certificate>) -> Self {
+        let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+        let wire: Box<dyn Wire> = match certificate {
+            None => Box::new(stream),
+            Some(certificate) => {
+                let connector = TlsConnector::from(certificate.client(&["h2"]).expect("a client"));
+                let name = "localhost".try_into().expect("a server name");
+                Box::new(connector.connect(name, stream).await.expect("a handshake"))
+            }
+        };
+        let mut client = Self { wire };
+        client.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await;
+        client.until(|head| head.kind == SETTINGS && !head.has(ACK)).await;
+        let first = frame(HEADERS, ENDS, 1, &[b"\x20", GET].concat());
+        client.send(&[frame(SETTINGS, ACK, 0, &[]), first].concat()).await;
+        client.until(|head| head.stream == 1 && head.has(END_STREAM)).await;
+        client.send(&frame(HEADERS, ENDS, 3, GET)).await;
+        client.until(|head| head.stream == 3 && head.has(END_STREAM)).await;
+        // By the time of the answer, the server has dropped what it knew of the streams.
+        client.send(&frame(PING, 0, 0, b"finished")).await;
+        client.until(|head| head.kind == PING && head.has(ACK)).await;
+        client
+    }
+
+    async fn send(&mut self, bytes: &[u8]) {
+        self.wire.write_all(bytes).await.expect("the server reads");
+    }
+
+    async fn receive(&mut self) -> Option<(Head, Vec<u8>)> {
+        let mut head = [0; HEAD_LENGTH];
+        self.wire.read_exact(&mut head).await.ok()?;
+        let head = Head::decode(head);
+        let mut payload = vec![0; head.length];
+        self.wire.read_exact(&mut payload).await.ok()?;
+        Some((head, payload))
+    }
+
+    async fn until(&mut self, wanted: impl Fn(Head) -> bool) {
+        let reached = async {
+            while let Some((head, _)) = self.receive().await {
+                assert!(![RST_STREAM, GOAWAY].contains(&head.kind), "{head:?}");
+                if wanted(head) {
+                    return true;
+                }
+            }
+            false
+        };
+        assert!(
+            timeout(PATIENCE, reached).await.expect("the frame arrives in time"),
+            "the server has closed"
+        );
+    }
+
+    /// Sends `bytes`, says that this is all, and collects what the server says until it closes.
+    async fn react(mut self, bytes: &[u8]) -> Reaction {
+        let all = [bytes, &frame(GOAWAY, 0, 0, &[0; 8])].concat();
+        // The server may close before it has read everything.
+        let _ = self.wire.write_all(&all).await;
+        let _ = self.wire.flush().await;
+        let mut reaction = Reaction::default();
+        let mut bodies: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
+        let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().expect("four bytes"));
+        let collected = async {
+            while let Some((head, payload)) = self.receive().await {
+                match head.kind {
+                    DATA => bodies.entry(head.stream).or_default().extend(payload),
+                    RST_STREAM => reaction.resets.entry(head.stream).or_default().push(number(&payload)),
+                    GOAWAY => reaction.goaways.push((number(&payload[..4]), number(&payload[4..8]))),
+                    PING if head.has(ACK) => reaction.pongs += 1,
+                    SETTINGS if head.has(ACK) => reaction.settings_acks += 1,
+                    _ => {}
+                }
+                if matches!(head.kind, DATA | HEADERS) && head.has(END_STREAM) {
+                    reaction.answers.insert(head.stream, bodies.remove(&head.stream).unwrap_or_default());
+                }
+            }
+        };
+        timeout(PATIENCE, collected).await.expect("the server closes in time");
+        reaction
+    }
+}
+
+fn router() -> Router {
+    let stall = async |_body: Body| std::future::pending::<()>().await;
+    let headers_only = async || (StatusCode::NO_CONTENT, [("x-large", "x".repeat(3_500))]);
+    Router::new()
+        .route("/", get("hello\n").post(async |body: axum::body::Bytes| body))
+        .route("/large", get(vec![0; 60_000]))
+        .route("/headers", get(headers_only))
+        .route("/stall", post(stall))
+}
+
+fn tls_of(certificate: Option<&Certificate>) -> Option<Tls> {
+    certificate.map(|certificate| {
+        let (chain, key) = (certificate.chain(), certificate.key());
+        acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("a TLS configuration")
+    })
+}
+
+/// How many connections are open at once; the server of the tests accepts 100.
+const BATCH: usize = 50;
+
+/// The reactions to `probes`, each on a connection of its own that has been handed over `moves` times.
+async fn reactions(probes: &[Vec<u8>], certificate: Option<&Certificate>, moves: usize) -> Vec<Reaction> {
+    let mut all = Vec::new();
+    for batch in probes.chunks(BATCH) {
+        all.extend(batch_reactions(batch, certificate, moves).await);
+    }
+    all
+}
+
+async fn batch_reactions(
+    probes: &[Vec<u8>],
+    certificate: Option<&Certificate>,
+    moves: usize,
+) -> Vec<Reaction> {
+    let mut served = serve_with(router(), tls_of(certificate)).await;
+    let mut clients = Vec::new();
+    for _ in probes {
+        clients.push(Client::open(&served, certificate).await);
+    }
+    for _ in 0..moves {
+        let next = serve_with(router(), tls_of(certificate)).await;
+        move_to(&next, served).await;
+        served = next;
+        assert_eq!(served.registry().counts().connections, probes.len(), "all connections have moved");
+    }
+    let mut tasks = JoinSet::new();
+    for (number, (client, probe)) in clients.into_iter().zip(probes).enumerate() {
+        let probe = probe.clone();
+        tasks.spawn(async move { (number, client.react(&probe).await) });
+    }
+    let mut reactions = tasks.join_all().await;
+    reactions.sort_by_key(|(number, _)| *number);
+    reactions.into_iter().map(|(_, reaction)| reaction).collect()
+}
+
+/// A name, what the client sends after streams 1 and 3, and the reaction where RFC 9113 or h2 leaves no doubt.
+type Probe = (&'static str, Vec<u8>, Option<Reaction>);
+
+fn on_connection_frames() -> Vec<Probe> {
+    let error = || Some(Reaction::goaway(PROTOCOL_ERROR));
+    vec![
+        ("nothing", Vec::new(), Some(Reaction::goaway(NO_ERROR))),
+        ("PING", frame(PING, 0, 0, &[7; 8]), Some(Reaction { pongs: 1, ..Reaction::goaway(NO_ERROR) })),
+        ("PING ACK without a PING", frame(PING, ACK, 0, &[7; 8]), Some(Reaction::goaway(NO_ERROR))),
+        ("PING on 1", frame(PING, 0, 1, &[7; 8]), error()),
+        ("PING on 3", frame(PING, 0, 3, &[7; 8]), error()),
+        ("PING on 2", frame(PING, 0, 2, &[7; 8]), error()),
+        ("PING on 5", frame(PING, 0, 5, &[7; 8]), error()),
+        ("PING ACK on 1", frame(PING, ACK, 1, &[7; 8]), error()),
+        ("PING of 7 bytes", frame(PING, 0, 0, &[7; 7]), error()),
+        ("PING ACK of 7 bytes", frame(PING, ACK, 0, &[7; 7]), error()),
+        ("SETTINGS", frame(SETTINGS, 0, 0, &[0, 4, 0, 1, 0, 0]), None),
+        ("SETTINGS on 1", frame(SETTINGS, 0, 1, &[]), error()),
+        ("SETTINGS ACK on 1", frame(SETTINGS, ACK, 1, &[]), error()),
+        ("SETTINGS ACK without SETTINGS", frame(SETTINGS, ACK, 0, &[]), error()),
+        ("SETTINGS ACK with a payload", frame(SETTINGS, ACK, 0, &[0, 4, 0, 1, 0, 0]), None),
+        ("SETTINGS of 5 bytes", frame(SETTINGS, 0, 0, &[0; 5]), None),
+        ("SETTINGS with ENABLE_PUSH=2", frame(SETTINGS, 0, 0, &[0, 2, 0, 0, 0, 2]), error()),
+        ("SETTINGS with too large a window", frame(SETTINGS, 0, 0, &[0, 4, 255, 0, 0, 0]), None),
+        ("SETTINGS with too small a frame size", frame(SETTINGS, 0, 0, &[0, 5, 0, 0, 0, 1]), error()),
+        ("GOAWAY on 1", frame(GOAWAY, 0, 1, &[0; 8]), error()),
+        ("GOAWAY of 7 bytes", frame(GOAWAY, 0, 0, &[0; 7]), None),
+        ("WINDOW_UPDATE of 5 bytes", frame(WINDOW_UPDATE, 0, 0, &[1; 5]), error()),
+        ("WINDOW_UPDATE of nothing", grant(0, 0), error()),
+        (
+            "WINDOW_UPDATE beyond the largest window",
+            grant(0, i32::MAX.cast_unsigned()),
+            Some(Reaction::goaway(FLOW_CONTROL_ERROR)),
+        ),
+        ("unknown type", frame(UNKNOWN, 9, 0, &[1; 20]), Some(Reaction::goaway(NO_ERROR))),
+        (
+            "a frame that is too long",
+            frame(UNKNOWN, 0, 0, &[0; 16_385]),
+            Some(Reaction::goaway(FRAME_SIZE_ERROR)),
+        ),
+    ]
+}
+
+fn on_old_streams() -> Vec<Probe> {
+    let error = || Some(Reaction::goaway(PROTOCOL_ERROR));
+    let ignored = || Some(Reaction::goaway(NO_ERROR));
+    let closed = || Some(Reaction::resets([(1, STREAM_CLOSED)]));
+    let headers = |flags: u8, stream: u32, block: &[u8]| frame(HEADERS, flags, stream, block);
+    vec![
+        ("DATA on 1", frame(DATA, 0, 1, b"x"), closed()),
+        ("DATA on 3", frame(DATA, 0, 3, b"x"), Some(Reaction::resets([(3, STREAM_CLOSED)]))),
+        ("DATA of nothing on 1", frame(DATA, 0, 1, b""), closed()),
+        ("DATA with END_STREAM on 1", frame(DATA, END_STREAM, 1, b"x"), closed()),
+        ("DATA twice on 1", frame(DATA, 0, 1, b"x").repeat(2), closed()),
+        (
+            "DATA on 1 and 3",
+            [frame(DATA, 0, 1, b"x"), frame(DATA, 0, 3, b"x")].concat(),
+            Some(Reaction::resets([(1, STREAM_CLOSED), (3, STREAM_CLOSED)])),
+        ),
+        ("padded DATA on 1", frame(DATA, PADDED, 1, b"\x02x\0\0"), closed()),
+        ("DATA with too much padding on 1", frame(DATA, PADDED, 1, b"\x09x"), error()),
+        (
+            "DATA on 1 that is too long",
+            frame(DATA, 0, 1, &[0; 16_385]),
+            Some(Reaction::goaway(FRAME_SIZE_ERROR)),
+        ),
+        (
+            "DATA on 1 beyond the connection's window",
+            [
+                headers(END_HEADERS, 5, POST_STALLED),
+                frame(DATA, 0, 5, &[0; 16_384]).repeat(64),
+                frame(DATA, 0, 1, b"x"),
+            ]
+            .concat(),
+            Some(Reaction { goaways: vec![(5, FLOW_CONTROL_ERROR)], ..Reaction::default() }),
+        ),
+        ("HEADERS again on 1", headers(ENDS, 1, GET), error()),
+        ("HEADERS again on 3", headers(ENDS, 3, GET), error()),
+        ("trailers on 1", headers(ENDS, 1, b"\x00\x01a\x01b"), error()),
+        (
+            "HEADERS and CONTINUATION on 1",
+            [headers(END_STREAM, 1, GET), frame(CONTINUATION, END_HEADERS, 1, b"")].concat(),
+            error(),
+        ),
+        (
+            "HEADERS on 1 with a field of HTTP/1.1",
+            headers(ENDS, 1, &with_field(GET, "connection", "close")),
+            Some(Reaction::resets([(1, PROTOCOL_ERROR)])),
+        ),
+        (
+            "HEADERS on 1 that depends on itself",
+            headers(ENDS | WITH_PRIORITY, 1, &[&[0, 0, 0, 1, 9], GET].concat()),
+            Some(Reaction::resets([(1, PROTOCOL_ERROR)])),
+        ),
+        ("HEADERS on 1 with too much padding", headers(ENDS | PADDED, 1, b"\xffx"), error()),
+        ("HEADERS on 1 with an index of no entry", headers(ENDS, 1, b"\xfe"), None),
+        (
+            "HEADERS of a lower number than the last",
+            [headers(ENDS, 7, GET), headers(ENDS, 5, GET)].concat(),
+            None,
+        ),
+        ("RST_STREAM on 1", frame(RST_STREAM, 0, 1, &[0, 0, 0, 8]), ignored()),
+        ("RST_STREAM twice on 3", frame(RST_STREAM, 0, 3, &[0, 0, 0, 8]).repeat(2), ignored()),
+        ("RST_STREAM of 3 bytes on 1", frame(RST_STREAM, 0, 1, &[0; 3]), error()),
+        ("WINDOW_UPDATE on 1", grant(1, 100), ignored()),
+        ("WINDOW_UPDATE of nothing on 1", grant(1, 0), error()),
+        ("WINDOW_UPDATE of 3 bytes on 1", frame(WINDOW_UPDATE, 0, 1, &[1; 3]), error()),
+        ("largest WINDOW_UPDATE on 1, twice", grant(1, i32::MAX.cast_unsigned()).repeat(2), ignored()),
+        ("PRIORITY on 1", priority(1, 3), ignored()),
+        (
+            "PRIORITY on 1 that depends on itself",
+            priority(1, 1),
+            Some(Reaction::resets([(1, PROTOCOL_ERROR)])),
+        ),
+        (
+            "PRIORITY on 3 that depends on itself",
+            priority(3, 3),
+            Some(Reaction::resets([(3, PROTOCOL_ERROR)])),
+        ),
+        ("PRIORITY of 4 bytes on 1", frame(PRIORITY, 0, 1, &[0; 4]), error()),
+        ("CONTINUATION on 1", frame(CONTINUATION, END_HEADERS, 1, GET), error()),
+        ("PUSH_PROMISE on 1", frame(PUSH_PROMISE, END_HEADERS, 1, &[&[0, 0, 0, 2], GET].concat()), error()),
+        ("unknown type on 1", frame(UNKNOWN, 9, 1, &[1; 20]), ignored()),
+    ]
+}
+
+fn requests() -> Vec<Probe> {
+    let answered = |stream, body: &[u8]| {
+        let answers = [(stream, body.to_vec())].into();
+        Some(Reaction { goaways: vec![(stream, NO_ERROR)], answers, ..Reaction::default() })
+    };
+    let reset = |stream| {
+        let resets = [(stream, vec![PROTOCOL_ERROR])].into();
+        Some(Reaction { goaways: vec![(stream, NO_ERROR)], resets, ..Reaction::default() })
+    };
+    let headers = |flags: u8, stream: u32, block: &[u8]| frame(HEADERS, flags, stream, block);
+    let then_data = |block: &[u8], data: &[u8]| {
+        [headers(END_HEADERS, 5, block), frame(DATA, END_STREAM, 5, data)].concat()
+    };
+    vec![
+        ("a request", headers(ENDS, 5, GET), answered(5, b"hello\n")),
+        ("a request with a body", then_data(POST, b"body"), answered(5, b"body")),
+        ("a request that skips numbers", headers(ENDS, 101, GET), answered(101, b"hello\n")),
+        ("a request with the reserved bit", headers(ENDS, 5 | 1 << 31, GET), answered(5, b"hello\n")),
+        (
+            "a request in two frames",
+            [headers(END_STREAM, 5, &GET[..3]), frame(CONTINUATION, END_HEADERS, 5, &GET[3..])].concat(),
+            answered(5, b"hello\n"),
+        ),
+        (
+            "a request with trailers",
+            [
+                then_data(POST, b"")[..HEAD_LENGTH + POST.len()].to_vec(),
+                frame(DATA, 0, 5, b"body"),
+                headers(ENDS, 5, b"\x00\x01a\x01b"),
+            ]
+            .concat(),
+            answered(5, b"body"),
+        ),
+        (
+            "trailers that do not end the stream",
+            [headers(END_HEADERS, 5, POST), headers(END_HEADERS, 5, b"\x00\x01a\x01b")].concat(),
+            reset(5),
+        ),
+        (
+            "a content-length that is right",
+            then_data(&with_content_length(POST, "4"), b"body"),
+            answered(5, b"body"),
+        ),
+        ("a content-length that is too large", then_data(&with_content_length(POST, "5"), b"body"), reset(5)),
+        ("a content-length that is too small", then_data(&with_content_length(POST, "3"), b"body"), reset(5)),
+        ("a content-length without a body", headers(ENDS, 5, &with_content_length(POST, "4")), reset(5)),
+        ("a content-length that is no number", then_data(&with_content_length(POST, "x"), b"body"), reset(5)),
+        (
+            "two content-lengths",
+            then_data(&with_content_length(&with_content_length(POST, "4"), "5"), b"body"),
+            reset(5),
+        ),
+        ("a request without a path", headers(ENDS, 5, b"\x82\x86\x41\x01x"), None),
+        ("a field in capitals", headers(ENDS, 5, &with_field(GET, "Name", "x")), None),
+        ("a pseudo-field behind a field", headers(ENDS, 5, b"\x82\x86\x41\x01x\x00\x01a\x01b\x84"), None),
+        ("te other than trailers", headers(ENDS, 5, &with_field(GET, "te", "gzip")), None),
+        ("headers that are too large", headers(ENDS, 5, &[GET, &[0x90; 300]].concat()), None),
+        ("DATA behind the end of a stream", [headers(ENDS, 5, GET), frame(DATA, 0, 5, b"x")].concat(), None),
+        (
+            "a request that is reset at once",
+            [headers(END_HEADERS, 5, POST), frame(RST_STREAM, 0, 5, &[0, 0, 0, 8])].concat(),
+            None,
+        ),
+        (
+            "an error of a request, and an old stream",
+            [then_data(&with_content_length(POST, "5"), b"body"), frame(DATA, 0, 1, b"x")].concat(),
+            None,
+        ),
+    ]
+}
+
+fn on_other_streams() -> Vec<Probe> {
+    let error = || Some(Reaction::goaway(PROTOCOL_ERROR));
+    let headers = |flags: u8, stream: u32, block: &[u8]| frame(HEADERS, flags, stream, block);
+    vec![
+        ("HEADERS on 0", headers(ENDS, 0, GET), error()),
+        ("HEADERS on 2", headers(ENDS, 2, GET), error()),
+        ("HEADERS on 4", headers(ENDS, 4, GET), error()),
+        ("HEADERS on 6", headers(ENDS, 6, GET), error()),
+        (
+            "HEADERS on 5 that depends on itself",
+            headers(ENDS | WITH_PRIORITY, 5, &[&[0, 0, 0, 5, 9], GET].concat()),
+            None,
+        ),
+        ("DATA on 0", frame(DATA, 0, 0, b"x"), error()),
+        ("DATA on 2", frame(DATA, 0, 2, b"x"), error()),
+        ("DATA on 5, which is idle", frame(DATA, 0, 5, b"x"), error()),
+        ("RST_STREAM on 0", frame(RST_STREAM, 0, 0, &[0; 4]), error()),
+        ("RST_STREAM on 2", frame(RST_STREAM, 0, 2, &[0; 4]), error()),
+        ("RST_STREAM on 5, which is idle", frame(RST_STREAM, 0, 5, &[0; 4]), error()),
+        ("WINDOW_UPDATE on 2", grant(2, 1), error()),
+        ("WINDOW_UPDATE on 5, which is idle", grant(5, 1), error()),
+        ("PRIORITY on 0", priority(0, 1), error()),
+        ("PRIORITY on 5, which is idle", priority(5, 1), Some(Reaction::goaway(NO_ERROR))),
+        (
+            "PRIORITY on 9 that depends on itself, and HEADERS on 5",
+            [priority(9, 9), headers(ENDS, 5, GET)].concat(),
+            None,
+        ),
+        ("CONTINUATION on 0", frame(CONTINUATION, END_HEADERS, 0, GET), error()),
+        ("CONTINUATION on 5", frame(CONTINUATION, END_HEADERS, 5, GET), error()),
+        ("PUSH_PROMISE on 5", frame(PUSH_PROMISE, END_HEADERS, 5, &[&[0, 0, 0, 2], GET].concat()), error()),
+        (
+            "PUSH_PROMISE on 2, with a frame before its CONTINUATION",
+            [frame(PUSH_PROMISE, 0, 2, &[&[0, 0, 0, 4], GET].concat()), grant(0, 1)].concat(),
+            error(),
+        ),
+        ("unknown type on 2", frame(UNKNOWN, 9, 2, &[1; 20]), Some(Reaction::goaway(NO_ERROR))),
+    ]
+}
+
+/// Between HEADERS and its CONTINUATION only that is allowed (RFC 9113 section 6.10).
+fn inside_a_header_block() -> Vec<Probe> {
+    let between = |bytes: Vec<u8>| {
+        let all =
+            [frame(HEADERS, END_STREAM, 5, &GET[..3]), bytes, frame(CONTINUATION, END_HEADERS, 5, &GET[3..])];
+        (all.concat(), Some(Reaction::goaway(PROTOCOL_ERROR)))
+    };
+    [
+        ("inside a header block: DATA on 1", frame(DATA, 0, 1, b"x")),
+        ("inside a header block: DATA on 5", frame(DATA, 0, 5, b"x")),
+        ("inside a header block: WINDOW_UPDATE on 1", grant(1, 1)),
+        ("inside a header block: WINDOW_UPDATE on 0", grant(0, 1)),
+        ("inside a header block: RST_STREAM on 1", frame(RST_STREAM, 0, 1, &[0; 4])),
+        ("inside a header block: PRIORITY on 1", priority(1, 3)),
+        ("inside a header block: PING", frame(PING, 0, 0, &[7; 8])),
+        ("inside a header block: PING ACK", frame(PING, ACK, 0, &[7; 8])),
+        ("inside a header block: SETTINGS", frame(SETTINGS, 0, 0, &[])),
+        ("inside a header block: SETTINGS ACK", frame(SETTINGS, ACK, 0, &[])),
+        ("inside a header block: GOAWAY", frame(GOAWAY, 0, 0, &[0; 8])),
+        ("inside a header block: HEADERS on 1", frame(HEADERS, ENDS, 1, GET)),
+        ("inside a header block: HEADERS on 7", frame(HEADERS, ENDS, 7, GET)),
+        ("inside a header block: CONTINUATION on 1", frame(CONTINUATION, 0, 1, b"")),
+        ("inside a header block: unknown type on 1", frame(UNKNOWN, 0, 1, b"x")),
+    ]
+    .map(|(name, bytes)| {
+        let (bytes, reaction) = between(bytes);
+        (name, bytes, reaction)
+    })
+    .into()
+}
+
+async fn assert_same_reactions(certificate: Option<&Certificate>) {
+    let probes =
+        [on_connection_frames(), on_old_streams(), requests(), on_other_streams(), inside_a_header_block()]
+            .concat();
+    let bytes: Vec<Vec<u8>> = probes.iter().map(|(_, bytes, _)| bytes.clone()).collect();
+    let fresh = reactions(&bytes, certificate, 0).await;
+    for moves in [1, 2] {
+        let moved = reactions(&bytes, certificate, moves).await;
+        let differ: Vec<String> = (0..probes.len())
+            .filter(|at| moved[*at] != fresh[*at])
+            .map(|at| format!("{}: fresh {:?}\n  moved {:?}", probes[at].0, fresh[at], moved[at]))
+            .collect();
+        assert!(
+            differ.is_empty(),
+            "after {moves} moves {} of {} differ:\n{}",
+            differ.len(),
+            probes.len(),
+            differ.join("\n")
+        );
+    }
+    for ((name, _, expected), reaction) in probes.into_iter().zip(fresh) {
+        if let Some(expected) = expected {
+            assert_eq!(reaction, expected, "{name}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moved_http2_connections_react_to_each_frame_as_fresh_ones() {
+    assert_same_reactions(None).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moved_http2_connections_react_to_each_frame_as_fresh_ones_over_tls() {
+    let certificate = Certificate::new().expect("openssl makes a certificate");
+    assert_same_reactions(Some(&certificate)).await;
+}
+
+/// The most that a server takes from a client that never reads, in bytes: buffers of the kernel and of h2.
+const FLOOD_LIMIT: usize = 32 << 20;
+
+/// How much of `parts` the server takes from a client that never reads, up to the limit.
+async fn flood(mut client: Client, mut parts: impl FnMut() -> Vec<u8>) -> usize {
+    let mut taken = 0;
+    let flooded = async {
+        while taken < FLOOD_LIMIT {
+            let part = parts();
+            if client.wire.write_all(&part).await.is_err() {
+                return;
+            }
+            taken += part.len();
+        }
+    };
+    timeout(PATIENCE, flooded).await.expect("the server reads on or closes");
+    taken
+}
+
+/// Each frame that is thrown away is granted again. If each grant were queued, a client could fill the memory.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
+    let certificate = Certificate::new().expect("openssl makes a certificate");
+    for (moves, certificate) in [(0, None), (1, None), (0, Some(&certificate)), (1, Some(&certificate))] {
+        let mut served = serve_with(router(), tls_of(certificate)).await;
+        let client = Client::open(&served, certificate).await;
+        for _ in 0..moves {
+            let next = serve_with(router(), tls_of(certificate)).await;
+            move_to(&next, served).await;
+            served = next;
+        }
+        let taken = flood(client, || frame(DATA, 0, 1, b"x").repeat(10_000)).await;
+        assert!(taken < FLOOD_LIMIT, "after {moves} moves {taken} bytes were taken");
+    }
+}
+
+/// h2 begins with a larger window than the client has, so answers wait in between. Those that have no body are limited
+/// by no window.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
+    const GET_LARGE: &[u8] = b"\x82\x86\x04\x06/large\x41\x01x";
+    const GET_HEADERS: &[u8] = b"\x82\x86\x04\x08/headers\x41\x01x";
+    let served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None).await;
+    client.send(&frame(HEADERS, ENDS, 5, GET_LARGE)).await;
+    client.until(|head| head.stream == 5 && head.has(END_STREAM)).await;
+    let next = serve_with(router(), None).await;
+    move_to(&next, served).await;
+    // Of the window of 65,535 bytes less than 60,000 are left. To h2 all of them are.
+    client.send(&frame(HEADERS, ENDS, 7, GET_LARGE)).await;
+    let mut stream = 7;
+    let mut asked = 0;
+    let requests = async {
+        // More than h2 resets in a connection's lifetime would end it in any case, so the client waits for its turn.
+        while asked < 2_000 {
+            for _ in 0..20 {
+                stream += 2;
+                asked += 1;
+                if client.wire.write_all(&frame(HEADERS, ENDS, stream, GET_HEADERS)).await.is_err() {
+                    return;
+                }
+            }
+            let _ = client.wire.write_all(&frame(PING, 0, 0, b"my turn?")).await;
+            while let Some((head, _)) = client.receive().await {
+                assert_ne!(head.kind, GOAWAY, "h2 ends the connection for another reason");
+                if head.kind == PING && head.has(ACK) {
+                    break;
+                }
+            }
+        }
+    };
+    timeout(PATIENCE, requests).await.expect("the server answers or closes");
+    assert!(
+        (300..2_000).contains(&asked),
+        "{asked} requests were taken, of 3,500 bytes of response headers each"
+    );
+}
+
+/// A frame of any type, flags, stream and payload, with a preference for what is nearly right.
+fn any_frame() -> impl Strategy<Value = Vec<u8>> {
+    let kind = prop_oneof![8 => 0..=9_u8, 1 => any::<u8>()];
+    let flags = prop_oneof![
+        Just(0),
+        Just(END_STREAM),
+        Just(END_HEADERS),
+        Just(ENDS),
+        Just(ENDS | PADDED),
+        Just(ENDS | WITH_PRIORITY),
+        any::<u8>()
+    ];
+    let stream = prop_oneof![2 => Just(0), 6 => 1..=9_u32, 1 => any::<u32>()];
+    let payload = prop_oneof![
+        Just(Vec::new()),
+        Just(GET.to_vec()),
+        Just(POST.to_vec()),
+        Just(with_content_length(POST, "4")),
+        prop::collection::vec(any::<u8>(), 4),
+        prop::collection::vec(0..4_u8, 4..=9),
+        prop::collection::vec(any::<u8>(), 0..40),
+    ];
+    (kind, flags, stream, payload)
+        .prop_map(|(kind, flags, stream, payload)| frame(kind, flags, stream, &payload))
+}
+
+/// h2 counts a stream that it resets as begun. The next process must know of that.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_was_reset_before_it_began_stays_used_after_a_move() {
+    for moves in [0, 1] {
+        let mut served = serve_with(router(), None).await;
+        let mut client = Client::open(&served, None).await;
+        client.send(&[priority(9, 9), frame(PING, 0, 0, b"finished")].concat()).await;
+        while let Some((head, _)) = client.receive().await
+            && head.kind != PING
+        {}
+        for _ in 0..moves {
+            let next = serve_with(router(), None).await;
+            move_to(&next, served).await;
+            served = next;
+        }
+        let reaction = client.react(&frame(HEADERS, ENDS, 7, GET)).await;
+        let codes: Vec<u32> = reaction.goaways.iter().map(|(_, code)| *code).collect();
+        assert_eq!(codes, [PROTOCOL_ERROR], "after {moves} moves");
+    }
+}
+
+/// Sequences of frames that nobody has thought of.
+#[test]
+fn moved_http2_connections_react_to_any_frames_as_fresh_ones() {
+    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+    let certificate: Option<Arc<Certificate>> = None;
+    let sequence = prop::collection::vec(any_frame(), 1..6).prop_map(|frames| frames.concat());
+    // As many connections at once, because one move takes longer than one reaction.
+    let sequences = prop::collection::vec(sequence, BATCH);
+    let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
+        cases: 10,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    });
+    runner
+        .run(&sequences, |sequences| {
+            // A request that the client does not end would keep the connection open.
+            let end: Vec<u8> =
+                (5..=9).step_by(2).flat_map(|stream| frame(RST_STREAM, 0, stream, &[0; 4])).collect();
+            let probes: Vec<Vec<u8>> =
+                sequences.iter().map(|sequence| [&sequence[..], &end].concat()).collect();
+            runtime.block_on(async {
+                let fresh = reactions(&probes, certificate.as_deref(), 0).await;
+                let moved = reactions(&probes, certificate.as_deref(), 1).await;
+                for ((probe, fresh), moved) in probes.iter().zip(fresh).zip(moved) {
+                    prop_assert_eq!(fresh, moved, "{:?}", probe);
+                }
+                Ok(())
+            })
+        })
+        .unwrap_or_else(|error| panic!("{error}"));
+}

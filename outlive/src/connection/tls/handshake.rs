@@ -1,0 +1,116 @@
+//! TLS on one connection: the handshake, and how it goes on in another process. During the handshake, and with TLS 1.2,
+//! it cannot move.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::task::Poll;
+
+use bytes::Bytes;
+use tokio_rustls::rustls::ProtocolVersion;
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
+
+use super::record_layer::Records;
+use super::record_reader::{self, WholeRecords};
+use crate::connection::io::{Io, Tls, Wire};
+use crate::connection::{Arrived, End, Protocol, Services, drive, first_bytes};
+use crate::registry::{Entry, Registration, Stage};
+use crate::transport::stream::{Connection, Stream};
+use crate::transport::tls_config::{self, Tls as Spoken};
+use crate::transport::tls_traffic::TlsSession;
+
+/// What every TLS connection begins with: the type of a handshake record (RFC 8446 section 5.1).
+const HANDSHAKE: u8 = 22;
+/// The answer to whoever speaks HTTP without TLS.
+const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain\r\n\
+    content-length: 33\r\n\r\nThis port speaks TLS: https://\xe2\x80\xa6";
+
+/// Serves a connection of an https listener until it closes or comes to rest.
+pub(in crate::connection) async fn serve(
+    mut connection: Connection<Stream>,
+    registration: Registration,
+    services: &Services,
+    tls: &Spoken,
+) -> End {
+    if let Some(session) = connection.tls.take() {
+        return go_on(connection, session, registration, services).await;
+    }
+    let entry = registration.entry.clone();
+    let mut first = [0];
+    match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
+        // The next process shakes hands.
+        Arrived::AtRest => return End::AtRest(connection, registration),
+        Arrived::Bytes(_) if entry.phase().rests() => {
+            return End::AtRest(connection, registration);
+        }
+        Arrived::Bytes(_) => {}
+        Arrived::Late | Arrived::Idle | Arrived::Gone => return End::Closed,
+    }
+    entry.pin();
+    if first != [HANDSHAKE] {
+        let io = Io::new(Wire::Left(connection.socket), Bytes::new(), registration, Protocol::Http1);
+        io.refuse(NOT_TLS).await;
+        return End::Closed;
+    }
+    let Some(stream) = shake_hands(connection.socket, &entry, tls).await else {
+        return End::Closed;
+    };
+    if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
+        entry.unpin();
+    }
+    // The time for a request counts from here.
+    entry.enter(Stage::Waiting);
+    let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls_config::HTTP2) {
+        Protocol::Http2
+    } else {
+        Protocol::Http1
+    };
+    let io = Io::new(Wire::Right(Tls::Left(Box::new(stream))), Bytes::new(), registration, protocol);
+    drive(io, protocol, None, connection.listener, services, &services.routes).await
+}
+
+/// Goes on with a connection that was made in another process.
+async fn go_on(
+    mut connection: Connection<Stream>,
+    session: Box<TlsSession>,
+    registration: Registration,
+    services: &Services,
+) -> End {
+    let entry = registration.entry.clone();
+    if connection.unread.is_empty() && session.unread.is_empty() {
+        match first_bytes(&connection.socket, &entry, &mut [0], |_| true).await {
+            Arrived::AtRest if !entry.keeps_all_but_http1() => {
+                connection.tls = Some(session);
+                return End::AtRest(connection, registration);
+            }
+            Arrived::AtRest | Arrived::Bytes(_) | Arrived::Late | Arrived::Idle => {}
+            Arrived::Gone => return End::Closed,
+        }
+    }
+    entry.enter(Stage::Waiting);
+    let Connection { socket, listener, unread, http2, .. } = connection;
+    let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
+    let records = Records::new(socket, *session);
+    let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
+    drive(io, protocol, http2, listener, services, &services.routes).await
+}
+
+async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsStream<WholeRecords>> {
+    let mut handshake = pin!(record_reader::accept(stream, tls));
+    poll_fn(|cx| {
+        entry.wake_on_change(cx);
+        match handshake.as_mut().poll(cx) {
+            Poll::Ready(Ok(stream)) => Poll::Ready(Some(stream)),
+            Poll::Ready(Err(error)) => {
+                debug!(peer = %entry.peer, %error, "TLS handshake failed");
+                Poll::Ready(None)
+            }
+            Poll::Pending if entry.is_overdue() => {
+                debug!(peer = %entry.peer, "TLS handshake timed out (--head-timeout)");
+                Poll::Ready(None)
+            }
+            Poll::Pending => Poll::Pending,
+        }
+    })
+    .await
+}

@@ -1,0 +1,119 @@
+//! Clients that change the keys of their TLS connection, and ask the server to do so, in the middle of a request: it is
+//! answered, and the connection goes on, in this process and in the next.
+
+use harness::certificate::Certificate;
+use harness::client::Connection;
+use tokio::time::timeout;
+
+use crate::connection::tests::{Served, move_to, serve_with};
+use crate::connection::unread_tests::{FIRST, IDLE, PATIENCE, SECOND, router, target, tls_of, wait_until};
+use crate::registry::Stage;
+
+/// What happens to the connections between two requests.
+#[derive(Clone, Copy, Debug)]
+enum Pause {
+    /// They are idle for so long that they are parked.
+    Idle,
+    /// The clients send a KeyUpdate and nothing else.
+    KeyUpdate,
+    /// They are handed over to the next process.
+    Handover,
+}
+
+use Pause::{Handover, Idle, KeyUpdate};
+
+/// Where the second request is cut.
+const CUTS: [usize; 4] = [0, 1, SECOND.len() / 2, SECOND.len() - 1];
+
+async fn update_keys(client: &mut Connection) {
+    client.update_keys().expect("a KeyUpdate");
+    client.send(b"").await.expect("sent");
+}
+
+/// Waits until all are parked. One that a KeyUpdate has just woken is idle from then on, so the clock is advanced again.
+async fn idle(served: &Served, clients: usize) {
+    let registry = served.registry();
+    let are_idle = || registry.entries().iter().all(|entry| entry.stage() == Stage::Waiting);
+    wait_until("all are idle", are_idle).await;
+    wait_until("all are parked", || {
+        if registry.entries().iter().any(|entry| !entry.is_drowsy()) {
+            registry.advance(IDLE);
+        }
+        registry.asleep() == clients
+    })
+    .await;
+}
+
+async fn pause(
+    served: Served,
+    pauses: &[Pause],
+    clients: &mut [Connection],
+    certificate: &Certificate,
+) -> Served {
+    let mut served = served;
+    for pause in pauses {
+        match pause {
+            Idle => idle(&served, clients.len()).await,
+            KeyUpdate => {
+                for client in &mut *clients {
+                    update_keys(client).await;
+                }
+                wait_until("those that were parked are awake", || served.registry().asleep() == 0).await;
+            }
+            Handover => {
+                let next = serve_with(router(), Some(tls_of(certificate))).await;
+                move_to(&next, served).await;
+                served = next;
+            }
+        }
+    }
+    served
+}
+
+/// Each request has a KeyUpdate before it, in the middle of it and behind it.
+async fn answers_all(pauses: &[Pause], certificate: &Certificate) {
+    let mut served = serve_with(router(), Some(tls_of(certificate))).await;
+    let target = target(&served, Some(certificate));
+    let mut clients = Vec::new();
+    for _ in CUTS {
+        let mut client = Connection::open(&target).await.expect("the server accepts");
+        assert_eq!(client.ask(FIRST).await.expect("an answer").text(), "first");
+        clients.push(client);
+    }
+    // The second time shows that a connection whose keys have changed moves like any other.
+    for round in 0..2 {
+        served = pause(served, pauses, &mut clients, certificate).await;
+        for (cut, client) in CUTS.into_iter().zip(&mut clients) {
+            update_keys(client).await;
+            client.send(&SECOND[..cut]).await.expect("the first part is sent");
+            update_keys(client).await;
+            client.send(&SECOND[cut..]).await.expect("the second part is sent");
+            update_keys(client).await;
+            let answer = timeout(PATIENCE, client.answer()).await.expect("an answer in time");
+            let answer =
+                answer.unwrap_or_else(|error| panic!("{pauses:?}, round {round}, cut at {cut}: {error:#}"));
+            assert_eq!(
+                (answer.text().as_str(), answer.closes()),
+                ("second", false),
+                "{pauses:?}, cut at {cut}"
+            );
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_request_with_key_updates_in_it_is_answered_after_parking_and_handover() {
+    let certificate = Certificate::new().expect("openssl makes a certificate");
+    let pauses: [&[Pause]; 7] = [
+        &[],
+        &[Idle],
+        &[Handover],
+        &[Idle, KeyUpdate, Idle],
+        &[Idle, Handover, KeyUpdate, Handover],
+        &[KeyUpdate, Idle, Handover],
+        &[KeyUpdate, Handover, Idle, KeyUpdate],
+    ];
+    for pauses in pauses {
+        answers_all(pauses, &certificate).await;
+    }
+}

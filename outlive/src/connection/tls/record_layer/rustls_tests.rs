@@ -1,0 +1,519 @@
+//! The same bytes for a connection that rustls serves, for one that has left it, and for one that moves to another
+//! process before each record: all three take the same, and refuse the rest in the same way.
+
+use std::io::ErrorKind;
+use std::os::fd::{AsFd, OwnedFd};
+
+use proptest::prelude::*;
+use rustix::io::ioctl_fionread;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+
+use super::tests::{Parties, move_on, run, seal};
+use super::*;
+use crate::connection::io::Tls;
+use crate::connection::tls::record_reader;
+use crate::transport::traffic_secret::FirstSecrets;
+
+/// Who serves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Who {
+    Rustls,
+    Records,
+    RecordsThatMove,
+}
+
+/// What a client sends at once.
+#[derive(Clone, Debug)]
+enum Step {
+    /// A record as it should be sealed.
+    Record { kind: u8, content: Vec<u8>, padding: usize },
+    /// The same, with other beginnings of its header.
+    Header { first: [u8; 3], content: Vec<u8> },
+    /// A KeyUpdate that asks for this, after which the client has its next key.
+    KeyUpdate(u8),
+    /// A KeyUpdate in two records, cut after so many bytes.
+    CutKeyUpdate(u8, usize),
+    /// These bytes as they are.
+    Raw(Vec<u8>),
+}
+
+use Step::{CutKeyUpdate, Header, KeyUpdate, Raw};
+
+fn record(kind: u8, content: &[u8]) -> Step {
+    padded(kind, content, 0)
+}
+
+fn padded(kind: u8, content: &[u8], padding: usize) -> Step {
+    Step::Record { kind, content: content.to_vec(), padding }
+}
+
+fn data(content: &[u8]) -> Step {
+    record(APPLICATION_DATA, content)
+}
+
+fn alert(level: u8, description: u8) -> Step {
+    record(ALERT, &[level, description])
+}
+
+/// How the server's reading ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    Closed,
+    Failed(ErrorKind),
+}
+
+#[derive(Debug, PartialEq, Eq)]
+struct Reaction {
+    read: Vec<u8>,
+    end: End,
+    /// The types and contents of its records; adjacent application data is one.
+    said: Vec<(u8, Vec<u8>)>,
+}
+
+/// The client's end, without rustls.
+struct Client {
+    socket: UnixStream,
+    suite: Suite,
+    from_server: Half,
+    to_server: Half,
+}
+
+impl Client {
+    /// Sends as much as the server takes: it may have given the connection up.
+    async fn send(&mut self, step: &Step) {
+        let mut bytes = BytesMut::new();
+        match step {
+            Step::Record { kind, content, padding } => {
+                bytes = seal(&mut self.to_server, *kind, content, *padding);
+            }
+            Header { first, content } => {
+                bytes = seal(&mut self.to_server, APPLICATION_DATA, content, 0);
+                bytes[..3].copy_from_slice(first);
+            }
+            KeyUpdate(request) => self.seal_key_update(*request, None, &mut bytes),
+            CutKeyUpdate(request, at) => self.seal_key_update(*request, Some(*at), &mut bytes),
+            Raw(raw) => bytes.extend_from_slice(raw),
+        }
+        let _ = self.socket.write_all(&bytes).await;
+    }
+
+    fn seal_key_update(&mut self, request: u8, cut: Option<usize>, into: &mut BytesMut) {
+        let message = [KEY_UPDATE, 0, 0, 1, request];
+        let (first, second) = message.split_at(cut.unwrap_or(0));
+        for part in [first, second].iter().filter(|part| cut.is_some() || !part.is_empty()) {
+            self.to_server.seal(HANDSHAKE, part, into).expect("sealed");
+        }
+        assert!(self.to_server.update_keys(self.suite));
+    }
+
+    /// All that the server has said.
+    async fn listen(&mut self) -> Vec<(u8, Vec<u8>)> {
+        let mut bytes = Vec::new();
+        // A reset is an end too.
+        let _ = self.socket.read_to_end(&mut bytes).await;
+        let mut bytes = BytesMut::from(&bytes[..]);
+        let mut said: Vec<(u8, Vec<u8>)> = Vec::new();
+        while let Some(length) = sealed_length(&bytes).expect("a header") {
+            assert_eq!(bytes[..3], [APPLICATION_DATA, 3, 3]);
+            bytes.advance(HEADER_LENGTH);
+            let mut record = bytes.split_to(length);
+            let kind = self.from_server.open(&mut record).expect("sealed with the key that is due");
+            if kind == HANDSHAKE && record.first() == Some(&KEY_UPDATE) {
+                assert!(self.from_server.update_keys(self.suite));
+            }
+            match said.last_mut() {
+                Some((APPLICATION_DATA, last)) if kind == APPLICATION_DATA => last.extend_from_slice(&record),
+                _ => said.push((kind, record.to_vec())),
+            }
+        }
+        assert!(bytes.is_empty());
+        said
+    }
+}
+
+/// Both ends of a new connection of `suite`; a descriptor of the server's end tells what it has not read.
+async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, OwnedFd) {
+    let (mut client, mut server, secrets) = parties.shake_hands(suite).await;
+    // Behind the session tickets.
+    server.write_all(b"x").await.expect("sent");
+    server.flush().await.expect("sent");
+    client.read_exact(&mut [0]).await.expect("read");
+    let (socket, session) = client.into_inner();
+    // The secret of what comes from a client is the one of what goes from it.
+    let reversed = FirstSecrets { from_peer: secrets.to_peer.clone(), to_peer: secrets.from_peer.clone() };
+    let extracted = session.dangerous_extract_secrets().expect("secrets");
+    let session = TlsSession::new(extracted, &reversed, Bytes::new()).expect("a suite of TLS 1.3");
+    let client = Client {
+        socket,
+        suite,
+        from_server: Half::new(suite, session.from_peer),
+        to_server: Half::new(suite, session.to_peer),
+    };
+    let unread = server.get_ref().0.stream().as_fd().try_clone_to_owned().expect("a descriptor");
+    let server = if who == Who::Rustls {
+        Tls::Left(Box::new(server))
+    } else {
+        let (stream, session, _) = record_reader::into_parts(server).expect("it moves");
+        Tls::Right(Box::new(Records::new(stream, session)))
+    };
+    (client, server, unread)
+}
+
+/// Reads all that has come and sends it back, until more has to come.
+async fn echo(server: &mut Tls, unread: &OwnedFd, read: &mut Vec<u8>) -> Result<(), End> {
+    loop {
+        let mut buffer = vec![0; 32 * 1024];
+        let mut into = ReadBuf::new(&mut buffer);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        match Pin::new(&mut *server).poll_read(&mut cx, &mut into) {
+            Poll::Ready(Ok(())) if into.filled().is_empty() => return Err(End::Closed),
+            Poll::Ready(Ok(())) => {
+                read.extend_from_slice(into.filled());
+                server.write_all(into.filled()).await.expect("room in the socket");
+                server.flush().await.expect("room in the socket");
+            }
+            Poll::Ready(Err(error)) => return Err(End::Failed(error.kind())),
+            Poll::Pending if ioctl_fionread(unread).expect("a socket") == 0 => return Ok(()),
+            // For the runtime to see that something has come.
+            Poll::Pending => tokio::task::yield_now().await,
+        }
+    }
+}
+
+async fn reaction(parties: &Parties, suite: Suite, who: Who, steps: &[Step]) -> Reaction {
+    let (mut client, mut server, unread) = connect(parties, suite, who).await;
+    let mut read = Vec::new();
+    let mut end = None;
+    for step in steps {
+        client.send(step).await;
+        if let Err(reason) = echo(&mut server, &unread, &mut read).await {
+            end = Some(reason);
+            break;
+        }
+        server = match server {
+            Tls::Right(records) if who == Who::RecordsThatMove && records.is_movable() => {
+                Tls::Right(Box::new(move_on(*records)))
+            }
+            server => server,
+        };
+    }
+    client.socket.shutdown().await.expect("the end");
+    let end = match end {
+        Some(end) => end,
+        None => loop {
+            if let Err(end) = echo(&mut server, &unread, &mut read).await {
+                break end;
+            }
+            tokio::task::yield_now().await;
+        },
+    };
+    let _ = server.shutdown().await;
+    drop(server);
+    drop(unread);
+    Reaction { read, end, said: client.listen().await }
+}
+
+/// Has all three react, and gives what they did.
+async fn same(parties: &Parties, suite: Suite, steps: &[Step]) -> Reaction {
+    let wanted = reaction(parties, suite, Who::Rustls, steps).await;
+    for who in [Who::Records, Who::RecordsThatMove] {
+        let found = reaction(parties, suite, who, steps).await;
+        assert_eq!(found, wanted, "{who:?} and rustls differ for {steps:?}");
+    }
+    wanted
+}
+
+const CLOSE_NOTIFY: (u8, &[u8]) = (ALERT, &[WARNING, Alert::CloseNotify as u8]);
+
+/// A case: what it is, what the client sends, and the fatal alert that it gets before the end of the connection.
+type Case = (&'static str, Vec<Step>, Option<Alert>);
+
+/// In each of the cases all three react alike, and the last that they say is the fatal alert, else `close_notify`.
+fn assert_same(cases: Vec<Case>) {
+    let parties = Parties::new();
+    for (name, steps, wanted) in cases {
+        run(async {
+            let reaction = same(&parties, Suite::Aes128Gcm, &steps).await;
+            let last = reaction.said.last().map(|(kind, content)| (*kind, &content[..]));
+            let bytes = wanted.map(|alert| [FATAL, alert as u8]);
+            let wanted = bytes.as_ref().map_or(CLOSE_NOTIFY, |bytes| (ALERT, &bytes[..]));
+            assert_eq!(last, Some(wanted), "{name}: {reaction:?}");
+        });
+    }
+}
+
+fn user_canceled(times: usize) -> Vec<Step> {
+    vec![alert(WARNING, USER_CANCELED); times]
+}
+
+#[test]
+fn lengths_and_padding_have_the_limits_of_rustls() {
+    assert_same(vec![
+        ("nothing", vec![], None),
+        ("the most padding", vec![padded(APPLICATION_DATA, b"x", FRAGMENT_LIMIT - 1)], None),
+        (
+            "a byte of padding too much",
+            vec![padded(APPLICATION_DATA, b"x", FRAGMENT_LIMIT)],
+            Some(Alert::RecordOverflow),
+        ),
+        ("the most content", vec![data(&vec![7; FRAGMENT_LIMIT])], None),
+        ("a byte of content too much", vec![data(&vec![7; FRAGMENT_LIMIT + 1])], Some(Alert::RecordOverflow)),
+        (
+            "the longest record that is opened",
+            vec![data(&vec![7; SEALED_LIMIT - 1 - 1 - TAG_LENGTH])],
+            Some(Alert::RecordOverflow),
+        ),
+        (
+            "the header of a longer one",
+            vec![Raw(vec![APPLICATION_DATA, 3, 3, 0x48, 0])],
+            Some(Alert::DecodeError),
+        ),
+        ("a record without a seal", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 0])], Some(Alert::BadRecordMac)),
+        (
+            "a record that is shorter than a seal",
+            vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 3, 1, 2, 3])],
+            Some(Alert::BadRecordMac),
+        ),
+        ("nothing but padding", vec![padded(0, b"", 5)], None),
+    ]);
+}
+
+#[test]
+fn empty_records_in_a_row_have_the_limit_of_rustls() {
+    assert_same(vec![
+        ("32 empty records", [vec![data(b""); 32], vec![data(b"x")]].concat(), None),
+        (
+            "33 empty records, a byte in between",
+            [vec![data(b""); 32], vec![data(b"x"), data(b""), data(b"y")]].concat(),
+            None,
+        ),
+        ("33 empty records", [vec![data(b""); 33], vec![data(b"x")]].concat(), None),
+        (
+            "33 padded empty records",
+            [vec![padded(APPLICATION_DATA, b"", 9); 33], vec![data(b"x")]].concat(),
+            None,
+        ),
+        ("33 empty handshake records", [vec![record(HANDSHAKE, b""); 33], vec![data(b"x")]].concat(), None),
+    ]);
+}
+
+#[test]
+fn alerts_are_taken_and_refused_as_by_rustls() {
+    assert_same(vec![
+        ("4 times user_canceled", [user_canceled(4), vec![data(b"x")]].concat(), None),
+        ("5 times user_canceled", [user_canceled(5), vec![data(b"x")]].concat(), None),
+        (
+            "5 times user_canceled with data in between",
+            [user_canceled(2), vec![data(b"x")], user_canceled(3), vec![data(b"x")]].concat(),
+            None,
+        ),
+        ("fatal user_canceled", vec![alert(FATAL, USER_CANCELED), data(b"x")], None),
+        ("another warning", vec![alert(WARNING, 100), data(b"x")], Some(Alert::DecodeError)),
+        ("a fatal alert", vec![alert(FATAL, 80), data(b"x")], None),
+        ("level 3", vec![alert(3, USER_CANCELED), data(b"x")], Some(Alert::IllegalParameter)),
+        ("close_notify of level 0", vec![alert(0, 0), data(b"x")], Some(Alert::IllegalParameter)),
+        ("close_notify", vec![data(b"x"), alert(WARNING, 0), data(b"y")], None),
+        ("fatal close_notify", vec![data(b"x"), alert(FATAL, 0), data(b"y")], None),
+        ("an empty alert", vec![record(ALERT, b"")], Some(Alert::DecodeError)),
+        ("half an alert", vec![record(ALERT, &[WARNING])], Some(Alert::DecodeError)),
+        ("an alert and a half", vec![record(ALERT, &[WARNING, 90, 1])], Some(Alert::DecodeError)),
+        ("an alert without a seal", vec![Raw(vec![ALERT, 3, 3, 0, 2, 1, 0])], Some(Alert::BadRecordMac)),
+    ]);
+}
+
+#[test]
+fn key_updates_are_followed_and_refused_as_by_rustls() {
+    assert_same(vec![
+        ("a KeyUpdate", vec![data(b"x"), KeyUpdate(0), data(b"y")], None),
+        ("a KeyUpdate that asks", vec![data(b"x"), KeyUpdate(1), data(b"y")], None),
+        (
+            "KeyUpdates that ask, and no answer in between",
+            [vec![KeyUpdate(1); 32], vec![data(b"x")]].concat(),
+            None,
+        ),
+        ("33 KeyUpdates", [vec![KeyUpdate(0); 33], vec![data(b"x")]].concat(), None),
+        (
+            "33 KeyUpdates, an empty record in between",
+            [vec![KeyUpdate(1); 32], vec![data(b""), KeyUpdate(1), data(b"x")]].concat(),
+            None,
+        ),
+        (
+            "a KeyUpdate that asks for something unknown",
+            vec![KeyUpdate(2), data(b"x")],
+            Some(Alert::IllegalParameter),
+        ),
+        (
+            "a KeyUpdate that asks, and an answer to a fault",
+            vec![KeyUpdate(1), alert(WARNING, 100)],
+            Some(Alert::DecodeError),
+        ),
+        ("a KeyUpdate in two records", vec![CutKeyUpdate(1, 3), data(b"x")], None),
+        ("a KeyUpdate behind an empty record", vec![CutKeyUpdate(1, 0), data(b"x")], None),
+        (
+            "a KeyUpdate before an empty record",
+            vec![CutKeyUpdate(0, 5), data(b"x")],
+            Some(Alert::BadRecordMac),
+        ),
+        ("data in the middle of a KeyUpdate", vec![record(HANDSHAKE, &[KEY_UPDATE, 0]), data(b"x")], None),
+        (
+            "close_notify in the middle of a KeyUpdate",
+            vec![record(HANDSHAKE, &[KEY_UPDATE, 0]), alert(WARNING, 0)],
+            None,
+        ),
+        (
+            "change_cipher_spec in the middle of a KeyUpdate",
+            vec![record(HANDSHAKE, &[KEY_UPDATE, 0]), Raw(vec![CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 1])],
+            Some(Alert::BadRecordMac),
+        ),
+        (
+            "two KeyUpdates in a record",
+            vec![record(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 0, KEY_UPDATE, 0, 0, 1, 0])],
+            Some(Alert::UnexpectedMessage),
+        ),
+        ("an empty KeyUpdate", vec![record(HANDSHAKE, &[KEY_UPDATE, 0, 0, 0])], Some(Alert::DecodeError)),
+        (
+            "a KeyUpdate that is too long",
+            vec![record(HANDSHAKE, &[KEY_UPDATE, 0, 0, 2, 0, 0])],
+            Some(Alert::DecodeError),
+        ),
+        ("a handshake message that is too long", vec![record(HANDSHAKE, &[KEY_UPDATE, 1, 0, 0])], None),
+    ]);
+}
+
+#[test]
+fn what_belongs_into_a_handshake_is_refused_as_by_rustls() {
+    assert_same(vec![
+        ("Finished", vec![record(HANDSHAKE, &[20, 0, 0, 1, 0])], Some(Alert::UnexpectedMessage)),
+        ("HelloRequest", vec![record(HANDSHAKE, &[0, 0, 0, 0])], Some(Alert::UnexpectedMessage)),
+        (
+            "a message of no known type",
+            vec![record(HANDSHAKE, &[99, 0, 0, 0])],
+            Some(Alert::UnexpectedMessage),
+        ),
+        (
+            "change_cipher_spec, sealed",
+            vec![record(CHANGE_CIPHER_SPEC, &[1])],
+            Some(Alert::UnexpectedMessage),
+        ),
+        (
+            "change_cipher_spec",
+            vec![Raw(vec![CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 1])],
+            Some(Alert::UnexpectedMessage),
+        ),
+        (
+            "another change_cipher_spec",
+            vec![Raw(vec![CHANGE_CIPHER_SPEC, 3, 3, 0, 1, 2])],
+            Some(Alert::DecodeError),
+        ),
+        ("a heartbeat", vec![record(HEARTBEAT, &[1, 2, 3])], Some(Alert::DecodeError)),
+        ("a record of no known type", vec![record(99, &[1, 2, 3])], Some(Alert::DecodeError)),
+    ]);
+}
+
+#[test]
+fn headers_are_taken_and_refused_as_by_rustls() {
+    assert_same(vec![
+        (
+            "a header of TLS 1.0",
+            vec![Header { first: [APPLICATION_DATA, 3, 1], content: b"x".to_vec() }],
+            None,
+        ),
+        ("a header of a handshake", vec![Header { first: [HANDSHAKE, 3, 3], content: b"x".to_vec() }], None),
+        (
+            "a header of no version",
+            vec![Header { first: [APPLICATION_DATA, 4, 3], content: b"x".to_vec() }],
+            Some(Alert::DecodeError),
+        ),
+        ("a header of no type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
+        ("an empty handshake record", vec![Raw(vec![HANDSHAKE, 3, 3, 0, 0])], Some(Alert::DecodeError)),
+        ("HTTP without TLS", vec![Raw(b"GET / HTTP/1.1\r\n\r\n".to_vec())], Some(Alert::DecodeError)),
+        ("the first byte of HTTP without TLS", vec![Raw(b"G".to_vec())], Some(Alert::DecodeError)),
+        ("half a record", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 100, 1])], None),
+    ]);
+}
+
+/// So that the comparison above compares something.
+#[test]
+fn a_moved_connection_reads_on_at_each_limit_and_stops_behind_it() {
+    let parties = Parties::new();
+    let key_updates = |count| [vec![KeyUpdate(1); count], vec![data(b"x")]].concat();
+    let empty = |count| [vec![data(b""); count], vec![data(b"x")]].concat();
+    let warnings = |count| [vec![alert(WARNING, USER_CANCELED); count], vec![data(b"x")]].concat();
+    for (steps, is_read) in [
+        (key_updates(32), true),
+        (key_updates(33), false),
+        (empty(32), true),
+        (empty(33), false),
+        (warnings(4), true),
+        (warnings(5), false),
+    ] {
+        run(async {
+            let reaction = same(&parties, Suite::ChaCha20Poly1305, &steps).await;
+            assert_eq!(reaction.read, if is_read { b"x".to_vec() } else { Vec::new() }, "{steps:?}");
+            let answers = reaction.said.iter().filter(|(kind, _)| *kind == HANDSHAKE).count();
+            assert!(answers <= 1, "{answers} answers to {} KeyUpdates", steps.len() - 1);
+        });
+    }
+}
+
+#[test]
+fn an_answer_comes_with_the_key_that_was_asked_for_in_every_suite() {
+    let parties = Parties::new();
+    let steps = [data(b"a"), KeyUpdate(1), data(b"b"), KeyUpdate(0), data(b"c"), KeyUpdate(1), data(b"d")];
+    for suite in Suite::ALL {
+        run(async {
+            let reaction = same(&parties, suite, &steps).await;
+            let update = || (HANDSHAKE, vec![KEY_UPDATE, 0, 0, 1, UPDATE_NOT_REQUESTED]);
+            let data = |content: &[u8]| (APPLICATION_DATA, content.to_vec());
+            let end = (CLOSE_NOTIFY.0, CLOSE_NOTIFY.1.to_vec());
+            assert_eq!(reaction.said, [data(b"a"), update(), data(b"bc"), update(), data(b"d"), end]);
+        });
+    }
+}
+
+fn is_handshake(step: &Step) -> bool {
+    matches!(step, Step::Record { kind: HANDSHAKE, .. } | KeyUpdate(_) | CutKeyUpdate(..))
+}
+
+/// Without the differences that SECURITY.md names: no other handshake message than a KeyUpdate, and none of which the
+/// header is wrong and the rest is missing.
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let part = (1..5_usize).prop_map(|length| record(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1][..length]));
+    let part = (part, step().prop_filter("another message", |step| !is_handshake(step)));
+    let one = step().prop_map(|step| vec![step]);
+    let several = prop_oneof![12 => one, 1 => part.prop_map(|(part, other)| vec![part, other])];
+    prop::collection::vec(several, 0..24).prop_map(|steps| steps.concat())
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    let bytes = |limit| prop::collection::vec(any::<u8>(), 0..limit);
+    let key_update = (bytes(4), bytes(3)).prop_map(|(body, rest)| {
+        let length = u8::try_from(body.len()).expect("short");
+        record(HANDSHAKE, &[&[KEY_UPDATE, 0, 0, length][..], &body, &rest].concat())
+    });
+    let kind = any::<u8>().prop_filter("see above", |kind| *kind != HANDSHAKE);
+    let few = prop_oneof![Just(0), 0..64_usize, FRAGMENT_LIMIT - 64..FRAGMENT_LIMIT + 4];
+    prop_oneof![
+        8 => bytes(40).prop_map(|content| data(&content)),
+        8 => prop_oneof![Just(0), Just(1), any::<u8>()].prop_map(KeyUpdate),
+        2 => (0..2_u8, 0..5_usize).prop_map(|(request, at)| CutKeyUpdate(request, at)),
+        2 => (0..4_u8, prop_oneof![Just(0), Just(90), any::<u8>()]).prop_map(|(level, said)| alert(level, said)),
+        1 => (kind, bytes(6), few).prop_map(|(kind, content, padding)| padded(kind, &content, padding)),
+        1 => (any::<[u8; 3]>(), bytes(6)).prop_map(|(first, content)| Header { first, content }),
+        1 => key_update,
+        1 => prop::collection::vec(any::<u8>(), 1..40).prop_map(Raw),
+    ]
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(192))]
+
+    #[test]
+    fn rustls_and_a_moved_connection_react_alike_to_any_records(
+        suite in 0..3_usize, steps in steps(),
+    ) {
+        static PARTIES: std::sync::LazyLock<Parties> = std::sync::LazyLock::new(Parties::new);
+        run(same(&PARTIES, Suite::ALL[suite], &steps));
+    }
+}

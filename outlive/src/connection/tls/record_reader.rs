@@ -1,0 +1,209 @@
+//! A stream that gives rustls whole records only, so that what it holds when its secrets are taken is nothing but
+//! what it has opened; and how they are taken.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Buf, Bytes, BytesMut};
+use rustix::net::{SendFlags, send};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::Accept;
+use tokio_rustls::rustls::ServerConnection;
+use tokio_rustls::server::TlsStream;
+
+use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
+use crate::transport::stream::Stream;
+use crate::transport::tls_config::Tls;
+use crate::transport::tls_traffic::TlsSession;
+use crate::transport::traffic_secret::FirstSecrets;
+#[cfg(test)]
+use crate::transport::traffic_secret::TrafficSecret;
+
+/// How much is read at once, in bytes.
+const READ_LENGTH: usize = 16 * 1024;
+
+pub(in crate::connection) struct WholeRecords {
+    stream: Stream,
+    buffer: BytesMut,
+    /// How much of the buffer is whole records, or will never be.
+    whole: usize,
+    /// How much of a record is still to be given of which something was given.
+    begun: usize,
+    /// Of the connection that rustls makes on this stream.
+    secrets: Arc<FirstSecrets>,
+}
+
+/// Shakes hands on `stream`.
+pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<WholeRecords> {
+    let secrets = Arc::new(FirstSecrets::default());
+    let acceptor = tls.acceptor(&secrets);
+    acceptor.accept(WholeRecords { stream, buffer: BytesMut::new(), whole: 0, begun: 0, secrets })
+}
+
+impl WholeRecords {
+    #[cfg(test)]
+    pub(in crate::connection) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// How many hold the secrets, and which they are.
+    #[cfg(test)]
+    pub(in crate::connection) fn secrets(&self) -> (usize, Option<&TrafficSecret>, Option<&TrafficSecret>) {
+        (Arc::strong_count(&self.secrets), self.secrets.from_peer.get(), self.secrets.to_peer.get())
+    }
+
+    /// Sends all of `bytes` at once, or fails.
+    fn send_now(&self, bytes: &[u8]) -> Option<()> {
+        let sent = send(self.stream.as_fd(), bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).ok()?;
+        (sent == bytes.len()).then_some(())
+    }
+
+    /// The rest of a record that was given in part.
+    pub(in crate::connection) fn rest(&mut self) -> impl Read + '_ {
+        let length = self.begun.min(self.whole);
+        self.note_given(length);
+        self.whole -= length;
+        self.buffer.split_to(length).reader()
+    }
+
+    fn count_whole(&mut self) {
+        loop {
+            match sealed_length(&self.buffer[self.whole..]) {
+                Ok(Some(length)) if self.buffer.len() >= self.whole + HEADER_LENGTH + length => {
+                    self.whole += HEADER_LENGTH + length;
+                }
+                Ok(_) => return,
+                Err(NoHeader) => {
+                    // It is for rustls to object to, at once.
+                    self.whole = self.buffer.len();
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Finds out where in a record the next byte is that is to be given.
+    fn note_given(&mut self, mut length: usize) {
+        let mut at = 0;
+        while length > 0 {
+            if self.begun == 0 {
+                let header = self.buffer[at..].first_chunk::<HEADER_LENGTH>();
+                self.begun = header.map_or(self.buffer.len() - at, |header| record_length(*header));
+            }
+            let part = self.begun.min(length);
+            self.begun -= part;
+            length -= part;
+            at += part;
+        }
+    }
+}
+
+/// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
+/// where something is under way.
+pub(in crate::connection) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSession, Bytes)> {
+    let (mut below, mut session) = tls.into_inner();
+    let mut opened = BytesMut::new();
+    // The rest of a record of which rustls has the beginning: it is here.
+    read_opened(&mut session, &mut opened)?;
+    let mut rest = below.rest();
+    while session.read_tls(&mut rest).ok()? > 0 {
+        session.process_new_packets().ok()?;
+        read_opened(&mut session, &mut opened)?;
+    }
+    drop(rest);
+    if session.is_handshaking() || session.wants_write() {
+        return None;
+    }
+    // rustls answers a KeyUpdate in front of what it sends next, but changes its key at once. Without this answer the
+    // peer could open nothing of what comes later.
+    let _of_none = session.writer().write(&[]).ok()?;
+    let mut answer = Vec::new();
+    while session.wants_write() {
+        session.write_tls(&mut answer).ok()?;
+    }
+    if !answer.is_empty() {
+        below.send_now(&answer)?;
+    }
+    let WholeRecords { stream, buffer, secrets, .. } = below;
+    let extracted = session.dangerous_extract_secrets().ok()?;
+    Some((stream, TlsSession::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
+}
+
+/// None where the peer has said its last.
+fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()> {
+    let mut buffer = [0; 4096];
+    loop {
+        match session.reader().read(&mut buffer) {
+            Ok(0) => return None,
+            Ok(length) => into.extend_from_slice(&buffer[..length]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(()),
+            Err(_) => return None,
+        }
+    }
+}
+
+/// With its header.
+fn record_length(header: [u8; HEADER_LENGTH]) -> usize {
+    HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
+}
+
+impl AsyncRead for WholeRecords {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        loop {
+            if this.whole > 0 {
+                let length = this.whole.min(into.remaining());
+                this.note_given(length);
+                into.put_slice(&this.buffer[..length]);
+                this.buffer.advance(length);
+                this.whole -= length;
+                if this.buffer.is_empty() {
+                    this.buffer = BytesMut::new();
+                }
+                return Poll::Ready(Ok(()));
+            }
+            let mut buffer = [const { std::mem::MaybeUninit::uninit() }; READ_LENGTH];
+            let mut read = ReadBuf::uninit(&mut buffer);
+            ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
+            if read.filled().is_empty() {
+                // Half a record is all that will come of it.
+                this.whole = this.buffer.len();
+                if this.whole == 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                continue;
+            }
+            this.buffer.extend_from_slice(read.filled());
+            this.count_whole();
+        }
+    }
+}
+
+impl AsyncWrite for WholeRecords {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().stream).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().stream).poll_shutdown(cx)
+    }
+}

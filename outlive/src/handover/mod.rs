@@ -1,0 +1,115 @@
+//! How connections at rest go to the next process, with the bytes that were read from them.
+//!
+//! They travel in frames (`frame.rs`) on a `SOCK_SEQPACKET` channel (`channel.rs`). At a restart nobody
+//! is there yet to read: the channel waits, filled, in systemd's file descriptor store (`store.rs`).
+//! At a reload the successor reads it at once (`takeover.rs`).
+
+mod channel;
+mod frame;
+mod overflow;
+mod store;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
+
+use bytes::Bytes;
+pub use channel::{
+    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, Secret, pair, receive as receive_frame, receive_if_room,
+    send as send_frames,
+};
+pub use overflow::{Overflow, WINDOW, is_claimed};
+use rustix::time::{ClockId, clock_gettime};
+pub use store::FdStore;
+
+use crate::transport::http2_state::Agreement;
+use crate::transport::listener_name::{ListenerKind, Name};
+use crate::transport::stream::Connection;
+use crate::transport::tls_traffic::TlsSession;
+
+/// The channel's name in systemd's store, `FDNAME=`.
+pub const STORE_NAME: &str = "connections";
+
+/// What the sender says of itself in each frame.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Origin {
+    pub generation: u64,
+    /// When its last answer was out; nanoseconds of `CLOCK_MONOTONIC`.
+    pub rested_at: u64,
+}
+
+impl Origin {
+    pub fn now(generation: u64) -> Self {
+        Self { generation, rested_at: monotonic_now() }
+    }
+
+    /// How long ago the sender's last answer was out.
+    pub fn pause(&self) -> Duration {
+        Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
+    }
+}
+
+fn monotonic_now() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
+}
+
+/// The generation that follows those who wrote to `channels`; nothing is taken out of them.
+pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
+    let senders = channels.iter().flatten().filter_map(channel::peek);
+    senders.map(|origin| origin.generation.saturating_add(1)).max()
+}
+
+/// A connection as it comes out of a channel. Refused, with a reason, where no listener of `names` is the one that it
+/// came from.
+pub fn unpack(socket: OwnedFd, record: Record, names: &[Name]) -> Result<Connection, String> {
+    let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
+        return Err(format!("this process has no listener named {:?}", record.listener));
+    };
+    let http2 = match record.http2.as_deref().map(Agreement::decode) {
+        Some(None) => return Err("could not decode the state of an HTTP/2 connection".into()),
+        Some(Some(agreement)) => Some(Box::new(agreement)),
+        None => None,
+    };
+    let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
+        Some(None) => return Err("could not decode the keys of a TLS connection".into()),
+        Some(Some(session)) => Some(Box::new(session)),
+        None => None,
+    };
+    let is_https = name.kind() == ListenerKind::Https;
+    if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
+        return Err(format!(
+            "listener {name} does not match the connection's protocol: one of them is without TLS"
+        ));
+    }
+    Ok(Connection { socket, listener: name.clone(), unread: record.payload, http2, tls })
+}
+
+/// Keys of session tickets, as they go into a channel: where there is a record there is a descriptor.
+pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, Record)>> {
+    let record = Record { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
+    Ok(vec![(File::open("/dev/null")?.into(), record)])
+}
+
+/// The keys in a frame of theirs.
+pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
+    frame.sockets.into_iter().find_map(|(_, record)| record.tls)
+}
+
+/// A channel that holds connections, as it goes into another channel.
+pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, Record)> {
+    let record = Record { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
+    vec![(channel.as_fd(), record)]
+}
+
+/// Connections as they go into a channel.
+pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
+    let pack = |connection: &Connection| Record {
+        listener: connection.listener.to_string(),
+        payload: connection.unread.clone(),
+        http2: connection.http2.as_deref().map(|agreement| agreement.encode().into()),
+        tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
+    };
+    connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()
+}

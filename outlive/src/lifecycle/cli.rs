@@ -1,0 +1,264 @@
+//! The command line: the service's own flags and the library's, side by side, each of them also a variable.
+
+use std::ffi::{OsStr, OsString};
+
+use anyhow::anyhow;
+use clap::builder::ValueParser;
+use clap::error::{ContextKind, ContextValue};
+use clap::{Arg, Args, CommandFactory, FromArgMatches};
+
+use crate::lifecycle::config::{Command, Config};
+use crate::os::exit::{Failure, Result};
+
+/// What was said on it.
+pub struct CommandLine<C> {
+    /// The service's.
+    pub name: String,
+    pub command: Option<Command>,
+    pub config: Config,
+    /// The service's own.
+    pub service: C,
+}
+
+/// The name of the service: the package that its flags are of.
+pub fn name<C: CommandFactory>() -> String {
+    C::command().get_name().to_owned()
+}
+
+impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
+    /// Reads the command line and the environment. `--help` and `--version` print and exit.
+    pub fn read() -> Result<Self> {
+        let matches = match command::<C>().try_get_matches() {
+            Ok(matches) => matches,
+            Err(error) if error.use_stderr() => {
+                let is_set = |variable: &OsStr| std::env::var_os(variable).is_some();
+                return Err(Failure::config(one_line(&error, command::<C>(), std::env::args_os(), is_set)));
+            }
+            Err(help) => help.exit(),
+        };
+        let config = Config::from_arg_matches(&matches);
+        let service = C::from_arg_matches(&matches);
+        let unreadable = |error: clap::Error| Failure::config(anyhow!("{}", text(&error)));
+        let config = config.map_err(unreadable)?;
+        Ok(Self { name: name::<C>(), command: config.command, config, service: service.map_err(unreadable)? })
+    }
+}
+
+const SOURCES: &str = "\
+The process listens on the sockets of the first of these sources that has any: LISTEN_FDS (a systemd socket unit), \
+SERVER_STARTER_PORT (Server::Starter), --listen.
+
+SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. A second signal ends \
+the drain at once. SIGHUP reloads: a successor, started from the binary that is now at the same path, takes over the \
+sockets and connections, and then this process exits. A supervisor other than systemd sees the pid that it \
+started exit.
+
+Each option can also be set by an environment variable, such as ";
+
+/// The command line as [`run`](crate::lifecycle::run) reads it, with the service's own flags and the library's, each of them with
+/// its variable: for a man page, completions, or a list of variables.
+///
+/// ```
+/// /// Says hello.
+/// #[derive(clap::Parser)]
+/// #[command(name = "shop")]
+/// struct Config {}
+///
+/// let command = outlive::command::<Config>();
+/// let drain = command.get_arguments().find(|arg| arg.get_long() == Some("drain-timeout")).unwrap();
+/// assert_eq!(drain.get_env().unwrap(), "SHOP_DRAIN_TIMEOUT");
+/// ```
+///
+/// # Panics
+/// Where a flag of `C` has the name of one of the library's.
+pub fn command<C: CommandFactory>() -> clap::Command {
+    let service = C::command();
+    let name = service.get_name().to_owned();
+    refuse_collisions(&service);
+    let service = service.mut_args(|arg| {
+        if arg.get_help_heading().is_some() { arg } else { arg.help_heading("Application options") }
+    });
+    let more = format!("{SOURCES}{}.", variable(&name, "drain-timeout"));
+    let about = service.get_about().cloned();
+    let long_about = service.get_long_about().cloned().or_else(|| about.clone());
+    Config::augment_args(service.next_help_heading("Server options"))
+        .about(about.unwrap_or_default())
+        .long_about(long_about.unwrap_or_default())
+        .after_long_help(more)
+        .max_term_width(100)
+        .mut_args(|arg| match arg.get_long() {
+            Some(flag) if arg.get_env().is_none() => {
+                let variable: &'static str = variable(&name, flag).leak();
+                arg.env(variable)
+            }
+            _ => arg,
+        })
+}
+
+/// `SHOP_DRAIN_TIMEOUT`
+fn variable(name: &str, flag: &str) -> String {
+    format!("{name}_{flag}").to_uppercase().replace('-', "_")
+}
+
+/// A flag of the service that is one of ours is found by whoever runs it first.
+fn refuse_collisions(service: &clap::Command) {
+    let ours = Config::augment_args(clap::Command::new("outlive"));
+    for arg in service.get_arguments() {
+        let is_same = |our: &&Arg| {
+            our.get_id() == arg.get_id() || arg.get_long().is_some_and(|long| our.get_long() == Some(long))
+        };
+        if let Some(our) = ours.get_arguments().find(is_same) {
+            panic!(
+                "outlive already has an option --{}: rename the application's option",
+                our.get_long().unwrap_or(our.get_id().as_str())
+            );
+        }
+    }
+}
+
+/// Where among the arguments, of which the first is the program, the command `takeover` stands. A flag may have
+/// the same word for its value.
+pub fn position_of_takeover<C: CommandFactory>(arguments: &[OsString]) -> Option<usize> {
+    let is_takeover = |end: &usize| {
+        // What is missing or wrong in the part that is looked at does not matter.
+        let lenient = command::<C>().ignore_errors(true).mut_args(|arg| {
+            let takes_values = arg.get_action().takes_values();
+            if takes_values { arg.required(false).value_parser(ValueParser::os_string()) } else { arg }
+        });
+        let matches = lenient.try_get_matches_from(&arguments[..=*end]);
+        let is_it = |command: &OsString| command == "takeover";
+        matches.is_ok_and(|matches| matches.get_one("command").is_some_and(is_it))
+    };
+    (1..arguments.len()).find(is_takeover)
+}
+
+/// clap's message, with the variable that the wrong value is of, where no flag says otherwise.
+fn one_line(
+    error: &clap::Error,
+    mut command: clap::Command,
+    mut line: impl Iterator<Item = OsString>,
+    is_set: impl Fn(&OsStr) -> bool,
+) -> anyhow::Error {
+    let text = text(error);
+    let Some(ContextValue::String(invalid)) = error.get(ContextKind::InvalidArg) else {
+        return anyhow!(text);
+    };
+    command.build();
+    let arg = command.get_arguments().find(|arg| arg.to_string() == *invalid);
+    let variable = arg.and_then(Arg::get_env).filter(|variable| is_set(variable));
+    let flag = arg.and_then(Arg::get_long).map(|flag| format!("--{flag}")).unwrap_or_default();
+    match variable {
+        Some(variable) if !line.any(|word| word.to_string_lossy().starts_with(&flag)) => {
+            anyhow!("{}: {text}", variable.display())
+        }
+        _ => anyhow!(text),
+    }
+}
+
+/// clap's message for a terminal spreads over lines; a journal line is one.
+fn text(error: &clap::Error) -> String {
+    let text = error.render().to_string();
+    let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
+    let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
+    format!("{}; see --help", words.join(" ").trim_start_matches("error: "))
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    /// Links, shortened.
+    #[derive(Debug, Parser)]
+    #[command(name = "shop-front", version)]
+    struct Own {
+        /// Where the links are kept.
+        #[arg(long)]
+        database: String,
+    }
+
+    #[test]
+    fn the_command_line_is_sound() {
+        command::<Own>().debug_assert();
+    }
+
+    #[test]
+    fn long_help_begins_with_the_description() {
+        let help = command::<Own>().render_long_help().to_string();
+        assert!(help.starts_with("Links, shortened"), "{help}");
+    }
+
+    #[test]
+    fn each_flag_has_a_variable_with_the_name_of_the_service() {
+        let command = command::<Own>();
+        let variable = |flag| {
+            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
+            arg.get_env().and_then(|name| name.to_str()).map(str::to_owned)
+        };
+        assert_eq!(variable("drain-timeout"), Some("SHOP_FRONT_DRAIN_TIMEOUT".into()));
+        assert_eq!(variable("database"), Some("SHOP_FRONT_DATABASE".into()));
+    }
+
+    #[test]
+    fn flags_of_both_stand_under_a_heading_each_before_or_after_the_command() {
+        let help = command::<Own>().render_help().to_string();
+        let own = help.find("Application options:").expect("a heading");
+        let ours = help.find("Server options:").expect("a heading");
+        // In the line of the usage each stands once before.
+        assert!(own < help.rfind("--database").expect("a flag"), "{help}");
+        assert!(ours < help.rfind("--listen").expect("a flag"), "{help}");
+        for line in ["x check --database d --log info", "x --database d --log info check"] {
+            let matches = command::<Own>().try_get_matches_from(line.split(' ')).expect(line);
+            let config = Config::from_arg_matches(&matches).expect(line);
+            assert_eq!((config.command, config.log.as_deref()), (Some(Command::Check), Some("info")));
+            assert_eq!(Own::from_arg_matches(&matches).expect(line).database, "d");
+        }
+    }
+
+    #[test]
+    fn the_command_is_found_and_no_value_is_taken_for_it() {
+        let position = |line: &str| {
+            let arguments: Vec<_> = line.split(' ').map(OsString::from).collect();
+            position_of_takeover::<Own>(&arguments)
+        };
+        assert_eq!(position("x takeover"), Some(1));
+        assert_eq!(position("x --log takeover"), None);
+        assert_eq!(position("x --log takeover takeover --log takeover"), Some(3));
+        assert_eq!(position("x takeover --log takeover --database takeover"), Some(1));
+        assert_eq!(position("x --database takeover takeover"), Some(3));
+        assert_eq!(position("x --idle-timeout soon takeover"), Some(3));
+        assert_eq!(position("x check"), None);
+        assert_eq!(position("x"), None);
+        assert_eq!(position_of_takeover::<Own>(&[]), None);
+    }
+
+    #[test]
+    fn a_wrong_value_is_one_line_that_names_the_flag() {
+        let line = ["x", "--database", "d", "--idle-timeout", "0s"];
+        let command = command::<Own>();
+        let error = command.clone().try_get_matches_from(line).expect_err("zero");
+        let say = |words: &[&str], is_set: bool| {
+            one_line(&error, command.clone(), words.iter().map(OsString::from), |_| is_set).to_string()
+        };
+        let said = say(&line, true);
+        assert!(
+            said.starts_with("invalid value '0s' for '--idle-timeout <TIME>': expected a time above zero"),
+            "{said}"
+        );
+        assert!(!said.contains('\n'), "{said}");
+        assert_eq!(say(&["x"], false), said);
+        assert_eq!(say(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {said}"));
+    }
+
+    #[test]
+    #[should_panic(expected = "outlive already has an option --log")]
+    fn a_flag_that_there_is_already_is_refused() {
+        #[derive(Parser)]
+        struct Colliding {
+            #[arg(long)]
+            log: Option<String>,
+        }
+        command::<Colliding>();
+    }
+}

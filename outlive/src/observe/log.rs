@@ -1,0 +1,276 @@
+//! Where events go: to the journal with their fields when standard error is the journal, else as
+//! readable lines to standard error.
+//!
+//! An event waits for neither: it goes into a queue, from which a thread writes. A journald that is stopped or slow, a
+//! pipe that is not read and a terminal that is stopped (Ctrl-S) hold up that thread alone. What does not fit into the
+//! queue is dropped and counted.
+
+mod journal;
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use anyhow::Context;
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::io::Errno;
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber, error, warn};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer;
+use tracing_subscriber::prelude::*;
+use tracing_subscriber::registry::LookupSpan;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+use self::journal::{Entries, Entry, Journal};
+use crate::observe::metrics;
+use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
+use crate::os::outbox::{self, Bounds, Outbox};
+use crate::os::systemd;
+
+/// What may wait for a journald or a terminal that does not read: at 1,000 messages a second that is ten seconds. It is
+/// memory that a stall takes from the service: an entry for a request has about 400 bytes. Details are those below `info`.
+const BOUNDS: Bounds = Bounds { messages: 10_000, bytes: 8 << 20 };
+
+static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
+
+/// `journalctl MESSAGE_ID=…` finds the events of a service's life by these.
+pub mod message_id {
+    pub const STARTED: &str = "c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11";
+    pub const TOOK_OVER: &str = "1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
+    pub const SUCCEEDED: &str = "7c2f8e5d3a9b4160b4d7e1f0c6a58b66";
+    pub const NOT_RELOADED: &str = "f3b1a6c94d2e4857a0e9c8d5b7f41c77";
+    pub const DRAINING: &str = "5f0f8c1e6b7a4a52b3a0d9c2e4f61b22";
+    pub const STOPPED: &str = "a81d6e0b9c3f47d5886e2b4f7c0d9e33";
+    pub const CUT_OFF: &str = "e27b5d4a0f1c4c8e9a6d3b8f5e2c7044";
+}
+
+/// Where events go.
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control selects it"))]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Target {
+    Journal,
+    Console,
+    Null,
+}
+
+/// What is logged, and where: for whoever changes it while the process runs.
+#[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control reads it"))]
+pub struct Control {
+    /// The service's.
+    pub name: String,
+    pub filter: reload::Handle<EnvFilter, Registry>,
+    pub target: Arc<AtomicU8>,
+    /// Where they went at first; the journal is open where it is that.
+    pub first: Target,
+    /// The level and the target that were set since; empty where none was.
+    pub set: Mutex<(String, String)>,
+}
+
+impl Control {
+    /// Goes on as the predecessor logs, with the feature `log-control`: before that goes.
+    #[cfg_attr(not(feature = "log-control"), expect(clippy::unused_async, reason = "nothing is to be done"))]
+    pub async fn succeed(&self) {
+        #[cfg(feature = "log-control")]
+        crate::observe::log_control::succeed(self).await;
+    }
+
+    /// To `systemctl service-log-level`, with the feature `log-control`.
+    pub fn offer(self) {
+        #[cfg(feature = "log-control")]
+        tokio::spawn(crate::observe::log_control::serve(self));
+        #[cfg(not(feature = "log-control"))]
+        drop(self);
+    }
+}
+
+/// A layer that has its events while it is the target.
+struct While<L> {
+    is: Target,
+    target: Arc<AtomicU8>,
+    layer: L,
+}
+
+impl<S: Subscriber + for<'a> LookupSpan<'a>, L: Layer<S>> Layer<S> for While<L> {
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: layer::Context<'_, S>) {
+        self.layer.on_new_span(attributes, id, context);
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: layer::Context<'_, S>) {
+        self.layer.on_record(id, values, context);
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: layer::Context<'_, S>) {
+        if self.target.load(Ordering::Relaxed) == self.is as u8 {
+            self.layer.on_event(event, context);
+        }
+    }
+}
+
+/// Sets up logging with `filter`, else `RUST_LOG`, else `info`.
+///
+/// `generation` goes with each journal entry.
+pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Control> {
+    let (name, text) = match (filter, std::env::var("RUST_LOG")) {
+        (Some(text), _) => ("--log", text.to_owned()),
+        (None, Ok(text)) => ("RUST_LOG", text),
+        (None, Err(_)) => ("", "info".to_owned()),
+    };
+    let filter = EnvFilter::builder()
+        .parse(&text)
+        .with_context(|| {
+            format!("invalid {name} {text:?}: expected a log filter such as info or info,request=debug")
+        })
+        .map_err(Failure::config)?;
+    let (filter, handle) = reload::Layer::new(filter);
+    // Where journald is not there, its messages go to standard error: that is no reason to be silent.
+    let is_journal = systemd::stderr_is_the_journal();
+    let journal = is_journal.then(|| Journal::open(generation).ok()).flatten();
+    let first = if journal.is_some() { Target::Journal } else { Target::Console };
+    let target = Arc::new(AtomicU8::new(first as u8));
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(Lines)
+        .with_ansi(io::stderr().is_terminal())
+        .with_target(false)
+        .log_internal_errors(false); // they would go to standard error too, and panic if that is closed
+    let lines = While { is: Target::Console, target: target.clone(), layer: lines };
+    let entries = journal.is_some().then(|| {
+        let layer = Entries::new(|entry| {
+            let level = entry.level();
+            push(Text::Entry(entry), level);
+        });
+        While { is: Target::Journal, target: target.clone(), layer }
+    });
+    start_writer(journal)
+        .context("could not start the thread that writes the log")
+        .map_err(Failure::unavailable)?;
+    tracing_subscriber::registry().with(filter).with(entries).with(lines).init();
+    std::panic::set_hook(Box::new(|panic| {
+        error!(%panic, "panicked");
+        // The process would end before the thread has written it. Elsewhere a panic ends one request or task, whose
+        // worker is not to wait.
+        if cfg!(panic = "abort") {
+            flush(FLUSH_LIMIT);
+        }
+    }));
+    Ok(Control { name: service, filter: handle, target, first, set: Mutex::default() })
+}
+
+/// What waits to be written.
+struct Message {
+    at: Instant,
+    level: Level,
+    text: Text,
+}
+
+enum Text {
+    /// For the journal.
+    Entry(Entry),
+    /// For standard error.
+    Line(Vec<u8>),
+}
+
+impl outbox::Message for Message {
+    fn size(&self) -> usize {
+        size_of::<Self>()
+            + match &self.text {
+                Text::Entry(entry) => entry.size(),
+                Text::Line(line) => line.capacity(),
+            }
+    }
+
+    fn is_detail(&self) -> bool {
+        self.level > Level::INFO
+    }
+}
+
+fn push(text: Text, level: Level) {
+    if OUTBOX.push(Message { at: Instant::now(), level, text }).is_err() {
+        metrics::LOG_DROPPED.inc();
+    }
+}
+
+/// Makes lines for standard error.
+struct Lines;
+
+impl MakeWriter<'_> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&self) -> Line {
+        Line(Level::INFO)
+    }
+
+    fn make_writer_for(&self, event: &Metadata<'_>) -> Line {
+        Line(*event.level())
+    }
+}
+
+/// A line of an event of this level, which is written at once.
+struct Line(Level);
+
+impl Write for Line {
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        push(Text::Line(line.to_vec()), self.0);
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+fn start_writer(mut journal: Option<Journal>) -> io::Result<()> {
+    let write = move |Message { at, text, .. }| {
+        let written = match (&mut journal, text) {
+            (Some(journal), Text::Entry(entry)) => journal.write(&entry, at),
+            (None, Text::Entry(_)) => Err(io::ErrorKind::NotFound.into()),
+            (_, Text::Line(line)) => write_to_stderr(&line),
+        };
+        written.inspect_err(|_| metrics::LOG_DROPPED.inc())
+    };
+    OUTBOX.start("log", write, |dropped| {
+        warn!(
+            dropped,
+            "{dropped} log messages were dropped, because journald or the reader of standard error did not read them \
+             in time; if this happens again, log less (--log)"
+        );
+    })
+}
+
+/// Writes a whole line, and waits for as long as that takes, also where standard error is non-blocking. The standard
+/// library's standard error would be locked meanwhile, and other threads that print there would wait for it.
+fn write_to_stderr(mut line: &[u8]) -> io::Result<()> {
+    let stderr = rustix::stdio::stderr();
+    while !line.is_empty() {
+        match rustix::io::write(stderr, line) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => line = &line[written..],
+            Err(Errno::INTR) => {}
+            Err(Errno::AGAIN) => match poll(&mut [PollFd::new(&stderr, PollFlags::OUT)], None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            },
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(())
+}
+
+/// The last line of a process that fails, on standard error, also where logging was not set up. It is written by the
+/// time that [`flush`] returns.
+pub fn last_line(line: &str) {
+    let line = format!("{line}\n").into_bytes();
+    if start_writer(None).is_ok() {
+        OUTBOX.push_last(Message { at: Instant::now(), level: Level::ERROR, text: Text::Line(line) });
+    } else {
+        // Without a thread to wait in its place, it waits itself.
+        let _ = write_to_stderr(&line);
+    }
+}
+
+/// Waits until all that was logged is written, but no longer than `limit`.
+pub fn flush(limit: Duration) {
+    OUTBOX.flush(limit);
+}

@@ -1,0 +1,118 @@
+//! How long requests took. Each thread counts for itself, and its counts are added up when somebody looks:
+//! threads that count in one place wait for each other.
+
+use std::cell::RefCell;
+use std::sync::{Arc, LazyLock, Mutex};
+use std::time::Duration;
+
+use hyper::StatusCode;
+use prometheus::core::{Collector, Desc};
+use prometheus::local::LocalHistogram;
+use prometheus::proto::MetricFamily;
+use prometheus::{HistogramOpts, HistogramVec};
+
+use crate::os::lock::lock;
+
+/// Upper bounds of the histogram, in seconds.
+const BOUNDS: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
+
+static DURATIONS: LazyLock<Durations> = LazyLock::new(|| {
+    let durations = Durations::new().expect("the labels are sound");
+    prometheus::register(Box::new(durations.clone())).expect("each name is registered once");
+    durations
+});
+
+#[derive(Clone)]
+struct Durations {
+    sums: HistogramVec,
+    parts: Arc<Mutex<Vec<Part>>>,
+}
+
+/// What one thread has counted of one series since somebody looked. Nobody else has its lock but for a look.
+type Part = Arc<Mutex<LocalHistogram>>;
+
+/// A part, and what it counts.
+struct Series {
+    route: Option<&'static str>,
+    method: &'static str,
+    status: StatusCode,
+    part: Part,
+}
+
+thread_local! {
+    /// Those that this thread has met: to look through them costs less than to hash three labels. They are no
+    /// more than the routes, methods and statuses that there are.
+    static SEEN: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
+}
+
+/// A request has been answered, by a route or by none.
+pub fn answered(route: Option<&'static str>, method: &'static str, status: StatusCode, took: Duration) {
+    SEEN.with_borrow_mut(|met| {
+        let is_same =
+            |series: &Series| series.status == status && series.method == method && series.route == route;
+        let index = met.iter().position(is_same).unwrap_or_else(|| {
+            let part = DURATIONS.part([route.unwrap_or_default(), method, status.as_str()]);
+            met.push(Series { route, method, status, part });
+            met.len() - 1
+        });
+        lock(&met[index].part).observe(took.as_secs_f64());
+    });
+}
+
+impl Durations {
+    fn new() -> prometheus::Result<Self> {
+        let options = HistogramOpts::new(
+            "http_request_duration_seconds",
+            "Time from the receipt of a request to the head of its response, by route template, method and status.",
+        );
+        let sums = HistogramVec::new(options.buckets(BOUNDS.to_vec()), &["route", "method", "status"])?;
+        Ok(Self { sums, parts: Arc::default() })
+    }
+
+    fn part(&self, labels: [&str; 3]) -> Part {
+        let part = Arc::new(Mutex::new(self.sums.with_label_values(&labels).local()));
+        lock(&self.parts).push(part.clone());
+        part
+    }
+}
+
+impl Collector for Durations {
+    fn desc(&self) -> Vec<&Desc> {
+        self.sums.desc()
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        for part in lock(&self.parts).iter() {
+            lock(part).flush();
+        }
+        self.sums.collect()
+    }
+}
+
+/// How many requests have been answered so.
+#[cfg(test)]
+pub fn count(route: &str, method: &str, status: &str) -> u64 {
+    DURATIONS.collect();
+    DURATIONS.sums.with_label_values(&[route, method, status]).get_sample_count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_each_thread_counts_is_added_up_also_after_its_end() {
+        let count_two = || {
+            for _ in 0..2 {
+                answered(Some("/added-up"), "GET", StatusCode::OK, Duration::from_millis(1));
+            }
+        };
+        count_two();
+        assert_eq!(count("/added-up", "GET", "200"), 2);
+        std::thread::spawn(count_two).join().expect("no panic");
+        assert_eq!(count("/added-up", "GET", "200"), 4);
+        count_two();
+        assert_eq!(count("/added-up", "GET", "200"), 6);
+    }
+}

@@ -1,0 +1,8 @@
+//! What an operator sees of the process: log events (`log.rs`), metrics (`metrics.rs`), and the status line of
+//! `systemctl status` (`status.rs`). `log_control.rs` changes the log level while the process runs.
+
+pub mod log;
+#[cfg(feature = "log-control")]
+pub mod log_control;
+pub mod metrics;
+pub mod status;

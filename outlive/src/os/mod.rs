@@ -1,0 +1,13 @@
+//! The kernel and the service manager: every message to systemd (`systemd.rs`), signals, limits, credentials, exit codes.
+//! All `unsafe` code of the library is in `sys.rs`. Nothing here knows a connection.
+
+#[cfg(feature = "jemalloc")]
+pub mod allocator;
+pub mod credentials;
+pub mod exit;
+pub mod lock;
+pub mod outbox;
+pub mod rlimit;
+pub mod signals;
+pub mod sys;
+pub mod systemd;

@@ -1,0 +1,380 @@
+//! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer
+//! even after a panic, and is traced and measured.
+
+mod limited_body;
+mod route_labels;
+
+use std::cell::Cell;
+use std::convert::Infallible;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, LazyLock};
+use std::task::{Context as TaskContext, Poll};
+use std::time::{Duration, SystemTime};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::extract::DefaultBodyLimit;
+use axum::routing::future::RouteFuture;
+use http_body::Body as HttpBody;
+use humantime::FormattedDuration;
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::{HeaderMap, Request, Response, StatusCode};
+use pin_project_lite::pin_project;
+use tokio::time::{Sleep, sleep_until};
+use tower::layer::layer_fn;
+use tower::{BoxError, Service, service_fn};
+use tracing::{Span, debug, debug_span, error};
+
+use crate::app::context::Context;
+use crate::observe::metrics;
+use crate::registry::InFlight;
+use limited_body::Within;
+use route_labels::RouteLabels;
+
+/// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
+const TARGET: &str = "request";
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+/// A longer id of a client is replaced, in bytes: each log line and each response repeats it.
+const REQUEST_ID_LIMIT: usize = 128;
+/// A log line shows no more of a path or method, in bytes: a client may send 64 KiB of each.
+const LOGGED_LIMIT: usize = 1024;
+
+/// Set by the experiment alone, for a binary that shows by its absence what something costs.
+const LEFT_OUT: &[u8] = match option_env!("OUTLIVE_LEAVES_OUT") {
+    Some(name) => name.as_bytes(),
+    None => b"",
+};
+const HAS_IDS: bool = !matches!(LEFT_OUT, b"ids" | b"all");
+const HAS_METRICS: bool = !matches!(LEFT_OUT, b"metrics" | b"all");
+const HAS_LIMITS: bool = !matches!(LEFT_OUT, b"limits" | b"all");
+const HAS_SPANS: bool = !matches!(LEFT_OUT, b"spans" | b"all");
+
+/// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share
+/// one wait for each other.
+#[derive(Clone)]
+pub struct Routes {
+    router: Router,
+    /// The same for requests whose route is not known before the router has chosen it.
+    recording: Router,
+    /// For requests whose body is too large.
+    refusing: Router,
+    labels: RouteLabels,
+    body_limit: usize,
+    limit: Duration,
+}
+
+impl Routes {
+    /// `body_limit` is in bytes; `limit` is for an answer to begin, and for each chunk of a body.
+    pub fn new(router: Router, body_limit: u64, limit: Duration) -> Self {
+        let labels = RouteLabels::new();
+        let refuse = layer_fn(|_| {
+            service_fn(async |_| {
+                Ok::<_, Infallible>(answer(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n"))
+            })
+        });
+        // With its state, if only (), a router is built once, and not anew for each request.
+        Self {
+            router: router.clone().with_state(()),
+            recording: router.clone().layer(labels).with_state(()),
+            refusing: router.layer(refuse).layer(labels).with_state(()),
+            labels,
+            body_limit: usize::try_from(body_limit).unwrap_or(usize::MAX),
+            limit,
+        }
+    }
+
+    /// A request has a body, or none.
+    pub fn answer<B>(&mut self, head: Parts, body: Option<B>) -> ResponseFuture
+    where
+        B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
+    {
+        let id = HAS_IDS.then(|| request_id(&head.headers));
+        let span = if HAS_SPANS { span(&head, id.as_ref()) } else { Span::none() };
+        let method = metrics::method(&head.method);
+        let route = self.labels.of_path(head.uri.path());
+        let is_too_large =
+            |body: &B| body.size_hint().lower() > u64::try_from(self.body_limit).unwrap_or(u64::MAX);
+        let router = match (route, &body) {
+            (_, Some(body)) if is_too_large(body) => &mut self.refusing,
+            (Some(_), _) => &mut self.router,
+            (None, _) => &mut self.recording,
+        };
+        let request = match body {
+            Some(body) if !HAS_LIMITS => Request::from_parts(head, Body::new(body)),
+            Some(body) => {
+                let body = Body::new(Within::new(body, self.body_limit, self.limit));
+                let mut request = Request::from_parts(head, body);
+                DefaultBodyLimit::disable().apply(&mut request);
+                request
+            }
+            None => Request::from_parts(head, Body::empty()),
+        };
+        ResponseFuture {
+            span,
+            id,
+            method,
+            route,
+            limit: self.limit,
+            late: None,
+            future: router.call(request),
+        }
+    }
+}
+
+pin_project! {
+    /// A request until its answer begins.
+    pub struct ResponseFuture {
+        span: Span,
+        id: Option<HeaderValue>,
+        method: &'static str,
+        route: Option<&'static str>,
+        limit: Duration,
+        // Most answers are there at once, and need no timer.
+        late: Option<Pin<Box<Sleep>>>,
+        #[pin]
+        future: RouteFuture<Infallible>,
+    }
+}
+
+impl ResponseFuture {
+    /// Ready with the answer to `request`.
+    pub fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, request: &InFlight) -> Poll<Response<Body>> {
+        let mut this = self.project();
+        let _entered = this.span.enter();
+        let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
+        *this.route = route_labels::matched().or(*this.route);
+        let mut response = match polled {
+            Ok(Poll::Ready(Ok(response))) => response,
+            Ok(Poll::Pending) if !HAS_LIMITS => return Poll::Pending,
+            Ok(Poll::Pending) => {
+                let deadline = request.since + *this.limit;
+                let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
+                std::task::ready!(late.as_mut().poll(cx));
+                answer(StatusCode::SERVICE_UNAVAILABLE, "the service did not respond in time\n")
+            }
+            // Logged where it happened (`log::init`).
+            Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
+        };
+        let took = request.since.elapsed();
+        let status = response.status();
+        if HAS_METRICS {
+            metrics::answered(*this.route, this.method, status, took);
+        }
+        if status.is_server_error() {
+            let (status, latency) = (status.as_u16(), latency(took));
+            if this.span.is_disabled() {
+                // Nobody asked for spans; whoever reads of a failure wants to know of which request.
+                let id = this.id.as_ref().and_then(|id| id.to_str().ok());
+                let (method, path) = (*this.method, logged(request.path.path()));
+                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed");
+            } else {
+                error!(target: TARGET, status, %latency, "request failed");
+            }
+        } else if HAS_SPANS {
+            debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
+        }
+        if let Some(id) = this.id.take() {
+            response.headers_mut().insert(REQUEST_ID, id);
+        }
+        Poll::Ready(response)
+    }
+}
+
+fn span(head: &Parts, id: Option<&HeaderValue>) -> Span {
+    debug_span!(
+        target: TARGET,
+        "request",
+        request_id = id.and_then(|id| id.to_str().ok()),
+        method = logged(head.method.as_str()),
+        path = logged(head.uri.path()),
+        peer = head.extensions.get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
+    )
+}
+
+fn latency(took: Duration) -> FormattedDuration {
+    humantime::format_duration(Duration::from_micros(u64::try_from(took.as_micros()).unwrap_or(u64::MAX)))
+}
+
+fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// The beginning of a client's `text`, as far as a log line shows it.
+pub fn logged(text: &str) -> &str {
+    &text[..text.floor_char_boundary(LOGGED_LIMIT)]
+}
+
+/// The id that the client sent, or a new one if the client sent none that can be logged and returned as it is: 1 to
+/// `REQUEST_ID_LIMIT` letters, digits and characters of `-._~:/+=,@`.
+fn request_id(headers: &HeaderMap) -> HeaderValue {
+    let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~:/+=,@".contains(byte);
+    headers
+        .get(REQUEST_ID)
+        .filter(|id| (1..=REQUEST_ID_LIMIT).contains(&id.len()) && id.as_bytes().iter().all(is_allowed))
+        .cloned()
+        .unwrap_or_else(new_id)
+}
+
+/// How many ids a thread takes at once, so that threads seldom meet over them.
+const BLOCK: u64 = 1024;
+
+/// An id that no other process gives: 24 hexadecimal digits, 14 of when this one was born, 10 of a number.
+fn new_id() -> HeaderValue {
+    static BORN: LazyLock<[u8; 14]> = LazyLock::new(|| {
+        let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        hexadecimal(u64::try_from(born.as_micros()).unwrap_or(0))
+    });
+    static BLOCKS: AtomicU64 = AtomicU64::new(0);
+    thread_local! {
+        static NEXT: Cell<u64> = const { Cell::new(0) };
+    }
+    let mut number = NEXT.get();
+    if number.is_multiple_of(BLOCK) {
+        number = BLOCKS.fetch_add(BLOCK, Ordering::Relaxed);
+    }
+    NEXT.set(number + 1);
+    let mut digits = [0; 24];
+    digits[..14].copy_from_slice(&*BORN);
+    digits[14..].copy_from_slice(&hexadecimal::<10>(number));
+    HeaderValue::from_bytes(&digits).expect("digits are visible ASCII")
+}
+
+/// The last digits of a number.
+fn hexadecimal<const DIGITS: usize>(number: u64) -> [u8; DIGITS] {
+    std::array::from_fn(|place| b"0123456789abcdef"[(number >> (4 * (DIGITS - 1 - place)) & 15) as usize])
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+
+    use axum::routing::{delete, get, post, put};
+    use futures_util::stream;
+    use http_body_util::BodyExt;
+    use hyper::http::uri::PathAndQuery;
+    use tokio::time::Instant;
+
+    use super::*;
+    use crate::observe::metrics::count;
+
+    const LIMIT: Duration = Duration::from_secs(30);
+
+    async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
+        let (head, body) = request.into_parts();
+        let path = PathAndQuery::from_static("/");
+        let in_flight = InFlight { number: 0, path, since: Instant::now() };
+        let mut answering = pin!(routes.answer(head, (!body.is_end_stream()).then_some(body)));
+        poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
+    }
+
+    async fn ask(request: Request<Body>) -> (StatusCode, String) {
+        async fn panics() {
+            panic!("on purpose");
+        }
+        let length = |body: Bytes| async move { body.len().to_string() };
+        let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
+        let response = answer_to(&mut Routes::new(router, 4 << 20, LIMIT), request).await;
+        let status = response.status();
+        let body = response.into_body().collect().await.expect("a whole body").to_bytes();
+        (status, String::from_utf8_lossy(&body).into_owned())
+    }
+
+    async fn request_id_after(sent: &[u8]) -> HeaderValue {
+        let sent = HeaderValue::from_bytes(sent).expect("bytes that a field value may have");
+        let request = Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("a request");
+        let response = answer_to(&mut Routes::new(Router::new(), 0, LIMIT), request).await;
+        response.headers()[REQUEST_ID].clone()
+    }
+
+    #[tokio::test]
+    async fn a_request_id_of_allowed_characters_is_returned_and_any_other_is_replaced() {
+        let longest = "x".repeat(REQUEST_ID_LIMIT);
+        for id in ["7", "Root=1-5759e988-bd862e3fe1be46a994272793", "a-._~:/+=,@Z", &longest] {
+            assert_eq!(request_id_after(id.as_bytes()).await, id);
+        }
+        let too_long = "x".repeat(REQUEST_ID_LIMIT + 1);
+        for id in ["", "a b", "a\tb", "\"quoted\"", "a;b", "{}", "\u{e4}", &too_long, &"x".repeat(60_000)] {
+            let replaced = request_id_after(id.as_bytes()).await;
+            assert_ne!(replaced, id);
+            assert_eq!(replaced.len(), 24, "{id:?} is replaced by an id of this process");
+        }
+    }
+
+    #[test]
+    fn logged_text_is_cut_at_a_character() {
+        assert_eq!(logged("/short"), "/short");
+        assert_eq!(logged(&"x".repeat(2 * LOGGED_LIMIT)).len(), LOGGED_LIMIT);
+        assert_eq!(logged(&format!("x{}", "\u{e4}".repeat(LOGGED_LIMIT))).len(), LOGGED_LIMIT - 1);
+    }
+
+    #[tokio::test]
+    async fn a_panic_in_a_handler_is_a_500() {
+        let request = Request::get("/panics").body(Body::empty()).expect("a request");
+        assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
+    }
+
+    #[tokio::test]
+    async fn the_body_limit_is_the_flag_and_not_the_default_of_axum() {
+        let request = |length| Request::post("/length").body(Body::from(vec![0; length])).expect("a request");
+        assert_eq!(ask(request(3 << 20)).await, (StatusCode::OK, (3 << 20).to_string()));
+        assert_eq!(ask(request((4 << 20) + 1)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_does_not_say_its_length_is_limited_too() {
+        let request = |chunks| {
+            let chunks = stream::iter((0..chunks).map(|_| Ok::<_, Infallible>(vec![0; 1 << 20])));
+            Request::post("/length").body(Body::from_stream(chunks)).expect("a request")
+        };
+        assert_eq!(ask(request(4)).await, (StatusCode::OK, (4 << 20).to_string()));
+        assert_eq!(ask(request(5)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
+    }
+
+    #[tokio::test]
+    async fn a_body_that_is_too_large_is_refused_before_it_is_read() {
+        async fn unread(_: Body) {
+            panic!("it is refused");
+        }
+        let mut routes = Routes::new(Router::new().route("/refused/{name}", put(unread)), 1024, LIMIT);
+        let request = Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("a request");
+        assert_eq!(answer_to(&mut routes, request).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
+        assert_eq!(count("/refused/{name}", "PUT", "413"), 1);
+    }
+
+    #[tokio::test]
+    async fn a_request_is_counted_by_the_template_of_its_route() {
+        let plan = || Router::new().route("/counted/by/{name}", delete(async || ()));
+        let mut routes = Routes::new(plan().route("/counted/fixed", delete(async || ())), 1024, LIMIT);
+        let mut others = Routes::new(plan(), 1024, LIMIT);
+        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("a request");
+        for path in ["/counted/fixed", "/counted/fixed", "/counted/by/me", "/counted/by/{name}"] {
+            answer_to(&mut routes, request(path)).await;
+        }
+        answer_to(&mut others, request("/counted/fixed")).await;
+        assert_eq!(count("/counted/fixed", "DELETE", "200"), 2);
+        assert_eq!(count("/counted/by/{name}", "DELETE", "200"), 2);
+        assert_eq!(count("/counted/fixed", "DELETE", "404"), 0, "it is a route of another router");
+        assert_eq!(count("", "DELETE", "404"), 1);
+    }
+
+    #[tokio::test]
+    async fn a_request_id_is_made_or_kept_and_given_back() {
+        let mut routes = Routes::new(Router::new(), 1024, LIMIT);
+        let mut id = async |request: Request<Body>| {
+            let response = answer_to(&mut routes, request).await;
+            response.headers()["x-request-id"].to_str().expect("text").to_owned()
+        };
+        let request = || Request::get("/").body(Body::empty()).expect("a request");
+        assert_ne!(id(request()).await, id(request()).await);
+        let mut named = request();
+        named.headers_mut().insert("x-request-id", HeaderValue::from_static("mine"));
+        assert_eq!(id(named).await, "mine");
+    }
+}

@@ -1,0 +1,160 @@
+//! The successor's side.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, warn};
+
+use super::launch::{Outcome, is_readable, take_standard_input};
+use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
+use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames};
+use crate::listeners::{Inherited, Listener, leave_socket_files};
+use crate::observe::status::Status;
+use crate::os::credentials::Credentials;
+use crate::server::Server;
+use crate::takeover::adopter::Adopter;
+use crate::transport::listener_name::Name;
+
+/// The process that we take over from.
+pub struct Predecessor {
+    channel: OwnedFd,
+    outcome: Outcome,
+    me: Origin,
+    deadline: Instant,
+}
+
+impl Predecessor {
+    /// What `launch` gave this process.
+    pub fn find() -> Result<Self> {
+        let outcome = Outcome::take().context("could not duplicate standard output")?;
+        let channel = take_standard_input().context("could not duplicate standard input")?;
+        Ok(Self { channel, outcome, me: Origin::now(0), deadline: Instant::now() })
+    }
+
+    /// Asks for the listeners; `limit` is for all that comes before we serve.
+    pub fn inherit(&mut self, limit: Duration) -> Result<Inherited> {
+        self.deadline = Instant::now() + limit;
+        let pid = std::process::id().to_string();
+        // Where nobody listens any more, the reason may lie in the channel.
+        send_frames::<OwnedFd>(&self.channel, Kind::Hello, self.me, &[], &pid);
+        let frame = loop {
+            ensure!(
+                is_readable(&self.channel, self.deadline)?,
+                "no listeners from the predecessor within --takeover-timeout"
+            );
+            match receive_frame(&self.channel)? {
+                Next::Frame(frame) => break frame,
+                Next::Refused(_, reason) => bail!("invalid message from the predecessor: {reason}"),
+                Next::Pending | Next::NoRoom => {}
+                Next::End => bail!("the predecessor closed the channel"),
+            }
+        };
+        match frame.kind {
+            Kind::Listeners => {}
+            Kind::Refused => bail!("{}", frame.text),
+            other => bail!("protocol error: expected Listeners from the predecessor, got {other:?}"),
+        }
+        leave_socket_files();
+        let mut listeners = Vec::new();
+        let mut credentials = Credentials::default();
+        for (fd, record) in frame.sockets {
+            if record.listener == CREDENTIALS {
+                credentials = Credentials::of_predecessor(fd);
+            } else {
+                listeners.push(Listener::unpack((fd, record))?);
+            }
+        }
+        let generation = frame.origin.generation.saturating_add(1);
+        self.me = Origin::now(generation);
+        // systemd gives WATCHDOG_USEC to what ExecStart= starts, and not to us.
+        let watchdog = frame.text.parse().ok().map(Duration::from_micros);
+        let generation = Some(generation);
+        Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog })
+    }
+
+    /// Says that we could serve, and waits for the predecessor to say: do.
+    pub async fn commit(self) -> Result<Committed> {
+        let Self { channel, outcome, me, deadline } = self;
+        match ask_to_commit(channel, me, deadline).await {
+            Ok(channel) => Ok(Committed { channel, outcome, me }),
+            Err(error) => {
+                outcome.failed(&format!("{error:#}"));
+                Err(error)
+            }
+        }
+    }
+
+    /// This process ends, and the predecessor goes on.
+    pub fn give_up(self, reason: &str) {
+        let (_, _) = send_frames::<OwnedFd>(&self.channel, Kind::Refused, self.me, &[], reason);
+        self.outcome.failed(reason);
+    }
+}
+
+async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
+    let channel = Channel::new(channel)?;
+    channel.say(Kind::Ready, me, TAKES_ALL_KINDS).await.context("could not send Ready to the predecessor")?;
+    let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
+    match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
+        Some(frame) if frame.kind == Kind::Commit => Ok(channel),
+        Some(frame) if frame.kind == Kind::Refused => bail!("{}", frame.text),
+        Some(frame) => bail!("protocol error: expected Commit from the predecessor, got {:?}", frame.kind),
+        None => bail!("the predecessor closed the channel"),
+    }
+}
+
+/// From now on this process serves.
+pub struct Committed {
+    channel: Channel,
+    outcome: Outcome,
+    me: Origin,
+}
+
+impl Committed {
+    /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
+    /// process is the main one, which is still to be told to whoever waits for the outcome.
+    /// `gone` is cancelled when the predecessor has ended.
+    pub async fn take_over(
+        self,
+        server: Server,
+        names: Vec<Name>,
+        status: Arc<Status>,
+        gone: CancellationToken,
+    ) -> Outcome {
+        let Self { channel, outcome, me } = self;
+        if let Err(error) = channel.say(Kind::Accepting, me, "").await {
+            warn!(%error, "could not send Accepting to the predecessor");
+        }
+        let (to_main, is_main) = oneshot::channel();
+        tokio::spawn(async move {
+            receive(channel, server, names, status, to_main).await;
+            gone.cancel();
+        });
+        // A predecessor that died, or hangs, leaves nobody else to be it.
+        let _ = tokio::time::timeout(OUTCOME_LIMIT, is_main).await;
+        outcome
+    }
+}
+
+async fn receive(
+    channel: Channel,
+    server: Server,
+    names: Vec<Name>,
+    status: Arc<Status>,
+    to_main: oneshot::Sender<()>,
+) {
+    let _arriving = server.registry().arriving();
+    let mut to_main = Some(to_main);
+    let adopter = Adopter::new(server.clone(), names);
+    let note = adopter
+        .adopt_from(channel, |frame| match frame.kind {
+            Kind::Main => drop(to_main.take()),
+            other => debug!(?other, "unexpected frame from the predecessor"),
+        })
+        .await;
+    status.note(note);
+}

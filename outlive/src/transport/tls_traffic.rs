@@ -1,0 +1,340 @@
+//! A TLS 1.3 connection, between two processes: what it takes to go on sealing and opening its records
+//! (RFC 8446 section 5).
+
+use std::fmt;
+
+use bytes::{Buf, BufMut, Bytes};
+use ring::hkdf;
+use tokio_rustls::rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
+use zeroize::Zeroizing;
+
+use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
+
+/// Of a nonce, in bytes.
+pub const IV_LENGTH: usize = 12;
+/// Of a handshake message, in bytes: its type and its length (RFC 8446 section 4).
+pub const MESSAGE_HEADER_LENGTH: usize = 4;
+/// How many KeyUpdates rustls may have followed before the connection leaves it; after more, no later KeyUpdate can be
+/// followed. Finding the secrets takes a few milliseconds at this limit, once in a connection's life.
+const GENERATIONS_LIMIT: usize = 1024;
+
+/// The cipher suites of TLS 1.3 that we speak, as they are numbered in RFC 8446 appendix B.4.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Suite {
+    Aes128Gcm = 0x1301,
+    Aes256Gcm = 0x1302,
+    ChaCha20Poly1305 = 0x1303,
+}
+
+impl Suite {
+    pub const ALL: [Self; 3] = [Self::Aes128Gcm, Self::Aes256Gcm, Self::ChaCha20Poly1305];
+
+    pub fn key_length(self) -> usize {
+        match self {
+            Self::Aes128Gcm => 16,
+            Self::Aes256Gcm | Self::ChaCha20Poly1305 => 32,
+        }
+    }
+
+    pub fn hkdf(self) -> hkdf::Algorithm {
+        match self {
+            Self::Aes128Gcm | Self::ChaCha20Poly1305 => hkdf::HKDF_SHA256,
+            Self::Aes256Gcm => hkdf::HKDF_SHA384,
+        }
+    }
+
+    /// Of a traffic secret: that of the suite's hash (RFC 8446 section 7.1).
+    pub fn secret_length(self) -> usize {
+        match self {
+            Self::Aes128Gcm | Self::ChaCha20Poly1305 => 32,
+            Self::Aes256Gcm => 48,
+        }
+    }
+}
+
+/// One direction. The key, the IV and the secret are wiped when it is dropped.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Direction {
+    pub key: Zeroizing<Vec<u8>>,
+    pub iv: Zeroizing<[u8; IV_LENGTH]>,
+    /// Of the next record.
+    pub sequence: u64,
+    /// What the key and the IV were derived from, for the next KeyUpdate. None where a release that did not know it
+    /// handed the connection over, or rustls had followed too many KeyUpdates.
+    pub secret: Option<TrafficSecret>,
+}
+
+/// What the peer has used of what the record layer allows it, and what is between two of its records. New where a
+/// connection leaves rustls, which does not tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct PeerState {
+    /// Records without content in a row.
+    pub empty_records: u8,
+    /// Alerts that change nothing.
+    pub warnings: u8,
+    /// KeyUpdates since the last application data.
+    pub key_updates: u8,
+    /// Whether it has asked for a KeyUpdate of ours, which goes out before our next record.
+    pub wants_key_update: bool,
+    /// The beginning of a handshake message whose rest comes in another record: no more than its header.
+    pub message: Vec<u8>,
+}
+
+#[derive(Clone, PartialEq, Eq)]
+pub struct TlsSession {
+    pub suite: Suite,
+    pub from_peer: Direction,
+    pub to_peer: Direction,
+    /// What was read, and is still sealed.
+    pub unread: Bytes,
+    pub peer: PeerState,
+}
+
+/// Without its keys.
+impl fmt::Debug for TlsSession {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TlsSession").field("suite", &self.suite).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Direction").field("sequence", &self.sequence).finish_non_exhaustive()
+    }
+}
+
+/// What TLS 1.3 connections go on with, as it travels. The first three lines are all that releases before the KeyUpdate
+/// was followed write and read; they take no notice of what is behind them.
+///
+/// ```text
+/// 2  suite
+/// .  of each direction, the peer's first: 8, sequence number; 12, IV; the key
+/// 4  length of what follows; what was read and is still sealed
+///
+/// .  of each direction: 1, whether its secret follows; the secret
+/// 4  of the peer: empty records, warnings, KeyUpdates, whether it wants a KeyUpdate
+/// 1  length of what follows; the beginning of a handshake message
+/// ```
+impl TlsSession {
+    /// None where the suite is not one of TLS 1.3.
+    pub fn new(secrets: ExtractedSecrets, first: &FirstSecrets, unread: Bytes) -> Option<Self> {
+        let (suite, mut from_peer) = direction(secrets.rx)?;
+        let (_, mut to_peer) = direction(secrets.tx)?;
+        for (direction, first) in [(&mut from_peer, &first.from_peer), (&mut to_peer, &first.to_peer)] {
+            let first = first.get().filter(|first| first.bytes().len() == suite.secret_length());
+            direction.secret =
+                first.and_then(|first| first.that_gives(&direction.key, suite, 1 + GENERATIONS_LIMIT));
+        }
+        Some(Self { suite, from_peer, to_peer, unread, peer: PeerState::default() })
+    }
+
+    pub fn encode(&self) -> Zeroizing<Vec<u8>> {
+        // Of its whole length at once: what grows leaves copies behind.
+        let secrets = 2 * (1 + self.suite.secret_length());
+        let length = self.length_without_secrets() + secrets + 5 + self.peer.message.len();
+        let mut bytes = Zeroizing::new(Vec::with_capacity(length));
+        bytes.put_u16_le(self.suite as u16);
+        for direction in [&self.from_peer, &self.to_peer] {
+            bytes.put_u64_le(direction.sequence);
+            bytes.put_slice(&direction.iv[..]);
+            bytes.put_slice(&direction.key);
+        }
+        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("no more than was read at once"));
+        bytes.put_slice(&self.unread);
+        for direction in [&self.from_peer, &self.to_peer] {
+            bytes.put_u8(direction.secret.is_some().into());
+            bytes.put_slice(direction.secret.as_ref().map_or(&[], TrafficSecret::bytes));
+        }
+        let PeerState { empty_records, warnings, key_updates, wants_key_update, message } = &self.peer;
+        bytes.put_slice(&[*empty_records, *warnings, *key_updates, (*wants_key_update).into()]);
+        bytes.put_u8(u8::try_from(message.len()).expect("no more than a header"));
+        bytes.put_slice(message);
+        bytes
+    }
+
+    /// As a release before the KeyUpdate was followed writes it.
+    fn length_without_secrets(&self) -> usize {
+        6 + 2 * (8 + IV_LENGTH + self.suite.key_length()) + self.unread.len()
+    }
+
+    /// None where `bytes` make no sense. What a later release has to say behind it is left alone.
+    pub fn decode(mut bytes: &[u8]) -> Option<Self> {
+        let suite = bytes.try_get_u16_le().ok()?;
+        let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
+        let mut direction = || {
+            let sequence = bytes.try_get_u64_le().ok()?;
+            let (iv, rest) = bytes.split_first_chunk::<IV_LENGTH>()?;
+            let (key, rest) = rest.split_at_checked(suite.key_length())?;
+            bytes = rest;
+            Some(Direction {
+                key: Zeroizing::new(key.to_vec()),
+                iv: Zeroizing::new(*iv),
+                sequence,
+                secret: None,
+            })
+        };
+        let (mut from_peer, mut to_peer) = (direction()?, direction()?);
+        let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
+        let (unread, mut bytes) = bytes.split_at_checked(length)?;
+        let unread = Bytes::copy_from_slice(unread);
+        if bytes.is_empty() {
+            return Some(Self { suite, from_peer, to_peer, unread, peer: PeerState::default() });
+        }
+        for direction in [&mut from_peer, &mut to_peer] {
+            if decode_bool(&mut bytes)? {
+                let (secret, rest) = bytes.split_at_checked(suite.secret_length())?;
+                bytes = rest;
+                direction.secret = Some(TrafficSecret::new(secret));
+            }
+        }
+        let ([empty_records, warnings, key_updates], rest) = bytes.split_first_chunk()?;
+        bytes = rest;
+        let wants_key_update = decode_bool(&mut bytes)?;
+        let length = usize::from(bytes.try_get_u8().ok()?);
+        let message = bytes.get(..length).filter(|message| message.len() <= MESSAGE_HEADER_LENGTH)?.to_vec();
+        let peer = PeerState {
+            empty_records: *empty_records,
+            warnings: *warnings,
+            key_updates: *key_updates,
+            wants_key_update,
+            message,
+        };
+        Some(Self { suite, from_peer, to_peer, unread, peer })
+    }
+}
+
+fn decode_bool(bytes: &mut &[u8]) -> Option<bool> {
+    match bytes.try_get_u8().ok()? {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
+}
+
+fn direction((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Option<(Suite, Direction)> {
+    let (suite, key, iv) = match &secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Suite::Aes128Gcm, key, iv),
+        ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Suite::Aes256Gcm, key, iv),
+        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Suite::ChaCha20Poly1305, key, iv),
+        _ => return None,
+    };
+    // rustls keeps all keys in 32 bytes.
+    let key = Zeroizing::new(key.as_ref().get(..suite.key_length())?.to_vec());
+    let iv = Zeroizing::new(iv.as_ref().try_into().ok()?);
+    Some((suite, Direction { key, iv, sequence, secret: None }))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn session() -> impl Strategy<Value = TlsSession> {
+        let direction = |suite: Suite| {
+            let bytes = |length| prop::collection::vec(any::<u8>(), length);
+            let secret = prop::option::of(bytes(suite.secret_length()));
+            (bytes(suite.key_length()), any::<[u8; IV_LENGTH]>(), any::<u64>(), secret).prop_map(
+                |(key, iv, sequence, secret)| Direction {
+                    key: key.into(),
+                    iv: iv.into(),
+                    sequence,
+                    secret: secret.map(|bytes| TrafficSecret::new(&bytes)),
+                },
+            )
+        };
+        let message = prop::collection::vec(any::<u8>(), 0..=MESSAGE_HEADER_LENGTH);
+        let peer = (any::<[u8; 3]>(), any::<bool>(), message).prop_map(
+            |([empty_records, warnings, key_updates], wants_key_update, message)| PeerState {
+                empty_records,
+                warnings,
+                key_updates,
+                wants_key_update,
+                message,
+            },
+        );
+        let bytes = prop::collection::vec(any::<u8>(), 0..100);
+        (0..Suite::ALL.len(), bytes, peer).prop_flat_map(move |(suite, unread, peer)| {
+            let suite = Suite::ALL[suite];
+            (direction(suite), direction(suite)).prop_map(move |(from_peer, to_peer)| TlsSession {
+                suite,
+                from_peer,
+                to_peer,
+                unread: unread.clone().into(),
+                peer: peer.clone(),
+            })
+        })
+    }
+
+    /// As the releases before the KeyUpdate was followed read and wrote it, word for word.
+    mod before {
+        use super::*;
+
+        pub fn encode(session: &TlsSession) -> Vec<u8> {
+            let mut bytes = Vec::new();
+            bytes.put_u16_le(session.suite as u16);
+            for direction in [&session.from_peer, &session.to_peer] {
+                bytes.put_u64_le(direction.sequence);
+                bytes.put_slice(&direction.iv[..]);
+                bytes.put_slice(&direction.key);
+            }
+            bytes.put_u32_le(u32::try_from(session.unread.len()).expect("no more than was read at once"));
+            bytes.put_slice(&session.unread);
+            bytes
+        }
+
+        pub fn decode(mut bytes: &[u8]) -> Option<TlsSession> {
+            let suite = bytes.try_get_u16_le().ok()?;
+            let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
+            let mut direction = || {
+                let sequence = bytes.try_get_u64_le().ok()?;
+                let (iv, rest) = bytes.split_first_chunk::<IV_LENGTH>()?;
+                let (key, rest) = rest.split_at_checked(suite.key_length())?;
+                bytes = rest;
+                let (key, iv) = (Zeroizing::new(key.to_vec()), Zeroizing::new(*iv));
+                Some(Direction { key, iv, sequence, secret: None })
+            };
+            let (from_peer, to_peer) = (direction()?, direction()?);
+            let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
+            let unread = Bytes::copy_from_slice(bytes.get(..length)?);
+            Some(TlsSession { suite, from_peer, to_peer, unread, peer: PeerState::default() })
+        }
+    }
+
+    /// What a release before the KeyUpdate was followed keeps of it.
+    fn without_secrets(mut session: TlsSession) -> TlsSession {
+        (session.from_peer.secret, session.to_peer.secret) = (None, None);
+        session.peer = PeerState::default();
+        session
+    }
+
+    proptest! {
+        #[test]
+        fn it_comes_back_as_it_went(session in session(), more: Vec<u8>) {
+            let bytes = session.encode();
+            let whole_in_older_releases = session.length_without_secrets();
+            if session.from_peer.secret.is_some() && session.to_peer.secret.is_some() {
+                prop_assert_eq!(bytes.capacity(), bytes.len(), "it grew, and left keys behind");
+            }
+            prop_assert!(TlsSession::decode(&[&bytes[..], &more].concat()) == Some(session));
+            for cut in (0..bytes.len()).filter(|cut| *cut != whole_in_older_releases) {
+                prop_assert!(TlsSession::decode(&bytes[..cut]).is_none());
+            }
+        }
+
+        #[test]
+        fn a_release_that_does_not_know_secrets_and_this_one_read_each_other(session in session()) {
+            let wanted = Some(without_secrets(session.clone()));
+            prop_assert!(before::decode(&session.encode()) == wanted);
+            prop_assert!(TlsSession::decode(&before::encode(&session)) == wanted);
+        }
+    }
+
+    #[test]
+    fn no_bytes_are_too_much_for_it() {
+        bolero::check!().for_each(|bytes| {
+            let _ = TlsSession::decode(bytes);
+        });
+    }
+}

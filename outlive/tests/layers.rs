@@ -1,0 +1,73 @@
+//! The folders of the library form layers: a folder may only name folders below it. Otherwise a change in a low folder
+//! could need a change in a high one, and neither could be read by itself.
+
+use std::path::Path;
+
+/// The folders of `src`, from the highest to the lowest.
+const LAYERS: [&str; 12] = [
+    "lifecycle",
+    "takeover",
+    "server",
+    "listeners",
+    "handover",
+    "connection",
+    "requests",
+    "app",
+    "observe",
+    "registry",
+    "transport",
+    "os",
+];
+
+fn layer(folder: &str) -> usize {
+    LAYERS.iter().position(|layer| *layer == folder).unwrap_or_else(|| panic!("{folder} is in no layer"))
+}
+
+/// The Rust files in `folder` and below it.
+fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
+    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    entries
+        .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
+        .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
+        .collect()
+}
+
+/// Whether a file holds tests only, which may use every folder.
+fn is_of_tests(path: &Path) -> bool {
+    let stem = path.file_stem().expect("a name").to_string_lossy();
+    stem == "tests" || stem == "models" || stem.ends_with("_tests")
+}
+
+#[test]
+fn folders_name_only_folders_below_them() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut names = 0;
+    for path in sources(&root) {
+        let inside = path.strip_prefix(&root).expect("inside");
+        if inside.components().count() == 1 || is_of_tests(inside) {
+            continue;
+        }
+        let own = inside.components().next().expect("a folder").as_os_str().to_string_lossy().into_owned();
+        let text = std::fs::read_to_string(&path).expect("text");
+        // Tests at the end of a file may use every folder.
+        let code = text.split("#[cfg(test)]\nmod tests {").next().expect("a first part");
+        let lines = code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
+        for (number, line) in lines {
+            for rest in line.split("crate::").skip(1) {
+                let named: String =
+                    rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+                if named.is_empty() {
+                    continue;
+                }
+                names += 1;
+                assert!(
+                    layer(&named) >= layer(&own),
+                    "{}:{}: {own} may not name {named}, which is a higher layer",
+                    inside.display(),
+                    number + 1
+                );
+            }
+        }
+    }
+    assert!(names > 200, "only {names} paths were found, so this test reads the sources wrongly");
+}
