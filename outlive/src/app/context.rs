@@ -26,7 +26,7 @@ use crate::transport::stream::Peer;
 pub struct Shutdown(pub CancellationToken);
 
 /// Goes with each request of a connection.
-pub struct Context {
+pub struct RequestContext {
     pub process: Process,
     pub shutdown: CancellationToken,
     pub peer: Peer,
@@ -35,8 +35,8 @@ pub struct Context {
 /// A request that came by no connection of ours: a unit test has `outlive::testing::with_context` for it.
 type Missing = (StatusCode, &'static str);
 
-fn of(parts: &Parts) -> Result<&Context, Missing> {
-    let context = parts.extensions.get::<Arc<Context>>().map(AsRef::as_ref);
+fn of(parts: &Parts) -> Result<&RequestContext, Missing> {
+    let context = parts.extensions.get::<Arc<RequestContext>>().map(AsRef::as_ref);
     context.ok_or((
         StatusCode::INTERNAL_SERVER_ERROR,
         "this request has no outlive context: in a unit test, use outlive::testing::with_context\n",

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use axum::{Extension, Router};
 use tokio_util::sync::CancellationToken;
 
-use crate::app::context::Context;
+use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::transport::stream::Peer;
 
@@ -26,6 +26,6 @@ use crate::transport::stream::Peer;
 /// ```
 pub fn with_context(routes: Router) -> Router {
     let context =
-        Context { process: Process::begin(1), shutdown: CancellationToken::new(), peer: Peer::Unix };
+        RequestContext { process: Process::begin(1), shutdown: CancellationToken::new(), peer: Peer::Unix };
     routes.layer(Extension(Arc::new(context)))
 }

@@ -14,13 +14,13 @@ use crate::registry::{Entry, PendingFrame};
 /// The largest chunk, in bytes: what peers take in a frame (RFC 9113 section 4.2).
 pub(super) const CHUNK: usize = 16 * 1024;
 
-pub(super) struct Window {
+pub(super) struct ChunkedBody {
     /// What the handler has given, and the connection has not asked for.
     buffer: Bytes,
     pending: Option<PendingFrame>,
 }
 
-impl Window {
+impl ChunkedBody {
     pub(super) fn new(entry: &Arc<Entry>) -> Self {
         Self { buffer: Bytes::new(), pending: Some(PendingFrame::new(entry)) }
     }

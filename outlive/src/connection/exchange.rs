@@ -15,9 +15,9 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Uri, Version};
 use pin_project_lite::pin_project;
 
-use super::body_chunks::Window;
+use super::body_chunks::ChunkedBody;
 use super::upgrade::DeclinedUpgrade;
-use crate::app::context::Context as RequestContext;
+use crate::app::context::RequestContext;
 use crate::registry::{Entry, InFlight, Stage};
 use crate::requests::{self, Routes};
 
@@ -89,7 +89,7 @@ impl Future for ResponseFuture {
         let this = self.project();
         let exchange = this.exchange.as_mut().expect("asked until it has answered");
         let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
-            exchange.list();
+            exchange.track();
             return Poll::Pending;
         };
         let exchange = this.exchange.take().expect("it is there");
@@ -112,12 +112,12 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
 struct Exchange {
     entry: Arc<Entry>,
     request: InFlight,
-    is_listed: bool,
+    is_tracked: bool,
 }
 
 impl Exchange {
     fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
-        Self { entry: entry.clone(), request: entry.begin(uri), is_listed: false }
+        Self { entry: entry.clone(), request: entry.begin(uri), is_tracked: false }
     }
 
     fn request_body(&self, body: Incoming) -> Option<RequestBody> {
@@ -128,10 +128,10 @@ impl Exchange {
     }
 
     /// Not answered at once: whoever asks what is in flight is told of it.
-    fn list(&mut self) {
-        if !self.is_listed {
-            self.is_listed = true;
-            self.entry.list(self.request.clone());
+    fn track(&mut self) {
+        if !self.is_tracked {
+            self.is_tracked = true;
+            self.entry.track(self.request.clone());
         }
     }
 
@@ -145,21 +145,21 @@ impl Exchange {
         let upgrades = grants_upgrade(&response, connects);
         if version == Version::HTTP_2 {
             // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
-            self.list();
+            self.track();
         } else if upgrades {
             self.entry.enter(Stage::Upgraded);
-        } else if self.entry.is_to_end() {
+        } else if self.entry.must_close() {
             response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        let window = (version == Version::HTTP_2).then(|| Box::new(Window::new(&self.entry)));
+        let window = (version == Version::HTTP_2).then(|| Box::new(ChunkedBody::new(&self.entry)));
         response.map(|body| ResponseBody { body, exchange: self, window })
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        if self.is_listed {
-            self.entry.unlist(&self.request);
+        if self.is_tracked {
+            self.entry.untrack(&self.request);
         }
         self.entry.end();
     }
@@ -193,7 +193,7 @@ pin_project! {
         body: Body,
         exchange: Exchange,
         // Boxed: most answers have none.
-        window: Option<Box<Window>>,
+        window: Option<Box<ChunkedBody>>,
     }
 }
 
@@ -227,7 +227,7 @@ impl HttpBody for RequestBody {
 }
 
 impl ResponseBody {
-    /// See [`Window::buffered`].
+    /// See [`ChunkedBody::buffered`].
     fn buffered(&self) -> u64 {
         self.window.as_ref().map_or(0, |window| window.buffered())
     }
@@ -247,7 +247,7 @@ impl HttpBody for ResponseBody {
             None => this.body.as_mut().poll_frame(cx),
         };
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
-            this.exchange.list();
+            this.exchange.track();
         }
         frame
     }

@@ -19,20 +19,20 @@ const HEAD_LIMIT: usize = 64 * 1024;
 /// The answer to a request whose head does not come in time.
 const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
-pub(super) enum End {
+pub(super) enum Http1Outcome {
     Closed,
     /// With what was read and not consumed.
-    AtRest(Parts, Bytes),
+    Quiescent(Parts, Bytes),
 }
 
 enum Turn {
     /// hyper is done with the connection: the peer closed it, or the last answer said so.
     Done(hyper::Result<()>),
-    AtRest,
+    Quiescent,
     Overdue(Stage),
 }
 
-pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
+pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outcome {
     let is_plain = io.is_plain();
     let declined = service.declined_upgrade();
     // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
@@ -46,17 +46,17 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
     let turn = poll_fn(|cx| {
         let mut has_looked_again = false;
         loop {
-            if !is_plain && entry.keeps_all_but_http1() {
-                entry.pin();
+            if !is_plain && entry.keeps_http2_and_tls() {
+                entry.forbid_handover();
             }
-            if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
+            if let Poll::Ready(result) = entry.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
             }
             let state = entry.state();
             if entry.is_overdue() {
                 return Poll::Ready(Turn::Overdue(state.stage));
             }
-            if !state.is_at_rest() || !entry.is_to_rest() {
+            if !state.is_quiescent() || !entry.must_quiesce() {
                 return Poll::Pending;
             }
             // hyper learns in its next turn that a handler has left a part of the request's body: it then reads the
@@ -66,19 +66,19 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
                 continue;
             }
             // It was said before the phase was, and after we looked.
-            if !is_plain && entry.keeps_all_but_http1() {
+            if !is_plain && entry.keeps_http2_and_tls() {
                 continue;
             }
             // This hyper instance has served no request, so it holds at most a part of a head, and `into_parts`
             // returns that. Shut down, it would wait for the remainder, which `Io` withholds until the handover.
             if entry.started() == started_before {
-                return Poll::Ready(Turn::AtRest);
+                return Poll::Ready(Turn::Quiescent);
             }
             // hyper ends a connection that it holds to be idle without sending a byte. One that it does
             // not hold to be idle has more to say, and ends by itself.
             Pin::new(&mut connection).graceful_shutdown();
             return Pin::new(&mut connection).poll(cx).map(|result| match result {
-                Ok(()) => Turn::AtRest,
+                Ok(()) => Turn::Quiescent,
                 Err(error) => Turn::Done(Err(error)),
             });
         }
@@ -90,11 +90,11 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
         None => declined.recover(),
     };
     // A handler has accepted the upgrade and owns the stream.
-    let Some((io, read)) = stream else { return End::Closed };
+    let Some((io, read)) = stream else { return Http1Outcome::Closed };
     match turn {
-        Turn::AtRest => {
+        Turn::Quiescent => {
             if let Some(rest) = io.into_parts() {
-                return End::AtRest(rest, read);
+                return Http1Outcome::Quiescent(rest, read);
             }
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
@@ -111,5 +111,5 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> End {
             io.close().await;
         }
     }
-    End::Closed
+    Http1Outcome::Closed
 }

@@ -11,11 +11,11 @@ use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
 use super::Protocol;
-use super::tls::record_layer::Records;
-use super::tls::record_reader::{self, WholeRecords};
+use super::tls::record_layer::RecordLayer;
+use super::tls::record_reader::{self, RecordAligned};
 use crate::registry::{Entry, Registration, Stage};
 use crate::transport::stream::Stream;
-use crate::transport::tls_traffic::TlsSession;
+use crate::transport::tls_traffic::TlsTrafficState;
 
 /// How much a peer may still send while we wait for it to take our last answer, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
@@ -23,13 +23,13 @@ const DISCARD_LIMIT: usize = 256 * 1024;
 /// What carries a connection's bytes: the stream itself, or TLS on it.
 pub(super) type Wire = Either<Stream, Tls>;
 /// TLS as it was made here, or as it goes on here.
-pub(super) type Tls = Either<Box<TlsStream<WholeRecords>>, Box<Records>>;
+pub(super) type Tls = Either<Box<TlsStream<RecordAligned>>, Box<RecordLayer>>;
 
 /// What it takes to go on elsewhere.
 pub(super) struct Parts {
     pub stream: Stream,
     pub registration: Registration,
-    pub tls: Option<Box<TlsSession>>,
+    pub tls: Option<Box<TlsTrafficState>>,
     /// What hyper has not read: of what came with the connection, and what TLS has opened.
     pub unread: Bytes,
 }
@@ -40,12 +40,12 @@ pub(super) struct Io {
     unread: Bytes,
     registration: Registration,
     protocol: Protocol,
-    end: Ending,
+    end: CloseState,
 }
 
 /// How far a connection's end has come.
 #[derive(Clone, Copy)]
-enum Ending {
+enum CloseState {
     No,
     /// Saying that nothing more will come from here.
     Shutting,
@@ -55,7 +55,7 @@ enum Ending {
 
 impl Io {
     pub(super) fn new(wire: Wire, unread: Bytes, registration: Registration, protocol: Protocol) -> Self {
-        Self { wire, unread, registration, protocol, end: Ending::No }
+        Self { wire, unread, registration, protocol, end: CloseState::No }
     }
 
     pub(super) fn registration(&self) -> &Registration {
@@ -100,22 +100,22 @@ impl Io {
         loop {
             let is_overdue = self.entry().is_overdue();
             let next = match self.end {
-                Ending::No => {
+                CloseState::No => {
                     self.entry().enter(Stage::Ending);
-                    Ending::Shutting
+                    CloseState::Shutting
                 }
-                Ending::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
-                    Poll::Ready(Ok(())) => Ending::Discarding(DISCARD_LIMIT),
+                CloseState::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
+                    Poll::Ready(Ok(())) => CloseState::Discarding(DISCARD_LIMIT),
                     Poll::Pending if !is_overdue => return Poll::Pending,
                     Poll::Ready(Err(_)) | Poll::Pending => return Poll::Ready(()),
                 },
-                Ending::Discarding(left) => {
+                CloseState::Discarding(left) => {
                     let mut discard = [0; 4096];
                     let mut into = ReadBuf::new(&mut discard);
                     match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
                         Poll::Ready(Ok(())) if !into.filled().is_empty() && left > into.filled().len() => {
                             self.entry().enter(Stage::Discarding);
-                            Ending::Discarding(left - into.filled().len())
+                            CloseState::Discarding(left - into.filled().len())
                         }
                         Poll::Pending if !is_overdue => {
                             if self.entry().stage() == Stage::Ending {
@@ -217,7 +217,7 @@ impl AsyncRead for Io {
         let held = this.protocol == Protocol::Http1
             && state.is_movable()
             && !state.is_reading()
-            && entry.is_to_rest();
+            && entry.must_quiesce();
         if held {
             return Poll::Pending;
         }
@@ -234,11 +234,11 @@ impl AsyncRead for Io {
         let before = into.filled().len();
         std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
         if let Wire::Right(Tls::Right(records)) = &this.wire {
-            if records.is_worn() {
-                entry.wear_out();
+            if records.is_near_key_limit() {
+                entry.close_after_response();
             }
             // The answer in flight goes out first: hyper looks again when it has.
-            if records.is_deaf() && into.filled().len() == before && state.is_in_flight() {
+            if records.is_read_closed() && into.filled().len() == before && state.is_in_flight() {
                 return Poll::Pending;
             }
         }
@@ -362,7 +362,7 @@ mod tests {
         let mut read = [0; 1];
         io.read_exact(&mut read).await.expect("it is awake");
         io.entry().enter(Stage::Waiting);
-        while !io.entry().is_drowsy() {
+        while !io.entry().is_parkable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(timeout(Duration::from_millis(50), io.read_exact(&mut read)).await.is_err());

@@ -26,7 +26,7 @@ use super::http2::frame::{
 };
 use super::{PREFACE, Services};
 use crate::app::process::Process;
-use crate::listeners::{Holder, Listener, ListeningSocket};
+use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::Routes;
 use crate::server::{Acceptor, Queues, Server};
@@ -41,7 +41,7 @@ const REST_LIMIT: Duration = Duration::from_secs(3600);
 pub struct Served {
     pub address: SocketAddr,
     pub server: Server,
-    pub rested: mpsc::UnboundedReceiver<Connection>,
+    pub quiescent: mpsc::UnboundedReceiver<Connection>,
 }
 
 /// Serves `router` on a port of its own, until the end of the test.
@@ -62,15 +62,15 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
         tls,
         process: Process::begin(1),
         shutdown,
-        rest_limit: REST_LIMIT,
+        quiesce_limit: REST_LIMIT,
     };
-    let (server, rested) = Server::new(services, registry, 100, Queues::default()).expect("a server");
+    let (server, quiescent) = Server::new(services, registry, 100, Queues::default()).expect("a server");
     let socket = TcpListener::bind("127.0.0.1:0").await.expect("a port").into_std().expect("a listener");
     let address = socket.local_addr().expect("an address");
     let socket = ListeningSocket::Tcp(socket);
-    let listener = Listener { name: name.parse().expect("a name"), socket, holder: Holder::Parent };
+    let listener = Listener { name: name.parse().expect("a name"), socket, ownership: Ownership::Inherited };
     server.accept_from(Acceptor::new(listener).expect("it listens"));
-    Served { address, server, rested }
+    Served { address, server, quiescent }
 }
 
 impl Served {
@@ -80,9 +80,9 @@ impl Served {
 
     /// Waits until all connections have come to rest or closed; gives those at rest.
     pub async fn rest(&mut self) -> usize {
-        let done = self.registry().until(|| self.registry().is_done());
+        let done = self.registry().wait_until(|| self.registry().is_drained());
         timeout(PATIENCE, done).await.expect("all come to rest");
-        std::iter::from_fn(|| self.rested.try_recv().ok()).chain(self.server.take_sleepers()).count()
+        std::iter::from_fn(|| self.quiescent.try_recv().ok()).chain(self.server.take_parked()).count()
     }
 
     /// Waits until so many connections are open.
@@ -165,7 +165,7 @@ async fn a_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connection_id
         client.send(request).await.expect("sent");
         let gate = gates.recv().await.expect("a task");
         assert_eq!(client.answer().await.expect("an answer").status, 202);
-        served.server.enter(Phase::Resting);
+        served.server.enter(Phase::Quiescing);
         gate.send(()).expect("it waits");
         assert_eq!(served.rest().await, 1);
     }
@@ -179,7 +179,7 @@ async fn a_body_that_was_read_to_its_end_keeps_nobody_waiting() {
         let mut client = client::Connection::open(&Target::Tcp(served.address)).await.expect("a connection");
         assert_eq!(client.ask(request).await.expect("an answer").status, 202);
         let _closed = gates.recv().await.expect("a task");
-        served.server.enter(Phase::Resting);
+        served.server.enter(Phase::Quiescing);
         assert_eq!(served.rest().await, 1);
     }
 }
@@ -195,7 +195,7 @@ async fn a_body_whose_task_outlives_the_connection_is_no_longer_counted() {
         drop(client);
         served.until_connections(0).await;
         gate.send(()).expect("it waits");
-        served.server.enter(Phase::Resting);
+        served.server.enter(Phase::Quiescing);
         assert_eq!(served.rest().await, 0);
     }
 }
@@ -218,7 +218,7 @@ async fn a_connection_whose_request_body_was_not_read_ends_and_is_not_handed_ove
         client.send(sent).await.expect("sent");
         let gate = opened.recv().await.expect("the handler runs");
         // Before the answer, so that the connection is to come to rest in the turn that gives it.
-        served.server.enter(Phase::Resting);
+        served.server.enter(Phase::Quiescing);
         gate.send(()).expect("the handler waits");
         assert_eq!(client.answer().await.expect("an answer").status, 413);
         client.send(missing).await.expect("sent");
@@ -241,7 +241,7 @@ async fn an_http2_body_that_a_task_lets_go_of_after_the_answer_leaves_its_connec
         }
         assert_eq!(client.post("/", BODY).await.expect("an answer").expect("no GOAWAY").0, 202);
         let gate = gates.recv().await.expect("a task");
-        served.server.enter(Phase::Resting);
+        served.server.enter(Phase::Quiescing);
         gate.send(()).expect("it waits");
         assert_eq!(served.rest().await, 1);
     }
@@ -257,11 +257,11 @@ async fn move_on(served: Served, router: Router) -> Served {
 }
 
 pub async fn move_to(next: &Served, mut served: Served) {
-    served.server.enter(Phase::Resting);
-    let done = served.registry().until(|| served.registry().is_done());
+    served.server.enter(Phase::Quiescing);
+    let done = served.registry().wait_until(|| served.registry().is_drained());
     timeout(PATIENCE, done).await.expect("all come to rest");
-    let rested = std::iter::from_fn(|| served.rested.try_recv().ok());
-    for connection in rested.chain(served.server.take_sleepers()) {
+    let quiescent = std::iter::from_fn(|| served.quiescent.try_recv().ok());
+    for connection in quiescent.chain(served.server.take_parked()) {
         next.server.adopt(connection);
     }
 }
@@ -269,7 +269,7 @@ pub async fn move_to(next: &Served, mut served: Served) {
 /// The same by way of a server that has no time for them: it is to end before they come.
 async fn move_through(served: Served, router: Router) -> Served {
     let between = serve(echo()).await;
-    between.server.enter(Phase::Resting);
+    between.server.enter(Phase::Quiescing);
     move_to(&between, served).await;
     move_on(between, router).await
 }
@@ -292,7 +292,7 @@ async fn half_a_frame_of_http2_goes_through_a_process_that_has_no_time_for_it() 
     let mut hello = PREFACE.to_vec();
     hello.extend([frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, ACK, 0, &[])].concat());
     client.write_all(&hello).await.expect("sent");
-    await_frame(&mut client, |head| head.kind == SETTINGS && !head.has(ACK)).await;
+    await_frame(&mut client, |head| head.frame_type == SETTINGS && !head.has(ACK)).await;
     let get = |stream, table: &[u8]| {
         let fields = [table, b"\x82\x86\x84\x41\x01x"].concat();
         frame(HEADERS, END_HEADERS | END_STREAM, stream, &fields)
@@ -314,7 +314,7 @@ async fn immovable_client(served: &Served) -> TcpStream {
     let mut client = TcpStream::connect(served.address).await.expect("a connection");
     let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
     client.write_all(&hello).await.expect("sent");
-    await_frame(&mut client, |head| head.kind == SETTINGS && !head.has(ACK)).await;
+    await_frame(&mut client, |head| head.frame_type == SETTINGS && !head.has(ACK)).await;
     let acknowledged = [frame(SETTINGS, ACK, 0, &[]), get_with_table(1)].concat();
     client.write_all(&acknowledged).await.expect("sent");
     await_frame(&mut client, |head| head.stream == 1 && head.has(END_STREAM)).await;
@@ -337,7 +337,7 @@ async fn next_frame(client: &mut TcpStream) -> Option<(Head, Vec<u8>)> {
         let head = Head::decode(head);
         let mut payload = vec![0; head.length];
         client.read_exact(&mut payload).await.expect("a payload");
-        if ![SETTINGS, WINDOW_UPDATE].contains(&head.kind) {
+        if ![SETTINGS, WINDOW_UPDATE].contains(&head.frame_type) {
             return Some((head, payload));
         }
     }
@@ -346,7 +346,7 @@ async fn next_frame(client: &mut TcpStream) -> Option<(Head, Vec<u8>)> {
 /// Reads GOAWAY, and gives the last stream that it names.
 async fn goaway(client: &mut TcpStream) -> u32 {
     let (head, payload) = next_frame(client).await.expect("a frame");
-    assert_eq!(head.kind, GOAWAY, "{head:?}");
+    assert_eq!(head.frame_type, GOAWAY, "{head:?}");
     let (stream, error) = payload.split_first_chunk().expect("a stream");
     assert_eq!(error, [0; 4], "NO_ERROR");
     u32::from_be_bytes(*stream)
@@ -358,17 +358,17 @@ const ANY_STREAM: u32 = (1 << 31) - 1;
 async fn a_request_that_crosses_goaway_is_answered_before_the_second_goaway_and_the_end() {
     let served = serve(echo()).await;
     let mut client = immovable_client(&served).await;
-    served.server.enter(Phase::Resting);
+    served.server.enter(Phase::Quiescing);
     assert_eq!(goaway(&mut client).await, ANY_STREAM);
     let (ping, payload) = next_frame(&mut client).await.expect("a frame");
-    assert_eq!((ping.kind, ping.flags), (PING, 0));
+    assert_eq!((ping.frame_type, ping.flags), (PING, 0));
     let crossing = [get_with_table(3), frame(PING, ACK, 0, &payload)].concat();
     client.write_all(&crossing).await.expect("sent");
     let mut is_answered = false;
     let last = loop {
         let (head, payload) = next_frame(&mut client).await.expect("a frame");
         is_answered |= head.stream == 3 && head.has(END_STREAM);
-        if head.kind == GOAWAY {
+        if head.frame_type == GOAWAY {
             break payload;
         }
     };
@@ -384,10 +384,10 @@ async fn a_request_that_crosses_goaway_is_answered_before_the_second_goaway_and_
 async fn a_client_that_does_not_react_to_goaway_gets_a_second_one_and_the_end() {
     let served = serve(echo()).await;
     let mut client = immovable_client(&served).await;
-    served.server.enter(Phase::Resting);
+    served.server.enter(Phase::Quiescing);
     assert_eq!(goaway(&mut client).await, ANY_STREAM);
     let (ping, _) = next_frame(&mut client).await.expect("a frame");
-    assert_eq!((ping.kind, ping.flags), (PING, 0));
+    assert_eq!((ping.frame_type, ping.flags), (PING, 0));
     assert_eq!(goaway(&mut client).await, 1);
     assert!(next_frame(&mut client).await.is_none());
 }
@@ -406,16 +406,16 @@ async fn a_client_that_waits_for_an_answer_is_not_ended_however_silent_it_is() {
     let slow = frame(HEADERS, END_HEADERS | END_STREAM, 3, b"\x82\x86\x04\x05/slow\x41\x01x");
     client.write_all(&slow).await.expect("sent");
     served.until_stage(Stage::InFlight).await;
-    served.server.enter(Phase::Resting);
+    served.server.enter(Phase::Quiescing);
     assert_eq!(goaway(&mut client).await, ANY_STREAM);
     let (ping, _) = next_frame(&mut client).await.expect("a frame");
-    assert_eq!(ping.kind, PING);
+    assert_eq!(ping.frame_type, PING);
     // Longer than the limit for a client that waits for nothing.
     let silence = timeout(Duration::from_millis(1500), next_frame(&mut client)).await;
     assert!(silence.is_err(), "{silence:?}");
     gate.notify_one();
     let (answer, _) = next_frame(&mut client).await.expect("a frame");
-    assert_eq!((answer.kind, answer.stream), (HEADERS, 3));
+    assert_eq!((answer.frame_type, answer.stream), (HEADERS, 3));
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
@@ -431,7 +431,7 @@ async fn await_frame(client: &mut TcpStream, wanted: impl Fn(Head) -> bool) {
         timeout(PATIENCE, client.read_exact(&mut head)).await.expect("in time").expect("a frame");
         let head = Head::decode(head);
         client.read_exact(&mut vec![0; head.length]).await.expect("a payload");
-        assert!(![RST_STREAM, GOAWAY].contains(&head.kind), "{head:?}");
+        assert!(![RST_STREAM, GOAWAY].contains(&head.frame_type), "{head:?}");
         if wanted(head) {
             return;
         }

@@ -69,7 +69,7 @@ async fn idle(served: &Served, parked: usize) {
     // A connection is idle from the end of its driver's turn on, which may come after the client has its answer.
     wait_until("all are idle", || all_are_at(&[Stage::Waiting, Stage::Head])).await;
     registry.advance(IDLE);
-    wait_until("they are parked", || registry.asleep() == parked && all_are_at(&[Stage::Head])).await;
+    wait_until("they are parked", || registry.parked() == parked && all_are_at(&[Stage::Head])).await;
 }
 
 async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificate>) {

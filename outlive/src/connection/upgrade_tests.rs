@@ -99,6 +99,6 @@ async fn a_granted_upgrade_belongs_to_the_handler_and_is_not_handed_over() {
     assert_eq!(client.ask(upgrade.as_bytes()).await.expect("an answer").status, 101);
     // The handler drops the stream.
     assert_eq!(client.read_more().await.expect("the end of the stream"), 0);
-    served.server.enter(Phase::Resting);
+    served.server.enter(Phase::Quiescing);
     assert_eq!(served.rest().await, 0);
 }

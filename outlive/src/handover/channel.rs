@@ -18,7 +18,7 @@ use zeroize::Zeroizing;
 
 use super::Origin;
 use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
-pub use super::frame::{Kind, MAX_SOCKETS, Record, Secret};
+pub use super::frame::{MAX_SOCKETS, MessageType, Secret, SocketRecord};
 use crate::os::rlimit::{self, FdRoom};
 use crate::os::sys;
 
@@ -32,9 +32,9 @@ const FRAMES_IN_CHANNEL: usize = 200;
 
 /// A frame read.
 pub struct Frame {
-    pub kind: Kind,
+    pub message_type: MessageType,
     pub origin: Origin,
-    pub sockets: Vec<(OwnedFd, Record)>,
+    pub sockets: Vec<(OwnedFd, SocketRecord)>,
     /// Why further sockets that came with it were closed, one by one.
     pub refused: Vec<String>,
     pub text: String,
@@ -59,21 +59,22 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Sends as many of `sockets` as fit, in frames of `kind`; never waits. Gives their number, and why there
+/// Sends as many of `sockets` as fit, in frames of `message_type`; never waits. Gives their number, and why there
 /// are no more of them (the channel or the process's limit of fds is full).
 pub fn send<S: AsFd>(
     channel: impl AsFd,
-    kind: Kind,
+    message_type: MessageType,
     origin: Origin,
-    sockets: &[(S, Record)],
+    sockets: &[(S, SocketRecord)],
     text: &str,
 ) -> (usize, Option<io::Error>) {
-    let length = if kind == Kind::Connections { frame_length(sockets.len()) } else { MAX_SOCKETS };
+    let length =
+        if message_type == MessageType::Connections { frame_length(sockets.len()) } else { MAX_SOCKETS };
     // At least one frame, so that its kind, its sender and its text are said.
     let frames = sockets.chunks(length).chain(sockets.is_empty().then_some(&[][..]));
     let mut sent = 0;
     for frame in frames {
-        if let Err(error) = send_frame(channel.as_fd(), kind, origin, frame, text) {
+        if let Err(error) = send_frame(channel.as_fd(), message_type, origin, frame, text) {
             return (sent, Some(error));
         }
         sent += frame.len();
@@ -90,14 +91,14 @@ fn frame_length(count: usize) -> usize {
 
 fn send_frame<S: AsFd>(
     channel: BorrowedFd<'_>,
-    kind: Kind,
+    message_type: MessageType,
     origin: Origin,
-    sockets: &[(S, Record)],
+    sockets: &[(S, SocketRecord)],
     text: &str,
 ) -> io::Result<()> {
     let count = u16::try_from(sockets.len()).map_err(io::Error::other)?;
     let version = sockets.iter().map(|(_, record)| record.version()).max().unwrap_or(FIRST_VERSION);
-    let header = Header { version, kind, sockets: count, origin, text: text.to_owned() }.encode();
+    let header = Header { version, message_type, sockets: count, origin, text: text.to_owned() }.encode();
     let records = if sockets.is_empty() { None } else { Some(write_records(version, sockets)?) };
     let mut fds: Vec<BorrowedFd<'_>> = records.iter().map(AsFd::as_fd).collect();
     fds.extend(sockets.iter().map(|(socket, _)| socket.as_fd()));
@@ -110,7 +111,7 @@ fn send_frame<S: AsFd>(
     Ok(())
 }
 
-fn write_records<S>(version: u16, sockets: &[(S, Record)]) -> io::Result<File> {
+fn write_records<S>(version: u16, sockets: &[(S, SocketRecord)]) -> io::Result<File> {
     // There may be keys among them: of its whole length at once, since what grows leaves copies behind.
     let length = sockets.iter().map(|(_, record)| record.length()).sum();
     let mut bytes = Zeroizing::new(Vec::with_capacity(length));
@@ -174,8 +175,8 @@ const ROOM_OF_HANDLERS: usize = 16;
 pub(super) fn peek_at(channel: impl AsFd, offset: usize, room: &mut FdRoom) -> io::Result<Peeked> {
     let Some((header, length)) = peek_header_at(&channel, offset)? else { return Ok(Peeked::End) };
     let sockets = usize::from(header.sockets);
-    if header.kind != Kind::Connections || !room.fits(2 * sockets + ROOM_OF_HANDLERS) {
-        let sockets = if header.kind == Kind::Connections { sockets } else { 0 };
+    if header.message_type != MessageType::Connections || !room.fits(2 * sockets + ROOM_OF_HANDLERS) {
+        let sockets = if header.message_type == MessageType::Connections { sockets } else { 0 };
         return Ok(Peeked::NoRoom { sockets, length });
     }
     match with_peek_offset(&channel, offset, || receive_with(&channel, RecvFlags::PEEK))?? {
@@ -233,7 +234,7 @@ fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
 }
 
 fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
-    let Header { version, kind, sockets, origin, text } = Header::decode(bytes)?;
+    let Header { version, message_type, sockets, origin, text } = Header::decode(bytes)?;
     let expected = match usize::from(sockets) {
         0 => 0,
         sockets => sockets + 1,
@@ -249,9 +250,10 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
         None => Zeroizing::default(),
     };
     let mut records = &records[..];
-    let mut frame = Frame { kind, origin, sockets: Vec::with_capacity(fds.len()), refused: Vec::new(), text };
+    let mut frame =
+        Frame { message_type, origin, sockets: Vec::with_capacity(fds.len()), refused: Vec::new(), text };
     for fd in fds {
-        match Record::decode(version, &mut records)? {
+        match SocketRecord::decode(version, &mut records)? {
             Ok(record) => frame.sockets.push((fd, record)),
             Err(reason) => frame.refused.push(reason),
         }
@@ -325,15 +327,15 @@ impl Channel {
     /// Sends all of `sockets`, waiting for the other side to read where need be.
     pub async fn send<S: AsFd>(
         &self,
-        kind: Kind,
+        message_type: MessageType,
         origin: Origin,
-        mut sockets: &[(S, Record)],
+        mut sockets: &[(S, SocketRecord)],
         text: &str,
     ) -> io::Result<()> {
         loop {
             self.0.writable().await?;
             let sent = self.0.try_io(Interest::WRITABLE, || {
-                let (sent, error) = send(&self.0, kind, origin, sockets, text);
+                let (sent, error) = send(&self.0, message_type, origin, sockets, text);
                 sockets = &sockets[sent..];
                 error.map_or(Ok(()), Err)
             });
@@ -345,8 +347,8 @@ impl Channel {
     }
 
     /// Says one thing, with no sockets.
-    pub async fn say(&self, kind: Kind, origin: Origin, text: &str) -> io::Result<()> {
-        self.send::<OwnedFd>(kind, origin, &[], text).await
+    pub async fn say(&self, message_type: MessageType, origin: Origin, text: &str) -> io::Result<()> {
+        self.send::<OwnedFd>(message_type, origin, &[], text).await
     }
 }
 
@@ -357,9 +359,9 @@ mod tests {
     use super::*;
 
     /// Sockets that are worth nothing, to be sent.
-    fn sockets(count: usize) -> Vec<(File, Record)> {
+    fn sockets(count: usize) -> Vec<(File, SocketRecord)> {
         let null = File::open("/dev/null").expect("a file");
-        let record = |number: usize| Record {
+        let record = |number: usize| SocketRecord {
             listener: number.to_string(),
             payload: Bytes::new(),
             http2: None,
@@ -377,7 +379,7 @@ mod tests {
         // The smallest buffer takes a few messages: fill it.
         let mut fitted = 0;
         let error = loop {
-            match send(&write, Kind::Connections, origin, &all, "") {
+            match send(&write, MessageType::Connections, origin, &all, "") {
                 (sent, None) => fitted += sent,
                 (sent, Some(error)) => break (fitted += sent, error).1,
             }
@@ -403,7 +405,7 @@ mod tests {
     #[test]
     fn descriptors_that_the_kernel_dropped_are_refused_and_the_others_are_read() {
         let (write, read) = pair().expect("a pair");
-        send(&write, Kind::Connections, Origin::now(1), &sockets(20), "");
+        send(&write, MessageType::Connections, Origin::now(1), &sockets(20), "");
         let mut bytes = [0; HEADER_LENGTH];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -422,7 +424,7 @@ mod tests {
     #[test]
     fn a_thousand_sockets_come_back_in_order_with_their_records() {
         let (write, read) = pair().expect("a pair");
-        assert_eq!(send(&write, Kind::Connections, Origin::now(1), &sockets(1000), "").0, 1000);
+        assert_eq!(send(&write, MessageType::Connections, Origin::now(1), &sockets(1000), "").0, 1000);
         drop(write);
         let mut names = Vec::new();
         loop {

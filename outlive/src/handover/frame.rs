@@ -16,7 +16,7 @@
 //!           4  length of the payload
 //!           .  the listener's name
 //!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
-//!           .  of HTTP/2: 4, a length; what is agreed upon (`agreement.rs`)
+//!           .  of HTTP/2: 4, a length; what is agreed upon (`state.rs`)
 //!           .  of TLS: 4, a length; what seals and opens its records (`tls_session.rs`)
 //!           .  what a later release has to say   version 2 only
 //! ```
@@ -48,7 +48,7 @@ const MAGIC: &[u8; 4] = b"hand";
 /// (`takeover.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
-pub enum Kind {
+pub enum MessageType {
     /// Go on with these.
     Connections,
     /// The successor: here I am; the text is my pid.
@@ -73,7 +73,7 @@ pub enum Kind {
     Tickets,
 }
 
-impl Kind {
+impl MessageType {
     const ALL: [Self; 11] = [
         Self::Connections,
         Self::Hello,
@@ -92,14 +92,14 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) version: u16,
-    pub(super) kind: Kind,
+    pub(super) message_type: MessageType,
     pub(super) sockets: u16,
     pub(super) origin: Origin,
     pub(super) text: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct SocketRecord {
     pub listener: String,
     pub payload: Bytes,
     /// Of an HTTP/2 connection: what is agreed upon.
@@ -124,7 +124,7 @@ impl Header {
         let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.text.len());
         bytes.put_slice(MAGIC);
         bytes.put_u16_le(self.version);
-        bytes.put_u16_le(self.kind as u16);
+        bytes.put_u16_le(self.message_type as u16);
         bytes.put_u16_le(self.sockets);
         bytes.put_u64_le(self.origin.generation);
         bytes.put_u64_le(self.origin.rested_at);
@@ -147,25 +147,27 @@ impl Header {
         if !lengths.contains(&bytes.len()) {
             return Err(format!("invalid frame length {}", 6 + bytes.len()));
         }
-        let kind = bytes.get_u16_le();
-        let kind = *Kind::ALL.get(usize::from(kind)).ok_or_else(|| format!("unknown frame type {kind}"))?;
+        let message_type = bytes.get_u16_le();
+        let message_type = *MessageType::ALL
+            .get(usize::from(message_type))
+            .ok_or_else(|| format!("unknown frame type {message_type}"))?;
         let sockets = bytes.get_u16_le();
         if usize::from(sockets) > MAX_SOCKETS {
             return Err(format!("invalid frame: {sockets} sockets, expected at most {MAX_SOCKETS}"));
         }
         let origin = Origin { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
         let text = std::str::from_utf8(bytes).map_err(|error| error.to_string())?.to_owned();
-        Ok(Self { version, kind, sockets, origin, text })
+        Ok(Self { version, message_type, sockets, origin, text })
     }
 }
 
-impl Record {
+impl SocketRecord {
     /// The first version that can say it.
     pub(super) fn version(&self) -> u16 {
-        if self.kind() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
+        if self.message_type() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
     }
 
-    fn kind(&self) -> u16 {
+    fn message_type(&self) -> u16 {
         (if self.http2.is_some() { HTTP2 } else { 0 }) | (if self.tls.is_some() { TLS } else { 0 })
     }
 
@@ -182,7 +184,7 @@ impl Record {
     pub(super) fn encode(&self, version: u16, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
         if version > FIRST_VERSION {
             into.put_u32_le((self.length() - 4).try_into()?);
-            into.put_u16_le(self.kind());
+            into.put_u16_le(self.message_type());
         }
         into.put_u16_le(self.listener.len().try_into()?);
         into.put_u32_le(self.payload.len().try_into()?);
@@ -202,19 +204,19 @@ impl Record {
         }
         let length = bytes.try_get_u32_le().map_err(|_| SHORT)?;
         let mut body = take(bytes, length)?;
-        let kind = body.try_get_u16_le().map_err(|_| SHORT)?;
-        if kind & !(HTTP2 | TLS) != 0 {
-            return Ok(Err(format!("unsupported connection type {kind}")));
+        let message_type = body.try_get_u16_le().map_err(|_| SHORT)?;
+        if message_type & !(HTTP2 | TLS) != 0 {
+            return Ok(Err(format!("unsupported connection type {message_type}")));
         }
         let mut record = Self::decode_body(&mut body)?;
         let mut part = || {
             let length = body.try_get_u32_le().map_err(|_| SHORT)?;
             take(&mut body, length)
         };
-        if kind & HTTP2 != 0 {
+        if message_type & HTTP2 != 0 {
             record.http2 = Some(Bytes::copy_from_slice(part()?));
         }
-        if kind & TLS != 0 {
+        if message_type & TLS != 0 {
             record.tls = Some(Secret(Zeroizing::new(part()?.to_vec())));
         }
         Ok(Ok(record))
@@ -254,15 +256,21 @@ mod tests {
 
     fn header(sockets: u16, text: &str) -> Header {
         let origin = Origin { generation: 3, rested_at: 5 };
-        Header { version: FIRST_VERSION, kind: Kind::Connections, sockets, origin, text: text.into() }
+        Header {
+            version: FIRST_VERSION,
+            message_type: MessageType::Connections,
+            sockets,
+            origin,
+            text: text.into(),
+        }
     }
 
-    fn record() -> impl Strategy<Value = Record> {
+    fn record() -> impl Strategy<Value = SocketRecord> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
         (".{0,40}", bytes(), prop::option::of(bytes()), prop::option::of(bytes())).prop_map(
             |(listener, payload, http2, tls)| {
                 let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
-                Record { listener, payload, http2, tls }
+                SocketRecord { listener, payload, http2, tls }
             },
         )
     }
@@ -271,20 +279,20 @@ mod tests {
         #[test]
         fn headers_come_back_as_they_went(
             version in FIRST_VERSION..=LAST_VERSION,
-            kind in 0..Kind::ALL.len(),
+            message_type in 0..MessageType::ALL.len(),
             sockets in 0..=252_u16,
             generation: u64,
             rested_at: u64,
             text in ".{0,100}",
         ) {
             let origin = Origin { generation, rested_at };
-            let header = Header { version, kind: Kind::ALL[kind], sockets, origin, text };
+            let header = Header { version, message_type: MessageType::ALL[message_type], sockets, origin, text };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
 
         #[test]
         fn records_come_back_as_they_went(records in prop::collection::vec(record(), 0..20)) {
-            let version = records.iter().map(Record::version).max().unwrap_or(FIRST_VERSION);
+            let version = records.iter().map(SocketRecord::version).max().unwrap_or(FIRST_VERSION);
             for version in version..=LAST_VERSION {
                 let mut bytes = Vec::new();
                 for record in &records {
@@ -292,7 +300,7 @@ mod tests {
                 }
                 let mut bytes = &bytes[..];
                 for record in &records {
-                    prop_assert_eq!(Record::decode(version, &mut bytes), Ok(Ok(record.clone())));
+                    prop_assert_eq!(SocketRecord::decode(version, &mut bytes), Ok(Ok(record.clone())));
                 }
                 prop_assert!(bytes.is_empty());
             }
@@ -312,7 +320,7 @@ mod tests {
             }
             let mut bytes = &bytes[..];
             for (record, is_known) in records {
-                let read = Record::decode(LAST_VERSION, &mut bytes).expect("whole");
+                let read = SocketRecord::decode(LAST_VERSION, &mut bytes).expect("whole");
                 prop_assert_eq!(read.ok(), is_known.then_some(record));
             }
             prop_assert!(bytes.is_empty());
@@ -339,7 +347,7 @@ mod tests {
             let _ = Header::decode(&[&header(1, "").encode()[..start], bytes].concat());
             for version in FIRST_VERSION..=LAST_VERSION {
                 let mut bytes = bytes;
-                while Record::decode(version, &mut bytes).is_ok() {}
+                while SocketRecord::decode(version, &mut bytes).is_ok() {}
             }
         });
     }

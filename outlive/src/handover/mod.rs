@@ -16,20 +16,28 @@ use std::time::Duration;
 
 use bytes::Bytes;
 pub use channel::{
-    Channel, Frame, Kind, MAX_SOCKETS, Next, Record, Secret, pair, receive as receive_frame, receive_if_room,
-    send as send_frames,
+    Channel, Frame, MAX_SOCKETS, MessageType, Next, Secret, SocketRecord, pair, receive as receive_frame,
+    receive_if_room, send as send_frames,
 };
 pub use overflow::{Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
 pub use store::FdStore;
 
-use crate::transport::http2_state::Agreement;
-use crate::transport::listener_name::{ListenerKind, Name};
+use crate::transport::http2_state::Http2State;
+use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::stream::Connection;
-use crate::transport::tls_traffic::TlsSession;
+use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The channel's name in systemd's store, `FDNAME=`.
 pub const STORE_NAME: &str = "connections";
+
+/// Which connections a process can adopt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Protocols {
+    /// HTTP/1.1 without TLS: releases before the handover of HTTP/2 and TLS.
+    PlainHttp1,
+    All,
+}
 
 /// What the sender says of itself in each frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,21 +71,21 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
 
 /// A connection as it comes out of a channel. Refused, with a reason, where no listener of `names` is the one that it
 /// came from.
-pub fn unpack(socket: OwnedFd, record: Record, names: &[Name]) -> Result<Connection, String> {
+pub fn unpack(socket: OwnedFd, record: SocketRecord, names: &[Name]) -> Result<Connection, String> {
     let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
         return Err(format!("this process has no listener named {:?}", record.listener));
     };
-    let http2 = match record.http2.as_deref().map(Agreement::decode) {
+    let http2 = match record.http2.as_deref().map(Http2State::decode) {
         Some(None) => return Err("could not decode the state of an HTTP/2 connection".into()),
-        Some(Some(agreement)) => Some(Box::new(agreement)),
+        Some(Some(state)) => Some(Box::new(state)),
         None => None,
     };
-    let tls = match record.tls.map(|secret| TlsSession::decode(&secret.0)) {
+    let tls = match record.tls.map(|secret| TlsTrafficState::decode(&secret.0)) {
         Some(None) => return Err("could not decode the keys of a TLS connection".into()),
         Some(Some(session)) => Some(Box::new(session)),
         None => None,
     };
-    let is_https = name.kind() == ListenerKind::Https;
+    let is_https = name.role() == ListenerRole::Https;
     if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
         return Err(format!(
             "listener {name} does not match the connection's protocol: one of them is without TLS"
@@ -87,8 +95,9 @@ pub fn unpack(socket: OwnedFd, record: Record, names: &[Name]) -> Result<Connect
 }
 
 /// Keys of session tickets, as they go into a channel: where there is a record there is a descriptor.
-pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, Record)>> {
-    let record = Record { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
+pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, SocketRecord)>> {
+    let record =
+        SocketRecord { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
     Ok(vec![(File::open("/dev/null")?.into(), record)])
 }
 
@@ -98,17 +107,17 @@ pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
 }
 
 /// A channel that holds connections, as it goes into another channel.
-pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, Record)> {
-    let record = Record { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
+pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
+    let record = SocketRecord { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
     vec![(channel.as_fd(), record)]
 }
 
 /// Connections as they go into a channel.
-pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, Record)> {
-    let pack = |connection: &Connection| Record {
+pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
+    let pack = |connection: &Connection| SocketRecord {
         listener: connection.listener.to_string(),
         payload: connection.unread.clone(),
-        http2: connection.http2.as_deref().map(|agreement| agreement.encode().into()),
+        http2: connection.http2.as_deref().map(|state| state.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
     };
     connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()

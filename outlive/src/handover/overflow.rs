@@ -20,7 +20,7 @@ use rustix::net::sockopt;
 use tracing::warn;
 
 use super::channel::{self, Frame, Next, Peeked};
-use super::{Kind, STORE_NAME};
+use super::{MessageType, STORE_NAME};
 use crate::os::lock::lock;
 use crate::os::rlimit::FdRoom;
 use crate::os::systemd;
@@ -174,7 +174,7 @@ fn count(channel: &OwnedFd) -> usize {
     let mut count = 0;
     while let Ok(Some((header, length))) = channel::peek_header_at(channel, offset) {
         offset += length;
-        if header.kind == Kind::Connections {
+        if header.message_type == MessageType::Connections {
             count += usize::from(header.sockets);
         }
     }
@@ -236,7 +236,8 @@ mod tests {
                 (client, connection)
             })
             .unzip();
-        let (sent, error) = channel::send(&write, Kind::Connections, Origin::now(1), &pack(&connections), "");
+        let (sent, error) =
+            channel::send(&write, MessageType::Connections, Origin::now(1), &pack(&connections), "");
         assert_eq!((sent, error.map(|error| error.to_string())), (count, None));
         (read, clients)
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, warn};
 
-use super::{Kind, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
+use super::{MessageType, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
 use crate::observe::metrics;
 use crate::os::systemd;
 use crate::transport::stream::Connection;
@@ -64,7 +64,8 @@ impl FdStore {
 
     /// Leaves `connections` for the next process; gives back those that did not fit.
     pub fn put(&self, origin: Origin, mut connections: Vec<Connection>) -> Vec<Connection> {
-        let (sent, error) = channel::send(&self.channel, Kind::Connections, origin, &pack(&connections), "");
+        let (sent, error) =
+            channel::send(&self.channel, MessageType::Connections, origin, &pack(&connections), "");
         // systemd may close what it does not keep a while after it has said that it has read the message.
         if !self.is_kept().unwrap_or(false) {
             warn!(
@@ -85,7 +86,8 @@ impl FdStore {
     /// Leaves the keys of session tickets.
     pub fn put_tickets(&self, origin: Origin, keys: Secret) {
         let packed = pack_tickets(keys);
-        let sent = packed.map(|packed| channel::send(&self.channel, Kind::Tickets, origin, &packed, "").1);
+        let sent =
+            packed.map(|packed| channel::send(&self.channel, MessageType::Tickets, origin, &packed, "").1);
         if let Err(error) | Ok(Some(error)) = sent {
             debug!(%error, "could not hand over the TLS ticket keys; clients will do full handshakes");
         }
@@ -94,6 +96,6 @@ impl FdStore {
     /// Leaves what this process has counted.
     pub fn say_totals(&self, origin: Origin) {
         // Where the channel is full or gone, the journal has it.
-        channel::send::<OwnedFd>(&self.channel, Kind::Totals, origin, &[], &metrics::totals());
+        channel::send::<OwnedFd>(&self.channel, MessageType::Totals, origin, &[], &metrics::totals());
     }
 }

@@ -10,14 +10,17 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::handover::{Channel, FdStore, Kind, MAX_SOCKETS, Origin, pack, pack_channel, pack_tickets};
+use crate::handover::{
+    Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
+};
 use crate::observe::log::message_id;
 use crate::observe::metrics;
 use crate::os::signals::Signals;
 use crate::os::systemd;
-use crate::registry::{Counts, Phase, Registry, Unfinished};
+use crate::registry::{Counts, PendingWork, Phase, Registry};
 use crate::requests::logged;
 use crate::server::Server;
+use crate::takeover::Successor;
 use crate::transport::stream::Connection;
 use schedule::{Schedule, Step};
 
@@ -34,7 +37,7 @@ const MORE_TIME: Duration = Duration::from_secs(5);
 const SECOND_SIGNAL: &str = "a second stop signal";
 
 /// What the end of a process's serving leaves for what comes after it.
-pub struct Remaining {
+pub struct TaskBudget {
     pub deadline: Instant,
     /// It is the last of so many further signals that cuts it off.
     pub signals: u32,
@@ -43,7 +46,7 @@ pub struct Remaining {
 /// The end of a process's serving, under way.
 pub struct Drain<'a> {
     server: &'a Server,
-    rested: &'a mut UnboundedReceiver<Connection>,
+    quiescent: &'a mut UnboundedReceiver<Connection>,
     generation: u64,
     begun: Instant,
     /// Requests in flight at the beginning.
@@ -55,13 +58,13 @@ impl<'a> Drain<'a> {
     /// A drain that ends within `limit`, or at a further signal.
     pub fn new(
         server: &'a Server,
-        rested: &'a mut UnboundedReceiver<Connection>,
+        quiescent: &'a mut UnboundedReceiver<Connection>,
         signals: &'a mut Signals,
         limit: Duration,
         generation: u64,
     ) -> Self {
         let limit = Limit::new(server.registry(), signals, limit);
-        Self { server, rested, generation, begun: Instant::now(), in_flight: 0, limit }
+        Self { server, quiescent, generation, begun: Instant::now(), in_flight: 0, limit }
     }
 
     /// Serves on for `delay`, with only `/readyz` saying that it will end.
@@ -90,8 +93,8 @@ impl<'a> Drain<'a> {
 
     /// Ends with no successor there: what can move waits in systemd's store for the next process, where
     /// there is one.
-    /// Before it begins, it is announced for `delay`. `takes_all_kinds`: the next process goes on with HTTP/2 and TLS too.
-    pub async fn leave(mut self, delay: Duration, takes_all_kinds: bool) -> Remaining {
+    /// Before it begins, it is announced for `delay`. `next_adopts`: which connections the next process can adopt.
+    pub async fn leave(mut self, delay: Duration, next_adopts: Protocols) -> TaskBudget {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
@@ -101,8 +104,8 @@ impl<'a> Drain<'a> {
         self.begin();
         // A port that closes with us is no place to come back to: its connections are told to end.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
-        if !takes_all_kinds {
-            self.server.registry().keep_all_but_http1();
+        if next_adopts == Protocols::PlainHttp1 {
+            self.server.registry().keep_http2_and_tls();
         }
         let handed_over = if let Some(store) = &store {
             self.hand_over(store).await
@@ -112,7 +115,9 @@ impl<'a> Drain<'a> {
         };
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
-            if takes_all_kinds && let Some(keys) = self.server.tickets() {
+            if next_adopts == Protocols::All
+                && let Some(keys) = self.server.tickets()
+            {
                 store.put_tickets(Origin::now(self.generation), keys);
             }
             store.say_totals(Origin::now(self.generation));
@@ -125,21 +130,21 @@ impl<'a> Drain<'a> {
     /// The schedule says when requests that arrive are served and when they are held. Connections that cannot move are
     /// waited for like requests in flight.
     async fn hand_over(&mut self, store: &FdStore) -> usize {
-        let Self { server, rested, limit, .. } = self;
+        let Self { server, quiescent, limit, .. } = self;
         let registry = server.registry();
         let mut schedule = Schedule::new(limit.length);
         let mut step = schedule.first(limit.elapsed());
         loop {
             step = match step {
                 Step::Serve { at_most } => {
-                    let have_ended = serve_on(server, rested, limit, at_most).await;
+                    let have_ended = serve_on(server, quiescent, limit, at_most).await;
                     schedule.after_serving(limit.elapsed(), have_ended)
                 }
                 Step::Try { at_most } => {
-                    server.enter(Phase::Resting);
+                    server.enter(Phase::Quiescing);
                     tokio::select! {
                         biased;
-                        () = registry.until(|| registry.is_done()) => break,
+                        () = registry.wait_until(|| registry.is_drained()) => break,
                         () = limit.passes() => Step::Hold,
                         () = sleep(at_most) => schedule.after_failed_try(limit.elapsed()),
                     }
@@ -149,18 +154,18 @@ impl<'a> Drain<'a> {
                     let at_rest_by = Instant::now() + QUIESCE_LIMIT;
                     tokio::select! {
                         biased;
-                        () = registry.until(|| registry.is_done()) => {}
+                        () = registry.wait_until(|| registry.is_drained()) => {}
                         () = limit.passes() => {
                             // What has nothing in flight has the time that it takes to come to rest, and no more.
-                            let _ = timeout_at(at_rest_by, registry.until(|| registry.is_done())).await;
+                            let _ = timeout_at(at_rest_by, registry.wait_until(|| registry.is_drained())).await;
                         }
                     }
                     break;
                 }
             };
         }
-        let mut connections = take_all(rested);
-        connections.extend(server.take_sleepers());
+        let mut connections = take_all(quiescent);
+        connections.extend(server.take_parked());
         let all = connections.len();
         let left = store.put(Origin::now(self.generation), connections);
         let handed_over = all - left.len();
@@ -170,7 +175,7 @@ impl<'a> Drain<'a> {
                 server.adopt(connection);
             }
             tokio::select! {
-                () = registry.until(|| registry.is_done()) => {}
+                () = registry.wait_until(|| registry.is_drained()) => {}
                 () = sleep(OVERFLOW_LINGER) => {}
             }
         }
@@ -186,15 +191,15 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Lingering);
         let told = async {
             server.own_ports_closed().await;
-            let mut before = registry.watched();
+            let mut before = registry.subscribe_all();
             registry
-                .until(|| {
+                .wait_until(|| {
                     before.retain(|entry| entry.is_unanswered());
                     before.is_empty()
                 })
                 .await;
             server.enter(Phase::Closing);
-            registry.until(|| registry.is_done()).await;
+            registry.wait_until(|| registry.is_drained()).await;
         };
         let first_deadline = limit.first_deadline();
         tokio::select! {
@@ -205,57 +210,55 @@ impl<'a> Drain<'a> {
         }
         server.enter(Phase::Finishing);
         tokio::select! {
-            () = registry.until(|| registry.is_done()) => {}
+            () = registry.wait_until(|| registry.is_drained()) => {}
             () = limit.passes() => {}
         }
     }
 
-    /// Ends with a successor there: each connection goes to it as it comes to rest. `takes_all_kinds`: also HTTP/2 and
-    /// TLS. `terminations`: how often this process has been told to end already.
+    /// Ends with a successor there: each connection goes to it as it comes to rest. `stop_signals`: how
+    /// many stop signals came already.
     /// Gives the successor's channel back, which it takes for our end when it is closed.
-    pub async fn pass_on(
-        mut self,
-        successor: Channel,
-        takes_all_kinds: bool,
-        terminations: u32,
-    ) -> (Channel, Remaining) {
+    pub async fn pass_on(mut self, successor: Successor, stop_signals: u32) -> (Channel, TaskBudget) {
+        let Successor { channel: successor, adopts } = successor;
         self.begin();
-        let Self { server, rested, limit, generation, .. } = &mut self;
+        let Self { server, quiescent, limit, generation, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
         // The first signal may be meant for both of us, and we are ending already.
-        limit.expect_signals(2_u32.saturating_sub(terminations));
+        limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
-        if !takes_all_kinds {
-            registry.keep_all_but_http1();
+        if adopts == Protocols::PlainHttp1 {
+            registry.keep_http2_and_tls();
         } else if let Some(packed) = server.tickets().and_then(|keys| pack_tickets(keys).ok()) {
-            let _ = timeout(SUCCESSOR_LINGER, successor.send(Kind::Tickets, origin, &packed, "")).await;
+            let _ =
+                timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
         }
         let mut handed_over = 0;
         for waiting in server.overflow().hand_over() {
             let packed = pack_channel(&waiting);
             let sent =
-                timeout(SUCCESSOR_LINGER, successor.send(Kind::Connections, origin, &packed, "")).await;
+                timeout(SUCCESSOR_LINGER, successor.send(MessageType::Connections, origin, &packed, ""))
+                    .await;
             if let Err(error) = sent.map_err(io::Error::from).flatten() {
                 warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
             }
         }
-        server.enter(Phase::Resting);
-        let mut sleepers = server.take_sleepers();
+        server.enter(Phase::Quiescing);
+        let mut parked = server.take_parked();
         loop {
             // Whoever was served until now goes first.
-            let mut connections = take_all(rested);
+            let mut connections = take_all(quiescent);
             if connections.is_empty() {
-                connections = sleepers.split_off(sleepers.len().saturating_sub(MAX_SOCKETS));
+                connections = parked.split_off(parked.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
                 let first_deadline = limit.first_deadline();
                 let connection = tokio::select! {
-                    connection = rested.recv() => connection,
-                    () = registry.until(|| registry.is_done()) => rested.try_recv().ok(),
-                    () = limit.passes() => rested.try_recv().ok(),
+                    connection = quiescent.recv() => connection,
+                    () = registry.wait_until(|| registry.is_drained()) => quiescent.try_recv().ok(),
+                    () = limit.passes() => quiescent.try_recv().ok(),
                     // Connections that could not move have begun requests meanwhile; from now on none begins.
-                    () = sleep_until(first_deadline), if registry.phase() == Phase::Resting => {
+                    () = sleep_until(first_deadline), if registry.phase() == Phase::Quiescing => {
                         server.enter(Phase::Holding);
                         continue;
                     }
@@ -265,7 +268,7 @@ impl<'a> Drain<'a> {
             }
             let packed = pack(&connections);
             let sent = tokio::select! {
-                sent = successor.send(Kind::Connections, origin, &packed, "") => sent,
+                sent = successor.send(MessageType::Connections, origin, &packed, "") => sent,
                 () = async { limit.passes().await; sleep(SUCCESSOR_LINGER).await } => {
                     Err(io::ErrorKind::TimedOut.into())
                 }
@@ -280,7 +283,7 @@ impl<'a> Drain<'a> {
         self.log_end(handed_over);
         // One that hangs or has gone will not miss them.
         let totals = metrics::totals();
-        let _ = timeout(SUCCESSOR_LINGER, successor.say(Kind::Totals, origin, &totals)).await;
+        let _ = timeout(SUCCESSOR_LINGER, successor.say(MessageType::Totals, origin, &totals)).await;
         (successor, self.limit.remaining())
     }
 
@@ -305,16 +308,16 @@ impl<'a> Drain<'a> {
 /// Serves until all that was unfinished at the beginning has ended, and no longer than `at_most`; gives whether it has.
 async fn serve_on(
     server: &Server,
-    rested: &mut UnboundedReceiver<Connection>,
+    quiescent: &mut UnboundedReceiver<Connection>,
     limit: &mut Limit<'_>,
     at_most: Duration,
 ) -> bool {
     let registry = server.registry();
     registry.set_phase(Phase::Draining);
-    let mut unfinished = registry.unfinished();
-    let finished = registry.until(|| {
-        unfinished.retain(Unfinished::is_so);
-        unfinished.is_empty() && !registry.is_arriving()
+    let mut pending_work = registry.pending_work();
+    let finished = registry.wait_until(|| {
+        pending_work.retain(PendingWork::is_pending);
+        pending_work.is_empty() && !registry.is_arriving()
     });
     let time_over = sleep(at_most);
     tokio::pin!(finished, time_over);
@@ -324,14 +327,14 @@ async fn serve_on(
             () = limit.passes() => return false,
             () = &mut finished => return true,
             () = &mut time_over => return false,
-            Some(connection) = rested.recv() => server.adopt(connection),
+            Some(connection) = quiescent.recv() => server.adopt(connection),
         }
     }
 }
 
 /// All connections that have come to rest so far.
-fn take_all(rested: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
-    std::iter::from_fn(|| rested.try_recv().ok()).collect()
+fn take_all(quiescent: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
+    std::iter::from_fn(|| quiescent.try_recv().ok()).collect()
 }
 
 /// The end of a drain, if it does not end by itself; meanwhile systemd is told how it goes.
@@ -402,8 +405,8 @@ impl<'a> Limit<'a> {
     }
 
     /// A drain that a signal has ended leaves one more for what comes after it.
-    fn remaining(&self) -> Remaining {
-        Remaining { deadline: self.first_deadline(), signals: self.signals_left.max(1) }
+    fn remaining(&self) -> TaskBudget {
+        TaskBudget { deadline: self.first_deadline(), signals: self.signals_left.max(1) }
     }
 
     fn status(&self) -> String {
@@ -427,10 +430,10 @@ async fn run_out(registry: &Registry, begun: Instant, length: Duration) {
         return;
     }
     // So that the end of each is heard.
-    registry.watched();
+    registry.subscribe_all();
     while !time_left().is_zero() {
         tokio::select! {
-            () = registry.until(|| time_left().is_zero()) => {}
+            () = registry.wait_until(|| time_left().is_zero()) => {}
             () = sleep(time_left()) => {}
         }
     }
@@ -481,14 +484,14 @@ mod tests {
 
     /// Hands over with a request that never ends, which comes once the drain has begun; gives how long it took.
     async fn hand_over_beside_an_endless_request(limit: Duration) -> Duration {
-        let Served { server, mut rested, .. } = serve(Router::new()).await;
+        let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
         let mut signals = Signals::new().expect("signals");
         let endless = server.registered(Peer::Unix);
         // Some of its head has come: the drain does not wait for it, and finds it when all are to rest.
         endless.entry.received();
         let begun = Instant::now();
-        let mut drain = Drain::new(&server, &mut rested, &mut signals, limit, 1);
+        let mut drain = Drain::new(&server, &mut quiescent, &mut signals, limit, 1);
         let handed_over = timeout(limit * 2 + Duration::from_secs(10), drain.hand_over(&store)).await;
         assert_eq!(handed_over, Ok(0));
         begun.elapsed()
@@ -546,7 +549,7 @@ mod tests {
     }
 
     async fn drain_beside(requests: &[Request], drain_at: Duration) -> Outcome {
-        let Served { server, mut rested, .. } = serve(Router::new()).await;
+        let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
         let mut signals = Signals::new().expect("signals");
         let outcome = Rc::new(RefCell::new(Outcome::default()));
@@ -556,24 +559,24 @@ mod tests {
                 sleep(request.at).await;
                 outcome.borrow_mut().held.insert(number, Instant::now());
                 let registration = loop {
-                    server.registry().until_phase(|phase| !phase.rests()).await;
+                    server.registry().wait_for_phase(|phase| !phase.quiesces()).await;
                     let _accepting = server.registry().accepting();
-                    if !server.registry().phase().rests() {
+                    if !server.registry().phase().quiesces() {
                         break server.registered(Peer::Unix);
                     }
                 };
                 outcome.borrow_mut().admit(number);
                 let entry = &registration.entry;
                 let in_flight = entry.begin(&Uri::from_static("/"));
-                entry.list(in_flight.clone());
+                entry.track(in_flight.clone());
                 sleep(request.takes).await;
-                entry.unlist(&in_flight);
+                entry.untrack(&in_flight);
                 entry.end();
                 outcome.borrow_mut().finished += 1;
             });
         }
         sleep(drain_at).await;
-        let mut drain = Drain::new(&server, &mut rested, &mut signals, LIMIT, 1);
+        let mut drain = Drain::new(&server, &mut quiescent, &mut signals, LIMIT, 1);
         drain.hand_over(&store).await;
         let took = drain.begun.elapsed();
         let cut_off = drain.limit.passed.map_or(0, |_| server.registry().counts().in_flight);

@@ -66,7 +66,7 @@ pub fn totals() -> String {
 }
 
 /// Goes on from the totals of the process before this one.
-pub fn go_on_from(totals: &str) -> anyhow::Result<()> {
+pub fn restore_totals(totals: &str) -> anyhow::Result<()> {
     let (handed_over, cut_off) = totals.split_once(' ').context("expected two numbers")?;
     let (handed_over, cut_off) = (handed_over.parse()?, cut_off.parse()?);
     HANDED_OVER.inc_by(handed_over);
@@ -88,10 +88,10 @@ mod tests {
     fn totals_are_gone_on_from_and_what_is_none_counts_nothing() {
         let before = (HANDED_OVER.get(), CUT_OFF.get());
         for text in ["", "1", "1 ", "1 x", "-1 2", "1 2 3", "1 99999999999999999999"] {
-            assert!(go_on_from(text).is_err(), "{text}");
+            assert!(restore_totals(text).is_err(), "{text}");
         }
         assert_eq!((HANDED_OVER.get(), CUT_OFF.get()), before);
-        go_on_from("5 2").expect("two numbers");
+        restore_totals("5 2").expect("two numbers");
         assert_eq!(totals(), format!("{} {}", before.0 + 5, before.1 + 2));
     }
 }

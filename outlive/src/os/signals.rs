@@ -9,14 +9,14 @@ pub struct Signals {
     interrupt: Signal,
     hangup: Signal,
     /// One came when nobody could reload, as during a start: for whoever asks what is next.
-    a_reload_waits: bool,
+    reload_pending: bool,
 }
 
 /// What a signal asks for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum SignalRequest {
     /// SIGTERM (systemd, a container's stop) or SIGINT (Ctrl-C).
-    End,
+    Stop,
     /// SIGHUP.
     Reload,
 }
@@ -27,26 +27,26 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             interrupt: signal(SignalKind::interrupt())?,
             hangup: signal(SignalKind::hangup())?,
-            a_reload_waits: false,
+            reload_pending: false,
         })
     }
 
-    pub async fn next(&mut self) -> Asked {
-        if std::mem::take(&mut self.a_reload_waits) { Asked::Reload } else { self.received().await }
+    pub async fn next(&mut self) -> SignalRequest {
+        if std::mem::take(&mut self.reload_pending) { SignalRequest::Reload } else { self.received().await }
     }
 
-    async fn received(&mut self) -> Asked {
+    async fn received(&mut self) -> SignalRequest {
         tokio::select! {
-            _ = self.terminate.recv() => Asked::End,
-            _ = self.interrupt.recv() => Asked::End,
-            _ = self.hangup.recv() => Asked::Reload,
+            _ = self.terminate.recv() => SignalRequest::Stop,
+            _ = self.interrupt.recv() => SignalRequest::Stop,
+            _ = self.hangup.recv() => SignalRequest::Reload,
         }
     }
 
     /// Waits to be asked to end.
     pub async fn terminated(&mut self) {
-        while self.received().await != Asked::End {
-            self.a_reload_waits = true;
+        while self.received().await != SignalRequest::Stop {
+            self.reload_pending = true;
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::registry::sync::{AtomicU64, Mutex, lock};
 use crate::transport::stream::Peer;
 
 /// A connection that is idle for this long sleeps, until its peer says something.
-const DROWSY_AFTER: Duration = Duration::from_millis(1500);
+const PARK_AFTER: Duration = Duration::from_millis(1500);
 
 /// One open connection.
 pub struct Entry {
@@ -36,7 +36,7 @@ pub struct Entry {
     /// Requests that have begun; one task alone counts them.
     started: AtomicU64,
     /// Those in flight that were not answered at once.
-    listed: Mutex<Vec<InFlight>>,
+    tracked: Mutex<Vec<InFlight>>,
 }
 
 /// A request being answered.
@@ -49,31 +49,31 @@ pub struct InFlight {
 }
 
 /// A connection that the process had to cut off.
-pub struct Remaining {
+pub struct CutOffConnection {
     pub peer: Peer,
     pub age: Duration,
     pub requests: Vec<InFlight>,
 }
 
-/// See [`Registry::unfinished`].
-pub struct Unfinished {
+/// See [`Registry::pending_work`].
+pub struct PendingWork {
     entry: Arc<Entry>,
     started: u64,
 }
 
-impl Unfinished {
+impl PendingWork {
     pub(super) fn new(entry: Arc<Entry>) -> Self {
         Self { started: entry.started(), entry }
     }
 
-    pub fn is_so(&self) -> bool {
+    pub fn is_pending(&self) -> bool {
         let state = self.entry.state();
         match state.stage {
             Stage::Closing | Stage::Closed => false,
             Stage::Ending | Stage::Discarding => true,
             Stage::InFlight if self.entry.started() == self.started => true,
             // Of several at once (HTTP/2).
-            Stage::InFlight if self.entry.has_listed_before(self.started) => true,
+            Stage::InFlight if self.entry.has_tracked_before(self.started) => true,
             _ => !state.is_movable(),
         }
     }
@@ -103,7 +103,7 @@ impl Registration {
             task: Mutex::new(None),
             pending: Pending(AtomicU64::new(0)),
             started: AtomicU64::new(0),
-            listed: Mutex::new(Vec::new()),
+            tracked: Mutex::new(Vec::new()),
         };
         Self { entry: Arc::new(entry), slot }
     }
@@ -129,9 +129,9 @@ impl Entry {
         self.registry.phase()
     }
 
-    /// See [`Registry::keep_all_but_http1`].
-    pub fn keeps_all_but_http1(&self) -> bool {
-        self.registry.keeps_all_but_http1()
+    /// See [`Registry::keep_http2_and_tls`].
+    pub fn keeps_http2_and_tls(&self) -> bool {
+        self.registry.keeps_http2_and_tls()
     }
 
     /// Whether the connection has its last answer still to give.
@@ -140,12 +140,12 @@ impl Entry {
     }
 
     /// Whether the connection is told to end with its next answer.
-    pub fn is_to_end(&self) -> bool {
+    pub fn must_close(&self) -> bool {
         let state = self.state();
-        state.is_worn() || self.phase().ends(state.is_movable())
+        state.closes_after_response() || self.phase().ends(state.is_movable())
     }
 
-    /// From now on, whoever waits in [`Registry::until`] hears of what changes here. What had changed before, the caller
+    /// From now on, whoever waits in [`Registry::wait_until`] hears of what changes here. What had changed before, the caller
     /// sees: one of the two comes first in this word.
     pub(super) fn watch(&self) {
         self.state.fetch_or(State::WATCHED, AcqRel);
@@ -179,12 +179,16 @@ impl Entry {
     }
 
     /// The driver's turn: `poll`, and then a look at whether the connection waits again.
-    pub fn turn<T>(&self, cx: &mut Context<'_>, poll: impl FnOnce(&mut Context<'_>) -> Poll<T>) -> Poll<T> {
-        if !self.apply(Event::TurnBegins).has_waker {
+    pub fn poll_driver<T>(
+        &self,
+        cx: &mut Context<'_>,
+        poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
+    ) -> Poll<T> {
+        if !self.apply(Event::DriverPolled).has_waker {
             self.replace_waker(cx);
         }
         let polled = poll(cx);
-        self.apply(Event::TurnEnds);
+        self.apply(Event::DriverReturned);
         polled
     }
 
@@ -193,18 +197,18 @@ impl Entry {
     }
 
     /// The connection stays in this process until it ends.
-    pub fn pin(&self) {
-        self.apply(Event::Pinned);
+    pub fn forbid_handover(&self) {
+        self.apply(Event::HandoverForbidden);
     }
 
     /// It may move again.
-    pub fn unpin(&self) {
-        self.apply(Event::Unpinned);
+    pub fn allow_handover(&self) {
+        self.apply(Event::HandoverAllowed);
     }
 
     /// The connection is told to end with its next answer, whatever the phase.
-    pub fn wear_out(&self) {
-        self.apply(Event::WornOut);
+    pub fn close_after_response(&self) {
+        self.apply(Event::ClosesAfterResponse);
     }
 
     // ---- who is woken ----
@@ -239,8 +243,8 @@ impl Entry {
     // ---- rest ----
 
     /// Whether the connection is to come to rest as soon as it can: for the next process, or because it is idle.
-    pub fn is_to_rest(&self) -> bool {
-        self.phase().rests() || self.is_drowsy()
+    pub fn must_quiesce(&self) -> bool {
+        self.phase().quiesces() || self.is_parkable()
     }
 
     /// When it came to its stage, by the registry's clock.
@@ -249,12 +253,12 @@ impl Entry {
     }
 
     /// Whether it has been idle for so long that it is to sleep.
-    pub fn is_drowsy(&self) -> bool {
+    pub fn is_parkable(&self) -> bool {
         let state = self.state();
-        let is_idle = state.stage == Stage::Waiting && state.is_at_rest();
+        let is_idle = state.stage == Stage::Waiting && state.is_quiescent();
         // Whoever has just been woken is given time to see what for.
         let since = self.since().max(self.registered);
-        is_idle && self.registry.age(since) >= DROWSY_AFTER && !self.is_to_end()
+        is_idle && self.registry.age(since) >= PARK_AFTER && !self.must_close()
     }
 
     // ---- time limits ----
@@ -265,7 +269,7 @@ impl Entry {
         let state = self.state();
         if state.stage == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
             // The first request of a new connection may be on its way.
-            return self.registry.age(self.since().max(self.registered)) >= DROWSY_AFTER;
+            return self.registry.age(self.since().max(self.registered)) >= PARK_AFTER;
         }
         let (limit, since) = match state.stage {
             Stage::Waiting => (limits.idle, self.since()),
@@ -345,17 +349,17 @@ impl Entry {
     }
 
     /// A request is not answered at once.
-    pub fn list(&self, request: InFlight) {
-        lock(&self.listed).push(request);
+    pub fn track(&self, request: InFlight) {
+        lock(&self.tracked).push(request);
     }
 
     /// Whether one of the first `count` requests is still in flight, of those that were not answered at once.
-    fn has_listed_before(&self, count: u64) -> bool {
-        lock(&self.listed).iter().any(|request| request.number < count)
+    fn has_tracked_before(&self, count: u64) -> bool {
+        lock(&self.tracked).iter().any(|request| request.number < count)
     }
 
-    pub fn unlist(&self, request: &InFlight) {
-        lock(&self.listed).retain(|other| other.number != request.number);
+    pub fn untrack(&self, request: &InFlight) {
+        lock(&self.tracked).retain(|other| other.number != request.number);
     }
 
     /// How many requests have begun on this connection in this process.
@@ -366,17 +370,17 @@ impl Entry {
     /// When the last of its requests in flight began. One that is answered, and whose answer is not sent yet, counts
     /// from when the peer last took something.
     pub(super) fn last_request(&self) -> Option<Instant> {
-        let listed = lock(&self.listed).iter().map(|request| request.since).max();
+        let tracked = lock(&self.tracked).iter().map(|request| request.since).max();
         let is_in_flight = self.stage() == Stage::InFlight;
-        listed
+        tracked
             .or_else(|| is_in_flight.then(|| Instant::now().checked_sub(self.registry.age(self.since())))?)
     }
 
-    pub(super) fn remaining(&self) -> Remaining {
-        Remaining {
+    pub(super) fn remaining(&self) -> CutOffConnection {
+        CutOffConnection {
             peer: self.peer,
             age: self.registry.age(self.registered),
-            requests: lock(&self.listed).clone(),
+            requests: lock(&self.tracked).clone(),
         }
     }
 }
@@ -456,7 +460,7 @@ mod tests {
             let request = registration.entry.begin(&Uri::from_static("/"));
             give.send(registration.entry.clone()).expect("it watches");
             drop(PendingFrame::new(&registration.entry));
-            registration.entry.unlist(&request);
+            registration.entry.untrack(&request);
         }
         drop(give);
         assert_eq!(watcher.join().expect("no panic"), 0);
@@ -469,14 +473,14 @@ mod tests {
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
         let slow = entry.begin(&Uri::from_static("/slow"));
-        entry.list(slow.clone());
-        let unfinished = Unfinished::new(entry.clone());
+        entry.track(slow.clone());
+        let pending_work = PendingWork::new(entry.clone());
         let quick = entry.begin(&Uri::from_static("/quick"));
-        entry.list(quick.clone());
-        assert!(unfinished.is_so());
-        entry.unlist(&slow);
+        entry.track(quick.clone());
+        assert!(pending_work.is_pending());
+        entry.untrack(&slow);
         entry.end();
-        assert!(!unfinished.is_so(), "the other one came later");
+        assert!(!pending_work.is_pending(), "the other one came later");
     }
 
     #[test]

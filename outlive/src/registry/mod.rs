@@ -1,5 +1,5 @@
 //! Every connection that is awake, as the rest of the process sees it: counted, told of each phase, watched for its
-//! time limits; those that sleep (`sleepers.rs`) are a number here. What a connection is doing is one value
+//! time limits; those that sleep (`parked.rs`) are a number here. What a connection is doing is one value
 //! (`state.rs`) that its own tasks change (`entry.rs`); a request that is answered at once takes no lock.
 
 mod entry;
@@ -16,8 +16,8 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU64 as Clock, AtomicUsize};
 use std::time::Duration;
 
-pub use entry::{Entry, InFlight, PendingFrame, Registration, Remaining, Unfinished};
-use phase_word::{Outstanding, Tally};
+pub use entry::{CutOffConnection, Entry, InFlight, PendingFrame, PendingWork, Registration};
+use phase_word::{PendingCount, PhaseWord};
 pub use state::Stage;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -37,8 +37,8 @@ pub enum Phase {
     /// Business goes on; connections that cannot move are told to end.
     Draining,
     /// Nothing is accepted; connections that can move come to rest and leave.
-    Resting,
-    /// As `Resting`, and no request begins any more: HTTP/2 streams are held until the others have ended, and
+    Quiescing,
+    /// As `Quiescing`, and no request begins any more: HTTP/2 streams are held until the others have ended, and
     /// connections that cannot move close when they are idle.
     Holding,
     /// There is nobody to move to: all connections are told to end. Others still hold the port, so
@@ -55,7 +55,7 @@ impl Phase {
         Self::Serving,
         Self::Announcing,
         Self::Draining,
-        Self::Resting,
+        Self::Quiescing,
         Self::Holding,
         Self::Lingering,
         Self::Closing,
@@ -70,14 +70,14 @@ impl Phase {
     pub fn ends(self, movable: bool) -> bool {
         match self {
             Self::Serving | Self::Announcing => false,
-            Self::Draining | Self::Resting | Self::Holding => !movable,
+            Self::Draining | Self::Quiescing | Self::Holding => !movable,
             Self::Lingering | Self::Closing | Self::Finishing => true,
         }
     }
 
     /// Whether connections that can move come to rest and leave.
-    pub fn rests(self) -> bool {
-        matches!(self, Self::Resting | Self::Holding)
+    pub fn quiesces(self) -> bool {
+        matches!(self, Self::Quiescing | Self::Holding)
     }
 
     /// Whether a connection closes when it is idle, because a request that begins now may not have the time it needs.
@@ -88,7 +88,7 @@ impl Phase {
             Self::Serving
             | Self::Announcing
             | Self::Draining
-            | Self::Resting
+            | Self::Quiescing
             | Self::Lingering
             | Self::Closing => false,
         }
@@ -119,13 +119,13 @@ pub struct Registry {
     limits: Limits,
     shutdown: CancellationToken,
     /// The phase, and what keeps the process from ending.
-    tally: Tally,
+    phase_word: PhaseWord,
     /// The phase has changed; what is outstanding has come to its end; or, of a connection that somebody waits for,
     /// what it is doing has changed.
     changed: Notify,
     connections: Mutex<Connections>,
-    /// Connections that sleep (`sleepers.rs`), which are not in `connections`.
-    asleep: AtomicUsize,
+    /// Connections that sleep (`parked.rs`), which are not in `connections`.
+    parked: AtomicUsize,
     /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
     now: Clock,
 }
@@ -154,10 +154,10 @@ impl Registry {
             born: Instant::now(),
             limits,
             shutdown,
-            tally: Tally::new(),
+            phase_word: PhaseWord::new(),
             changed: Notify::new(),
             connections: Mutex::new(Connections::default()),
-            asleep: AtomicUsize::new(0),
+            parked: AtomicUsize::new(0),
             now: Clock::new(0),
         })
     }
@@ -177,7 +177,7 @@ impl Registry {
         let id = connections.next_id;
         connections.next_id += 1;
         let registration = Registration::new(self, id, peer, slot, since);
-        self.tally.add(Outstanding::Unanswered);
+        self.phase_word.acquire(PendingCount::Unanswered);
         connections.open.insert(id, registration.entry.clone());
         registration
     }
@@ -192,17 +192,17 @@ impl Registry {
 
     fn count_unanswered(&self, before: Stage, after: Stage) {
         match (before.is_unanswered(), after.is_unanswered()) {
-            (true, false) => self.take(Outstanding::Unanswered),
-            (false, true) => self.tally.add(Outstanding::Unanswered),
+            (true, false) => self.release(PendingCount::Unanswered),
+            (false, true) => self.phase_word.acquire(PendingCount::Unanswered),
             _ => {}
         }
     }
 
     /// One less. Whoever waits hears of the last.
-    fn take(&self, one: Outstanding) {
-        let standing = self.tally.take(one);
-        let is_last = standing.is_done() || one == Outstanding::Arriving && !standing.is_arriving();
-        if is_last && !matches!(standing.phase(), Phase::Serving | Phase::Announcing) {
+    fn release(&self, one: PendingCount) {
+        let snapshot = self.phase_word.release(one);
+        let is_last = snapshot.is_drained() || one == PendingCount::Arriving && !snapshot.is_arriving();
+        if is_last && !matches!(snapshot.phase(), Phase::Serving | Phase::Announcing) {
             self.changed.notify_waiters();
         }
     }
@@ -231,12 +231,12 @@ impl Registry {
     }
 
     /// So many connections sleep: they are open, and need nothing.
-    pub fn set_asleep(&self, count: usize) {
-        self.asleep.store(count, Relaxed);
+    pub fn set_parked(&self, count: usize) {
+        self.parked.store(count, Relaxed);
     }
 
-    pub fn asleep(&self) -> usize {
-        self.asleep.load(Relaxed)
+    pub fn parked(&self) -> usize {
+        self.parked.load(Relaxed)
     }
 
     fn set_now(&self, now: u64) {
@@ -244,12 +244,12 @@ impl Registry {
     }
 
     pub fn phase(&self) -> Phase {
-        self.tally.now().phase()
+        self.phase_word.now().phase()
     }
 
     /// Sets a phase after `Serving`.
     pub fn set_phase(&self, phase: Phase) {
-        let before = self.tally.enter(phase);
+        let before = self.phase_word.enter(phase);
         self.changed.notify_waiters();
         if phase == Phase::Announcing {
             return;
@@ -257,7 +257,7 @@ impl Registry {
         self.shutdown.cancel();
         // Business goes on for most: that is no news to wake thousands for.
         let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
-        let goes_on = is_first && phase == Phase::Draining && !before.keeps_all_but_http1();
+        let goes_on = is_first && phase == Phase::Draining && !before.keeps_http2_and_tls();
         let is_old = |entry: &Entry| goes_on && entry.state().is_movable();
         for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
             entry.wake();
@@ -266,24 +266,24 @@ impl Registry {
 
     /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said
     /// before the phase that asks them to come to rest.
-    pub fn keep_all_but_http1(&self) {
-        self.tally.keep_all_but_http1();
+    pub fn keep_http2_and_tls(&self) {
+        self.phase_word.keep_http2_and_tls();
     }
 
-    /// See [`Registry::keep_all_but_http1`].
-    pub fn keeps_all_but_http1(&self) -> bool {
-        self.tally.now().keeps_all_but_http1()
+    /// See [`Registry::keep_http2_and_tls`].
+    pub fn keeps_http2_and_tls(&self) -> bool {
+        self.phase_word.now().keeps_http2_and_tls()
     }
 
     /// Waits until the phase is one that `wanted` says yes to.
-    pub async fn until_phase(&self, wanted: impl Fn(Phase) -> bool) {
-        self.until(|| wanted(self.phase())).await;
+    pub async fn wait_for_phase(&self, wanted: impl Fn(Phase) -> bool) {
+        self.wait_until(|| wanted(self.phase())).await;
     }
 
-    /// Waits until `done`, which is asked again at each change of the phase, when [`Registry::is_done`] comes to be so
+    /// Waits until `done`, which is asked again at each change of the phase, when [`Registry::is_drained`] comes to be so
     /// in a process that no longer just serves, when the last predecessor has ended, and at each change of a
-    /// connection that is [`Registry::watched`].
-    pub async fn until(&self, mut done: impl FnMut() -> bool) {
+    /// connection that is [`Registry::subscribe_all`].
+    pub async fn wait_until(&self, mut done: impl FnMut() -> bool) {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
@@ -298,38 +298,38 @@ impl Registry {
     /// A connection that somebody waits for has changed.
     fn notify_of_watched(&self) {
         // There it is the last one of all that is waited for (`take`), and they come by the thousand.
-        if self.phase() != Phase::Resting {
+        if self.phase() != Phase::Quiescing {
             self.changed.notify_waiters();
         }
     }
 
     /// While this is held, a connection may come.
     pub fn accepting(&self) -> Accepting<'_> {
-        self.tally.add(Outstanding::Accepting);
+        self.phase_word.acquire(PendingCount::Accepting);
         Accepting(self)
     }
 
     /// While this is held, a predecessor passes connections on.
     pub fn arriving(&self) -> Arriving<'_> {
-        self.tally.add(Outstanding::Arriving);
+        self.phase_word.acquire(PendingCount::Arriving);
         Arriving(self)
     }
 
     pub fn is_arriving(&self) -> bool {
-        self.tally.now().is_arriving()
+        self.phase_word.now().is_arriving()
     }
 
     /// Whether the last answer of every connection is out, and no connection comes any more.
-    pub fn is_done(&self) -> bool {
-        self.tally.now().is_done()
+    pub fn is_drained(&self) -> bool {
+        self.phase_word.now().is_drained()
     }
 
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.connections).open.values().cloned().collect()
     }
 
-    /// Of all that are open, whoever waits in [`Registry::until`] hears.
-    pub fn watched(&self) -> Vec<Arc<Entry>> {
+    /// Of all that are open, whoever waits in [`Registry::wait_until`] hears.
+    pub fn subscribe_all(&self) -> Vec<Arc<Entry>> {
         let entries = self.entries();
         for entry in &entries {
             entry.watch();
@@ -342,7 +342,7 @@ impl Registry {
             let connections = lock(&self.connections);
             (connections.open.values().cloned().collect::<Vec<_>>(), connections.answered)
         };
-        let begun = Counts { connections: entries.len() + self.asleep(), in_flight: 0, answered };
+        let begun = Counts { connections: entries.len() + self.parked(), in_flight: 0, answered };
         entries.iter().fold(begun, |counts, entry| {
             // Asked for in this order, a request that begins meanwhile is not taken for one that is over.
             let started = entry.started();
@@ -356,11 +356,11 @@ impl Registry {
     }
 
     /// What has to end before the others can move on without waiting for it: the requests in flight
-    /// now, the connections that are ending, and those that cannot move. Whoever waits in [`Registry::until`] hears of
+    /// now, the connections that are ending, and those that cannot move. Whoever waits in [`Registry::wait_until`] hears of
     /// each of them.
-    pub fn unfinished(&self) -> Vec<Unfinished> {
-        let mut all: Vec<_> = self.watched().into_iter().map(Unfinished::new).collect();
-        all.retain(Unfinished::is_so);
+    pub fn pending_work(&self) -> Vec<PendingWork> {
+        let mut all: Vec<_> = self.subscribe_all().into_iter().map(PendingWork::new).collect();
+        all.retain(PendingWork::is_pending);
         all
     }
 
@@ -370,7 +370,7 @@ impl Registry {
     }
 
     /// What would be lost if the process ended now.
-    pub fn remaining(&self) -> Vec<Remaining> {
+    pub fn remaining(&self) -> Vec<CutOffConnection> {
         self.entries().iter().map(|entry| entry.remaining()).collect()
     }
 
@@ -387,7 +387,7 @@ impl Registry {
     fn look(&self, now: u64) {
         self.set_now(now);
         for entry in self.entries() {
-            if entry.is_overdue() || entry.is_drowsy() {
+            if entry.is_overdue() || entry.is_parkable() {
                 entry.wake();
             }
         }
@@ -405,7 +405,7 @@ pub struct Accepting<'a>(&'a Registry);
 
 impl Drop for Accepting<'_> {
     fn drop(&mut self) {
-        self.0.take(Outstanding::Accepting);
+        self.0.release(PendingCount::Accepting);
     }
 }
 
@@ -414,7 +414,7 @@ pub struct Arriving<'a>(&'a Registry);
 
 impl Drop for Arriving<'_> {
     fn drop(&mut self) {
-        self.0.take(Outstanding::Arriving);
+        self.0.release(PendingCount::Arriving);
     }
 }
 

@@ -39,9 +39,13 @@ fn end(tasks: impl IntoIterator<Item = thread::JoinHandle<()>>) {
 fn drive(registration: Registration) {
     let entry = registration.entry.clone();
     block_on(poll_fn(|cx| {
-        let _: Poll<()> = entry.turn(cx, |_| Poll::Pending);
-        let is_at_rest = entry.state().is_at_rest();
-        if is_at_rest && (entry.is_to_rest() || entry.is_to_end()) { Poll::Ready(()) } else { Poll::Pending }
+        let _: Poll<()> = entry.poll_driver(cx, |_| Poll::Pending);
+        let is_quiescent = entry.state().is_quiescent();
+        if is_quiescent && (entry.must_quiesce() || entry.must_close()) {
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }));
     drop(registration);
 }
@@ -52,16 +56,16 @@ fn begin(registration: &Registration) {
 
 fn drain(registry: &Registry) {
     registry.set_phase(Phase::Draining);
-    let mut unfinished = registry.unfinished();
-    block_on(registry.until(|| {
-        unfinished.retain(Unfinished::is_so);
-        unfinished.is_empty() && !registry.is_arriving()
+    let mut pending_work = registry.pending_work();
+    block_on(registry.wait_until(|| {
+        pending_work.retain(PendingWork::is_pending);
+        pending_work.is_empty() && !registry.is_arriving()
     }));
 }
 
 fn rest(registry: &Registry) {
-    registry.set_phase(Phase::Resting);
-    block_on(registry.until(|| registry.is_done()));
+    registry.set_phase(Phase::Quiescing);
+    block_on(registry.wait_until(|| registry.is_drained()));
     assert_eq!(registry.entries().len(), 0, "a done registry has no connection");
 }
 
@@ -173,8 +177,8 @@ fn a_request_that_comes_as_all_are_to_rest_is_answered_and_then_all_rest() {
             drive(registration);
         });
         drain(&registry);
-        registry.set_phase(Phase::Resting);
-        if !registry.is_done() {
+        registry.set_phase(Phase::Quiescing);
+        if !registry.is_drained() {
             drain(&registry);
         }
         rest(&registry);
@@ -190,17 +194,17 @@ fn an_old_request_that_ends_beside_a_newer_one_is_heard() {
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
         let old = entry.begin(&Uri::from_static("/"));
-        entry.list(old.clone());
+        entry.track(old.clone());
         registry.set_phase(Phase::Draining);
-        let mut unfinished = registry.unfinished();
+        let mut pending_work = registry.pending_work();
         begin(&registration);
         let handler = task(move || {
-            entry.unlist(&old);
+            entry.untrack(&old);
             entry.end();
         });
-        block_on(registry.until(|| {
-            unfinished.retain(Unfinished::is_so);
-            unfinished.is_empty()
+        block_on(registry.wait_until(|| {
+            pending_work.retain(PendingWork::is_pending);
+            pending_work.is_empty()
         }));
         end([handler]);
         drop(registration);
@@ -214,15 +218,15 @@ fn whoever_is_told_to_end_is_waited_for() {
         let registration = registry.register(Peer::Unix, None);
         let connection = task(move || drive(registration));
         registry.set_phase(Phase::Lingering);
-        let mut before = registry.watched();
+        let mut before = registry.subscribe_all();
         let other = registry.register(Peer::Unix, None);
-        block_on(registry.until(|| {
+        block_on(registry.wait_until(|| {
             before.retain(|entry| entry.is_unanswered());
             before.is_empty()
         }));
         registry.set_phase(Phase::Closing);
         drop(other);
-        block_on(registry.until(|| registry.is_done()));
+        block_on(registry.wait_until(|| registry.is_drained()));
         end([connection]);
     });
 }
@@ -232,9 +236,9 @@ fn whoever_is_told_to_end_is_waited_for() {
 fn whoever_waits_for_a_phase_hears_of_it() {
     check(|registry| {
         let other = registry.clone();
-        let waiting = task(move || block_on(other.until_phase(|phase| phase == Phase::Resting)));
+        let waiting = task(move || block_on(other.wait_for_phase(|phase| phase == Phase::Quiescing)));
         registry.set_phase(Phase::Draining);
-        registry.set_phase(Phase::Resting);
+        registry.set_phase(Phase::Quiescing);
         end([waiting]);
     });
 }

@@ -10,7 +10,7 @@ use crate::registry::sync::AtomicU64;
 /// What a process may have to wait for. Its value is one of it in the word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
-pub enum Outstanding {
+pub enum PendingCount {
     /// A predecessor whose connections still come.
     Arriving = 1 << 4,
     /// A task that may be holding a connection which is not registered yet.
@@ -21,23 +21,23 @@ pub enum Outstanding {
 
 /// Bits of the phase; the one above says whether all connections but those of HTTP/1 are kept.
 const PHASE: u64 = 0b111;
-const KEEPS_ALL_BUT_HTTP1: u64 = 0b1000;
+const KEEPS_HTTP2_AND_TLS: u64 = 0b1000;
 /// Where the counts are.
 const COUNTS: u64 = !0b1111;
-const ARRIVING: u64 = (Outstanding::Accepting as u64 - 1) & COUNTS;
+const ARRIVING: u64 = (PendingCount::Accepting as u64 - 1) & COUNTS;
 
 /// The word, as it was at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Standing(u64);
+pub struct Snapshot(u64);
 
-impl Standing {
+impl Snapshot {
     pub fn phase(self) -> Phase {
         Phase::ALL[usize::try_from(self.0 & PHASE).unwrap_or_default()]
     }
 
-    /// See [`super::Registry::keep_all_but_http1`].
-    pub fn keeps_all_but_http1(self) -> bool {
-        self.0 & KEEPS_ALL_BUT_HTTP1 != 0
+    /// See [`super::Registry::keep_http2_and_tls`].
+    pub fn keeps_http2_and_tls(self) -> bool {
+        self.0 & KEEPS_HTTP2_AND_TLS != 0
     }
 
     pub fn is_arriving(self) -> bool {
@@ -45,41 +45,41 @@ impl Standing {
     }
 
     /// Whether there is nothing to wait for.
-    pub fn is_done(self) -> bool {
+    pub fn is_drained(self) -> bool {
         self.0 & COUNTS == 0
     }
 }
 
-pub struct Tally(AtomicU64);
+pub struct PhaseWord(AtomicU64);
 
-impl Tally {
+impl PhaseWord {
     pub fn new() -> Self {
         Self(AtomicU64::new(Phase::Serving as u64))
     }
 
-    pub fn now(&self) -> Standing {
-        Standing(self.0.load(Acquire))
+    pub fn now(&self) -> Snapshot {
+        Snapshot(self.0.load(Acquire))
     }
 
     /// One more.
-    pub fn add(&self, one: Outstanding) {
+    pub fn acquire(&self, one: PendingCount) {
         self.0.fetch_add(one as u64, AcqRel);
     }
 
     /// One less, which was added; gives how things stand without it.
-    pub fn take(&self, one: Outstanding) -> Standing {
-        Standing(self.0.fetch_sub(one as u64, AcqRel) - one as u64)
+    pub fn release(&self, one: PendingCount) -> Snapshot {
+        Snapshot(self.0.fetch_sub(one as u64, AcqRel) - one as u64)
     }
 
     /// Gives how things stood before.
-    pub fn enter(&self, phase: Phase) -> Standing {
+    pub fn enter(&self, phase: Phase) -> Snapshot {
         let next = |word| Some(word & !PHASE | phase as u64);
         // It always gives one.
-        Standing(self.0.fetch_update(AcqRel, Acquire, next).unwrap_or_else(|word| word))
+        Snapshot(self.0.fetch_update(AcqRel, Acquire, next).unwrap_or_else(|word| word))
     }
 
-    pub fn keep_all_but_http1(&self) {
-        self.0.fetch_or(KEEPS_ALL_BUT_HTTP1, AcqRel);
+    pub fn keep_http2_and_tls(&self) {
+        self.0.fetch_or(KEEPS_HTTP2_AND_TLS, AcqRel);
     }
 }
 
@@ -94,28 +94,28 @@ mod tests {
         fn each_count_and_the_phase_are_their_own(
             counts in (0..20_u32, 0..20_u32, 0..20_u32), phase in 0..Phase::ALL.len(), keeps: bool,
         ) {
-            let tally = Tally::new();
-            let all = [Outstanding::Arriving, Outstanding::Accepting, Outstanding::Unanswered];
+            let phase_word = PhaseWord::new();
+            let all = [PendingCount::Arriving, PendingCount::Accepting, PendingCount::Unanswered];
             for (one, count) in all.into_iter().zip([counts.0, counts.1, counts.2]) {
                 for _ in 0..count {
-                    tally.add(one);
+                    phase_word.acquire(one);
                 }
             }
             if keeps {
-                tally.keep_all_but_http1();
+                phase_word.keep_http2_and_tls();
             }
-            tally.enter(Phase::ALL[phase]);
-            let standing = tally.now();
-            prop_assert_eq!(standing.phase(), Phase::ALL[phase]);
-            prop_assert_eq!(standing.keeps_all_but_http1(), keeps);
-            prop_assert_eq!(standing.is_arriving(), counts.0 > 0);
-            prop_assert_eq!(standing.is_done(), counts == (0, 0, 0));
+            phase_word.enter(Phase::ALL[phase]);
+            let snapshot = phase_word.now();
+            prop_assert_eq!(snapshot.phase(), Phase::ALL[phase]);
+            prop_assert_eq!(snapshot.keeps_http2_and_tls(), keeps);
+            prop_assert_eq!(snapshot.is_arriving(), counts.0 > 0);
+            prop_assert_eq!(snapshot.is_drained(), counts == (0, 0, 0));
             for (one, count) in all.into_iter().zip([counts.0, counts.1, counts.2]) {
                 for _ in 0..count {
-                    tally.take(one);
+                    phase_word.release(one);
                 }
             }
-            prop_assert!(tally.now().is_done());
+            prop_assert!(phase_word.now().is_drained());
         }
     }
 }

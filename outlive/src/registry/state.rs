@@ -66,9 +66,9 @@ impl Stage {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Its driver is polled.
-    TurnBegins,
+    DriverPolled,
     /// Its driver has done what there was to do.
-    TurnEnds,
+    DriverReturned,
     /// Bytes have arrived.
     Received,
     RequestBegins,
@@ -85,11 +85,11 @@ pub enum Event {
     /// All of it is out.
     Flushed,
     /// It cannot move to another process from now on.
-    Pinned,
+    HandoverForbidden,
     /// It can again.
-    Unpinned,
+    HandoverAllowed,
     /// It is to end, and cannot move until then.
-    WornOut,
+    ClosesAfterResponse,
     /// Its driver knows what it is doing.
     Enters(Stage),
     /// The driver is there to be woken.
@@ -115,7 +115,7 @@ pub struct State {
     is_driven: bool,
     is_flushed: bool,
     is_movable: bool,
-    is_worn: bool,
+    closes_after_response: bool,
     /// Whether a body was left before its end: the peer still sends it.
     has_left_body: bool,
     /// Whether somebody waits for it.
@@ -139,7 +139,7 @@ impl State {
         is_driven: false,
         is_flushed: true,
         is_movable: true,
-        is_worn: false,
+        closes_after_response: false,
         has_left_body: false,
         is_watched: false,
         has_waker: false,
@@ -172,8 +172,8 @@ impl State {
     }
 
     /// Whether it is to end, whatever the process wants.
-    pub fn is_worn(self) -> bool {
-        self.is_worn
+    pub fn closes_after_response(self) -> bool {
+        self.closes_after_response
     }
 
     /// Whether the peer still sends a body that nobody reads.
@@ -182,7 +182,7 @@ impl State {
     }
 
     /// Whether nothing is in flight, nothing is unsent, and it can go on in another process.
-    pub fn is_at_rest(self) -> bool {
+    pub fn is_quiescent(self) -> bool {
         matches!(self.stage, Stage::Waiting | Stage::Head) && self.is_flushed && self.is_movable
     }
 
@@ -191,8 +191,8 @@ impl State {
     pub fn after(self, event: Event) -> (Self, Effects) {
         let mut next = self;
         match event {
-            Event::TurnBegins => next.is_driven = true,
-            Event::TurnEnds => {
+            Event::DriverPolled => next.is_driven = true,
+            Event::DriverReturned => {
                 next.is_driven = false;
                 let is_busy = self.is_in_flight() || self.is_reading() || !self.is_flushed;
                 if self.stage == Stage::InFlight && !is_busy {
@@ -216,9 +216,11 @@ impl State {
             }
             Event::Writing => next.is_flushed = false,
             Event::Flushed => next.is_flushed = true,
-            Event::Pinned => next.is_movable = false,
-            Event::Unpinned => next.is_movable = !self.is_worn && self.stage != Stage::Upgraded,
-            Event::WornOut => (next.is_worn, next.is_movable) = (true, false),
+            Event::HandoverForbidden => next.is_movable = false,
+            Event::HandoverAllowed => {
+                next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded
+            }
+            Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
             Event::WakerLeft => next.has_waker = true,
             Event::WakerTaken => next.has_waker = false,
             Event::Enters(_) if self.stage == Stage::Closed => {}
@@ -246,7 +248,7 @@ impl State {
             | u64::from(self.is_flushed) << 4
             | u64::from(self.is_movable) << 5
             | u64::from(self.has_left_body) << 6
-            | u64::from(self.is_worn) << 7
+            | u64::from(self.closes_after_response) << 7
             | u64::from(self.in_flight) << 8
             | u64::from(self.reading) << (8 + COUNT_BITS)
             | u64::from(self.is_watched) << Self::WATCHED.trailing_zeros()
@@ -262,7 +264,7 @@ impl State {
             is_flushed: is_set(4),
             is_movable: is_set(5),
             has_left_body: is_set(6),
-            is_worn: is_set(7),
+            closes_after_response: is_set(7),
             is_watched: is_set(Self::WATCHED.trailing_zeros()),
             has_waker: is_set(Self::WATCHED.trailing_zeros() + 1),
             in_flight: count(8),
@@ -287,8 +289,8 @@ mod tests {
             any::<bool>().prop_map(|whole| Event::BodyEnds { whole }),
             Just(Event::Writing),
             Just(Event::Flushed),
-            Just(Event::TurnBegins),
-            Just(Event::TurnEnds),
+            Just(Event::DriverPolled),
+            Just(Event::DriverReturned),
         ];
         prop::collection::vec(event, 0..60)
     }
@@ -298,8 +300,8 @@ mod tests {
             Event::RequestEnds => state.is_in_flight(),
             Event::BodyEnds { .. } => state.is_reading(),
             // A driver that has begun a turn ends it first.
-            Event::TurnBegins => !state.is_driven,
-            Event::TurnEnds | Event::Writing | Event::Flushed | Event::Received => state.is_driven,
+            Event::DriverPolled => !state.is_driven,
+            Event::DriverReturned | Event::Writing | Event::Flushed | Event::Received => state.is_driven,
             _ => true,
         }
     }
@@ -309,10 +311,10 @@ mod tests {
         fn a_state_comes_back_as_it_was_packed(
             stage in 0..Stage::ALL.len(), flags: [bool; 7], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
         ) {
-            let [is_driven, is_flushed, is_movable, is_worn, has_left_body, is_watched, has_waker] = flags;
+            let [is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, has_waker] = flags;
             let stage = Stage::ALL[stage];
             let state = State {
-                stage, is_driven, is_flushed, is_movable, is_worn, has_left_body, is_watched, has_waker, in_flight, reading,
+                stage, is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, has_waker, in_flight, reading,
             };
             prop_assert_eq!(State::unpack(state.pack()), state);
         }
@@ -329,7 +331,7 @@ mod tests {
                 let (next, effects) = state.after(event);
                 state = next;
                 is_told |= effects.driver;
-                if event == Event::TurnBegins {
+                if event == Event::DriverPolled {
                     is_told = false;
                 }
                 let is_over = !state.is_in_flight() && !state.is_reading() && state.is_flushed();
@@ -359,7 +361,7 @@ mod tests {
             events in events(), stage in 0..Stage::ALL.len(), is_watched: bool,
         ) {
             let mut state = State { is_watched, ..State::NEW };
-            let last = [Event::Pinned, Event::Unpinned, Event::Enters(Stage::ALL[stage]), Event::Enters(Stage::Closed)];
+            let last = [Event::HandoverForbidden, Event::HandoverAllowed, Event::Enters(Stage::ALL[stage]), Event::Enters(Stage::Closed)];
             for event in events.into_iter().chain(last) {
                 if !can_be(state, event) {
                     continue;
@@ -385,7 +387,7 @@ mod tests {
             Event::RequestEnds,
             Event::BodyEnds { whole: false },
             Event::Enters(Stage::Waiting),
-            Event::TurnEnds,
+            Event::DriverReturned,
         ] {
             let (next, effects) = state.after(event);
             assert_eq!((next.stage, effects), (Stage::Closed, Effects::default()));

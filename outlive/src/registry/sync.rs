@@ -30,36 +30,36 @@ mod modelled {
 
     /// As much of tokio's as is used, which promises: whoever holds a `Notified` hears of each `notify_waiters` since
     /// it was made.
-    pub struct Notify(Mutex<Bell>);
+    pub struct Notify(Mutex<Waiters>);
 
     #[derive(Default)]
-    struct Bell {
-        rung: u64,
+    struct Waiters {
+        generation: u64,
         waiting: Vec<Waker>,
     }
 
     impl Notify {
         pub fn new() -> Self {
-            Self(Mutex::new(Bell::default()))
+            Self(Mutex::new(Waiters::default()))
         }
 
         pub fn notify_waiters(&self) {
             let waiting = {
                 let mut bell = lock(&self.0);
-                bell.rung += 1;
+                bell.generation += 1;
                 std::mem::take(&mut bell.waiting)
             };
             waiting.into_iter().for_each(Waker::wake);
         }
 
         pub fn notified(&self) -> Notified<'_> {
-            Notified { notify: self, rung: lock(&self.0).rung }
+            Notified { notify: self, generation: lock(&self.0).generation }
         }
     }
 
     pub struct Notified<'a> {
         notify: &'a Notify,
-        rung: u64,
+        generation: u64,
     }
 
     impl Notified<'_> {
@@ -74,7 +74,7 @@ mod modelled {
 
         fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
             let mut bell = lock(&self.notify.0);
-            if bell.rung != self.rung {
+            if bell.generation != self.generation {
                 return Poll::Ready(());
             }
             bell.waiting.push(cx.waker().clone());

@@ -28,7 +28,7 @@ use tower::layer::layer_fn;
 use tower::{BoxError, Service, service_fn};
 use tracing::{Span, debug, debug_span, error};
 
-use crate::app::context::Context;
+use crate::app::context::RequestContext;
 use crate::observe::metrics;
 use crate::registry::InFlight;
 use limited_body::Within;
@@ -190,7 +190,7 @@ fn span(head: &Parts, id: Option<&HeaderValue>) -> Span {
         request_id = id.and_then(|id| id.to_str().ok()),
         method = logged(head.method.as_str()),
         path = logged(head.uri.path()),
-        peer = head.extensions.get::<Arc<Context>>().map(|context| tracing::field::display(context.peer)),
+        peer = head.extensions.get::<Arc<RequestContext>>().map(|context| tracing::field::display(context.peer)),
     )
 }
 

@@ -16,14 +16,14 @@ use tokio::time::{interval, sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::connection::{self, End, Services};
+use crate::connection::{self, ConnectionOutcome, Services};
 use crate::handover::{Overflow, Secret};
-use crate::listeners::{Holder, Listener, ListeningSocket};
+use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
 use crate::os::sys;
 use crate::registry::{Phase, Registration, Registry};
-use crate::server::parked::{Sleeper, Sleepers};
-use crate::transport::listener_name::{ListenerKind, Name};
+use crate::server::parked::{ParkedConnection, ParkedConnections};
+use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::stream::{Connection, Peer, Stream};
 
 /// While the system has no fd or memory for another connection, this long between tries.
@@ -49,7 +49,7 @@ pub struct Server {
     slots: Arc<Semaphore>,
     /// Of their own, so that a service with no slot left can still be looked at.
     admin_slots: Arc<Semaphore>,
-    sleepers: Arc<Sleepers>,
+    parked: Arc<ParkedConnections>,
     /// The tasks that accept from listeners that nobody else holds.
     own_ports: TaskTracker,
     queues: Queues,
@@ -82,24 +82,24 @@ impl Server {
         max_connections: u32,
         queues: Queues,
     ) -> anyhow::Result<(Self, mpsc::UnboundedReceiver<Connection>)> {
-        let (sleepers, rested) = Sleepers::new(registry.clone())
+        let (parked, quiescent) = ParkedConnections::new(registry.clone())
             .context("could not create an epoll instance for parked connections")?;
-        let sleepers = Arc::new(sleepers);
+        let parked = Arc::new(parked);
         let slots = Arc::new(Semaphore::new(max_connections as usize));
         let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
         let own_ports = TaskTracker::new();
         let services = Arc::new(services);
         let overflow = Arc::default();
-        let server = Self { services, registry, slots, admin_slots, sleepers, own_ports, queues, overflow };
-        tokio::spawn(server.clone().serve_the_woken());
-        Ok((server, rested))
+        let server = Self { services, registry, slots, admin_slots, parked, own_ports, queues, overflow };
+        tokio::spawn(server.clone().serve_unparked());
+        Ok((server, quiescent))
     }
 
     /// Accepts from now on, whenever the phase allows.
     pub fn accept_from(&self, acceptor: Acceptor) {
         let acceptor = Arc::new(acceptor);
         self.queues.add(&acceptor);
-        let is_own = matches!(acceptor.holder, Holder::Nobody(_));
+        let is_own = matches!(acceptor.ownership, Ownership::Bound(_));
         let accept = self.clone().accept(acceptor);
         if is_own {
             self.own_ports.spawn(accept)
@@ -119,10 +119,10 @@ impl Server {
     }
 
     /// Goes on with those of the process before this one, where it left any.
-    pub fn go_on_with_tickets(&self, keys: Option<Secret>) {
+    pub fn adopt_ticket_keys(&self, keys: Option<Secret>) {
         let tickets = self.services.tls.as_ref().and_then(|tls| tls.tickets.as_ref());
         if let (Some(tickets), Some(keys)) = (tickets, keys)
-            && !tickets.go_on_with(&keys.0)
+            && !tickets.adopt_keys(&keys.0)
         {
             debug!("invalid TLS ticket keys from the predecessor; clients will do full handshakes");
         }
@@ -151,8 +151,8 @@ impl Server {
         let slot = self.slots(&connection.listener).clone().try_acquire_owned().ok();
         let since = self.registry.now();
         // Whoever has said nothing goes on sleeping.
-        if let Err(awake) = self.sleepers.put(Sleeper { connection, slot, since }) {
-            self.serve_woken(awake);
+        if let Err(awake) = self.parked.put(ParkedConnection { connection, slot, since }) {
+            self.serve_unparked_connection(awake);
         }
     }
 
@@ -163,7 +163,7 @@ impl Server {
         match connection.watched() {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, None, since);
-                registration.entry.wear_out();
+                registration.entry.close_after_response();
                 let services = self.services.clone();
                 tokio::spawn(async move {
                     drop(connection::serve(connection, registration, &services).await);
@@ -184,35 +184,35 @@ impl Server {
     }
 
     fn slots(&self, listener: &Name) -> &Arc<Semaphore> {
-        if listener.kind() == ListenerKind::Admin { &self.admin_slots } else { &self.slots }
+        if listener.role() == ListenerRole::Admin { &self.admin_slots } else { &self.slots }
     }
 
     /// Sets a phase, and wakes those that are to be told to end in it.
     pub fn enter(&self, phase: Phase) {
         let _accepting = self.registry.accepting();
         self.registry.set_phase(phase);
-        for sleeper in self.sleepers.wake_ending() {
-            self.serve_woken(sleeper);
+        for idle in self.parked.unpark_ending() {
+            self.serve_unparked_connection(idle);
         }
     }
 
     /// All connections that sleep, for the next process.
-    pub fn take_sleepers(&self) -> Vec<Connection> {
-        self.sleepers.take_all()
+    pub fn take_parked(&self) -> Vec<Connection> {
+        self.parked.take_all()
     }
 
     /// Serves each connection that was asleep, when there is something to do for it.
-    async fn serve_the_woken(self) {
+    async fn serve_unparked(self) {
         let registry = &self.registry;
         let mut clock = interval(registry.interval());
         loop {
             // What its peer says is for the next process.
-            registry.until_phase(|phase| !phase.rests()).await;
+            registry.wait_for_phase(|phase| !phase.quiesces()).await;
             let woken = tokio::select! {
-                heard = self.sleepers.heard() => {
-                    heard.and_then(|heard| self.wake(|sleepers| sleepers.wake_heard(heard)))
+                heard = self.parked.heard() => {
+                    heard.and_then(|heard| self.wake(|parked| parked.unpark_readable(heard)))
                 }
-                _ = clock.tick() => self.wake(|sleepers| Ok(sleepers.wake_overdue())),
+                _ = clock.tick() => self.wake(|parked| Ok(parked.unpark_overdue())),
             };
             if let Err(error) = woken {
                 warn!(%error, "epoll on parked connections failed; retrying");
@@ -221,19 +221,22 @@ impl Server {
         }
     }
 
-    fn wake(&self, those: impl FnOnce(&Sleepers) -> io::Result<Vec<Sleeper>>) -> io::Result<()> {
+    fn wake(
+        &self,
+        those: impl FnOnce(&ParkedConnections) -> io::Result<Vec<ParkedConnection>>,
+    ) -> io::Result<()> {
         // Between their sleep and the registry they are nowhere.
         let _accepting = self.registry.accepting();
-        if !self.registry.phase().rests() {
-            for sleeper in those(&self.sleepers)? {
-                self.serve_woken(sleeper);
+        if !self.registry.phase().quiesces() {
+            for idle in those(&self.parked)? {
+                self.serve_unparked_connection(idle);
             }
         }
         Ok(())
     }
 
-    fn serve_woken(&self, sleeper: Sleeper) {
-        let Sleeper { connection, slot, since } = sleeper;
+    fn serve_unparked_connection(&self, idle: ParkedConnection) {
+        let ParkedConnection { connection, slot, since } = idle;
         match connection.watched() {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, slot, since);
@@ -249,16 +252,16 @@ impl Server {
     }
 
     fn serve(&self, connection: Connection<Stream>, registration: Registration) {
-        let (services, sleepers) = (self.services.clone(), self.sleepers.clone());
+        let (services, parked) = (self.services.clone(), self.parked.clone());
         tokio::spawn(async move {
             let mut next = Some((connection, registration));
             while let Some((connection, registration)) = next {
-                let End::AtRest(connection, registration) =
+                let ConnectionOutcome::Quiescent(connection, registration) =
                     connection::serve(connection, registration, &services).await
                 else {
                     return;
                 };
-                next = sleepers.take(connection, registration).unwrap_or_else(|error| {
+                next = parked.take(connection, registration).unwrap_or_else(|error| {
                     debug!(%error, "a client disconnected while its connection was being parked");
                     None
                 });
@@ -270,7 +273,7 @@ impl Server {
         let mut errors = AcceptErrors::default();
         loop {
             let registry = &self.registry;
-            registry.until_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
+            registry.wait_for_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
             if acceptor.is_last(registry.phase().ends(true)) {
                 self.empty(&acceptor);
                 return;
@@ -291,7 +294,7 @@ impl Server {
                 io::Result::Ok((connection, slot))
             };
             tokio::select! {
-                () = registry.until_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
+                () = registry.wait_for_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
                 accepted = accepted => match accepted {
                     Ok((Some((connection, peer)), slot)) => self.begin(connection, peer, slot),
                     // It was another process's, or has gone.
@@ -305,7 +308,7 @@ impl Server {
     /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it. Nobody joins the
     /// queue by a socket file that is gone.
     fn empty(&self, acceptor: &Acceptor) {
-        if let Holder::Nobody(Some(path)) = &acceptor.holder {
+        if let Ownership::Bound(Some(path)) = &acceptor.ownership {
             path.remove();
         }
         loop {
@@ -323,7 +326,7 @@ pub struct Acceptor {
     label: String,
     name: Name,
     /// Before the socket: what has a file goes before it closes.
-    holder: Holder,
+    ownership: Ownership,
     socket: AsyncFd<OwnedFd>,
 }
 
@@ -336,7 +339,7 @@ impl Acceptor {
 
     fn watching(listener: Listener) -> io::Result<Self> {
         let label = listener.label();
-        let Listener { name, socket, holder } = listener;
+        let Listener { name, socket, ownership } = listener;
         let socket = match socket {
             ListeningSocket::Tcp(socket) => {
                 if let Err(error) = keep_alive(&socket) {
@@ -346,7 +349,7 @@ impl Acceptor {
             }
             ListeningSocket::Unix(socket) => socket.into(),
         };
-        Ok(Self { label, name, holder, socket: sys::watch(socket)? })
+        Ok(Self { label, name, ownership, socket: sys::watch(socket)? })
     }
 
     /// Who is first in the queue, if there is anybody.
@@ -369,7 +372,7 @@ impl Acceptor {
 
     /// Whether this process, which is ending, is the only one that ever accepts here.
     fn is_last(&self, ending: bool) -> bool {
-        ending && matches!(self.holder, Holder::Nobody(_))
+        ending && matches!(self.ownership, Ownership::Bound(_))
     }
 }
 
@@ -431,7 +434,7 @@ mod tests {
         socket.set_nonblocking(true).expect("an option");
         let address = socket.local_addr().expect("an address");
         let socket = ListeningSocket::Tcp(socket);
-        let listener = Listener { name: Name::default(), socket, holder: Holder::Parent };
+        let listener = Listener { name: Name::default(), socket, ownership: Ownership::Inherited };
         let acceptor = Acceptor::new(listener).expect("an acceptor");
         let _peer = TcpStream::connect(address).expect("a connection");
         let stream = acceptor.accept().expect("no error").expect("a connection").0.socket;

@@ -9,7 +9,7 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::handover::{
-    self, Channel, Frame, Kind, Next, Origin, STORE_NAME, WINDOW, is_claimed, unpack, unpack_tickets,
+    self, Channel, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed, unpack, unpack_tickets,
 };
 use crate::observe::log::message_id;
 use crate::observe::metrics;
@@ -26,7 +26,7 @@ const BUSY_ROTATION_INTERVAL: Duration = Duration::from_millis(10);
 
 /// What a channel still holds.
 #[derive(PartialEq, Eq)]
-enum Rest {
+enum Remainder {
     None,
     /// Connections for which there are no descriptors.
     Waits,
@@ -94,7 +94,7 @@ impl Adopter {
     /// were. `on_other` gets the frames that are not about connections.
     pub async fn adopt_from(mut self, channel: Channel, mut on_other: impl FnMut(Frame)) -> String {
         let begun = Instant::now();
-        if self.adopt_while_room(&channel, &mut on_other).await == Rest::Waits {
+        if self.adopt_while_room(&channel, &mut on_other).await == Remainder::Waits {
             match channel.into_socket() {
                 Ok(channel) => self.server.overflow().keep(channel, false),
                 Err(error) => self.refuse(0, error.to_string()),
@@ -116,22 +116,22 @@ impl Adopter {
         self.finish()
     }
 
-    async fn adopt_while_room(&mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) -> Rest {
+    async fn adopt_while_room(&mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) -> Remainder {
         loop {
             let next = match channel.readable().await {
                 Ok(()) => channel.receive_if_room(&mut self.room, WINDOW),
                 Err(error) => Err(error),
             };
             match next {
-                Ok(Next::Frame(frame)) if is_of_connections(frame.kind) => self.on_frame(frame),
+                Ok(Next::Frame(frame)) if is_of_connections(frame.message_type) => self.on_frame(frame),
                 Ok(Next::Frame(frame)) => on_other(frame),
                 Ok(Next::Refused(connections, reason)) => self.refuse(connections, reason),
-                Ok(Next::NoRoom) => return Rest::Waits,
+                Ok(Next::NoRoom) => return Remainder::Waits,
                 Ok(Next::Pending) => {}
-                Ok(Next::End) => return Rest::None,
+                Ok(Next::End) => return Remainder::None,
                 Err(error) => {
                     self.refuse(0, error.to_string());
-                    return Rest::None;
+                    return Remainder::None;
                 }
             }
         }
@@ -171,13 +171,13 @@ impl Adopter {
     }
 
     fn on_frame(&mut self, frame: Frame) {
-        match frame.kind {
-            Kind::Totals => {
-                if let Err(error) = metrics::go_on_from(&frame.text) {
+        match frame.message_type {
+            MessageType::Totals => {
+                if let Err(error) = metrics::restore_totals(&frame.text) {
                     debug!(%error, "invalid counters from the predecessor: {:?}", frame.text);
                 }
             }
-            Kind::Tickets => self.server.go_on_with_tickets(unpack_tickets(frame)),
+            MessageType::Tickets => self.server.adopt_ticket_keys(unpack_tickets(frame)),
             _ => self.adopt(frame),
         }
     }
@@ -300,6 +300,6 @@ impl Adopter {
 }
 
 /// Whether a frame also occurs in the store; the others are steps of a takeover.
-fn is_of_connections(kind: Kind) -> bool {
-    matches!(kind, Kind::Connections | Kind::Tickets | Kind::Totals)
+fn is_of_connections(kind: MessageType) -> bool {
+    matches!(kind, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
 }

@@ -9,10 +9,10 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
-use super::launch::{Outcome, is_readable, take_standard_input};
-use super::{CREDENTIALS, OUTCOME_LIMIT, TAKES_ALL_KINDS};
-use crate::handover::{Channel, Kind, Next, Origin, receive_frame, send_frames};
-use crate::listeners::{Inherited, Listener, leave_socket_files};
+use super::launch::{ResultPipe, is_readable, take_standard_input};
+use super::{ADOPTS_HTTP2_AND_TLS, CREDENTIALS, OUTCOME_LIMIT};
+use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
+use crate::listeners::{Inherited, Listener, SocketFiles};
 use crate::observe::status::Status;
 use crate::os::credentials::Credentials;
 use crate::server::Server;
@@ -20,17 +20,17 @@ use crate::takeover::adopter::Adopter;
 use crate::transport::listener_name::Name;
 
 /// The process that we take over from.
-pub struct Predecessor {
+pub struct PredecessorLink {
     channel: OwnedFd,
-    outcome: Outcome,
+    outcome: ResultPipe,
     me: Origin,
     deadline: Instant,
 }
 
-impl Predecessor {
+impl PredecessorLink {
     /// What `launch` gave this process.
     pub fn find() -> Result<Self> {
-        let outcome = Outcome::take().context("could not duplicate standard output")?;
+        let outcome = ResultPipe::claim_stdout().context("could not duplicate standard output")?;
         let channel = take_standard_input().context("could not duplicate standard input")?;
         Ok(Self { channel, outcome, me: Origin::now(0), deadline: Instant::now() })
     }
@@ -40,7 +40,7 @@ impl Predecessor {
         self.deadline = Instant::now() + limit;
         let pid = std::process::id().to_string();
         // Where nobody listens any more, the reason may lie in the channel.
-        send_frames::<OwnedFd>(&self.channel, Kind::Hello, self.me, &[], &pid);
+        send_frames::<OwnedFd>(&self.channel, MessageType::Hello, self.me, &[], &pid);
         let frame = loop {
             ensure!(
                 is_readable(&self.channel, self.deadline)?,
@@ -53,19 +53,19 @@ impl Predecessor {
                 Next::End => bail!("the predecessor closed the channel"),
             }
         };
-        match frame.kind {
-            Kind::Listeners => {}
-            Kind::Refused => bail!("{}", frame.text),
+        match frame.message_type {
+            MessageType::Listeners => {}
+            MessageType::Refused => bail!("{}", frame.text),
             other => bail!("protocol error: expected Listeners from the predecessor, got {other:?}"),
         }
-        leave_socket_files();
+        let socket_files = SocketFiles::of_predecessor();
         let mut listeners = Vec::new();
         let mut credentials = Credentials::default();
         for (fd, record) in frame.sockets {
             if record.listener == CREDENTIALS {
                 credentials = Credentials::of_predecessor(fd);
             } else {
-                listeners.push(Listener::unpack((fd, record))?);
+                listeners.push(Listener::unpack(fd, &record, &socket_files)?);
             }
         }
         let generation = frame.origin.generation.saturating_add(1);
@@ -73,7 +73,7 @@ impl Predecessor {
         // systemd gives WATCHDOG_USEC to what ExecStart= starts, and not to us.
         let watchdog = frame.text.parse().ok().map(Duration::from_micros);
         let generation = Some(generation);
-        Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog })
+        Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog, socket_files })
     }
 
     /// Says that we could serve, and waits for the predecessor to say: do.
@@ -90,19 +90,24 @@ impl Predecessor {
 
     /// This process ends, and the predecessor goes on.
     pub fn give_up(self, reason: &str) {
-        let (_, _) = send_frames::<OwnedFd>(&self.channel, Kind::Refused, self.me, &[], reason);
+        let (_, _) = send_frames::<OwnedFd>(&self.channel, MessageType::Refused, self.me, &[], reason);
         self.outcome.failed(reason);
     }
 }
 
 async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
     let channel = Channel::new(channel)?;
-    channel.say(Kind::Ready, me, TAKES_ALL_KINDS).await.context("could not send Ready to the predecessor")?;
+    channel
+        .say(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS)
+        .await
+        .context("could not send Ready to the predecessor")?;
     let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
-        Some(frame) if frame.kind == Kind::Commit => Ok(channel),
-        Some(frame) if frame.kind == Kind::Refused => bail!("{}", frame.text),
-        Some(frame) => bail!("protocol error: expected Commit from the predecessor, got {:?}", frame.kind),
+        Some(frame) if frame.message_type == MessageType::Commit => Ok(channel),
+        Some(frame) if frame.message_type == MessageType::Refused => bail!("{}", frame.text),
+        Some(frame) => {
+            bail!("protocol error: expected Commit from the predecessor, got {:?}", frame.message_type)
+        }
         None => bail!("the predecessor closed the channel"),
     }
 }
@@ -110,7 +115,7 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
 /// From now on this process serves.
 pub struct Committed {
     channel: Channel,
-    outcome: Outcome,
+    outcome: ResultPipe,
     me: Origin,
 }
 
@@ -124,9 +129,9 @@ impl Committed {
         names: Vec<Name>,
         status: Arc<Status>,
         gone: CancellationToken,
-    ) -> Outcome {
+    ) -> ResultPipe {
         let Self { channel, outcome, me } = self;
-        if let Err(error) = channel.say(Kind::Accepting, me, "").await {
+        if let Err(error) = channel.say(MessageType::Accepting, me, "").await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
@@ -151,8 +156,8 @@ async fn receive(
     let mut to_main = Some(to_main);
     let adopter = Adopter::new(server.clone(), names);
     let note = adopter
-        .adopt_from(channel, |frame| match frame.kind {
-            Kind::Main => drop(to_main.take()),
+        .adopt_from(channel, |frame| match frame.message_type {
+            MessageType::Main => drop(to_main.take()),
             other => debug!(?other, "unexpected frame from the predecessor"),
         })
         .await;

@@ -16,7 +16,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{OUTCOME_LIMIT, TAKES_ALL_KINDS};
+use super::{ADOPTS_HTTP2_AND_TLS, OUTCOME_LIMIT};
+use crate::handover::Protocols;
 
 /// Tells a process that we start what it is to be.
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -79,12 +80,13 @@ impl Program {
         self.is_takeover
     }
 
-    /// Whether who is started next goes on with HTTP/2 and TLS connections: as we do, where the binary is still ours.
-    /// Nobody is there to ask at a restart, so the word is looked for in the other one.
-    pub async fn takes_all_kinds(&self) -> bool {
+    /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`]. A file that is no binary, or cannot be read, is taken for a
+    /// release that adopts all.
+    pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
-        // A file that is none of these, or cannot be read, says nothing.
-        tokio::task::spawn_blocking(move || has_word(&path).unwrap_or(true)).await.unwrap_or(true)
+        let advertises = tokio::task::spawn_blocking(move || advertises(&path).unwrap_or(true)).await;
+        if advertises.unwrap_or(true) { Protocols::All } else { Protocols::PlainHttp1 }
     }
 
     fn command(&self, role: &str) -> Command {
@@ -123,14 +125,14 @@ impl Program {
 }
 
 /// Whether a binary is our own, or has the word; none of the two is known of a script.
-fn has_word(path: &Path) -> io::Result<bool> {
+fn advertises(path: &Path) -> io::Result<bool> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(true);
     }
-    let word = memmem::Finder::new(TAKES_ALL_KINDS);
-    let mut buffer = Vec::with_capacity(READ_LENGTH + TAKES_ALL_KINDS.len());
+    let word = memmem::Finder::new(ADOPTS_HTTP2_AND_TLS);
+    let mut buffer = Vec::with_capacity(READ_LENGTH + ADOPTS_HTTP2_AND_TLS.len());
     let mut is_elf = None;
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
@@ -138,7 +140,7 @@ fn has_word(path: &Path) -> io::Result<bool> {
             return Ok(true);
         }
         // It may be cut in two.
-        buffer.drain(..buffer.len().saturating_sub(TAKES_ALL_KINDS.len()));
+        buffer.drain(..buffer.len().saturating_sub(ADOPTS_HTTP2_AND_TLS.len()));
     }
     Ok(false)
 }
@@ -151,7 +153,7 @@ pub(super) fn is_readable(fd: impl AsFd, deadline: Instant) -> Result<bool> {
 }
 
 /// The intermediate process's whole life: starts the successor with the same standard input and output.
-pub fn be_the_intermediate(program: &Program) -> Result<()> {
+pub fn run_intermediate(program: &Program) -> Result<()> {
     let successor = program.command(SUCCESSOR).spawn().context("could not start the successor")?;
     writeln!(io::stdout(), "pid {}", successor.id())?;
     Ok(())
@@ -194,10 +196,10 @@ impl Launched {
 }
 
 /// Where a successor says what becomes of it: its standard output.
-pub struct Outcome(File);
+pub struct ResultPipe(File);
 
-impl Outcome {
-    pub(super) fn take() -> io::Result<Self> {
+impl ResultPipe {
+    pub(super) fn claim_stdout() -> io::Result<Self> {
         let outcome = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
         let null = File::options().write(true).open("/dev/null")?;
         rustix::stdio::dup2_stdout(&null)?;

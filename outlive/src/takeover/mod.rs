@@ -46,18 +46,18 @@ const COMMIT_LIMIT: Duration = Duration::from_secs(5);
 const OUTCOME_LIMIT: Duration =
     COMMIT_LIMIT.saturating_add(BARRIER_LIMIT).saturating_add(Duration::from_secs(1));
 
-/// Why a reload came to nothing that nobody refused.
-const OVERTAKEN: &str = "the service is being stopped";
+/// Why a reload failed that was neither refused nor timed out.
+pub const STOPPED_DURING_RELOAD: &str = "the service is being stopped";
 
 /// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing. It also
 /// shows in the binary of such a release.
-const TAKES_ALL_KINDS: &str = "takes-http2-and-tls";
+const ADOPTS_HTTP2_AND_TLS: &str = "takes-http2-and-tls";
 
 /// What the folder of the credentials is called where the listeners stand with their names.
 const CREDENTIALS: &str = "credentials";
 
 pub use adopter::Adopter;
-pub use incoming::{Committed, Predecessor};
-pub use launch::{Program, Role, be_the_intermediate, role};
-pub use outgoing::{Ending, Offer, serve_until_end};
+pub use incoming::PredecessorLink;
+pub use launch::{Program, Role, role, run_intermediate};
+pub use outgoing::{Commitment, ReloadEvent, Reloads, Successor, SuccessorBundle, UNDER_WAY};
 pub use socket::{TakeoverSocket, command, give_up};

@@ -15,9 +15,9 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::OVERTAKEN;
+use super::STOPPED_DURING_RELOAD;
 use super::launch::Program;
-use crate::handover::{Channel, Kind, Origin, send_frames};
+use crate::handover::{Channel, MessageType, Origin, send_frames};
 use crate::os::exit::{Failure, Result};
 
 const NAME: &str = "takeover";
@@ -107,7 +107,7 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
                 Err(failure) => timeout(STOP_LAG, stop.recv()).await.is_err().then_some(failure),
             },
         };
-        let overtaken = || Failure::unavailable(anyhow!("reload failed: {OVERTAKEN}"));
+        let overtaken = || Failure::unavailable(anyhow!("reload failed: {STOPPED_DURING_RELOAD}"));
         Err(failed.unwrap_or_else(overtaken))
     });
     runtime.shutdown_background();
@@ -120,11 +120,11 @@ fn reload(program: &Program, limit: Duration) -> Result<()> {
     let copy = channel.try_clone().context("could not duplicate the takeover connection");
     let launched = copy.and_then(|channel| program.launch(channel, limit));
     let launched = launched.map_err(|error| {
-        say(Kind::Refused, &format!("{error:#}"));
+        say(MessageType::Refused, &format!("{error:#}"));
         Failure::unavailable(error)
     })?;
     // If nobody reads it, the successor says so.
-    say(Kind::Go, "");
+    say(MessageType::Go, "");
     // Ours would keep the channel open when the successor has died.
     drop(channel);
     launched.outcome(limit).context("reload failed").map_err(Failure::unavailable)
@@ -133,7 +133,7 @@ fn reload(program: &Program, limit: Duration) -> Result<()> {
 /// Tells the service that runs here why it is not reloaded.
 pub fn give_up(reason: &str) {
     if let Ok(channel) = connect() {
-        send_frames::<OwnedFd>(&channel, Kind::Refused, Origin::now(0), &[], reason);
+        send_frames::<OwnedFd>(&channel, MessageType::Refused, Origin::now(0), &[], reason);
     }
 }
 

@@ -79,7 +79,7 @@ pub enum Table {
 
 /// An HTTP/2 connection, between two processes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Agreement {
+pub struct Http2State {
     /// What the client has set.
     pub theirs: Settings,
     /// What the client knows of ours.
@@ -93,7 +93,7 @@ pub struct Agreement {
     pub table: Table,
 }
 
-impl Default for Agreement {
+impl Default for Http2State {
     fn default() -> Self {
         Self {
             theirs: Settings::default(),
@@ -106,7 +106,7 @@ impl Default for Agreement {
     }
 }
 
-impl Agreement {
+impl Http2State {
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::new();
         self.theirs.encode(&mut bytes);
@@ -151,11 +151,11 @@ mod tests {
             is_empty: bool, more: Vec<u8>,
         ) {
             let table = if is_empty { Table::Empty } else { Table::Unknown };
-            let agreement = Agreement { theirs, ours, last_stream, receive_window, send_window, table };
-            let bytes = agreement.encode();
-            prop_assert_eq!(Agreement::decode(&[&bytes[..], &more].concat()), Some(agreement));
+            let state = Http2State { theirs, ours, last_stream, receive_window, send_window, table };
+            let bytes = state.encode();
+            prop_assert_eq!(Http2State::decode(&[&bytes[..], &more].concat()), Some(state));
             for cut in 0..bytes.len() {
-                prop_assert_eq!(Agreement::decode(&bytes[..cut]), None);
+                prop_assert_eq!(Http2State::decode(&bytes[..cut]), None);
             }
         }
     }
@@ -163,15 +163,15 @@ mod tests {
     #[test]
     fn no_bytes_are_too_much_for_it() {
         bolero::check!().for_each(|bytes| {
-            let _ = Agreement::decode(bytes);
+            let _ = Http2State::decode(bytes);
         });
     }
 
     #[test]
     fn a_window_larger_than_there_can_be_is_no_agreement() {
         for window in [i64::MIN, -WINDOW_LIMIT - 1, WINDOW_LIMIT + 1, i64::MAX] {
-            let agreement = Agreement { send_window: window, ..Agreement::default() };
-            assert_eq!(Agreement::decode(&agreement.encode()), None, "{window}");
+            let state = Http2State { send_window: window, ..Http2State::default() };
+            assert_eq!(Http2State::decode(&state.encode()), None, "{window}");
         }
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 /// What a connection is served with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ListenerKind {
+pub enum ListenerRole {
     /// The application.
     Http,
     /// The application, behind TLS.
@@ -19,12 +19,12 @@ pub enum ListenerKind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Name {
     text: Arc<str>,
-    kind: ListenerKind,
+    role: ListenerRole,
 }
 
 impl Name {
-    pub fn kind(&self) -> ListenerKind {
-        self.kind
+    pub fn role(&self) -> ListenerRole {
+        self.role
     }
 
     pub fn as_str(&self) -> &str {
@@ -35,7 +35,7 @@ impl Name {
 /// Of a listener that nobody named.
 impl Default for Name {
     fn default() -> Self {
-        Self { text: Arc::from("http"), kind: ListenerKind::Http }
+        Self { text: Arc::from("http"), role: ListenerRole::Http }
     }
 }
 
@@ -43,15 +43,15 @@ impl FromStr for Name {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        let kind = match text {
-            "admin" => ListenerKind::Admin,
-            _ if text.starts_with("https") => ListenerKind::Https,
-            _ if text.starts_with("http") => ListenerKind::Http,
+        let role = match text {
+            "admin" => ListenerRole::Admin,
+            _ if text.starts_with("https") => ListenerRole::Https,
+            _ if text.starts_with("http") => ListenerRole::Http,
             _ => anyhow::bail!(
                 "invalid listener name {text:?}: expected admin or a name that starts with http or https"
             ),
         };
-        Ok(Self { text: Arc::from(text), kind })
+        Ok(Self { text: Arc::from(text), role })
     }
 }
 
@@ -67,14 +67,14 @@ mod tests {
 
     #[test]
     fn the_name_decides() {
-        let kind = |text: &str| text.parse::<Name>().map(|name| name.kind()).ok();
-        assert_eq!(kind("http"), Some(ListenerKind::Http));
-        assert_eq!(kind("http-internal"), Some(ListenerKind::Http));
-        assert_eq!(kind("https"), Some(ListenerKind::Https));
-        assert_eq!(kind("https-8443"), Some(ListenerKind::Https));
-        assert_eq!(kind("admin"), Some(ListenerKind::Admin));
+        let role = |text: &str| text.parse::<Name>().map(|name| name.role()).ok();
+        assert_eq!(role("http"), Some(ListenerRole::Http));
+        assert_eq!(role("http-internal"), Some(ListenerRole::Http));
+        assert_eq!(role("https"), Some(ListenerRole::Https));
+        assert_eq!(role("https-8443"), Some(ListenerRole::Https));
+        assert_eq!(role("admin"), Some(ListenerRole::Admin));
         for text in ["", "HTTP", "web", "administration"] {
-            assert_eq!(kind(text), None, "{text}");
+            assert_eq!(role(text), None, "{text}");
         }
     }
 }

@@ -13,9 +13,9 @@ use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::transport::http2_state::Agreement;
+use crate::transport::http2_state::Http2State;
 use crate::transport::listener_name::Name;
-use crate::transport::tls_traffic::TlsSession;
+use crate::transport::tls_traffic::TlsTrafficState;
 
 /// A connection with what it takes to go on with it, here or in the next process: at rest a socket, which is
 /// nobody's business but the kernel's; served, a [`Stream`].
@@ -26,9 +26,9 @@ pub struct Connection<S = OwnedFd> {
     /// What was read from it and not consumed.
     pub unread: Bytes,
     /// Where it speaks HTTP/2: what its two ends have agreed upon.
-    pub http2: Option<Box<Agreement>>,
+    pub http2: Option<Box<Http2State>>,
     /// Where it speaks TLS, and has shaken hands.
-    pub tls: Option<Box<TlsSession>>,
+    pub tls: Option<Box<TlsTrafficState>>,
 }
 
 impl Connection {

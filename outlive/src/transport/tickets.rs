@@ -73,7 +73,7 @@ impl Tickets {
 
     /// Goes on with the keys of a process before this one; false where `bytes` make no sense. What a later release has
     /// to say behind them is left alone.
-    pub fn go_on_with(&self, mut bytes: &[u8]) -> bool {
+    pub fn adopt_keys(&self, mut bytes: &[u8]) -> bool {
         let Ok(count @ 1..=2) = bytes.try_get_u8() else { return false };
         let mut key = || {
             let since = bytes.try_get_u64_le().ok()?;
@@ -178,7 +178,7 @@ mod tests {
         let old = first.encrypt_at(now() - ROTATION, b"old").expect("a ticket");
         let new = first.encrypt(b"new").expect("a ticket");
         assert_eq!((next.decrypt(&old), next.decrypt(&new)), (None, None));
-        assert!(next.go_on_with(&first.encode()));
+        assert!(next.adopt_keys(&first.encode()));
         assert_eq!(next.decrypt(&new).as_deref(), Some(&b"new"[..]));
         assert_eq!(next.decrypt(&old).as_deref(), Some(&b"old"[..]));
     }
@@ -189,7 +189,7 @@ mod tests {
             let tickets = Tickets::new().expect("keys");
             assert_eq!(tickets.decrypt(bytes), None);
             let ticket = tickets.encrypt(b"secret").expect("a ticket");
-            if !tickets.go_on_with(bytes) {
+            if !tickets.adopt_keys(bytes) {
                 assert!(tickets.decrypt(&ticket).is_some(), "refused, and yet taken");
             }
         });

@@ -82,7 +82,7 @@ pub struct PeerState {
 }
 
 #[derive(Clone, PartialEq, Eq)]
-pub struct TlsSession {
+pub struct TlsTrafficState {
     pub suite: Suite,
     pub from_peer: Direction,
     pub to_peer: Direction,
@@ -92,7 +92,7 @@ pub struct TlsSession {
 }
 
 /// Without its keys.
-impl fmt::Debug for TlsSession {
+impl fmt::Debug for TlsTrafficState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsSession").field("suite", &self.suite).finish_non_exhaustive()
     }
@@ -116,7 +116,7 @@ impl fmt::Debug for Direction {
 /// 4  of the peer: empty records, warnings, KeyUpdates, whether it wants a KeyUpdate
 /// 1  length of what follows; the beginning of a handshake message
 /// ```
-impl TlsSession {
+impl TlsTrafficState {
     /// None where the suite is not one of TLS 1.3.
     pub fn new(secrets: ExtractedSecrets, first: &FirstSecrets, unread: Bytes) -> Option<Self> {
         let (suite, mut from_peer) = direction(secrets.rx)?;
@@ -231,7 +231,7 @@ mod tests {
 
     use super::*;
 
-    fn session() -> impl Strategy<Value = TlsSession> {
+    fn session() -> impl Strategy<Value = TlsTrafficState> {
         let direction = |suite: Suite| {
             let bytes = |length| prop::collection::vec(any::<u8>(), length);
             let secret = prop::option::of(bytes(suite.secret_length()));
@@ -257,7 +257,7 @@ mod tests {
         let bytes = prop::collection::vec(any::<u8>(), 0..100);
         (0..Suite::ALL.len(), bytes, peer).prop_flat_map(move |(suite, unread, peer)| {
             let suite = Suite::ALL[suite];
-            (direction(suite), direction(suite)).prop_map(move |(from_peer, to_peer)| TlsSession {
+            (direction(suite), direction(suite)).prop_map(move |(from_peer, to_peer)| TlsTrafficState {
                 suite,
                 from_peer,
                 to_peer,
@@ -271,7 +271,7 @@ mod tests {
     mod before {
         use super::*;
 
-        pub fn encode(session: &TlsSession) -> Vec<u8> {
+        pub fn encode(session: &TlsTrafficState) -> Vec<u8> {
             let mut bytes = Vec::new();
             bytes.put_u16_le(session.suite as u16);
             for direction in [&session.from_peer, &session.to_peer] {
@@ -284,7 +284,7 @@ mod tests {
             bytes
         }
 
-        pub fn decode(mut bytes: &[u8]) -> Option<TlsSession> {
+        pub fn decode(mut bytes: &[u8]) -> Option<TlsTrafficState> {
             let suite = bytes.try_get_u16_le().ok()?;
             let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
             let mut direction = || {
@@ -298,12 +298,12 @@ mod tests {
             let (from_peer, to_peer) = (direction()?, direction()?);
             let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
             let unread = Bytes::copy_from_slice(bytes.get(..length)?);
-            Some(TlsSession { suite, from_peer, to_peer, unread, peer: PeerState::default() })
+            Some(TlsTrafficState { suite, from_peer, to_peer, unread, peer: PeerState::default() })
         }
     }
 
     /// What a release before the KeyUpdate was followed keeps of it.
-    fn without_secrets(mut session: TlsSession) -> TlsSession {
+    fn without_secrets(mut session: TlsTrafficState) -> TlsTrafficState {
         (session.from_peer.secret, session.to_peer.secret) = (None, None);
         session.peer = PeerState::default();
         session
@@ -317,9 +317,9 @@ mod tests {
             if session.from_peer.secret.is_some() && session.to_peer.secret.is_some() {
                 prop_assert_eq!(bytes.capacity(), bytes.len(), "it grew, and left keys behind");
             }
-            prop_assert!(TlsSession::decode(&[&bytes[..], &more].concat()) == Some(session));
+            prop_assert!(TlsTrafficState::decode(&[&bytes[..], &more].concat()) == Some(session));
             for cut in (0..bytes.len()).filter(|cut| *cut != whole_in_older_releases) {
-                prop_assert!(TlsSession::decode(&bytes[..cut]).is_none());
+                prop_assert!(TlsTrafficState::decode(&bytes[..cut]).is_none());
             }
         }
 
@@ -327,14 +327,14 @@ mod tests {
         fn a_release_that_does_not_know_secrets_and_this_one_read_each_other(session in session()) {
             let wanted = Some(without_secrets(session.clone()));
             prop_assert!(before::decode(&session.encode()) == wanted);
-            prop_assert!(TlsSession::decode(&before::encode(&session)) == wanted);
+            prop_assert!(TlsTrafficState::decode(&before::encode(&session)) == wanted);
         }
     }
 
     #[test]
     fn no_bytes_are_too_much_for_it() {
         bolero::check!().for_each(|bytes| {
-            let _ = TlsSession::decode(bytes);
+            let _ = TlsTrafficState::decode(bytes);
         });
     }
 }

@@ -30,20 +30,20 @@ pub const HEAD_LENGTH: usize = 9;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     pub length: usize,
-    pub kind: u8,
+    pub frame_type: u8,
     pub flags: u8,
     pub stream: u32,
 }
 
 impl Head {
-    pub fn new(kind: u8, flags: u8, length: usize) -> Self {
-        Self { length, kind, flags, stream: 0 }
+    pub fn new(frame_type: u8, flags: u8, length: usize) -> Self {
+        Self { length, frame_type, flags, stream: 0 }
     }
 
     pub fn decode(bytes: [u8; HEAD_LENGTH]) -> Self {
-        let [a, b, c, kind, flags, stream @ ..] = bytes;
+        let [a, b, c, frame_type, flags, stream @ ..] = bytes;
         let length = u32::from_be_bytes([0, a, b, c]) as usize;
-        Self { length, kind, flags, stream: u32::from_be_bytes(stream) & !(1 << 31) }
+        Self { length, frame_type, flags, stream: u32::from_be_bytes(stream) & !(1 << 31) }
     }
 
     pub fn has(self, flag: u8) -> bool {
@@ -80,7 +80,7 @@ impl Head {
 
     pub fn put(self, into: &mut BytesMut) {
         into.put_uint(self.length as u64, 3);
-        into.put_slice(&[self.kind, self.flags]);
+        into.put_slice(&[self.frame_type, self.flags]);
         into.put_u32(self.stream);
     }
 }
@@ -129,27 +129,27 @@ pub fn put_oversized_request(stream: u32, limit: u32, into: &mut BytesMut) {
 
 /// What becomes of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Disposition {
     /// It goes on, byte by byte.
-    Pass,
+    Forward,
     /// It waits, and all that belongs to it.
     Hold,
     /// It goes no further.
-    Swallow,
+    Discard,
 }
 
 /// How far the present frame has come.
 #[derive(Debug)]
-pub enum Step {
+pub enum FrameParser {
     /// So many bytes of its head.
     Head([u8; HEAD_LENGTH], usize),
     /// So many bytes of its payload are still to come.
-    Payload(Way, usize),
+    Payload(Disposition, usize),
     /// Of one that is to be seen whole: what has come of its payload.
-    Seen(Head, [u8; HEAD_LENGTH], Vec<u8>),
+    Whole(Head, [u8; HEAD_LENGTH], Vec<u8>),
 }
 
-impl Step {
+impl FrameParser {
     pub const START: Self = Self::Head([0; HEAD_LENGTH], 0);
 
     /// Whether no frame has begun.
@@ -158,11 +158,11 @@ impl Step {
     }
 
     /// What has come of a frame of which nothing was passed on.
-    pub fn undecided(&self) -> Vec<u8> {
+    pub fn buffered(&self) -> Vec<u8> {
         match self {
             Self::Head(bytes, have) => bytes[..*have].to_vec(),
             Self::Payload(..) => Vec::new(),
-            Self::Seen(_, head, payload) => [&head[..], payload].concat(),
+            Self::Whole(_, head, payload) => [&head[..], payload].concat(),
         }
     }
 

@@ -20,13 +20,13 @@ use bytes::{Bytes, BytesMut};
 
 use super::HEADER_LIST_LIMIT;
 use super::frame::{
-    ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, PUSH_PROMISE,
-    RST_STREAM, SETTINGS, Step, WINDOW_UPDATE, Way, increment, put_goaway, put_oversized_request,
-    put_settings, put_settings_ack, put_window_update, take,
+    ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
+    Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_goaway,
+    put_oversized_request, put_settings, put_settings_ack, put_window_update, take,
 };
 use crate::connection::PREFACE;
 use crate::transport::http2_state::{
-    Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings, Table,
+    FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, Settings, Table,
 };
 
 /// A client that begins more while it is held is held no longer, in bytes.
@@ -44,29 +44,29 @@ const FRAME_LIMIT: usize = 16 * 1024;
 /// Of the payload of a PING, in bytes; h2 objects to any other.
 const PING_LENGTH: usize = 8;
 
-pub struct Session {
-    agreement: Agreement,
+pub struct Interposer {
+    state: Http2State,
     /// Streams up to this one are a former process's.
     former: u32,
     /// The others that have not ended, in order, and which side of them has.
     open: Vec<(u32, Ended)>,
     /// Where the client's bytes are.
     preface_left: usize,
-    from_client: Step,
+    from_client: FrameParser,
     /// What becomes of a header block that is not whole yet.
-    block: Option<Way>,
-    rest: Rest,
+    block: Option<Disposition>,
+    hold_state: HoldState,
     held: BytesMut,
     to_h2: BytesMut,
     /// Where h2's bytes are, while they pass as they come.
-    from_h2: Step,
+    from_h2: FrameParser,
     /// What has come of a frame of h2's, while they do not.
     partial: BytesMut,
     to_client: BytesMut,
     /// Frames of h2's that the client has no room for.
     waiting: BytesMut,
     /// What of its beginning a fresh h2 has still to say.
-    beginning: Option<Beginning>,
+    preamble: Option<Preamble>,
     /// How much h2 believes that the client takes, and it does not, in bytes.
     debt: i64,
     unanswered: Unanswered,
@@ -82,24 +82,24 @@ struct Ended {
 
 /// Whether new streams may begin.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Rest {
-    No,
+enum HoldState {
+    Open,
     /// They are held.
-    Coming,
+    Holding,
     /// What was held goes on once the frame that is passing is whole.
-    Over,
+    Releasing,
 }
 
 /// What a fresh h2 says first, each once.
-struct Beginning {
-    has_set: bool,
-    has_granted: bool,
-    told: Told,
+struct Preamble {
+    has_sent_settings: bool,
+    has_sent_window: bool,
+    told: ToldToH2,
 }
 
 /// What a fresh h2 has been told in the client's name.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Told {
+enum ToldToH2 {
     /// A request on the last stream of the former process, and settings that forbid a table of headers: h2 encodes the
     /// refusal of that request, and the client does not receive it. If it entered the table, the client's table would
     /// differ from then on.
@@ -125,24 +125,24 @@ struct Unanswered {
     own_pings: u32,
 }
 
-impl Session {
+impl Interposer {
     /// Of a connection that begins here.
     pub fn new() -> Self {
         Self {
-            agreement: Agreement::default(),
+            state: Http2State::default(),
             former: 0,
             open: Vec::new(),
             preface_left: PREFACE.len(),
-            from_client: Step::START,
+            from_client: FrameParser::START,
             block: None,
-            rest: Rest::No,
+            hold_state: HoldState::Open,
             held: BytesMut::new(),
             to_h2: BytesMut::new(),
-            from_h2: Step::START,
+            from_h2: FrameParser::START,
             partial: BytesMut::new(),
             to_client: BytesMut::new(),
             waiting: BytesMut::new(),
-            beginning: None,
+            preamble: None,
             debt: 0,
             unanswered: Unanswered::default(),
             is_ending: false,
@@ -150,27 +150,27 @@ impl Session {
     }
 
     /// Of a connection that began in another process.
-    pub fn resume(agreement: Agreement) -> Self {
-        let former = agreement.last_stream;
+    pub fn resume(state: Http2State) -> Self {
+        let former = state.last_stream;
         let mut to_h2 = BytesMut::from(PREFACE);
         let told = if former > 0 {
             put_settings(&Settings::default().or(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
             put_oversized_request(former, HEADER_LIST_LIMIT, &mut to_h2);
-            Told::FormerStreams
+            ToldToH2::FormerStreams
         } else {
-            put_settings(&agreement.theirs.payload(), &mut to_h2);
-            Told::Settings
+            put_settings(&state.theirs.payload(), &mut to_h2);
+            ToldToH2::Settings
         };
-        let granted = agreement.send_window - FIRST_WINDOW;
+        let granted = state.send_window - FIRST_WINDOW;
         if let Ok(granted @ 1..) = u32::try_from(granted) {
             put_window_update(granted, &mut to_h2);
         }
         Self {
             former,
-            agreement,
+            state,
             preface_left: 0,
             to_h2,
-            beginning: Some(Beginning { has_set: false, has_granted: false, told }),
+            preamble: Some(Preamble { has_sent_settings: false, has_sent_window: false, told }),
             debt: (-granted).max(0),
             ..Self::new()
         }
@@ -180,27 +180,27 @@ impl Session {
 
     /// Holds streams that begin from now on.
     pub fn hold(&mut self) {
-        if self.rest == Rest::No {
-            self.rest = Rest::Coming;
+        if self.hold_state == HoldState::Open {
+            self.hold_state = HoldState::Holding;
         }
     }
 
     /// Lets go on what was held.
     pub fn release(&mut self) {
-        if self.rest == Rest::Coming {
-            self.rest = Rest::Over;
-            self.go_on();
+        if self.hold_state == HoldState::Holding {
+            self.hold_state = HoldState::Releasing;
+            self.release_held();
         }
     }
 
     /// Whether it cannot move any more, whatever it does.
     pub fn is_immovable(&self) -> bool {
-        self.is_ending || self.agreement.table == Table::InUse
+        self.is_ending || self.state.table == Table::InUse
     }
 
     /// Whether the client sends too much to be held any longer.
     pub fn is_full(&self) -> bool {
-        self.rest == Rest::Coming && self.held.len() > HELD_LIMIT
+        self.hold_state == HoldState::Holding && self.held.len() > HELD_LIMIT
     }
 
     /// Whether more waits for the client to grant a window than a client in good faith lets accumulate.
@@ -214,8 +214,8 @@ impl Session {
     }
 
     /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.
-    pub fn is_at_rest(&self) -> bool {
-        self.rest == Rest::Coming && self.is_settled()
+    pub fn is_quiescent(&self) -> bool {
+        self.hold_state == HoldState::Holding && self.is_settled()
     }
 
     /// The same, but for streams that may still begin.
@@ -223,7 +223,7 @@ impl Session {
         self.open.is_empty()
             && self.is_between_frames()
             && self.preface_left == 0
-            && self.beginning.is_none()
+            && self.preamble.is_none()
             && self.from_h2.is_start()
             && [&self.to_h2, &self.partial, &self.to_client, &self.waiting]
                 .into_iter()
@@ -242,70 +242,71 @@ impl Session {
     /// Whether no request that the client has sent whole is unanswered. A stream whose header block has not ended is not
     /// a request yet.
     pub fn owes_nothing(&self) -> bool {
-        let is_begun = |stream| self.block == Some(Way::Pass) && stream == self.agreement.last_stream;
+        let is_begun = |stream| self.block == Some(Disposition::Forward) && stream == self.state.last_stream;
         self.waiting.is_empty() && self.open.iter().all(|(stream, _)| is_begun(*stream))
     }
 
     /// What is left to send where h2 is not waited for any longer: GOAWAY with the last stream that h2 knows of.
-    pub fn farewell(mut self) -> BytesMut {
+    pub fn final_goaway(mut self) -> BytesMut {
         let is_between_frames = self.from_h2.is_start() && self.partial.is_empty();
         let mut bytes = std::mem::take(self.for_client());
         // Inside another frame it would be taken for a part of that frame.
         if is_between_frames {
-            put_goaway(self.agreement.last_stream, &mut bytes);
+            put_goaway(self.state.last_stream, &mut bytes);
         }
         bytes
     }
 
     /// Comes to rest where nothing is in its way; else nothing changes.
-    pub fn falls_asleep(&mut self) -> bool {
-        if self.rest != Rest::No {
+    pub fn park_if_quiescent(&mut self) -> bool {
+        if self.hold_state != HoldState::Open {
             return false;
         }
         self.hold();
-        let is_at_rest = self.is_at_rest();
-        if !is_at_rest {
+        let is_quiescent = self.is_quiescent();
+        if !is_quiescent {
             self.release();
         }
-        is_at_rest
+        is_quiescent
     }
 
     /// What another process has to know, and what was not consumed.
-    pub fn leave(self) -> (Agreement, Bytes) {
+    pub fn into_state(self) -> (Http2State, Bytes) {
         let mut unread = self.held;
-        unread.extend_from_slice(&self.from_client.undecided());
-        (self.agreement, unread.freeze())
+        unread.extend_from_slice(&self.from_client.buffered());
+        (self.state, unread.freeze())
     }
 
     #[cfg(test)]
-    pub fn agreement(&self) -> &Agreement {
-        &self.agreement
+    pub fn state(&self) -> &Http2State {
+        &self.state
     }
 
     /// Whether no frame of the client's has gone on in part.
     fn is_between_frames(&self) -> bool {
-        let goes_on = |way: &Way| matches!(way, Way::Pass | Way::Swallow);
-        !matches!(&self.from_client, Step::Payload(way, _) if goes_on(way))
-            && !self.block.as_ref().is_some_and(goes_on)
+        let is_resumed =
+            |disposition: &Disposition| matches!(disposition, Disposition::Forward | Disposition::Discard);
+        !matches!(&self.from_client, FrameParser::Payload(disposition, _) if is_resumed(disposition))
+            && !self.block.as_ref().is_some_and(is_resumed)
     }
 
-    fn go_on(&mut self) {
-        if self.rest != Rest::Over || !self.is_between_frames() {
+    fn release_held(&mut self) {
+        if self.hold_state != HoldState::Releasing || !self.is_between_frames() {
             return;
         }
-        self.rest = Rest::No;
+        self.hold_state = HoldState::Open;
         self.block = None;
         let held = std::mem::take(&mut self.held);
-        let undecided = std::mem::replace(&mut self.from_client, Step::START).undecided();
+        let buffered = std::mem::replace(&mut self.from_client, FrameParser::START).buffered();
         self.receive(&held);
-        self.receive(&undecided);
+        self.receive(&buffered);
     }
 
     // ---- from the client to h2 ----
 
     /// Whether the client's bytes may reach h2.
     pub fn is_begun(&self) -> bool {
-        self.beginning.is_none()
+        self.preamble.is_none()
     }
 
     /// What is for h2 to read.
@@ -324,7 +325,7 @@ impl Session {
         loop {
             let passed = all.len() - bytes.len();
             match &mut self.from_client {
-                Step::Payload(Way::Pass, left) => {
+                FrameParser::Payload(Disposition::Forward, left) => {
                     *left -= take(&mut bytes, *left).len();
                     if *left > 0 {
                         return all.len();
@@ -337,11 +338,11 @@ impl Session {
                         return passed;
                     }
                 }
-                Step::Head(_, 0) if bytes.is_empty() => return all.len(),
-                Step::Head(_, 0) => {
+                FrameParser::Head(_, 0) if bytes.is_empty() => return all.len(),
+                FrameParser::Head(_, 0) => {
                     let head =
                         bytes.first_chunk::<HEAD_LENGTH>().copied().map(|head| (head, Head::decode(head)));
-                    let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.kind {
+                    let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.frame_type {
                         DATA => true,
                         SETTINGS => false,
                         WINDOW_UPDATE if head.stream == 0 => false,
@@ -354,15 +355,15 @@ impl Session {
                     bytes = &bytes[HEAD_LENGTH..];
                     let payload = take(&mut { bytes }, head.length);
                     self.note_table_size(head, payload);
-                    let way = self.way_of(head, payload);
-                    if way != Way::Pass {
-                        self.begin_payload(raw, head, way);
+                    let disposition = self.on_client_frame(head, payload);
+                    if disposition != Disposition::Forward {
+                        self.begin_payload(raw, head, disposition);
                         self.receive(bytes);
                         return passed;
                     }
-                    self.from_client = Step::Payload(way, head.length);
+                    self.from_client = FrameParser::Payload(disposition, head.length);
                 }
-                Step::Head(..) | Step::Payload(..) | Step::Seen(..) => {
+                FrameParser::Head(..) | FrameParser::Payload(..) | FrameParser::Whole(..) => {
                     self.receive(bytes);
                     return passed;
                 }
@@ -377,24 +378,24 @@ impl Session {
         self.to_h2.extend_from_slice(preface);
         while !bytes.is_empty() {
             match &mut self.from_client {
-                Step::Head(..) => {
+                FrameParser::Head(..) => {
                     if let Some(bytes) = self.from_client.take_head(&mut bytes) {
                         self.receive_head(bytes);
                     }
                 }
-                Step::Payload(way, left) => {
+                FrameParser::Payload(disposition, left) => {
                     let part = take(&mut bytes, *left);
                     *left -= part.len();
-                    let (way, is_whole) = (*way, *left == 0);
-                    self.go(way, part);
+                    let (disposition, is_whole) = (*disposition, *left == 0);
+                    self.go(disposition, part);
                     if is_whole {
                         self.end_frame();
                     }
                 }
-                Step::Seen(head, _, payload) => {
+                FrameParser::Whole(head, _, payload) => {
                     payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
                     if payload.len() == head.length {
-                        self.receive_seen();
+                        self.receive_whole();
                     }
                 }
             }
@@ -404,65 +405,66 @@ impl Session {
     fn receive_head(&mut self, bytes: [u8; HEAD_LENGTH]) {
         let head = Head::decode(bytes);
         // Half a frame is no hindrance to a move.
-        if head.kind != DATA && head.length <= FRAME_LIMIT {
-            self.from_client = Step::Seen(head, bytes, Vec::with_capacity(head.length));
+        if head.frame_type != DATA && head.length <= FRAME_LIMIT {
+            self.from_client = FrameParser::Whole(head, bytes, Vec::with_capacity(head.length));
             if head.length == 0 {
-                self.receive_seen();
+                self.receive_whole();
             }
             return;
         }
-        let way = self.way_of(head, &[]);
-        self.begin_payload(bytes, head, way);
+        let disposition = self.on_client_frame(head, &[]);
+        self.begin_payload(bytes, head, disposition);
     }
 
-    fn begin_payload(&mut self, bytes: [u8; HEAD_LENGTH], head: Head, way: Way) {
-        self.go(way, &bytes);
-        self.from_client = Step::Payload(way, head.length);
+    fn begin_payload(&mut self, bytes: [u8; HEAD_LENGTH], head: Head, disposition: Disposition) {
+        self.go(disposition, &bytes);
+        self.from_client = FrameParser::Payload(disposition, head.length);
         if head.length == 0 {
             self.end_frame();
         }
     }
 
-    fn go(&mut self, way: Way, bytes: &[u8]) {
-        match way {
-            Way::Pass => self.to_h2.extend_from_slice(bytes),
-            Way::Hold => self.held.extend_from_slice(bytes),
-            Way::Swallow => {}
+    fn go(&mut self, disposition: Disposition, bytes: &[u8]) {
+        match disposition {
+            Disposition::Forward => self.to_h2.extend_from_slice(bytes),
+            Disposition::Hold => self.held.extend_from_slice(bytes),
+            Disposition::Discard => {}
         }
     }
 
     fn end_frame(&mut self) {
-        self.from_client = Step::START;
-        self.go_on();
+        self.from_client = FrameParser::START;
+        self.release_held();
     }
 
     /// What becomes of a frame of the client's; `payload` is whole where there is no DATA in it.
-    fn way_of(&mut self, head: Head, payload: &[u8]) -> Way {
-        let Head { length, kind, stream, .. } = head;
-        if let Some(way) = self.block {
-            if kind != CONTINUATION {
+    fn on_client_frame(&mut self, head: Head, payload: &[u8]) -> Disposition {
+        let Head { length, frame_type, stream, .. } = head;
+        if let Some(disposition) = self.block {
+            if frame_type != CONTINUATION {
                 // h2 ends the connection when it sees this frame inside a header block (RFC 9113 section 6.10), so the
                 // frame must not leave its place.
                 self.is_ending = true;
             } else if head.has(END_HEADERS) {
                 self.block = None;
             }
-            return way;
+            return disposition;
         }
         // Headers from before the client knew our settings are for a decoder that has a table: they do not wait.
-        let is_new =
-            self.rest == Rest::Coming && stream > self.agreement.last_stream && self.has_been_acknowledged();
-        let way = if is_new { Way::Hold } else { Way::Pass };
-        match kind {
+        let is_new = self.hold_state == HoldState::Holding
+            && stream > self.state.last_stream
+            && self.has_been_acknowledged();
+        let disposition = if is_new { Disposition::Hold } else { Disposition::Forward };
+        match frame_type {
             DATA if !is_new => {
-                self.agreement.receive_window -= size(length);
+                self.state.receive_window -= size(length);
                 if head.has(END_STREAM) {
                     self.end_half(stream, |ended| ended.client = true);
                 }
             }
             HEADERS => {
-                if !is_new && self.agreement.table == Table::Unknown && self.has_been_acknowledged() {
-                    self.agreement.table =
+                if !is_new && self.state.table == Table::Unknown && self.has_been_acknowledged() {
+                    self.state.table =
                         if head.sets_table_size(payload) { Table::Empty } else { Table::InUse };
                 }
                 if !is_new {
@@ -471,48 +473,48 @@ impl Session {
                         self.end_half(stream, |ended| ended.client = true);
                     }
                 }
-                self.block = (!head.has(END_HEADERS)).then_some(way);
+                self.block = (!head.has(END_HEADERS)).then_some(disposition);
             }
             // h2 refuses it once its header block is whole.
-            PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(way),
+            PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(disposition),
             RST_STREAM if !is_new => self.end_stream(stream),
             PING if head.has(ACK) && stream == 0 && length == PING_LENGTH => {
                 match self.unanswered.own_pings.checked_sub(1) {
                     Some(left) => self.unanswered.own_pings = left,
                     // The ping was sent by a former process. h2 would ignore this, but log a warning.
-                    None => return Way::Swallow,
+                    None => return Disposition::Discard,
                 }
             }
             PING if !head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_add(1),
             GOAWAY => self.is_ending = true,
             _ => {}
         }
-        way
+        disposition
     }
 
     /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
     /// JDK's HttpClient does so in its first headers. It has nothing to say after the acknowledgement then, because the
     /// size does not change any more (RFC 7541 section 4.2).
     fn note_table_size(&mut self, head: Head, payload: &[u8]) {
-        if head.kind == HEADERS
+        if head.frame_type == HEADERS
             && !self.has_been_acknowledged()
             && let Some(is_empty) = head.empties_table(payload)
         {
-            self.agreement.table = if is_empty { Table::Empty } else { Table::Unknown };
+            self.state.table = if is_empty { Table::Empty } else { Table::Unknown };
         }
     }
 
     /// Whether the client knows our settings.
     fn has_been_acknowledged(&self) -> bool {
-        self.former > 0 || (self.unanswered.ours == 0 && self.agreement.ours != Settings::default())
+        self.former > 0 || (self.unanswered.ours == 0 && self.state.ours != Settings::default())
     }
 
     fn begin_stream(&mut self, stream: u32) {
         // Those of a client have odd numbers; h2 objects to any other.
-        if stream <= self.agreement.last_stream || stream.is_multiple_of(2) {
+        if stream <= self.state.last_stream || stream.is_multiple_of(2) {
             return;
         }
-        self.agreement.last_stream = stream;
+        self.state.last_stream = stream;
         if self.open.len() < STREAMS_LIMIT {
             self.open.push((stream, Ended::default()));
         } else {
@@ -535,50 +537,52 @@ impl Session {
     }
 
     /// A frame of the client's that is whole.
-    fn receive_seen(&mut self) {
-        let Step::Seen(head, bytes, payload) = std::mem::replace(&mut self.from_client, Step::START) else {
+    fn receive_whole(&mut self) {
+        let FrameParser::Whole(head, bytes, payload) =
+            std::mem::replace(&mut self.from_client, FrameParser::START)
+        else {
             unreachable!("asked where one was seen")
         };
-        let way = match head {
+        let disposition = match head {
             // Inside a header block all that is no CONTINUATION is an error, and reaches h2 as it is.
-            _ if self.block.is_some() => self.way_of(head, &payload),
-            Head { kind: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
+            _ if self.block.is_some() => self.on_client_frame(head, &payload),
+            Head { frame_type: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));
-                Way::Swallow
+                Disposition::Discard
             }
-            Head { kind: SETTINGS, stream: 0, length: 0, .. } if head.has(ACK) => {
+            Head { frame_type: SETTINGS, stream: 0, length: 0, .. } if head.has(ACK) => {
                 self.receive_acknowledgement()
             }
-            Head { kind: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
+            Head { frame_type: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
                 // What makes no sense is h2's to refuse.
-                self.is_ending |= !self.agreement.theirs.set(&payload);
+                self.is_ending |= !self.state.theirs.set(&payload);
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
-                Way::Pass
+                Disposition::Forward
             }
             _ => {
                 self.note_table_size(head, &payload);
-                self.way_of(head, &payload)
+                self.on_client_frame(head, &payload)
             }
         };
-        self.go(way, &bytes);
-        self.go(way, &payload);
-        self.go_on();
+        self.go(disposition, &bytes);
+        self.go(disposition, &payload);
+        self.release_held();
     }
 
-    fn receive_acknowledgement(&mut self) -> Way {
+    fn receive_acknowledgement(&mut self) -> Disposition {
         self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
         match self.unanswered.ours_in_its_name.checked_sub(1) {
             Some(left) => {
                 self.unanswered.ours_in_its_name = left;
-                Way::Swallow
+                Disposition::Discard
             }
-            None => Way::Pass,
+            None => Disposition::Forward,
         }
     }
 
     /// The client takes so much more.
     fn receive_grant(&mut self, granted: u32) {
-        self.agreement.send_window += i64::from(granted);
+        self.state.send_window += i64::from(granted);
         let paid = self.debt.min(granted.into());
         self.debt -= paid;
         let left = granted - u32::try_from(paid).expect("no more than was granted");
@@ -592,8 +596,8 @@ impl Session {
     // ---- from h2 to the client ----
 
     /// Whether h2's bytes have to be looked at before they go out; else they go as they are, and `sent` is told.
-    pub fn mediates(&self) -> bool {
-        self.beginning.is_some()
+    pub fn must_rewrite(&self) -> bool {
+        self.preamble.is_some()
             || self.debt > 0
             || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
     }
@@ -607,30 +611,30 @@ impl Session {
     pub fn sent(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             match &mut self.from_h2 {
-                Step::Head(..) => {
+                FrameParser::Head(..) => {
                     let Some(bytes) = self.from_h2.take_head(&mut bytes) else { continue };
                     let head = Head::decode(bytes);
-                    let is_seen = head.kind == SETTINGS || head.kind == WINDOW_UPDATE;
+                    let is_seen = head.frame_type == SETTINGS || head.frame_type == WINDOW_UPDATE;
                     self.from_h2 = match head.length {
-                        0 => Step::START,
-                        length if is_seen => Step::Seen(head, bytes, Vec::with_capacity(length)),
-                        length => Step::Payload(Way::Pass, length),
+                        0 => FrameParser::START,
+                        length if is_seen => FrameParser::Whole(head, bytes, Vec::with_capacity(length)),
+                        length => FrameParser::Payload(Disposition::Forward, length),
                     };
                     if head.length == 0 || !is_seen {
                         self.note_sent(head, &[]);
                     }
                 }
-                Step::Payload(_, left) => {
+                FrameParser::Payload(_, left) => {
                     *left -= take(&mut bytes, *left).len();
                     if *left == 0 {
-                        self.from_h2 = Step::START;
+                        self.from_h2 = FrameParser::START;
                     }
                 }
-                Step::Seen(head, _, payload) => {
+                FrameParser::Whole(head, _, payload) => {
                     payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
                     if payload.len() == head.length {
                         let (head, payload) = (*head, std::mem::take(payload));
-                        self.from_h2 = Step::START;
+                        self.from_h2 = FrameParser::START;
                         self.note_sent(head, &payload);
                     }
                 }
@@ -639,7 +643,7 @@ impl Session {
     }
 
     /// Takes what h2 sends; what goes out of it is for the client then.
-    pub fn mediate(&mut self, bytes: &[u8]) {
+    pub fn rewrite(&mut self, bytes: &[u8]) {
         self.partial.extend_from_slice(bytes);
         while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
             let head = Head::decode(*head);
@@ -647,11 +651,11 @@ impl Session {
                 break;
             }
             let frame = self.partial.split_to(HEAD_LENGTH + head.length);
-            if self.begin_with(head, &frame[HEAD_LENGTH..]) {
+            if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) {
                 continue;
             }
             // What belongs to the connection need not wait for what belongs to its streams.
-            let is_of_streams = matches!(head.kind, DATA | HEADERS | CONTINUATION | RST_STREAM);
+            let is_of_streams = matches!(head.frame_type, DATA | HEADERS | CONTINUATION | RST_STREAM);
             if is_of_streams && (!self.waiting.is_empty() || !self.has_room(head)) {
                 self.waiting.unsplit(frame);
             } else {
@@ -662,7 +666,7 @@ impl Session {
     }
 
     fn has_room(&self, head: Head) -> bool {
-        head.kind != DATA || size(head.length) <= self.agreement.send_window.max(0)
+        head.frame_type != DATA || size(head.length) <= self.state.send_window.max(0)
     }
 
     fn send_waiting(&mut self) {
@@ -678,54 +682,56 @@ impl Session {
     }
 
     /// What a fresh h2 says at its beginning, and the client has heard already.
-    fn begin_with(&mut self, head: Head, payload: &[u8]) -> bool {
-        let Some(beginning) = &mut self.beginning else { return false };
-        match head.kind {
-            SETTINGS if head.has(ACK) => match beginning.told {
+    fn absorb_preamble(&mut self, head: Head, payload: &[u8]) -> bool {
+        let Some(preamble) = &mut self.preamble else { return false };
+        match head.frame_type {
+            SETTINGS if head.has(ACK) => match preamble.told {
                 // Of those without a table.
-                Told::FormerStreams => {}
-                Told::Settings => beginning.told = Told::All,
-                Told::All => return false,
+                ToldToH2::FormerStreams => {}
+                ToldToH2::Settings => preamble.told = ToldToH2::All,
+                ToldToH2::All => return false,
             },
             // The refusal of the request on the last stream of the former process.
-            HEADERS | RST_STREAM if beginning.told == Told::FormerStreams && head.stream == self.former => {
-                beginning.told = Told::Settings;
-                let theirs = self.agreement.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
+            HEADERS | RST_STREAM
+                if preamble.told == ToldToH2::FormerStreams && head.stream == self.former =>
+            {
+                preamble.told = ToldToH2::Settings;
+                let theirs = self.state.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
                 put_settings(&theirs.payload(), &mut self.to_h2);
             }
-            SETTINGS if !beginning.has_set => {
-                beginning.has_set = true;
+            SETTINGS if !preamble.has_sent_settings => {
+                preamble.has_sent_settings = true;
                 put_settings_ack(&mut self.to_h2);
                 let mut ours = Settings::default();
                 ours.set(payload);
-                if ours != self.agreement.ours {
+                if ours != self.state.ours {
                     self.unanswered.ours_in_its_name += 1;
                     self.unanswered.ours += 1;
-                    self.agreement.ours = ours;
+                    self.state.ours = ours;
                     put_settings(payload, &mut self.to_client);
                 }
             }
-            WINDOW_UPDATE if head.stream == 0 && !beginning.has_granted => {
-                beginning.has_granted = true;
+            WINDOW_UPDATE if head.stream == 0 && !preamble.has_sent_window => {
+                preamble.has_sent_window = true;
                 let wanted = FIRST_WINDOW + increment(payload).map_or(0, i64::from);
-                if let Ok(missing @ 1..) = u32::try_from(wanted - self.agreement.receive_window) {
-                    self.agreement.receive_window = wanted;
+                if let Ok(missing @ 1..) = u32::try_from(wanted - self.state.receive_window) {
+                    self.state.receive_window = wanted;
                     put_window_update(missing, &mut self.to_client);
                 }
             }
             _ => return false,
         }
-        if beginning.has_set && beginning.has_granted && beginning.told == Told::All {
-            self.beginning = None;
+        if preamble.has_sent_settings && preamble.has_sent_window && preamble.told == ToldToH2::All {
+            self.preamble = None;
         }
         true
     }
 
     /// Keeps account of a frame that goes to the client.
     fn note_sent(&mut self, head: Head, payload: &[u8]) {
-        match head.kind {
+        match head.frame_type {
             DATA => {
-                self.agreement.send_window -= size(head.length);
+                self.state.send_window -= size(head.length);
                 if head.has(END_STREAM) {
                     self.end_half(head.stream, |ended| ended.h2 = true);
                 }
@@ -734,19 +740,19 @@ impl Session {
             RST_STREAM => {
                 // To h2 a stream that it resets has begun, whatever frame was the reason.
                 if !head.stream.is_multiple_of(2) {
-                    self.agreement.last_stream = self.agreement.last_stream.max(head.stream);
+                    self.state.last_stream = self.state.last_stream.max(head.stream);
                 }
                 self.end_stream(head.stream);
             }
             SETTINGS if head.has(ACK) => self.unanswered.theirs = self.unanswered.theirs.saturating_sub(1),
             SETTINGS => {
-                self.is_ending |= !self.agreement.ours.set(payload);
+                self.is_ending |= !self.state.ours.set(payload);
                 self.unanswered.ours += 1;
             }
             PING if head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_sub(1),
             PING => self.unanswered.own_pings += 1,
             WINDOW_UPDATE if head.stream == 0 => {
-                self.agreement.receive_window += increment(payload).map_or(0, i64::from);
+                self.state.receive_window += increment(payload).map_or(0, i64::from);
             }
             GOAWAY => self.is_ending = true,
             _ => {}

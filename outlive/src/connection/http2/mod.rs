@@ -22,8 +22,8 @@ use tracing::{debug, warn};
 use super::exchange::Service;
 use super::io::{Io, Parts};
 use crate::registry::{Entry, Phase, Stage};
-use crate::transport::http2_state::Agreement;
-use interposer::Session;
+use crate::transport::http2_state::Http2State;
+use interposer::Interposer;
 use relay::Relay;
 
 /// A peer that answers no ping for this long is gone.
@@ -46,31 +46,31 @@ const HOLD_LIMIT: Duration = Duration::from_millis(20);
 /// takes a client one round trip; one that is later finds the second GOAWAY, and may send again what came after it.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 
-pub(super) enum End {
+pub(super) enum Http2Outcome {
     Closed,
     /// With what is agreed upon, and what was read and not consumed.
-    AtRest(Parts, Box<Agreement>, Bytes),
+    Quiescent(Parts, Box<Http2State>, Bytes),
 }
 
 /// What becomes of a connection that is not driven any longer.
 enum Outcome {
     /// Its end was seen, or it is cut off.
     Closed,
-    AtRest,
+    Quiescent,
     /// The client does not react to GOAWAY, and has no answer to get.
     Silent,
 }
 
 /// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
-/// come to rest within `rest_limit` after it is asked to, it is told to end.
+/// come to rest within `quiesce_limit` after it is asked to, it is told to end.
 pub(super) async fn drive(
     io: Io,
-    agreement: Option<Agreement>,
+    state: Option<Http2State>,
     service: Service,
     entry: &Entry,
-    rest_limit: Duration,
-) -> End {
-    let relay = Relay::new(io, agreement.map_or_else(Session::new, Session::resume));
+    quiesce_limit: Duration,
+) -> Http2Outcome {
+    let relay = Relay::new(io, state.map_or_else(Interposer::new, Interposer::resume));
     let mut connection = Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)
@@ -83,25 +83,25 @@ pub(super) async fn drive(
         .serve_connection(TokioIo::new(relay.clone()), service);
     entry.enter(Stage::Waiting);
     // Once the client is told to end: until when it may stay silent.
-    let mut told: Option<Pin<Box<Sleep>>> = None;
-    let mut tries = Tries::new(rest_limit);
+    let mut goaway_deadline: Option<Pin<Box<Sleep>>> = None;
+    let mut quiescer = Quiescer::new(quiesce_limit);
     let outcome = poll_fn(|cx| {
         loop {
             let phase = entry.phase();
             let is_asked = phase != Phase::Serving;
             if is_asked
-                && (entry.keeps_all_but_http1() || relay.with(|session| session.is_immovable()) == Some(true))
+                && (entry.keeps_http2_and_tls() || relay.with(|interposer| interposer.is_immovable()) == Some(true))
             {
-                entry.pin();
+                entry.forbid_handover();
             }
             // The process would wait until its limit for what such a client does not send.
-            if matches!(phase, Phase::Draining | Phase::Resting | Phase::Holding)
-                && entry.is_drowsy()
-                && relay.with(|session| session.is_stuck()) == Some(true)
+            if matches!(phase, Phase::Draining | Phase::Quiescing | Phase::Holding)
+                && entry.is_parkable()
+                && relay.with(|interposer| interposer.is_stuck()) == Some(true)
             {
-                entry.pin();
+                entry.forbid_handover();
             }
-            if let Poll::Ready(result) = entry.turn(cx, |cx| Pin::new(&mut connection).poll(cx)) {
+            if let Poll::Ready(result) = entry.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 if let Err(error) = result {
                     debug!(peer = %entry.peer, %error, "connection failed");
                 }
@@ -112,138 +112,138 @@ pub(super) async fn drive(
                 warn!(peer = %entry.peer, "closed the connection: the client stopped reading its responses (--request-timeout)");
                 return Poll::Ready(Outcome::Closed);
             }
-            if is_overdue && told.is_some() {
+            if is_overdue && goaway_deadline.is_some() {
                 return Poll::Ready(Outcome::Closed);
             }
-            if let Some(limit) = &mut told
+            if let Some(limit) = &mut goaway_deadline
                 && limit.as_mut().poll(cx).is_ready()
                 && is_asked
                 && is_silent(entry, &relay)
             {
                 return Poll::Ready(Outcome::Silent);
             }
-            if told.is_none() && (is_overdue || entry.is_to_end()) {
-                told = Some(Box::pin(sleep(GOAWAY_LIMIT)));
-                entry.pin();
+            if goaway_deadline.is_none() && (is_overdue || entry.must_close()) {
+                goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
+                entry.forbid_handover();
                 // As long again for the peer to close.
                 entry.touch();
-                relay.with(Session::release);
+                relay.with(Interposer::release);
                 Pin::new(&mut connection).graceful_shutdown();
                 continue;
             }
-            match tries.go_on(cx, entry, &relay) {
-                Step::AtRest => return Poll::Ready(Outcome::AtRest),
-                Step::Released => {}
-                Step::Waits => return Poll::Pending,
+            match quiescer.advance(cx, entry, &relay) {
+                Progress::Quiescent => return Poll::Ready(Outcome::Quiescent),
+                Progress::Released => {}
+                Progress::Waits => return Poll::Pending,
             }
         }
     })
     .await;
     match (outcome, relay.take()) {
-        (Outcome::AtRest, Some((io, session))) => {
+        (Outcome::Quiescent, Some((io, interposer))) => {
             if let Some(parts) = io.into_parts() {
-                let (agreement, unread) = session.leave();
-                return End::AtRest(parts, Box::new(agreement), unread);
+                let (state, unread) = interposer.into_state();
+                return Http2Outcome::Quiescent(parts, Box::new(state), unread);
             }
         }
-        (Outcome::Silent, Some((io, session))) => {
+        (Outcome::Silent, Some((io, interposer))) => {
             debug!(peer = %entry.peer, "the client does not react to GOAWAY: closed with a second one");
-            io.refuse(&session.farewell()).await;
+            io.refuse(&interposer.final_goaway()).await;
         }
         (Outcome::Closed, _) | (_, None) => {}
     }
-    End::Closed
+    Http2Outcome::Closed
 }
 
 /// Whether a client that is told to end has no answer to get, and has not begun to close.
 fn is_silent(entry: &Entry, relay: &Relay) -> bool {
     let state = entry.state();
     let is_idle = state.stage == Stage::Waiting && state.is_flushed();
-    is_idle && relay.with(|session| session.owes_nothing()) == Some(true)
+    is_idle && relay.with(|interposer| interposer.owes_nothing()) == Some(true)
 }
 
 /// How a busy connection is brought to rest: streams that begin are held for a while, let go again, and so on.
-struct Tries {
+struct Quiescer {
     limit: Duration,
     begun: Option<Instant>,
     hold: Duration,
-    now: Try,
+    now: Attempt,
 }
 
-enum Try {
+enum Attempt {
     None,
     Holding(Pin<Box<Sleep>>),
     Pausing(Pin<Box<Sleep>>),
     /// Until the open streams have ended.
-    HoldingOn,
+    HoldingUntilIdle,
 }
 
-enum Step {
-    AtRest,
+enum Progress {
+    Quiescent,
     /// There is more for hyper to do.
     Released,
     Waits,
 }
 
-impl Tries {
+impl Quiescer {
     fn new(limit: Duration) -> Self {
-        Self { limit, begun: None, hold: HOLD_LIMIT, now: Try::None }
+        Self { limit, begun: None, hold: HOLD_LIMIT, now: Attempt::None }
     }
 
-    fn go_on(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Step {
+    fn advance(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
         let phase = entry.phase();
-        if !phase.rests() || !entry.state().is_movable() {
+        if !phase.quiesces() || !entry.state().is_movable() {
             // The next hold is a try of its own, with as much time.
             self.begun = None;
-            if entry.is_drowsy() && relay.with(Session::falls_asleep) == Some(true) {
-                return Step::AtRest;
+            if entry.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
+                return Progress::Quiescent;
             }
-            return match std::mem::replace(&mut self.now, Try::None) {
-                Try::Holding(_) | Try::HoldingOn => Self::release(relay),
-                Try::None | Try::Pausing(_) => Step::Waits,
+            return match std::mem::replace(&mut self.now, Attempt::None) {
+                Attempt::Holding(_) | Attempt::HoldingUntilIdle => Self::release(relay),
+                Attempt::None | Attempt::Pausing(_) => Progress::Waits,
             };
         }
-        if entry.keeps_all_but_http1() {
+        if entry.keeps_http2_and_tls() {
             // It was said before the phase was, and after we looked.
-            self.now = Try::None;
+            self.now = Attempt::None;
             return Self::release(relay);
         }
         if phase == Phase::Holding {
-            if let Try::Pausing(end) = &mut self.now
+            if let Attempt::Pausing(end) = &mut self.now
                 && end.as_mut().poll(cx).is_pending()
             {
-                return Step::Waits;
+                return Progress::Waits;
             }
-            return self.hold_on(entry, relay);
+            return self.hold_until_idle(entry, relay);
         }
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
-            self.now = Try::None;
-            entry.pin();
+            self.now = Attempt::None;
+            entry.forbid_handover();
             return Self::release(relay);
         }
         loop {
             match &mut self.now {
-                Try::None | Try::HoldingOn => {
-                    relay.with(Session::hold);
-                    self.now = Try::Holding(Box::pin(sleep(self.hold)));
+                Attempt::None | Attempt::HoldingUntilIdle => {
+                    relay.with(Interposer::hold);
+                    self.now = Attempt::Holding(Box::pin(sleep(self.hold)));
                 }
-                Try::Holding(end) => {
-                    let is_at_rest = relay.with(|session| session.is_at_rest()).unwrap_or(false);
-                    if is_at_rest && entry.state().is_at_rest() {
-                        return Step::AtRest;
+                Attempt::Holding(end) => {
+                    let is_quiescent = relay.with(|interposer| interposer.is_quiescent()).unwrap_or(false);
+                    if is_quiescent && entry.state().is_quiescent() {
+                        return Progress::Quiescent;
                     }
-                    let is_full = relay.with(|session| session.is_full()).unwrap_or(false);
+                    let is_full = relay.with(|interposer| interposer.is_full()).unwrap_or(false);
                     if !is_full && end.as_mut().poll(cx).is_pending() {
-                        return Step::Waits;
+                        return Progress::Waits;
                     }
                     self.pause();
                     return Self::release(relay);
                 }
-                Try::Pausing(end) => {
+                Attempt::Pausing(end) => {
                     if end.as_mut().poll(cx).is_pending() {
-                        return Step::Waits;
+                        return Progress::Waits;
                     }
-                    self.now = Try::None;
+                    self.now = Attempt::None;
                 }
             }
         }
@@ -251,23 +251,23 @@ impl Tries {
 
     /// Holds streams that begin until the others have ended, because a request that begins now may not have the time
     /// it needs.
-    fn hold_on(&mut self, entry: &Entry, relay: &Relay) -> Step {
-        relay.with(Session::hold);
-        self.now = Try::HoldingOn;
-        if relay.with(|session| session.is_at_rest()) == Some(true) && entry.state().is_at_rest() {
-            return Step::AtRest;
+    fn hold_until_idle(&mut self, entry: &Entry, relay: &Relay) -> Progress {
+        relay.with(Interposer::hold);
+        self.now = Attempt::HoldingUntilIdle;
+        if relay.with(|interposer| interposer.is_quiescent()) == Some(true) && entry.state().is_quiescent() {
+            return Progress::Quiescent;
         }
-        let is_full = relay.with(|session| session.is_full()) == Some(true);
+        let is_full = relay.with(|interposer| interposer.is_full()) == Some(true);
         let is_starving =
-            entry.state().is_reading() && relay.with(|session| session.starves_uploads()) == Some(true);
+            entry.state().is_reading() && relay.with(|interposer| interposer.starves_uploads()) == Some(true);
         if !is_full && !is_starving {
-            return Step::Waits;
+            return Progress::Waits;
         }
         // The open streams could not end, so those that are held begin. The connection is told to end if it is so busy
         // for long.
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
-            self.now = Try::None;
-            entry.pin();
+            self.now = Attempt::None;
+            entry.forbid_handover();
         } else {
             self.pause();
         }
@@ -275,12 +275,12 @@ impl Tries {
     }
 
     fn pause(&mut self) {
-        self.now = Try::Pausing(Box::pin(sleep(self.hold)));
+        self.now = Attempt::Pausing(Box::pin(sleep(self.hold)));
         self.hold = (self.hold * 2).min(self.limit / 8).max(HOLD_LIMIT);
     }
 
-    fn release(relay: &Relay) -> Step {
-        relay.with(Session::release);
-        Step::Released
+    fn release(relay: &Relay) -> Progress {
+        relay.with(Interposer::release);
+        Progress::Released
     }
 }

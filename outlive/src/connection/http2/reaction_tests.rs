@@ -46,9 +46,9 @@ const POST: &[u8] = b"\x83\x86\x84\x41\x01x";
 /// A POST to a handler that neither reads nor answers.
 const POST_STALLED: &[u8] = b"\x83\x86\x04\x06/stall\x41\x01x";
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = BytesMut::new();
-    Head { stream, ..Head::new(kind, flags, payload.len()) }.put(&mut bytes);
+    Head { stream, ..Head::new(frame_type, flags, payload.len()) }.put(&mut bytes);
     [&bytes, payload].concat()
 }
 
@@ -116,15 +116,15 @@ impl Client {
         };
         let mut client = Self { wire };
         client.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await;
-        client.until(|head| head.kind == SETTINGS && !head.has(ACK)).await;
+        client.wait_until(|head| head.frame_type == SETTINGS && !head.has(ACK)).await;
         let first = frame(HEADERS, ENDS, 1, &[b"\x20", GET].concat());
         client.send(&[frame(SETTINGS, ACK, 0, &[]), first].concat()).await;
-        client.until(|head| head.stream == 1 && head.has(END_STREAM)).await;
+        client.wait_until(|head| head.stream == 1 && head.has(END_STREAM)).await;
         client.send(&frame(HEADERS, ENDS, 3, GET)).await;
-        client.until(|head| head.stream == 3 && head.has(END_STREAM)).await;
+        client.wait_until(|head| head.stream == 3 && head.has(END_STREAM)).await;
         // By the time of the answer, the server has dropped what it knew of the streams.
         client.send(&frame(PING, 0, 0, b"finished")).await;
-        client.until(|head| head.kind == PING && head.has(ACK)).await;
+        client.wait_until(|head| head.frame_type == PING && head.has(ACK)).await;
         client
     }
 
@@ -141,10 +141,10 @@ impl Client {
         Some((head, payload))
     }
 
-    async fn until(&mut self, wanted: impl Fn(Head) -> bool) {
+    async fn wait_until(&mut self, wanted: impl Fn(Head) -> bool) {
         let reached = async {
             while let Some((head, _)) = self.receive().await {
-                assert!(![RST_STREAM, GOAWAY].contains(&head.kind), "{head:?}");
+                assert!(![RST_STREAM, GOAWAY].contains(&head.frame_type), "{head:?}");
                 if wanted(head) {
                     return true;
                 }
@@ -168,7 +168,7 @@ impl Client {
         let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().expect("four bytes"));
         let collected = async {
             while let Some((head, payload)) = self.receive().await {
-                match head.kind {
+                match head.frame_type {
                     DATA => bodies.entry(head.stream).or_default().extend(payload),
                     RST_STREAM => reaction.resets.entry(head.stream).or_default().push(number(&payload)),
                     GOAWAY => reaction.goaways.push((number(&payload[..4]), number(&payload[4..8]))),
@@ -176,7 +176,7 @@ impl Client {
                     SETTINGS if head.has(ACK) => reaction.settings_acks += 1,
                     _ => {}
                 }
-                if matches!(head.kind, DATA | HEADERS) && head.has(END_STREAM) {
+                if matches!(head.frame_type, DATA | HEADERS) && head.has(END_STREAM) {
                     reaction.answers.insert(head.stream, bodies.remove(&head.stream).unwrap_or_default());
                 }
             }
@@ -592,7 +592,7 @@ async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
     let served = serve_with(router(), None).await;
     let mut client = Client::open(&served, None).await;
     client.send(&frame(HEADERS, ENDS, 5, GET_LARGE)).await;
-    client.until(|head| head.stream == 5 && head.has(END_STREAM)).await;
+    client.wait_until(|head| head.stream == 5 && head.has(END_STREAM)).await;
     let next = serve_with(router(), None).await;
     move_to(&next, served).await;
     // Of the window of 65,535 bytes less than 60,000 are left. To h2 all of them are.
@@ -611,8 +611,8 @@ async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
             }
             let _ = client.wire.write_all(&frame(PING, 0, 0, b"my turn?")).await;
             while let Some((head, _)) = client.receive().await {
-                assert_ne!(head.kind, GOAWAY, "h2 ends the connection for another reason");
-                if head.kind == PING && head.has(ACK) {
+                assert_ne!(head.frame_type, GOAWAY, "h2 ends the connection for another reason");
+                if head.frame_type == PING && head.has(ACK) {
                     break;
                 }
             }
@@ -627,7 +627,7 @@ async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
 
 /// A frame of any type, flags, stream and payload, with a preference for what is nearly right.
 fn any_frame() -> impl Strategy<Value = Vec<u8>> {
-    let kind = prop_oneof![8 => 0..=9_u8, 1 => any::<u8>()];
+    let frame_type = prop_oneof![8 => 0..=9_u8, 1 => any::<u8>()];
     let flags = prop_oneof![
         Just(0),
         Just(END_STREAM),
@@ -647,8 +647,8 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(0..4_u8, 4..=9),
         prop::collection::vec(any::<u8>(), 0..40),
     ];
-    (kind, flags, stream, payload)
-        .prop_map(|(kind, flags, stream, payload)| frame(kind, flags, stream, &payload))
+    (frame_type, flags, stream, payload)
+        .prop_map(|(frame_type, flags, stream, payload)| frame(frame_type, flags, stream, &payload))
 }
 
 /// h2 counts a stream that it resets as begun. The next process must know of that.
@@ -659,7 +659,7 @@ async fn a_stream_that_was_reset_before_it_began_stays_used_after_a_move() {
         let mut client = Client::open(&served, None).await;
         client.send(&[priority(9, 9), frame(PING, 0, 0, b"finished")].concat()).await;
         while let Some((head, _)) = client.receive().await
-            && head.kind != PING
+            && head.frame_type != PING
         {}
         for _ in 0..moves {
             let next = serve_with(router(), None).await;

@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
-use super::interposer::Session;
+use super::interposer::Interposer;
 use crate::connection::io::Io;
 use crate::os::lock::lock;
 
@@ -24,23 +24,23 @@ pub struct Relay {
 
 struct Inner {
     io: Io,
-    session: Session,
+    interposer: Interposer,
 }
 
 impl Relay {
-    pub fn new(io: Io, session: Session) -> Self {
+    pub fn new(io: Io, interposer: Interposer) -> Self {
         let is_write_vectored = io.is_write_vectored();
-        Self { inner: Arc::new(Mutex::new(Some(Inner { io, session }))), is_write_vectored }
+        Self { inner: Arc::new(Mutex::new(Some(Inner { io, interposer }))), is_write_vectored }
     }
 
     /// Takes the stream away from hyper, which finds its end.
-    pub fn take(&self) -> Option<(Io, Session)> {
-        lock(&self.inner).take().map(|Inner { io, session }| (io, session))
+    pub fn take(&self) -> Option<(Io, Interposer)> {
+        lock(&self.inner).take().map(|Inner { io, interposer }| (io, interposer))
     }
 
     /// Does something with the session, for as long as it is here.
-    pub fn with<T>(&self, work: impl FnOnce(&mut Session) -> T) -> Option<T> {
-        lock(&self.inner).as_mut().map(|inner| work(&mut inner.session))
+    pub fn with<T>(&self, work: impl FnOnce(&mut Interposer) -> T) -> Option<T> {
+        lock(&self.inner).as_mut().map(|inner| work(&mut inner.interposer))
     }
 
     fn poll<T>(&self, gone: T, poll: impl FnOnce(&mut Inner) -> Poll<io::Result<T>>) -> Poll<io::Result<T>> {
@@ -54,7 +54,7 @@ impl Relay {
 impl Inner {
     fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            let for_h2 = self.session.for_h2();
+            let for_h2 = self.interposer.for_h2();
             if !for_h2.is_empty() {
                 let length = for_h2.len().min(into.remaining());
                 into.put_slice(&for_h2[..length]);
@@ -67,13 +67,13 @@ impl Inner {
             }
             // Woken when h2 has begun, or the driver looks: it does so after each turn, and releases what is held where
             // that is too much.
-            if !self.session.is_begun() || self.session.is_at_rest() || self.session.is_full() {
+            if !self.interposer.is_begun() || self.interposer.is_quiescent() || self.interposer.is_full() {
                 return Poll::Pending;
             }
             let before = into.filled().len();
             let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, into) else {
                 // There may be something that is not h2's to say.
-                if !self.session.for_client().is_empty() {
+                if !self.interposer.for_client().is_empty() {
                     let _ = self.poll_flush(cx)?;
                 }
                 return Poll::Pending;
@@ -81,13 +81,13 @@ impl Inner {
             result?;
             let read = &into.filled()[before..];
             if read.is_empty() {
-                self.session.release();
-                if self.session.for_h2().is_empty() {
+                self.interposer.release();
+                if self.interposer.for_h2().is_empty() {
                     return Poll::Ready(Ok(()));
                 }
                 continue;
             }
-            let passed = self.session.receive_in_place(read);
+            let passed = self.interposer.receive_in_place(read);
             into.set_filled(before + passed);
             if passed > 0 {
                 return Poll::Ready(Ok(()));
@@ -96,14 +96,14 @@ impl Inner {
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        if !self.session.mediates() {
+        if !self.interposer.must_rewrite() {
             let written = ready!(Pin::new(&mut self.io).poll_write(cx, bytes))?;
-            self.session.sent(&bytes[..written]);
+            self.interposer.sent(&bytes[..written]);
             return Poll::Ready(Ok(written));
         }
         ready!(self.poll_room(cx))?;
-        self.mediate(cx, bytes);
-        if self.session.has_too_much_waiting() {
+        self.rewrite(cx, bytes);
+        if self.interposer.has_too_much_waiting() {
             return Poll::Ready(Err(io::Error::other(
                 "too many responses are queued: the client sends requests but no WINDOW_UPDATE for the connection",
             )));
@@ -117,7 +117,7 @@ impl Inner {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.session.mediates() {
+        if self.interposer.must_rewrite() {
             let first = slices.iter().find(|slice| !slice.is_empty());
             return self.poll_write(cx, first.map_or(&[], |slice| slice));
         }
@@ -125,16 +125,16 @@ impl Inner {
         let mut left = written;
         for slice in slices {
             let length = slice.len().min(left);
-            self.session.sent(&slice[..length]);
+            self.interposer.sent(&slice[..length]);
             left -= length;
         }
         Poll::Ready(Ok(written))
     }
 
-    fn mediate(&mut self, cx: &Context<'_>, bytes: &[u8]) {
-        let was_begun = self.session.is_begun();
-        self.session.mediate(bytes);
-        if !self.session.for_h2().is_empty() || self.session.is_begun() != was_begun {
+    fn rewrite(&mut self, cx: &Context<'_>, bytes: &[u8]) {
+        let was_begun = self.interposer.is_begun();
+        self.interposer.rewrite(bytes);
+        if !self.interposer.for_h2().is_empty() || self.interposer.is_begun() != was_begun {
             // h2 has something to read now.
             cx.waker().wake_by_ref();
         }
@@ -142,13 +142,17 @@ impl Inner {
 
     /// Until h2 may write more.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        if self.session.for_client().len() < UNSENT_LIMIT { Poll::Ready(Ok(())) } else { self.poll_send(cx) }
+        if self.interposer.for_client().len() < UNSENT_LIMIT {
+            Poll::Ready(Ok(()))
+        } else {
+            self.poll_send(cx)
+        }
     }
 
     /// Until all is out that the client has room for.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { io, session } = self;
-        let for_client = session.for_client();
+        let Self { io, interposer } = self;
+        let for_client = interposer.for_client();
         if for_client.is_empty() {
             return Poll::Ready(Ok(()));
         }

@@ -9,9 +9,9 @@ use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
     SETTINGS, WINDOW_UPDATE, increment,
 };
-use super::interposer::Session;
+use super::interposer::Interposer;
 use crate::connection::PREFACE;
-use crate::transport::http2_state::{Agreement, FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW};
+use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, Http2State};
 
 const PRIORITY: u8 = 2;
 const GREASE: u8 = 0xb;
@@ -20,9 +20,9 @@ const TARGET: i64 = 200_000;
 const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
 const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
 
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = bytes::BytesMut::new();
-    Head { length: payload.len(), kind, flags, stream }.put(&mut bytes);
+    Head { length: payload.len(), frame_type, flags, stream }.put(&mut bytes);
     bytes.extend_from_slice(payload);
     bytes.to_vec()
 }
@@ -84,7 +84,7 @@ impl Client {
 
     fn hear(&mut self) {
         for (head, payload) in frames(&mut self.received) {
-            match head.kind {
+            match head.frame_type {
                 DATA => {
                     self.receive_window -= length(head);
                     self.consumed += length(head);
@@ -189,31 +189,32 @@ impl H2 {
         self.received.drain(..preface);
         self.preface_left -= preface;
         for (head, payload) in frames(&mut self.received) {
-            let Head { kind, stream, .. } = head;
-            if kind == HEADERS && head.length > LIST_LIMIT / 60 {
+            let Head { frame_type, stream, .. } = head;
+            if frame_type == HEADERS && head.length > LIST_LIMIT / 60 {
                 // Too large: refused, and forgotten. Its encoder must not have begun a table by then.
                 assert_eq!(self.table, 0, "the refusal enters the table of headers");
                 self.former = stream;
                 self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20\x48431"));
                 continue;
             }
-            let is_of_stream = stream > 0 && matches!(kind, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
-            if self.generation > 0 && (is_of_stream || kind == PING) {
+            let is_of_stream =
+                stream > 0 && matches!(frame_type, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
+            if self.generation > 0 && (is_of_stream || frame_type == PING) {
                 assert!(self.is_acknowledged && self.has_begun, "{head:?} before h2 has begun");
             }
-            if is_of_stream && kind != HEADERS && stream <= self.former {
+            if is_of_stream && frame_type != HEADERS && stream <= self.former {
                 // Closed: as h2 does, which grants again what it throws away.
-                if kind == DATA {
+                if frame_type == DATA {
                     self.receive_window -= length(head);
                     assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
                     self.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 5]));
                 }
                 continue;
             }
-            if is_of_stream && kind != HEADERS {
+            if is_of_stream && frame_type != HEADERS {
                 assert!(self.streams.contains_key(&stream), "an error on an idle stream: {head:?}");
             }
-            match kind {
+            match frame_type {
                 HEADERS => {
                     let last = self.streams.keys().next_back().copied().unwrap_or(self.former);
                     let is_new = last < stream;
@@ -251,7 +252,7 @@ impl H2 {
                 PING => self.sent.extend(frame(PING, ACK, 0, &payload)),
                 _ => {}
             }
-            if (kind == DATA || kind == HEADERS) && head.has(END_STREAM) {
+            if (frame_type == DATA || frame_type == HEADERS) && head.has(END_STREAM) {
                 self.streams.get_mut(&stream).expect("begun").0 = true;
             }
         }
@@ -295,7 +296,7 @@ impl H2 {
 /// All three, and what has become of the streams.
 struct World {
     client: Client,
-    session: Session,
+    interposer: Interposer,
     h2: H2,
     unread: Vec<u8>,
     moves: u32,
@@ -309,7 +310,7 @@ impl World {
     fn new() -> Self {
         Self {
             client: Client::new(),
-            session: Session::new(),
+            interposer: Interposer::new(),
             h2: H2::new(0),
             unread: Vec::new(),
             moves: 0,
@@ -325,41 +326,41 @@ impl World {
         let mut is_quiet = false;
         for _ in 0..times {
             let mut is_news = false;
-            if self.session.is_begun() && !self.session.is_at_rest() {
+            if self.interposer.is_begun() && !self.interposer.is_quiescent() {
                 let from = if self.unread.is_empty() { &mut self.client.sent } else { &mut self.unread };
                 let length = piece.min(from.len());
                 let bytes: Vec<u8> = from.drain(..length).collect();
                 // As the relay does: h2 has read all that there was before.
-                if self.session.for_h2().is_empty() && piece.is_multiple_of(2) {
-                    let passed = self.session.receive_in_place(&bytes);
+                if self.interposer.for_h2().is_empty() && piece.is_multiple_of(2) {
+                    let passed = self.interposer.receive_in_place(&bytes);
                     self.h2.received.extend_from_slice(&bytes[..passed]);
                 } else {
-                    self.session.receive(&bytes);
+                    self.interposer.receive(&bytes);
                 }
                 is_news |= length > 0;
             }
-            let for_h2 = self.session.for_h2();
+            let for_h2 = self.interposer.for_h2();
             let length = piece.min(for_h2.len());
             self.h2.received.extend_from_slice(&for_h2.split_to(length));
             is_news |= length > 0;
             self.h2.hear();
             let length = piece.min(self.h2.sent.len());
-            if self.session.mediates() {
+            if self.interposer.must_rewrite() {
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
-                self.session.mediate(&bytes);
+                self.interposer.rewrite(&bytes);
             } else {
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
-                self.session.sent(&bytes);
+                self.interposer.sent(&bytes);
                 self.client.received.extend(bytes);
             }
             is_news |= length > 0;
-            let for_client = self.session.for_client();
+            let for_client = self.interposer.for_client();
             let length = piece.min(for_client.len());
             self.client.received.extend_from_slice(&for_client.split_to(length));
             is_news |= length > 0;
             self.client.hear();
             // What h2 has still to say is lost.
-            if self.session.is_at_rest() {
+            if self.interposer.is_quiescent() {
                 self.move_on();
             }
             is_quiet = !is_news;
@@ -367,10 +368,10 @@ impl World {
                 break;
             }
         }
-        if is_quiet && self.session.is_begun() && !self.is_holding && !self.session.mediates() {
-            let agreement = self.session.agreement();
-            assert_eq!(self.h2.receive_window, agreement.receive_window);
-            assert_eq!(self.h2.send_window, agreement.send_window);
+        if is_quiet && self.interposer.is_begun() && !self.is_holding && !self.interposer.must_rewrite() {
+            let state = self.interposer.state();
+            assert_eq!(self.h2.receive_window, state.receive_window);
+            assert_eq!(self.h2.send_window, state.send_window);
         }
     }
 
@@ -390,14 +391,14 @@ impl World {
         let is_open =
             |(stream, ended): (&u32, &(bool, bool))| *ended != (true, true) && !self.reset.contains(stream);
         assert!(!self.h2.streams.iter().any(is_open), "a stream was open");
-        let (agreement, unread) = std::mem::replace(&mut self.session, Session::new()).leave();
+        let (state, unread) = std::mem::replace(&mut self.interposer, Interposer::new()).into_state();
         let read = std::mem::take(&mut self.unread);
         self.unread = [&unread[..], &read].concat();
         // What the client has sent, and nobody has accounted for.
         let mut under_way = [&self.unread[..], &self.client.sent].concat();
         let (mut data, mut granted) = (0, 0);
         for (head, payload) in frames(&mut under_way) {
-            match head.kind {
+            match head.frame_type {
                 DATA => data += length(head),
                 WINDOW_UPDATE if head.stream == 0 => {
                     granted += i64::from(increment(&payload).expect("four bytes"));
@@ -405,19 +406,19 @@ impl World {
                 _ => {}
             }
         }
-        assert_eq!(self.client.send_window, agreement.receive_window - data);
-        assert_eq!(self.client.receive_window, agreement.send_window + granted);
-        let bytes = agreement.encode();
-        let agreement = Agreement::decode(&bytes).expect("it comes back");
-        self.session = Session::resume(agreement);
+        assert_eq!(self.client.send_window, state.receive_window - data);
+        assert_eq!(self.client.receive_window, state.send_window + granted);
+        let bytes = state.encode();
+        let state = Http2State::decode(&bytes).expect("it comes back");
+        self.interposer = Interposer::resume(state);
         self.h2 = H2::new(self.moves);
     }
 
-    fn act(&mut self, kind: u8, which: u16, size: i64) {
+    fn act(&mut self, frame_type: u8, which: u16, size: i64) {
         let index = usize::from(which);
         let stream = (u32::from(which) % self.client.next_stream) | 1;
         let is_begun = stream < self.client.next_stream;
-        match kind % 16 {
+        match frame_type % 16 {
             0 | 1 => self.client.begin(which.is_multiple_of(2), which.is_multiple_of(3)),
             2 | 3 => self.client.send(index, size, which.is_multiple_of(2)),
             4 => self.client.grant(size),
@@ -445,11 +446,11 @@ impl World {
                 self.h2.sent.extend(frame(PING, 0, 0, &[3; 8]));
             }
             15 if self.is_holding && which.is_multiple_of(4) => {
-                self.session.release();
+                self.interposer.release();
                 self.is_holding = false;
             }
             15 => {
-                self.session.hold();
+                self.interposer.hold();
                 self.is_holding = true;
             }
             _ => {}
@@ -458,7 +459,7 @@ impl World {
 
     /// All that has begun ends; everything that the client has sent has come to somebody.
     fn end(mut self) -> u32 {
-        self.session.release();
+        self.interposer.release();
         self.is_holding = false;
         for _ in 0..100 {
             let consumed = std::mem::take(&mut self.client.consumed);
@@ -481,7 +482,7 @@ impl World {
                 assert_eq!(heard, *sent, "stream {stream}");
             }
         }
-        assert_eq!(self.h2.receive_window, self.session.agreement().receive_window);
+        assert_eq!(self.h2.receive_window, self.interposer.state().receive_window);
         assert_eq!(self.h2.receive_window, self.client.send_window, "nothing is under way");
         assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "what the client takes for granted");
         assert_eq!(self.client.unanswered, 0, "a ping or settings of the client's");
@@ -494,8 +495,8 @@ type Act = (u8, u16, i64, usize, usize);
 
 fn play(acts: impl IntoIterator<Item = Act>) {
     let mut world = World::new();
-    for (kind, which, size, piece, times) in acts {
-        world.act(kind, which, size);
+    for (frame_type, which, size, piece, times) in acts {
+        world.act(frame_type, which, size);
         world.carry(piece, times);
     }
     world.end();
@@ -515,9 +516,9 @@ proptest! {
 fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
     let acts = bolero::produce::<Vec<(u8, u16, u16, u16, u8)>>().with().len(0..150_usize);
     bolero::check!().with_generator(acts).cloned().for_each(|acts| {
-        play(acts.into_iter().map(|(kind, which, size, piece, times)| {
+        play(acts.into_iter().map(|(frame_type, which, size, piece, times)| {
             let (piece, times) = (usize::from(piece % 2_000) + 1, usize::from(times % 8));
-            (kind, which, i64::from(size % 30_000), piece, times)
+            (frame_type, which, i64::from(size % 30_000), piece, times)
         }));
     });
 }
@@ -525,22 +526,23 @@ fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
 #[test]
 fn no_bytes_of_a_client_are_too_much() {
     bolero::check!().with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(|(pieces, is_resumed)| {
-        let mut session = if *is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
-        session.receive(PREFACE);
+        let mut interposer =
+            if *is_resumed { Interposer::resume(Http2State::default()) } else { Interposer::new() };
+        interposer.receive(PREFACE);
         for (bytes, act) in pieces {
-            session.receive(bytes);
+            interposer.receive(bytes);
             match act % 6 {
-                0 => session.hold(),
-                1 => session.release(),
+                0 => interposer.hold(),
+                1 => interposer.release(),
                 // Frames of every kind, small enough to be whole.
-                2 => session.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
-                3 => session.mediate(&frame(act % 11, *act, u32::from(*act), bytes)),
+                2 => interposer.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
+                3 => interposer.rewrite(&frame(act % 11, *act, u32::from(*act), bytes)),
                 _ => {}
             }
-            let _ = session.is_at_rest();
-            session.for_client().clear();
+            let _ = interposer.is_quiescent();
+            interposer.for_client().clear();
         }
-        session.leave();
+        interposer.into_state();
     });
 }
 
@@ -559,22 +561,26 @@ fn a_client_that_goes_on_using_its_table_stays() {
         (ends | WITH_PRIORITY, b"\0\0\0\0\0\x20\x82", true),
         (ends | PADDED | WITH_PRIORITY, b"\x01\0\0\0\0\0\x82\x00", false),
     ] {
-        let mut session = Session::new();
-        session.receive(&Client::new().sent);
+        let mut interposer = Interposer::new();
+        interposer.receive(&Client::new().sent);
         // Before the client knows of it, its first request is as it always was.
-        session.receive(&frame(HEADERS, ends, 1, b"\x82"));
-        session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
-        session.sent(&frame(HEADERS, ends, 1, b"head"));
-        session.receive(&frame(SETTINGS, ACK, 0, &[]));
-        session.for_h2().clear();
-        session.hold();
-        assert!(session.is_at_rest());
-        session.release();
-        session.receive(&frame(HEADERS, flags, 3, headers));
-        session.sent(&frame(HEADERS, ends, 3, b"head"));
-        session.for_h2().clear();
-        session.hold();
-        assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{flags} {headers:?}");
+        interposer.receive(&frame(HEADERS, ends, 1, b"\x82"));
+        interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+        interposer.sent(&frame(HEADERS, ends, 1, b"head"));
+        interposer.receive(&frame(SETTINGS, ACK, 0, &[]));
+        interposer.for_h2().clear();
+        interposer.hold();
+        assert!(interposer.is_quiescent());
+        interposer.release();
+        interposer.receive(&frame(HEADERS, flags, 3, headers));
+        interposer.sent(&frame(HEADERS, ends, 3, b"head"));
+        interposer.for_h2().clear();
+        interposer.hold();
+        assert_eq!(
+            (interposer.is_quiescent(), interposer.is_immovable()),
+            (moves, !moves),
+            "{flags} {headers:?}"
+        );
     }
 }
 
@@ -599,23 +605,23 @@ fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
         // A size that is cut off.
         (&[[EMPTY, b"\x3f\xff"].concat()], false),
     ] {
-        let mut session = Session::new();
-        session.receive(&Client::new().sent);
-        session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+        let mut interposer = Interposer::new();
+        interposer.receive(&Client::new().sent);
+        interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
         let mut stream = 1;
-        let mut exchange = |session: &mut Session, block: &[u8]| {
-            session.receive(&frame(HEADERS, ends, stream, block));
-            session.sent(&frame(HEADERS, ends, stream, b"head"));
+        let mut exchange = |interposer: &mut Interposer, block: &[u8]| {
+            interposer.receive(&frame(HEADERS, ends, stream, block));
+            interposer.sent(&frame(HEADERS, ends, stream, b"head"));
             stream += 2;
         };
         for block in blocks {
-            exchange(&mut session, block);
+            exchange(&mut interposer, block);
         }
-        session.receive(&frame(SETTINGS, ACK, 0, &[]));
-        exchange(&mut session, FIELD);
-        session.for_h2().clear();
-        session.hold();
-        assert_eq!((session.is_at_rest(), session.is_immovable()), (moves, !moves), "{blocks:?}");
+        interposer.receive(&frame(SETTINGS, ACK, 0, &[]));
+        exchange(&mut interposer, FIELD);
+        interposer.for_h2().clear();
+        interposer.hold();
+        assert_eq!((interposer.is_quiescent(), interposer.is_immovable()), (moves, !moves), "{blocks:?}");
     }
 }
 
@@ -639,76 +645,76 @@ fn a_session_is_stuck_where_only_its_client_can_go_on() {
         // Half a frame that h2 has seen nothing of moves.
         (then(frame(HEADERS, ends, 1, b"\x20")[..9].to_vec()), false, true),
     ] {
-        let mut session = Session::new();
-        session.sent(&frame(SETTINGS, 0, 0, &OURS));
-        session.receive(&sent);
-        session.sent(&frame(SETTINGS, ACK, 0, &[]));
-        session.for_h2().clear();
-        assert_eq!((session.is_stuck(), session.owes_nothing()), (is_stuck, owes_nothing), "{sent:?}");
+        let mut interposer = Interposer::new();
+        interposer.sent(&frame(SETTINGS, 0, 0, &OURS));
+        interposer.receive(&sent);
+        interposer.sent(&frame(SETTINGS, ACK, 0, &[]));
+        interposer.for_h2().clear();
+        assert_eq!((interposer.is_stuck(), interposer.owes_nothing()), (is_stuck, owes_nothing), "{sent:?}");
     }
 }
 
 #[test]
 fn the_last_goaway_names_the_last_stream_and_does_not_break_a_frame() {
-    let farewell = |sent: &[u8]| {
-        let mut session = Session::new();
-        session.receive(&Client::new().sent);
-        session.receive(&frame(HEADERS, END_STREAM | END_HEADERS, 5, b"\x20"));
-        session.sent(sent);
-        session.farewell()
+    let final_goaway = |sent: &[u8]| {
+        let mut interposer = Interposer::new();
+        interposer.receive(&Client::new().sent);
+        interposer.receive(&frame(HEADERS, END_STREAM | END_HEADERS, 5, b"\x20"));
+        interposer.sent(sent);
+        interposer.final_goaway()
     };
-    assert_eq!(farewell(&frame(SETTINGS, 0, 0, &OURS)), frame(GOAWAY, 0, 0, &[0, 0, 0, 5, 0, 0, 0, 0]));
-    assert!(farewell(&frame(HEADERS, END_HEADERS, 5, b"head")[..11]).is_empty());
+    assert_eq!(final_goaway(&frame(SETTINGS, 0, 0, &OURS)), frame(GOAWAY, 0, 0, &[0, 0, 0, 5, 0, 0, 0, 0]));
+    assert!(final_goaway(&frame(HEADERS, END_HEADERS, 5, b"head")[..11]).is_empty());
 }
 
 /// Held, they would seem to come after it, and to break what it promises.
 #[test]
 fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() {
     let ends = END_STREAM | END_HEADERS;
-    let mut session = Session::new();
-    session.hold();
-    session.receive(&Client::new().sent);
-    session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
-    session.for_h2().clear();
+    let mut interposer = Interposer::new();
+    interposer.hold();
+    interposer.receive(&Client::new().sent);
+    interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+    interposer.for_h2().clear();
     let first = frame(HEADERS, ends, 1, b"\x82");
-    session.receive(&first);
-    assert_eq!(session.for_h2(), &first);
-    session.for_h2().clear();
-    session.receive(&frame(SETTINGS, ACK, 0, &[]));
-    session.for_h2().clear();
+    interposer.receive(&first);
+    assert_eq!(interposer.for_h2(), &first);
+    interposer.for_h2().clear();
+    interposer.receive(&frame(SETTINGS, ACK, 0, &[]));
+    interposer.for_h2().clear();
     let second = frame(HEADERS, ends, 3, b"\x20\x82");
-    session.receive(&second);
-    assert!(session.for_h2().is_empty());
-    session.sent(&frame(HEADERS, ends, 1, b"head"));
-    assert!(session.is_at_rest());
-    let (agreement, unread) = session.leave();
-    assert_eq!((agreement.last_stream, unread), (1, second.into()));
+    interposer.receive(&second);
+    assert!(interposer.for_h2().is_empty());
+    interposer.sent(&frame(HEADERS, ends, 1, b"head"));
+    assert!(interposer.is_quiescent());
+    let (state, unread) = interposer.into_state();
+    assert_eq!((state.last_stream, unread), (1, second.into()));
 }
 
 /// The relay reads no more while that is so: it must not wait for a release that has happened.
 #[test]
 fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
-    let mut session = Session::new();
-    session.receive(&Client::new().sent);
-    session.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
-    session.receive(&frame(SETTINGS, ACK, 0, &[]));
-    session.receive(&frame(HEADERS, END_HEADERS, 1, b"\x20\x82"));
+    let mut interposer = Interposer::new();
+    interposer.receive(&Client::new().sent);
+    interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+    interposer.receive(&frame(SETTINGS, ACK, 0, &[]));
+    interposer.receive(&frame(HEADERS, END_HEADERS, 1, b"\x20\x82"));
     let data = frame(DATA, 0, 1, &[0; 100]);
-    session.receive(&data[..50]);
-    session.for_h2().clear();
-    session.hold();
-    session.receive(&data[50..]);
-    session.receive(&frame(HEADERS, END_HEADERS, 3, b"\x82"));
-    while !session.is_full() {
-        session.receive(&frame(DATA, 0, 3, &[0; 16_000]));
+    interposer.receive(&data[..50]);
+    interposer.for_h2().clear();
+    interposer.hold();
+    interposer.receive(&data[50..]);
+    interposer.receive(&frame(HEADERS, END_HEADERS, 3, b"\x82"));
+    while !interposer.is_full() {
+        interposer.receive(&frame(DATA, 0, 3, &[0; 16_000]));
     }
-    session.for_h2().clear();
+    interposer.for_h2().clear();
     // Half a frame of another stream is under way.
-    session.receive(&data[..50]);
-    session.release();
-    assert!(!session.is_full());
-    session.receive(&data[50..]);
-    assert!(session.for_h2().len() > 1_000_000);
+    interposer.receive(&data[..50]);
+    interposer.release();
+    assert!(!interposer.is_full());
+    interposer.receive(&data[50..]);
+    assert!(interposer.for_h2().len() > 1_000_000);
 }
 
 /// Each of these frames was once granted again by a frame of our own, which waited for a client that never reads.
@@ -718,13 +724,13 @@ fn data_on_streams_of_a_former_process_queues_nothing() {
     world.client.begin(true, false);
     world.carry(10_000, usize::MAX);
     world.h2.answer(0, 5, true);
-    world.session.hold();
+    world.interposer.hold();
     world.carry(10_000, usize::MAX);
-    assert_eq!((world.moves, world.session.is_begun()), (1, true));
+    assert_eq!((world.moves, world.interposer.is_begun()), (1, true));
     for _ in 0..10_000 {
-        world.session.receive(&frame(DATA, 0, 1, b"x"));
-        world.session.for_h2().clear();
-        assert!(world.session.for_client().is_empty());
+        world.interposer.receive(&frame(DATA, 0, 1, b"x"));
+        world.interposer.for_h2().clear();
+        assert!(world.interposer.for_client().is_empty());
     }
 }
 
@@ -732,17 +738,17 @@ fn data_on_streams_of_a_former_process_queues_nothing() {
 #[test]
 fn a_settings_ack_that_is_an_error_reaches_h2() {
     for (stream, payload) in [(1, &b""[..]), (0, b"\0\x04\0\0\0\x01")] {
-        let mut session = Session::resume(Agreement::default());
+        let mut interposer = Interposer::resume(Http2State::default());
         // Settings that the client does not know, and what else h2 begins with.
         let settings = [frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, b"")].concat();
-        session.mediate(&[settings, grant(0, 100_000)].concat());
-        assert!(session.is_begun());
-        session.for_h2().clear();
+        interposer.rewrite(&[settings, grant(0, 100_000)].concat());
+        assert!(interposer.is_begun());
+        interposer.for_h2().clear();
         let wrong = frame(SETTINGS, ACK, stream, payload);
-        session.receive(&wrong);
-        assert_eq!(session.for_h2(), &wrong);
-        session.for_h2().clear();
-        session.receive(&frame(SETTINGS, ACK, 0, b""));
-        assert!(session.for_h2().is_empty());
+        interposer.receive(&wrong);
+        assert_eq!(interposer.for_h2(), &wrong);
+        interposer.for_h2().clear();
+        interposer.receive(&frame(SETTINGS, ACK, 0, b""));
+        assert!(interposer.for_h2().is_empty());
     }
 }

@@ -10,14 +10,14 @@ use tokio_rustls::rustls::ProtocolVersion;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use super::record_layer::Records;
-use super::record_reader::{self, WholeRecords};
+use super::record_layer::RecordLayer;
+use super::record_reader::{self, RecordAligned};
 use crate::connection::io::{Io, Tls, Wire};
-use crate::connection::{Arrived, End, Protocol, Services, drive, first_bytes};
+use crate::connection::{ConnectionOutcome, FirstBytes, Protocol, Services, drive, first_bytes};
 use crate::registry::{Entry, Registration, Stage};
 use crate::transport::stream::{Connection, Stream};
 use crate::transport::tls_config::{self, Tls as Spoken};
-use crate::transport::tls_traffic::TlsSession;
+use crate::transport::tls_traffic::TlsTrafficState;
 
 /// What every TLS connection begins with: the type of a handshake record (RFC 8446 section 5.1).
 const HANDSHAKE: u8 = 22;
@@ -31,7 +31,7 @@ pub(in crate::connection) async fn serve(
     registration: Registration,
     services: &Services,
     tls: &Spoken,
-) -> End {
+) -> ConnectionOutcome {
     if let Some(session) = connection.tls.take() {
         return go_on(connection, session, registration, services).await;
     }
@@ -39,24 +39,24 @@ pub(in crate::connection) async fn serve(
     let mut first = [0];
     match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
         // The next process shakes hands.
-        Arrived::AtRest => return End::AtRest(connection, registration),
-        Arrived::Bytes(_) if entry.phase().rests() => {
-            return End::AtRest(connection, registration);
+        FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
+        FirstBytes::Bytes(_) if entry.phase().quiesces() => {
+            return ConnectionOutcome::Quiescent(connection, registration);
         }
-        Arrived::Bytes(_) => {}
-        Arrived::Late | Arrived::Idle | Arrived::Gone => return End::Closed,
+        FirstBytes::Bytes(_) => {}
+        FirstBytes::Late | FirstBytes::Idle | FirstBytes::Gone => return ConnectionOutcome::Closed,
     }
-    entry.pin();
+    entry.forbid_handover();
     if first != [HANDSHAKE] {
         let io = Io::new(Wire::Left(connection.socket), Bytes::new(), registration, Protocol::Http1);
         io.refuse(NOT_TLS).await;
-        return End::Closed;
+        return ConnectionOutcome::Closed;
     }
     let Some(stream) = shake_hands(connection.socket, &entry, tls).await else {
-        return End::Closed;
+        return ConnectionOutcome::Closed;
     };
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
-        entry.unpin();
+        entry.allow_handover();
     }
     // The time for a request counts from here.
     entry.enter(Stage::Waiting);
@@ -72,30 +72,30 @@ pub(in crate::connection) async fn serve(
 /// Goes on with a connection that was made in another process.
 async fn go_on(
     mut connection: Connection<Stream>,
-    session: Box<TlsSession>,
+    session: Box<TlsTrafficState>,
     registration: Registration,
     services: &Services,
-) -> End {
+) -> ConnectionOutcome {
     let entry = registration.entry.clone();
     if connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &entry, &mut [0], |_| true).await {
-            Arrived::AtRest if !entry.keeps_all_but_http1() => {
+            FirstBytes::Quiescent if !entry.keeps_http2_and_tls() => {
                 connection.tls = Some(session);
-                return End::AtRest(connection, registration);
+                return ConnectionOutcome::Quiescent(connection, registration);
             }
-            Arrived::AtRest | Arrived::Bytes(_) | Arrived::Late | Arrived::Idle => {}
-            Arrived::Gone => return End::Closed,
+            FirstBytes::Quiescent | FirstBytes::Bytes(_) | FirstBytes::Late | FirstBytes::Idle => {}
+            FirstBytes::Gone => return ConnectionOutcome::Closed,
         }
     }
     entry.enter(Stage::Waiting);
     let Connection { socket, listener, unread, http2, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
-    let records = Records::new(socket, *session);
+    let records = RecordLayer::new(socket, *session);
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
     drive(io, protocol, http2, listener, services, &services.routes).await
 }
 
-async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsStream<WholeRecords>> {
+async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsStream<RecordAligned>> {
     let mut handshake = pin!(record_reader::accept(stream, tls));
     poll_fn(|cx| {
         entry.wake_on_change(cx);

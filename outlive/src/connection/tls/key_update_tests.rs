@@ -36,10 +36,10 @@ async fn idle(served: &Served, clients: usize) {
     let are_idle = || registry.entries().iter().all(|entry| entry.stage() == Stage::Waiting);
     wait_until("all are idle", are_idle).await;
     wait_until("all are parked", || {
-        if registry.entries().iter().any(|entry| !entry.is_drowsy()) {
+        if registry.entries().iter().any(|entry| !entry.is_parkable()) {
             registry.advance(IDLE);
         }
-        registry.asleep() == clients
+        registry.parked() == clients
     })
     .await;
 }
@@ -58,7 +58,7 @@ async fn pause(
                 for client in &mut *clients {
                     update_keys(client).await;
                 }
-                wait_until("those that were parked are awake", || served.registry().asleep() == 0).await;
+                wait_until("those that were parked are awake", || served.registry().parked() == 0).await;
             }
             Handover => {
                 let next = serve_with(router(), Some(tls_of(certificate))).await;

@@ -5,12 +5,12 @@
 //! | --- | --- |
 //! | 5.1: a handshake message may be cut into several records, with no others between them | `take_message` |
 //! | 5.2: a record's fragment is no longer than 2^14 bytes, its padding included | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
-//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `Half::open`, `Half::seal` |
-//! | 5.3: the nonce is the sequence number, big-endian, XOR the IV; it counts from 0 and does not wrap | `Half::nonce` |
-//! | 5.4: zeros behind the content type are padding; a record of nothing else is refused | `Half::open` |
+//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `DirectionState::open`, `DirectionState::seal` |
+//! | 5.3: the nonce is the sequence number, big-endian, XOR the IV; it counts from 0 and does not wrap | `DirectionState::nonce` |
+//! | 5.4: zeros behind the content type are padding; a record of nothing else is refused | `DirectionState::open` |
 //! | 5.5: no key seals more records than is safe (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`: a KeyUpdate of ours comes first |
 //! | 6.1: `close_notify` ends what comes from a peer; ours is the last that we send | `poll_read`, `poll_shutdown` |
-//! | 6.2: any other alert is fatal, and so is a record that does not open; we say why once | `Records::fail` |
+//! | 6.2: any other alert is fatal, and so is a record that does not open; we say why once | `RecordLayer::fail` |
 //! | 4.6.3: a KeyUpdate changes the keys of one direction, and may ask for the other's | `take_message`, `update_keys` |
 //! | 4.6: of other messages after the handshake a server expects none | `unexpected_message` |
 //!
@@ -34,7 +34,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::{
-    Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsSession,
+    Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState,
 };
 
 /// The most that a record carries, in bytes.
@@ -56,7 +56,7 @@ const WARNINGS_LIMIT: u8 = 4;
 const KEY_UPDATES_LIMIT: u8 = 32;
 /// After so many records a connection whose key we cannot update is told to end; half of what is safe, so that there is
 /// room for its last answer.
-const WORN_AT: u64 = 1 << 23;
+const KEY_LIMIT_SOFT: u64 = 1 << 23;
 /// No more are sealed with one key, of which the last is a KeyUpdate.
 const SEALED_RECORDS_LIMIT: u64 = 1 << 24;
 /// What is sealed and not sent, in bytes; until it is out no more is sealed.
@@ -139,12 +139,12 @@ pub(in crate::connection) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>
 }
 
 /// One direction, ready for use.
-struct Half {
+struct DirectionState {
     direction: Direction,
     key: LessSafeKey,
 }
 
-impl Half {
+impl DirectionState {
     fn new(suite: Suite, direction: Direction) -> Self {
         let algorithm: &aead::Algorithm = match suite {
             Suite::Aes128Gcm => &AES_128_GCM,
@@ -237,11 +237,11 @@ enum Outgoing {
     Ended,
 }
 
-pub(in crate::connection) struct Records {
+pub(in crate::connection) struct RecordLayer {
     stream: Stream,
     suite: Suite,
-    from_peer: Half,
-    to_peer: Half,
+    from_peer: DirectionState,
+    to_peer: DirectionState,
     /// What was read, and is still sealed.
     sealed: BytesMut,
     /// What was opened, and is not read.
@@ -253,14 +253,14 @@ pub(in crate::connection) struct Records {
     peer: PeerState,
 }
 
-impl Records {
-    pub(in crate::connection) fn new(stream: Stream, session: TlsSession) -> Self {
-        let TlsSession { suite, from_peer, to_peer, unread, peer } = session;
+impl RecordLayer {
+    pub(in crate::connection) fn new(stream: Stream, session: TlsTrafficState) -> Self {
+        let TlsTrafficState { suite, from_peer, to_peer, unread, peer } = session;
         Self {
             stream,
             suite,
-            from_peer: Half::new(suite, from_peer),
-            to_peer: Half::new(suite, to_peer),
+            from_peer: DirectionState::new(suite, from_peer),
+            to_peer: DirectionState::new(suite, to_peer),
             sealed: unread.into(),
             opened: BytesMut::new(),
             unsent: BytesMut::new(),
@@ -272,27 +272,31 @@ impl Records {
 
     /// Whether the connection should end soon: the peer has a key that we do not know, or ours is not to be used much
     /// longer and we cannot update it.
-    pub(in crate::connection) fn is_worn(&self) -> bool {
+    pub(in crate::connection) fn is_near_key_limit(&self) -> bool {
         let Direction { sequence, secret, .. } = &self.to_peer.direction;
-        self.is_deaf() || secret.is_none() && *sequence >= WORN_AT
+        self.is_read_closed() || secret.is_none() && *sequence >= KEY_LIMIT_SOFT
     }
 
     /// Whether the peer says more than we can hear.
-    pub(in crate::connection) fn is_deaf(&self) -> bool {
+    pub(in crate::connection) fn is_read_closed(&self) -> bool {
         self.incoming == Incoming::Deaf
     }
 
     /// Whether nothing was said that keeps it here.
     pub(in crate::connection) fn is_movable(&self) -> bool {
         let is_open = self.incoming == Incoming::Open && self.outgoing == Outgoing::Open;
-        is_open && !self.is_worn() && self.unsent.is_empty()
+        is_open && !self.is_near_key_limit() && self.unsent.is_empty()
     }
 
     /// What it takes to go on elsewhere, and what was opened and not read.
-    pub(in crate::connection) fn into_parts(self) -> (Stream, TlsSession, Bytes) {
+    pub(in crate::connection) fn into_parts(self) -> (Stream, TlsTrafficState, Bytes) {
         let Self { stream, suite, sealed, opened, peer, .. } = self;
         let (from_peer, to_peer) = (self.from_peer.direction, self.to_peer.direction);
-        (stream, TlsSession { suite, from_peer, to_peer, unread: sealed.freeze(), peer }, opened.freeze())
+        (
+            stream,
+            TlsTrafficState { suite, from_peer, to_peer, unread: sealed.freeze(), peer },
+            opened.freeze(),
+        )
     }
 
     /// Opens what there is of whole records, until there is something to read or no more will come; false where more
@@ -467,7 +471,7 @@ impl Records {
     }
 }
 
-impl AsyncRead for Records {
+impl AsyncRead for RecordLayer {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
@@ -506,7 +510,7 @@ impl AsyncRead for Records {
     }
 }
 
-impl AsyncWrite for Records {
+impl AsyncWrite for RecordLayer {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if this.outgoing == Outgoing::Ended || matches!(this.incoming, Incoming::Failed(_)) {

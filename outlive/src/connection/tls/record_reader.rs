@@ -17,7 +17,7 @@ use tokio_rustls::server::TlsStream;
 use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::Tls;
-use crate::transport::tls_traffic::TlsSession;
+use crate::transport::tls_traffic::TlsTrafficState;
 use crate::transport::traffic_secret::FirstSecrets;
 #[cfg(test)]
 use crate::transport::traffic_secret::TrafficSecret;
@@ -25,7 +25,7 @@ use crate::transport::traffic_secret::TrafficSecret;
 /// How much is read at once, in bytes.
 const READ_LENGTH: usize = 16 * 1024;
 
-pub(in crate::connection) struct WholeRecords {
+pub(in crate::connection) struct RecordAligned {
     stream: Stream,
     buffer: BytesMut,
     /// How much of the buffer is whole records, or will never be.
@@ -37,13 +37,13 @@ pub(in crate::connection) struct WholeRecords {
 }
 
 /// Shakes hands on `stream`.
-pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<WholeRecords> {
+pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<RecordAligned> {
     let secrets = Arc::new(FirstSecrets::default());
     let acceptor = tls.acceptor(&secrets);
-    acceptor.accept(WholeRecords { stream, buffer: BytesMut::new(), whole: 0, begun: 0, secrets })
+    acceptor.accept(RecordAligned { stream, buffer: BytesMut::new(), whole: 0, begun: 0, secrets })
 }
 
-impl WholeRecords {
+impl RecordAligned {
     #[cfg(test)]
     pub(in crate::connection) fn stream(&self) -> &Stream {
         &self.stream
@@ -62,7 +62,7 @@ impl WholeRecords {
     }
 
     /// The rest of a record that was given in part.
-    pub(in crate::connection) fn rest(&mut self) -> impl Read + '_ {
+    pub(in crate::connection) fn remaining(&mut self) -> impl Read + '_ {
         let length = self.begun.min(self.whole);
         self.note_given(length);
         self.whole -= length;
@@ -103,12 +103,14 @@ impl WholeRecords {
 
 /// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
 /// where something is under way.
-pub(in crate::connection) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<(Stream, TlsSession, Bytes)> {
+pub(in crate::connection) fn into_parts(
+    tls: TlsStream<RecordAligned>,
+) -> Option<(Stream, TlsTrafficState, Bytes)> {
     let (mut below, mut session) = tls.into_inner();
     let mut opened = BytesMut::new();
     // The rest of a record of which rustls has the beginning: it is here.
     read_opened(&mut session, &mut opened)?;
-    let mut rest = below.rest();
+    let mut rest = below.remaining();
     while session.read_tls(&mut rest).ok()? > 0 {
         session.process_new_packets().ok()?;
         read_opened(&mut session, &mut opened)?;
@@ -127,9 +129,9 @@ pub(in crate::connection) fn into_parts(tls: TlsStream<WholeRecords>) -> Option<
     if !answer.is_empty() {
         below.send_now(&answer)?;
     }
-    let WholeRecords { stream, buffer, secrets, .. } = below;
+    let RecordAligned { stream, buffer, secrets, .. } = below;
     let extracted = session.dangerous_extract_secrets().ok()?;
-    Some((stream, TlsSession::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
+    Some((stream, TlsTrafficState::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
 }
 
 /// None where the peer has said its last.
@@ -150,7 +152,7 @@ fn record_length(header: [u8; HEADER_LENGTH]) -> usize {
     HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
 }
 
-impl AsyncRead for WholeRecords {
+impl AsyncRead for RecordAligned {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
@@ -182,7 +184,7 @@ impl AsyncRead for WholeRecords {
     }
 }
 
-impl AsyncWrite for WholeRecords {
+impl AsyncWrite for RecordAligned {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().stream).poll_write(cx, bytes)
     }

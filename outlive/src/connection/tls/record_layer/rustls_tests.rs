@@ -19,7 +19,7 @@ use crate::transport::traffic_secret::FirstSecrets;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     Rustls,
-    Records,
+    RecordLayer,
     RecordsThatMove,
 }
 
@@ -75,8 +75,8 @@ struct Reaction {
 struct Client {
     socket: UnixStream,
     suite: Suite,
-    from_server: Half,
-    to_server: Half,
+    from_server: DirectionState,
+    to_server: DirectionState,
 }
 
 impl Client {
@@ -143,19 +143,19 @@ async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, Own
     // The secret of what comes from a client is the one of what goes from it.
     let reversed = FirstSecrets { from_peer: secrets.to_peer.clone(), to_peer: secrets.from_peer.clone() };
     let extracted = session.dangerous_extract_secrets().expect("secrets");
-    let session = TlsSession::new(extracted, &reversed, Bytes::new()).expect("a suite of TLS 1.3");
+    let session = TlsTrafficState::new(extracted, &reversed, Bytes::new()).expect("a suite of TLS 1.3");
     let client = Client {
         socket,
         suite,
-        from_server: Half::new(suite, session.from_peer),
-        to_server: Half::new(suite, session.to_peer),
+        from_server: DirectionState::new(suite, session.from_peer),
+        to_server: DirectionState::new(suite, session.to_peer),
     };
     let unread = server.get_ref().0.stream().as_fd().try_clone_to_owned().expect("a descriptor");
     let server = if who == Who::Rustls {
         Tls::Left(Box::new(server))
     } else {
         let (stream, session, _) = record_reader::into_parts(server).expect("it moves");
-        Tls::Right(Box::new(Records::new(stream, session)))
+        Tls::Right(Box::new(RecordLayer::new(stream, session)))
     };
     (client, server, unread)
 }
@@ -217,7 +217,7 @@ async fn reaction(parties: &Parties, suite: Suite, who: Who, steps: &[Step]) -> 
 /// Has all three react, and gives what they did.
 async fn same(parties: &Parties, suite: Suite, steps: &[Step]) -> Reaction {
     let wanted = reaction(parties, suite, Who::Rustls, steps).await;
-    for who in [Who::Records, Who::RecordsThatMove] {
+    for who in [Who::RecordLayer, Who::RecordsThatMove] {
         let found = reaction(parties, suite, who, steps).await;
         assert_eq!(found, wanted, "{who:?} and rustls differ for {steps:?}");
     }

@@ -14,7 +14,7 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 use tokio_rustls::server::TlsStream as ServerStream;
 
 use super::*;
-use crate::connection::tls::record_reader::{self, WholeRecords};
+use crate::connection::tls::record_reader::{self, RecordAligned};
 use crate::os::credentials::Credentials;
 use crate::transport::tls_config;
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
@@ -36,15 +36,18 @@ impl Parties {
     }
 
     /// A connection of `suite`, made and moved.
-    async fn connect(&self, suite: Suite) -> (Client, Records) {
+    async fn connect(&self, suite: Suite) -> (Client, RecordLayer) {
         let (client, server, _) = self.shake_hands(suite).await;
         let (stream, session, opened) = record_reader::into_parts(server).expect("secrets");
         assert!(session.suite == suite && opened.is_empty());
-        (client, Records::new(stream, session))
+        (client, RecordLayer::new(stream, session))
     }
 
     /// Both ends, and the secrets as the client knows them.
-    pub async fn shake_hands(&self, suite: Suite) -> (Client, ServerStream<WholeRecords>, Arc<FirstSecrets>) {
+    pub async fn shake_hands(
+        &self,
+        suite: Suite,
+    ) -> (Client, ServerStream<RecordAligned>, Arc<FirstSecrets>) {
         let mut provider = ring::default_provider();
         provider.cipher_suites.retain(|known| u16::from(known.suite()) == suite as u16);
         let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
@@ -65,11 +68,11 @@ impl Parties {
 }
 
 /// As through the handover, with nothing read that is not given on.
-pub fn move_on(records: Records) -> Records {
+pub fn move_on(records: RecordLayer) -> RecordLayer {
     assert!(records.is_movable());
     let (stream, session, opened) = records.into_parts();
     assert!(opened.is_empty());
-    Records::new(stream, TlsSession::decode(&session.encode()).expect("it comes back"))
+    RecordLayer::new(stream, TlsTrafficState::decode(&session.encode()).expect("it comes back"))
 }
 
 pub fn run<T>(work: impl Future<Output = T>) -> T {
@@ -134,7 +137,7 @@ fn what_rustls_has_begun_goes_on_elsewhere() {
             let (stream, session, opened) = record_reader::into_parts(server).expect("it moves");
             received.extend(opened);
             let left = length - received.len();
-            let mut records = Records::new(stream, session);
+            let mut records = RecordLayer::new(stream, session);
             let mut rest = vec![0; left];
             records.read_exact(&mut rest).await.expect("the others");
             received.extend(rest);
@@ -172,7 +175,7 @@ fn an_end_without_close_notify_is_no_end_of_a_body() {
     });
 }
 
-/// rustls follows the KeyUpdates before the connection moves, `Records` those after it.
+/// rustls follows the KeyUpdates before the connection moves, `RecordLayer` those after it.
 #[test]
 fn both_ends_update_their_keys_over_moves() {
     let parties = Parties::new();
@@ -186,7 +189,7 @@ fn both_ends_update_their_keys_over_moves() {
                 pass(&mut server, &mut client, length).await;
             }
             let (stream, session, _) = record_reader::into_parts(server).expect("secrets");
-            let mut records = Records::new(stream, session);
+            let mut records = RecordLayer::new(stream, session);
             for length in [1, 16_384, 50_000] {
                 records = move_on(records);
                 client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
@@ -209,7 +212,7 @@ fn a_connection_that_leaves_rustls_answers_the_last_key_update_first() {
         client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
         pass(&mut client, &mut server, 10).await;
         let (stream, session, _) = record_reader::into_parts(server).expect("secrets");
-        let mut records = Records::new(stream, session);
+        let mut records = RecordLayer::new(stream, session);
         pass(&mut records, &mut client, 10).await;
         pass(&mut client, &mut records, 10).await;
     });
@@ -227,17 +230,17 @@ fn a_key_update_ends_a_connection_without_secrets_after_the_answer_in_flight() {
         client.write_all(b"under another key").await.expect("sent");
         client.flush().await.expect("sent");
         assert_eq!(records.read(&mut [0]).await.expect("an end, and no error"), 0);
-        assert!(records.is_worn() && !records.is_movable());
+        assert!(records.is_near_key_limit() && !records.is_movable());
         pass(&mut records, &mut client, 1000).await;
         records.shutdown().await.expect("close_notify");
         assert_eq!(client.read(&mut [0]).await.expect("a clean end"), 0);
     });
 }
 
-fn without_secrets(records: Records) -> Records {
+fn without_secrets(records: RecordLayer) -> RecordLayer {
     let (stream, mut session, _) = records.into_parts();
     (session.from_peer.secret, session.to_peer.secret) = (None, None);
-    Records::new(stream, session)
+    RecordLayer::new(stream, session)
 }
 
 #[test]
@@ -247,9 +250,9 @@ fn a_key_that_has_sealed_as_much_as_is_safe_is_updated() {
             let (_, mut records, peer) = pair(suite);
             let direction =
                 Direction { sequence: SEALED_RECORDS_LIMIT - 2, ..records.to_peer.direction.clone() };
-            let mut half = Half::new(suite, direction.clone());
-            records.to_peer = Half::new(suite, direction);
-            assert!(!records.is_worn());
+            let mut half = DirectionState::new(suite, direction.clone());
+            records.to_peer = DirectionState::new(suite, direction);
+            assert!(!records.is_near_key_limit());
             records.write_all(b"the last record of data").await.expect("sent");
             records.write_all(b"with the next key").await.expect("sent");
             drop(records);
@@ -280,8 +283,8 @@ fn a_key_without_its_secret_seals_no_more_than_is_safe() {
     run(async {
         let (_client, records) = parties.connect(Suite::Aes128Gcm).await;
         let mut records = without_secrets(records);
-        records.to_peer.direction.sequence = WORN_AT;
-        assert!(records.is_worn());
+        records.to_peer.direction.sequence = KEY_LIMIT_SOFT;
+        assert!(records.is_near_key_limit());
         records.to_peer.direction.sequence = SEALED_RECORDS_LIMIT;
         records.write_all(b"one too many").await.expect_err("refused");
     });
@@ -324,7 +327,7 @@ fn secrets_are_held_by_their_connection_alone() {
 }
 
 /// Both ends with the same keys, without a handshake.
-fn pair(suite: Suite) -> (Half, Records, UnixStream) {
+fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
     let direction = |byte: u8| Direction {
         key: vec![byte; suite.key_length()].into(),
         iv: [byte; IV_LENGTH].into(),
@@ -332,13 +335,14 @@ fn pair(suite: Suite) -> (Half, Records, UnixStream) {
         secret: Some(TrafficSecret::new(&vec![byte; suite.secret_length()])),
     };
     let (from_peer, to_peer) = (direction(1), direction(2));
-    let session = TlsSession { suite, from_peer, to_peer, unread: Bytes::new(), peer: PeerState::default() };
+    let session =
+        TlsTrafficState { suite, from_peer, to_peer, unread: Bytes::new(), peer: PeerState::default() };
     let (ours, theirs) = UnixStream::pair().expect("a pair");
-    (Half::new(suite, direction(1)), Records::new(Stream::Unix(ours), session), theirs)
+    (DirectionState::new(suite, direction(1)), RecordLayer::new(Stream::Unix(ours), session), theirs)
 }
 
 /// A record with padding.
-pub fn seal(half: &mut Half, kind: u8, content: &[u8], padding: usize) -> BytesMut {
+pub fn seal(half: &mut DirectionState, kind: u8, content: &[u8], padding: usize) -> BytesMut {
     let mut record = BytesMut::new();
     // The last byte that is sealed is taken for the content's type by `seal`.
     let mut padded = content.to_vec();

@@ -1,0 +1,118 @@
+//! A process that serves, until it has a reason to stop. This is the only place that waits for signals while it serves.
+
+use std::pin::pin;
+use std::sync::Arc;
+
+use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::{error, info};
+
+use crate::app::setup::Hooks;
+use crate::app::tasks::Running;
+use crate::lifecycle::config::Config;
+use crate::listeners::SocketFiles;
+use crate::observe::log::message_id;
+use crate::observe::status::Status;
+use crate::os::signals::{SignalRequest, Signals};
+use crate::os::systemd;
+use crate::server::Server;
+use crate::takeover::{
+    Commitment, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle, TakeoverSocket,
+    UNDER_WAY,
+};
+use crate::transport::stream::Connection;
+
+/// The kernel ends all processes of a container with its PID 1, successors included.
+const PID_1: &str = "PID 1 of a container cannot reload; start a new container instead";
+
+/// A process that serves.
+pub struct Serving {
+    pub(super) config: Config,
+    pub(super) generation: u64,
+    pub(super) signals: Signals,
+    pub(super) server: Server,
+    /// Where connections arrive that are quiescent and can move to the next process.
+    pub(super) quiescent: UnboundedReceiver<Connection>,
+    pub(super) socket_files: SocketFiles,
+    pub(super) bundle: SuccessorBundle,
+    pub(super) socket: Option<TakeoverSocket>,
+    pub(super) status: Arc<Status>,
+    pub(super) tasks: Running,
+    pub(super) hooks: Hooks,
+}
+
+/// Why a process stops serving.
+pub enum StopReason {
+    /// SIGTERM or SIGINT.
+    Signal,
+    /// A background task has ended, and the process ends with it; why.
+    TaskFailed(String),
+    /// A successor accepts connections, and waits for those of this process.
+    Succeeded {
+        successor: Successor,
+        /// How many stop signals came before the successor had taken over.
+        stop_signals: u32,
+    },
+}
+
+enum Event {
+    Signal(SignalRequest),
+    TaskFailed(String),
+    Reload(ReloadEvent),
+}
+
+impl Serving {
+    /// Serves until there is a reason to stop. A reload that fails changes nothing but the status line.
+    pub async fn wait_for_stop(&mut self) -> StopReason {
+        let Self { signals, bundle, socket, status, tasks, .. } = self;
+        let mut reloads = Reloads::new(bundle, socket.take());
+        let mut failed = pin!(tasks.failed());
+        loop {
+            let event = tokio::select! {
+                request = signals.next() => Event::Signal(request),
+                reason = &mut failed => Event::TaskFailed(reason),
+                event = reloads.next() => Event::Reload(event),
+            };
+            match event {
+                Event::Signal(SignalRequest::Stop) => {
+                    if reloads.is_under_way() {
+                        info!(
+                            message_id = message_id::NOT_RELOADED,
+                            "reload failed: {STOPPED_DURING_RELOAD}"
+                        );
+                    }
+                    return StopReason::Signal;
+                }
+                Event::Signal(SignalRequest::Reload) if reloads.is_under_way() => {
+                    error!("SIGHUP ignored: {UNDER_WAY}");
+                }
+                Event::Signal(SignalRequest::Reload) if std::process::id() == 1 => {
+                    error!("SIGHUP ignored: {PID_1}");
+                }
+                Event::Signal(SignalRequest::Reload) => reloads.spawn_successor(),
+                Event::TaskFailed(reason) => {
+                    error!("{reason}");
+                    return StopReason::TaskFailed(reason);
+                }
+                Event::Reload(ReloadEvent::Connected(channel)) => reloads.accept_successor(channel).await,
+                Event::Reload(ReloadEvent::Prepared(prepared)) => {
+                    let Commitment { successor, stop_signals } = match prepared {
+                        Ok(prepared) => prepared.commit(bundle, status, signals).await,
+                        Err(reason) => Commitment { successor: Err(reason), stop_signals: 0 },
+                    };
+                    match successor {
+                        Ok(successor) => return StopReason::Succeeded { successor, stop_signals },
+                        Err(reason) => {
+                            let reason = format!("{reason:#}");
+                            error!(message_id = message_id::NOT_RELOADED, "reload failed: {reason}");
+                            if stop_signals > 0 {
+                                return StopReason::Signal;
+                            }
+                            status.note(format!("last reload failed: {reason}"));
+                            systemd::ready(&status.line());
+                        }
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,266 @@
+//! The start of a process that serves: everything that can fail, and then the commit, after which nothing can.
+
+use std::convert::Infallible;
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, anyhow};
+use axum::Router;
+use futures_util::FutureExt;
+use tokio::sync::mpsc::UnboundedReceiver;
+use tokio::time::{interval, timeout};
+use tokio_util::sync::CancellationToken;
+use tracing::info;
+
+use crate::app::process::Process;
+use crate::app::setup::{Hooks, Service};
+use crate::app::tasks::{self, Task};
+use crate::connection::Services;
+use crate::handover;
+use crate::lifecycle::admin::{self, Admin};
+use crate::lifecycle::cli::CommandLine;
+use crate::lifecycle::config::Config;
+use crate::lifecycle::serve::Serving;
+use crate::listeners::{self, Inherited, Listener, SocketFiles};
+use crate::observe::log::{self, message_id};
+use crate::observe::status::{ManagerRole, Status};
+#[cfg(feature = "jemalloc")]
+use crate::os::allocator;
+use crate::os::exit::{Failure, Result};
+use crate::os::rlimit;
+use crate::os::signals::Signals;
+use crate::os::systemd;
+use crate::registry::Registry;
+use crate::requests::Routes;
+use crate::server::{Acceptor, Queues, Server};
+use crate::takeover::{Adopter, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket};
+use crate::transport::listener_name::{ListenerRole, Name};
+use crate::transport::stream::Connection;
+use crate::transport::tls_config::{self, Tls};
+
+/// How much more time each report asks systemd for, beyond the next report, so that one late report does not end the
+/// start.
+const MORE_TIME: Duration = Duration::from_secs(5);
+
+/// What a start begins with: the configuration, and what the process inherited.
+pub struct Boot<C> {
+    line: CommandLine<C>,
+    inherited: Inherited,
+    program: Program,
+    role: Role,
+    process: Process,
+    logging: log::Control,
+}
+
+impl<C> Boot<C> {
+    /// To be called before the runtime starts its threads.
+    pub fn new(line: CommandLine<C>, inherited: Inherited, program: Program, role: Role) -> Result<Self> {
+        let from_store = handover::next_generation(&inherited.channels);
+        let process = Process::begin(from_store.or(inherited.generation).unwrap_or(1));
+        // Before the log, which starts a thread.
+        rlimit::make_room(line.config.max_connections);
+        let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
+        #[cfg(feature = "jemalloc")]
+        allocator::give_memory_back();
+        Ok(Self { line, inherited, program, role, process, logging })
+    }
+}
+
+/// A process that could serve. Until [`Started::commit`], a predecessor has the connections and the port.
+pub struct Started {
+    config: Config,
+    process: Process,
+    logging: log::Control,
+    signals: Signals,
+    server: Server,
+    quiescent: UnboundedReceiver<Connection>,
+    acceptors: Vec<Acceptor>,
+    names: Vec<Name>,
+    /// A command to try, for a person at a terminal.
+    example: Option<String>,
+    /// The channels in which a predecessor left its connections.
+    channels: Vec<anyhow::Result<std::os::fd::OwnedFd>>,
+    socket_files: SocketFiles,
+    bundle: SuccessorBundle,
+    status: Arc<Status>,
+    tasks: Vec<Task>,
+    hooks: Hooks,
+}
+
+impl Started {
+    /// Binds the listeners, loads the certificate, calls the application's `start`, and creates everything that serving
+    /// needs. `None` if a stop signal came meanwhile.
+    pub async fn new<C, S>(boot: Boot<C>, start: S) -> Result<Option<Self>>
+    where
+        S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    {
+        let Boot { line, mut inherited, program, role, process, logging } = boot;
+        let CommandLine { name, config, service: own, .. } = line;
+        let mut signals = Signals::new().context("could not watch for signals")?;
+        inherited.listen(&config.listen, &name)?;
+        let tls = tls_server(&config, &inherited)?;
+        let Inherited { listeners, channels, credentials, watchdog, socket_files, .. } = inherited;
+        let bundle = SuccessorBundle::new(
+            &listeners,
+            &credentials,
+            process.generation,
+            watchdog,
+            program,
+            config.takeover_timeout,
+        )
+        .context("could not duplicate the listeners")?;
+
+        let shutdown = CancellationToken::new();
+        let mut service = Service::new(process, shutdown.clone(), credentials);
+        let routes = tokio::select! {
+            routes = call_start(start, own, &mut service, config.start_timeout) => routes?,
+            // The predecessor of a successor is the main process, and it is the main process that systemd listens to.
+            never = ask_for_time_to_start(), if role == Role::First => match never {},
+            () = signals.terminated() => {
+                info!("received a stop signal during startup");
+                return Ok(None);
+            }
+        };
+        let Service { tasks, checks, hooks, admin: more_admin, .. } = service;
+        let registry = Registry::new(config.limits(), shutdown.clone());
+        let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
+        let queues = Queues::default();
+        let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks };
+        let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
+        let services = Services {
+            routes: limited(routes),
+            admin: limited(admin::router(admin).merge(more_admin)),
+            tls,
+            process,
+            shutdown,
+            quiesce_limit: config.drain_timeout / 2,
+        };
+        let (server, quiescent) = Server::new(services, registry.clone(), config.max_connections, queues)?;
+        tokio::spawn(registry.watch());
+        let names = listeners.iter().map(|listener| listener.name.clone()).collect();
+        let example = listeners.iter().find_map(Listener::try_it);
+        let acceptors = listeners.into_iter().map(Acceptor::new).collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Some(Self {
+            config,
+            process,
+            logging,
+            signals,
+            server,
+            quiescent,
+            acceptors,
+            names,
+            example,
+            channels,
+            socket_files,
+            bundle,
+            status,
+            tasks,
+            hooks,
+        }))
+    }
+
+    /// Begins to serve, and reports it: `READY=1`, or the takeover from `predecessor`. Fails only as long as the
+    /// predecessor keeps serving.
+    pub async fn commit(self, predecessor: Option<PredecessorLink>) -> Result<Serving> {
+        let Self { config, process, logging, signals, server, quiescent, names, bundle, status, .. } = self;
+        let watchdog = bundle.watchdog;
+        let committed = match predecessor {
+            Some(predecessor) => {
+                logging.succeed().await;
+                let committed = predecessor.commit().await.map_err(Failure::unavailable)?;
+                self.socket_files.claim();
+                Some(committed)
+            }
+            None => None,
+        };
+        // From here on nothing may fail, because the predecessor no longer accepts.
+        for acceptor in self.acceptors {
+            server.accept_from(acceptor);
+        }
+        let predecessor_gone = CancellationToken::new();
+        let socket = if let Some(committed) = committed {
+            let gone = predecessor_gone.clone();
+            let result = committed.take_over(server.clone(), names, status.clone(), gone).await;
+            let socket = TakeoverSocket::open();
+            result.ok();
+            socket
+        } else {
+            let socket = TakeoverSocket::open();
+            systemd::ready(&status.line());
+            if !self.channels.is_empty() {
+                status.note(Adopter::new(server.clone(), names).adopt_stored(self.channels));
+            }
+            predecessor_gone.cancel();
+            socket
+        };
+        let tasks = tasks::begin(self.tasks, &predecessor_gone);
+        let generation = process.generation;
+        info!(message_id = message_id::STARTED, generation, "serving on {}", status.listeners());
+        if let Some(example) = self.example {
+            info!("try it: {example}");
+        }
+        // Not earlier, because a successor that fails to start must leave the bus name with its predecessor.
+        logging.offer();
+        let reported = status.clone();
+        tokio::spawn(systemd::report(move || {
+            (reported.role() == ManagerRole::Main).then(|| reported.line())
+        }));
+        if let Some(watchdog) = watchdog {
+            let watched = status.clone();
+            tokio::spawn(systemd::feed_watchdog(watchdog, move || watched.role() < ManagerRole::Former));
+        }
+        Ok(Serving {
+            config,
+            generation,
+            signals,
+            server,
+            quiescent,
+            socket_files: self.socket_files,
+            bundle,
+            socket,
+            status,
+            tasks,
+            hooks: self.hooks,
+        })
+    }
+}
+
+/// Calls the application's `start`.
+pub async fn call_start<C, S>(start: S, own: C, service: &mut Service, limit: Duration) -> Result<Router>
+where
+    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+{
+    let started = AssertUnwindSafe(start(own, service)).catch_unwind();
+    match timeout(limit, started).await {
+        Ok(Ok(routes)) => routes.map_err(Failure::unavailable),
+        Ok(Err(panic)) => Err(Failure::software(tasks::panic_message(&*panic).context("startup failed"))),
+        Err(_) => Err(Failure::unavailable(anyhow!(
+            "startup took longer than {} (--start-timeout)",
+            humantime::format_duration(limit)
+        ))),
+    }
+}
+
+/// Asks the service manager for more time, again and again.
+async fn ask_for_time_to_start() -> Infallible {
+    let mut clock = interval(systemd::STATUS_INTERVAL);
+    // The first tick is at once, when there is time enough.
+    clock.tick().await;
+    loop {
+        clock.tick().await;
+        systemd::still_starting(MORE_TIME);
+    }
+}
+
+/// The TLS configuration, if there is an https listener.
+pub fn tls_server(config: &Config, inherited: &Inherited) -> Result<Option<Tls>> {
+    let is_wanted = inherited.listeners.iter().any(|listener| listener.role() == ListenerRole::Https);
+    let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
+    is_wanted
+        .then(|| {
+            tls_config::acceptor(cert, key, &inherited.credentials, config.tls_handover)
+                .map_err(Failure::config)
+        })
+        .transpose()
+}

@@ -1,0 +1,69 @@
+//! The end of a process: it drains its connections, then its background tasks end, then the application's exit hooks run.
+
+use std::time::Duration;
+
+use anyhow::anyhow;
+use tokio::time::Instant;
+use tracing::info;
+
+use crate::app::setup::Hooks;
+use crate::app::tasks::Running;
+use crate::lifecycle::drain::{Drain, TaskBudget};
+use crate::lifecycle::serve::{Serving, StopReason};
+use crate::observe::status::ManagerRole;
+use crate::os::exit::{Failure, Result};
+use crate::os::signals::Signals;
+
+/// How long background tasks have at least to end, however long the drain took.
+const TASKS_MINIMUM: Duration = Duration::from_secs(5);
+
+impl Serving {
+    /// Ends the process without losing a request. An error if a background task failed, so that the exit code says so.
+    pub async fn stop(self, reason: StopReason) -> Result<()> {
+        let Self {
+            config, generation, mut signals, server, mut quiescent, bundle, status, tasks, hooks, ..
+        } = self;
+        let drain = Drain::new(&server, &mut quiescent, &mut signals, config.drain_timeout, generation);
+        let mut failure = None;
+        // The successor waits for the end of this process before it starts its exclusive tasks, and takes the closing of
+        // this channel for that end.
+        let mut successor_channel = None;
+        let budget = match reason {
+            StopReason::Succeeded { successor, stop_signals } => {
+                self.socket_files.release();
+                let (channel, budget) = drain.pass_on(successor, stop_signals).await;
+                successor_channel = Some(channel);
+                budget
+            }
+            StopReason::Signal | StopReason::TaskFailed(_) => {
+                if let StopReason::TaskFailed(reason) = reason {
+                    failure = Some(Failure::software(anyhow!(reason)));
+                }
+                status.set_role(ManagerRole::Stopping);
+                let next_adopts = bundle.program.adopts().await;
+                // The duplicates of the listeners in it would keep ports open that this process bound itself.
+                drop(bundle);
+                drain.leave(config.drain_delay, next_adopts).await
+            }
+        };
+        finish_tasks(tasks, hooks, budget, &mut signals).await;
+        drop(successor_channel);
+        failure.map_or(Ok(()), Err)
+    }
+}
+
+/// Ends the background tasks and runs the exit hooks, both after the last response. Further stop signals cut both off.
+async fn finish_tasks(tasks: Running, hooks: Hooks, budget: TaskBudget, signals: &mut Signals) {
+    let deadline = budget.deadline.max(Instant::now() + TASKS_MINIMUM);
+    let cut_off = async {
+        for _ in 1..budget.signals {
+            signals.terminated().await;
+            info!("stop signal ignored: already shutting down");
+        }
+        signals.terminated().await;
+    };
+    tokio::select! {
+        () = async { tasks.finish(deadline).await; hooks.run().await } => {}
+        () = cut_off => info!("another stop signal: cutting off background tasks and exit hooks"),
+    }
+}

@@ -1,0 +1,205 @@
+//! Addresses that this process binds itself (`--listen`).
+
+use std::fmt;
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+
+use anyhow::Context;
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{Listener, ListeningSocket, Ownership, SocketFile, SocketFiles};
+use crate::transport::listener_name::Name;
+
+/// The address of a process that inherits no listener and has no `--listen`.
+const DEFAULT_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+/// How many connections may wait to be accepted, if the system allows as many (`net.core.somaxconn`).
+const BACKLOG: i32 = 4096;
+
+/// An address to bind, and the listener's name: `127.0.0.1:8080`, `https=127.0.0.1:8443`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Listen {
+    name: Name,
+    address: Address,
+}
+
+impl FromStr for Listen {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_name = |start: &str| start.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        let (name, address) = match text.split_once('=') {
+            Some((name, address)) if is_name(name) => {
+                (name.parse().map_err(|error: anyhow::Error| error.to_string())?, address)
+            }
+            _ => (Name::default(), text),
+        };
+        Ok(Self { name, address: address.parse()? })
+    }
+}
+
+impl Default for Listen {
+    fn default() -> Self {
+        Self { name: Name::default(), address: Address::Tcp(DEFAULT_ADDRESS) }
+    }
+}
+
+impl Listen {
+    pub fn bind(&self, files: &SocketFiles) -> anyhow::Result<Listener> {
+        let (socket, path) = self.address.bind(files)?;
+        Ok(Listener { name: self.name.clone(), socket, ownership: Ownership::Bound(path) })
+    }
+}
+
+/// An address to bind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Address {
+    Tcp(SocketAddr),
+    Path(PathBuf),
+    Abstract(String),
+}
+
+impl FromStr for Address {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let path = text.strip_prefix("unix:").or_else(|| text.starts_with('/').then_some(text));
+        match path {
+            Some("" | "@") => Err("expected a path or @name after unix:".into()),
+            Some(path) => Ok(match path.strip_prefix('@') {
+                Some(name) => Self::Abstract(name.to_owned()),
+                None => Self::Path(path.into()),
+            }),
+            None => text.parse().map(Self::Tcp).map_err(|_| {
+                "expected an address such as 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
+            }),
+        }
+    }
+}
+
+impl fmt::Display for Address {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Path(path) => path.display().fmt(f),
+            Self::Abstract(name) => write!(f, "unix:@{name}"),
+        }
+    }
+}
+
+impl Address {
+    fn bind(&self, files: &SocketFiles) -> anyhow::Result<(ListeningSocket, Option<SocketFile>)> {
+        let (socket, path) = match self {
+            Self::Tcp(address) => {
+                let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
+                socket.set_reuse_address(true)?;
+                (self.listen(socket, &(*address).into())?, None)
+            }
+            Self::Path(path) => {
+                remove_if_stale(path);
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                (self.listen(socket, &SockAddr::unix(path)?)?, Some(files.add(path.clone())))
+            }
+            Self::Abstract(name) => {
+                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+                (self.listen(socket, &SockAddr::unix(format!("\0{name}"))?)?, None)
+            }
+        };
+        let socket = match self {
+            Self::Tcp(_) => ListeningSocket::Tcp(socket.into()),
+            Self::Path(_) | Self::Abstract(_) => ListeningSocket::Unix(socket.into()),
+        };
+        Ok((socket, path))
+    }
+
+    fn listen(&self, socket: Socket, address: &SockAddr) -> anyhow::Result<Socket> {
+        socket
+            .bind(address)
+            .and_then(|()| socket.listen(BACKLOG))
+            .and_then(|()| socket.set_nonblocking(true))
+            .with_context(|| format!("could not listen on {self}"))?;
+        Ok(socket)
+    }
+}
+
+/// A socket file where nobody listens any more would keep the path taken for ever.
+fn remove_if_stale(path: &Path) {
+    let refused =
+        UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
+    if refused {
+        // If it cannot be removed, bind() says so.
+        let _ = std::fs::remove_file(path);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_displayed_as_they_are_parsed() {
+        for text in ["127.0.0.1:8080", "[::1]:8080", "/run/x.sock", "unix:@x"] {
+            assert_eq!(text.parse::<Address>().expect(text).to_string(), text);
+        }
+        assert_eq!("unix:/run/x.sock".parse(), Ok(Address::Path("/run/x.sock".into())));
+        for text in ["", "8080", "localhost:x", "unix:", "unix:@", "127.0.0.1:99999"] {
+            assert!(text.parse::<Address>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn an_address_may_have_a_name_before_it() {
+        let read = |text: &str| {
+            text.parse().map(|Listen { name, address }| (name.as_str().to_owned(), address.to_string()))
+        };
+        let pair = |name: &str, address: &str| Ok((name.to_owned(), address.to_owned()));
+        assert_eq!(read("127.0.0.1:80"), pair("http", "127.0.0.1:80"));
+        assert_eq!(read("https=[::1]:443"), pair("https", "[::1]:443"));
+        assert_eq!(read("admin=/run/a=b.sock"), pair("admin", "/run/a=b.sock"));
+        assert_eq!(read("/run/a=b.sock"), pair("http", "/run/a=b.sock"));
+        assert!(
+            read("web=127.0.0.1:80")
+                .is_err_and(|error| error.contains("invalid listener name \"web\": expected admin or"))
+        );
+        assert!(read("https=").is_err() && read("=127.0.0.1:80").is_err());
+    }
+
+    #[test]
+    fn a_socket_file_that_another_process_has_put_in_the_place_of_ours_stays() {
+        let files = SocketFiles::owned();
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("x.sock");
+        let address = Address::Path(path.clone());
+        let (_ours, bound) = address.bind(&files).expect("bound");
+        std::fs::remove_file(&path).expect("removed");
+        let (_other, other) = address.bind(&files).expect("bound anew");
+        drop(bound);
+        assert!(UnixStream::connect(&path).is_ok(), "the other's is there");
+        drop(other);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_path_in_use_is_refused_until_its_file_is_removed() {
+        let files = SocketFiles::owned();
+        let folder = tempfile::tempdir().expect("a folder");
+        let address = Address::Path(folder.path().join("x.sock"));
+        let (_ours, bound) = address.bind(&files).expect("bound");
+        assert!(address.bind(&files).is_err(), "it is in use");
+        // Its socket is open yet.
+        bound.as_ref().expect("a file").remove();
+        let (_next, _file) = address.bind(&files).expect("the next process");
+        drop(bound);
+        assert!(address.bind(&files).is_err(), "the next one's file is there");
+    }
+
+    #[test]
+    fn no_text_makes_the_parser_panic() {
+        bolero::check!().with_type::<String>().for_each(|text| {
+            let _ = text.parse::<Listen>();
+        });
+    }
+}

@@ -1,0 +1,119 @@
+//! Sockets that a service manager passes: `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`, as in `sd_listen_fds(3)`.
+
+use std::os::fd::{OwnedFd, RawFd};
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use listenfd::ListenFd;
+use rustix::net::{AddressFamily, SocketType};
+
+use super::{Listen, Listener, ListeningSocket, NOT_LISTENING, number, require_listening, variable};
+use crate::handover;
+use crate::transport::listener_name::Name;
+
+/// Takes the sockets that the environment names: the listeners, and the channels of predecessors from systemd's store.
+/// `addresses` are those of `--listen`.
+pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
+    let mut listeners = Vec::new();
+    let mut channels = Vec::new();
+    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
+    if let Some(pid) = number::<u32>("LISTEN_PID")?
+        && pid != std::process::id()
+    {
+        // Sockets of another process are not taken, as in sd_listen_fds(3). A process that has an address of its own,
+        // for example one that a socket-activated service starts, does not need them.
+        if !addresses.is_empty() {
+            return Ok((listeners, channels));
+        }
+        bail!(
+            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: if a \
+             wrapper script starts this program, start it with `exec`; else set --listen",
+            std::process::id()
+        );
+    }
+    let first = number::<RawFd>("LISTEN_FDS_FIRST_FD")?.unwrap_or(3);
+    let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    if limit.is_some_and(|limit| count as u64 > limit) {
+        bail!(
+            "invalid LISTEN_FDS {count}: this process may have only {} open files (LimitNOFILE=)",
+            limit.unwrap_or(0)
+        );
+    }
+    let names = variable("LISTEN_FDNAMES")?;
+    let mut passed = ListenFd::from_env();
+    if passed.len() == 0 {
+        return Ok((listeners, channels));
+    }
+    let names: Vec<&str> = match &names {
+        Some(names) => names.split(':').collect(),
+        None => vec!["unknown"; count],
+    };
+    if names.len() != count {
+        bail!(
+            "LISTEN_FDNAMES has {} names, but LISTEN_FDS={count}: expected a name for each socket",
+            names.len()
+        );
+    }
+    for (index, name) in names.into_iter().enumerate() {
+        let fd = first.saturating_add(RawFd::try_from(index)?);
+        let place = || format!("LISTEN_FDS: fd {fd} ({name})");
+        if name == handover::STORE_NAME {
+            channels.push(take_channel(&mut passed, index).with_context(place));
+        } else {
+            let socket = take_listener(&mut passed, index).with_context(place)?;
+            let name = listener_name(name).with_context(place)?;
+            listeners.push(Listener::inherited(name, socket).with_context(place)?);
+        }
+    }
+    Ok((listeners, channels))
+}
+
+fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<OwnedFd> {
+    let (family, kind) = (AddressFamily::UNIX.as_raw().into(), SocketType::SEQPACKET.as_raw().try_into()?);
+    let channel = passed.take_custom(index, family, kind, "handover channel (a SOCK_SEQPACKET socket)")?;
+    channel.context("the socket was already taken")
+}
+
+fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<ListeningSocket> {
+    let socket = if let Ok(Some(socket)) = passed.take_tcp_listener(index) {
+        require_listening(&socket)?;
+        ListeningSocket::Tcp(socket)
+    } else if let Ok(Some(socket)) = passed.take_unix_listener(index) {
+        require_listening(&socket)?;
+        ListeningSocket::Unix(socket)
+    } else {
+        bail!("{NOT_LISTENING}");
+    };
+    Ok(socket)
+}
+
+/// Where `FileDescriptorName=` is absent, systemd says the name of the unit, and others `unknown`.
+fn listener_name(name: &str) -> anyhow::Result<Name> {
+    if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket")
+    {
+        Ok(Name::default())
+    } else {
+        name.parse()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_socket_without_a_name_of_its_own_is_http() {
+        for name in ["", "unknown", "shop.socket", "http"] {
+            assert_eq!(listener_name(name).expect(name).as_str(), "http");
+        }
+        assert_eq!(listener_name("admin").expect("a name").as_str(), "admin");
+        assert!(listener_name("web").is_err());
+    }
+
+    #[test]
+    fn no_name_makes_the_parser_panic() {
+        bolero::check!().with_type::<String>().for_each(|text| {
+            let _ = listener_name(text);
+        });
+    }
+}
