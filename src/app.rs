@@ -21,7 +21,7 @@ use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
 use tokio::time::timeout;
 
-use outlive::{Process, Service, Shutdown};
+use outlive::{Process, Setup, Shutdown};
 
 /// For the other end of a WebSocket to close it too.
 const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
@@ -36,9 +36,9 @@ pub struct Config {
 }
 
 /// Runs before anything is served: connect to what the service needs, and say what else it does (background tasks,
-/// readiness, metrics, what comes last: see `outlive::Service`). An error is a start that failed; at a reload the old
+/// readiness, metrics, what comes last: see `outlive::Setup`). An error is a start that failed; at a reload the old
 /// process then serves on.
-pub async fn start(config: Config, _service: &mut Service) -> anyhow::Result<Router> {
+pub async fn start(config: Config, _setup: &mut Setup) -> anyhow::Result<Router> {
     Ok(routes(config.nap))
 }
 
@@ -55,8 +55,8 @@ fn routes(nap: Duration) -> Router {
 
 /// Says which process answers.
 async fn who(process: Process) -> String {
-    let Process { pid, generation, since } = process;
-    let since = humantime::format_rfc3339_seconds(since);
+    let Process { pid, generation, started_at } = process;
+    let since = humantime::format_rfc3339_seconds(started_at);
     format!("pid {pid}, generation {generation}, since {since}\n")
 }
 

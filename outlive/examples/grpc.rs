@@ -46,8 +46,8 @@ impl Health for Service {
     }
 }
 
-async fn start(_: Config, service: &mut outlive::Service) -> anyhow::Result<Router> {
-    let health = HealthServer::new(Service { shutdown: service.shutdown() });
+async fn start(_: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
+    let health = HealthServer::new(Service { shutdown: setup.shutdown() });
     Ok(Routes::new(health).into_axum_router().route("/", get("hello\n")))
 }
 

@@ -10,7 +10,7 @@ use axum::routing::get;
 #[command(name = "minimal", version, about)]
 struct Config {}
 
-async fn start(_: Config, _: &mut outlive::Service) -> anyhow::Result<Router> {
+async fn start(_: Config, _: &mut outlive::Setup) -> anyhow::Result<Router> {
     Ok(Router::new().route("/", get("hello\n")))
 }
 

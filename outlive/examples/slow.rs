@@ -30,7 +30,7 @@ enum When {
     Panic,
 }
 
-async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result<Router> {
+async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
     match config.when {
         When::Panic => panic!("on purpose"),
         When::Start => {
@@ -49,7 +49,7 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
             Ok(Router::new().route("/", blocked))
         }
         When::End => {
-            let wait = service.background("wait", async move |end| {
+            let wait = setup.background("wait", async move |end| {
                 info!("the task has begun");
                 end.cancelled().await;
                 info!("waiting for the file");
@@ -57,7 +57,7 @@ async fn start(config: Config, service: &mut outlive::Service) -> anyhow::Result
                 info!("the file is there");
                 Ok(())
             });
-            wait.alone();
+            wait.exclusive();
             Ok(Router::new().route("/", get("hello\n")))
         }
     }

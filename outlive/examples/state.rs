@@ -11,7 +11,7 @@ use anyhow::Context;
 use axum::Router;
 use axum::extract::State;
 use axum::routing::get;
-use outlive::Service;
+use outlive::Setup;
 use outlive::prometheus::IntCounter;
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
@@ -24,20 +24,20 @@ struct Config {
     file: PathBuf,
 }
 
-async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> {
+async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
     let file = config.file;
     // Whoever cannot go on with this file finds out before the old process goes.
     read(&file)?;
     let counter = IntCounter::new("visits_total", "Visits to this process.")?;
-    service.register(counter.clone())?;
+    setup.register_metric(counter.clone())?;
     let checked = file.clone();
-    service.ready_if("file", move || {
+    setup.readiness_check("file", move || {
         let read = read(&checked).map(drop);
         async { read }
     });
     let (visits, mut visited) = unbounded_channel();
     // At a reload the old process still counts the visits that it has answered: one of them at a time.
-    service
+    setup
         .background("count visits", async move |end| {
             loop {
                 let is_last =
@@ -51,8 +51,8 @@ async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> 
                 }
             }
         })
-        .alone();
-    service.at_end("log the visits", async {
+        .exclusive();
+    setup.on_exit("log the visits", async {
         tracing::info!("all visits are counted");
         Ok(())
     });

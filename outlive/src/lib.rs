@@ -15,7 +15,7 @@ mod transport;
 
 pub use app::context::Shutdown;
 pub use app::process::Process;
-pub use app::setup::{Service, TaskOptions};
+pub use app::setup::{Setup, TaskOptions};
 pub use app::testing;
 pub use lifecycle::{command, run};
 pub use prometheus;

@@ -90,7 +90,7 @@ fn no_connection_is_closed_and_no_request_cut_off_when_the_clock_is_set() {
                 client.is_answered().await;
             }
             let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
-            let uptime = metrics.lines().find_map(|line| line.strip_prefix("uptime_seconds "));
+            let uptime = metrics.lines().find_map(|line| line.strip_prefix("outlive_uptime_seconds "));
             let uptime: u32 = uptime.expect("a metric").parse().expect("a number");
             assert!((2..3000).contains(&uptime), "{uptime}");
         }

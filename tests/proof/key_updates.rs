@@ -40,7 +40,7 @@ fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> 
     eventually("the connection is parked", || {
         let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
         let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl").stdout;
-        String::from_utf8_lossy(&metrics).contains("\nconnections{stage=\"asleep\"} 1\n")
+        String::from_utf8_lossy(&metrics).contains("\noutlive_connections{stage=\"parked\"} 1\n")
     });
     let Some(verb) = verb else { return generation };
     container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));

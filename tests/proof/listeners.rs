@@ -182,8 +182,8 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
         connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("an answer");
         // A client has its answer before the service knows that it has.
         let lines = [
-            "connections{stage=\"waiting\"} 1",
-            "connections{stage=\"in_flight\"} 1",
+            "outlive_connections{stage=\"waiting\"} 1",
+            "outlive_connections{stage=\"in_flight\"} 1",
             "http_requests_in_flight 1",
         ];
         let text = metrics_with(&service, &lines).await;
@@ -196,16 +196,16 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
         assert_eq!(count(r#"method="GET",route="",status="404""#).as_deref(), Some("2"), "{text}");
         assert_eq!(count(r#"method="other",route="/",status="405""#).as_deref(), Some("1"), "{text}");
         for line in [
-            "generation 1",
-            "connections_handed_over_total 0",
-            "connections_taken_over_total 0",
-            "requests_cut_off_total 0",
-            "log_messages_dropped_total 0",
-            &format!("accept_queue_length{{listener=\"http({})\"}} 0", service.http.port()),
+            "outlive_generation 1",
+            "outlive_connections_handed_over_total 0",
+            "outlive_connections_taken_over_total 0",
+            "outlive_requests_cut_off_total 0",
+            "outlive_log_messages_dropped_total 0",
+            &format!("outlive_accept_queue_length{{listener=\"http({})\"}} 0", service.http.port()),
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
         }
-        for start in ["process_resident_memory_bytes ", "process_open_fds ", "uptime_seconds "] {
+        for start in ["process_resident_memory_bytes ", "process_open_fds ", "outlive_uptime_seconds "] {
             assert!(text.lines().any(|line| line.starts_with(start)), "{start} is not in {text}");
         }
         assert!(!text.contains("made-up") && !text.contains("BREW"), "{text}");
@@ -239,7 +239,7 @@ fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
             Connection::open(&target).await.expect("queued"),
             Connection::open(&target).await.expect("queued"),
         ];
-        let line = format!("accept_queue_length{{listener=\"http({})\"}} 2", service.http.port());
+        let line = format!("outlive_accept_queue_length{{listener=\"http({})\"}} 2", service.http.port());
         metrics_with(&service, &[&line]).await;
     });
 }
@@ -395,8 +395,9 @@ fn what_a_process_counts_at_its_end_its_successors_tell() {
             kill_process(pid, Signal::HUP).expect("it runs");
             endless.answer().await.expect_err("cut off");
             // Beside the idle one there may be those that have just asked for metrics.
-            let text = metrics_with(&service, &[&format!("requests_cut_off_total {round}")]).await;
-            let line = text.lines().find_map(|line| line.strip_prefix("connections_handed_over_total "));
+            let text = metrics_with(&service, &[&format!("outlive_requests_cut_off_total {round}")]).await;
+            let line =
+                text.lines().find_map(|line| line.strip_prefix("outlive_connections_handed_over_total "));
             let total: u64 = line.expect("a line").parse().expect("a number");
             assert!(total > handed_over, "{text}");
             handed_over = total;

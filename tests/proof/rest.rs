@@ -153,12 +153,12 @@ fn connections_that_sleep_are_counted_as_such() {
         let count = async |stage: &str| {
             let mut admin = Connection::open(&service.admin()).await.expect("a connection");
             let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
-            let name = format!("connections{{stage=\"{stage}\"}} ");
+            let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
             let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
             line.parse::<u32>().expect("a number")
         };
         let asleep = async {
-            while (count("asleep").await, count("waiting").await) != (4, 0) {
+            while (count("parked").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
@@ -170,7 +170,7 @@ fn connections_that_sleep_are_counted_as_such() {
                 for client in &mut clients {
                     client.is_answered().await;
                 }
-                if (count("asleep").await, count("waiting").await) == (0, 4) {
+                if (count("parked").await, count("waiting").await) == (0, 4) {
                     return;
                 }
             }

@@ -55,7 +55,7 @@ fn dropped(container: &Container) -> u64 {
 }
 
 fn count_of_dropped(metrics: &str) -> u64 {
-    let line = metrics.lines().find_map(|line| line.strip_prefix("log_messages_dropped_total "));
+    let line = metrics.lines().find_map(|line| line.strip_prefix("outlive_log_messages_dropped_total "));
     line.and_then(|count| count.parse().ok()).unwrap_or_else(|| panic!("no count in {metrics:?}"))
 }
 

@@ -72,7 +72,8 @@ fn wait_until_parked(container: &Container, count: usize) {
     eventually("the connections are parked", || {
         let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
         let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl").stdout;
-        String::from_utf8_lossy(&metrics).contains(&format!("\nconnections{{stage=\"asleep\"}} {count}\n"))
+        String::from_utf8_lossy(&metrics)
+            .contains(&format!("\noutlive_connections{{stage=\"parked\"}} {count}\n"))
     });
 }
 

@@ -6,7 +6,7 @@ use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use maud::{DOCTYPE, Markup, html};
-use outlive::Service;
+use outlive::Setup;
 use rand::distr::{Alphanumeric, SampleString};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgConnectOptions;
@@ -44,15 +44,15 @@ struct App {
     clicks: Clicks,
 }
 
-pub async fn start(config: Config, service: &mut Service) -> anyhow::Result<Router> {
+pub async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
     let store = Store::open(&config.database_url).await?;
     let clicks = Clicks::new(store.clone())?;
-    service.register(clicks.total())?;
+    setup.register_metric(clicks.total())?;
     let checked = store.clone();
-    service.ready_if("database", move || checked.ping());
+    setup.readiness_check("database", move || checked.ping());
     let counted = clicks.clone();
-    service.background("count clicks", |end| counted.flush(end));
-    service.at_end("close the database", store.close());
+    setup.background("count clicks", |end| counted.flush(end));
+    setup.on_exit("close the database", store.close());
     Ok(routes(App { store, clicks }))
 }
 

@@ -19,11 +19,11 @@ pub struct Process {
     /// Which process in the row of those that handed their connections on; the first is 1.
     pub generation: u64,
     /// When it began.
-    pub since: SystemTime,
+    pub started_at: SystemTime,
 }
 
 impl Process {
     pub(crate) fn begin(generation: u64) -> Self {
-        Self { pid: std::process::id(), generation, since: SystemTime::now() }
+        Self { pid: std::process::id(), generation, started_at: SystemTime::now() }
     }
 }

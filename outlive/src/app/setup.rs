@@ -36,19 +36,19 @@ const HOOKS_LIMIT: Duration = Duration::from_secs(5);
 /// #[command(version, about)]
 /// struct Config {}
 ///
-/// async fn start(_: Config, service: &mut outlive::Service) -> anyhow::Result<Router> {
-///     service.background("tick", async |end| {
+/// async fn start(_: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
+///     setup.background("tick", async |end| {
 ///         while !end.is_cancelled() {
 ///             tokio::time::sleep(Duration::from_secs(1)).await;
 ///         }
 ///         Ok(())
 ///     });
-///     service.ready_if("disk", async || Ok(()));
-///     service.at_end("say goodbye", async { Ok(()) });
+///     setup.readiness_check("disk", async || Ok(()));
+///     setup.on_exit("say goodbye", async { Ok(()) });
 ///     Ok(Router::new().route("/", get("hello")))
 /// }
 /// ```
-pub struct Service {
+pub struct Setup {
     process: Process,
     shutdown: CancellationToken,
     credentials: Credentials,
@@ -58,7 +58,7 @@ pub struct Service {
     pub(crate) admin: Router,
 }
 
-impl Service {
+impl Setup {
     pub(crate) fn new(process: Process, shutdown: CancellationToken, credentials: Credentials) -> Self {
         Self {
             process,
@@ -74,8 +74,8 @@ impl Service {
     /// This process: its pid, its generation, and since when it lives.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// tracing::info!("the first process: {}", service.process().generation == 1);
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// tracing::info!("the first process: {}", setup.process().generation == 1);
     /// # }
     /// ```
     pub fn process(&self) -> Process {
@@ -86,8 +86,8 @@ impl Service {
     /// take it as [`Shutdown`](crate::Shutdown), background tasks are given one of their own.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// let shutdown = service.shutdown();
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// let shutdown = setup.shutdown();
     /// tokio::spawn(async move { shutdown.cancelled().await });
     /// # }
     /// ```
@@ -99,8 +99,8 @@ impl Service {
     /// unit has no credentials; an error where it has others, or this one cannot be read.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) -> anyhow::Result<()> {
-    /// let password = service.credential("database-password")?;
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let password = setup.credential("database-password")?;
     /// # Ok(())
     /// # }
     /// ```
@@ -116,14 +116,14 @@ impl Service {
     /// Shows a metric at `/metrics` of the admin listeners. An error where there is one of that name.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) -> anyhow::Result<()> {
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
     /// use outlive::prometheus::IntCounter;
     /// let clicks = IntCounter::new("clicks_total", "Links followed.")?;
-    /// service.register(clicks.clone())?;
+    /// setup.register_metric(clicks.clone())?;
     /// # Ok(())
     /// # }
     /// ```
-    pub fn register(&mut self, metric: impl Collector + 'static) -> anyhow::Result<()> {
+    pub fn register_metric(&mut self, metric: impl Collector + 'static) -> anyhow::Result<()> {
         prometheus::register(Box::new(metric)).context("could not register a metric")
     }
 
@@ -131,11 +131,11 @@ impl Service {
     ///
     /// ```
     /// # use axum::{Router, routing::get};
-    /// # fn start(service: &mut outlive::Service) {
-    /// service.admin(Router::new().route("/queue", get("empty\n")));
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// setup.admin_routes(Router::new().route("/queue", get("empty\n")));
     /// # }
     /// ```
-    pub fn admin(&mut self, routes: Router) {
+    pub fn admin_routes(&mut self, routes: Router) {
         self.admin = std::mem::take(&mut self.admin).merge(routes);
     }
 
@@ -149,9 +149,9 @@ impl Service {
     /// nobody serves: let them end soon.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
+    /// # fn start(setup: &mut outlive::Setup) {
     /// let (clicks, mut clicked) = tokio::sync::mpsc::channel::<u64>(1000);
-    /// service.background("count clicks", async move |end| {
+    /// setup.background("count clicks", async move |end| {
     ///     let mut count = 0;
     ///     loop {
     ///         tokio::select! {
@@ -177,11 +177,11 @@ impl Service {
     /// or panics.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// service.background_again("poll", async |end| anyhow::bail!("the other side is away")).alone();
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// setup.supervise("poll", async |end| anyhow::bail!("the other side is away")).exclusive();
     /// # }
     /// ```
-    pub fn background_again<F, W>(&mut self, name: &str, mut task: F) -> TaskOptions<'_>
+    pub fn supervise<F, W>(&mut self, name: &str, mut task: F) -> TaskOptions<'_>
     where
         F: FnMut(CancellationToken) -> W + Send + 'static,
         W: Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -190,7 +190,7 @@ impl Service {
     }
 
     fn task(&mut self, name: &str, begin: Begin) -> TaskOptions<'_> {
-        self.tasks.push(Task { name: name.to_owned(), begin, is_alone: false });
+        self.tasks.push(Task { name: name.to_owned(), begin, is_exclusive: false });
         TaskOptions { tasks: &mut self.tasks }
     }
 
@@ -198,14 +198,14 @@ impl Service {
     /// each second, and has two seconds to answer; no request waits for it.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// service.ready_if("disk", async || {
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// setup.readiness_check("disk", async || {
     ///     tokio::time::sleep(std::time::Duration::from_millis(1)).await;
     ///     Ok(())
     /// });
     /// # }
     /// ```
-    pub fn ready_if<F, W>(&mut self, name: &str, check: F)
+    pub fn readiness_check<F, W>(&mut self, name: &str, check: F)
     where
         F: Fn() -> W + Send + Sync + 'static,
         W: Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -217,11 +217,11 @@ impl Service {
     /// within five seconds for all together. An error or a panic is logged, and the others are done all the same.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// service.at_end("close the pool", async { Ok(()) });
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// setup.on_exit("close the pool", async { Ok(()) });
     /// # }
     /// ```
-    pub fn at_end(&mut self, name: &str, work: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
+    pub fn on_exit(&mut self, name: &str, work: impl Future<Output = anyhow::Result<()>> + Send + 'static) {
         self.hooks.0.push((name.to_owned(), work.boxed()));
     }
 }
@@ -236,13 +236,13 @@ impl TaskOptions<'_> {
     /// of which there must be one. A predecessor of which nothing is known (Server::Starter) is not waited for.
     ///
     /// ```
-    /// # fn start(service: &mut outlive::Service) {
-    /// service.background("schedule", async |end| Ok(end.cancelled().await)).alone();
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// setup.background("schedule", async |end| Ok(end.cancelled().await)).exclusive();
     /// # }
     /// ```
-    pub fn alone(self) {
+    pub fn exclusive(self) {
         if let Some(task) = self.tasks.last_mut() {
-            task.is_alone = true;
+            task.is_exclusive = true;
         }
     }
 }
@@ -274,26 +274,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn what_is_done_at_the_end_is_done_in_reverse_order_and_whatever_fails() {
-        let mut service = Service::new(Process::begin(1), CancellationToken::new(), Credentials::default());
+        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
         let done = Arc::new(Mutex::new(Vec::new()));
         for name in ["first", "second"] {
             let done = done.clone();
-            service.at_end(name, async move {
+            setup.on_exit(name, async move {
                 lock(&done).push(name);
                 anyhow::bail!("it fails")
             });
         }
-        service.at_end("panics", async { panic!("on purpose") });
-        service.hooks.run().await;
+        setup.on_exit("panics", async { panic!("on purpose") });
+        setup.hooks.run().await;
         assert_eq!(*lock(&done), ["second", "first"]);
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_hangs_at_the_end_is_cut_off() {
-        let mut service = Service::new(Process::begin(1), CancellationToken::new(), Credentials::default());
-        service.at_end("hangs", std::future::pending());
+        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
+        setup.on_exit("hangs", std::future::pending());
         let begun = Instant::now();
-        service.hooks.run().await;
+        setup.hooks.run().await;
         assert_eq!(begun.elapsed(), HOOKS_LIMIT);
     }
 }

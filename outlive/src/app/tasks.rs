@@ -34,7 +34,7 @@ pub struct Task {
     pub name: String,
     pub begin: Begin,
     /// Not before those of the process before this one have ended.
-    pub is_alone: bool,
+    pub is_exclusive: bool,
 }
 
 /// Those that run.
@@ -58,7 +58,7 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
             let name = task.name.clone();
             // One that has begun is told of the end, and may still have something to do; one that still waits has not.
             let begins = async { predecessor_gone.cancelled().await };
-            let is_to_begin = !task.is_alone || end.run_until_cancelled(begins).await.is_some();
+            let is_to_begin = !task.is_exclusive || end.run_until_cancelled(begins).await.is_some();
             if is_to_begin && let Err(reason) = task.run(&end).await {
                 fail.send_if_modified(|failed| failed.is_none() && failed.replace(reason).is_none());
             }
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     fn task(name: &str, begin: Begin) -> Task {
-        Task { name: name.to_owned(), begin, is_alone: false }
+        Task { name: name.to_owned(), begin, is_exclusive: false }
     }
 
     fn gone() -> CancellationToken {
@@ -225,7 +225,7 @@ mod tests {
             })
         }));
         let running =
-            super::begin(vec![Task { is_alone: true, ..task("schedule", begin) }], &predecessor_gone);
+            super::begin(vec![Task { is_exclusive: true, ..task("schedule", begin) }], &predecessor_gone);
         sleep(Duration::from_secs(60)).await;
         assert_eq!(times.load(Ordering::SeqCst), 0);
         predecessor_gone.cancel();

@@ -64,7 +64,7 @@ impl Admin {
             let count = entries.iter().filter(|entry| entry.stage() == stage).count();
             metrics::CONNECTIONS.with_label_values(&[stage.name()]).set(number(count));
         }
-        metrics::CONNECTIONS.with_label_values(&["asleep"]).set(number(self.registry.parked()));
+        metrics::CONNECTIONS.with_label_values(&["parked"]).set(number(self.registry.parked()));
         for (listener, length) in self.queues.lengths() {
             metrics::ACCEPT_QUEUE.with_label_values(&[&listener]).set(length.into());
         }

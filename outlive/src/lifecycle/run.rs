@@ -11,7 +11,7 @@ use clap::Parser;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::process::Process;
-use crate::app::setup::Service;
+use crate::app::setup::Setup;
 use crate::lifecycle::cli::{self, CommandLine};
 use crate::lifecycle::config::Command;
 use crate::lifecycle::start::{Boot, Started, call_start, tls_server};
@@ -40,7 +40,7 @@ use crate::takeover::{self, PredecessorLink, Program, Role};
 ///     greet: String,
 /// }
 ///
-/// async fn start(config: Config, _service: &mut outlive::Service) -> anyhow::Result<Router> {
+/// async fn start(config: Config, _setup: &mut outlive::Setup) -> anyhow::Result<Router> {
 ///     Ok(Router::new().route("/", get(async move || format!("hello {}\n", config.greet))))
 /// }
 ///
@@ -54,7 +54,7 @@ use crate::takeover::{self, PredecessorLink, Program, Role};
 pub fn run<C, S>(start: S) -> ExitCode
 where
     C: Parser,
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let _flush = FlushAtEnd;
     match try_run(start) {
@@ -104,7 +104,7 @@ impl Drop for Runtime {
 fn try_run<C, S>(start: S) -> Result<()>
 where
     C: Parser,
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let program = Program::current(cli::position_of_takeover::<C>)
         .context("could not find out the path of this binary")?;
@@ -119,7 +119,7 @@ where
 fn run_initial<C, S>(start: S, program: Program) -> Result<()>
 where
     C: Parser,
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let line = CommandLine::read().inspect_err(|failure| {
         if program.is_takeover() {
@@ -146,7 +146,7 @@ where
 fn run_successor<C, S>(start: S, program: Program) -> Result<()>
 where
     C: Parser,
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let mut predecessor = PredecessorLink::find()?;
     match start_successor(start, program, &mut predecessor) {
@@ -167,7 +167,7 @@ fn start_successor<C, S>(
 ) -> Result<(Runtime, Option<Started>)>
 where
     C: Parser,
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let line: CommandLine<C> = CommandLine::read()?;
     let inherited = predecessor.inherit(line.config.takeover_timeout).map_err(Failure::unavailable)?;
@@ -187,7 +187,7 @@ async fn serve(started: Started, predecessor: Option<PredecessorLink>) -> Result
 #[expect(clippy::print_stdout, reason = "the answer to the command")]
 fn check<C, S>(line: CommandLine<C>, start: S) -> Result<()>
 where
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let CommandLine { name, config, service: own, .. } = line;
     let mut inherited = listeners::inherit(&config.listen)?;
@@ -196,9 +196,9 @@ where
     tls_server(&config, &inherited)?;
     let Inherited { listeners, credentials, .. } = inherited;
     Runtime::new()?.block_on(async {
-        let mut service = Service::new(Process::begin(1), CancellationToken::new(), credentials);
-        drop(call_start(start, own, &mut service, config.start_timeout).await?);
-        service.hooks.run().await;
+        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials);
+        drop(call_start(start, own, &mut setup, config.start_timeout).await?);
+        setup.hooks.run().await;
         Ok::<_, Failure>(())
     })?;
     println!("ready to serve on {}", listeners::labels(&listeners));

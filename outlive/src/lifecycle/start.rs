@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::info;
 
 use crate::app::process::Process;
-use crate::app::setup::{Hooks, Service};
+use crate::app::setup::{Hooks, Setup};
 use crate::app::tasks::{self, Task};
 use crate::connection::Services;
 use crate::handover;
@@ -93,7 +93,7 @@ impl Started {
     /// needs. `None` if a stop signal came meanwhile.
     pub async fn new<C, S>(boot: Boot<C>, start: S) -> Result<Option<Self>>
     where
-        S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+        S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
     {
         let Boot { line, mut inherited, program, role, process, logging } = boot;
         let CommandLine { name, config, service: own, .. } = line;
@@ -112,9 +112,9 @@ impl Started {
         .context("could not duplicate the listeners")?;
 
         let shutdown = CancellationToken::new();
-        let mut service = Service::new(process, shutdown.clone(), credentials);
+        let mut setup = Setup::new(process, shutdown.clone(), credentials);
         let routes = tokio::select! {
-            routes = call_start(start, own, &mut service, config.start_timeout) => routes?,
+            routes = call_start(start, own, &mut setup, config.start_timeout) => routes?,
             // The predecessor of a successor is the main process, and it is the main process that systemd listens to.
             never = ask_for_time_to_start(), if role == Role::First => match never {},
             () = signals.terminated() => {
@@ -122,7 +122,7 @@ impl Started {
                 return Ok(None);
             }
         };
-        let Service { tasks, checks, hooks, admin: more_admin, .. } = service;
+        let Setup { tasks, checks, hooks, admin: more_admin, .. } = setup;
         let registry = Registry::new(config.limits(), shutdown.clone());
         let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
         let queues = Queues::default();
@@ -227,11 +227,11 @@ impl Started {
 }
 
 /// Calls the application's `start`.
-pub async fn call_start<C, S>(start: S, own: C, service: &mut Service, limit: Duration) -> Result<Router>
+pub async fn call_start<C, S>(start: S, own: C, setup: &mut Setup, limit: Duration) -> Result<Router>
 where
-    S: AsyncFnOnce(C, &mut Service) -> anyhow::Result<Router>,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
-    let started = AssertUnwindSafe(start(own, service)).catch_unwind();
+    let started = AssertUnwindSafe(start(own, setup)).catch_unwind();
     match timeout(limit, started).await {
         Ok(Ok(routes)) => routes.map_err(Failure::unavailable),
         Ok(Err(panic)) => Err(Failure::software(tasks::panic_message(&*panic).context("startup failed"))),

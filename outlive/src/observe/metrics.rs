@@ -24,41 +24,41 @@ macro_rules! metric {
 pub static IN_FLIGHT: LazyLock<IntGauge> =
     metric!(register_int_gauge, "http_requests_in_flight", "Requests in flight.");
 pub static CONNECTIONS: LazyLock<IntGaugeVec> =
-    metric!(register_int_gauge_vec, "connections", "Open connections by stage.", &["stage"]);
+    metric!(register_int_gauge_vec, "outlive_connections", "Open connections by stage.", &["stage"]);
 pub static HANDED_OVER: LazyLock<IntCounter> = metric!(
     register_int_counter,
-    "connections_handed_over_total",
+    "outlive_connections_handed_over_total",
     "Connections handed over to the next process, by this process and its predecessors."
 );
 pub static TAKEN_OVER: LazyLock<IntCounter> = metric!(
     register_int_counter,
-    "connections_taken_over_total",
+    "outlive_connections_taken_over_total",
     "Connections taken over from the predecessor."
 );
 pub static CUT_OFF: LazyLock<IntCounter> = metric!(
     register_int_counter,
-    "requests_cut_off_total",
+    "outlive_requests_cut_off_total",
     "Requests cut off at the end of a drain, by this process and its predecessors."
 );
 pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
     register_int_counter,
-    "log_messages_dropped_total",
+    "outlive_log_messages_dropped_total",
     "Log messages of this process that were dropped because journald or standard error did not accept them in time. \
      Messages that journald refused are not counted."
 );
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
-    "accept_queue_length",
+    "outlive_accept_queue_length",
     "Connections waiting to be accepted, by TCP listener.",
     &["listener"]
 );
 pub static GENERATION: LazyLock<IntGauge> = metric!(
     register_int_gauge,
-    "generation",
+    "outlive_generation",
     "Number of this process in the handover chain; the first is 1."
 );
 pub static UPTIME: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "uptime_seconds", "Seconds since this process started.");
+    metric!(register_int_gauge, "outlive_uptime_seconds", "Seconds since this process started.");
 
 /// For the next process to go on from: what is counted at a process's end, nobody could ask it for.
 pub fn totals() -> String {
