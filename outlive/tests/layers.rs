@@ -41,7 +41,7 @@ fn is_of_tests(path: &Path) -> bool {
 #[test]
 fn folders_name_only_folders_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
-    let mut names = 0;
+    let mut paths = 0;
     for path in sources(&root) {
         let inside = path.strip_prefix(&root).expect("inside");
         if inside.components().count() == 1 || is_of_tests(inside) {
@@ -59,7 +59,7 @@ fn folders_name_only_folders_below_them() {
                 if named.is_empty() {
                     continue;
                 }
-                names += 1;
+                paths += 1;
                 assert!(
                     layer(&named) >= layer(&own),
                     "{}:{}: {own} may not name {named}, which is a higher layer",
@@ -69,5 +69,5 @@ fn folders_name_only_folders_below_them() {
             }
         }
     }
-    assert!(names > 200, "only {names} paths were found, so this test reads the sources wrongly");
+    assert!(paths > 200, "only {paths} paths were found, so this test reads the sources wrongly");
 }

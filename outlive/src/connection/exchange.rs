@@ -18,7 +18,7 @@ use pin_project_lite::pin_project;
 use super::body_chunks::ChunkedBody;
 use super::upgrade::DeclinedUpgrade;
 use crate::app::context::RequestContext;
-use crate::registry::{Entry, InFlight, Stage};
+use crate::registry::{BodyEnd, Entry, InFlight, Stage};
 use crate::requests::{self, Routes};
 
 /// Routes as hyper calls them, with each request entered in the registry.
@@ -123,7 +123,7 @@ impl Exchange {
     fn request_body(&self, body: Incoming) -> Option<RequestBody> {
         (!body.is_end_stream()).then(|| {
             self.entry.begin_body();
-            RequestBody { body, reading: Some(Reading { entry: self.entry.clone(), is_whole: false }) }
+            RequestBody { body, reading: Some(Reading { entry: self.entry.clone(), end: BodyEnd::Unread }) }
         })
     }
 
@@ -168,12 +168,12 @@ impl Drop for Exchange {
 /// While it lives, a request's body is being read.
 struct Reading {
     entry: Arc<Entry>,
-    is_whole: bool,
+    end: BodyEnd,
 }
 
 impl Drop for Reading {
     fn drop(&mut self) {
-        self.entry.end_body(self.is_whole);
+        self.entry.end_body(self.end);
     }
 }
 
@@ -210,7 +210,7 @@ impl HttpBody for RequestBody {
         let is_whole = frame.is_none() || this.body.is_end_stream();
         if is_whole || matches!(frame, Some(Err(_))) {
             if let Some(reading) = this.reading {
-                reading.is_whole = is_whole;
+                reading.end = if is_whole { BodyEnd::Whole } else { BodyEnd::Unread };
             }
             *this.reading = None;
         }

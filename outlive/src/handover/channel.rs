@@ -17,7 +17,7 @@ use tokio::net::UnixStream;
 use zeroize::Zeroizing;
 
 use super::Origin;
-use super::frame::{FIRST_VERSION, HEADER_LENGTH, Header, TEXT_LIMIT};
+use super::frame::{FIRST_VERSION, FrameError, HEADER_LENGTH, Header, TEXT_LIMIT};
 pub use super::frame::{MAX_SOCKETS, MessageType, Secret, SocketRecord};
 use crate::os::rlimit::{self, FdRoom};
 use crate::os::sys;
@@ -229,33 +229,33 @@ fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
     let sockets = fds.len().saturating_sub(1);
     Ok(match read_frame(&bytes[..message.bytes], fds) {
         Ok(frame) => Next::Frame(frame),
-        Err(reason) => Next::Refused(sockets, reason),
+        Err(error) => Next::Refused(sockets, error.to_string()),
     })
 }
 
-fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, String> {
+fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, FrameError> {
     let Header { version, message_type, sockets, origin, text } = Header::decode(bytes)?;
     let expected = match usize::from(sockets) {
         0 => 0,
         sockets => sockets + 1,
     };
     if fds.is_empty() && expected > 0 || fds.len() > expected {
-        return Err(format!("received {} file descriptors in a message, expected {expected}", fds.len()));
+        return Err(FrameError::Descriptors { received: fds.len(), expected });
     }
     let missing = expected - fds.len();
     let mut fds = fds.into_iter();
     let records = match fds.next() {
-        Some(file) => read_records(&file.into())
-            .map_err(|error| format!("could not read the records of a message: {error}"))?,
+        Some(file) => read_records(&file.into()).map_err(|error| FrameError::Records(error.kind()))?,
         None => Zeroizing::default(),
     };
     let mut records = &records[..];
     let mut frame =
         Frame { message_type, origin, sockets: Vec::with_capacity(fds.len()), refused: Vec::new(), text };
     for fd in fds {
-        match SocketRecord::decode(version, &mut records)? {
+        match SocketRecord::decode(version, &mut records) {
             Ok(record) => frame.sockets.push((fd, record)),
-            Err(reason) => frame.refused.push(reason),
+            Err(error @ FrameError::UnsupportedProtocols(_)) => frame.refused.push(error.to_string()),
+            Err(error) => return Err(error),
         }
     }
     // The kernel closes the descriptors that a process may not open.

@@ -30,6 +30,15 @@ use crate::transport::stream::Connection;
 /// answered, and for the files of handlers.
 pub const WINDOW: usize = 96;
 
+/// Which processes have a channel.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum ChannelLocation {
+    /// systemd's store has a copy of it, so the connections in it survive this process.
+    Store,
+    /// Only this process has it.
+    Process,
+}
+
 #[derive(Default)]
 pub struct Overflow(Mutex<State>);
 
@@ -48,16 +57,16 @@ impl Default for State {
 /// A channel that still holds connections.
 struct Waiting {
     channel: OwnedFd,
-    is_stored: bool,
+    location: ChannelLocation,
     /// How many connections of it wait.
     count: usize,
 }
 
 impl Overflow {
     /// Keeps a channel whose next message carries more descriptors than this process may open.
-    pub fn keep(&self, channel: OwnedFd, is_stored: bool) {
+    pub fn keep(&self, channel: OwnedFd, location: ChannelLocation) {
         let count = count(&channel);
-        let waiting = Waiting { channel, is_stored, count };
+        let waiting = Waiting { channel, location, count };
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.push(waiting),
             // This process ends, so the next one finds the channel in the store.
@@ -155,9 +164,9 @@ impl Overflow {
 }
 
 fn store(channels: &mut [Waiting]) {
-    for waiting in channels.iter_mut().filter(|waiting| !waiting.is_stored) {
+    for waiting in channels.iter_mut().filter(|waiting| waiting.location == ChannelLocation::Process) {
         match systemd::store(STORE_NAME, waiting.channel.as_fd()) {
-            Ok(()) => waiting.is_stored = true,
+            Ok(()) => waiting.location = ChannelLocation::Store,
             Err(error) => warn!(
                 %error,
                 connections = waiting.count,
@@ -270,7 +279,7 @@ mod tests {
     fn connections_without_room_are_finished_once_each_when_their_peers_send_or_close() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
-        overflow.keep(channel, true);
+        overflow.keep(channel, ChannelLocation::Store);
         assert_eq!(overflow.len(), 3);
         assert!(
             matches!(turn(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
@@ -289,7 +298,7 @@ mod tests {
     fn connections_are_adopted_once_there_is_room_and_those_already_served_are_recognized() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
-        overflow.keep(channel, true);
+        overflow.keep(channel, ChannelLocation::Store);
         clients[2].write_all(b"GET").expect("sent");
         assert_eq!(turn(&overflow, LITTLE).1.len(), 1);
         let (adopted, finished, waiting) = turn(&overflow, ENOUGH);
@@ -301,7 +310,7 @@ mod tests {
     fn connections_that_cannot_even_be_looked_at_stay_in_the_channel() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
-        overflow.keep(channel, true);
+        overflow.keep(channel, ChannelLocation::Store);
         clients[0].write_all(b"GET").expect("sent");
         let (adopted, finished, waiting) = turn(&overflow, NONE);
         assert_eq!((adopted.len(), finished.len(), waiting), (0, 0, Some(3)));

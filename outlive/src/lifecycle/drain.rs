@@ -244,12 +244,12 @@ impl<'a> Drain<'a> {
             }
         }
         server.enter(Phase::Quiescing);
-        let mut parked = server.take_parked();
+        let mut idle = server.take_parked();
         loop {
             // Whoever was served until now goes first.
             let mut connections = take_all(quiescent);
             if connections.is_empty() {
-                connections = parked.split_off(parked.len().saturating_sub(MAX_SOCKETS));
+                connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
                 let first_deadline = limit.first_deadline();

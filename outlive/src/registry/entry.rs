@@ -11,7 +11,7 @@ use hyper::http::uri::PathAndQuery;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::state::{Event, Stage, State};
+use super::state::{BodyEnd, Event, Stage, State};
 use super::{Phase, Registry};
 use crate::registry::sync::{AtomicU64, Mutex, lock};
 use crate::transport::stream::Peer;
@@ -343,9 +343,8 @@ impl Entry {
         self.apply(Event::BodyBegins);
     }
 
-    /// `whole`: it was read to its end.
-    pub fn end_body(&self, whole: bool) {
-        self.apply(Event::BodyEnds { whole });
+    pub fn end_body(&self, end: BodyEnd) {
+        self.apply(Event::BodyEnds(end));
     }
 
     /// A request is not answered at once.

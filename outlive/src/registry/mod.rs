@@ -18,7 +18,7 @@ use std::time::Duration;
 
 pub use entry::{CutOffConnection, Entry, InFlight, PendingFrame, PendingWork, Registration};
 use phase_word::{PendingCount, PhaseWord};
-pub use state::Stage;
+pub use state::{BodyEnd, Stage};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;

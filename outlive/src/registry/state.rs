@@ -62,6 +62,14 @@ impl Stage {
     }
 }
 
+/// How much of a request's body was read when its reader ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BodyEnd {
+    Whole,
+    /// The peer still sends the remainder.
+    Unread,
+}
+
 /// What happens to a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
@@ -77,9 +85,7 @@ pub enum Event {
     /// A request's body is to be read.
     BodyBegins,
     /// It was read to its end, or is left where it was.
-    BodyEnds {
-        whole: bool,
-    },
+    BodyEnds(BodyEnd),
     /// There is something to send.
     Writing,
     /// All of it is out.
@@ -210,15 +216,15 @@ impl State {
             }
             Event::RequestEnds => next.in_flight -= 1,
             Event::BodyBegins => next.reading += 1,
-            Event::BodyEnds { whole } => {
+            Event::BodyEnds(end) => {
                 next.reading -= 1;
-                next.has_left_body |= !whole;
+                next.has_left_body |= end == BodyEnd::Unread;
             }
             Event::Writing => next.is_flushed = false,
             Event::Flushed => next.is_flushed = true,
             Event::HandoverForbidden => next.is_movable = false,
             Event::HandoverAllowed => {
-                next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded
+                next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded;
             }
             Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
             Event::WakerLeft => next.has_waker = true,
@@ -286,7 +292,7 @@ mod tests {
             Just(Event::RequestBegins),
             Just(Event::RequestEnds),
             Just(Event::BodyBegins),
-            any::<bool>().prop_map(|whole| Event::BodyEnds { whole }),
+            prop_oneof![Just(BodyEnd::Whole), Just(BodyEnd::Unread)].prop_map(Event::BodyEnds),
             Just(Event::Writing),
             Just(Event::Flushed),
             Just(Event::DriverPolled),
@@ -298,7 +304,7 @@ mod tests {
     fn can_be(state: State, event: Event) -> bool {
         match event {
             Event::RequestEnds => state.is_in_flight(),
-            Event::BodyEnds { .. } => state.is_reading(),
+            Event::BodyEnds(_) => state.is_reading(),
             // A driver that has begun a turn ends it first.
             Event::DriverPolled => !state.is_driven,
             Event::DriverReturned | Event::Writing | Event::Flushed | Event::Received => state.is_driven,
@@ -385,7 +391,7 @@ mod tests {
         }
         for event in [
             Event::RequestEnds,
-            Event::BodyEnds { whole: false },
+            Event::BodyEnds(BodyEnd::Unread),
             Event::Enters(Stage::Waiting),
             Event::DriverReturned,
         ] {

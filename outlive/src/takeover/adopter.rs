@@ -9,7 +9,8 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::handover::{
-    self, Channel, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed, unpack, unpack_tickets,
+    self, Channel, ChannelLocation, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed, unpack,
+    unpack_tickets,
 };
 use crate::observe::log::message_id;
 use crate::observe::metrics;
@@ -68,8 +69,9 @@ impl Adopter {
     /// Adopts what `channels` of the store hold; says how many connections that is.
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
         for channel in channels {
-            let emptied = channel
-                .and_then(|channel| self.empty(channel, true).context("could not read a handover channel"));
+            let emptied = channel.and_then(|channel| {
+                self.empty(channel, ChannelLocation::Store).context("could not read a handover channel")
+            });
             if let Err(error) = emptied {
                 self.refuse(0, format!("{error:#}"));
             }
@@ -96,7 +98,7 @@ impl Adopter {
         let begun = Instant::now();
         if self.adopt_while_room(&channel, &mut on_other).await == Remainder::Waits {
             match channel.into_socket() {
-                Ok(channel) => self.server.overflow().keep(channel, false),
+                Ok(channel) => self.server.overflow().keep(channel, ChannelLocation::Process),
                 Err(error) => self.refuse(0, error.to_string()),
             }
             while !self.server.overflow().is_complete() {
@@ -139,11 +141,11 @@ impl Adopter {
 
     /// Adopts what the channel's writer has sent, and keeps the channel where that is more than there is room for. A
     /// frame that cannot be decoded costs the connections in it, and no others.
-    fn empty(&mut self, channel: OwnedFd, is_stored: bool) -> std::io::Result<()> {
+    fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> std::io::Result<()> {
         loop {
             match handover::receive_if_room(&channel, &mut self.room, WINDOW)? {
                 Next::NoRoom => {
-                    self.server.overflow().keep(channel, is_stored);
+                    self.server.overflow().keep(channel, location);
                     return Ok(());
                 }
                 // The writer has ended, so nothing more comes.
@@ -156,7 +158,7 @@ impl Adopter {
     /// Channels in which connections waited in the predecessor.
     fn empty_nested(&mut self) {
         for channel in std::mem::take(&mut self.nested) {
-            if let Err(error) = self.empty(channel, false) {
+            if let Err(error) = self.empty(channel, ChannelLocation::Process) {
                 self.refuse(0, error.to_string());
             }
         }

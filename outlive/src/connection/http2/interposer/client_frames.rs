@@ -1,0 +1,301 @@
+//! Frames from the client to h2: each is forwarded, held or discarded, and what it changes is recorded.
+
+use bytes::BytesMut;
+
+use super::{Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
+use crate::connection::http2::frame::{
+    ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
+    Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
+};
+use crate::transport::http2_state::{Settings, Table};
+
+impl Interposer {
+    /// Whether the client's bytes may reach h2.
+    pub fn is_begun(&self) -> bool {
+        self.preamble.is_none()
+    }
+
+    /// What is for h2 to read.
+    pub fn for_h2(&mut self) -> &mut BytesMut {
+        &mut self.to_h2
+    }
+
+    /// Takes what the client has sent, of which the beginning may be for h2 as it is: gives its length. The others
+    /// are for h2 by way of `for_h2`.
+    pub fn receive_in_place(&mut self, all: &[u8]) -> usize {
+        let mut bytes = all;
+        if self.preface_left > 0 || !self.to_h2.is_empty() {
+            self.receive(bytes);
+            return 0;
+        }
+        loop {
+            let passed = all.len() - bytes.len();
+            match &mut self.from_client {
+                FrameParser::Payload(Disposition::Forward, left) => {
+                    *left -= take(&mut bytes, *left).len();
+                    if *left > 0 {
+                        return all.len();
+                    }
+                    self.end_frame();
+                    if !self.to_h2.is_empty() {
+                        // What was held goes on behind it.
+                        let passed = all.len() - bytes.len();
+                        self.receive(bytes);
+                        return passed;
+                    }
+                }
+                FrameParser::Head(_, 0) if bytes.is_empty() => return all.len(),
+                FrameParser::Head(_, 0) => {
+                    let head =
+                        bytes.first_chunk::<HEAD_LENGTH>().copied().map(|head| (head, Head::decode(head)));
+                    let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.frame_type {
+                        DATA => true,
+                        SETTINGS => false,
+                        WINDOW_UPDATE if head.stream == 0 => false,
+                        _ => bytes.len() >= HEAD_LENGTH + head.length,
+                    };
+                    let Some((raw, head)) = head.filter(is_plain) else {
+                        self.receive(bytes);
+                        return passed;
+                    };
+                    bytes = &bytes[HEAD_LENGTH..];
+                    let payload = take(&mut { bytes }, head.length);
+                    self.note_table_size(head, payload);
+                    let disposition = self.on_client_frame(head, payload);
+                    if disposition != Disposition::Forward {
+                        self.begin_payload(raw, head, disposition);
+                        self.receive(bytes);
+                        return passed;
+                    }
+                    self.from_client = FrameParser::Payload(disposition, head.length);
+                }
+                FrameParser::Head(..) | FrameParser::Payload(..) | FrameParser::Whole(..) => {
+                    self.receive(bytes);
+                    return passed;
+                }
+            }
+        }
+    }
+
+    /// Takes what the client has sent.
+    pub fn receive(&mut self, mut bytes: &[u8]) {
+        let preface = take(&mut bytes, self.preface_left);
+        self.preface_left -= preface.len();
+        self.to_h2.extend_from_slice(preface);
+        while !bytes.is_empty() {
+            match &mut self.from_client {
+                FrameParser::Head(..) => {
+                    if let Some(bytes) = self.from_client.take_head(&mut bytes) {
+                        self.receive_head(bytes);
+                    }
+                }
+                FrameParser::Payload(disposition, left) => {
+                    let part = take(&mut bytes, *left);
+                    *left -= part.len();
+                    let (disposition, is_whole) = (*disposition, *left == 0);
+                    self.go(disposition, part);
+                    if is_whole {
+                        self.end_frame();
+                    }
+                }
+                FrameParser::Whole(head, _, payload) => {
+                    payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
+                    if payload.len() == head.length {
+                        self.receive_whole();
+                    }
+                }
+            }
+        }
+    }
+
+    pub(super) fn receive_head(&mut self, bytes: [u8; HEAD_LENGTH]) {
+        let head = Head::decode(bytes);
+        // Half a frame is no hindrance to a move.
+        if head.frame_type != DATA && head.length <= FRAME_LIMIT {
+            self.from_client = FrameParser::Whole(head, bytes, Vec::with_capacity(head.length));
+            if head.length == 0 {
+                self.receive_whole();
+            }
+            return;
+        }
+        let disposition = self.on_client_frame(head, &[]);
+        self.begin_payload(bytes, head, disposition);
+    }
+
+    pub(super) fn begin_payload(&mut self, bytes: [u8; HEAD_LENGTH], head: Head, disposition: Disposition) {
+        self.go(disposition, &bytes);
+        self.from_client = FrameParser::Payload(disposition, head.length);
+        if head.length == 0 {
+            self.end_frame();
+        }
+    }
+
+    pub(super) fn go(&mut self, disposition: Disposition, bytes: &[u8]) {
+        match disposition {
+            Disposition::Forward => self.to_h2.extend_from_slice(bytes),
+            Disposition::Hold => self.held.extend_from_slice(bytes),
+            Disposition::Discard => {}
+        }
+    }
+
+    pub(super) fn end_frame(&mut self) {
+        self.from_client = FrameParser::START;
+        self.release_held();
+    }
+
+    /// What becomes of a frame of the client's; `payload` is whole where there is no DATA in it.
+    pub(super) fn on_client_frame(&mut self, head: Head, payload: &[u8]) -> Disposition {
+        let Head { length, frame_type, stream, .. } = head;
+        if let Some(disposition) = self.block {
+            if frame_type != CONTINUATION {
+                // h2 ends the connection when it sees this frame inside a header block (RFC 9113 section 6.10), so the
+                // frame must not leave its place.
+                self.is_ending = true;
+            } else if head.has(END_HEADERS) {
+                self.block = None;
+            }
+            return disposition;
+        }
+        // Headers from before the client knew our settings are for a decoder that has a table: they do not wait.
+        let is_new = self.hold_state == HoldState::Holding
+            && stream > self.state.last_stream
+            && self.has_been_acknowledged();
+        let disposition = if is_new { Disposition::Hold } else { Disposition::Forward };
+        match frame_type {
+            DATA if !is_new => {
+                self.state.receive_window -= size(length);
+                if head.has(END_STREAM) {
+                    self.end_half(stream, |ended| ended.client = true);
+                }
+            }
+            HEADERS => {
+                if !is_new && self.state.table == Table::Unknown && self.has_been_acknowledged() {
+                    self.state.table =
+                        if head.sets_table_size(payload) { Table::Empty } else { Table::InUse };
+                }
+                if !is_new {
+                    self.begin_stream(stream);
+                    if head.has(END_STREAM) {
+                        self.end_half(stream, |ended| ended.client = true);
+                    }
+                }
+                self.block = (!head.has(END_HEADERS)).then_some(disposition);
+            }
+            // h2 refuses it once its header block is whole.
+            PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(disposition),
+            RST_STREAM if !is_new => self.end_stream(stream),
+            PING if head.has(ACK) && stream == 0 && length == PING_LENGTH => {
+                match self.unanswered.own_pings.checked_sub(1) {
+                    Some(left) => self.unanswered.own_pings = left,
+                    // The ping was sent by a former process. h2 would ignore this, but log a warning.
+                    None => return Disposition::Discard,
+                }
+            }
+            PING if !head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_add(1),
+            GOAWAY => self.is_ending = true,
+            _ => {}
+        }
+        disposition
+    }
+
+    /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
+    /// JDK's HttpClient does so in its first headers. It has nothing to say after the acknowledgement then, because the
+    /// size does not change any more (RFC 7541 section 4.2).
+    pub(super) fn note_table_size(&mut self, head: Head, payload: &[u8]) {
+        if head.frame_type == HEADERS
+            && !self.has_been_acknowledged()
+            && let Some(is_empty) = head.empties_table(payload)
+        {
+            self.state.table = if is_empty { Table::Empty } else { Table::Unknown };
+        }
+    }
+
+    /// Whether the client knows our settings.
+    pub(super) fn has_been_acknowledged(&self) -> bool {
+        self.former > 0 || (self.unanswered.ours == 0 && self.state.ours != Settings::default())
+    }
+
+    pub(super) fn begin_stream(&mut self, stream: u32) {
+        // Those of a client have odd numbers; h2 objects to any other.
+        if stream <= self.state.last_stream || stream.is_multiple_of(2) {
+            return;
+        }
+        self.state.last_stream = stream;
+        if self.open.len() < STREAMS_LIMIT {
+            self.open.push((stream, Ended::default()));
+        } else {
+            self.is_ending = true;
+        }
+    }
+
+    pub(super) fn end_half(&mut self, stream: u32, end: impl FnOnce(&mut Ended)) {
+        if let Ok(at) = self.open.binary_search_by_key(&stream, |(open, _)| *open) {
+            let ended = &mut self.open[at].1;
+            end(ended);
+            if ended.client && ended.h2 {
+                self.open.remove(at);
+            }
+        }
+    }
+
+    pub(super) fn end_stream(&mut self, stream: u32) {
+        self.end_half(stream, |ended| *ended = Ended { client: true, h2: true });
+    }
+
+    /// A frame of the client's that is whole.
+    pub(super) fn receive_whole(&mut self) {
+        let FrameParser::Whole(head, bytes, payload) =
+            std::mem::replace(&mut self.from_client, FrameParser::START)
+        else {
+            unreachable!("asked where one was seen")
+        };
+        let disposition = match head {
+            // Inside a header block all that is no CONTINUATION is an error, and reaches h2 as it is.
+            _ if self.block.is_some() => self.on_client_frame(head, &payload),
+            Head { frame_type: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
+                self.receive_grant(increment(&payload).expect("four bytes"));
+                Disposition::Discard
+            }
+            Head { frame_type: SETTINGS, stream: 0, length: 0, .. } if head.has(ACK) => {
+                self.receive_acknowledgement()
+            }
+            Head { frame_type: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
+                // What makes no sense is h2's to refuse.
+                self.is_ending |= !self.state.theirs.set(&payload);
+                self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
+                Disposition::Forward
+            }
+            _ => {
+                self.note_table_size(head, &payload);
+                self.on_client_frame(head, &payload)
+            }
+        };
+        self.go(disposition, &bytes);
+        self.go(disposition, &payload);
+        self.release_held();
+    }
+
+    pub(super) fn receive_acknowledgement(&mut self) -> Disposition {
+        self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
+        match self.unanswered.ours_in_its_name.checked_sub(1) {
+            Some(left) => {
+                self.unanswered.ours_in_its_name = left;
+                Disposition::Discard
+            }
+            None => Disposition::Forward,
+        }
+    }
+
+    /// The client takes so much more.
+    pub(super) fn receive_grant(&mut self, granted: u32) {
+        self.state.send_window += i64::from(granted);
+        let paid = self.debt.min(granted.into());
+        self.debt -= paid;
+        let left = granted - u32::try_from(paid).expect("no more than was granted");
+        // None at all is an error, and h2's to say.
+        if left > 0 || granted == 0 {
+            put_window_update(left, &mut self.to_h2);
+        }
+        self.send_waiting();
+    }
+}

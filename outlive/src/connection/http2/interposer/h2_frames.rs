@@ -1,0 +1,177 @@
+//! Frames from h2 to the client: forwarded as they are, or rewritten while h2 still has to send its preamble, or while the
+//! client's window is smaller than h2 assumes.
+
+use bytes::BytesMut;
+
+use super::{Interposer, ToldToH2, size};
+use crate::connection::http2::frame::{
+    ACK, CONTINUATION, DATA, Disposition, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING,
+    RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_settings, put_settings_ack, put_window_update, take,
+};
+use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
+
+impl Interposer {
+    /// Whether h2's bytes have to be looked at before they go out; else they go as they are, and `sent` is told.
+    pub fn must_rewrite(&self) -> bool {
+        self.preamble.is_some()
+            || self.debt > 0
+            || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
+    }
+
+    /// What is to be sent before anything else.
+    pub fn for_client(&mut self) -> &mut BytesMut {
+        &mut self.to_client
+    }
+
+    /// Notes what h2 has sent as it is.
+    pub fn sent(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            match &mut self.from_h2 {
+                FrameParser::Head(..) => {
+                    let Some(bytes) = self.from_h2.take_head(&mut bytes) else { continue };
+                    let head = Head::decode(bytes);
+                    let is_seen = head.frame_type == SETTINGS || head.frame_type == WINDOW_UPDATE;
+                    self.from_h2 = match head.length {
+                        0 => FrameParser::START,
+                        length if is_seen => FrameParser::Whole(head, bytes, Vec::with_capacity(length)),
+                        length => FrameParser::Payload(Disposition::Forward, length),
+                    };
+                    if head.length == 0 || !is_seen {
+                        self.note_sent(head, &[]);
+                    }
+                }
+                FrameParser::Payload(_, left) => {
+                    *left -= take(&mut bytes, *left).len();
+                    if *left == 0 {
+                        self.from_h2 = FrameParser::START;
+                    }
+                }
+                FrameParser::Whole(head, _, payload) => {
+                    payload.extend_from_slice(take(&mut bytes, head.length - payload.len()));
+                    if payload.len() == head.length {
+                        let (head, payload) = (*head, std::mem::take(payload));
+                        self.from_h2 = FrameParser::START;
+                        self.note_sent(head, &payload);
+                    }
+                }
+            }
+        }
+    }
+
+    /// Takes what h2 sends; what goes out of it is for the client then.
+    pub fn rewrite(&mut self, bytes: &[u8]) {
+        self.partial.extend_from_slice(bytes);
+        while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
+            let head = Head::decode(*head);
+            if self.partial.len() < HEAD_LENGTH + head.length {
+                break;
+            }
+            let frame = self.partial.split_to(HEAD_LENGTH + head.length);
+            if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) {
+                continue;
+            }
+            // What belongs to the connection need not wait for what belongs to its streams.
+            let is_of_streams = matches!(head.frame_type, DATA | HEADERS | CONTINUATION | RST_STREAM);
+            if is_of_streams && (!self.waiting.is_empty() || !self.has_room(head)) {
+                self.waiting.unsplit(frame);
+            } else {
+                self.note_sent(head, &frame[HEAD_LENGTH..]);
+                self.to_client.unsplit(frame);
+            }
+        }
+    }
+
+    pub(super) fn has_room(&self, head: Head) -> bool {
+        head.frame_type != DATA || size(head.length) <= self.state.send_window.max(0)
+    }
+
+    pub(super) fn send_waiting(&mut self) {
+        while let Some(bytes) = self.waiting.first_chunk::<HEAD_LENGTH>() {
+            let head = Head::decode(*bytes);
+            if !self.has_room(head) {
+                return;
+            }
+            let frame = self.waiting.split_to(HEAD_LENGTH + head.length);
+            self.note_sent(head, &frame[HEAD_LENGTH..]);
+            self.to_client.unsplit(frame);
+        }
+    }
+
+    /// What a fresh h2 says at its beginning, and the client has heard already.
+    pub(super) fn absorb_preamble(&mut self, head: Head, payload: &[u8]) -> bool {
+        let Some(preamble) = &mut self.preamble else { return false };
+        match head.frame_type {
+            SETTINGS if head.has(ACK) => match preamble.told {
+                // Of those without a table.
+                ToldToH2::FormerStreams => {}
+                ToldToH2::Settings => preamble.told = ToldToH2::All,
+                ToldToH2::All => return false,
+            },
+            // The refusal of the request on the last stream of the former process.
+            HEADERS | RST_STREAM
+                if preamble.told == ToldToH2::FormerStreams && head.stream == self.former =>
+            {
+                preamble.told = ToldToH2::Settings;
+                let theirs = self.state.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
+                put_settings(&theirs.payload(), &mut self.to_h2);
+            }
+            SETTINGS if !preamble.has_sent_settings => {
+                preamble.has_sent_settings = true;
+                put_settings_ack(&mut self.to_h2);
+                let mut ours = Settings::default();
+                ours.set(payload);
+                if ours != self.state.ours {
+                    self.unanswered.ours_in_its_name += 1;
+                    self.unanswered.ours += 1;
+                    self.state.ours = ours;
+                    put_settings(payload, &mut self.to_client);
+                }
+            }
+            WINDOW_UPDATE if head.stream == 0 && !preamble.has_sent_window => {
+                preamble.has_sent_window = true;
+                let wanted = FIRST_WINDOW + increment(payload).map_or(0, i64::from);
+                if let Ok(missing @ 1..) = u32::try_from(wanted - self.state.receive_window) {
+                    self.state.receive_window = wanted;
+                    put_window_update(missing, &mut self.to_client);
+                }
+            }
+            _ => return false,
+        }
+        if preamble.has_sent_settings && preamble.has_sent_window && preamble.told == ToldToH2::All {
+            self.preamble = None;
+        }
+        true
+    }
+
+    /// Keeps account of a frame that goes to the client.
+    pub(super) fn note_sent(&mut self, head: Head, payload: &[u8]) {
+        match head.frame_type {
+            DATA => {
+                self.state.send_window -= size(head.length);
+                if head.has(END_STREAM) {
+                    self.end_half(head.stream, |ended| ended.h2 = true);
+                }
+            }
+            HEADERS if head.has(END_STREAM) => self.end_half(head.stream, |ended| ended.h2 = true),
+            RST_STREAM => {
+                // To h2 a stream that it resets has begun, whatever frame was the reason.
+                if !head.stream.is_multiple_of(2) {
+                    self.state.last_stream = self.state.last_stream.max(head.stream);
+                }
+                self.end_stream(head.stream);
+            }
+            SETTINGS if head.has(ACK) => self.unanswered.theirs = self.unanswered.theirs.saturating_sub(1),
+            SETTINGS => {
+                self.is_ending |= !self.state.ours.set(payload);
+                self.unanswered.ours += 1;
+            }
+            PING if head.has(ACK) => self.unanswered.pings = self.unanswered.pings.saturating_sub(1),
+            PING => self.unanswered.own_pings += 1,
+            WINDOW_UPDATE if head.stream == 0 => {
+                self.state.receive_window += increment(payload).map_or(0, i64::from);
+            }
+            GOAWAY => self.is_ending = true,
+            _ => {}
+        }
+    }
+}
