@@ -74,12 +74,6 @@ pub fn table(result: &Value) -> String {
         &throughput["growth"],
         &columns_of(&throughput["growth"]),
     );
-    titled_rows(
-        &mut text,
-        "The same on 64 connections, with binaries that are built without something: what each protection costs.",
-        &throughput["protections"],
-        &of("of it all"),
-    );
     let idle = &result["idle"];
     titled_rows(
         &mut text,

@@ -1,8 +1,7 @@
-//! Requests a second without restarts: beside other servers, by the number of connections, and without each of what
-//! every request passes through.
+//! Requests per second without restarts: compared with other servers, and by the number of connections.
 
 use std::net::SocketAddr;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -18,15 +17,6 @@ use crate::servers::{OURS, Peers, wait_for};
 
 /// Connections of the load, where it is not said.
 const CONNECTIONS: usize = 64;
-/// What a binary can be built without (`make bench`), and what that is.
-const LEFT_OUT: [(&str, &str); 5] = [
-    ("ids", "request ids"),
-    ("metrics", "the histogram of durations"),
-    ("limits", "limits of time and size"),
-    ("spans", "spans and debug events"),
-    ("all", "all four"),
-];
-
 /// A server on a port of its own, and what came of it.
 struct Contender {
     label: String,
@@ -65,20 +55,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
         growth.push(row);
     }
 
-    progress.set_message("throughput without each protection");
-    let mut without = vec![Contender::ours("this service", Path::new(OURS), Cores::OneEach)];
-    for (name, label) in LEFT_OUT {
-        let binary = without_path(name);
-        if binary.is_file() {
-            without.push(Contender::ours(label, &binary, Cores::OneEach));
-        }
-    }
-    measure(&mut without, extent, extent.rounds, CONNECTIONS, Cores::OneEach)?;
-    Ok(json!({ "beside": beside, "growth": growth, "protections": ratios(&without, 0, "of it all") }))
-}
-
-fn without_path(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("target/bench/without-{name}"))
+    Ok(json!({ "beside": beside, "growth": growth }))
 }
 
 impl Contender {
