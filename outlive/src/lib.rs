@@ -12,6 +12,8 @@ mod context;
 mod credentials;
 mod drain;
 mod exit;
+#[cfg(all(test, feature = "fuzz-tests"))]
+mod fuzz;
 mod handover;
 mod kind;
 mod listeners;

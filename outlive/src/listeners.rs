@@ -612,9 +612,10 @@ mod tests {
         assert!(listener_name("web").is_err());
     }
 
+    #[cfg(feature = "fuzz-tests")]
     #[test]
-    fn no_text_makes_the_parsers_panic() {
-        bolero::check!().with_type::<String>().for_each(|text| {
+    fn fuzzed_text_does_not_panic_the_parsers() {
+        crate::fuzz::target!("listener_parsers").with_type::<String>().for_each(|text| {
             let _ = text.parse::<Listen>();
             let _ = server_starter_pair(text);
             let _ = listener_name(text);

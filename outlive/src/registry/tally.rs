@@ -83,7 +83,7 @@ impl Tally {
     }
 }
 
-#[cfg(all(test, not(model)))]
+#[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use proptest::prelude::*;
 

@@ -511,10 +511,11 @@ proptest! {
 }
 
 /// The same, for `make fuzz`.
+#[cfg(feature = "fuzz-tests")]
 #[test]
-fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
+fn fuzzed_acts_leave_both_ends_in_the_same_state() {
     let acts = bolero::produce::<Vec<(u8, u16, u16, u16, u8)>>().with().len(0..150_usize);
-    bolero::check!().with_generator(acts).cloned().for_each(|acts| {
+    crate::fuzz::target!("http2_endpoints_agree").with_generator(acts).cloned().for_each(|acts| {
         play(acts.into_iter().map(|(kind, which, size, piece, times)| {
             let (piece, times) = (usize::from(piece % 2_000) + 1, usize::from(times % 8));
             (kind, which, i64::from(size % 30_000), piece, times)
@@ -522,26 +523,30 @@ fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
     });
 }
 
+#[cfg(feature = "fuzz-tests")]
 #[test]
-fn no_bytes_of_a_client_are_too_much() {
-    bolero::check!().with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(|(pieces, is_resumed)| {
-        let mut session = if *is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
-        session.receive(PREFACE);
-        for (bytes, act) in pieces {
-            session.receive(bytes);
-            match act % 6 {
-                0 => session.hold(),
-                1 => session.release(),
-                // Frames of every kind, small enough to be whole.
-                2 => session.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
-                3 => session.mediate(&frame(act % 11, *act, u32::from(*act), bytes)),
-                _ => {}
+fn fuzzed_frames_of_a_client_do_not_panic() {
+    crate::fuzz::target!("http2_client_frames").with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(
+        |(pieces, is_resumed)| {
+            let mut session =
+                if *is_resumed { Session::resume(Agreement::default()) } else { Session::new() };
+            session.receive(PREFACE);
+            for (bytes, act) in pieces {
+                session.receive(bytes);
+                match act % 6 {
+                    0 => session.hold(),
+                    1 => session.release(),
+                    // Frames of every kind, small enough to be whole.
+                    2 => session.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
+                    3 => session.mediate(&frame(act % 11, *act, u32::from(*act), bytes)),
+                    _ => {}
+                }
+                let _ = session.is_at_rest();
+                session.for_client().clear();
             }
-            let _ = session.is_at_rest();
-            session.for_client().clear();
-        }
-        session.leave();
-    });
+            session.leave();
+        },
+    );
 }
 
 /// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, and goes on using its table.
