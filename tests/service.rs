@@ -1,9 +1,9 @@
 //! The binary by itself: with no systemd, no root, and no network but loopback.
 
-use harness::block_on;
-use harness::client::get;
-use harness::service::Service;
 use rustix::process::Signal;
+use testkit::block_on;
+use testkit::client::get;
+use testkit::service::Service;
 
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 
@@ -47,6 +47,6 @@ fn a_connection_outlives_a_reload() {
         let answer = connection.ask(&get("/")).await.expect("an answer");
         assert!(answer.status == 200 && !answer.closes());
         service.process().wait().expect("the old process ends");
-        harness::process::terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+        testkit::process::terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
     });
 }

@@ -1,9 +1,9 @@
 //! The service as it is installed, on this machine's systemd, booted in a container of its own.
 
-use harness::client::{Connection, get};
-use harness::container::{Container, Systemd};
-use harness::load::Load;
-use harness::this_package;
+use testkit::client::{Connection, get};
+use testkit::container::{Container, Systemd};
+use testkit::load::Load;
+use testkit::this_package;
 
 #[test]
 fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
@@ -14,7 +14,7 @@ fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
         assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
     });
     // Fifty connections that never retry.
-    let running = Load::w2(&Container::target()).start(container.enter());
+    let running = Load::paced(&Container::target()).start(container.enter());
     for verb in ["restart", "reload"].repeat(5) {
         container.systemctl(verb).expect(verb);
     }

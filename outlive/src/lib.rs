@@ -2,6 +2,8 @@
 
 mod app;
 mod connection;
+#[cfg(all(test, feature = "fuzz-tests"))]
+mod fuzz;
 mod handover;
 mod lifecycle;
 mod listeners;

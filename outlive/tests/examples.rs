@@ -3,15 +3,12 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use harness::client::{Connection, Target, get};
-use harness::full_service::FullService;
-use harness::process::{Notifications, Process, terminate};
-use harness::service::{Service, command, run_to_end};
-use harness::{block_on, eventually};
 use rustix::process::Signal;
-use tonic_health::pb::HealthCheckRequest;
-use tonic_health::pb::health_check_response::ServingStatus;
-use tonic_health::pb::health_client::HealthClient;
+use testkit::client::{Connection, Target, get};
+use testkit::process::{Notifications, Process, terminate};
+use testkit::service::{Service, command, run_to_end};
+use testkit::tls_service::TlsService;
+use testkit::{block_on, wait_until};
 
 /// Built by `make test`: cargo builds them beside all of a package's tests only, and not beside one that is asked for by
 /// its name. `cargo build --workspace --examples` does too.
@@ -82,7 +79,7 @@ fn a_task_that_runs_alone_loses_nothing_over_reloads() {
         terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
         while !connection.ask(&get("/")).await.expect("an answer").closes() {}
     });
-    eventually("the count", || {
+    wait_until("the count", || {
         std::fs::read_to_string(&file).is_ok_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 201))
     });
 }
@@ -93,7 +90,7 @@ fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
     let file = folder.path().join("visits");
     std::fs::write(&file, "many").expect("written");
     let file = file.to_str().expect("text");
-    let address = harness::free_address().to_string();
+    let address = testkit::free_address().to_string();
     for arguments in
         [&["--listen", &address, "--file", file][..], &["check", "--listen", &address, "--file", file]]
     {
@@ -114,7 +111,7 @@ fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_i
     block_on(async {
         let mut connection = service.connect().await;
         visit(&mut connection).await;
-        eventually("the count", || file.exists());
+        wait_until("the count", || file.exists());
         std::fs::write(&file, "many").expect("written");
         service.signal(Signal::HUP);
         let reason = "expected a number: invalid digit found in string";
@@ -146,7 +143,7 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("visits");
     let flags = ["--file", file.to_str().expect("text")];
-    let service = FullService::start(&example("state"), &flags).expect("a service");
+    let service = TlsService::start(&example("state"), &flags).expect("a service");
     block_on(async {
         let ready = async || {
             let mut admin = Connection::open(&service.admin()).await.expect("a connection");
@@ -178,7 +175,7 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
 #[test]
 fn a_signal_while_it_starts_ends_it_well() {
     let mut command =
-        command(&example("slow"), &["--when", "start", "--listen", &harness::free_address().to_string()]);
+        command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
     let mut process = Process::spawn(&mut command).expect("a service");
     let mut stderr = process.child().stderr.take().expect("piped");
     let mut line = [0; 8];
@@ -191,16 +188,16 @@ fn a_signal_while_it_starts_ends_it_well() {
 fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
-    let address = harness::free_address().to_string();
+    let address = testkit::free_address().to_string();
     let flags = ["--when", "start", "--until", file.to_str().expect("text"), "--listen", &address];
     let log = tempfile::NamedTempFile::new().expect("a file");
     let mut command = command(&example("slow"), &flags);
     let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
     let said = || std::fs::read_to_string(log.path()).expect("text");
-    eventually("it starts", || said().contains("waiting for the file"));
+    wait_until("it starts", || said().contains("waiting for the file"));
     process.signal(Signal::HUP);
     std::fs::write(&file, "").expect("written");
-    eventually("a successor", || said().contains("has taken over as pid "));
+    wait_until("a successor", || said().contains("has taken over as pid "));
     let said = said();
     let pid = said.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
     assert!(process.wait().expect("an end").success());
@@ -255,56 +252,9 @@ fn a_second_signal_cuts_a_background_task_off() {
     assert!(service.process().wait().expect("an end").success());
 }
 
-/// One channel of a real client, which calls all the time and never again; a stream ends with its process.
-#[test]
-fn a_grpc_client_loses_no_call_over_reloads() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut service = Service::start_in(&example("grpc"), &[], folder.path()).expect("a service");
-    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    runtime.expect("a runtime").block_on(async {
-        let address = format!("http://{}", service.address());
-        let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
-        let client = HealthClient::new(endpoint.connect().await.expect("it listens"));
-        let stop = tokio_util::sync::CancellationToken::new();
-        let mut callers = tokio::task::JoinSet::new();
-        for _ in 0..8 {
-            let (mut client, stop) = (client.clone(), stop.clone());
-            callers.spawn(async move {
-                loop {
-                    let is_last = stop.is_cancelled();
-                    let answer = client.check(HealthCheckRequest::default()).await.expect("an answer");
-                    assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
-                    if is_last {
-                        return;
-                    }
-                }
-            });
-        }
-        let mut main: Option<String> = None;
-        for _ in 0..3 {
-            let mut watcher = client.clone();
-            let stream = watcher.watch(HealthCheckRequest::default()).await.expect("a stream");
-            let mut stream = stream.into_inner();
-            stream.message().await.expect("no error").expect("the status now");
-            match &main {
-                None => service.signal(Signal::HUP),
-                Some(main) => harness::process::signal(main, Signal::HUP).expect("it runs"),
-            }
-            let next = tokio::task::block_in_place(|| service.notifications.wait_for("MAINPID="));
-            main = Some(next.expect("a successor").trim_start_matches("MAINPID=").to_owned());
-            let end = stream.message().await.expect_err("its process ends");
-            assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
-        }
-        // Each caller is answered once more after the last reload.
-        stop.cancel();
-        callers.join_all().await;
-        terminate(&main.expect("reloaded")).expect("it runs");
-    });
-}
-
 #[test]
 fn a_start_that_never_returns_is_given_up_at_its_limit() {
-    let address = harness::free_address().to_string();
+    let address = testkit::free_address().to_string();
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &address, "--start-timeout", "200ms"]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
@@ -316,7 +266,7 @@ fn a_start_that_never_returns_is_given_up_at_its_limit() {
 fn a_start_that_takes_long_asks_for_more_time() {
     let mut notifications = Notifications::new().expect("a socket");
     let mut command =
-        command(&example("slow"), &["--when", "start", "--listen", &harness::free_address().to_string()]);
+        command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
     let process = Process::spawn(command.env("NOTIFY_SOCKET", notifications.path())).expect("a service");
     for _ in 0..2 {
         notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("more time");
@@ -330,7 +280,7 @@ fn a_start_that_takes_long_asks_for_more_time() {
 fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
-    let address = harness::free_address();
+    let address = testkit::free_address();
     let flags =
         ["--when", "request", "--until", file.to_str().expect("text"), "--listen", &address.to_string()];
     let mut notifications = Notifications::new().expect("a socket");
@@ -363,7 +313,7 @@ fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
 
 #[test]
 fn a_panic_in_a_start_is_a_start_that_failed() {
-    let address = harness::free_address().to_string();
+    let address = testkit::free_address().to_string();
     let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");
     assert_eq!(code, Some(70), "{log}");

@@ -305,7 +305,7 @@ impl AsyncWrite for Io {
 mod tests {
     use std::time::Duration;
 
-    use harness::certificate::Certificate;
+    use testkit::certificate::Certificate;
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::time::timeout;

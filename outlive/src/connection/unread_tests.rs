@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
-use harness::certificate::Certificate;
-use harness::client::{Connection, Target};
+use testkit::certificate::Certificate;
+use testkit::client::{Connection, Target};
 use tokio::time::timeout;
 
 use super::tests::{Served, move_to, serve_with};

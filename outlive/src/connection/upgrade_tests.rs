@@ -6,8 +6,8 @@ use axum::extract::Request;
 use axum::http::StatusCode;
 use axum::routing::any;
 use bytes::Bytes;
-use harness::client::{Connection, Target, WEBSOCKET, get};
 use hyper::header::UPGRADE;
+use testkit::client::{Connection, Target, WEBSOCKET, get};
 
 use super::tests::{move_to, serve};
 use crate::registry::Phase;

@@ -389,9 +389,10 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "fuzz-tests")]
     #[test]
-    fn no_bytes_make_the_readers_panic() {
-        bolero::check!().for_each(|bytes| {
+    fn fuzzed_bytes_do_not_panic_the_frame_readers() {
+        crate::fuzz::target!("handover_frames").for_each(|bytes| {
             let _ = Header::decode(bytes);
             // Also what begins well.
             let start = bytes.first().map_or(0, |first| usize::from(*first).min(HEADER_LENGTH));

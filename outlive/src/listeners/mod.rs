@@ -258,3 +258,17 @@ fn number<N: FromStr>(name: &str) -> anyhow::Result<Option<N>> {
         .map(|text| text.parse().map_err(|_| anyhow!("invalid {name} {text:?}: expected a number")))
         .transpose()
 }
+
+#[cfg(all(test, feature = "fuzz-tests"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn fuzzed_text_does_not_panic_the_parsers() {
+        crate::fuzz::target!("listener_parsers").with_type::<String>().for_each(|text| {
+            let _ = text.parse::<Listen>();
+            let _ = server_starter::server_starter_pair(text);
+            let _ = listen_fds::listener_name(text);
+        });
+    }
+}

@@ -421,7 +421,7 @@ impl Drop for PendingFrame {
     }
 }
 
-#[cfg(all(test, not(model)))]
+#[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use std::sync::mpsc;
     use std::thread;

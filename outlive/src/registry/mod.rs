@@ -3,7 +3,7 @@
 //! (`state.rs`) that its own tasks change (`entry.rs`); a request that is answered at once takes no lock.
 
 mod entry;
-#[cfg(all(test, model))]
+#[cfg(all(test, feature = "model-tests"))]
 mod models;
 mod phase_word;
 mod state;
@@ -418,7 +418,7 @@ impl Drop for Arriving<'_> {
     }
 }
 
-#[cfg(all(test, not(model)))]
+#[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst};
 

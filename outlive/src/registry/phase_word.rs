@@ -83,7 +83,7 @@ impl PhaseWord {
     }
 }
 
-#[cfg(all(test, not(model)))]
+#[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use proptest::prelude::*;
 

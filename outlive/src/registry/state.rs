@@ -279,7 +279,7 @@ impl State {
     }
 }
 
-#[cfg(all(test, not(model)))]
+#[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use proptest::prelude::*;
 

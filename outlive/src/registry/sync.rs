@@ -3,19 +3,19 @@
 //!
 //! Clocks and sums for people to read are not of it: nobody waits for them.
 
-#[cfg(not(model))]
+#[cfg(not(all(test, feature = "model-tests")))]
 pub use std::sync::{Mutex, atomic::AtomicU64};
 
-#[cfg(not(model))]
+#[cfg(not(all(test, feature = "model-tests")))]
 pub use tokio::sync::Notify;
 
-#[cfg(not(model))]
+#[cfg(not(all(test, feature = "model-tests")))]
 pub use crate::os::lock::lock;
 
-#[cfg(model)]
+#[cfg(all(test, feature = "model-tests"))]
 pub use modelled::*;
 
-#[cfg(model)]
+#[cfg(all(test, feature = "model-tests"))]
 mod modelled {
     use std::pin::Pin;
     use std::sync::PoisonError;

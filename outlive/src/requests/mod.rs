@@ -42,16 +42,6 @@ const REQUEST_ID_LIMIT: usize = 128;
 /// A log line shows no more of a path or method, in bytes: a client may send 64 KiB of each.
 const LOGGED_LIMIT: usize = 1024;
 
-/// Set by the experiment alone, for a binary that shows by its absence what something costs.
-const LEFT_OUT: &[u8] = match option_env!("OUTLIVE_LEAVES_OUT") {
-    Some(name) => name.as_bytes(),
-    None => b"",
-};
-const HAS_IDS: bool = !matches!(LEFT_OUT, b"ids" | b"all");
-const HAS_METRICS: bool = !matches!(LEFT_OUT, b"metrics" | b"all");
-const HAS_LIMITS: bool = !matches!(LEFT_OUT, b"limits" | b"all");
-const HAS_SPANS: bool = !matches!(LEFT_OUT, b"spans" | b"all");
-
 /// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share
 /// one wait for each other.
 #[derive(Clone)]
@@ -91,8 +81,8 @@ impl Routes {
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let id = HAS_IDS.then(|| request_id(&head.headers));
-        let span = if HAS_SPANS { span(&head, id.as_ref()) } else { Span::none() };
+        let id = request_id(&head.headers);
+        let span = span(&head, &id);
         let method = metrics::method(&head.method);
         let route = self.labels.of_path(head.uri.path());
         let is_too_large =
@@ -103,7 +93,6 @@ impl Routes {
             (None, _) => &mut self.recording,
         };
         let request = match body {
-            Some(body) if !HAS_LIMITS => Request::from_parts(head, Body::new(body)),
             Some(body) => {
                 let body = Body::new(Within::new(body, self.body_limit, self.limit));
                 let mut request = Request::from_parts(head, body);
@@ -114,7 +103,7 @@ impl Routes {
         };
         ResponseFuture {
             span,
-            id,
+            id: Some(id),
             method,
             route,
             limit: self.limit,
@@ -148,7 +137,6 @@ impl ResponseFuture {
         *this.route = route_labels::matched().or(*this.route);
         let mut response = match polled {
             Ok(Poll::Ready(Ok(response))) => response,
-            Ok(Poll::Pending) if !HAS_LIMITS => return Poll::Pending,
             Ok(Poll::Pending) => {
                 let deadline = request.since + *this.limit;
                 let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
@@ -160,9 +148,7 @@ impl ResponseFuture {
         };
         let took = request.since.elapsed();
         let status = response.status();
-        if HAS_METRICS {
-            metrics::answered(*this.route, this.method, status, took);
-        }
+        metrics::answered(*this.route, this.method, status, took);
         if status.is_server_error() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
@@ -173,7 +159,7 @@ impl ResponseFuture {
             } else {
                 error!(target: TARGET, status, %latency, "request failed");
             }
-        } else if HAS_SPANS {
+        } else {
             debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
         }
         if let Some(id) = this.id.take() {
@@ -183,11 +169,11 @@ impl ResponseFuture {
     }
 }
 
-fn span(head: &Parts, id: Option<&HeaderValue>) -> Span {
+fn span(head: &Parts, id: &HeaderValue) -> Span {
     debug_span!(
         target: TARGET,
         "request",
-        request_id = id.and_then(|id| id.to_str().ok()),
+        request_id = id.to_str().ok(),
         method = logged(head.method.as_str()),
         path = logged(head.uri.path()),
         peer = head.extensions.get::<Arc<RequestContext>>().map(|context| tracing::field::display(context.peer)),

@@ -160,9 +160,10 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "fuzz-tests")]
     #[test]
-    fn no_bytes_are_too_much_for_it() {
-        bolero::check!().for_each(|bytes| {
+    fn fuzzed_bytes_do_not_panic_the_decoder() {
+        crate::fuzz::target!("http2_state").for_each(|bytes| {
             let _ = Http2State::decode(bytes);
         });
     }

@@ -183,9 +183,10 @@ mod tests {
         assert_eq!(next.decrypt(&old).as_deref(), Some(&b"old"[..]));
     }
 
+    #[cfg(feature = "fuzz-tests")]
     #[test]
-    fn no_bytes_are_a_ticket_or_keys_by_chance() {
-        bolero::check!().for_each(|bytes| {
+    fn fuzzed_bytes_are_neither_a_ticket_nor_keys() {
+        crate::fuzz::target!("tickets").for_each(|bytes| {
             let tickets = Tickets::new().expect("keys");
             assert_eq!(tickets.decrypt(bytes), None);
             let ticket = tickets.encrypt(b"secret").expect("a ticket");

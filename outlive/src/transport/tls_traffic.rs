@@ -331,9 +331,10 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "fuzz-tests")]
     #[test]
-    fn no_bytes_are_too_much_for_it() {
-        bolero::check!().for_each(|bytes| {
+    fn fuzzed_bytes_do_not_panic_the_decoder() {
+        crate::fuzz::target!("tls_traffic_state").for_each(|bytes| {
             let _ = TlsTrafficState::decode(bytes);
         });
     }

@@ -512,10 +512,11 @@ proptest! {
 }
 
 /// The same, for `make fuzz`.
+#[cfg(feature = "fuzz-tests")]
 #[test]
-fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
+fn fuzzed_acts_leave_both_ends_in_the_same_state() {
     let acts = bolero::produce::<Vec<(u8, u16, u16, u16, u8)>>().with().len(0..150_usize);
-    bolero::check!().with_generator(acts).cloned().for_each(|acts| {
+    crate::fuzz::target!("http2_endpoints_agree").with_generator(acts).cloned().for_each(|acts| {
         play(acts.into_iter().map(|(frame_type, which, size, piece, times)| {
             let (piece, times) = (usize::from(piece % 2_000) + 1, usize::from(times % 8));
             (frame_type, which, i64::from(size % 30_000), piece, times)
@@ -523,27 +524,30 @@ fn both_ends_believe_the_same_whatever_a_fuzzer_thinks_of() {
     });
 }
 
+#[cfg(feature = "fuzz-tests")]
 #[test]
-fn no_bytes_of_a_client_are_too_much() {
-    bolero::check!().with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(|(pieces, is_resumed)| {
-        let mut interposer =
-            if *is_resumed { Interposer::resume(Http2State::default()) } else { Interposer::new() };
-        interposer.receive(PREFACE);
-        for (bytes, act) in pieces {
-            interposer.receive(bytes);
-            match act % 6 {
-                0 => interposer.hold(),
-                1 => interposer.release(),
-                // Frames of every kind, small enough to be whole.
-                2 => interposer.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
-                3 => interposer.rewrite(&frame(act % 11, *act, u32::from(*act), bytes)),
-                _ => {}
+fn fuzzed_frames_of_a_client_do_not_panic() {
+    crate::fuzz::target!("http2_client_frames").with_type::<(Vec<(Vec<u8>, u8)>, bool)>().for_each(
+        |(pieces, is_resumed)| {
+            let mut interposer =
+                if *is_resumed { Interposer::resume(Http2State::default()) } else { Interposer::new() };
+            interposer.receive(PREFACE);
+            for (bytes, act) in pieces {
+                interposer.receive(bytes);
+                match act % 6 {
+                    0 => interposer.hold(),
+                    1 => interposer.release(),
+                    // Frames of every frame_type, small enough to be whole.
+                    2 => interposer.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
+                    3 => interposer.rewrite(&frame(act % 11, *act, u32::from(*act), bytes)),
+                    _ => {}
+                }
+                let _ = interposer.is_quiescent();
+                interposer.for_client().clear();
             }
-            let _ = interposer.is_quiescent();
-            interposer.for_client().clear();
-        }
-        interposer.into_state();
-    });
+            interposer.into_state();
+        },
+    );
 }
 
 /// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, and goes on using its table.

@@ -1,8 +1,8 @@
 //! Clients that change the keys of their TLS connection, and ask the server to do so, in the middle of a request: it is
 //! answered, and the connection goes on, in this process and in the next.
 
-use harness::certificate::Certificate;
-use harness::client::Connection;
+use testkit::certificate::Certificate;
+use testkit::client::Connection;
 use tokio::time::timeout;
 
 use crate::connection::tests::{Served, move_to, serve_with};

@@ -3,8 +3,8 @@
 use std::io::ErrorKind;
 use std::sync::Arc;
 
-use harness::certificate::Certificate;
 use proptest::prelude::*;
+use testkit::certificate::Certificate;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio_rustls::TlsConnector;
@@ -431,30 +431,36 @@ proptest! {
     }
 }
 
+#[cfg(feature = "fuzz-tests")]
 #[test]
-fn no_bytes_of_a_peer_are_too_much() {
-    bolero::check!().with_type::<(u8, Vec<(u8, Vec<u8>, bool)>)>().for_each(|(suite, pieces)| {
-        run(async {
-            let (mut half, mut records, mut peer) = pair(Suite::ALL[usize::from(*suite) % Suite::ALL.len()]);
-            for (kind, content, is_sealed) in pieces {
-                // Also content of every type that is sealed as it should be.
-                let bytes = if *is_sealed {
-                    seal(&mut half, kind % 26, content, 3).to_vec()
-                } else {
-                    content.clone()
-                };
-                if peer.write_all(&bytes).await.is_err() {
-                    break;
+fn fuzzed_records_of_a_peer_do_not_panic() {
+    crate::fuzz::target!("tls_records").with_type::<(u8, Vec<(u8, Vec<u8>, bool)>)>().for_each(
+        |(suite, pieces)| {
+            run(async {
+                let (mut half, mut records, mut peer) =
+                    pair(Suite::ALL[usize::from(*suite) % Suite::ALL.len()]);
+                for (kind, content, is_sealed) in pieces {
+                    // Also content of every type that is sealed as it should be.
+                    let bytes = if *is_sealed {
+                        seal(&mut half, kind % 26, content, 3).to_vec()
+                    } else {
+                        content.clone()
+                    };
+                    if peer.write_all(&bytes).await.is_err() {
+                        break;
+                    }
+                    // As a peer that goes on with its next key.
+                    if *is_sealed
+                        && kind % 26 == HANDSHAKE
+                        && matches!(content[..], [KEY_UPDATE, 0, 0, 1, 0 | 1])
+                    {
+                        assert!(half.update_keys(records.suite));
+                    }
                 }
-                // As a peer that goes on with its next key.
-                if *is_sealed && kind % 26 == HANDSHAKE && matches!(content[..], [KEY_UPDATE, 0, 0, 1, 0 | 1])
-                {
-                    assert!(half.update_keys(records.suite));
-                }
-            }
-            let _ = peer.shutdown().await;
-            let mut received = Vec::new();
-            let _ = records.read_to_end(&mut received).await;
-        });
-    });
+                let _ = peer.shutdown().await;
+                let mut received = Vec::new();
+                let _ = records.read_to_end(&mut received).await;
+            });
+        },
+    );
 }

@@ -1,0 +1,184 @@
+//! The result as tables: for the terminal, and for the benchmark's README.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::servers::FOLDER;
+
+const BEGIN: &str = "<!-- make bench-readme writes from here -->";
+const END: &str = "<!-- to here -->";
+
+/// Processor, cores, kernel, systemd.
+pub fn machine() -> Result<String> {
+    let processors = std::fs::read_to_string("/proc/cpuinfo")?;
+    let field = processors.lines().find_map(|line| line.strip_prefix("model name"));
+    let processor = field.map_or("a processor", |line| line.trim_start_matches([' ', '\t', ':']));
+    let cores = std::thread::available_parallelism()?;
+    let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let systemd = std::process::Command::new("systemctl").arg("--version").output()?;
+    let systemd = String::from_utf8_lossy(&systemd.stdout);
+    let systemd = systemd.split_whitespace().nth(1).unwrap_or("?");
+    Ok(format!(
+        "{cores} cores of {processor}, Linux {}, systemd {systemd}, client on the same machine",
+        kernel.trim()
+    ))
+}
+
+/// Markdown, which reads well on a terminal too.
+pub fn table(result: &Value) -> String {
+    let mut text = String::new();
+    let _ = writeln!(
+        text,
+        "`{}` on {}; {} s under each load, started anew each second.\n",
+        plain(&result["command"]),
+        plain(&result["machine"]),
+        plain(&result["seconds under each load"]),
+    );
+    rows(
+        &mut text,
+        &result["restarts"],
+        &[
+            "server",
+            "load",
+            "answered",
+            "lost",
+            "connections closed",
+            "p50 ms",
+            "p99 ms",
+            "p99.9 ms",
+            "longest ms",
+            "verb ms",
+        ]
+        .map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Upgrades of a Debian package, one after the other; bare axum::serve as cargo-deb packages it by default.",
+        &result["upgrades"],
+        &["package", "load", "upgrades", "answered", "lost", "connections closed", "longest ms"]
+            .map(str::to_owned),
+    );
+    let throughput = &result["throughput"];
+    let of = |ratio: &str| ["server", "requests a second", ratio, "half of the rounds"].map(str::to_owned);
+    titled_rows(
+        &mut text,
+        "By wrk on 64 connections, servers and client on the same cores; ratios of the same rounds.",
+        &throughput["beside"],
+        &of("of bare axum::serve"),
+    );
+    titled_rows(
+        &mut text,
+        "The server on one core and the client on another, requests a second by the number of connections.",
+        &throughput["growth"],
+        &columns_of(&throughput["growth"]),
+    );
+    let idle = &result["idle"];
+    titled_rows(
+        &mut text,
+        "Memory of idle connections, within 10 s.",
+        &idle["memory"],
+        &["server", "connections", "resident bytes each", "after all were asked at once"].map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Restarts and reloads beside idle connections, and what 50 busy ones wait at the longest then; medians.",
+        &idle["moves"],
+        &MOVES.map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
+        "Answers on connections that were idle for 4 s, when ours sleep, and on the same at once again, with a core for each end; medians of rounds, in microseconds.",
+        &idle["woken"],
+        &["server", "p50 idle", "p50 at once", "p99 idle", "p99 at once"].map(str::to_owned),
+    );
+    let costs = &result["costs"];
+    rows(
+        &mut text,
+        &costs["processes"],
+        &["server", "exec to READY ms", "resident MB", "binary kB"].map(str::to_owned),
+    );
+    let pause = &costs["pause"];
+    for name in [
+        "this service ms",
+        "sleep in the same sandbox ms",
+        "beyond systemd's own ms",
+        "sleep without a sandbox ms",
+    ] {
+        let _ = writeln!(
+            text,
+            "- a restart leaves not active, {}: {} ms",
+            name.trim_end_matches(" ms"),
+            plain(&pause[name])
+        );
+    }
+    for (heading, value) in pause["each group of the sandbox's lines ms"].as_object().into_iter().flatten() {
+        let _ = writeln!(text, "- of that, \"{heading}\" alone costs {} ms", plain(value));
+    }
+    for left_out in result["left out"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "- left out: {}", plain(left_out));
+    }
+    text
+}
+
+/// The columns of the idle connections' table.
+const MOVES: [&str; 7] = [
+    "idle connections",
+    "restart ms",
+    "restart, of none",
+    "restart: longest wait ms",
+    "reload ms",
+    "reload, of none",
+    "reload: longest wait ms",
+];
+
+/// Those of the first row, the number of connections first, and then ours.
+fn columns_of(rows: &Value) -> Vec<String> {
+    let mut columns: Vec<String> =
+        rows[0].as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
+    columns.sort_by_key(|column| (column != "connections", column != "this service"));
+    columns
+}
+
+fn titled_rows(text: &mut String, title: &str, of: &Value, columns: &[String]) {
+    if of.is_array() {
+        let _ = writeln!(text, "{title}\n");
+        rows(text, of, columns);
+    }
+}
+
+fn rows(text: &mut String, rows: &Value, columns: &[String]) {
+    let Some(rows) = rows.as_array() else { return };
+    let _ = writeln!(text, "| {} |\n|{}", columns.join(" | "), " --- |".repeat(columns.len()));
+    for row in rows {
+        let cells: Vec<String> = columns.iter().map(|column| plain(&row[column])).collect();
+        let _ = writeln!(text, "| {} |", cells.join(" | "));
+    }
+    text.push('\n');
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::String(text) => text.clone(),
+        Value::Number(number) => number.to_string().trim_end_matches(".0").to_owned(),
+        value => value.to_string(),
+    }
+}
+
+/// Puts the table into its README, and the pictures beside the benchmark.
+pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
+    for picture in pictures {
+        let name = picture.file_name().context("a name")?;
+        std::fs::copy(picture, Path::new(FOLDER).join("bench").join(name))?;
+    }
+    let path = Path::new(FOLDER).join("bench/README.md");
+    let text = std::fs::read_to_string(&path)?;
+    let (before, rest) = text.split_once(BEGIN).with_context(|| format!("no {BEGIN} in the README"))?;
+    let (_, after) = rest.split_once(END).with_context(|| format!("no {END} in the README"))?;
+    let picture = "![Latency of every request over time](restarts.svg)\n\n\
+        ![Requests a second by the number of connections](growth.svg)";
+    Ok(std::fs::write(path, format!("{before}{BEGIN}\n\n{picture}\n\n{table}\n{END}{after}"))?)
+}

@@ -1,0 +1,79 @@
+//! The second picture: requests a second by the number of connections, a line for each server.
+
+use std::fmt::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use testkit::svg;
+
+const HEIGHT: usize = 420;
+/// The field of the lines.
+const LEFT: f64 = 70.0;
+const RIGHT: f64 = 680.0;
+const TOP: f64 = 66.0;
+const BOTTOM: f64 = 372.0;
+/// Between two labels at the lines' ends.
+const LINE: f64 = 20.0;
+/// Requests a second, between two lines of the grid.
+const STEP: f64 = 50_000.0;
+
+/// Ours is the thick one.
+const STYLE: &str = "polyline{fill:none;stroke-width:2}.c0{stroke:#265ca0;stroke-width:5}.c1{stroke:#c8641e}\
+    .c2{stroke:#2a8a57}.c3{stroke:#888}@media(prefers-color-scheme:dark){.c0{stroke:#6aa9f7}}";
+const TITLE: &str = "Requests a second on one core, by the number of connections";
+
+/// `rows`: one for each number of connections, with a column for each server.
+pub fn draw(rows: &Value, path: &Path) -> Result<()> {
+    let rows = rows.as_array().context("rows")?;
+    let counts: Vec<f64> = rows.iter().filter_map(|row| row["connections"].as_f64()).collect();
+    let (fewest, most) =
+        (counts.first().context("no rows")?.log10(), counts.last().context("no rows")?.log10());
+    let mut servers: Vec<&String> =
+        rows[0].as_object().context("a row")?.keys().filter(|key| *key != "connections").collect();
+    servers.sort_by_key(|server| *server != "this service");
+    let rates = |server: &str| rows.iter().map(|row| row[server].as_f64().unwrap_or(0.0)).collect::<Vec<_>>();
+    let highest = servers.iter().flat_map(|server| rates(server)).fold(STEP, f64::max);
+    let x = |count: f64| LEFT + (RIGHT - LEFT) * (count.log10() - fewest) / (most - fewest).max(1.0);
+    let y = |rate: f64| BOTTOM - (BOTTOM - TOP) * rate / highest;
+
+    let mut svg = svg::begin(TITLE, HEIGHT, STYLE);
+    let mut rate = 0.0;
+    while rate <= highest {
+        let y = y(rate);
+        write!(
+            svg,
+            "<path class=\"g\" d=\"M{LEFT} {y:.0}H{RIGHT}\"/><text class=\"e\" x=\"{:.0}\" y=\"{:.0}\">{:.0} k</text>",
+            LEFT - 8.0,
+            y + 5.0,
+            rate / 1000.0
+        )?;
+        rate += STEP;
+    }
+    for count in &counts {
+        let x = x(*count);
+        write!(svg, "<text class=\"m\" x=\"{x:.0}\" y=\"{:.0}\">{count}</text>", BOTTOM + 24.0)?;
+    }
+    // From above, so that labels which would lie on each other can be moved down.
+    let mut lines: Vec<(usize, &String, Vec<f64>)> =
+        servers.into_iter().enumerate().map(|(number, server)| (number, server, rates(server))).collect();
+    lines.sort_by(|(_, _, one), (_, _, other)| other.last().partial_cmp(&one.last()).expect("numbers"));
+    let mut label = 0.0;
+    for (number, server, rates) in lines {
+        let points: Vec<String> = counts
+            .iter()
+            .zip(&rates)
+            .map(|(count, rate)| format!("{:.0},{:.0}", x(*count), y(*rate)))
+            .collect();
+        label = y(*rates.last().context("a rate")?).max(label + LINE);
+        write!(
+            svg,
+            "<polyline class=\"c{number}\" points=\"{}\"/><text x=\"{:.0}\" y=\"{:.0}\">{server}</text>",
+            points.join(" "),
+            RIGHT + 12.0,
+            label + 5.0
+        )?;
+    }
+    svg::end(svg, path)
+}

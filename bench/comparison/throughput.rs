@@ -1,0 +1,175 @@
+//! Requests per second without restarts: compared with other servers, and by the number of connections.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
+use testkit::process::Process;
+use testkit::service::command;
+
+use crate::Extent;
+use crate::costs::median;
+use crate::servers::{OURS, Peers, wait_for};
+
+/// Connections of the load, where it is not said.
+const CONNECTIONS: usize = 64;
+/// A server on a port of its own, and what came of it.
+struct Contender {
+    label: String,
+    port: u16,
+    command: Command,
+    rates: Vec<f64>,
+}
+
+/// Who runs where.
+#[derive(Clone, Copy)]
+pub enum Cores {
+    /// Servers and client as the kernel likes.
+    Shared,
+    /// The server on the first, the client on the second: the figure is the server's.
+    OneEach,
+}
+
+pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Value> {
+    if !peers.has_wrk {
+        return Ok(Value::Null);
+    }
+    progress.set_message("throughput");
+    let mut beside = contenders(peers, Cores::Shared)?;
+    measure(&mut beside, extent, extent.rounds, CONNECTIONS, Cores::Shared)?;
+    let beside = ratios(&beside, 1, "of bare axum::serve");
+
+    let mut growth = Vec::new();
+    for &connections in extent.growth {
+        progress.set_message(format!("throughput on {connections} connections"));
+        let mut contenders = contenders(peers, Cores::OneEach)?;
+        measure(&mut contenders, extent, extent.rounds.div_ceil(5), connections, Cores::OneEach)?;
+        let mut row = json!({ "connections": connections });
+        for Contender { label, rates, .. } in contenders {
+            row[label] = json!(median(rates).round());
+        }
+        growth.push(row);
+    }
+
+    Ok(json!({ "beside": beside, "growth": growth }))
+}
+
+impl Contender {
+    fn new(label: &str, command: &Command, cores: Cores) -> Self {
+        Self { label: label.to_owned(), port: 0, command: on(cores, "0", command), rates: Vec::new() }
+    }
+
+    fn ours(label: &str, binary: &Path, cores: Cores) -> Self {
+        let port = testkit::free_address().port();
+        let mut command = command(&binary.to_string_lossy(), &[]);
+        command.arg(format!("--listen=127.0.0.1:{port}"));
+        Self { port, ..Self::new(label, &command, cores) }
+    }
+}
+
+fn contenders(peers: &Peers, cores: Cores) -> Result<Vec<Contender>> {
+    let address = |port| SocketAddr::from(([127, 0, 0, 1], port)).to_string();
+    let free = || testkit::free_address().port();
+    let mut all = vec![Contender::ours("this service", Path::new(OURS), cores)];
+    let port = free();
+    // It binds nothing itself but its default port: systemd-socket-activate gives it its own.
+    let mut bare = command("systemd-socket-activate", &[&format!("--listen={}", address(port))]);
+    bare.arg(peers.bare());
+    all.push(Contender { port, ..Contender::new("bare axum::serve", &bare, cores) });
+    if let Some(go) = peers.go() {
+        let port = free();
+        let go = command(go.to_str().context("a path")?, &[&address(port)]);
+        all.push(Contender { port, ..Contender::new("Go net/http", &go, cores) });
+    }
+    if peers.has_nginx {
+        let port = free();
+        let nginx = nginx(peers.folder(), port, cores)?;
+        all.push(Contender { port, ..Contender::new("nginx, return 200", &nginx, cores) });
+    }
+    Ok(all)
+}
+
+/// The same command on one core.
+pub fn on(cores: Cores, core: &str, command: &Command) -> Command {
+    let mut pinned = match cores {
+        Cores::Shared => Command::new(command.get_program()),
+        Cores::OneEach => {
+            let mut taskset = Command::new("taskset");
+            taskset.args(["--cpu-list", core]).arg(command.get_program());
+            taskset
+        }
+    };
+    pinned.args(command.get_args());
+    pinned
+}
+
+/// With a process for each core, as the others have a thread.
+fn nginx(folder: &Path, port: u16, cores: Cores) -> Result<Command> {
+    let path = folder.join("nginx.conf");
+    let workers = match cores {
+        Cores::Shared => "auto",
+        Cores::OneEach => "1",
+    };
+    let text = format!(
+        "daemon off; worker_processes {workers}; pid {0}/nginx.pid; error_log /dev/null; worker_rlimit_nofile 20000;\n\
+         events {{ worker_connections 15000; }}\nhttp {{ access_log off; keepalive_requests 1000000000; \
+         server {{ listen 127.0.0.1:{port} backlog=16384; location / {{ return 200 \"pid, generation 1, since \
+         2000-01-01T00:00:00Z\\n\"; }} }} }}\n",
+        folder.display()
+    );
+    std::fs::write(&path, text)?;
+    let mut nginx = command("nginx", &["-p"]);
+    nginx.arg(folder).arg("-c").arg(path);
+    Ok(nginx)
+}
+
+/// The servers in turn, so often.
+fn measure(
+    contenders: &mut [Contender],
+    extent: &Extent,
+    rounds: usize,
+    connections: usize,
+    cores: Cores,
+) -> Result<()> {
+    for _ in 0..rounds {
+        for Contender { port, command, rates, .. } in &mut *contenders {
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+            let _process = Process::spawn(command)?;
+            wait_for(SocketAddr::from(([127, 0, 0, 1], *port)));
+            rates.push(wrk(*port, extent.round, connections, cores)?);
+        }
+    }
+    Ok(())
+}
+
+/// With how much of the one at `base` each did, in the same round: what else the machine does then slows both.
+fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
+    let figures = contenders.iter().map(|Contender { label, rates, .. }| {
+        let base = &contenders[base].rates;
+        let mut ratios: Vec<f64> = rates.iter().zip(base).map(|(rate, base)| rate / base).collect();
+        ratios.sort_by(f64::total_cmp);
+        let (low, high) = (ratios[ratios.len() / 4], ratios[ratios.len() * 3 / 4]);
+        json!({
+            "server": label,
+            "requests a second": median(rates.clone()).round(),
+            column: median(ratios),
+            "half of the rounds": format!("{low:.2} to {high:.2}"),
+        })
+    });
+    figures.collect()
+}
+
+fn wrk(port: u16, length: Duration, connections: usize, cores: Cores) -> Result<f64> {
+    let mut wrk = Command::new("wrk");
+    wrk.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", length.as_secs())]);
+    wrk.arg(format!("http://127.0.0.1:{port}/"));
+    let output = on(cores, "1", &wrk).output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));
+    ensure!(!said.contains("Non-2xx"), "wrk: {said}");
+    rate.with_context(|| said.clone())?.trim().parse().context("a rate")
+}

@@ -1,0 +1,170 @@
+# What only the repository of the library has, and not a copy of the template.
+#
+## make e2e             as root: all tests on real systemds and with other programs; PART=NAME runs one part
+## make e2e-deps        as root: install and fetch what make e2e, soak and bench need
+## make fuzz TIME=1m    run each fuzz target under libFuzzer; make corpus minimizes the corpora
+## make soak TIME=10m   as root: random restarts, reloads and faults under load; SEED=N repeats a run
+## make bench           as root: the comparison with other servers; BENCH=--quick takes three minutes
+## make audit           known vulnerabilities of the dependencies, from the network
+## make new NAME=.. DIR=..  a new repository for a service of that name
+
+# ---- make test, make check ----
+
+# After the tests of the workspace, because those fail sooner.
+.PHONY: test-process
+test: test-process
+# Most of these tests wait for something, so many of them run at the same time.
+test-process: test-workspace
+	cd e2e && cargo test --package e2e-process -- --test-threads 12
+
+# The library also with none of its features, and with the fuzz targets.
+.PHONY: check-e2e
+check: check-e2e
+check-e2e:
+	cd e2e && cargo fmt --all --check
+	cd e2e && cargo clippy --workspace --all-targets -- -D warnings
+	cd e2e && cargo clippy --workspace --test '*' -- -D warnings
+	cargo clippy -p outlive -- -D warnings
+	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests -- -D warnings
+	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
+	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny check --config ../deny.toml bans licenses sources)
+
+.PHONY: audit
+audit:
+	cargo deny check advisories
+
+# ---- make e2e ----
+
+.PHONY: e2e
+e2e: root e2e-tools
+	@e2e/run '$(PART)'
+
+.PHONY: root
+root:
+	@[ "$$(id -u)" = 0 ] || { echo 'It boots real systemds, as root: sudo -E env "PATH=$$PATH" make $(MAKECMDGOALS)'; exit 1; }
+
+# The systemds that are tested besides this machine's: those of both stable Debians, on which packages are installed too,
+# and the newest, of Debian unstable.
+ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
+# Programs, and the Debian packages that they are in.
+TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit script start_server systemctl systemd-nspawn \
+	systemd-socket-activate /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
+	/usr/lib/*/faketime/libfaketimeMT.so.1 $(addprefix /usr/lib/python3/dist-packages/,grpc h2 httpx)
+DEBIAN := bsdutils ca-certificates curl inotify-tools libfaketime libnss-systemd libserver-starter-perl lintian mmdebstrap \
+	nghttp2-client openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx systemd \
+	systemd-container util-linux
+CARGO_TOOLS := cargo-deb cargo-deny cargo-generate-rpm
+GO_CLIENT := target/tools/bin/go-client
+
+# A shell command that prints each of $(TOOLS) that is missing.
+MISSING_TOOLS = for tool in $(TOOLS); do [ -e $$tool ] || command -v $$tool >/dev/null || echo $$tool; done
+
+# Names everything that is missing at once, and installs nothing.
+.PHONY: e2e-tools
+e2e-tools:
+	@missing=$$($(MISSING_TOOLS); for tool in $(filter-out cargo-deny,$(CARGO_TOOLS)); do command -v $$tool >/dev/null || echo $$tool; done; \
+		for made in $(ROOTS) $(GO_CLIENT); do [ -e $$made ] || echo $$made; done); \
+	[ -z "$$missing" ] || { echo "Missing, and installed by make e2e-deps (as root):" $$missing; exit 1; }
+
+# Debian starts a database server when postgresql is installed, unless this file says otherwise.
+NO_CLUSTER = mkdir -p $(1)/etc/postgresql-common && \
+	echo create_main_cluster = false >>$(1)/etc/postgresql-common/createcluster.conf
+
+.PHONY: e2e-deps
+e2e-deps: root
+	@[ -z "$$($(MISSING_TOOLS))" ] || { \
+		echo 'Installing Debian packages: $(DEBIAN)'; \
+		echo 'Writing create_main_cluster = false to /etc/postgresql-common/createcluster.conf, so that no database server starts'; \
+		$(call NO_CLUSTER,) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN); }
+	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)'
+	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)
+
+.PHONY: cargo-deny
+cargo-deny:
+	@command -v $@ >/dev/null || $(INSTALL_TOOL) $@
+
+# A root is made again when its contents are changed here; that of unstable, which moves every day, also after
+# `rm -r target/systemd-unstable`.
+SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
+# Programs that talk to the service, as Debian packages them: e2e/systemd/tests/systemd/peers.rs.
+PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,nodejs,varnish
+target/systemd-257: RELEASE := trixie
+target/systemd-257: INCLUDED := $(SYSTEM),postgresql,$(PEERS)
+target/systemd-252: RELEASE := bookworm
+target/systemd-252: INCLUDED := $(SYSTEM),rpm
+target/systemd-unstable: RELEASE := sid
+target/systemd-unstable: INCLUDED := $(SYSTEM)
+# By default apt refuses a list of unstable's packages that is a few days old, as on a mirror that is behind.
+target/systemd-unstable: APT := --aptopt='Acquire::Check-Valid-Until "false"'
+$(ROOTS): %: %.list
+	rm -rf $@.part
+	mmdebstrap --quiet --variant=minbase $(APT) --include=$(INCLUDED) --essential-hook='$(call NO_CLUSTER,$$1)' $(RELEASE) $@.part
+	rm -rf $@
+	mv $@.part $@
+	touch $@
+# What a root consists of, written only when it has changed.
+$(ROOTS:=.list): unconditionally
+	@mkdir -p target
+	@echo '$(RELEASE) $(INCLUDED)' | cmp --silent - $@ || echo '$(RELEASE) $(INCLUDED)' >$@
+.PHONY: unconditionally
+
+# The compiler of Debian 13, because Go before 1.20, as in Debian 12, ignores a header table size of 0.
+GO = $(CURDIR)/target/go/usr/lib/go-1.24
+$(GO_CLIENT): e2e/systemd/clients/main.go
+	[ -e $(GO) ] || { rm -rf target/go && mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go; }
+	HOME=$(CURDIR)/target/go GOROOT=$(GO) GOTOOLCHAIN=local CGO_ENABLED=0 $(GO)/bin/go build -o $@ $<
+
+# ---- fuzzing ----
+
+# `make e2e PART=fuzz` runs each target on its corpus (e2e/fuzz/corpus) and for a second; this runs each for TIME, as many
+# at once as there are cores. Inputs that make one fail are kept in target/fuzz/artifacts, with the log. libFuzzer needs
+# the compiler's coverage, which stable Rust has; a sanitizer is not needed where the code has no `unsafe`.
+TIME := 1m
+SECONDS = $(subst s,,$(subst h,*3600,$(subst m,*60,$(TIME))))
+COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
+	-Cllvm-args=-sanitizer-coverage-inline-8bit-counters -Cllvm-args=-sanitizer-coverage-pc-table \
+	-Cllvm-args=-sanitizer-coverage-trace-compares
+.PHONY: fuzz corpus
+fuzz: fuzzers
+	@$(EACH_FUZZER) e2e/fuzz/fuzz.sh run $$(($(SECONDS))) $$binary
+corpus: fuzzers
+	@$(EACH_FUZZER) e2e/fuzz/fuzz.sh minimize - $$binary
+# With the name of the test and that of its corpus.
+EACH_FUZZER = binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
+	CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null \
+	| sed -n 's:.*"work_dir"\:"[^"]*/\([^"/]*\)".*"test_name"\:"\([^"]*\)".*:\2 \1:p' | xargs -P $$(nproc) -L 1
+.PHONY: fuzzers
+fuzzers:
+	RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer $(COVERAGE)' BOLERO_FUZZER=libfuzzer cargo test --quiet --package outlive \
+		--lib --features fuzz-tests --config e2e/fuzz/profile.toml --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
+
+# ---- soak and comparison ----
+
+SEED :=
+.PHONY: soak
+soak: TIME := 10m
+soak: root e2e-tools $(BINARY)
+	cd e2e && cargo run --release --package soak -- --time $(TIME) $(if $(SEED),--seed $(SEED))
+
+.PHONY: bench bench-readme
+bench: root e2e-tools $(BINARY)
+	cd e2e && cargo build --release --package bench
+	target/release/comparison $(BENCH)
+bench-readme:
+	$(MAKE) bench BENCH=--readme
+
+# ---- make new ----
+
+NOT_IN_A_COPY := .ci .git bench docs e2e target
+.PHONY: new
+new:
+	@echo '$(NAME)' | grep -qx '[a-z][a-z0-9-]*' || { echo 'NAME is missing or wrong: it consists of a-z, 0-9 and -, as in NAME=shop'; exit 1; }
+	@[ -n '$(DIR)' ] && [ ! -e '$(DIR)' ] || { echo 'DIR is missing, or the folder exists already: DIR=../shop'; exit 1; }
+	mkdir -p '$(DIR)'
+	tar --create $(NOT_IN_A_COPY:%=--exclude=./%) . | tar --extract --directory='$(DIR)'
+	cp outlive/template-README.md '$(DIR)/README.md'
+	mv '$(DIR)/packaging/local.$(PACKAGE).conf' '$(DIR)/packaging/local.$(NAME).conf'
+	cd '$(DIR)/systemd' && for unit in $(PACKAGE)*; do mv "$$unit" "$(NAME)$${unit#$(PACKAGE)}"; done
+	cd '$(DIR)' && perl -pi -e 's/\b$(PACKAGE)\b(?!\.rs|::|;)/$(NAME)/g; s/\b$(VARIABLE)_/$(shell echo '$(NAME)' | tr a-z- A-Z_)_/g' \
+		Cargo.toml Cargo.lock README.md $$(find systemd packaging -type f)
+	cd '$(DIR)' && cargo update --quiet --workspace --offline

@@ -1,0 +1,55 @@
+//! A gRPC client over reloads of the example.
+
+use rustix::process::Signal;
+use testkit::process::{signal, terminate};
+use testkit::service::Service;
+use tonic_health::pb::HealthCheckRequest;
+use tonic_health::pb::health_check_response::ServingStatus;
+use tonic_health::pb::health_client::HealthClient;
+
+/// One channel of a real client, which calls all the time and never again; a stream ends with its process.
+#[test]
+fn a_grpc_client_loses_no_call_over_reloads() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let mut service = Service::start_in(env!("CARGO_BIN_EXE_grpc"), &[], folder.path()).expect("a service");
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    runtime.expect("a runtime").block_on(async {
+        let address = format!("http://{}", service.address());
+        let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
+        let client = HealthClient::new(endpoint.connect().await.expect("it listens"));
+        let stop = tokio_util::sync::CancellationToken::new();
+        let mut callers = tokio::task::JoinSet::new();
+        for _ in 0..8 {
+            let (mut client, stop) = (client.clone(), stop.clone());
+            callers.spawn(async move {
+                loop {
+                    let is_last = stop.is_cancelled();
+                    let answer = client.check(HealthCheckRequest::default()).await.expect("an answer");
+                    assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
+                    if is_last {
+                        return;
+                    }
+                }
+            });
+        }
+        let mut main: Option<String> = None;
+        for _ in 0..3 {
+            let mut watcher = client.clone();
+            let stream = watcher.watch(HealthCheckRequest::default()).await.expect("a stream");
+            let mut stream = stream.into_inner();
+            stream.message().await.expect("no error").expect("the status now");
+            match &main {
+                None => service.signal(Signal::HUP),
+                Some(main) => signal(main, Signal::HUP).expect("it runs"),
+            }
+            let next = tokio::task::block_in_place(|| service.notifications.wait_for("MAINPID="));
+            main = Some(next.expect("a successor").trim_start_matches("MAINPID=").to_owned());
+            let end = stream.message().await.expect_err("its process ends");
+            assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
+        }
+        // Each caller is answered once more after the last reload.
+        stop.cancel();
+        callers.join_all().await;
+        terminate(&main.expect("reloaded")).expect("it runs");
+    });
+}

@@ -1,0 +1,261 @@
+//! What comes in at a listener may be wrong, late, huge or hostile: it is refused within its limit, while a
+//! polite client beside it is served as ever.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Resource, getrlimit, setrlimit};
+use testkit::block_on;
+use testkit::client::{Connection, Target, get};
+use testkit::load::{Load, Running};
+use testkit::tls_service::TlsService;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::app_binary;
+
+/// A polite client waits no longer than this at the 99th percentile, in a debug build; or, on a machine that is slow or
+/// busy with something else, `SLOWER` times as long as a client of a service that is not attacked waits meanwhile.
+const POLITE_LIMIT: Duration = Duration::from_millis(250);
+const SLOWER: u32 = 5;
+/// Requests of polite clients during an attack: enough for a 99th percentile.
+const POLITE_REQUESTS: u64 = 300;
+/// The head limit of the service under attack, the idle limit, and the one for taking an answer.
+const LIMIT: Duration = Duration::from_secs(2);
+/// By then a limit has ended what it is there for: long after `LIMIT`, and before the limits that a service has without
+/// these flags (30 s for taking an answer, 75 s for idling).
+const DUE: Duration = Duration::from_secs(20);
+/// The same of the head limit, which is 10 s without the flag.
+const HEAD_DUE: Duration = Duration::from_secs(8);
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// An empty SETTINGS frame.
+const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
+
+/// Does `attack` again and again, until polite clients have been answered often enough.
+fn under(attack: impl AsyncFn(&TlsService) + Copy) {
+    let limit = humantime::format_duration(LIMIT).to_string();
+    let flags = ["--head-timeout", &limit, "--idle-timeout", &limit, "--request-timeout", &limit];
+    let service = TlsService::start(app_binary(), &flags).expect("a service");
+    let neighbour = TlsService::start(app_binary(), &flags).expect("a service");
+    let polite =
+        |service: &TlsService| Load { clients: 2, ..Load::paced(&Target::Tcp(service.http)) }.start(|| {});
+    let (beside, elsewhere) = (polite(&service), polite(&neighbour));
+    loop {
+        block_on(attack(&service));
+        if beside.ended() >= POLITE_REQUESTS {
+            break;
+        }
+    }
+    let [report, elsewhere] = [beside, elsewhere].map(Running::stop);
+    let [p99, quiet] = [&report, &elsewhere].map(|report| report.percentile(0.99));
+    eprintln!("beside it: {report}, p99 {p99:.1?}; at a service that is not attacked: {quiet:.1?}");
+    assert_eq!((report.lost(), elsewhere.lost()), (0, 0), "{report}; {elsewhere}");
+    assert!(p99 < POLITE_LIMIT.max(quiet * SLOWER), "p99 {p99:?}, elsewhere {quiet:?}: {report}");
+}
+
+/// Sends `bytes`, and gives all that comes back until the end, which the service has to bring about.
+async fn send_and_read(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
+    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    // Refused before it is all sent, perhaps.
+    let _ = stream.write_all(bytes).await;
+    read_to_end(&mut stream).await
+}
+
+async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
+    let mut answer = Vec::new();
+    let ended = tokio::time::timeout(DUE, stream.read_to_end(&mut answer)).await;
+    // A reset is an end too.
+    let _ = ended.expect("an end within the limit");
+    answer
+}
+
+fn assert_starts(answer: &[u8], wanted: &str) {
+    assert!(answer.starts_with(wanted.as_bytes()), "{wanted}: {:?}", String::from_utf8_lossy(answer));
+}
+
+#[test]
+fn tls_to_the_plain_port_is_a_bad_request() {
+    under(async |service| {
+        // The beginning of a ClientHello.
+        let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
+        assert_starts(&send_and_read(service.http, &hello).await, "HTTP/1.1 400 ");
+    });
+}
+
+#[test]
+fn plain_http_to_the_tls_port_is_told_so() {
+    under(async |service| {
+        let answer = send_and_read(service.https, &get("/")).await;
+        assert_starts(&answer, "HTTP/1.1 400 ");
+        assert!(String::from_utf8_lossy(&answer).contains("speaks TLS"));
+    });
+}
+
+#[test]
+fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
+    under(async |service| {
+        let answer = send_and_read(service.https, &[22; 4096]).await;
+        assert_eq!(answer.first(), Some(&21), "an alert record: {answer:?}");
+    });
+}
+
+#[test]
+fn an_http2_preface_cut_in_two_is_http2() {
+    under(async |service| {
+        for cut in [1, 3, 14, 23] {
+            let mut stream = TcpStream::connect(service.http).await.expect("a connection");
+            stream.set_nodelay(true).expect("at once");
+            stream.write_all(&PREFACE[..cut]).await.expect("sent");
+            // Another client's turn: by then the first half has been looked at.
+            let mut other = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+            other.ask(&get("/")).await.expect("an answer");
+            stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("sent");
+            let mut frame = [0; 9];
+            stream.read_exact(&mut frame).await.expect("a frame");
+            assert_eq!(frame[3], 4, "SETTINGS: {frame:?}");
+        }
+    });
+}
+
+#[test]
+fn a_head_that_is_too_large_is_refused_in_each_protocol() {
+    under(async |service| {
+        let large = "x".repeat(96 * 1024);
+        let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
+        assert_starts(&send_and_read(service.http, head.as_bytes()).await, "HTTP/1.1 431 ");
+        let mut tls = Connection::open(&service.https(&[]).expect("a client")).await.expect("a connection");
+        let _ = tls.send(head.as_bytes()).await;
+        assert_eq!(tls.head().await.expect("an answer").status, 431);
+    });
+}
+
+#[test]
+fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
+    under(async |service| {
+        let head = get("/");
+        let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
+        let mut attackers = JoinSet::new();
+        for (address, bytes, answer) in [
+            (service.http, head, "HTTP/1.1 408 "),
+            (service.https, hello, ""),
+            (service.http, PREFACE.to_vec(), ""),
+        ] {
+            for _ in 0..20 {
+                let (bytes, begun) = (bytes.clone(), Instant::now());
+                attackers.spawn(async move {
+                    let stream = TcpStream::connect(address).await.expect("a connection");
+                    let (mut from, mut to) = stream.into_split();
+                    let trickle = tokio::spawn(async move {
+                        for byte in bytes {
+                            if to.write_all(&[byte]).await.is_err() {
+                                return;
+                            }
+                            // All of it takes far longer than the limit.
+                            tokio::time::sleep(LIMIT / 2).await;
+                        }
+                    });
+                    let mut answered = Vec::new();
+                    let _ = from.read_to_end(&mut answered).await;
+                    trickle.abort();
+                    assert_starts(&answered, answer);
+                    let took = begun.elapsed();
+                    assert!(took > LIMIT / 2 && took < HEAD_DUE, "{took:?}");
+                });
+            }
+        }
+        while let Some(attacker) = attackers.join_next().await {
+            attacker.expect("cut short");
+        }
+    });
+}
+
+#[test]
+fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("more files");
+    under(async |service| {
+        let mut silent = Vec::new();
+        for number in 0..10_000 {
+            let address = if number % 2 == 0 { service.http } else { service.https };
+            silent.push(TcpStream::connect(address).await.expect("a connection"));
+        }
+        for mut stream in silent {
+            assert_eq!(read_to_end(&mut stream).await, b"");
+        }
+    });
+}
+
+#[test]
+fn http2_rapid_reset_is_ended_with_goaway() {
+    under(async |service| {
+        // GET / and at once RST_STREAM, on a hundred thousand streams.
+        let mut bytes = [PREFACE, SETTINGS].concat();
+        for stream in (1..200_000_u32).step_by(2) {
+            bytes.extend(http2_get(stream));
+            bytes.extend([0, 0, 4, 3, 0]);
+            bytes.extend(stream.to_be_bytes());
+            bytes.extend([0, 0, 0, 8]);
+        }
+        let mut stream = TcpStream::connect(service.http).await.expect("a connection");
+        let (mut from, mut to) = stream.split();
+        let mut answer = Vec::new();
+        let ended = tokio::time::timeout(DUE, async {
+            let _ = tokio::join!(to.write_all(&bytes), from.read_to_end(&mut answer));
+        });
+        ended.await.expect("an end within the limit");
+        assert_eq!(last_frame(&answer), Some(7), "GOAWAY comes last");
+    });
+}
+
+/// Its answers wait for room in its windows, of which it gives none, or a byte each; that it is there, it says
+/// all the time.
+#[test]
+fn an_http2_peer_that_takes_nothing_but_pings_is_cut_off() {
+    under(async |service| {
+        let mut peers = JoinSet::new();
+        for number in 0..100 {
+            let address = service.http;
+            peers.spawn(async move {
+                let window = number % 2;
+                let settings = [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, window];
+                let mut stream = TcpStream::connect(address).await.expect("a connection");
+                let requests = (1..100).step_by(2).flat_map(http2_get).collect::<Vec<u8>>();
+                stream.write_all(&[PREFACE, &settings, &requests].concat()).await.expect("sent");
+                let (mut from, mut to) = stream.split();
+                let ping = async {
+                    while to.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.is_ok() {
+                        tokio::time::sleep(LIMIT / 20).await;
+                    }
+                };
+                let mut answers = Vec::new();
+                let read = async { drop(from.read_to_end(&mut answers).await) };
+                let ended = tokio::time::timeout(DUE, async { tokio::join!(ping, read) }).await;
+                ended.expect("an end within the limit");
+            });
+        }
+        peers.join_all().await;
+    });
+}
+
+/// HEADERS of a GET of /, which are all of the request.
+fn http2_get(stream: u32) -> Vec<u8> {
+    let id = stream.to_be_bytes();
+    [&[0, 0, 6, 1, 5], &id[..], &[0x82, 0x86, 0x84, 0x41, 1, b'x']].concat()
+}
+
+/// The type of the last whole HTTP/2 frame.
+fn last_frame(mut bytes: &[u8]) -> Option<u8> {
+    let mut last = None;
+    while let [high, middle, low, kind, ..] = *bytes {
+        let length = 9 + u32::from_be_bytes([0, high, middle, low]) as usize;
+        if bytes.len() < length {
+            break;
+        }
+        last = Some(kind);
+        bytes = &bytes[length..];
+    }
+    last
+}

@@ -1,0 +1,196 @@
+//! What idle connections cost, and that nobody notices how little: those that say nothing for a while sleep.
+
+use std::time::Duration;
+
+use rustix::process::{Resource, Signal, getrlimit, setrlimit};
+use testkit::client::{Connection, Target, get};
+use testkit::service::Service;
+use testkit::tls_service::{Client, TlsService};
+use testkit::{TEST_TIMEOUT, block_on, wait_until};
+use tokio::task::JoinSet;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::app_binary;
+
+/// By when an idle connection sleeps.
+const ASLEEP: Duration = Duration::from_secs(3);
+
+/// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
+#[test]
+fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    block_on(async {
+        let mut clients = JoinSet::new();
+        for number in 0..400_u64 {
+            let mut client = Client::open(&service, usize::try_from(number).expect("small")).await;
+            clients.spawn(async move {
+                for round in 0..4 {
+                    // 0.7 s to 3.1 s, in steps that no other has.
+                    sleep(Duration::from_millis(700 + (number * 6 + round * 613) % 2400)).await;
+                    client.is_answered().await;
+                }
+            });
+        }
+        clients.join_all().await;
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is_not() {
+    const LIMIT: Duration = Duration::from_secs(8);
+    let limit = humantime::format_duration(LIMIT).to_string();
+    let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("a service");
+    block_on(async {
+        let mut clients = Vec::new();
+        for kind in 0..4 {
+            clients.push((Client::open(&service, kind).await, Client::open(&service, kind).await));
+        }
+        for (left_alone, woken) in &mut clients {
+            left_alone.is_answered().await;
+            woken.is_answered().await;
+        }
+        let begun = Instant::now();
+        // Asleep each time, and each time long before the limit.
+        while begun.elapsed() < LIMIT {
+            sleep(ASLEEP).await;
+            for (_, woken) in &mut clients {
+                woken.is_answered().await;
+            }
+        }
+        for (left_alone, _) in clients {
+            let ended = async {
+                match left_alone {
+                    Client::Http1(mut connection) => connection.read_more().await.expect("the end") == 0,
+                    Client::Http2(mut connection) => connection.is_over().await,
+                }
+            };
+            assert!(timeout(TEST_TIMEOUT, ended).await.expect("in time"));
+        }
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_goes_on_in_the_next_process_and_the_next() {
+    let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
+    block_on(async {
+        let mut connections = Vec::new();
+        for number in 0..10 {
+            let mut connection = service.connect().await;
+            // Some have never said anything.
+            if number % 2 == 0 {
+                assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+            }
+            connections.push(connection);
+        }
+        for generation in 2..4 {
+            sleep(ASLEEP).await;
+            service.signal(Signal::TERM);
+            service = service.restart(app_binary()).expect("the next service");
+            let said = format!("generation {generation},");
+            for connection in &mut connections {
+                let answer = connection.ask(&get("/")).await.expect("an answer").text();
+                assert!(answer.contains(&said), "{answer}");
+            }
+        }
+    });
+}
+
+#[test]
+fn a_connection_that_sleeps_is_told_to_close_where_nobody_comes_after() {
+    let mut service = Service::start(app_binary(), &[]).expect("a service");
+    block_on(async {
+        let mut connection = service.connect().await;
+        connection.ask(&get("/")).await.expect("an answer");
+        sleep(ASLEEP).await;
+        service.signal(Signal::TERM);
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("a process"));
+        assert!(connection.ask(&get("/")).await.expect("an answer").closes());
+        let (status, _) = service.end().expect("an end");
+        assert!(status.success(), "{status}");
+    });
+}
+
+#[test]
+fn connections_that_sleep_are_counted_as_such() {
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    block_on(async {
+        let mut clients = Vec::new();
+        for kind in 0..4 {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            clients.push(client);
+        }
+        let count = async |stage: &str| {
+            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
+            let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
+            let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
+            let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
+            line.parse::<u32>().expect("a number")
+        };
+        let asleep = async {
+            while (count("parked").await, count("waiting").await) != (4, 0) {
+                sleep(Duration::from_millis(20)).await;
+            }
+        };
+        timeout(TEST_TIMEOUT, asleep).await.expect("all sleep");
+        // A client has its answer a moment before the service counts its connection as waiting, and on a slow machine
+        // the first of them is asleep again before the last one is answered.
+        let awake = async {
+            loop {
+                for client in &mut clients {
+                    client.is_answered().await;
+                }
+                if (count("parked").await, count("waiting").await) == (0, 4) {
+                    return;
+                }
+            }
+        };
+        timeout(TEST_TIMEOUT, awake).await.expect("none sleeps");
+    });
+}
+
+/// Bytes that the process has in memory.
+fn resident(service: &TlsService) -> u64 {
+    let path = format!("/proc/{}/status", service.process.pid().as_raw_nonzero());
+    let status = std::fs::read_to_string(path).expect("it runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+}
+
+/// `benches/` has the figures; this is what no change may break.
+#[test]
+fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
+    const COUNT: u64 = 4_000;
+    /// 1 kB each, and 14 kB each before they sleep.
+    const LITTLE: u64 = 4_000;
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    setrlimit(Resource::Nofile, limit).expect("more files");
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    block_on(async {
+        let target = Target::Tcp(service.http);
+        Connection::open(&target).await.expect("a connection").ask(&get("/")).await.expect("an answer");
+        let alone = resident(&service);
+        let each = || resident(&service).saturating_sub(alone) / COUNT;
+        let mut connections = Vec::new();
+        for _ in 0..COUNT {
+            connections.push(Connection::open(&target).await.expect("a connection"));
+        }
+        for _ in 0..2 {
+            for connection in &mut connections {
+                connection.send(&get("/")).await.expect("sent");
+            }
+            // The first may be asleep again when the last one is answered.
+            let mut awake = each();
+            for (number, connection) in connections.iter_mut().enumerate() {
+                assert_eq!(connection.answer().await.expect("an answer").status, 200);
+                if number % 100 == 0 {
+                    awake = awake.max(each());
+                }
+            }
+            assert!(awake > LITTLE, "they are awake: {awake}");
+            wait_until("memory goes back to the system", || each() < LITTLE);
+        }
+    });
+}

@@ -1,0 +1,362 @@
+//! What is done to the service, and what each of it may cost: one table.
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::Child;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use testkit::container::Container;
+use testkit::release::Release;
+
+use crate::random::Random;
+
+/// What clients may complain of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cost {
+    /// No request, no connection.
+    Nothing,
+    /// What the crashed process was at work on, and its connections; the port stays open.
+    ItsOwn,
+}
+
+impl Cost {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nothing => "nothing",
+            Self::ItsOwn => "the crashed process's own",
+        }
+    }
+}
+
+/// A verb or a fault.
+pub struct Event {
+    pub name: &'static str,
+    pub cost: Cost,
+    /// How often it is drawn, beside the others.
+    pub weight: u32,
+    run: fn(&Scene, &mut Random) -> Result<()>,
+}
+
+/// How long a successor may take to be ready, for releases that never are.
+pub const TAKEOVER_TIMEOUT: &str = "1s";
+/// No event takes longer.
+const LIMIT: Duration = Duration::from_secs(30);
+
+pub const EVENTS: &[Event] = &[
+    event("restart", Cost::Nothing, 12, |scene, _| scene.verb("restart")),
+    event("reload", Cost::Nothing, 12, |scene, _| scene.verb("reload")),
+    event("reload and restart at once", Cost::Nothing, 4, |scene, random| {
+        let mut verbs = ["reload", "restart"];
+        verbs.rotate_left(random.below(2));
+        let children = verbs.map(|verb| scene.begin(&["systemctl", verb, &scene.unit]));
+        for child in children {
+            // The second may take the first one's place in systemd's queue.
+            child?.wait()?;
+        }
+        Ok(())
+    }),
+    event("HUP", Cost::Nothing, 4, |scene, _| {
+        let main = scene.main()?;
+        kill_process(main, Signal::HUP)?;
+        scene.until("another main process", || Ok(scene.main()? != main))
+    }),
+    event("daemon-reload", Cost::Nothing, 2, |scene, _| scene.run(&["systemctl", "daemon-reload"])),
+    event("daemon-reexec", Cost::Nothing, 2, |scene, _| scene.run(&["systemctl", "daemon-reexec"])),
+    event("daemon-reexec during a reload", Cost::Nothing, 4, |scene, random| {
+        let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+        scene.pause(random, 100);
+        scene.run(&["systemctl", "daemon-reexec"])?;
+        // The connection that it was asked through is gone; what it does goes on.
+        let _ = finish(reload);
+        Ok(())
+    }),
+    event("a release that exits", Cost::Nothing, 2, |scene, _| scene.failing_reload("exit 3")),
+    event("a release that hangs before READY=1", Cost::Nothing, 1, |scene, _| {
+        scene.failing_reload("exec sleep 100")
+    }),
+    event("a release without memory", Cost::Nothing, 2, |scene, _| {
+        scene.failing_reload("ulimit -v 20000; exec -a \"$0\" /usr/local/lib/good \"$@\"")
+    }),
+    event("a release that is killed at its start", Cost::Nothing, 2, |scene, _| {
+        scene.failing_reload("kill -KILL $$")
+    }),
+    event("a release that dies after READY=1", Cost::ItsOwn, 2, |scene, random| {
+        let after = 0.1 + 0.05 * f64::from(u32::try_from(random.below(6))?);
+        scene.put_bad(&format!(
+            "(sleep {after}; kill -ABRT $$) <&- >&- 2>&- & exec -a \"$0\" /usr/local/lib/good \"$@\""
+        ))?;
+        let (main, before) = (scene.main()?, scene.processes()?);
+        let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+        let _ = finish(reload);
+        scene.put_good()?;
+        scene.until("the bad release's end", || {
+            let now = scene.main()?;
+            Ok(now != main && !before.contains(&now) && scene.is_good(now))
+        })
+    }),
+    event("KILL of the successor", Cost::ItsOwn, 6, |scene, random| {
+        let before = scene.processes()?;
+        let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+        scene.pause(random, 120);
+        if let Some(successor) = scene.successor(&before)? {
+            let _ = kill_process(successor, Signal::KILL);
+        }
+        let _ = finish(reload);
+        Ok(())
+    }),
+    event("KILL of the predecessor after the takeover", Cost::ItsOwn, 3, |scene, random| {
+        let main = scene.main()?;
+        scene.verb("reload")?;
+        scene.pause(random, 5);
+        let _ = kill_process(main, Signal::KILL);
+        Ok(())
+    }),
+    event("KILL of the main process", Cost::ItsOwn, 2, |scene, _| {
+        let main = scene.main()?;
+        kill_process(main, Signal::KILL)?;
+        scene.until("another main process", || Ok(scene.main()? != main))
+    }),
+    event("STOP and CONT of the main process", Cost::Nothing, 3, |scene, random| {
+        let main = scene.main()?;
+        kill_process(main, Signal::STOP)?;
+        scene.pause(random, 300);
+        Ok(kill_process(main, Signal::CONT)?)
+    }),
+    event("STOP and CONT of the main process during a reload", Cost::Nothing, 3, |scene, random| {
+        let main = scene.main()?;
+        let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+        scene.pause(random, 100);
+        // It may have gone already.
+        let is_stopped = kill_process(main, Signal::STOP).is_ok();
+        scene.pause(random, 300);
+        if is_stopped {
+            let _ = kill_process(main, Signal::CONT);
+        }
+        let _ = finish(reload);
+        Ok(())
+    }),
+    event("STOP and CONT of the successor", Cost::Nothing, 3, |scene, random| {
+        let before = scene.processes()?;
+        let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+        scene.pause(random, 100);
+        let successor = scene.successor(&before)?.filter(|pid| kill_process(*pid, Signal::STOP).is_ok());
+        scene.pause(random, 300);
+        if let Some(successor) = successor {
+            let _ = kill_process(successor, Signal::CONT);
+        }
+        let _ = finish(reload);
+        Ok(())
+    }),
+    event("journald restarted", Cost::Nothing, 2, |scene, _| {
+        scene.run(&["systemctl", "restart", "systemd-journald.service"])
+    }),
+    event("journald's socket gone", Cost::Nothing, 1, |scene, _| {
+        let (socket, aside) = ("/run/systemd/journal/socket", "/run/systemd/journal/aside");
+        scene.run(&["mv", socket, aside])?;
+        let done = scene.verb("reload").and_then(|()| scene.verb("restart"));
+        scene.run(&["mv", aside, socket])?;
+        done
+    }),
+    event("D-Bus gone", Cost::Nothing, 1, |scene, _| {
+        scene.run(&["systemctl", "stop", "dbus.socket", "dbus.service"])?;
+        let done = scene.verb("reload").and_then(|()| scene.verb("restart"));
+        scene.run(&["systemctl", "start", "dbus.socket"])?;
+        done
+    }),
+    event("the runtime directory removed", Cost::Nothing, 1, |scene, _| {
+        scene.run(&["rm", "-r", &format!("/run/{}", scene.name)])?;
+        ensure!(scene.verb("reload").is_err(), "a reload without a takeover socket says so");
+        scene.verb("restart")?;
+        scene.verb("reload")
+    }),
+    event("no fd left", Cost::Nothing, 2, |scene, random| {
+        let main = scene.main()?;
+        let open = fs::read_dir(format!("/proc/{}/fd", main.as_raw_nonzero()))?.count() as u64;
+        let before = fd_limit(main)?;
+        set_fd_limit(main, Rlimit { current: Some(open), ..before })?;
+        scene.pause(random, 300);
+        set_fd_limit(main, before)
+    }),
+    event("/run full", Cost::Nothing, 1, |scene, _| {
+        let left = scene.container.run(&["df", "--output=avail", "--block-size=1", "/run"])?;
+        let left = left.lines().last().context("df")?.trim().to_owned();
+        scene.run(&["fallocate", "--length", &left, "/run/full"])?;
+        let done = scene.verb("reload").and_then(|()| scene.verb("restart"));
+        scene.run(&["rm", "/run/full"])?;
+        done
+    }),
+];
+
+const fn event(
+    name: &'static str,
+    cost: Cost,
+    weight: u32,
+    run: fn(&Scene, &mut Random) -> Result<()>,
+) -> Event {
+    Event { name, cost, weight, run }
+}
+
+impl Event {
+    pub fn run(&self, scene: &Scene, random: &mut Random) -> Result<()> {
+        (self.run)(scene, random)?;
+        scene.settle()
+    }
+}
+
+/// Waits for a command that may fail.
+fn finish(mut command: Child) -> Result<()> {
+    ensure!(command.wait()?.success(), "it failed");
+    Ok(())
+}
+
+/// Where it happens.
+pub struct Scene {
+    pub container: Container,
+    name: String,
+    unit: String,
+    good: Release,
+    /// The service's control group, as seen from here.
+    processes: PathBuf,
+}
+
+impl Scene {
+    /// Of a service that runs.
+    pub fn new(container: Container, name: &str) -> Result<Self> {
+        let group = container.show("ControlGroup")?;
+        let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/systemd", "sys/fs/cgroup/unified"];
+        let mut files =
+            mounts.map(|mount| container.path(&format!("{mount}{group}/cgroup.procs"))).into_iter();
+        let processes = files.find(|file| file.exists()).context("the service's control group")?;
+        let unit = container.unit("service");
+        let good = Release::copy_of(&container)?;
+        Ok(Self { container, name: name.to_owned(), unit, good, processes })
+    }
+
+    fn run(&self, command: &[&str]) -> Result<()> {
+        self.container.run(command).map(drop)
+    }
+
+    fn verb(&self, verb: &str) -> Result<()> {
+        self.container.systemctl(verb).map(drop)
+    }
+
+    fn begin(&self, command: &[&str]) -> Result<Child> {
+        let mut command = self.container.command(command);
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        Ok(command.spawn()?)
+    }
+
+    /// Up to so many milliseconds.
+    #[expect(clippy::unused_self, reason = "it reads as what happens there")]
+    fn pause(&self, random: &mut Random, limit: usize) {
+        let micros = random.below(limit * 1000);
+        std::thread::sleep(Duration::from_micros(micros as u64));
+    }
+
+    fn until(&self, what: &str, done: impl Fn() -> Result<bool>) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let now = done();
+            if let Ok(true) = now {
+                return Ok(());
+            }
+            if begun.elapsed() > LIMIT {
+                let state = self.container.run(&[
+                    "systemctl",
+                    "status",
+                    "--full",
+                    "--no-pager",
+                    "--lines=40",
+                    &self.unit,
+                ]);
+                bail!(
+                    "waited in vain: {what} ({now:?})\n{}",
+                    state.unwrap_or_else(|error| format!("{error:#}"))
+                );
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits until the service is active, and has no job left.
+    fn settle(&self) -> Result<()> {
+        let properties = "ActiveState,SubState,Job";
+        self.until("the service to be active", || {
+            let shown = self.container.run(&["systemctl", "show", "--property", properties, &self.unit])?;
+            let has = |wanted: &str| shown.lines().any(|line| line == wanted);
+            let is_at_work =
+                shown.lines().any(|line| line.starts_with("Job=") && !["Job=", "Job=0"].contains(&line));
+            ensure!(has("ActiveState=active") && has("SubState=running") && !is_at_work, "{shown}");
+            Ok(self.main().is_ok())
+        })
+    }
+
+    /// The service's processes.
+    pub fn processes(&self) -> Result<Vec<Pid>> {
+        let text = fs::read_to_string(&self.processes)?;
+        Ok(text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect())
+    }
+
+    /// The main process, seen from here.
+    pub fn main(&self) -> Result<Pid> {
+        let inside = self.container.show("MainPID")?;
+        let is_it = |pid: &Pid| {
+            let status =
+                fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+            let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+            numbers.split_whitespace().last() == Some(inside.as_str())
+        };
+        self.processes()?.into_iter().find(is_it).context("no main process")
+    }
+
+    /// Who is about to take over, and was not there `before`.
+    fn successor(&self, before: &[Pid]) -> Result<Option<Pid>> {
+        let is_one = |pid: &Pid| {
+            let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
+            !before.contains(pid)
+                && environment.split(|byte| *byte == 0).any(|variable| variable == b"TAKEOVER_ROLE=successor")
+        };
+        Ok(self.processes()?.into_iter().find(is_one))
+    }
+
+    /// Whether its file is the good release's.
+    fn is_good(&self, pid: Pid) -> bool {
+        let file = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).unwrap_or_default();
+        file.ends_with(&self.name)
+    }
+
+    /// Puts a release in place whose successor does `instead` of serving.
+    fn put_bad(&self, instead: &str) -> Result<()> {
+        self.container.replace_binary(Release::bad_successor(&self.container, instead)?.path())
+    }
+
+    fn put_good(&self) -> Result<()> {
+        self.container.replace_binary(self.good.path())
+    }
+
+    /// A reload to a release that does not come to serve: it fails, and the old one stays.
+    fn failing_reload(&self, instead: &str) -> Result<()> {
+        let main = self.main()?;
+        self.put_bad(instead)?;
+        let failed = self.verb("reload").is_err();
+        self.put_good()?;
+        ensure!(failed, "such a release does not take over");
+        ensure!(self.main()? == main, "the old process serves on");
+        Ok(())
+    }
+}
+
+/// As `proc(5)` shows it.
+fn fd_limit(pid: Pid) -> Result<Rlimit> {
+    let limits = fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero()))?;
+    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;
+    let mut limits = line.split_whitespace().map(|limit| limit.parse().ok());
+    Ok(Rlimit { current: limits.next().flatten(), maximum: limits.next().flatten() })
+}
+
+fn set_fd_limit(pid: Pid, limit: Rlimit) -> Result<()> {
+    prlimit(Some(pid), Resource::Nofile, limit)?;
+    Ok(())
+}

@@ -1,0 +1,213 @@
+//! The soak: verbs and faults at random, under clients of every kind that never retry, for as long as is asked for.
+//! `make soak TIME=10m` prints a table of what each event cost, and writes it to `target/soak/`, with a picture.
+//! What an event costs beyond what its line in the table of `faults.rs` allows ends the soak.
+
+mod clients;
+mod faults;
+mod random;
+mod record;
+mod report;
+
+use std::fs;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Parser;
+use indicatif::{ProgressBar, ProgressStyle};
+use testkit::binaries::ROOT;
+use testkit::certificate::Certificate;
+use testkit::client::Target;
+use testkit::container::{Container, Package, Systemd};
+
+use clients::Clients;
+use faults::{Cost, EVENTS, Event, Scene, TAKEOVER_TIMEOUT};
+use random::Random;
+use record::{Complaint, Record, Seen};
+use report::Line;
+
+/// The package in the root workspace.
+const NAME: &str = "app";
+/// For every client to be answered after an event.
+const ANSWERED_WITHIN: Duration = Duration::from_secs(45);
+
+/// Verbs and faults at random, under load.
+#[derive(Parser)]
+struct Flags {
+    /// For how long, on each systemd.
+    #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
+    time: Duration,
+    /// What is drawn; the same seed draws the same.
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+#[expect(clippy::print_stdout, reason = "the report")]
+fn main() -> Result<()> {
+    let flags = Flags::parse();
+    ensure!(rustix::process::geteuid().is_root(), "systemd is booted in containers, as root");
+    let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+    let seed = flags.seed.unwrap_or(now);
+    println!("seed {seed}");
+    let folder = Path::new(ROOT).join("target/soak");
+    fs::create_dir_all(&folder)?;
+    let mut reports = Vec::new();
+    for (name, systemd) in [("systemd 252", Systemd::V252), ("systemd 257", Systemd::V257)] {
+        let lines = soak(systemd, name, seed, flags.time).with_context(|| format!("{name}, seed {seed}"))?;
+        let report = report::table(name, seed, flags.time, &lines);
+        println!("{report}");
+        report::draw(name, &lines, &folder.join(format!("{}.svg", name.replace(' ', "-"))))?;
+        reports.push(report);
+    }
+    fs::write(folder.join("report.md"), reports.join("\n"))?;
+    Ok(())
+}
+
+/// The release of the service: it is what people run.
+fn binary() -> PathBuf {
+    Path::new(ROOT).join("target/release").join(NAME)
+}
+
+fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {
+    let binary = binary();
+    let certificate = Certificate::new()?;
+    let package = Package { name: NAME, binary: binary.to_str().context("a path")?, folder: ROOT };
+    let container = Container::boot(systemd, package)?;
+    container.speak_tls(&certificate)?;
+    let variable = format!("{}_TAKEOVER_TIMEOUT", package.name.to_uppercase().replace('-', "_"));
+    container.write(&format!("etc/default/{}", package.name), &format!("{variable}={TAKEOVER_TIMEOUT}\n"))?;
+    container.systemctl("start")?;
+    let scene = Scene::new(container, package.name)?;
+
+    let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
+    let https = Target::Tls(at(8443), certificate.client(&["http/1.1"])?);
+    let https_h2 = Target::Tls(at(8443), certificate.client(&["h2"])?);
+    let clients = Clients::new(at(8080), &https, &https_h2);
+    let record = Arc::new(Record::new(clients.count()));
+    let (enter, told) = (scene.container.enter(), record.clone());
+    let load = std::thread::spawn(move || {
+        enter();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+        runtime.expect("a runtime").block_on(clients.run(told));
+    });
+    let result = events(&scene, &record, name, seed, time);
+    record.stop();
+    load.join().map_err(|_| anyhow::anyhow!("a client panicked"))?;
+    result
+}
+
+/// What a restart leaves as it was: fds of the main process and of PID 1, entries in the store, processes, failed units.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    fds: usize,
+    fds_of_pid_1: usize,
+    stored: String,
+    processes: usize,
+    failed: String,
+}
+
+impl Held {
+    fn measure(scene: &Scene) -> Result<(Self, u64)> {
+        let Scene { container, .. } = scene;
+        container.systemctl("restart")?;
+        // The former process has its last second.
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while scene.processes()?.len() > 1 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let main = scene.main()?.as_raw_nonzero();
+        let status = fs::read_to_string(format!("/proc/{main}/status"))?;
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("its memory")?;
+        let resident = resident.trim().trim_end_matches(" kB").parse()?;
+        let failed = container.run(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"])?;
+        let held = Self {
+            fds: fs::read_dir(format!("/proc/{main}/fd"))?.count(),
+            fds_of_pid_1: fs::read_dir(container.path("proc/1/fd"))?.count(),
+            stored: container.show("NFileDescriptorStore")?,
+            processes: scene.processes()?.len(),
+            failed,
+        };
+        Ok((held, resident))
+    }
+
+    /// Asked for until it is as `before`: clients come and go, and PID 1 holds some fds for a moment.
+    fn comes_back(scene: &Scene, before: &Self, resident_before: u64) -> Result<u64> {
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            let (now, resident) = Self::measure(scene)?;
+            // One connection a request: some are open at any moment.
+            let is_back = now.fds <= before.fds + 6
+                && now.fds_of_pid_1 <= before.fds_of_pid_1
+                && (&now.stored, now.processes, &now.failed)
+                    == (&before.stored, before.processes, &before.failed);
+            if is_back {
+                ensure!(resident < resident_before * 3 / 2, "{resident} kB, {resident_before} before");
+                return Ok(resident);
+            }
+            ensure!(tries < 10, "at the end {now:?}, at the beginning {before:?}");
+        }
+    }
+}
+
+fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {
+    let mut lines: Vec<Line> = EVENTS.iter().map(Line::new).collect();
+    let mut random = Random::new(seed);
+    // Until all clients are there, and the first handover is over.
+    scene.container.systemctl("restart")?;
+    allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
+    let (before, resident) = Held::measure(scene)?;
+    allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
+
+    let progress = ProgressBar::new(time.as_secs());
+    progress.set_style(ProgressStyle::with_template("{prefix} {elapsed}/{eta} {wide_bar} {msg}")?);
+    progress.set_prefix(name.to_owned());
+    let begun = Instant::now();
+    let (mut done, mut answered) = (0_u64, 0);
+    while begun.elapsed() < time {
+        let drawn = draw(&mut random);
+        progress.set_position(begun.elapsed().as_secs());
+        progress.set_message(format!("{done} events, {answered} answered; {}", EVENTS[drawn].name));
+        let event = &EVENTS[drawn];
+        let at = Instant::now();
+        event.run(scene, &mut random).with_context(|| format!("event {done}: {}", event.name))?;
+        let cost =
+            record.end_event(ANSWERED_WITHIN).with_context(|| format!("event {done}: {}", event.name))?;
+        allow(Some(event), &cost).with_context(|| format!("event {done}"))?;
+        (done, answered) = (done + 1, answered + cost.answered);
+        lines[drawn].add(&cost, at.elapsed());
+    }
+    progress.finish_and_clear();
+    let after = Held::comes_back(scene, &before, resident)?;
+    allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
+    eprintln!("{name}: at the end as at the beginning: {before:?}; {resident} kB resident, then {after} kB");
+    Ok(lines)
+}
+
+/// An event, by its weight.
+fn draw(random: &mut Random) -> usize {
+    let all: u32 = EVENTS.iter().map(|event| event.weight).sum();
+    let mut left = u32::try_from(random.below(all as usize)).unwrap_or_default();
+    for (number, event) in EVENTS.iter().enumerate() {
+        if left < event.weight {
+            return number;
+        }
+        left -= event.weight;
+    }
+    unreachable!("it is below their sum")
+}
+
+/// Whether what was seen is what the event may cost.
+fn allow(event: Option<&Event>, seen: &Seen) -> Result<()> {
+    let is_allowed = |(_, _, what): &(Complaint, &str, String)| match event.map(|event| event.cost) {
+        Some(Cost::ItsOwn) => !what.contains("refused") && !what.contains("no answer within"),
+        _ => false,
+    };
+    let beyond: Vec<_> = seen.complaints.iter().filter(|(complaint, _)| !is_allowed(complaint)).collect();
+    if beyond.is_empty() {
+        return Ok(());
+    }
+    bail!("{}: {beyond:?}", event.map_or("nothing was done", |event| event.name))
+}

@@ -1,0 +1,162 @@
+//! How long a request waits at the most while `systemctl` restarts or reloads the service: each test has the machine to
+//! itself.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use testkit::binaries::{ROOT, root_package};
+use testkit::client::Connection;
+use testkit::container::{Container, Systemd};
+use testkit::load::{Connections, Load, Report, Running, Sample};
+use testkit::on_each_systemd;
+use testkit::verbs::times;
+
+on_each_systemd! {
+    reloads_under_ten_connections_flat_out_lose_nothing
+    reloads_under_fifty_thinking_connections_lose_nothing
+    reloads_under_fifty_blind_connections_lose_nothing
+    reloads_under_one_connection_a_request_lose_nothing
+    reloads_under_posts_lose_nothing
+    restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start
+}
+
+fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
+    static ALONE: Mutex<()> = Mutex::new(());
+    let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    let container = Container::boot(systemd, root_package("app")).expect("a container");
+    container.ask("/");
+    (container, alone)
+}
+
+/// Times from the beginning of a load: between the two something was done.
+type Window = (Duration, Duration);
+
+/// Does `work`, and gives the time until the load has been served for a while after it.
+fn window(running: &Running, work: impl FnOnce()) -> Window {
+    let begun = running.begun.elapsed();
+    work();
+    running.wait_for(running.ended() + 100);
+    (begun, running.begun.elapsed())
+}
+
+/// The longest that a request waited in each of these windows, the shortest of them first.
+fn longest_in(report: &Report, windows: &[Window]) -> Vec<Duration> {
+    let micros = |micros: u32| Duration::from_micros(micros.into());
+    let longest = |&(begun, ended): &Window| {
+        let sent =
+            |sample: &&Sample| micros(sample.at) < ended && micros(sample.at) + micros(sample.took) > begun;
+        report.samples.iter().filter(sent).map(|sample| micros(sample.took)).max().unwrap_or_default()
+    };
+    let mut all: Vec<_> = windows.iter().map(longest).collect();
+    all.sort();
+    all
+}
+
+/// All waits of `measured` but one are below `limit`, and that one is below four times as much: anything may keep a busy
+/// machine from its work once. Where the machine is slow as a whole, the waits of `compared`, measured in the same run,
+/// are the limit instead: the median is no more than twice theirs, and the others no more than four times their longest.
+fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], report: &Report) {
+    eprintln!("{report}; the waits {measured:.1?}, compared with {compared:.1?}");
+    let middle = |waits: &[Duration]| waits[waits.len() / 2];
+    let slow = *compared.last().expect("a wait") * 4;
+    let (median, last) = (middle(measured), measured.len() - 1);
+    assert!(
+        median < limit.max(middle(compared) * 2),
+        "median {median:.1?} of {measured:.1?}: {compared:.1?}"
+    );
+    assert!(measured[last] < (limit * 4).max(slow), "the longest of {measured:.1?}: {compared:.1?}");
+    assert!(measured[last.saturating_sub(1)] < limit.max(slow), "several of {measured:.1?}: {compared:.1?}");
+}
+
+/// No request waits for 100 ms; or, on a slow machine, not much longer than one does while systemd starts something else,
+/// in the same sandbox and as often.
+fn reload_under(systemd: Systemd, load: Load) {
+    let (container, _alone) = serving(systemd);
+    install_neighbour(&container);
+    let one_each = load.connections == Connections::OneEach;
+    let running = load.start(container.enter());
+    let (mut reloads, mut starts) = (Vec::new(), Vec::new());
+    for _ in 0..times() {
+        reloads.push(window(&running, || {
+            container.systemctl("reload").expect("a reload");
+        }));
+        starts.push(window(&running, || {
+            container.run(&["systemctl", "start", "neighbour.service"]).expect("a start");
+        }));
+    }
+    let report = running.stop();
+    assert_eq!(report.lost(), 0, "{report}");
+    let wanted = if one_each { report.answered } else { report.asked_for };
+    assert_eq!(report.connections, wanted, "{report}");
+    let [reloads, starts] = [reloads, starts].map(|windows| longest_in(&report, &windows));
+    assert_short(Duration::from_millis(100), &reloads, &starts, &report);
+}
+
+/// A unit that starts something in the sandbox of the service.
+fn install_neighbour(container: &Container) {
+    let unit = format!("{ROOT}/systemd/{}", container.unit("service"));
+    let unit = std::fs::read_to_string(unit).expect("the unit");
+    let of_the_service =
+        ["Type=", "Notify", "Exec", "Restart", "Watchdog", "Requires=", "After=", "FileDescriptor"];
+    let unit = unit.replace("[Service]", "[Service]\nType=oneshot\nExecStart=/bin/true");
+    let is_ours = |line: &&str| {
+        !of_the_service.iter().any(|start| line.starts_with(start))
+            || line.ends_with("/bin/true")
+            || line.ends_with("oneshot")
+    };
+    let neighbour: Vec<&str> = unit.lines().filter(is_ours).collect();
+    container.write("etc/systemd/system/neighbour.service", &neighbour.join("\n")).expect("written");
+    container.run(&["systemctl", "daemon-reload"]).expect("loaded");
+}
+
+fn reloads_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::saturating(&Container::target()));
+}
+
+fn reloads_under_fifty_thinking_connections_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::paced(&Container::target()));
+}
+
+fn reloads_under_fifty_blind_connections_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::paced_blind(&Container::target()));
+}
+
+fn reloads_under_one_connection_a_request_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::connection_per_request(&Container::target()));
+}
+
+fn reloads_under_posts_lose_nothing(systemd: Systemd) {
+    reload_under(systemd, Load::post(&Container::target()));
+}
+
+/// They are served until the slow request has its answer, and then wait for the start: about as long as at a restart with
+/// no slow request.
+fn restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start(systemd: Systemd) {
+    let (container, _alone) = serving(systemd);
+    let running = Load::paced(&Container::target()).start(container.enter());
+    let (mut beside, mut alone) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        alone.push(window(&running, || {
+            container.systemctl("restart").expect("a restart");
+        }));
+        let restart_beside_a_slow_request = async || {
+            let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
+            slow.hold().await.expect("in flight");
+            let before = container.show("MainPID").expect("a pid");
+            container
+                .run(&["systemctl", "restart", "--no-block", &container.unit("service")])
+                .expect("begun");
+            container.until("ActiveState", |state| state == "deactivating");
+            // Each of the others several times.
+            running.wait_for(running.ended() + 200);
+            slow.release().await.expect("the answer");
+            container.until("ActiveState", |state| state == "active");
+            assert_ne!(container.show("MainPID").expect("a pid"), before);
+        };
+        beside.push(window(&running, || container.inside(restart_beside_a_slow_request)));
+    }
+    let report = running.stop();
+    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    let [beside, alone] = [beside, alone].map(|windows| longest_in(&report, &windows));
+    assert_short(Duration::from_millis(250), &beside, &alone, &report);
+}

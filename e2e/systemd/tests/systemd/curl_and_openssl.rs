@@ -1,0 +1,119 @@
+//! curl and openssl as clients, without systemd.
+
+use std::process::{Command, Stdio};
+
+use rustix::process::Signal;
+use testkit::client::Target;
+use testkit::service::Service;
+use testkit::tls_service::TlsService;
+
+use crate::app_binary;
+
+/// What curl prints, or its exit code.
+fn curl(arguments: &[&str]) -> Result<String, i32> {
+    let output =
+        Command::new("curl").args(["--silent", "--show-error", "--max-time", "120"]).args(arguments).output();
+    let output = output.expect("curl");
+    if output.status.success() {
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    } else {
+        Err(output.status.code().unwrap_or(-1))
+    }
+}
+
+#[test]
+fn curl_is_answered_at_each_door_in_each_protocol() {
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    let certificate = service.certificate.chain();
+    let trust = ["--cacert", certificate.to_str().expect("a path")];
+    let version = ["--output", "/dev/null", "--write-out", "%{http_version} %{response_code}"];
+    let ask = |flags: &[&str], url: &str| curl(&[flags, &trust, &version, &[url]].concat());
+    let http = format!("http://{}/", service.http);
+    let https = format!("https://localhost:{}/", service.https.port());
+    assert_eq!(ask(&["--http1.1"], &http).as_deref(), Ok("1.1 200"));
+    assert_eq!(ask(&["--http2-prior-knowledge"], &http).as_deref(), Ok("2 200"));
+    assert_eq!(ask(&["--http1.1"], &https).as_deref(), Ok("1.1 200"));
+    assert_eq!(ask(&["--http2"], &https).as_deref(), Ok("2 200"));
+    assert_eq!(ask(&["--no-alpn"], &https).as_deref(), Ok("1.1 200"));
+    let Target::Unix(admin) = service.admin() else { panic!("a path") };
+    let socket = ["--unix-socket", admin.to_str().expect("a path")];
+    assert_eq!(ask(&socket, "http://localhost/healthz").as_deref(), Ok("1.1 200"));
+    // Each listener has its own routes.
+    assert_eq!(ask(&socket, "http://localhost/echo").as_deref(), Ok("1.1 404"));
+    assert_eq!(ask(&[], &format!("{http}metrics")).as_deref(), Ok("1.1 404"));
+    // A certificate that nobody vouches for is not trusted: the handshake is a real one.
+    assert_eq!(curl(&[&https]), Err(60));
+}
+
+#[test]
+fn http_1_and_http_2_are_served_on_the_same_port() {
+    let service = Service::start(app_binary(), &[]).expect("a service");
+    let url = format!("http://{}/", service.address());
+    let version = ["-o", "/dev/null", "-w", "%{http_version} %{http_code}"];
+    assert_eq!(curl(&[&version[..], &[&url]].concat()).as_deref(), Ok("1.1 200"));
+    assert_eq!(curl(&[&version[..], &["--http2-prior-knowledge", &url]].concat()).as_deref(), Ok("2 200"));
+}
+
+#[test]
+fn a_head_that_is_too_large_is_refused_over_http_2() {
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    // curl itself sends no more than 64 KiB.
+    let large = "x".repeat(40 * 1024);
+    for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
+        let output = Command::new("curl")
+            .args(["--silent", "--max-time", "120", "--output", "/dev/null", protocol])
+            .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
+            .arg(format!("http://{}/", service.http))
+            .output()
+            .expect("curl");
+        assert_eq!(String::from_utf8_lossy(&output.stdout), status, "{protocol}");
+    }
+}
+
+#[test]
+fn an_http_2_request_in_flight_finishes_after_the_signal() {
+    let mut service = Service::start(app_binary(), &[]).expect("a service");
+    let url = format!("http://{}/sleep?duration=5s", service.address());
+    let client = std::thread::spawn(move || curl(&["--http2-prior-knowledge", &url]));
+    service.wait_for_in_flight(1).expect("in flight");
+    service.signal(Signal::TERM);
+    assert_eq!(client.join().expect("an answer").as_deref(), Ok("slept 5s\n"));
+    let (status, log) = service.end().expect("an end");
+    assert!(status.success(), "{status}: {log}");
+}
+
+#[test]
+fn an_http_2_stream_in_flight_finishes() {
+    let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
+    let url = format!("http://{}/sleep?duration=5s", service.address());
+    let client = std::thread::spawn(move || {
+        Command::new("curl").args(["-sSv", "--http2-prior-knowledge", &url]).output().expect("curl")
+    });
+    service.wait_for_in_flight(1).expect("in flight");
+    service.signal(Signal::TERM);
+    let answer = client.join().expect("an answer");
+    assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 5s\n");
+    let (status, log) = service.end().expect("an end");
+    assert!(status.success() && log.contains("1 requests in flight finished, 0 cut off"), "{log}");
+}
+
+#[test]
+fn openssl_shakes_hands_with_tls_1_2_and_1_3_and_nothing_older() {
+    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    let shake = |version: &str| {
+        Command::new("openssl")
+            .args(["s_client", "-brief", "-alpn", "h2,http/1.1", "-verify_return_error", version])
+            .args(["-connect", &format!("localhost:{}", service.https.port())])
+            .arg("-CAfile")
+            .arg(service.certificate.chain())
+            .stdin(Stdio::null())
+            .output()
+            .expect("openssl")
+    };
+    for (version, name) in [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")] {
+        let output = shake(version);
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && said.contains(name), "{said}");
+    }
+    assert!(!shake("-tls1_1").status.success());
+}

@@ -1,0 +1,108 @@
+//! More than the one service of a machine: instances of it, and a user's own.
+
+use std::net::SocketAddr;
+
+use testkit::client::{Connection, Target, get};
+use testkit::container::{Container, Systemd};
+use testkit::load::Load;
+use testkit::process::make;
+use testkit::{on_each_debian, on_each_systemd};
+
+use crate::{FOLDER, NAME, app_binary, app_package};
+
+on_each_systemd! {
+    two_instances_live_by_themselves
+}
+
+on_each_debian! {
+    a_user_without_root_has_the_whole_promise
+}
+
+fn target(port: u16) -> Target {
+    Target::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))
+}
+
+fn ask(container: &Container, port: u16) -> String {
+    container.inside(|| async {
+        let mut connection = Connection::open(&target(port)).await.expect("the port is open");
+        connection.ask(&get("/")).await.expect("an answer").text()
+    })
+}
+
+/// Under a load on each port nothing is lost, and no connection closed.
+fn unnoticed(container: &Container, ports: &[u16], work: impl FnOnce()) {
+    let loads: Vec<_> =
+        ports.iter().map(|&port| Load::paced(&target(port)).start(container.enter())).collect();
+    work();
+    for load in loads {
+        let report = load.stop();
+        assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    }
+}
+
+fn two_instances_live_by_themselves(systemd: Systemd) {
+    let recipe = crate::pid1::recipe("instances", "sh");
+    let container = Container::boot(systemd, app_package()).expect("a container");
+    container.run(&["sh", "-ec", &recipe]).expect("the commands of docs/recipes/instances.md");
+    let variable = format!("{}_NAP", NAME.to_uppercase().replace('-', "_"));
+    container.write(&format!("etc/default/{NAME}"), &format!("{variable}=3ms\n")).expect("written");
+    container.write(&format!("etc/default/{NAME}@8081"), &format!("{variable}=2ms\n")).expect("written");
+    for port in [8080, 8081, 8082] {
+        assert!(ask(&container, port).contains("generation 1,"));
+    }
+    let instance = |port: u16| format!("{NAME}@{port}.service");
+    let pid = |unit: &str| {
+        container.run(&["systemctl", "show", "-P", "MainPID", unit]).expect("a pid").trim().to_owned()
+    };
+    let others = [pid(&format!("{NAME}.service")), pid(&instance(8082))];
+    unnoticed(&container, &[8080, 8081, 8082], || {
+        for verb in ["restart", "reload"].repeat(5) {
+            container.run(&["systemctl", verb, &instance(8081)]).expect(verb);
+        }
+    });
+    assert_eq!(others, [pid(&format!("{NAME}.service")), pid(&instance(8082))]);
+    assert!(ask(&container, 8081).contains("generation 11,"));
+    // Each has the variables of all, and its own.
+    for (port, nap) in [(8080, "3ms"), (8081, "2ms"), (8082, "3ms")] {
+        let slept = container.inside(|| async move {
+            let mut connection = Connection::open(&target(port)).await.expect("the port is open");
+            connection.ask(&get("/sleep")).await.expect("an answer").text()
+        });
+        assert_eq!(slept, format!("slept {nap}\n"), "{port}");
+    }
+}
+
+fn a_user_without_root_has_the_whole_promise(systemd: Systemd) {
+    let home = tempfile::tempdir().expect("a folder");
+    let mut install = make(FOLDER, &["install-user"]);
+    install
+        .arg(format!("BINARY={}", app_binary()))
+        .arg(format!("HOME={}", home.path().display()))
+        .arg(format!("SYSTEMD={}", systemd.version(app_package()).expect("a version")))
+        .env_remove("XDG_CONFIG_HOME");
+    assert!(install.status().expect("make").success());
+    let container = Container::boot_debian(systemd, app_package(), home.path()).expect("a container");
+    let run =
+        |command: &str| container.run(&["sh", "-ec", command]).unwrap_or_else(|error| panic!("{error:#}"));
+    run("useradd --create-home somebody");
+    run("cp -r /packages/.config /packages/.local /home/somebody && chown -R somebody: /home/somebody");
+    // What `loginctl enable-linger` has systemd do at boot.
+    run("systemctl start user@$(id -u somebody).service");
+    let user = |command: &str| {
+        let systemctl = format!("XDG_RUNTIME_DIR=/run/user/$(id -u) systemctl --user {command}");
+        run(&format!("runuser -u somebody -- sh -ec '{systemctl}'"))
+    };
+    user(&format!("enable --now {NAME}.socket"));
+    assert!(ask(&container, 8080).contains("generation 1"));
+    unnoticed(&container, &[8080], || {
+        for verb in ["restart", "reload"].repeat(5) {
+            user(&format!("{verb} {NAME}.service"));
+        }
+    });
+    assert!(ask(&container, 8080).contains("generation 11"));
+    // It complains of nothing that a user's systemd would not let it do.
+    let unit = format!("_SYSTEMD_USER_UNIT={NAME}.service");
+    assert!(!container.journal(&[&unit]).expect("a journal").is_empty());
+    let complaints = container.journal(&[&unit, "PRIORITY=3", "PRIORITY=4"]).expect("a journal");
+    assert!(complaints.is_empty(), "{complaints:?}");
+}

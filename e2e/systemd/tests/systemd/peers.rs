@@ -1,0 +1,402 @@
+//! Reverse proxies, a browser and Node, as Debian packages them, over restarts and reloads. Each runs in the service's
+//! container. It counts the requests that it loses itself. The kernel counts connections and resets, because a client
+//! that connects again, or sends a request again, could hide a loss.
+
+use std::collections::BTreeSet;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use testkit::client::{Connection, Target, get};
+use testkit::container::{Container, Systemd};
+use testkit::load::Load;
+use testkit::verbs::times;
+use testkit::wait_until;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::{app_package, third_party_clients};
+
+/// Where a proxy listens.
+const FRONT: ([u8; 4], u16) = ([127, 0, 0, 1], 8000);
+/// Where a test answers its script.
+const TEST: ([u8; 4], u16) = ([127, 0, 0, 1], 9000);
+/// Connections that a proxy has to the service: more than its clients use at once, so that some of them are idle.
+const POOL: usize = 30;
+/// Connections of a script: as many as a browser opens to one origin over HTTP/1.1.
+const CONNECTIONS: usize = 6;
+
+// ---- in front ----
+
+#[test]
+fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
+    in_front(
+        &["nginx", "-c", "/run/peer"],
+        "daemon off;
+         user root;
+         error_log stderr;
+         events {}
+         http {
+             access_log off;
+             keepalive_requests 1000000;
+             upstream service {
+                 server 127.0.0.1:8080 max_fails=0;
+                 keepalive 64;
+                 keepalive_requests 1000000;
+                 keepalive_timeout 1h;
+             }
+             server {
+                 listen 127.0.0.1:8000;
+                 location / {
+                     proxy_pass http://service;
+                     proxy_http_version 1.1;
+                     proxy_set_header Connection '';
+                     proxy_next_upstream off;
+                 }
+             }
+         }",
+        Load::post,
+    );
+}
+
+#[test]
+fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
+    // One thread, because each thread has a pool of its own. No connection is purged for having been idle.
+    in_front(
+        &["haproxy", "-db", "-f", "/run/peer"],
+        "global
+             nbthread 1
+         defaults
+             mode http
+             retries 0
+             http-reuse always
+             timeout connect 60s
+             timeout client 60s
+             timeout server 60s
+         listen front
+             bind 127.0.0.1:8000
+             server service 127.0.0.1:8080 pool-purge-delay 1h",
+        Load::post,
+    );
+}
+
+#[test]
+fn apache_in_front_loses_nothing_and_keeps_its_connections() {
+    // One process, because each process has a pool of its own.
+    in_front(
+        &["apache2", "-D", "FOREGROUND", "-f", "/run/peer"],
+        "LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
+         LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
+         LoadModule proxy_module /usr/lib/apache2/modules/mod_proxy.so
+         LoadModule proxy_http_module /usr/lib/apache2/modules/mod_proxy_http.so
+         ServerRoot /run
+         ServerName localhost
+         ErrorLog syslog
+         User www-data
+         Listen 127.0.0.1:8000
+         StartServers 1
+         ServerLimit 1
+         ThreadsPerChild 64
+         MaxRequestWorkers 64
+         MaxKeepAliveRequests 0
+         KeepAliveTimeout 60
+         ProxyPass / http://127.0.0.1:8080/ max=64 smax=64 ttl=3600 retry=0",
+        Load::post,
+    );
+}
+
+#[test]
+fn varnish_in_front_loses_nothing_and_keeps_its_connections() {
+    let timeouts = ["-p", "backend_idle_timeout=3600", "-p", "timeout_idle=60"];
+    let command = ["varnishd", "-F", "-n", "/run/varnish", "-a", "127.0.0.1:8000", "-f", "/run/peer"];
+    in_front(
+        &[&command[..], &["-s", "malloc,16m"], &timeouts].concat(),
+        "vcl 4.1;
+         backend service { .host = \"127.0.0.1\"; .port = \"8080\"; }
+         sub vcl_recv { return (pass); }",
+        Load::post,
+    );
+}
+
+#[test]
+fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
+    // No requests with bodies: where an answer comes before Caddy has seen the end of the request's body, as it can from
+    // /echo, Caddy closes the connection to the service after it, also without any restart.
+    in_front(
+        &["caddy", "run", "--adapter", "caddyfile", "--config", "/run/peer"],
+        "{
+             admin off
+             auto_https off
+         }
+         :8000 {
+             reverse_proxy 127.0.0.1:8080 {
+                 transport http {
+                     keepalive 1h
+                     keepalive_idle_conns_per_host 64
+                 }
+             }
+         }",
+        Load::paced,
+    );
+}
+
+/// Runs a proxy between the service and two loads, one that sends blindly and a `second` one: no request is lost, and no
+/// connection is closed, reset or opened.
+fn in_front(command: &[&str], config: &str, second: fn(&Target) -> Load) {
+    let container = boot();
+    container.write("run/peer", &format!("{config}\n")).expect("written");
+    start(&container, command);
+    let front = Target::Tcp(FRONT.into());
+    wait_until(command[0], || {
+        container.run(&["systemctl", "is-active", "peer"]).expect("it runs");
+        container.inside(|| async { Connection::open(&front).await.is_ok() })
+    });
+    container.inside(|| async { fill_pool(&container, &front).await });
+    let before = Kernel::of(&container);
+    let some = |load| Load { clients: POOL / 3, think: Duration::from_millis(20), ..load };
+    let loads = [Load::paced_blind(&front), second(&front)].map(some);
+    let clients = loads.iter().map(|load| load.clients as u64).sum::<u64>();
+    let loads = loads.map(|load| load.start(container.enter()));
+    restart_and_reload(&container);
+    for load in loads {
+        let report = load.stop();
+        eprintln!("{}: {report}", command[0]);
+        assert!(report.answered > u64::from(times()), "hardly a load: {report}");
+        assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    }
+    assert_eq!(Kernel::of(&container), Kernel { accepted: before.accepted + clients, ..before });
+}
+
+/// Sends slow requests at the same time until the proxy has [`POOL`] connections to the service.
+async fn fill_pool(container: &Container, front: &Target) {
+    while Kernel::of(container).connections.len() < POOL {
+        let mut waiting = Vec::new();
+        for _ in 0..POOL {
+            let mut connection = Connection::open(front).await.expect("the proxy listens");
+            connection.send(&get("/sleep?duration=300ms")).await.expect("sent");
+            waiting.push(connection);
+        }
+        for connection in &mut waiting {
+            assert_eq!(connection.answer().await.expect("an answer").text(), "slept 300ms\n");
+        }
+    }
+}
+
+// ---- scripts ----
+
+#[test]
+fn fetch_in_node_loses_nothing_and_keeps_its_connections() {
+    asking("requests(CONNECTIONS, byFetch)", Engine::Node);
+}
+
+#[test]
+fn an_agent_in_node_loses_nothing_and_keeps_its_connections() {
+    asking("requests(CONNECTIONS, byAgent())", Engine::Node);
+}
+
+#[test]
+fn fetch_in_chromium_loses_nothing_and_keeps_its_connections() {
+    asking("requests(CONNECTIONS, byFetch)", Engine::Chromium);
+}
+
+/// The connection ends with each process, because a response that has not ended does not move to the next one. The
+/// browser connects again after some seconds and says which event it saw last.
+#[test]
+fn an_event_source_in_chromium_connects_again_and_misses_no_event() {
+    let counts = ended_each_time("events()");
+    assert_eq!(counts["given_up"], 0, "{counts}");
+    assert_eq!(counts["missed_or_repeated"], 0, "{counts}");
+}
+
+/// The connection ends with each process, with close code 1012 (service restart). The page connects again at once.
+#[test]
+fn a_websocket_in_chromium_is_closed_with_1012_and_connects_again() {
+    let counts = ended_each_time("webSockets()");
+    assert_eq!(counts["closed"], json!({ "1012 restart": counts["ended"] }), "{counts}");
+    assert_eq!(counts["errors"], 0, "{counts}");
+}
+
+/// The program that runs a script.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Engine {
+    Node,
+    Chromium,
+}
+
+/// Runs a script that sends requests until the test ends it: no request is lost, and no connection is closed, reset or
+/// opened.
+fn asking(call: &str, engine: Engine) {
+    let container = boot();
+    let call = call.replace("CONNECTIONS", &CONNECTIONS.to_string());
+    let counts = container.inside(|| async {
+        let script = Script::start(&container, &call, engine).await;
+        loop {
+            let (report, waiting) = script.report().await;
+            assert_eq!(report, "connected");
+            let has_all = Kernel::of(&container).connections.len() == CONNECTIONS;
+            answer(waiting, if has_all { "" } else { "again" }).await;
+            if has_all {
+                break;
+            }
+        }
+        let (report, waiting) = script.report().await;
+        assert_eq!(report, "asking");
+        let before = Kernel::of(&container);
+        assert_eq!(before.connections.len(), CONNECTIONS);
+        restart_and_reload(&container);
+        assert_eq!(Kernel::of(&container), before);
+        answer(waiting, "").await;
+        let (counts, waiting) = script.report().await;
+        answer(waiting, "").await;
+        counts
+    });
+    eprintln!("{call} in {engine:?}: {counts}");
+    assert_eq!(counts["lost"], json!([]), "{counts}");
+    let answered = counts["answered"].as_u64().expect("a number");
+    assert!(answered > u64::from(times()), "hardly a load: {counts}");
+}
+
+/// Runs a script in Chromium that reports each time it has connected, and does the next verb after each report. Gives
+/// the last counts.
+fn ended_each_time(call: &str) -> Value {
+    let container = boot();
+    let count = |counts: &Value, name: &str| counts[name].as_u64().expect(name);
+    let counts = container.inside(|| async {
+        let script = Script::start(&container, call, Engine::Chromium).await;
+        for verb in verbs() {
+            let (_, waiting) = script.report().await;
+            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            answer(waiting, "").await;
+        }
+        loop {
+            let (counts, waiting) = script.report().await;
+            if count(&counts, "ended") >= 2 * u64::from(times()) {
+                return counts;
+            }
+            answer(waiting, "").await;
+        }
+    });
+    eprintln!("{call}: {counts}");
+    // There may be more of both than verbs, because a process that ends can still accept the next connection.
+    assert_eq!(count(&counts, "opened"), count(&counts, "ended") + 1, "{counts}");
+    counts
+}
+
+/// A script that runs in the container, and the server of the test that gives it to a browser and takes its reports.
+struct Script {
+    listener: TcpListener,
+    page: String,
+}
+
+impl Script {
+    async fn start(container: &Container, call: &str, engine: Engine) -> Self {
+        let listener = TcpListener::bind(SocketAddr::from(TEST)).await.expect("a free port");
+        let script = format!("{}\n{call};\n", include_str!("../../clients/peers.js"));
+        container.write("run/peer.js", &script).expect("written");
+        match engine {
+            Engine::Node => start(container, &["node", "/run/peer.js"]),
+            Engine::Chromium => start(
+                container,
+                &[
+                    "chromium-headless-shell",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--disable-quic",
+                    "--no-first-run",
+                    "--disable-background-networking",
+                    "--disable-component-update",
+                    "--disable-sync",
+                    "--user-data-dir=/run/chromium",
+                    // Without it the page, which the test serves, may not read what the service answers.
+                    "--disable-web-security",
+                    "http://127.0.0.1:9000",
+                ],
+            ),
+        }
+        // The link keeps the browser from asking for an icon.
+        let page = format!("<!doctype html><link rel=icon href='data:,'><script>\n{script}</script>\n");
+        Self { listener, page }
+    }
+
+    /// The script's next report, and the connection on which the script waits for the answer.
+    async fn report(&self) -> (Value, BufReader<TcpStream>) {
+        loop {
+            let (stream, _) = self.listener.accept().await.expect("a connection");
+            let mut stream = BufReader::new(stream);
+            let mut length = 0;
+            loop {
+                let mut line = String::new();
+                stream.read_line(&mut line).await.expect("a head");
+                if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = value.trim().parse().expect("a number");
+                }
+                if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            stream.read_exact(&mut body).await.expect("a body");
+            if body.is_empty() {
+                answer(stream, &self.page).await;
+            } else {
+                return (serde_json::from_slice(&body).expect("JSON"), stream);
+            }
+        }
+    }
+}
+
+async fn answer(mut stream: BufReader<TcpStream>, text: &str) {
+    let length = text.len();
+    let head = format!(
+        "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\ncontent-length: {length}"
+    );
+    stream.write_all(format!("{head}\r\n\r\n{text}").as_bytes()).await.expect("answered");
+}
+
+// ---- both ----
+
+fn boot() -> Container {
+    let container = Container::boot(Systemd::V257, app_package()).expect("a container");
+    container.ask("/");
+    container
+}
+
+/// Starts a program in the container; its output goes to the journal.
+fn start(container: &Container, command: &[&str]) {
+    let run = ["systemd-run", "--quiet", "--unit=peer", "--setenv=HOME=/run/peer-home", "--"];
+    container.run(&[&run[..], command].concat()).expect("started");
+}
+
+fn verbs() -> impl Iterator<Item = &'static str> {
+    (0..times()).flat_map(|_| ["restart", "reload"])
+}
+
+fn restart_and_reload(container: &Container) {
+    for verb in verbs() {
+        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+    }
+}
+
+/// The kernel's state and counters of TCP in a container.
+#[derive(Debug, PartialEq, Eq)]
+struct Kernel {
+    /// The clients' ends of the connections to the service.
+    connections: BTreeSet<String>,
+    /// Connections accepted and reset since the boot (`PassiveOpens` and `EstabResets` of RFC 1213).
+    accepted: u64,
+    resets: u64,
+}
+
+impl Kernel {
+    fn of(container: &Container) -> Self {
+        let connections = third_party_clients::connections(container, 8080).into_iter().collect();
+        let all = container.run(&["cat", "/proc/net/snmp"]).expect("the kernel's counters");
+        let mut rows = all.lines().filter_map(|line| line.strip_prefix("Tcp: "));
+        let [names, values] = [rows.next(), rows.next()].map(|row| row.expect("a row").split(' '));
+        let counter = |wanted: &str| {
+            let found = names.clone().zip(values.clone()).find(|(name, _)| *name == wanted);
+            found.and_then(|(_, value)| value.parse().ok()).expect(wanted)
+        };
+        Self { connections, accepted: counter("PassiveOpens"), resets: counter("EstabResets") }
+    }
+}

@@ -1,0 +1,157 @@
+//! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
+
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Once;
+
+use rustix::process::{Pid, Signal, kill_process};
+use testkit::client::{Connection, Target, get};
+use testkit::process::{Process, make};
+use testkit::service::{command, run_to_end};
+use testkit::{block_on, wait_until};
+
+use crate::{FOLDER, NAME, app_binary};
+
+/// A container of one process.
+struct Container {
+    unshare: Process,
+    target: Target,
+    log: tempfile::NamedTempFile,
+    _root: tempfile::TempDir,
+}
+
+impl Container {
+    fn start() -> Self {
+        // Two at once would install it in each other's way.
+        static MADE: Once = Once::new();
+        MADE.call_once(|| {
+            let mut build = make(FOLDER, &["static"]);
+            // What is tested is that it needs nothing beside it: how fast it is does not matter.
+            build
+                .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
+                .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
+            let made = build.output().expect("make");
+            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        });
+        let root = tempfile::tempdir().expect("a folder");
+        std::fs::copy(Path::new(FOLDER).join("target/static").join(NAME), root.path().join(NAME))
+            .expect("a copy");
+        std::fs::create_dir(root.path().join("proc")).expect("a folder");
+        let address = testkit::free_address();
+        let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
+        unshare
+            .arg("--mount-proc")
+            .arg(format!("--root={}", root.path().display()))
+            .args(["--setgid=65534", "--setuid=65534", &format!("/{NAME}"), &format!("--listen={address}")])
+            .env_clear()
+            .stdout(Stdio::null());
+        let log = tempfile::NamedTempFile::new().expect("a file");
+        unshare.stderr(log.reopen().expect("a file"));
+        let unshare = Process::spawn(&mut unshare).expect("a container");
+        let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
+        wait_until("the service", || std::net::TcpStream::connect(address).is_ok());
+        container
+    }
+
+    /// What it has written to standard error so far.
+    fn said(&self) -> String {
+        std::fs::read_to_string(self.log.path()).expect("text")
+    }
+
+    /// A signal to PID 1.
+    fn signal(&self, signal: Signal) {
+        let parent = self.unshare.pid().as_raw_nonzero();
+        let children =
+            std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("children");
+        let child = children.trim().parse().ok().and_then(Pid::from_raw).expect(&children);
+        kill_process(child, signal).expect("it runs");
+    }
+
+    /// Expects it to end by itself, and well; gives what it said.
+    fn end(mut self) -> String {
+        let status = self.unshare.wait().expect("an end");
+        let log = self.said();
+        assert!(status.success(), "{status}: {log}");
+        log
+    }
+}
+
+#[test]
+fn a_static_binary_drains_as_pid_1() {
+    let container = Container::start();
+    block_on(async {
+        let mut slow = Connection::open(&container.target).await.expect("a connection");
+        assert!(slow.ask(&get("/")).await.expect("an answer").text().starts_with("pid 1, "));
+        slow.send(&get("/sleep?duration=1s")).await.expect("sent");
+        let mut other = Connection::open(&container.target).await.expect("a connection");
+        other.ask(&get("/")).await.expect("an answer");
+        container.signal(Signal::TERM);
+        assert_eq!(slow.answer().await.expect("an answer").text(), "slept 1s\n");
+        assert!(other.ask(&get("/")).await.expect("an answer").closes());
+    });
+    let log = container.end();
+    assert!(log.contains("draining: ") && log.contains(" 0 cut off"), "{log}");
+}
+
+#[test]
+fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
+    let container = Container::start();
+    container.signal(Signal::HUP);
+    block_on(async {
+        let mut connection = Connection::open(&container.target).await.expect("a connection");
+        assert!(
+            connection.ask(&get("/sleep?duration=100ms")).await.expect("an answer").text().contains("slept")
+        );
+        assert!(connection.ask(&get("/")).await.expect("an answer").text().contains("generation 1"));
+    });
+    wait_until("the hangup is refused", || container.said().contains("PID 1 of a container cannot reload"));
+    container.signal(Signal::INT);
+    container.end();
+}
+
+// ---- docs/recipes ----
+
+/// The first block in this language of the recipe in `docs/recipes/NAME.md`.
+pub fn recipe(name: &str, language: &str) -> String {
+    let path = Path::new(FOLDER).join(format!("docs/recipes/{name}.md"));
+    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let block = text.split(&format!("```{language}\n")).nth(1).and_then(|rest| rest.split("```").next());
+    block.unwrap_or_else(|| panic!("{} has no block in {language}", path.display())).to_owned()
+}
+
+/// What stands between `before` and the next blank or brace.
+fn value(text: &str, before: &str) -> String {
+    let rest = text.split(before).nth(1).expect(before);
+    rest.split([' ', '\n', '}']).find(|word| !word.is_empty()).expect(before).to_owned()
+}
+
+#[test]
+fn the_recipes_for_containers_say_what_the_binary_takes() {
+    let (file, deployment) = (recipe("container", "Dockerfile"), recipe("kubernetes", "yaml"));
+    assert!(file.contains("make -C /src static\n"), "{file}");
+    let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
+    let listen = value(&file, &variable);
+    let mut check = command(app_binary(), &["check"]);
+    // Any ports will do for a check, and these may be taken.
+    check.env(variable.trim_end_matches('='), listen.replace(":8080", ":0").replace(":9090", ":0"));
+    let prefix = variable.trim_end_matches("LISTEN=");
+    let time = |name: &str| {
+        let value = value(&deployment, &format!("{prefix}{name}, value: "));
+        (format!("{prefix}{name}"), value.clone(), humantime::parse_duration(&value).expect("a time"))
+    };
+    let times = [time("DRAIN_DELAY"), time("DRAIN_TIMEOUT")];
+    for (name, value, _) in &times {
+        check.env(name, value);
+    }
+    let (code, said, log) = run_to_end(&mut check).expect("an end");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(said.contains("http(") && said.contains("admin("), "{said}");
+    let grace: u64 = value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("seconds");
+    // A request that arrives at the end of the first limit has a whole one of its own.
+    let [(_, _, delay), (_, _, limit)] = &times;
+    assert!(grace > delay.as_secs() + 2 * limit.as_secs(), "{deployment}");
+    let admin = listen.rsplit(':').next().expect("a port");
+    for probe in ["/readyz", "/healthz"] {
+        assert!(deployment.contains(&format!("path: {probe}, port: {admin} ")), "{deployment}");
+    }
+}

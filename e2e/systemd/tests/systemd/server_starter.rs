@@ -1,0 +1,118 @@
+//! Under the real `start_server` of Server::Starter: it holds the port, starts the next process on SIGHUP, and
+//! only then ends the old one.
+
+use std::process::Stdio;
+
+use rustix::process::Signal;
+use testkit::client::{Connection, Target, get};
+use testkit::load::{Connections, Load};
+use testkit::process::Process;
+use testkit::service::command;
+use testkit::{block_on, free_address, wait_until};
+
+use crate::app_binary;
+
+/// Times that it is told to start the next process, one a second.
+const TIMES: u64 = 5;
+
+/// How many processes `start_server` has that have not ended.
+fn children(start_server: &Process) -> usize {
+    let pid = start_server.pid().as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
+    children.expect("start_server runs").split_whitespace().count()
+}
+
+/// Which generation answers a fresh connection, if any does.
+fn generation(target: &Target) -> Option<u64> {
+    block_on(async {
+        let mut connection = Connection::open(target).await.ok()?;
+        let text = connection.ask(&get("/")).await.ok()?.text();
+        text.split("generation ").nth(1)?.split(',').next()?.parse().ok()
+    })
+}
+
+/// `start_server` with its first process, which answers at `target`.
+fn start(flag: &str, target: &Target, log: Stdio) -> Process {
+    let mut start_server = command("start_server", &[flag, "--interval=1", "--", app_binary()]);
+    start_server.stdout(Stdio::null()).stderr(log);
+    let start_server = Process::spawn(&mut start_server).expect("start_server");
+    wait_until("the first process", || generation(target).is_some());
+    start_server
+}
+
+fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
+    let mut start_server = start(flag, target, Stdio::null());
+    assert_eq!(generation(target), Some(1));
+    let one_each = load.connections == Connections::OneEach;
+    let running = load.start(|| {});
+    for next in 2..2 + TIMES {
+        start_server.signal(Signal::HUP);
+        // Both accept for a while; then the old one is gone.
+        wait_until("the next process", || (0..10).all(|_| generation(target) == Some(next)));
+    }
+    let report = running.stop();
+    eprintln!("{TIMES} times HUP: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert!(one_each || report.told_to_close >= TIMES, "{report}");
+    start_server.signal(Signal::TERM);
+    assert!(start_server.wait().expect("an end").success());
+}
+
+fn on_a_port(load: impl FnOnce(&Target) -> Load) {
+    let address = free_address();
+    let target = Target::Tcp(address);
+    hang_up_each_second_under(&format!("--port={address}"), &target, load(&target));
+}
+
+#[test]
+fn ten_connections_flat_out_lose_nothing() {
+    on_a_port(Load::saturating);
+}
+
+#[test]
+fn fifty_thinking_connections_lose_nothing() {
+    on_a_port(Load::paced);
+}
+
+#[test]
+fn fifty_blind_connections_lose_nothing() {
+    on_a_port(Load::paced_blind);
+}
+
+#[test]
+fn one_connection_a_request_loses_nothing() {
+    on_a_port(Load::connection_per_request);
+}
+
+#[test]
+fn a_unix_path_loses_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = folder.path().join("http.sock");
+    let target = Target::Unix(path.clone());
+    hang_up_each_second_under(&format!("--path={}", path.display()), &target, Load::paced(&target));
+}
+
+#[test]
+fn an_idle_connection_is_answered_once_more_by_the_old_process() {
+    let address = free_address();
+    let target = Target::Tcp(address);
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    let stderr = log.reopen().expect("a file").into();
+    let mut start_server = start(&format!("--port={address}"), &target, stderr);
+    block_on(async {
+        let mut idle = Connection::open(&target).await.expect("a connection");
+        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
+        start_server.signal(Signal::HUP);
+        // The next one serves, and the old one was told to end.
+        wait_until("the end of the old process begins", || {
+            std::fs::read_to_string(log.path()).expect("text").contains("draining: ")
+        });
+        let answer = idle.ask(&get("/")).await.expect("an answer");
+        assert!(answer.closes() && answer.text().contains("generation 1,"), "{}", answer.text());
+    });
+    // With that it has nobody left to wait for.
+    wait_until("the end of the old process", || children(&start_server) == 1);
+    start_server.signal(Signal::TERM);
+    assert!(start_server.wait().expect("an end").success());
+}

@@ -1,0 +1,243 @@
+//! A copy of this repo under another name is a service of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::process::Signal;
+use testkit::client::{Connection, Target, get};
+use testkit::process::{Process, make, without_cargo};
+
+use crate::{FOLDER, NAME, app_binary};
+
+const NEW_NAME: &str = "shop-front";
+/// How long a test waits for cargo to compile one crate before it fails: the whole suite may compile beside it.
+const COMPILED: Duration = Duration::from_secs(900);
+
+fn run(command: &mut Command) -> String {
+    let output = command.output().expect("started");
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{command:?}: {said}");
+    said
+}
+
+fn copy(to: &Path) {
+    run(&mut make(FOLDER, &["new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]));
+}
+
+/// A copy to be compiled, always in the same place, so that of the library only what has changed since is compiled
+/// again. And one at a time: two would wait for each other's lock, and a test for nothing that it began.
+fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
+    static COPY: Mutex<()> = Mutex::new(());
+    let alone = COPY.lock().unwrap_or_else(PoisonError::into_inner);
+    let copied = Path::new(env!("CARGO_TARGET_TMPDIR")).join("copy");
+    let _ = std::fs::remove_dir_all(&copied);
+    copy(&copied);
+    // Its own sources are as old as this repository's, and what was compiled of them may have been changed ones.
+    run(Command::new("sh").args(["-c", "touch src/*.rs tests/*.rs"]).current_dir(&copied));
+    (copied, alone)
+}
+
+#[test]
+fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let copied = folder.path().join("copy");
+    copy(&copied);
+    // `app.rs` and `app::` are the service's own file, not the package; the library has an example of that name.
+    let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
+    let mut grep = Command::new("grep");
+    let found = grep.args(["-rnP", "--exclude-dir=outlive", &words, "."]).current_dir(&copied).output();
+    assert_eq!(String::from_utf8_lossy(&found.expect("grep").stdout), "");
+    for kind in ["service", "socket"] {
+        assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
+        assert!(!copied.join(format!("systemd/{NAME}.{kind}")).exists());
+    }
+    let mut lines = Command::new("sh");
+    lines.args([
+        "-c",
+        "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
+    ]);
+    let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("a number");
+    assert!(lines < 700, "{lines} lines");
+}
+
+#[test]
+fn code_in_the_documents_is_code_of_the_examples() {
+    let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
+    for (document, example) in [
+        ("README.md", "outlive/examples/minimal.rs"),
+        ("docs/recipes/application.md", "e2e/links/src/app.rs"),
+    ] {
+        let text = read(document);
+        let shown = text.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
+        let shown = shown.unwrap_or_else(|| panic!("{document} has no block of Rust"));
+        // The document has the name of the package, as most services do.
+        let code = read(example).replace("name = \"minimal\", ", "");
+        assert!(code.contains(shown), "not in {example}: {shown}");
+    }
+}
+
+#[test]
+fn each_test_that_the_security_document_names_is_there() {
+    let read = |path: &Path| std::fs::read_to_string(path).expect("a file");
+    let folders = ["e2e/process/tests/process", "e2e/systemd/tests/systemd", "e2e/systemd/tests"];
+    let sources: String = folders
+        .iter()
+        .flat_map(|folder| std::fs::read_dir(Path::new(FOLDER).join(folder)).expect("the tests"))
+        .filter_map(|entry| entry.ok().map(|entry| entry.path()))
+        .filter(|path| path.is_file())
+        .map(|path| read(&path))
+        .collect();
+    let text = read(&Path::new(FOLDER).join("outlive/SECURITY.md"));
+    let is_test = |word: &&str| {
+        word.matches('_').count() > 2
+            && word.chars().all(|c| c.is_ascii_lowercase() || "_0123456789".contains(c))
+    };
+    let named: Vec<_> = text.split('`').filter(is_test).collect();
+    assert!(named.len() > 15, "{named:?}");
+    for name in named {
+        assert!(sources.contains(&format!("fn {name}(")), "{name}");
+    }
+}
+
+/// A command in a copy, which may use what was compiled for this repository.
+fn in_copy(copied: &Path, command: &[&str]) -> Command {
+    let mut run = Command::new(command[0]);
+    run.args(&command[1..]).current_dir(copied);
+    without_cargo(&mut run);
+    run.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target")).env("CARGO_NET_OFFLINE", "true");
+    run
+}
+
+#[test]
+fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library() {
+    let (copied, _alone) = copy_to_compile();
+    let make = |goal: &[&str]| run(&mut in_copy(&copied, &[&["make", "--silent"], goal].concat()));
+    let sh = |script: &str| run(&mut in_copy(&copied, &["sh", "-ec", script]));
+    let tested = make(&["test"]);
+    assert!(tested.contains("a_connection_outlives_a_reload ... ok"), "{tested}");
+    make(&["check"]);
+    // A service of its own by now: another route, another line in a unit.
+    sh("git init --quiet && git add . && git -c user.name=x -c user.email=x commit --quiet --message=x");
+    sh(
+        "sed -i 's:\\(.*\\)\\.route(\"/echo\", any(echo)):\\1.route(\"/mine\", any(echo)):; s:\"/echo\":\"/mine\":' src/app.rs",
+    );
+    sh(&format!("sed -i 's/^WatchdogSec=.*/WatchdogSec=20s/' systemd/{NEW_NAME}.service"));
+    let mut dirty = in_copy(&copied, &["make", "--silent", "update", &format!("FROM={FOLDER}")]);
+    let refused = dirty.output().expect("make");
+    assert!(!refused.status.success(), "a tree with changes is left alone");
+    sh("git -c user.name=x -c user.email=x commit --quiet --all --message=mine");
+    // An older library, as this repository's had been.
+    sh("echo '# Changes' >outlive/CHANGELOG.md && echo 'compile_error!(\"old\");' >>outlive/src/lib.rs");
+    sh("git -c user.name=x -c user.email=x commit --quiet --all --message=old");
+    let said = make(&["update", &format!("FROM={FOLDER}")]);
+    assert!(said.contains("## 0.2.0"), "what has changed: {said}");
+    assert!(said.contains("-WatchdogSec=20s") && said.contains("+WatchdogSec=10s"), "what differs: {said}");
+    assert!(said.contains("a_connection_outlives_a_reload ... ok"), "{said}");
+    let changed = sh("git status --porcelain | grep -v ' outlive/' || :");
+    assert_eq!(changed, "", "only the library is another");
+}
+
+#[test]
+fn make_dev_reloads_after_a_change_and_keeps_connections() {
+    let (copied, _alone) = copy_to_compile();
+    let address = testkit::free_address();
+    // The first build may take long, and no limit of this test is meant for it.
+    run(&mut in_copy(&copied, &["cargo", "build"]));
+    let mut make = make(&copied, &["dev", &format!("DEV={address}")]);
+    make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target"));
+    let log = tempfile::NamedTempFile::new().expect("a file");
+    make.stderr(log.reopen().expect("a file"));
+    let mut make = Process::spawn(&mut make).expect("make dev");
+    let log = || std::fs::read_to_string(log.path()).expect("text");
+    let target = Target::Tcp(address);
+    let mut kept = None;
+    testkit::wait_until_within(COMPILED, "the first start", || {
+        kept = testkit::block_on(Connection::open(&target)).ok();
+        kept.is_some()
+    });
+    drop(kept);
+    // The connection belongs to this runtime, so all requests are sent on it.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let mut kept = runtime.block_on(Connection::open(&target)).expect("it listens");
+    let mut answer = || {
+        let answer = runtime.block_on(kept.ask(&get("/"))).expect("the connection is still open");
+        assert!(!answer.closes(), "the connection may be used again");
+        answer.text()
+    };
+    assert!(answer().starts_with("pid "));
+    let routes = copied.join("src/app.rs");
+    let source = std::fs::read_to_string(&routes).expect("the routes");
+    let write = |to: &str| {
+        testkit::wait_until("the sources are watched", || is_watched(&make));
+        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("written");
+    };
+    // A build that fails leaves the old process.
+    write("PID {pid");
+    testkit::wait_until_within(COMPILED, "the compiler refuses the change", || {
+        assert!(answer().starts_with("pid "));
+        log().contains("error: could not compile")
+    });
+    assert!(answer().starts_with("pid "));
+    // A build that succeeds takes over, with the connection.
+    write("PID {pid}");
+    let mut changed = String::new();
+    testkit::wait_until_within(COMPILED, "the change", || {
+        changed = answer();
+        changed.starts_with("PID ")
+    });
+    assert!(changed.contains("generation 2,"), "a reload, and no restart: {changed}");
+    // The end of `make dev` ends the service too.
+    make.signal(Signal::TERM);
+    assert!(!make.wait().expect("it ends").success());
+    testkit::wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
+}
+
+/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed before.
+fn is_watched(make: &Process) -> bool {
+    let group = make.pid().as_raw_nonzero().to_string();
+    let processes = std::fs::read_dir("/proc").expect("processes").flatten().map(|entry| entry.path());
+    processes.into_iter().any(|process| {
+        // A process may end while it is looked at.
+        let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
+        let of_group =
+            stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(2)) == Some(&*group);
+        let fds = || std::fs::read_dir(process.join("fdinfo")).into_iter().flatten().flatten();
+        of_group
+            && stat.contains("(inotifywait)")
+            && fds().any(|fd| {
+                let info = std::fs::read_to_string(fd.path()).unwrap_or_default();
+                info.matches("inotify wd:").count() >= 2
+            })
+    })
+}
+
+#[test]
+fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
+    for (name, folder) in
+        [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
+    {
+        let mut make = make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]);
+        let refused = make.output().expect("make");
+        assert!(!refused.status.success(), "NAME={name} DIR={folder}");
+    }
+}
+
+#[test]
+fn uninstall_removes_all_that_install_brought() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let make = |goal: &str| {
+        let mut make = make(FOLDER, &[goal, "PREFIX=/usr"]);
+        make.arg(format!("DESTDIR={}", folder.path().display()));
+        run(make.arg(format!("BINARY={}", app_binary())));
+        let mut find = Command::new("find");
+        run(find.args([".", "-type", "f"]).current_dir(folder.path()))
+    };
+    let installed = make("install");
+    for file in ["usr/bin/NAME", "usr/lib/systemd/system/NAME.service", "usr/lib/systemd/system/NAME.socket"]
+    {
+        assert!(installed.contains(&file.replace("NAME", NAME)), "{installed}");
+    }
+    assert_eq!(make("uninstall"), "");
+}

@@ -1,0 +1,322 @@
+//! Clients that nobody here wrote, each as its users run it, over restarts and reloads on real systemds: none loses
+//! a request, and what they connected at first they keep.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::path::Path;
+use std::process::{ChildStdin, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use testkit::certificate::Certificate;
+use testkit::client::Target;
+use testkit::container::{Container, Package, Systemd};
+use testkit::process::{Process, without_cargo};
+use testkit::{TEST_TIMEOUT, on_each_systemd, wait_until};
+
+use crate::{FOLDER, app_binary, app_package};
+
+const PLAIN: &str = "http://127.0.0.1:8080";
+const TLS: &str = "https://127.0.0.1:8443";
+const PLAIN_PORT: u16 = 8080;
+const TLS_PORT: u16 = 8443;
+/// How often the service is reloaded and restarted while clients ask.
+const ROUNDS: usize = 5;
+/// Seconds after which a client that asks until it is told to end takes itself for forgotten.
+const LIMIT: &str = "300";
+
+on_each_systemd! {
+    h2load_and_curl_keep_their_connections
+    nghttp_gets_all_that_it_asked_for
+    go_keeps_its_connections
+    httpx_keeps_its_connection
+    grpcio_keeps_its_channel
+}
+
+fn boot(systemd: Systemd, binary: &str) -> Container {
+    Container::boot(systemd, Package { binary, ..app_package() }).expect("a container")
+}
+
+fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
+    let container = boot(systemd, app_binary());
+    container.speak_tls(certificate).expect("a certificate");
+    container.systemctl("start").expect("a start");
+    container
+}
+
+/// A client that runs.
+struct Client {
+    name: String,
+    process: Process,
+    /// Its end tells the client to end.
+    stdin: Option<ChildStdin>,
+    lines: Receiver<String>,
+    heard: Vec<String>,
+    complaints: JoinHandle<String>,
+}
+
+impl Client {
+    fn start(container: &Container, command: &[&str]) -> Self {
+        let name = command.join(" ");
+        let mut command = container.outside(command);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut process = Process::spawn(&mut command).expect("a client");
+        let child = process.child();
+        let stdin = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().expect("piped"));
+        let mut stderr = child.stderr.take().expect("piped");
+        let (tell, lines) = channel();
+        std::thread::spawn(move || {
+            for line in stdout.lines() {
+                // Nobody listens any more after a test has failed.
+                let _ = tell.send(line.expect("text"));
+            }
+        });
+        let complaints = std::thread::spawn(move || {
+            let mut text = Vec::new();
+            stderr.read_to_end(&mut text).expect("read");
+            String::from_utf8_lossy(&text).into_owned()
+        });
+        Self { name, process, stdin, lines, heard: Vec::new(), complaints }
+    }
+
+    fn runs(&mut self) -> bool {
+        !self.process.ends_within(Duration::ZERO).expect("a look")
+    }
+
+    /// Waits until it has written so many lines that are `wanted`.
+    fn wait_for(&mut self, wanted: &str, count: usize) {
+        while self.heard.iter().filter(|line| *line == wanted).count() < count {
+            let line = self.lines.recv_timeout(TEST_TIMEOUT);
+            let line = line.unwrap_or_else(|_| panic!("{}: {count} times {wanted:?}", self.name));
+            self.heard.push(line);
+        }
+    }
+
+    /// Waits until a request that begins now is answered; of a client that takes such a question.
+    fn is_answered(&mut self) {
+        let before = self.heard.iter().filter(|line| *line == "answered").count();
+        self.stdin.as_mut().expect("open").write_all(b"\n").expect("it listens");
+        self.wait_for("answered", before + 1);
+    }
+
+    /// Waits for its end; what it wrote.
+    fn said(mut self) -> String {
+        drop(self.stdin.take());
+        let status = self.process.wait().unwrap_or_else(|error| panic!("{}: {error:#}", self.name));
+        self.heard.extend(self.lines.iter());
+        let (said, complaints) = (self.heard.join("\n"), self.complaints.join().expect("text"));
+        assert!(complaints.is_empty() && !said.is_empty(), "{}: {status}: {said}{complaints}", self.name);
+        said
+    }
+
+    /// The numbers of its last line.
+    fn counted(self) -> Vec<u64> {
+        let name = self.name.clone();
+        let said = self.said();
+        let last = said.lines().next_back().expect("a line");
+        eprintln!("{name}: {last}");
+        last.split_whitespace().map(|number| number.parse().expect("a number")).collect()
+    }
+}
+
+/// Reloads and restarts while all of these clients ask, and `look`s after each round.
+fn under(container: &Container, clients: &mut [Client], mut look: impl FnMut(&mut [Client], usize)) {
+    clients.iter_mut().for_each(Client::is_answered);
+    for round in 1..=ROUNDS {
+        // One after the other: what the restart ends has not had the time for all that it took over.
+        for verb in ["reload", "restart"] {
+            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        }
+        // With nothing under way.
+        clients.iter_mut().for_each(Client::is_answered);
+        look(clients, round);
+    }
+}
+
+/// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again, and
+/// for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends well.
+/// They are at work when there are so many connections to both ports.
+fn over_runs(
+    container: &Container,
+    wanted: usize,
+    connected: usize,
+    start: impl Fn(u64) -> Vec<Client>,
+    mut check: impl FnMut(u64, Vec<Client>),
+) {
+    let mut begun = 0;
+    for seconds in [3, 6, 12, 24, 48, 96] {
+        let mut clients = start(seconds);
+        wait_until("all clients are connected", || {
+            let both = [PLAIN_PORT, TLS_PORT].map(|port| connections(container, port).len());
+            both.iter().sum::<usize>() >= connected || !clients.iter_mut().all(Client::runs)
+        });
+        while clients.iter_mut().any(Client::runs) {
+            // As in `under`.
+            for verb in ["reload", "restart"] {
+                begun += usize::from(clients.iter_mut().all(Client::runs));
+                container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            }
+        }
+        check(seconds, clients);
+        if begun >= wanted {
+            return;
+        }
+    }
+    panic!("only {begun} reloads and restarts began while the clients were at work");
+}
+
+/// They never connect again: with a connection that ended all its requests would fail. Many streams on each, with
+/// windows of 64 KiB and of 16 MiB; answers, and bodies that are sent back; in the clear and over TLS.
+fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let body = container.path("run/body");
+    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("written");
+    let data = format!("--data={}", body.display());
+    let (echo, tls_echo) = (format!("{PLAIN}/echo"), format!("{TLS}/echo"));
+    let loads: [&[&str]; 6] = [
+        &["--clients=4", "--max-concurrent-streams=100", PLAIN],
+        &["--clients=4", "--max-concurrent-streams=10", "-w16", "-W16", PLAIN],
+        &["--clients=2", "--max-concurrent-streams=1", "-w16", "-W16", &data, &echo],
+        &["--clients=2", "--max-concurrent-streams=3", "-w24", "-W24", &data, &echo],
+        &["--clients=4", "--max-concurrent-streams=10", TLS],
+        &["--clients=2", "--max-concurrent-streams=1", &data, &tls_echo],
+    ];
+    let chain = certificate.chain();
+    // TLS 1.2 cannot move: it is told to close.
+    let versions: [&[&str]; 3] = [&["--http1.1"], &["--http2"], &["--http1.1", "--tls-max", "1.2"]];
+    let requests = |seconds: u64| seconds * 60;
+    let start = |seconds: u64| {
+        let duration = format!("--duration={seconds}");
+        let many = format!("{TLS}/sleep?duration=5ms&n=[1-{}]", requests(seconds));
+        let curl = ["curl", "--silent", "--max-time", "120", "--output", "/dev/null", "--write-out"];
+        let what = ["%{response_code} %{num_connects}\n", &many, "--cacert", chain.to_str().expect("a path")];
+        let loads = loads.map(|load| [&["h2load", &duration], load].concat());
+        let curls = versions.map(|version| [&curl, &what[..], version].concat());
+        loads.iter().chain(&curls).map(|command| Client::start(&container, command)).collect()
+    };
+    // More connections than the runs of one that is never told to close.
+    let mut connected_again = 0;
+    over_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
+        let curls = clients.split_off(loads.len());
+        for load in clients {
+            let said = load.said();
+            let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
+            eprintln!("{line}");
+            assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
+            assert!(!line.contains(" 0 succeeded"), "{said}");
+        }
+        for (curl, version) in curls.into_iter().zip(versions) {
+            let answers = curl.said();
+            let count = |is_it: fn(&&str) -> bool| answers.lines().filter(is_it).count();
+            assert_eq!(count(|line| line.starts_with("200 ")) as u64, requests(seconds), "{version:?}");
+            let connections = count(|line| line.ends_with(" 1"));
+            if version.contains(&"1.2") {
+                connected_again += connections - 1;
+            } else {
+                assert_eq!(connections, 1, "{version:?}");
+            }
+        }
+    });
+    assert!(connected_again > 0, "TLS 1.2 was not told to close");
+}
+
+/// A hundred streams at once on each connection: they are in flight when the reload begins and when the restart does.
+fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let start = |seconds: u64| {
+        let client = |origin: &str| {
+            let url = |n: u64| format!("{origin}/sleep?duration={}ms", seconds * n * 10);
+            let streams: Vec<String> = (1..=100).map(url).collect();
+            let mut command = vec!["nghttp", "--null-out", "--stat", "--no-verify-peer"];
+            command.extend(streams.iter().map(String::as_str));
+            Client::start(&container, &command)
+        };
+        [PLAIN, TLS].map(client).into()
+    };
+    over_runs(&container, 2, 2, start, |_, clients| {
+        for client in clients {
+            let said = client.said();
+            let is_answer = |line: &&str| line.contains(" 200 ") && line.contains("/sleep?");
+            assert_eq!(said.lines().filter(is_answer).count(), 100, "{said}");
+        }
+    });
+}
+
+/// net/http, of a Go that keeps to what it has acknowledged (RFC 7541 section 4.2, 1.20 on); over TLS.
+fn go_keeps_its_connections(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let (client, chain) = (Path::new(FOLDER).join("target/tools/bin/go-client"), certificate.chain());
+    assert!(client.is_file(), "{}: make target/tools/bin/go-client", client.display());
+    let (client, chain) = (client.to_str().expect("a path"), chain.to_str().expect("a path"));
+    let url = format!("{TLS}/echo");
+    let mut clients = ["HTTP/1.1", "HTTP/2.0"]
+        .map(|protocol| Client::start(&container, &[client, &url, LIMIT, protocol, chain]));
+    under(&container, &mut clients, |_, _| {});
+    for (client, connections) in clients.into_iter().zip([10, 1]) {
+        let [answered, lost, made, closed] = client.counted()[..] else { panic!("four numbers") };
+        // Each goroutine was answered in each round.
+        assert!(
+            answered > 50 && (lost, made) == (0, connections + closed),
+            "{answered} {lost} {made} {closed}"
+        );
+    }
+}
+
+fn httpx_keeps_its_connection(systemd: Systemd) {
+    let certificate = Certificate::new().expect("a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let (script, chain) = (format!("{FOLDER}/e2e/systemd/clients/httpx-client.py"), certificate.chain());
+    let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("a path"));
+    let mut clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
+        Client::start(&container, &["/usr/bin/python3", &script, &url, LIMIT, protocol, chain])
+    });
+    under(&container, &mut clients, |_, _| {});
+    for client in clients {
+        let [answered, lost, made] = client.counted()[..] else { panic!("three numbers") };
+        // Once before the first round and once in each.
+        assert!(answered > ROUNDS as u64 && (lost, made) == (0, 1), "{answered} {lost} {made}");
+    }
+}
+
+/// On the library's example of gRPC, as the service of the same units.
+fn grpcio_keeps_its_channel(systemd: Systemd) {
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--workspace", "--example", "grpc"]).current_dir(FOLDER);
+    without_cargo(&mut build);
+    assert!(build.status().expect("cargo").success());
+    let examples = Path::new(app_binary()).with_file_name("examples");
+    let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
+    let Target::Tcp(address) = Container::target() else { panic!("TCP") };
+    let script = format!("{FOLDER}/e2e/systemd/clients/grpcio-client.py");
+    let mut clients =
+        [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), LIMIT])];
+    let [client] = &mut clients;
+    client.wait_for("watching", 1);
+    let first = connections(&container, address.port());
+    assert_eq!(first.len(), 1, "{first:?}");
+    under(&container, &mut clients, |clients, round| {
+        assert_eq!(connections(&container, address.port()), first, "round {round}");
+        // The stream of the process before has ended, and the next one has begun.
+        clients[0].wait_for("watching", 1 + round);
+    });
+    let [client] = clients;
+    let [answered, lost, ended, broken] = client.counted()[..] else { panic!("four numbers") };
+    let rounds = ROUNDS as u64;
+    assert!(
+        answered > rounds && ended >= rounds && (lost, broken) == (0, 0),
+        "{answered} {lost} {ended} {broken}"
+    );
+}
+
+/// The clients' ends of the established connections to a port (proc(5)).
+pub fn connections(container: &Container, port: u16) -> Vec<String> {
+    const ESTABLISHED: &str = "01";
+    let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the kernel's tables");
+    let rows = tables.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    let port = format!(":{port:04X}");
+    rows.filter(|row| row[2].ends_with(&port) && row[3] == ESTABLISHED).map(|row| row[1].to_owned()).collect()
+}

@@ -1,0 +1,355 @@
+//! Loads from clients that never retry: a request that got no complete answer, of the right status, is lost.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, bail};
+use tokio::task::JoinSet;
+
+use crate::client::{Connection, Http2, Target, get, post};
+
+/// No answer within this is a lost request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// What each client of a load does, over and over.
+#[derive(Clone, Debug)]
+pub struct Load {
+    pub target: Target,
+    pub clients: usize,
+    pub request: Vec<u8>,
+    /// The status of the right answer.
+    pub status: u16,
+    pub connections: Connections,
+    pub think: Duration,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Connections {
+    /// One for all requests; before each it is seen whether the server has closed it.
+    Kept,
+    /// One for all requests, sent blindly.
+    KeptBlindly,
+    /// One a request, which says `Connection: close`.
+    OneEach,
+    /// One HTTP/2 connection for all requests, until the server says GOAWAY.
+    Http2,
+}
+
+/// A client's connection, if it has one.
+#[derive(Default)]
+struct Kept {
+    http1: Option<Connection>,
+    http2: Option<Http2>,
+}
+
+impl Load {
+    fn kept(target: &Target, clients: usize, think: Duration) -> Self {
+        Self {
+            target: target.clone(),
+            clients,
+            request: get("/"),
+            status: 200,
+            connections: Connections::Kept,
+            think,
+        }
+    }
+
+    /// 10 keep-alive connections flat out.
+    pub fn saturating(target: &Target) -> Self {
+        Self::kept(target, 10, Duration::ZERO)
+    }
+
+    /// 50 connections with 5 ms think time.
+    pub fn paced(target: &Target) -> Self {
+        Self::kept(target, 50, Duration::from_millis(5))
+    }
+
+    /// As W2, sending blindly.
+    pub fn paced_blind(target: &Target) -> Self {
+        Self { connections: Connections::KeptBlindly, ..Self::paced(target) }
+    }
+
+    /// One connection a request, 10 at a time.
+    pub fn connection_per_request(target: &Target) -> Self {
+        let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n".to_vec();
+        let think = Duration::from_millis(1);
+        Self { connections: Connections::OneEach, request, ..Self::kept(target, 10, think) }
+    }
+
+    /// W1 with bodies of 1 KiB.
+    pub fn post(target: &Target) -> Self {
+        Self { request: post("/echo", 1024), ..Self::saturating(target) }
+    }
+
+    /// 10 HTTP/2 connections, one request at a time on each, flat out.
+    pub fn http2(target: &Target) -> Self {
+        Self { connections: Connections::Http2, ..Self::saturating(target) }
+    }
+
+    /// Starts the load in a thread of its own, which first does `enter` (to go into a container). Returns when each
+    /// client has been answered once, or has lost its first request: what the test does next meets all of them.
+    pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
+        let progress = Arc::new(Progress {
+            stopped: AtomicBool::new(false),
+            ended: AtomicU64::new(0),
+            started: AtomicU64::new(0),
+        });
+        let (clients, begun, shared) = (self.clients as u64, Instant::now(), progress.clone());
+        let thread = std::thread::spawn(move || {
+            enter();
+            crate::block_on(Arc::new(self).run(begun, shared))
+        });
+        let running = Running { begun, progress, thread };
+        running.until("each client has asked once", |progress| {
+            progress.started.load(Ordering::Relaxed) == clients
+        });
+        running
+    }
+
+    async fn run(self: Arc<Self>, start: Instant, progress: Arc<Progress>) -> Report {
+        let mut clients = JoinSet::new();
+        for _ in 0..self.clients {
+            clients.spawn(self.clone().client(start, progress.clone()));
+        }
+        let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
+        for each in clients.join_all().await {
+            report.add(each);
+        }
+        report
+    }
+
+    async fn client(self: Arc<Self>, start: Instant, progress: Arc<Progress>) -> Report {
+        let mut report = Report::default();
+        let mut kept = Kept::default();
+        loop {
+            let is_last = progress.stopped.load(Ordering::Relaxed);
+            if self.connections == Connections::Kept
+                && kept.http1.as_mut().is_some_and(Connection::is_closed_by_server)
+            {
+                report.closed_idle += 1;
+                kept = Kept::default();
+            }
+            let begun = Instant::now();
+            let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&mut kept, &mut report)).await;
+            let asked = asked.unwrap_or_else(|_| bail_timeout());
+            if asked.is_err() {
+                kept = Kept::default();
+            }
+            report.note(start, begun, asked);
+            if report.samples.len() == 1 {
+                progress.started.fetch_add(1, Ordering::Relaxed);
+            }
+            progress.ended.fetch_add(1, Ordering::Relaxed);
+            if is_last {
+                return report;
+            }
+            if self.think > Duration::ZERO {
+                tokio::time::sleep(self.think).await;
+            }
+        }
+    }
+
+    async fn ask(&self, kept: &mut Kept, report: &mut Report) -> Result<()> {
+        match self.connections {
+            Connections::Http2 => self.ask_http2(&mut kept.http2, report).await,
+            _ => self.ask_http1(&mut kept.http1, report).await,
+        }
+    }
+
+    async fn ask_http2(&self, kept: &mut Option<Http2>, report: &mut Report) -> Result<()> {
+        loop {
+            let connection = if let Some(connection) = kept {
+                connection
+            } else {
+                report.connections += 1;
+                kept.insert(Http2::open(&self.target).await?)
+            };
+            match connection.get("/").await? {
+                Some((200, text)) => return self.check(&text),
+                Some((status, _)) => bail!("status {status}"),
+                None => {
+                    report.told_to_close += 1;
+                    *kept = None;
+                }
+            }
+        }
+    }
+
+    /// Whether it is this request's answer: `/` says who answers, `/sleep` for how long it slept, and `/echo` gives the
+    /// body back.
+    fn check(&self, text: &str) -> Result<()> {
+        let body = self
+            .request
+            .windows(4)
+            .position(|four| four == b"\r\n\r\n")
+            .map_or(&[][..], |at| &self.request[at + 4..]);
+        let is_right = match body {
+            [] if self.request.starts_with(b"GET /sleep") => text.starts_with("slept "),
+            [] => text.starts_with("pid "),
+            _ => text.as_bytes() == body,
+        };
+        if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
+    }
+
+    async fn ask_http1(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
+        let connection = if let Some(connection) = kept {
+            connection
+        } else {
+            report.connections += 1;
+            kept.insert(Connection::open(&self.target).await?)
+        };
+        let answer = connection.ask(&self.request).await?;
+        if answer.status != self.status {
+            bail!("status {}", answer.status);
+        }
+        if self.status == 200 {
+            self.check(&answer.text())?;
+        }
+        if answer.closes() {
+            report.told_to_close += u64::from(self.connections != Connections::OneEach);
+            *kept = None;
+        }
+        Ok(())
+    }
+}
+
+fn bail_timeout() -> Result<()> {
+    bail!("no answer within {ANSWER_LIMIT:?}")
+}
+
+/// What the clients of a load and its owner tell each other.
+struct Progress {
+    stopped: AtomicBool,
+    /// Requests that were answered or lost.
+    ended: AtomicU64,
+    /// Clients of which a request has ended.
+    started: AtomicU64,
+}
+
+/// A load under way.
+pub struct Running {
+    /// The beginning, from which its samples are timed.
+    pub begun: Instant,
+    progress: Arc<Progress>,
+    thread: JoinHandle<Report>,
+}
+
+impl Running {
+    /// How many requests were answered or lost so far.
+    pub fn ended(&self) -> u64 {
+        self.progress.ended.load(Ordering::Relaxed)
+    }
+
+    /// Waits until so many requests, counted from the beginning, were answered or lost.
+    pub fn wait_for(&self, count: u64) {
+        self.until(&format!("{count} requests of the load"), |_| self.ended() >= count);
+    }
+
+    /// Lets each client finish its request and ask once more: what was done before has left each of them served.
+    pub fn stop(self) -> Report {
+        self.progress.stopped.store(true, Ordering::Relaxed);
+        self.thread.join().expect("the load ran")
+    }
+
+    fn until(&self, what: &str, is_so: impl Fn(&Progress) -> bool) {
+        // A load that has panicked says why when it is stopped.
+        crate::wait_until(what, || is_so(&self.progress) || self.thread.is_finished());
+    }
+}
+
+/// What the clients of a load saw.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    pub answered: u64,
+    /// Requests that got no complete answer of the right status, by what came instead.
+    pub lost: BTreeMap<String, u64>,
+    /// Connections made.
+    pub connections: u64,
+    /// Connections that would have done.
+    pub asked_for: u64,
+    /// Connections that an answer said to close.
+    pub told_to_close: u64,
+    /// Connections found closed between two requests.
+    pub closed_idle: u64,
+    pub longest: Duration,
+    /// Each request.
+    pub samples: Vec<Sample>,
+}
+
+/// One request.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample {
+    /// When it was sent; microseconds from the beginning of the load.
+    pub at: u32,
+    /// How long its answer, or its loss, took; microseconds.
+    pub took: u32,
+    pub is_lost: bool,
+}
+
+impl Report {
+    fn add(&mut self, other: Self) {
+        self.samples.extend(other.samples);
+        self.answered += other.answered;
+        for (kind, count) in other.lost {
+            *self.lost.entry(kind).or_default() += count;
+        }
+        self.connections += other.connections;
+        self.asked_for += other.asked_for;
+        self.told_to_close += other.told_to_close;
+        self.closed_idle += other.closed_idle;
+        self.longest = self.longest.max(other.longest);
+    }
+
+    pub fn lost(&self) -> u64 {
+        self.lost.values().sum()
+    }
+
+    /// The time that `share` of all requests took at the most: 0.99 for the 99th percentile.
+    pub fn percentile(&self, share: f64) -> Duration {
+        let mut took: Vec<u32> = self.samples.iter().map(|sample| sample.took).collect();
+        if took.is_empty() {
+            return Duration::ZERO;
+        }
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+        let index = ((took.len() - 1) as f64 * share).round() as usize;
+        let (_, took, _) = took.select_nth_unstable(index);
+        Duration::from_micros(u64::from(*took))
+    }
+
+    /// What became of a request sent at `begun`; the load began at `start`.
+    fn note(&mut self, start: Instant, begun: Instant, asked: Result<()>) {
+        let took = begun.elapsed();
+        let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
+        let at = micros(begun.duration_since(start));
+        self.samples.push(Sample { at, took: micros(took), is_lost: asked.is_err() });
+        self.longest = self.longest.max(took);
+        match asked {
+            Ok(()) => self.answered += 1,
+            Err(error) => *self.lost.entry(format!("{error:#}")).or_default() += 1,
+        }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} answered, {} lost, {} connections made ({} asked for, {} told to close, {} closed idle), longest {} ms",
+            self.answered,
+            self.lost(),
+            self.connections,
+            self.asked_for,
+            self.told_to_close,
+            self.closed_idle,
+            self.longest.as_millis()
+        )?;
+        for (kind, count) in &self.lost {
+            write!(f, "; {count} x {kind}")?;
+        }
+        Ok(())
+    }
+}

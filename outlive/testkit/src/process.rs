@@ -1,0 +1,232 @@
+//! A child process that is ended with its owner, and with all that it started; and notifications as
+//! `sd_notify(3)` sends them.
+
+use std::io::IoSliceMut;
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus};
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, kill_process, kill_process_group, pidfd_open, waitid,
+};
+use tempfile::TempDir;
+
+use crate::TEST_TIMEOUT;
+
+pub struct Process {
+    child: Child,
+}
+
+impl Process {
+    pub fn spawn(command: &mut Command) -> Result<Self> {
+        // A group of its own, so that all of it can be ended.
+        let child =
+            command.process_group(0).spawn().with_context(|| format!("could not start {command:?}"))?;
+        Ok(Self { child })
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_child(&self.child)
+    }
+
+    pub fn child(&mut self) -> &mut Child {
+        &mut self.child
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(self.pid(), signal).expect("the process is there");
+    }
+
+    /// Waits for the process to end by itself.
+    pub fn wait(&mut self) -> Result<ExitStatus> {
+        if !self.ends_within(TEST_TIMEOUT)? {
+            bail!("process {} did not end within {TEST_TIMEOUT:?}", self.child.id());
+        }
+        Ok(self.child.wait()?)
+    }
+
+    pub fn ends_within(&mut self, time: Duration) -> Result<bool> {
+        if self.child.try_wait()?.is_some() {
+            return Ok(true);
+        }
+        let fd = pidfd_open(self.pid(), PidfdFlags::empty())?;
+        let time = Timespec { tv_sec: time.as_secs().try_into()?, tv_nsec: time.subsec_nanos().into() };
+        Ok(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&time))? > 0)
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // As long as nobody has waited for it, its number is its own.
+        let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        if waitid(WaitId::Pid(self.pid()), look).is_ok() {
+            let _ = kill_process_group(self.pid(), Signal::KILL);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+/// Tells a process that is nobody's child to end; `pid` as text.
+pub fn terminate(pid: &str) -> Result<()> {
+    signal(pid, Signal::TERM)
+}
+
+/// Signals a process that is nobody's child; `pid` as text.
+pub fn signal(pid: &str, signal: Signal) -> Result<()> {
+    let pid = Pid::from_raw(pid.parse()?).context("a pid")?;
+    Ok(kill_process(pid, signal)?)
+}
+
+/// A socket for `NOTIFY_SOCKET`, what was said on it, and the fds that were given to be stored.
+///
+/// A thread reads it at once, as a service manager does: what `sd_notify(3)` calls a barrier waits for
+/// that.
+pub struct Notifications {
+    folder: TempDir,
+    heard: Receiver<Message>,
+    said: Vec<String>,
+    stored: Vec<OwnedFd>,
+}
+
+struct Message {
+    text: String,
+    fds: Vec<OwnedFd>,
+}
+
+/// Ends the thread.
+const LAST: &[u8] = b"that is all";
+
+impl Notifications {
+    /// A service manager without a file descriptor store.
+    pub fn new() -> Result<Self> {
+        Self::listen(false)
+    }
+
+    /// A service manager with one.
+    pub fn with_store() -> Result<Self> {
+        Self::listen(true)
+    }
+
+    fn listen(stores: bool) -> Result<Self> {
+        let folder = tempfile::tempdir()?;
+        let socket = UnixDatagram::bind(folder.path().join("notify"))?;
+        let (tell, heard) = channel();
+        std::thread::spawn(move || {
+            while let Some(mut message) = receive(&socket) {
+                if !stores || !message.text.contains("FDSTORE=1") {
+                    message.fds.clear();
+                }
+                if tell.send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        Ok(Self { folder, heard, said: Vec::new(), stored: Vec::new() })
+    }
+
+    pub fn path(&self) -> PathBuf {
+        self.folder.path().join("notify")
+    }
+
+    /// All that has been waited past, in order, a line each.
+    pub fn said(&self) -> &[String] {
+        &self.said
+    }
+
+    /// The fds stored so far.
+    pub fn take_stored(&mut self) -> Vec<OwnedFd> {
+        while let Ok(message) = self.heard.try_recv() {
+            self.note(message);
+        }
+        std::mem::take(&mut self.stored)
+    }
+
+    /// Waits for a line that begins with `wanted`, and gives it.
+    pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
+        self.wait_for_at_most(wanted, TEST_TIMEOUT)
+    }
+
+    /// As `wait_for`; fails after `limit`.
+    pub fn wait_for_at_most(&mut self, wanted: &str, limit: Duration) -> Result<String> {
+        self.wait_for_line(wanted, limit, |line| line.starts_with(wanted))
+    }
+
+    /// Waits for a status that contains `wanted`, and gives its line. The limit is the same however many other statuses
+    /// arrive first.
+    pub fn wait_for_status(&mut self, wanted: &str) -> Result<String> {
+        self.wait_for_line(wanted, TEST_TIMEOUT, |line| line.starts_with("STATUS=") && line.contains(wanted))
+    }
+
+    fn wait_for_line(
+        &mut self,
+        wanted: &str,
+        limit: Duration,
+        is_it: impl Fn(&str) -> bool,
+    ) -> Result<String> {
+        let deadline = Instant::now() + limit;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let message = self
+                .heard
+                .recv_timeout(left)
+                .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
+            let news = self.said.len();
+            self.note(message);
+            if let Some(line) = self.said[news..].iter().find(|line| is_it(line)) {
+                return Ok(line.clone());
+            }
+        }
+    }
+
+    fn note(&mut self, message: Message) {
+        self.said.extend(message.text.lines().map(str::to_owned));
+        self.stored.extend(message.fds);
+    }
+}
+
+impl Drop for Notifications {
+    fn drop(&mut self) {
+        if let Ok(socket) = UnixDatagram::unbound() {
+            let _ = socket.send_to(LAST, self.path());
+        }
+    }
+}
+
+fn receive(socket: &UnixDatagram) -> Option<Message> {
+    let mut bytes = [0; 4096];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags).ok()?;
+    let fds = ancillary.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds = fds.flatten().collect();
+    let bytes = &bytes[..received.bytes];
+    (bytes != LAST).then(|| Message { text: String::from_utf8_lossy(bytes).into_owned(), fds })
+}
+
+/// `make`, as a person would run it: what cargo has said to this test would have others build their things anew.
+pub fn make(folder: impl AsRef<Path>, goals: &[&str]) -> Command {
+    let mut make = Command::new("make");
+    make.arg("--silent").args(goals).current_dir(folder);
+    without_cargo(&mut make);
+    make
+}
+
+/// Takes cargo's and make's own variables from a command.
+pub fn without_cargo(command: &mut Command) {
+    for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && name != "CARGO_HOME") {
+        command.env_remove(name);
+    }
+    command.env_remove("MAKEFLAGS");
+}

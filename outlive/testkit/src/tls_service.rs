@@ -1,0 +1,89 @@
+//! The real binary with a listener of each kind, bound by itself.
+
+use std::net::SocketAddr;
+
+use anyhow::{Context, Result};
+use rustix::process::Signal;
+use tempfile::TempDir;
+
+use crate::certificate::Certificate;
+use crate::client::{Connection, Http2, Target, get};
+use crate::process::{Notifications, Process};
+use crate::service::command;
+
+pub struct TlsService {
+    pub process: Process,
+    pub notifications: Notifications,
+    pub http: SocketAddr,
+    pub https: SocketAddr,
+    pub certificate: Certificate,
+    folder: TempDir,
+}
+
+impl TlsService {
+    /// Starts `binary`, and waits until it serves.
+    pub fn start(binary: &str, flags: &[&str]) -> Result<Self> {
+        let certificate = Certificate::new()?;
+        let folder = tempfile::tempdir()?;
+        let mut notifications = Notifications::new()?;
+        let mut command = command(binary, flags);
+        command
+            .args(["--listen", "127.0.0.1:0", "--listen", "https=127.0.0.1:0"])
+            .arg(format!("--listen=admin={}", folder.path().join("admin.sock").display()))
+            .args(["--tls-cert".into(), certificate.chain(), "--tls-key".into(), certificate.key()])
+            .env("NOTIFY_SOCKET", notifications.path());
+        let process = Process::spawn(&mut command)?;
+        let status = notifications.wait_for("STATUS=serving on")?;
+        let address = |name: &str| -> Result<SocketAddr> {
+            let port = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
+            Ok(SocketAddr::from(([127, 0, 0, 1], port.with_context(|| status.clone())?.parse()?)))
+        };
+        let (http, https) = (address("http")?, address("https")?);
+        Ok(Self { process, notifications, http, https, certificate, folder })
+    }
+
+    pub fn admin(&self) -> Target {
+        Target::Unix(self.folder.path().join("admin.sock"))
+    }
+
+    /// The https listener, for a client that speaks one of these protocols (ALPN).
+    pub fn https(&self, protocols: &[&str]) -> Result<Target> {
+        Ok(Target::Tls(self.https, self.certificate.client(protocols)?))
+    }
+
+    /// Tells it to end, and waits until it has begun to.
+    pub fn terminate(&mut self) -> Result<()> {
+        self.process.signal(Signal::TERM);
+        self.notifications.wait_for("STOPPING=1")?;
+        Ok(())
+    }
+}
+
+/// A client with a connection of its own: HTTP/1.1 or HTTP/2, plain or over TLS.
+pub enum Client {
+    Http1(Connection),
+    Http2(Http2),
+}
+
+impl Client {
+    pub async fn open(service: &TlsService, kind: usize) -> Self {
+        let plain = Target::Tcp(service.http);
+        let tls = |protocol| service.https(&[protocol]).expect("a certificate");
+        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("it listens"));
+        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("it listens"));
+        match kind % 4 {
+            0 => http1(plain).await,
+            1 => http2(plain).await,
+            2 => http1(tls("http/1.1")).await,
+            _ => http2(tls("h2")).await,
+        }
+    }
+
+    pub async fn is_answered(&mut self) {
+        let status = match self {
+            Self::Http1(connection) => connection.ask(&get("/")).await.expect("an answer").status,
+            Self::Http2(connection) => connection.get("/").await.expect("an answer").expect("no GOAWAY").0,
+        };
+        assert_eq!(status, 200);
+    }
+}

@@ -1,0 +1,38 @@
+//! A verb of `systemctl` again and again, under a load.
+
+use std::time::{Duration, Instant};
+
+use crate::container::Container;
+use crate::exclusive_cpu;
+use crate::load::{Connections, Load, Report};
+
+/// Restarts or reloads in a row, each as soon as the one before is done: `TIMES` of the environment, or a few, because
+/// the soak does thousands.
+pub fn times() -> u32 {
+    std::env::var("TIMES").map_or(10, |times| times.parse().expect("TIMES: a number"))
+}
+
+/// Does `systemctl VERB` again and again under `load`: no request is lost, no connection is closed. Gives
+/// what the clients saw.
+pub fn again_and_again(verb: &str, container: &Container, load: Load) -> Report {
+    let one_each = load.connections == Connections::OneEach;
+    container.ask("/");
+    let _alone = exclusive_cpu();
+    let mut slowest = Duration::ZERO;
+    let running = load.start(container.enter());
+    let times = times();
+    for _ in 0..times {
+        let (begun, ended) = (Instant::now(), running.ended());
+        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        slowest = slowest.max(begun.elapsed());
+        // The load was served meanwhile, however slow the machine is.
+        running.wait_for(ended + 1);
+    }
+    let report = running.stop();
+    eprintln!("{times} times {verb}, the slowest {} ms: {report}", slowest.as_millis());
+    assert!(report.answered > u64::from(times), "hardly a load: {report}");
+    assert_eq!(report.lost(), 0, "{report}");
+    let wanted = if one_each { report.answered } else { report.asked_for };
+    assert_eq!(report.connections, wanted, "{report}");
+    report
+}
