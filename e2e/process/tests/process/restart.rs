@@ -570,7 +570,7 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
         (good[..20].to_vec(), "invalid frame length"),
         ([good.clone(), vec![0; 513]].concat(), "invalid frame length"),
         ([good.clone(), vec![0xff]].concat(), "invalid utf-8"),
-        (frame(99, 1, ""), "unknown frame type 99"),
+        (frame(99, 1, ""), "unknown message type 99"),
         (frame(CONNECTIONS, 253, ""), "invalid frame: 253 sockets"),
         (frame(CONNECTIONS, 2, ""), "could not read the records"),
         (frame(CONNECTIONS, 0, ""), "received 2 file descriptors in a message, expected 0"),
