@@ -3,6 +3,7 @@
 ## make e2e             as root: all tests on real systemds and with other programs; PART=NAME runs one part
 ## make e2e-deps        as root: install and fetch what make e2e, soak and bench need
 ## make fuzz TIME=1m    run each fuzz target under libFuzzer; make corpus minimizes the corpora
+## make models          check the registry in every order of its tasks, with loom
 ## make soak TIME=10m   as root: random restarts, reloads and faults under load; SEED=N repeats a run
 ## make bench           as root: the comparison with other servers; BENCH=--quick takes three minutes
 ## make audit           known vulnerabilities of the dependencies, from the network
@@ -18,8 +19,8 @@ test-process: test-workspace
 	cd e2e && cargo test --package e2e-process -- --test-threads 12
 
 # The library also with none of its features, and with the fuzz targets.
-.PHONY: check-e2e
-check: check-e2e
+.PHONY: check-e2e check-e2e-dependencies
+check: check-e2e check-e2e-dependencies
 check-e2e:
 	cd e2e && cargo fmt --all --check
 	cd e2e && cargo clippy --workspace --all-targets -- -D warnings
@@ -27,6 +28,7 @@ check-e2e:
 	cargo clippy -p outlive -- -D warnings
 	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
+check-e2e-dependencies:
 	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny check --config ../deny.toml bans licenses sources)
 
 .PHONY: audit
@@ -137,6 +139,11 @@ EACH_FUZZER = binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -
 fuzzers:
 	RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer $(COVERAGE)' BOLERO_FUZZER=libfuzzer cargo test --quiet --package outlive \
 		--lib --features fuzz-tests --config e2e/fuzz/profile.toml --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
+
+# loom runs the code of the registry in every order in which its tasks can meet.
+.PHONY: models
+models:
+	cargo test --workspace --lib --features outlive/model-tests -- models::
 
 # ---- soak and comparison ----
 

@@ -1,5 +1,5 @@
 //! The registry, in every order that its tasks can meet in and with every value that the memory model lets them read:
-//! `make model`. A wake-up that is missed is a deadlock here, which loom reports.
+//! `make models`. A wake-up that is missed is a deadlock here, which loom reports.
 //!
 //! Each says what was broken on purpose to see it fail.
 

@@ -1,5 +1,5 @@
 //! What the registry's tasks meet in: atomics and mutexes of the standard library, and tokio's bell; for the models
-//! (`make model`, `registry/models.rs`) loom's, which show each value that the memory model allows to be read.
+//! (`make models`, `registry/models.rs`) loom's, which show each value that the memory model allows to be read.
 //!
 //! Clocks and sums for people to read are not of it: nobody waits for them.
 

@@ -12,12 +12,13 @@ use crate::process::without_cargo;
 /// The root of the repository, whose workspace has the service.
 pub const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
-/// The package `name` of the root workspace, with its debug binary.
+/// The package `name` of the root workspace, with its binary: the debug one, or under `cargo test --release` the release.
 pub fn root_package(name: &'static str) -> Package<'static> {
     static BINARY: OnceLock<String> = OnceLock::new();
     // With the same features as `cargo test --workspace`: cargo unifies those of dev-dependencies only if it builds
     // something that needs them, such as the examples, and would otherwise compile most dependencies once more.
-    let arguments = ["--workspace", "--bins", "--examples"];
+    let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
+    let arguments = ["--workspace", "--bins", "--examples", "--profile", profile];
     let binary = BINARY.get_or_init(|| build(Path::new(ROOT), &arguments, name));
     Package { name, binary, folder: ROOT }
 }

@@ -26,7 +26,7 @@ use crate::process::{Notifications, Process, make};
 pub enum Systemd {
     /// This machine's, from its own /usr.
     Host,
-    /// 257, from a root that `make test` makes: Debian 13.
+    /// 257, from a root that `make e2e-deps` makes: Debian 13.
     V257,
     /// 252, the same: Debian 12.
     V252,
@@ -65,7 +65,7 @@ impl Systemd {
 fn needs_root() -> Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
-        "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make test"
+        "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make e2e"
     );
     Ok(())
 }

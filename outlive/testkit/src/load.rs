@@ -68,7 +68,7 @@ impl Load {
         Self::kept(target, 50, Duration::from_millis(5))
     }
 
-    /// As W2, sending blindly.
+    /// As `paced`, but without looking first whether the server has closed the connection.
     pub fn paced_blind(target: &Target) -> Self {
         Self { connections: Connections::KeptBlindly, ..Self::paced(target) }
     }
@@ -80,7 +80,7 @@ impl Load {
         Self { connections: Connections::OneEach, request, ..Self::kept(target, 10, think) }
     }
 
-    /// W1 with bodies of 1 KiB.
+    /// As `saturating`, with bodies of 1 KiB.
     pub fn post(target: &Target) -> Self {
         Self { request: post("/echo", 1024), ..Self::saturating(target) }
     }

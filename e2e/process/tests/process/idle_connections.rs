@@ -158,7 +158,7 @@ fn resident(service: &TlsService) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
 }
 
-/// `benches/` has the figures; this is what no change may break.
+/// `bench/README.md` has the figures; this is what no change may break.
 #[test]
 fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
     const COUNT: u64 = 4_000;

@@ -28,7 +28,7 @@ use testkit::container::Package;
 
 /// The package in the root workspace.
 const NAME: &str = "app";
-/// That of the root's Makefile.
+/// The root of the repository, where its Makefile is.
 const FOLDER: &str = testkit::binaries::ROOT;
 
 fn app_package() -> Package<'static> {
