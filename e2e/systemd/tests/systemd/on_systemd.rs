@@ -948,9 +948,9 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
         }
     });
     let metrics = ask_admin(&container, "/metrics");
-    assert!(metrics.contains("\nrequests_cut_off_total 2\n"), "{metrics}");
-    assert!(metrics.contains("\nconnections_handed_over_total 2\n"), "{metrics}");
-    assert!(metrics.contains("\nconnections_taken_over_total 1\n"), "{metrics}");
+    assert!(metrics.contains("\noutlive_requests_cut_off_total 2\n"), "{metrics}");
+    assert!(metrics.contains("\noutlive_connections_handed_over_total 2\n"), "{metrics}");
+    assert!(metrics.contains("\noutlive_connections_taken_over_total 1\n"), "{metrics}");
 }
 
 /// What the admin socket answers, and its status.
