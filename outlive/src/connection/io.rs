@@ -328,10 +328,10 @@ mod tests {
 
     /// Both ends of a TCP connection: the server's and the peer's.
     async fn connection() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-        let address = listener.local_addr().expect("an address");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("the port is bound");
+        let address = listener.local_addr().expect("the listener has an address");
         let (ours, peer) = tokio::join!(listener.accept(), TcpStream::connect(address));
-        (ours.expect("a connection").0, peer.expect("a connection"))
+        (ours.expect("the connection is made").0, peer.expect("the connection is made"))
     }
 
     /// Fills the buffers of the sockets; the peer reads nothing.
@@ -367,7 +367,7 @@ mod tests {
     async fn bytes_that_arrive_at_a_parkable_connection_are_not_read_before_it_is_parked() {
         let (ours, mut peer) = connection().await;
         let mut io = io_that_idles(Wire::Left(Stream::Tcp(ours)), Duration::from_secs(60));
-        peer.write_all(b"GET").await.expect("sent");
+        peer.write_all(b"GET").await.expect("the bytes are sent");
         let mut read = [0; 1];
         io.read_exact(&mut read).await.expect("the connection is read before it is parkable");
         io.entry().enter(Stage::Waiting);
@@ -387,16 +387,17 @@ mod tests {
 
     #[tokio::test]
     async fn tls_close_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
-        let certificate = Certificate::new().expect("a certificate");
+        let certificate = Certificate::new().expect("openssl makes a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
         let acceptor = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
-            .expect("an acceptor");
-        let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
+            .expect("the TLS configuration is valid");
+        let connector =
+            TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;
-        let name = "localhost".try_into().expect("a name");
+        let name = "localhost".try_into().expect("the name is valid");
         let ours = record_reader::accept(Stream::Tcp(ours), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
-        let ours = ours.expect("a handshake");
+        let ours = ours.expect("the handshake succeeds");
         fill(ours.get_ref().0.stream()).await;
         assert_ends(io(Wire::Right(Tls::Left(Box::new(ours)))).close()).await;
     }
