@@ -263,7 +263,7 @@ impl Interposer {
                 self.receive_acknowledgement()
             }
             Head { frame_type: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
-                // h2 refuses invalid settings, and ends the connection.
+                // Settings that cannot be recorded cannot be handed over. h2 refuses those that are invalid.
                 self.is_ending |= !self.state.theirs.set(&payload);
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
                 Disposition::Forward
