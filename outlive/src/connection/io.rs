@@ -179,7 +179,7 @@ impl Io {
 
     /// Sends `answer`, which hyper does not produce (408, 400, GOAWAY), and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
-        // In this stage the peer has the stall limit to take the answer.
+        // In this stage the stall limit applies to the answer.
         self.entry().enter(Stage::Ending);
         let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
         if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {

@@ -51,7 +51,7 @@ const FRAME_LIMIT: usize = 16 * 1024;
 /// The payload of a PING, in bytes. h2 refuses any other length.
 const PING_LENGTH: usize = 8;
 
-/// One HTTP/2 connection, seen between its client and h2. It performs no IO: `relay.rs` moves the bytes.
+/// One HTTP/2 connection between its client and h2. It performs no IO; `relay.rs` does that.
 pub struct Interposer {
     state: Http2State,
     /// Streams up to this one were served by a former process.

@@ -264,7 +264,7 @@ fn record_lengths_and_padding_have_the_limits_of_rustls() {
         ("the most content", vec![data(&vec![7; FRAGMENT_LIMIT])], None),
         ("a byte of content too much", vec![data(&vec![7; FRAGMENT_LIMIT + 1])], Some(Alert::RecordOverflow)),
         (
-            "the longest record that is opened",
+            "the longest record that is decrypted",
             vec![data(&vec![7; SEALED_LIMIT - 1 - 1 - TAG_LENGTH])],
             Some(Alert::RecordOverflow),
         ),
@@ -273,13 +273,13 @@ fn record_lengths_and_padding_have_the_limits_of_rustls() {
             vec![Raw(vec![APPLICATION_DATA, 3, 3, 0x48, 0])],
             Some(Alert::DecodeError),
         ),
-        ("a record without a seal", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 0])], Some(Alert::BadRecordMac)),
+        ("a record without a tag", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 0])], Some(Alert::BadRecordMac)),
         (
-            "a record that is shorter than a seal",
+            "a record that is shorter than a tag",
             vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 3, 1, 2, 3])],
             Some(Alert::BadRecordMac),
         ),
-        ("nothing but padding", vec![padded(0, b"", 5)], None),
+        ("only padding", vec![padded(0, b"", 5)], None),
     ]);
 }
 
@@ -322,7 +322,11 @@ fn alerts_are_accepted_and_refused_as_by_rustls() {
         ("an empty alert", vec![record(ALERT, b"")], Some(Alert::DecodeError)),
         ("half an alert", vec![record(ALERT, &[WARNING])], Some(Alert::DecodeError)),
         ("an alert and a half", vec![record(ALERT, &[WARNING, 90, 1])], Some(Alert::DecodeError)),
-        ("an alert without a seal", vec![Raw(vec![ALERT, 3, 3, 0, 2, 1, 0])], Some(Alert::BadRecordMac)),
+        (
+            "an alert that is not encrypted",
+            vec![Raw(vec![ALERT, 3, 3, 0, 2, 1, 0])],
+            Some(Alert::BadRecordMac),
+        ),
     ]);
 }
 
@@ -330,9 +334,9 @@ fn alerts_are_accepted_and_refused_as_by_rustls() {
 fn key_updates_are_followed_and_refused_as_by_rustls() {
     assert_same(vec![
         ("a KeyUpdate", vec![data(b"x"), KeyUpdate(0), data(b"y")], None),
-        ("a KeyUpdate that asks", vec![data(b"x"), KeyUpdate(1), data(b"y")], None),
+        ("a KeyUpdate that requests one", vec![data(b"x"), KeyUpdate(1), data(b"y")], None),
         (
-            "KeyUpdates that ask, and no answer in between",
+            "KeyUpdates that request one, without an answer in between",
             [vec![KeyUpdate(1); 32], vec![data(b"x")]].concat(),
             None,
         ),
@@ -343,12 +347,12 @@ fn key_updates_are_followed_and_refused_as_by_rustls() {
             None,
         ),
         (
-            "a KeyUpdate that asks for something unknown",
+            "a KeyUpdate with an unknown request_update",
             vec![KeyUpdate(2), data(b"x")],
             Some(Alert::IllegalParameter),
         ),
         (
-            "a KeyUpdate that asks, and an answer to a fault",
+            "a KeyUpdate that requests one, and then a fault",
             vec![KeyUpdate(1), alert(WARNING, 100)],
             Some(Alert::DecodeError),
         ),
@@ -391,12 +395,12 @@ fn handshake_messages_and_unknown_records_are_refused_as_by_rustls() {
         ("Finished", vec![record(HANDSHAKE, &[20, 0, 0, 1, 0])], Some(Alert::UnexpectedMessage)),
         ("HelloRequest", vec![record(HANDSHAKE, &[0, 0, 0, 0])], Some(Alert::UnexpectedMessage)),
         (
-            "a message of no known type",
+            "a message of an unknown type",
             vec![record(HANDSHAKE, &[99, 0, 0, 0])],
             Some(Alert::UnexpectedMessage),
         ),
         (
-            "change_cipher_spec, sealed",
+            "an encrypted change_cipher_spec",
             vec![record(CHANGE_CIPHER_SPEC, &[1])],
             Some(Alert::UnexpectedMessage),
         ),
@@ -411,7 +415,7 @@ fn handshake_messages_and_unknown_records_are_refused_as_by_rustls() {
             Some(Alert::DecodeError),
         ),
         ("a heartbeat", vec![record(HEARTBEAT, &[1, 2, 3])], Some(Alert::DecodeError)),
-        ("a record of no known type", vec![record(99, &[1, 2, 3])], Some(Alert::DecodeError)),
+        ("a record of an unknown type", vec![record(99, &[1, 2, 3])], Some(Alert::DecodeError)),
     ]);
 }
 
@@ -425,11 +429,11 @@ fn record_headers_are_accepted_and_refused_as_by_rustls() {
         ),
         ("a header of a handshake", vec![Header { first: [HANDSHAKE, 3, 3], content: b"x".to_vec() }], None),
         (
-            "a header of no version",
+            "a header with an invalid version",
             vec![Header { first: [APPLICATION_DATA, 4, 3], content: b"x".to_vec() }],
             Some(Alert::DecodeError),
         ),
-        ("a header of no type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
+        ("a header with an invalid type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
         ("an empty handshake record", vec![Raw(vec![HANDSHAKE, 3, 3, 0, 0])], Some(Alert::DecodeError)),
         ("HTTP without TLS", vec![Raw(b"GET / HTTP/1.1\r\n\r\n".to_vec())], Some(Alert::DecodeError)),
         ("the first byte of HTTP without TLS", vec![Raw(b"G".to_vec())], Some(Alert::DecodeError)),

@@ -187,7 +187,7 @@ fn end_without_close_notify_is_an_error() {
     });
 }
 
-/// rustls follows the KeyUpdates before the connection moves, `RecordLayer` those after it.
+/// rustls follows the KeyUpdates before the handover, `RecordLayer` those after it.
 #[test]
 fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
     let parties = Parties::new();
