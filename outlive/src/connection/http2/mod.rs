@@ -48,7 +48,8 @@ const HEADER_LIST_LIMIT: u32 = 16 * 1024;
 const HOLD_LIMIT: Duration = Duration::from_millis(20);
 
 /// How long a client that waits for no response may take to react to GOAWAY when the process is stopping. A reaction
-/// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests that it sent after it.
+/// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests on streams above its
+/// last stream.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 
 pub(super) enum Http2Outcome {
