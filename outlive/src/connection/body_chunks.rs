@@ -1,5 +1,8 @@
-//! The way of an HTTP/2 answer's body into its connection, which asks for a chunk once its peer has room for
-//! one. In chunks, so that the request is in flight until the peer has taken all but the last.
+//! Splits the body of an HTTP/2 response into chunks.
+//!
+//! hyper polls for the next chunk only when the client's windows have room for one. The request therefore stays in
+//! flight until the client has taken all but the last chunk. A body given to h2 at once would end its request while h2
+//! still held nearly all of it.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -11,12 +14,13 @@ use http_body::{Body as HttpBody, Frame};
 
 use crate::registry::{Entry, PendingFrame};
 
-/// The largest chunk, in bytes: what peers take in a frame (RFC 9113 section 4.2).
+/// The largest chunk, in bytes: every peer accepts a frame of this size (RFC 9113 section 4.2).
 pub(super) const CHUNK: usize = 16 * 1024;
 
 pub(super) struct ChunkedBody {
-    /// What the handler has given, and the connection has not asked for.
+    /// Data of the handler that hyper has not polled for.
     buffer: Bytes,
+    /// Starts the stall limit while the response waits for room in the client's windows.
     pending: Option<PendingFrame>,
 }
 
@@ -25,12 +29,12 @@ impl ChunkedBody {
         Self { buffer: Bytes::new(), pending: Some(PendingFrame::new(entry)) }
     }
 
-    /// How much the handler has given that the connection has not asked for, in bytes.
+    /// The amount of data of the handler that hyper has not polled for, in bytes.
     pub(super) fn buffered(&self) -> u64 {
         self.buffer.len() as u64
     }
 
-    /// The next chunk of `body`: there is room for it.
+    /// The next chunk of `body`. hyper calls this once the client's windows have room for it.
     pub(super) fn poll_chunk(
         &mut self,
         body: Pin<&mut Body>,

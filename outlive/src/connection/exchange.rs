@@ -1,4 +1,8 @@
-//! One request and its answer: in flight from its head until both bodies have ended.
+//! Calls the routes for each request of a connection, and reports the progress of the request to the registry.
+//!
+//! [`Service`] is what hyper calls. For each request it makes an `Exchange`, which keeps the request in flight until
+//! the response body is dropped; `Reading` does the same for the request body. A connection becomes quiescent only when
+//! both have ended, because the next process cannot continue a request.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -21,7 +25,7 @@ use crate::app::context::RequestContext;
 use crate::registry::{BodyEnd, Entry, InFlight, Stage};
 use crate::requests::{self, Routes};
 
-/// Routes as hyper calls them, with each request entered in the registry.
+/// The hyper service of one connection: it calls the routes and registers each request.
 pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
@@ -39,13 +43,13 @@ impl Service {
         }
     }
 
-    /// Where the service leaves an upgrade that the client offered and the response did not grant.
+    /// The slot for an upgrade that the client offered and the response did not grant.
     pub(super) fn declined_upgrade(&self) -> DeclinedUpgrade {
         self.declined.clone()
     }
 }
 
-/// An upgrade that hyper has prepared for a request.
+/// An upgrade that hyper has prepared for a request, and the slot for it if the response does not grant it.
 struct OfferedUpgrade {
     upgrade: OnUpgrade,
     declined: DeclinedUpgrade,
@@ -71,7 +75,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 }
 
 pin_project! {
-    /// A request until its answer begins.
+    /// Resolves to the response of one request.
     pub(super) struct ResponseFuture {
         #[pin]
         future: requests::ResponseFuture,
@@ -87,12 +91,12 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let exchange = this.exchange.as_mut().expect("asked until it has answered");
+        let exchange = this.exchange.as_mut().expect("the future is not polled after it has resolved");
         let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
             exchange.track();
             return Poll::Pending;
         };
-        let exchange = this.exchange.take().expect("it is there");
+        let exchange = this.exchange.take().expect("it was present above");
         let offered = this.offered.take();
         if !grants_upgrade(&response, *this.connects)
             && let Some(OfferedUpgrade { upgrade, declined }) = offered
@@ -108,7 +112,7 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
-/// In flight from its beginning until it is dropped.
+/// A request that is in flight until this is dropped.
 struct Exchange {
     entry: Arc<Entry>,
     request: InFlight,
@@ -127,7 +131,7 @@ impl Exchange {
         })
     }
 
-    /// Not answered at once: whoever asks what is in flight is told of it.
+    /// Adds a request that was not answered in its first poll to the requests that the registry can list.
     fn track(&mut self) {
         if !self.is_tracked {
             self.is_tracked = true;
@@ -135,7 +139,7 @@ impl Exchange {
         }
     }
 
-    /// `connects`: the request was a CONNECT.
+    /// Prepares the handler's response for hyper. `connects`: the method of the request was CONNECT.
     fn answer(
         mut self,
         mut response: Response<Body>,
@@ -144,7 +148,8 @@ impl Exchange {
     ) -> Response<ResponseBody> {
         let upgrades = grants_upgrade(&response, connects);
         if version == Version::HTTP_2 {
-            // Its connection is told by GOAWAY. Its body may be kept waiting before anybody asks for it.
+            // HTTP/2 has GOAWAY instead of `Connection: close`. The request is tracked now, because hyper may not poll
+            // the body for a long time if the client's windows are full.
             self.track();
         } else if upgrades {
             self.entry.enter(Stage::Upgraded);
@@ -165,7 +170,7 @@ impl Drop for Exchange {
     }
 }
 
-/// While it lives, a request's body is being read.
+/// Reports to the registry that a request body is being read, until this is dropped.
 struct Reading {
     entry: Arc<Entry>,
     end: BodyEnd,
@@ -181,18 +186,18 @@ pin_project! {
     struct RequestBody {
         #[pin]
         body: Incoming,
-        // None once its end was read: whoever keeps it longer keeps nothing of the connection.
+        // None once the end was read: a handler may keep the body for longer, which must not keep the connection busy.
         reading: Option<Reading>,
     }
 }
 
 pin_project! {
-    /// The body of an answer; its request is in flight until this is dropped.
+    /// The body of a response. Its request is in flight until this is dropped.
     pub(super) struct ResponseBody {
         #[pin]
         body: Body,
         exchange: Exchange,
-        // Boxed: most answers have none.
+        // Present for HTTP/2 only; boxed, so that HTTP/1.1 responses stay small.
         window: Option<Box<ChunkedBody>>,
     }
 }
@@ -289,7 +294,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_http2_answer_is_in_flight_until_all_but_its_last_piece_has_room() {
+    async fn http2_response_is_in_flight_until_all_but_its_last_chunk_is_taken() {
         let whole: Vec<u8> = (0..=CHUNK * 2).map(|number| number.to_le_bytes()[0]).collect();
         let (entry, mut body) = answer(Version::HTTP_2, whole.clone());
         let mut taken = Vec::new();
@@ -306,7 +311,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn an_http1_answer_goes_as_the_handler_gave_it() {
+    async fn http1_response_body_is_not_split() {
         let (_entry, mut body) = answer(Version::HTTP_11, vec![0; CHUNK * 2]);
         let chunk = body.frame().await.expect("a chunk").expect("no error").into_data().expect("data");
         assert_eq!(chunk.len(), CHUNK * 2);

@@ -1,4 +1,7 @@
-//! Drives HTTP/1.1 on one connection, and brings it to rest.
+//! Drives HTTP/1.1 on one connection until it closes or becomes quiescent.
+//!
+//! [`drive`] polls hyper's `http1::Connection`. To park the connection or hand it over, it takes hyper apart between
+//! two requests: the socket and the bytes that hyper has read but not consumed continue elsewhere.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -16,17 +19,18 @@ use crate::registry::{Entry, Stage};
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
 
-/// The answer to a request whose head does not come in time.
+/// The response to a request whose head does not arrive within `--head-timeout`.
 const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
 
 pub(super) enum Http1Outcome {
     Closed,
-    /// With what was read and not consumed.
+    /// The connection, and the bytes that hyper has read and not consumed.
     Quiescent(Parts, Bytes),
 }
 
+/// Why the driver stops polling hyper.
 enum Turn {
-    /// hyper is done with the connection: the peer closed it, or the last answer said so.
+    /// hyper has ended the connection: the peer closed it, the last response announced the end, or it failed.
     Done(hyper::Result<()>),
     Quiescent,
     Overdue(Stage),
@@ -38,8 +42,8 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
     // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
     let started_before = entry.started();
     let mut connection = Builder::new()
-        .header_read_timeout(None) // the registry watches over the time limits
-        .half_close(is_plain) // `Io` sees it when a peer gives up, and takes no new buffer to look with
+        .header_read_timeout(None) // the registry enforces the time limits
+        .half_close(is_plain) // `Io` detects a closed peer with a peek; hyper would allocate a buffer
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
@@ -59,13 +63,14 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
             if !state.is_quiescent() || !entry.must_quiesce() {
                 return Poll::Pending;
             }
-            // hyper learns in its next turn that a handler has left a part of the request's body: it then reads the
-            // remainder at once, or ends the connection. Without that turn the next process would receive the
-            // remainder as the beginning of a request.
+            // If a handler has not read the whole request body, hyper notices that in its next poll, and reads the
+            // remainder or ends the connection. Without that poll the next process would take the remainder for the
+            // beginning of a request.
             if state.has_left_body() && !std::mem::replace(&mut has_looked_again, true) {
                 continue;
             }
-            // It was said before the phase was, and after we looked.
+            // The flag is set before the phase is, but both may have been set after the check at the head of the loop.
+            // Without this second check the connection would go to a process that does not adopt TLS connections.
             if !is_plain && entry.keeps_http2_and_tls() {
                 continue;
             }
@@ -74,8 +79,8 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
             if entry.started() == started_before {
                 return Poll::Ready(Turn::Quiescent);
             }
-            // hyper ends a connection that it holds to be idle without sending a byte. One that it does
-            // not hold to be idle has more to say, and ends by itself.
+            // If hyper considers the connection idle, it ends it without sending a byte. Otherwise it has more to send,
+            // and ends in a later poll.
             Pin::new(&mut connection).graceful_shutdown();
             return Pin::new(&mut connection).poll(cx).map(|result| match result {
                 Ok(()) => Turn::Quiescent,
@@ -93,15 +98,15 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
     let Some((io, read)) = stream else { return Http1Outcome::Closed };
     match turn {
         Turn::Quiescent => {
-            if let Some(rest) = io.into_parts() {
-                return Http1Outcome::Quiescent(rest, read);
+            if let Some(parts) = io.into_parts() {
+                return Http1Outcome::Quiescent(parts, read);
             }
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
         Turn::Overdue(Stage::InFlight) => {
             warn!(peer = %entry.peer, "closed the connection: the client stopped reading the response (--request-timeout)");
         }
-        // What is not encrypted just ends.
+        // Without TLS the socket is closed at once, because there is no `close_notify` to send.
         Turn::Overdue(_) if io.is_plain() => {}
         Turn::Overdue(_) => io.close().await,
         Turn::Done(result) => {

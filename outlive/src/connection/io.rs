@@ -1,4 +1,8 @@
-//! A connection's stream as hyper reads and writes it, reporting to the registry what passes.
+//! The IO that hyper reads and writes: a socket, or TLS on it.
+//!
+//! [`Io`] reports to the registry what was read, written and flushed, because the state and the time limits of the
+//! connection depend on that. It withholds new requests from hyper while the connection must become quiescent. At the
+//! end the driver closes it (`close`, `refuse`) or takes it apart for the next process (`into_parts`).
 
 use std::future::poll_fn;
 use std::io;
@@ -17,39 +21,39 @@ use crate::registry::{Entry, Registration, Stage};
 use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::TlsTrafficState;
 
-/// How much a peer may still send while we wait for it to take our last answer, in bytes.
+/// How much is read and discarded while a peer receives the last response, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
 
-/// What carries a connection's bytes: the stream itself, or TLS on it.
+/// What `Io` reads and writes: the socket itself (`Left`), or TLS on it (`Right`).
 pub(super) type Wire = Either<Stream, Tls>;
-/// TLS as it was made here, or as it goes on here.
+/// TLS by rustls if this process performed the handshake (`Left`), or by `RecordLayer` after that (`Right`).
 pub(super) type Tls = Either<Box<TlsStream<RecordAligned>>, Box<RecordLayer>>;
 
-/// What it takes to go on elsewhere.
+/// What is needed to continue the connection in another process, or here after it was parked.
 pub(super) struct Parts {
     pub stream: Stream,
     pub registration: Registration,
     pub tls: Option<Box<TlsTrafficState>>,
-    /// What hyper has not read: of what came with the connection, and what TLS has opened.
+    /// Bytes that hyper has not read: those that came with the connection, then those that TLS has decrypted.
     pub unread: Bytes,
 }
 
 pub(super) struct Io {
     wire: Wire,
-    /// Bytes that came with the connection, read before any others.
+    /// Bytes that came with the connection. They are read before any others.
     unread: Bytes,
     registration: Registration,
     protocol: Protocol,
     end: CloseState,
 }
 
-/// How far a connection's end has come.
+/// The progress of closing the connection.
 #[derive(Clone, Copy)]
 enum CloseState {
     No,
-    /// Saying that nothing more will come from here.
+    /// Shutting down the sending direction, for TLS with `close_notify`.
     Shutting,
-    /// Reading what the peer still sends, up to so many bytes, until it closes too.
+    /// Discarding up to so many bytes until the peer closes too.
     Discarding(usize),
 }
 
@@ -62,7 +66,7 @@ impl Io {
         &self.registration
     }
 
-    /// None where TLS ends here, whatever was hoped.
+    /// Takes the connection apart. None if TLS cannot continue in another process.
     pub(super) fn into_parts(self) -> Option<Parts> {
         let registration = self.registration;
         let (stream, tls, opened) = match self.wire {
@@ -86,8 +90,9 @@ impl Io {
         &self.registration.entry
     }
 
-    /// Ends the connection so that the peer gets the last answer whole: closing with unread bytes
-    /// in the socket would reset it (RFC 9112 section 9.6). Bounded by the registry's limits.
+    /// Closes the connection so that the peer receives the whole last response: closing a socket that has unread bytes
+    /// resets the connection, which can destroy the response (RFC 9112 section 9.6). The time limits of the registry
+    /// apply.
     pub(super) async fn close(mut self) {
         poll_fn(|cx| {
             self.entry().wake_on_change(cx);
@@ -131,7 +136,7 @@ impl Io {
         }
     }
 
-    /// What a connection does whose last word is out, and whose peer has sent nothing since.
+    /// The stage of a connection that has sent its last byte, and whose peer has sent nothing since.
     fn stage_of_silence(&self) -> Stage {
         if self.entry().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
     }
@@ -140,7 +145,8 @@ impl Io {
         matches!(self.wire, Wire::Left(_))
     }
 
-    /// Whether the peer has gone before its answer was out. Behind TLS only hyper can see that.
+    /// Whether the peer of an HTTP/1.1 connection has closed it while its request is being answered. With TLS hyper
+    /// detects that, because a peek at the socket sees only encrypted records.
     fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
         let Wire::Left(stream) = &self.wire else { return false };
         let entry = self.entry();
@@ -149,19 +155,20 @@ impl Io {
         if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
             return false;
         }
-        // What comes is the next request, and this one's peer is there.
+        // A byte that can be read belongs to the next request, so the peer still waits for this response.
         matches!(stream.poll_peek(cx, &mut [0], |_| true), Poll::Ready(Ok(0) | Err(_)))
     }
 
-    /// What a handler's own write (WebSocket) came to: an error where its peer has taken nothing for as long as
-    /// it may take for a chunk of an answer.
+    /// Applies the stall limit to the writes of a handler that owns an upgraded connection (WebSocket): an error if
+    /// the peer has taken nothing for that long. Without this a peer that never reads would keep the connection open.
     fn limit_handler<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         let entry = self.entry();
         if entry.stage() != Stage::Upgraded {
             return polled;
         }
         if polled.is_ready() {
-            // It flushes when it likes.
+            // A handler need not flush, so what it has written counts as flushed. Otherwise the stall limit would apply
+            // while it has nothing to send.
             entry.flushed();
             return polled;
         }
@@ -170,9 +177,9 @@ impl Io {
         if entry.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 
-    /// Sends an answer of our own, and closes.
+    /// Sends `answer`, which hyper does not produce (408, 400, GOAWAY), and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
-        // It has the time that any answer has.
+        // In this stage the stall limit applies to the answer.
         self.entry().enter(Stage::Ending);
         let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
         if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
@@ -180,7 +187,7 @@ impl Io {
         }
     }
 
-    /// What `poll` comes to, unless the peer takes nothing of what we have to say.
+    /// The result of `poll`, or `TimedOut` if the peer takes nothing for as long as the stage allows.
     async fn in_time<T>(
         &mut self,
         mut poll: impl FnMut(Pin<&mut Self>, &mut Context<'_>) -> Poll<io::Result<T>>,
@@ -198,7 +205,7 @@ impl Io {
     }
 }
 
-/// The one, and the other behind it.
+/// `first` followed by `second`; copies only if neither is empty.
 pub(super) fn join(first: Bytes, second: Bytes) -> Bytes {
     match (first.is_empty(), second.is_empty()) {
         (true, _) => second,
@@ -211,8 +218,8 @@ impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         let entry = &this.registration.entry;
-        // The next request belongs to the next process; the body of one that has begun does not.
-        // The driver is woken when the phase changes, and reads again then.
+        // While the connection must become quiescent, the next request is left unread for the next process. The body
+        // of a request in flight is still read. The driver is woken when the phase changes, and hyper then reads again.
         let state = entry.state();
         let held = this.protocol == Protocol::Http1
             && state.is_movable()
@@ -237,7 +244,8 @@ impl AsyncRead for Io {
             if records.is_near_key_limit() {
                 entry.close_after_response();
             }
-            // The answer in flight goes out first: hyper looks again when it has.
+            // At the end of the input hyper would abort the response in flight, so it learns of the end only after that
+            // response is sent.
             if records.is_read_closed() && into.filled().len() == before && state.is_in_flight() {
                 return Poll::Pending;
             }
@@ -276,7 +284,7 @@ impl AsyncWrite for Io {
         self.wire.is_write_vectored()
     }
 
-    /// hyper flushes when all that it had to send has been written, and at the end of each turn.
+    /// hyper flushes after it has written all that it had to send, and at the end of each poll.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.wire).poll_flush(cx);
         std::task::ready!(self.limit_handler(cx, flushed))?;
@@ -287,8 +295,8 @@ impl AsyncWrite for Io {
         Poll::Ready(Ok(()))
     }
 
-    /// hyper's way to say that it is done. The driver of HTTP/1 closes the stream itself (`close`), or hands
-    /// it over; an upgraded one belongs to its handler.
+    /// hyper shuts the stream down when it has finished. For HTTP/1.1 that does nothing, because the driver closes the
+    /// stream (`close`) or hands it over; the handler that owns an upgraded stream does shut it down.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match (self.protocol, self.entry().stage()) {
             (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
@@ -318,15 +326,15 @@ mod tests {
     use crate::transport::stream::Peer;
     use crate::transport::tls_config;
 
-    /// Both ends of a connection: ours, and a peer's.
+    /// Both ends of a TCP connection: the server's and the peer's.
     async fn connection() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a listener");
-        let address = listener.local_addr().expect("an address");
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("the port is bound");
+        let address = listener.local_addr().expect("the listener has an address");
         let (ours, peer) = tokio::join!(listener.accept(), TcpStream::connect(address));
-        (ours.expect("a connection").0, peer.expect("a connection"))
+        (ours.expect("the connection is made").0, peer.expect("the connection is made"))
     }
 
-    /// Sends until no more fits: the peer reads nothing.
+    /// Fills the buffers of the sockets; the peer reads nothing.
     async fn fill(stream: &Stream) {
         let Stream::Tcp(stream) = stream else { panic!("TCP") };
         while timeout(Duration::from_millis(50), stream.writable()).await.is_ok() {
@@ -334,12 +342,12 @@ mod tests {
         }
     }
 
-    /// With every time limit at its shortest, under watch.
+    /// An `Io` whose time limits are all 20 ms, and are enforced.
     fn io(wire: Wire) -> Io {
         io_that_idles(wire, Duration::from_millis(20))
     }
 
-    /// The same, but for how long it may be idle.
+    /// The same, with another idle limit.
     fn io_that_idles(wire: Wire, idle: Duration) -> Io {
         let short = Duration::from_millis(20);
         let limits = Limits { head: short, idle, stall: short, close: short };
@@ -350,17 +358,18 @@ mod tests {
     }
 
     async fn assert_ends(end: impl Future<Output = ()>) {
-        timeout(Duration::from_secs(120), end).await.expect("not waited for");
+        timeout(Duration::from_secs(120), end).await.expect("the stall limit applies");
     }
 
-    /// hyper, which is told to end an idle connection by then, would answer it and close.
+    /// If they were read, hyper would answer the request and close the connection, because the driver has already asked
+    /// it to shut down.
     #[tokio::test]
-    async fn what_comes_while_a_connection_falls_asleep_is_read_when_it_wakes() {
+    async fn bytes_that_arrive_at_a_parkable_connection_are_not_read_before_it_is_parked() {
         let (ours, mut peer) = connection().await;
         let mut io = io_that_idles(Wire::Left(Stream::Tcp(ours)), Duration::from_secs(60));
-        peer.write_all(b"GET").await.expect("sent");
+        peer.write_all(b"GET").await.expect("the bytes are sent");
         let mut read = [0; 1];
-        io.read_exact(&mut read).await.expect("it is awake");
+        io.read_exact(&mut read).await.expect("the connection is read before it is parkable");
         io.entry().enter(Stage::Waiting);
         while !io.entry().is_parkable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -369,7 +378,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_refusal_that_the_peer_does_not_take_ends_at_the_stall_limit() {
+    async fn refusal_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
         let (ours, _peer) = connection().await;
         let stream = Stream::Tcp(ours);
         fill(&stream).await;
@@ -377,17 +386,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_tls_end_that_the_peer_does_not_take_ends_at_the_stall_limit() {
-        let certificate = Certificate::new().expect("a certificate");
+    async fn tls_close_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
+        let certificate = Certificate::new().expect("openssl makes a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
         let acceptor = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
-            .expect("an acceptor");
-        let connector = TlsConnector::from(certificate.client(&[]).expect("a client"));
+            .expect("the TLS configuration is valid");
+        let connector =
+            TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;
-        let name = "localhost".try_into().expect("a name");
+        let name = "localhost".try_into().expect("the name is valid");
         let ours = record_reader::accept(Stream::Tcp(ours), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
-        let ours = ours.expect("a handshake");
+        let ours = ours.expect("the handshake succeeds");
         fill(ours.get_ref().0.stream()).await;
         assert_ends(io(Wire::Right(Tls::Left(Box::new(ours)))).close()).await;
     }

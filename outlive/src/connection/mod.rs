@@ -1,4 +1,9 @@
-//! One connection's life, from its first byte to its end or its rest.
+//! Serves one connection from its first byte until it closes or becomes quiescent.
+//!
+//! [`serve`] chooses the protocol by the role of the listener and by the first bytes, and runs a driver: `http1.rs` or
+//! `http2/mod.rs`. The driver polls hyper on an `Io` (`io.rs`), which reports to the registry what was read and
+//! written; for TLS (`tls/`), `Io` encrypts and decrypts. hyper calls `exchange.rs` for each request. The result is a
+//! [`ConnectionOutcome`]: `server/` parks a quiescent connection or hands it over.
 
 mod body_chunks;
 mod exchange;
@@ -32,20 +37,22 @@ use crate::transport::stream::{Connection, Stream};
 use crate::transport::tls_config::Tls;
 use io::{Io, Wire};
 
-/// What the listeners lead to, by their kind.
+/// What connections need to be served, for each role of a listener.
 pub struct Services {
+    /// For the listeners `http` and `https`.
     pub routes: Routes,
+    /// For the listener `admin`.
     pub admin: Routes,
-    /// Where a listener is named https.
+    /// Present if there is a listener `https`.
     pub tls: Option<Tls>,
     pub process: Process,
     pub shutdown: CancellationToken,
-    /// For a connection that is busy all the time to come to rest; then it is told to end.
+    /// How long a busy HTTP/2 connection may take to become quiescent; after that it receives GOAWAY.
     pub quiesce_limit: Duration,
 }
 
 impl Services {
-    /// What hyper calls for each request of a connection.
+    /// The hyper service of one connection.
     fn service(&self, routes: &Routes, entry: &Arc<Entry>) -> exchange::Service {
         let Self { process, shutdown, .. } = self;
         let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer: entry.peer };
@@ -53,14 +60,14 @@ impl Services {
     }
 }
 
-/// How a connection's time in this process ended.
+/// How the service of a connection ended.
 pub enum ConnectionOutcome {
     Closed,
-    /// Nothing is in flight, nothing is unsent: it can sleep, or go on in another process.
+    /// Nothing is in flight and nothing is unsent: the connection can be parked or handed over.
     Quiescent(Connection<Stream>, Registration),
 }
 
-/// What HTTP/2 clients with prior knowledge send first (RFC 9113 section 3.4).
+/// The connection preface: HTTP/2 clients send it first (RFC 9113 section 3.4).
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -71,18 +78,19 @@ enum Protocol {
 
 /// How the wait for a connection's first bytes ended.
 enum FirstBytes {
-    /// They are there, not taken: this many.
+    /// So many bytes are readable. They were peeked at, not consumed.
     Bytes(usize),
-    /// They have begun to come, and did not all come in time.
+    /// Some bytes arrived, but not all that were needed before the time limit.
     Late,
-    /// None came in time.
+    /// No byte arrived before the time limit.
     Idle,
-    /// It is to rest, and does: nothing was taken from it.
+    /// The connection must become quiescent, and is, because no byte was consumed.
     Quiescent,
+    /// The peer has closed the connection, or reading failed.
     Gone,
 }
 
-/// Serves `connection` until it closes or comes to rest.
+/// Serves `connection` until it closes or becomes quiescent.
 pub async fn serve(
     connection: Connection<Stream>,
     registration: Registration,
@@ -118,22 +126,23 @@ async fn serve_plain(
         FirstBytes::Bytes(0)
     };
     let protocol = match arrived {
-        // It is told that it ends, where it has been idle for too long.
+        // A resumed connection is driven even if it was idle for too long or the next process does not adopt HTTP/2:
+        // its client then receives GOAWAY.
         FirstBytes::Bytes(_) | FirstBytes::Late | FirstBytes::Idle if is_resumed => Protocol::Http2,
         FirstBytes::Quiescent if is_resumed && entry.keeps_http2_and_tls() => Protocol::Http2,
         FirstBytes::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
-        // HTTP/1 answers a head that does not come, and closes.
+        // The HTTP/1.1 driver answers an incomplete head with 408, and closes.
         FirstBytes::Bytes(_) | FirstBytes::Late => Protocol::Http1,
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
         FirstBytes::Gone | FirstBytes::Idle => return ConnectionOutcome::Closed,
     };
     let Connection { socket, listener, unread, http2: state, .. } = connection;
     let io = Io::new(Wire::Left(socket), unread, registration, protocol);
-    // Boxed, so that a connection that has not spoken yet takes little memory.
+    // Boxed, so that a connection on which nothing has arrived takes little memory.
     Box::pin(drive(io, protocol, state, listener, services, routes)).await
 }
 
-/// Speaks HTTP, until the connection closes or comes to rest.
+/// Drives HTTP on `io` until the connection closes or becomes quiescent.
 async fn drive(
     io: Io,
     protocol: Protocol,
@@ -162,7 +171,8 @@ async fn drive(
     ConnectionOutcome::Quiescent(Connection { socket: stream, listener, unread, http2, tls }, registration)
 }
 
-/// Waits for a connection's first bytes, up to where they are `enough`, and takes none.
+/// Waits until the first bytes are `enough` to decide on. Consumes none of them, so that the connection can still be
+/// parked or handed over.
 async fn first_bytes(
     stream: &Stream,
     entry: &Entry,

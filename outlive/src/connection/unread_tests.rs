@@ -1,5 +1,5 @@
-//! Two HTTP/1.1 requests of which the second arrives in two parts, at every byte at which it can be cut: both are
-//! answered, whether the connection is parked or handed over between the parts, in the clear and over TLS.
+//! Two HTTP/1.1 requests, of which the second arrives in two parts, split at each byte. Both are answered, whether the
+//! connection is parked or handed over between the parts, with and without TLS.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::transport::tls_config::{Tls, acceptor};
 
 /// Longer than an idle connection stays unparked.
 pub const IDLE: Duration = Duration::from_secs(3);
-/// Only a test that hangs waits as long.
+/// How long a test waits for an event before it fails.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 pub const FIRST: &[u8] = b"GET /first HTTP/1.1\r\nhost: test\r\n\r\n";
 pub const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: test\r\n\r\n";
@@ -25,15 +25,15 @@ pub const SECOND: &[u8] = b"GET /second HTTP/1.1\r\nhost: test\r\n\r\n";
 /// What happens to the connections while the second part of the request is missing.
 #[derive(Clone, Copy, Debug)]
 enum Pause {
-    /// They are idle for so long that they are parked if they can be.
+    /// The connections are idle for so long that they are parked if they can be.
     Idle,
-    /// They are handed over to the next process.
+    /// The connections are handed over to the next process.
     Handover,
 }
 
 use Pause::{Handover, Idle};
 
-/// Pauses in the order in which they follow each other.
+/// Sequences of pauses between the two parts.
 const PAUSES: [&[Pause]; 6] =
     [&[], &[Idle], &[Idle, Idle], &[Handover], &[Idle, Handover], &[Handover, Idle, Handover, Idle]];
 
@@ -41,7 +41,7 @@ pub fn router() -> Router {
     Router::new().route("/first", get("first")).route("/second", get("second"))
 }
 
-/// Where the server listens, for a client that speaks TLS if there is a certificate.
+/// The address of the server, for a client that speaks TLS if there is a certificate.
 pub fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
     match certificate {
         Some(certificate) => {
@@ -51,14 +51,14 @@ pub fn target(served: &Served, certificate: Option<&Certificate>) -> Target {
     }
 }
 
-/// Waits until `done`, which no event announces.
+/// Polls until `done`.
 pub async fn wait_until(what: &str, done: impl Fn() -> bool) {
     let reached = async {
         while !done() {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     };
-    timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("waited in vain until {what}"));
+    timeout(PATIENCE, reached).await.unwrap_or_else(|_| panic!("timed out waiting until {what}"));
 }
 
 /// Advances the clock, and waits until each connection is parked or waits for the remainder of a head.
@@ -66,10 +66,14 @@ async fn idle(served: &Served, parked: usize) {
     let registry = served.registry();
     let all_are_at =
         |stages: &[Stage]| registry.entries().iter().all(|entry| stages.contains(&entry.stage()));
-    // A connection is idle from the end of its driver's turn on, which may come after the client has its answer.
+    // A connection becomes idle at the end of its driver's poll, which may be after the client has received the
+    // response.
     wait_until("all are idle", || all_are_at(&[Stage::Waiting, Stage::Head])).await;
     registry.advance(IDLE);
-    wait_until("they are parked", || registry.parked() == parked && all_are_at(&[Stage::Head])).await;
+    wait_until("the idle connections are parked", || {
+        registry.parked() == parked && all_are_at(&[Stage::Head])
+    })
+    .await;
 }
 
 async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificate>) {
@@ -84,11 +88,11 @@ async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificat
     }
     for (cut, client) in &mut clients {
         let answer = timeout(PATIENCE, client.answer()).await.expect("the first answer arrives in time");
-        assert_eq!(answer.expect("an answer").text(), "first", "{pauses:?}, cut at {cut}");
+        assert_eq!(answer.expect("the server answers").text(), "first", "{pauses:?}, cut at {cut}");
     }
     for pause in pauses {
         match pause {
-            // Of the connection that is cut at 0 no byte is missing.
+            // Only the connection that is cut at 0 is between two requests, so only that one is parked.
             Idle => idle(&served, 1).await,
             Handover => {
                 let next = serve_with(router(), tls()).await;
@@ -111,14 +115,14 @@ pub fn tls_of(certificate: &Certificate) -> Tls {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_cut_at_any_byte_is_answered_after_parking_and_handover() {
+async fn request_split_at_any_byte_is_answered_after_parking_and_handover() {
     for pauses in PAUSES {
         answers_both_requests(pauses, None).await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_cut_at_any_byte_is_answered_over_tls_after_parking_and_handover() {
+async fn request_split_at_any_byte_is_answered_over_tls_after_parking_and_handover() {
     let certificate = Arc::new(Certificate::new().expect("openssl makes a certificate"));
     for pauses in PAUSES {
         answers_both_requests(pauses, Some(&certificate)).await;

@@ -1,5 +1,5 @@
-//! A connection on which an upgrade was offered and not granted stays an HTTP/1.1 connection: it is parked and handed
-//! over as any other.
+//! A connection on which an upgrade was offered and not granted stays an HTTP/1.1 connection, and is handed over like
+//! any other.
 
 use axum::Router;
 use axum::extract::Request;
@@ -29,7 +29,7 @@ fn router() -> Router {
         .route("/granted", any(granted))
 }
 
-/// Requests that offer an upgrade, and the status of the answer that declines it.
+/// Requests that offer an upgrade, and the status of the response that declines it.
 fn offers() -> Vec<(String, u16)> {
     let offer = |method: &str, path: &str, fields: &str, body: &str| {
         format!(
@@ -51,54 +51,58 @@ fn offers() -> Vec<(String, u16)> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_whose_upgrade_was_declined_is_handed_over() {
+async fn connection_with_a_declined_upgrade_is_handed_over() {
     for (offer, status) in offers() {
         let served = serve(router()).await;
         let mut client = Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
-        // Twice: hyper replaces the pending upgrade of the first request.
+        // The second request replaces the pending upgrade of the first.
         for _ in 0..2 {
-            assert_eq!(client.ask(offer.as_bytes()).await.expect("an answer").status, status, "{offer}");
+            assert_eq!(
+                client.ask(offer.as_bytes()).await.expect("the server answers").status,
+                status,
+                "{offer}"
+            );
         }
         let next = serve(router()).await;
         move_to(&next, served).await;
-        assert_eq!(client.ask(&get("/")).await.expect("an answer").text(), "plain", "{offer}");
+        assert_eq!(client.ask(&get("/")).await.expect("the server answers").text(), "plain", "{offer}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn two_pipelined_requests_whose_upgrades_are_declined_are_answered_before_a_handover() {
+async fn pipelined_requests_with_declined_upgrades_are_answered_before_a_handover() {
     let (offer, _) = &offers()[0];
     let served = serve(router()).await;
     let mut client = Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
     client.send(offer.repeat(2).as_bytes()).await.expect("both requests are sent");
     for _ in 0..2 {
-        assert_eq!(client.answer().await.expect("an answer").text(), "plain");
+        assert_eq!(client.answer().await.expect("the server answers").text(), "plain");
     }
     let next = serve(router()).await;
     move_to(&next, served).await;
-    assert_eq!(client.ask(&get("/")).await.expect("an answer").text(), "plain");
+    assert_eq!(client.ask(&get("/")).await.expect("the server answers").text(), "plain");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_without_an_upgrade_after_a_declined_one_keeps_the_connection_movable() {
+async fn connection_is_handed_over_after_a_request_that_follows_a_declined_upgrade() {
     let (offer, _) = &offers()[0];
     let served = serve(router()).await;
     let mut client = Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
-    assert_eq!(client.ask(offer.as_bytes()).await.expect("an answer").status, 200);
-    assert_eq!(client.ask(&get("/")).await.expect("an answer").status, 200);
+    assert_eq!(client.ask(offer.as_bytes()).await.expect("the server answers").status, 200);
+    assert_eq!(client.ask(&get("/")).await.expect("the server answers").status, 200);
     let next = serve(router()).await;
     move_to(&next, served).await;
-    assert_eq!(client.ask(&get("/")).await.expect("an answer").text(), "plain");
+    assert_eq!(client.ask(&get("/")).await.expect("the server answers").text(), "plain");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_granted_upgrade_belongs_to_the_handler_and_is_not_handed_over() {
+async fn connection_with_a_granted_upgrade_is_not_handed_over() {
     let mut served = serve(router()).await;
     let mut client = Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
     let upgrade = String::from_utf8_lossy(WEBSOCKET).replace("/socket", "/granted");
-    assert_eq!(client.ask(upgrade.as_bytes()).await.expect("an answer").status, 101);
+    assert_eq!(client.ask(upgrade.as_bytes()).await.expect("the server answers").status, 101);
     // The handler drops the stream.
-    assert_eq!(client.read_more().await.expect("the end of the stream"), 0);
+    assert_eq!(client.read_more().await.expect("the stream ends without an error"), 0);
     served.server.enter(Phase::Quiescing);
     assert_eq!(served.rest().await, 0);
 }

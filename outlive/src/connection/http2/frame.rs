@@ -1,4 +1,5 @@
-//! Frames of HTTP/2, found in a stream of bytes that comes in pieces of any size (RFC 9113 section 4.1).
+//! HTTP/2 frames (RFC 9113 section 4.1): encodes those that the interposer adds, and finds frames in a byte stream that
+//! arrives in pieces of any size ([`FrameParser`]).
 
 use bytes::{Buf, BufMut, BytesMut};
 
@@ -14,19 +15,20 @@ pub const GOAWAY: u8 = 7;
 pub const WINDOW_UPDATE: u8 = 8;
 pub const CONTINUATION: u8 = 9;
 
-/// Of DATA and HEADERS.
+/// Flag of DATA and HEADERS.
 pub const END_STREAM: u8 = 1;
-/// Of SETTINGS and PING.
+/// Flag of SETTINGS and PING.
 pub const ACK: u8 = 1;
-/// Of HEADERS and CONTINUATION.
+/// Flag of HEADERS and CONTINUATION.
 pub const END_HEADERS: u8 = 4;
-/// Of HEADERS: what comes before the headers themselves.
+/// Flags of HEADERS: the payload has padding or a priority before the header block.
 const PADDED: u8 = 8;
 const WITH_PRIORITY: u8 = 0x20;
 
+/// The header of a frame, in bytes.
 pub const HEAD_LENGTH: usize = 9;
 
-/// What a frame begins with.
+/// The header of a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Head {
     pub length: usize,
@@ -50,17 +52,17 @@ impl Head {
         self.flags & flag != 0
     }
 
-    /// Whether the headers in `payload` begin with a new size of the table that they are encoded with (RFC 7541
-    /// section 6.3).
+    /// Whether the header block in `payload` begins with a dynamic table size update (RFC 7541 section 6.3).
     pub fn sets_table_size(self, payload: &[u8]) -> bool {
         let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
         payload.get(before).is_some_and(|first| first & 0xe0 == 0x20)
     }
 
-    /// The size of that table that the headers in `payload` begin with, if they begin with one: the last of them, where
-    /// there are several (RFC 7541 section 4.2). Whether it is zero.
+    /// Whether the header block in `payload` begins with a dynamic table size update to zero. Of several updates the
+    /// last one counts (RFC 7541 section 4.2). None if it does not begin with an update.
     pub fn empties_table(self, payload: &[u8]) -> Option<bool> {
-        /// What does not fit into the 5 bits of the first byte follows in bytes of which all but the last have this bit.
+        /// An integer that does not fit into the 5 bits of the first byte continues in bytes of which all but the last
+        /// have this bit (RFC 7541 section 5.1).
         const MORE: u8 = 0x80;
         let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
         let mut bytes = payload.get(before..)?;
@@ -85,7 +87,7 @@ impl Head {
     }
 }
 
-/// The increment that a WINDOW_UPDATE says, if it says one.
+/// The increment of a WINDOW_UPDATE. None if the payload does not have four bytes.
 pub fn increment(payload: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(payload.try_into().ok()?) & !(1 << 31))
 }
@@ -104,7 +106,7 @@ pub fn put_settings_ack(into: &mut BytesMut) {
     Head::new(SETTINGS, ACK, 0).put(into);
 }
 
-/// The end of a connection without an error: streams after `last_stream` were not served (RFC 9113 section 6.8).
+/// Appends GOAWAY without an error: streams after `last_stream` were not served (RFC 9113 section 6.8).
 pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
     const NO_ERROR: u32 = 0;
     Head::new(GOAWAY, 0, 8).put(into);
@@ -112,14 +114,13 @@ pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
     into.put_u32(NO_ERROR);
 }
 
-/// A request of which the headers count as `limit` bytes or more (RFC 9113 section 6.5.2): a server that takes no more
-/// than that refuses it without a look at what it asks for. A stream that ends with such a request leaves no state
-/// behind, unlike one that the server resets.
+/// Appends a request whose headers count as `limit` bytes or more (RFC 9113 section 6.5.2). A server with this limit
+/// refuses it without calling a handler, and keeps no state of the stream, as it would of one that it resets.
 pub fn put_oversized_request(stream: u32, limit: u32, into: &mut BytesMut) {
     // `accept-encoding: gzip, deflate` by its index in the static table (RFC 7541 appendix A).
     const FIELD: u8 = 0x80 | 16;
     const FIELD_SIZE: usize = 15 + 13 + 32;
-    /// No table from here on, as we have demanded of the client.
+    /// A dynamic table size update to 0, which the server's `SETTINGS_HEADER_TABLE_SIZE=0` demands.
     const NO_TABLE: u8 = 0x20;
     let fields = limit as usize / FIELD_SIZE + 1;
     Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, 1 + fields) }.put(into);
@@ -127,37 +128,37 @@ pub fn put_oversized_request(stream: u32, limit: u32, into: &mut BytesMut) {
     into.put_bytes(FIELD, fields);
 }
 
-/// What becomes of a frame.
+/// What to do with a frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Disposition {
-    /// It goes on, byte by byte.
+    /// Pass its bytes on as they arrive.
     Forward,
-    /// It waits, and all that belongs to it.
+    /// Keep it, and all frames that belong to it, until new streams may begin.
     Hold,
-    /// It goes no further.
+    /// Drop it.
     Discard,
 }
 
-/// How far the present frame has come.
+/// How much of the current frame has arrived.
 #[derive(Debug)]
 pub enum FrameParser {
-    /// So many bytes of its head.
+    /// So many bytes of its header.
     Head([u8; HEAD_LENGTH], usize),
-    /// So many bytes of its payload are still to come.
+    /// What to do with the frame, and how many bytes of its payload are missing.
     Payload(Disposition, usize),
-    /// Of one that is to be seen whole: what has come of its payload.
+    /// A frame that is processed when it is complete: its header, decoded and raw, and the payload so far.
     Whole(Head, [u8; HEAD_LENGTH], Vec<u8>),
 }
 
 impl FrameParser {
     pub const START: Self = Self::Head([0; HEAD_LENGTH], 0);
 
-    /// Whether no frame has begun.
+    /// Whether no byte of a frame has arrived.
     pub fn is_start(&self) -> bool {
         matches!(self, Self::Head(_, 0))
     }
 
-    /// What has come of a frame of which nothing was passed on.
+    /// The bytes of the current frame, if none of them were passed on.
     pub fn buffered(&self) -> Vec<u8> {
         match self {
             Self::Head(bytes, have) => bytes[..*have].to_vec(),
@@ -166,7 +167,7 @@ impl FrameParser {
         }
     }
 
-    /// Takes bytes for the head off the front of `bytes`; gives it when it is whole.
+    /// Moves bytes of the header from the front of `bytes`. Returns the header when it is complete.
     pub fn take_head(&mut self, bytes: &mut &[u8]) -> Option<[u8; HEAD_LENGTH]> {
         let Self::Head(head, have) = self else { return None };
         let length = (HEAD_LENGTH - *have).min(bytes.len());
@@ -177,7 +178,7 @@ impl FrameParser {
     }
 }
 
-/// Splits what is `length` bytes long at most off the front.
+/// Splits at most `length` bytes off the front.
 pub fn take<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
     let (taken, rest) = bytes.split_at(length.min(bytes.len()));
     *bytes = rest;

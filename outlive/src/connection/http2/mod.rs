@@ -1,4 +1,9 @@
-//! Drives HTTP/2 on one connection, and brings it to rest.
+//! Drives HTTP/2 on one connection until it closes or becomes quiescent.
+//!
+//! [`drive`] polls hyper, and with it h2, on a `Relay` (`relay.rs`), through which all bytes pass an `Interposer`
+//! (`interposer/`). The interposer records what another process needs to continue the connection, and can hold the
+//! frames of new streams. `Quiescer` decides when they are held. A connection that cannot be handed over receives
+//! GOAWAY.
 
 pub(super) mod frame;
 mod interposer;
@@ -26,43 +31,44 @@ use crate::transport::http2_state::Http2State;
 use interposer::Interposer;
 use relay::Relay;
 
-/// A peer that answers no ping for this long is gone.
+/// The interval of pings, and how long a peer may take to answer one before the connection is closed.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
 const PING_TIMEOUT: Duration = Duration::from_secs(10);
-/// Requests that one connection may have in flight.
+/// How many requests one connection may have in flight.
 const MAX_STREAMS: u32 = 200;
-/// How much a client may send ahead, in bytes, on the connection and on each stream. No later release may have less:
-/// a client that has moved goes on with what it was granted.
+/// The receive window of the connection and of each stream, in bytes. No later release may use less, because the client
+/// of a connection that is handed over keeps what it was granted.
 const WINDOW: u32 = 1024 * 1024;
-/// How large the headers of a request may be, in bytes as RFC 9113 section 6.5.2 counts them; larger ones get 431.
+/// The largest headers of a request, in bytes as RFC 9113 section 6.5.2 counts them; larger ones are answered with 431.
 const HEADER_LIST_LIMIT: u32 = 16 * 1024;
 
-/// How long streams that begin are held at first, for those that are open to end; twice as long at each further try, up
-/// to an eighth of the time that there is, with as long a pause before it. What is held takes room from an upload that
-/// is open.
+/// How long new streams are held in the first attempt, so that the open ones can end. Each further attempt is twice as
+/// long, up to an eighth of the quiesce limit. A pause of the same length follows each attempt, because held frames
+/// take room in the connection's window from uploads that are in flight.
 const HOLD_LIMIT: Duration = Duration::from_millis(20);
 
-/// How long a client that has no answer to get may take to react to GOAWAY, while the process waits for that to end. It
-/// takes a client one round trip; one that is later finds the second GOAWAY, and may send again what came after it.
+/// How long a client that waits for no response may take to react to GOAWAY when the process is stopping. A reaction
+/// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests on streams above its
+/// last stream.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 
 pub(super) enum Http2Outcome {
     Closed,
-    /// With what is agreed upon, and what was read and not consumed.
+    /// The connection, its HTTP/2 state, and the bytes that were read and not consumed.
     Quiescent(Parts, Box<Http2State>, Bytes),
 }
 
-/// What becomes of a connection that is not driven any longer.
+/// Why the driver stops polling hyper.
 enum Outcome {
-    /// Its end was seen, or it is cut off.
+    /// The connection has ended, or must be cut off.
     Closed,
     Quiescent,
-    /// The client does not react to GOAWAY, and has no answer to get.
+    /// The client does not react to GOAWAY, and waits for no response.
     Silent,
 }
 
-/// Drives a connection that begins here, or goes on with what was agreed upon in another process. Where it does not
-/// come to rest within `quiesce_limit` after it is asked to, it is told to end.
+/// Drives a connection: a new one, or one that continues with `state` after it was parked or handed over. If it is too
+/// busy to become quiescent within `quiesce_limit`, it receives GOAWAY.
 pub(super) async fn drive(
     io: Io,
     state: Option<Http2State>,
@@ -79,22 +85,22 @@ pub(super) async fn drive(
         .initial_connection_window_size(WINDOW)
         .initial_stream_window_size(WINDOW)
         .max_header_list_size(HEADER_LIST_LIMIT)
-        .header_table_size(0) // so that there is nothing of our decoder's to remember
+        .header_table_size(0) // a table of the decoder could not be handed over
         .serve_connection(TokioIo::new(relay.clone()), service);
     entry.enter(Stage::Waiting);
-    // Once the client is told to end: until when it may stay silent.
+    // Set when GOAWAY is sent: until then the client need not react.
     let mut goaway_deadline: Option<Pin<Box<Sleep>>> = None;
     let mut quiescer = Quiescer::new(quiesce_limit);
     let outcome = poll_fn(|cx| {
         loop {
             let phase = entry.phase();
-            let is_asked = phase != Phase::Serving;
-            if is_asked
+            let is_stopping = phase != Phase::Serving;
+            if is_stopping
                 && (entry.keeps_http2_and_tls() || relay.with(|interposer| interposer.is_immovable()) == Some(true))
             {
                 entry.forbid_handover();
             }
-            // The process would wait until its limit for what such a client does not send.
+            // Otherwise the drain would wait until its limit for frames that the silent client never sends.
             if matches!(phase, Phase::Draining | Phase::Quiescing | Phase::Holding)
                 && entry.is_parkable()
                 && relay.with(|interposer| interposer.is_stuck()) == Some(true)
@@ -117,7 +123,7 @@ pub(super) async fn drive(
             }
             if let Some(limit) = &mut goaway_deadline
                 && limit.as_mut().poll(cx).is_ready()
-                && is_asked
+                && is_stopping
                 && is_silent(entry, &relay)
             {
                 return Poll::Ready(Outcome::Silent);
@@ -125,7 +131,7 @@ pub(super) async fn drive(
             if goaway_deadline.is_none() && (is_overdue || entry.must_close()) {
                 goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
                 entry.forbid_handover();
-                // As long again for the peer to close.
+                // The time limit of the stage begins again, so that the peer has time to close.
                 entry.touch();
                 relay.with(Interposer::release);
                 Pin::new(&mut connection).graceful_shutdown();
@@ -155,17 +161,21 @@ pub(super) async fn drive(
     Http2Outcome::Closed
 }
 
-/// Whether a client that is told to end has no answer to get, and has not begun to close.
+/// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
 fn is_silent(entry: &Entry, relay: &Relay) -> bool {
     let state = entry.state();
     let is_idle = state.stage == Stage::Waiting && state.is_flushed();
     is_idle && relay.with(|interposer| interposer.owes_nothing()) == Some(true)
 }
 
-/// How a busy connection is brought to rest: streams that begin are held for a while, let go again, and so on.
+/// Makes a busy connection quiescent: holds new streams so that the open ones can end. If they do not end in time, it
+/// releases the held streams, pauses, and tries again with more time.
 struct Quiescer {
+    /// How long to try before the connection receives GOAWAY.
     limit: Duration,
+    /// When the first of the current attempts began.
     begun: Option<Instant>,
+    /// The length of the next attempt.
     hold: Duration,
     now: Attempt,
 }
@@ -174,13 +184,13 @@ enum Attempt {
     None,
     Holding(Pin<Box<Sleep>>),
     Pausing(Pin<Box<Sleep>>),
-    /// Until the open streams have ended.
+    /// Without a time limit, until the open streams have ended.
     HoldingUntilIdle,
 }
 
 enum Progress {
     Quiescent,
-    /// There is more for hyper to do.
+    /// Held frames were released, so hyper must be polled again.
     Released,
     Waits,
 }
@@ -193,7 +203,7 @@ impl Quiescer {
     fn advance(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
         let phase = entry.phase();
         if !phase.quiesces() || !entry.state().is_movable() {
-            // The next hold is a try of its own, with as much time.
+            // If the phase asks for quiescence again later, the connection has the whole limit again.
             self.begun = None;
             if entry.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
                 return Progress::Quiescent;
@@ -204,7 +214,8 @@ impl Quiescer {
             };
         }
         if entry.keeps_http2_and_tls() {
-            // It was said before the phase was, and after we looked.
+            // Both the flag and the phase may have been set after the check in `drive`, which now runs again. Without
+            // this check the connection would go to a process that does not adopt HTTP/2.
             self.now = Attempt::None;
             return Self::release(relay);
         }
@@ -249,8 +260,8 @@ impl Quiescer {
         }
     }
 
-    /// Holds streams that begin until the others have ended, because a request that begins now may not have the time
-    /// it needs.
+    /// Holds new streams until the open ones have ended, however long that takes, because a request that begins this
+    /// late in a drain might be cut off.
     fn hold_until_idle(&mut self, entry: &Entry, relay: &Relay) -> Progress {
         relay.with(Interposer::hold);
         self.now = Attempt::HoldingUntilIdle;
@@ -263,8 +274,8 @@ impl Quiescer {
         if !is_full && !is_starving {
             return Progress::Waits;
         }
-        // The open streams could not end, so those that are held begin. The connection is told to end if it is so busy
-        // for long.
+        // Held frames take the room that the open streams need to end, so they are released. A connection that stays
+        // this busy until the limit receives GOAWAY.
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Attempt::None;
             entry.forbid_handover();

@@ -1,5 +1,6 @@
-//! Frames of every type, right and wrong, on connections that have served two requests: one that began in this process
-//! and one that was handed over react to them alike, because h2 judges them in both cases.
+//! Valid and invalid frames of every type, on connections that have served two requests. A connection that was handed
+//! over must react like one that began in this process, because a handover must not make the server more or less
+//! strict.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -70,25 +71,25 @@ fn priority(stream: u32, dependency: u32) -> Vec<u8> {
     frame(PRIORITY, 0, stream, &[&dependency.to_be_bytes()[..], &[9]].concat())
 }
 
-/// What a server has to say to what a client has sent, until it closes.
+/// What the server sends in answer to a probe, until it closes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 struct Reaction {
     /// The last stream and the code of each GOAWAY.
     goaways: Vec<(u32, u32)>,
     resets: BTreeMap<u32, Vec<u32>>,
-    /// Response bodies that came to their end.
+    /// The bodies of complete responses.
     answers: BTreeMap<u32, Vec<u8>>,
     pongs: usize,
     settings_acks: usize,
 }
 
 impl Reaction {
-    /// It ends with GOAWAY of this code, and nothing else happens.
+    /// The server sends GOAWAY with this code, and nothing else.
     fn goaway(code: u32) -> Self {
         Self { goaways: vec![(3, code)], ..Self::default() }
     }
 
-    /// It resets these streams, and is otherwise unimpressed.
+    /// The server resets these streams, and then ends without an error.
     fn resets<const N: usize>(resets: [(u32, u32); N]) -> Self {
         let resets = resets.map(|(stream, code)| (stream, vec![code])).into();
         Self { resets, ..Self::goaway(NO_ERROR) }
@@ -109,9 +110,11 @@ impl Client {
         let wire: Box<dyn Wire> = match certificate {
             None => Box::new(stream),
             Some(certificate) => {
-                let connector = TlsConnector::from(certificate.client(&["h2"]).expect("a client"));
-                let name = "localhost".try_into().expect("a server name");
-                Box::new(connector.connect(name, stream).await.expect("a handshake"))
+                let connector = TlsConnector::from(
+                    certificate.client(&["h2"]).expect("the client configuration is valid"),
+                );
+                let name = "localhost".try_into().expect("the server name is valid");
+                Box::new(connector.connect(name, stream).await.expect("the handshake succeeds"))
             }
         };
         let mut client = Self { wire };
@@ -122,7 +125,7 @@ impl Client {
         client.wait_until(|head| head.stream == 1 && head.has(END_STREAM)).await;
         client.send(&frame(HEADERS, ENDS, 3, GET)).await;
         client.wait_until(|head| head.stream == 3 && head.has(END_STREAM)).await;
-        // By the time of the answer, the server has dropped what it knew of the streams.
+        // When the server answers this, it has dropped its state of the streams.
         client.send(&frame(PING, 0, 0, b"finished")).await;
         client.wait_until(|head| head.frame_type == PING && head.has(ACK)).await;
         client
@@ -153,11 +156,11 @@ impl Client {
         };
         assert!(
             timeout(PATIENCE, reached).await.expect("the frame arrives in time"),
-            "the server has closed"
+            "the server closed the connection before the frame"
         );
     }
 
-    /// Sends `bytes`, says that this is all, and collects what the server says until it closes.
+    /// Sends `bytes` and GOAWAY, and collects what the server sends until it closes.
     async fn react(mut self, bytes: &[u8]) -> Reaction {
         let all = [bytes, &frame(GOAWAY, 0, 0, &[0; 8])].concat();
         // The server may close before it has read everything.
@@ -165,7 +168,7 @@ impl Client {
         let _ = self.wire.flush().await;
         let mut reaction = Reaction::default();
         let mut bodies: BTreeMap<u32, Vec<u8>> = BTreeMap::new();
-        let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().expect("four bytes"));
+        let number = |bytes: &[u8]| u32::from_be_bytes(bytes.try_into().expect("the number has four bytes"));
         let collected = async {
             while let Some((head, payload)) = self.receive().await {
                 match head.frame_type {
@@ -199,7 +202,8 @@ fn router() -> Router {
 fn tls_of(certificate: Option<&Certificate>) -> Option<Tls> {
     certificate.map(|certificate| {
         let (chain, key) = (certificate.chain(), certificate.key());
-        acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("a TLS configuration")
+        acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
+            .expect("the TLS configuration is valid")
     })
 }
 
@@ -229,7 +233,7 @@ async fn batch_reactions(
         let next = serve_with(router(), tls_of(certificate)).await;
         move_to(&next, served).await;
         served = next;
-        assert_eq!(served.registry().counts().connections, probes.len(), "all connections have moved");
+        assert_eq!(served.registry().counts().connections, probes.len(), "all connections are handed over");
     }
     let mut tasks = JoinSet::new();
     for (number, (client, probe)) in clients.into_iter().zip(probes).enumerate() {
@@ -241,7 +245,7 @@ async fn batch_reactions(
     reactions.into_iter().map(|(_, reaction)| reaction).collect()
 }
 
-/// A name, what the client sends after streams 1 and 3, and the reaction where RFC 9113 or h2 leaves no doubt.
+/// A name, what the client sends after streams 1 and 3, and the reaction. That is None if only equality is checked.
 type Probe = (&'static str, Vec<u8>, Option<Reaction>);
 
 fn on_connection_frames() -> Vec<Probe> {
@@ -478,7 +482,7 @@ fn on_other_streams() -> Vec<Probe> {
     ]
 }
 
-/// Between HEADERS and its CONTINUATION only that is allowed (RFC 9113 section 6.10).
+/// Between HEADERS and CONTINUATION no other frame is allowed (RFC 9113 section 6.10).
 fn inside_a_header_block() -> Vec<Probe> {
     let between = |bytes: Vec<u8>| {
         let all =
@@ -523,7 +527,7 @@ async fn assert_same_reactions(certificate: Option<&Certificate>) {
             .collect();
         assert!(
             differ.is_empty(),
-            "after {moves} moves {} of {} differ:\n{}",
+            "after {moves} handovers {} of {} differ:\n{}",
             differ.len(),
             probes.len(),
             differ.join("\n")
@@ -537,20 +541,20 @@ async fn assert_same_reactions(certificate: Option<&Certificate>) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn moved_http2_connections_react_to_each_frame_as_fresh_ones() {
+async fn handed_over_http2_connection_reacts_to_each_frame_like_a_fresh_one() {
     assert_same_reactions(None).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn moved_http2_connections_react_to_each_frame_as_fresh_ones_over_tls() {
+async fn handed_over_http2_connection_reacts_to_each_frame_like_a_fresh_one_over_tls() {
     let certificate = Certificate::new().expect("openssl makes a certificate");
     assert_same_reactions(Some(&certificate)).await;
 }
 
-/// The most that a server takes from a client that never reads, in bytes: buffers of the kernel and of h2.
+/// The most that the buffers of the kernel and of h2 accept from a client that never reads, in bytes.
 const FLOOD_LIMIT: usize = 32 << 20;
 
-/// How much of `parts` the server takes from a client that never reads, up to the limit.
+/// How many bytes of `parts` the server accepts from a client that never reads, up to the limit.
 async fn flood(mut client: Client, mut parts: impl FnMut() -> Vec<u8>) -> usize {
     let mut taken = 0;
     let flooded = async {
@@ -566,9 +570,10 @@ async fn flood(mut client: Client, mut parts: impl FnMut() -> Vec<u8>) -> usize 
     taken
 }
 
-/// Each frame that is thrown away is granted again. If each grant were queued, a client could fill the memory.
+/// The bytes of each discarded frame are granted again. If each WINDOW_UPDATE were queued, a client could fill the
+/// memory.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
+async fn client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
     let certificate = Certificate::new().expect("openssl makes a certificate");
     for (moves, certificate) in [(0, None), (1, None), (0, Some(&certificate)), (1, Some(&certificate))] {
         let mut served = serve_with(router(), tls_of(certificate)).await;
@@ -579,14 +584,14 @@ async fn a_client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
             served = next;
         }
         let taken = flood(client, || frame(DATA, 0, 1, b"x").repeat(10_000)).await;
-        assert!(taken < FLOOD_LIMIT, "after {moves} moves {taken} bytes were taken");
+        assert!(taken < FLOOD_LIMIT, "after {moves} handovers the server accepted {taken} bytes");
     }
 }
 
-/// h2 begins with a larger window than the client has, so answers wait in between. Those that have no body are limited
-/// by no window.
+/// h2 starts with a larger window than the client has, so responses wait in the interposer. No window limits the
+/// responses that have no body.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
+async fn client_that_sends_requests_with_a_closed_window_is_cut_off() {
     const GET_LARGE: &[u8] = b"\x82\x86\x04\x06/large\x41\x01x";
     const GET_HEADERS: &[u8] = b"\x82\x86\x04\x08/headers\x41\x01x";
     let served = serve_with(router(), None).await;
@@ -595,12 +600,12 @@ async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
     client.wait_until(|head| head.stream == 5 && head.has(END_STREAM)).await;
     let next = serve_with(router(), None).await;
     move_to(&next, served).await;
-    // Of the window of 65,535 bytes less than 60,000 are left. To h2 all of them are.
+    // Less than 60,000 bytes of the client's window are left, but h2 starts with 65,535 bytes.
     client.send(&frame(HEADERS, ENDS, 7, GET_LARGE)).await;
     let mut stream = 7;
     let mut asked = 0;
     let requests = async {
-        // More than h2 resets in a connection's lifetime would end it in any case, so the client waits for its turn.
+        // Without a wait h2 would close the connection for another reason: too many streams would have to be reset.
         while asked < 2_000 {
             for _ in 0..20 {
                 stream += 2;
@@ -621,11 +626,11 @@ async fn a_client_that_closes_its_window_and_goes_on_requesting_is_cut_off() {
     timeout(PATIENCE, requests).await.expect("the server answers or closes");
     assert!(
         (300..2_000).contains(&asked),
-        "{asked} requests were taken, of 3,500 bytes of response headers each"
+        "the server accepted {asked} requests, each with 3,500 bytes of response headers"
     );
 }
 
-/// A frame of any type, flags, stream and payload, with a preference for what is nearly right.
+/// A frame of any type, flags, stream and payload. Nearly valid frames are more frequent.
 fn any_frame() -> impl Strategy<Value = Vec<u8>> {
     let frame_type = prop_oneof![8 => 0..=9_u8, 1 => any::<u8>()];
     let flags = prop_oneof![
@@ -651,9 +656,9 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
         .prop_map(|(frame_type, flags, stream, payload)| frame(frame_type, flags, stream, &payload))
 }
 
-/// h2 counts a stream that it resets as begun. The next process must know of that.
+/// h2 considers a stream that it resets as begun, so the next process must do so too.
 #[tokio::test(flavor = "multi_thread")]
-async fn a_stream_that_was_reset_before_it_began_stays_used_after_a_move() {
+async fn stream_that_was_reset_before_it_began_stays_used_after_a_handover() {
     for moves in [0, 1] {
         let mut served = serve_with(router(), None).await;
         let mut client = Client::open(&served, None).await;
@@ -668,17 +673,17 @@ async fn a_stream_that_was_reset_before_it_began_stays_used_after_a_move() {
         }
         let reaction = client.react(&frame(HEADERS, ENDS, 7, GET)).await;
         let codes: Vec<u32> = reaction.goaways.iter().map(|(_, code)| *code).collect();
-        assert_eq!(codes, [PROTOCOL_ERROR], "after {moves} moves");
+        assert_eq!(codes, [PROTOCOL_ERROR], "after {moves} handovers");
     }
 }
 
-/// Sequences of frames that nobody has thought of.
+/// Sends random sequences of frames.
 #[test]
-fn moved_http2_connections_react_to_any_frames_as_fresh_ones() {
-    let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+fn handed_over_http2_connection_reacts_to_random_frames_like_a_fresh_one() {
+    let runtime = tokio::runtime::Runtime::new().expect("the runtime starts");
     let certificate: Option<Arc<Certificate>> = None;
     let sequence = prop::collection::vec(any_frame(), 1..6).prop_map(|frames| frames.concat());
-    // As many connections at once, because one move takes longer than one reaction.
+    // Many connections at once, because a handover takes longer than a reaction.
     let sequences = prop::collection::vec(sequence, BATCH);
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig {
         cases: 10,

@@ -1,4 +1,7 @@
-//! Where h2 reads and writes: its connection's stream, by way of the session.
+//! The IO that h2 reads and writes: the connection's `Io` with an `Interposer` in between.
+//!
+//! The driver shares it with hyper, so that it can control the interposer, and take the connection away from hyper when
+//! it is quiescent.
 
 use std::io;
 use std::pin::Pin;
@@ -12,10 +15,10 @@ use super::interposer::Interposer;
 use crate::connection::io::Io;
 use crate::os::lock::lock;
 
-/// h2 waits with more while as much of what it has written is not out, in bytes.
+/// While so many bytes are unsent, h2 cannot write more.
 const UNSENT_LIMIT: usize = 64 * 1024;
 
-/// hyper has one end of it until it is dropped, the driver the other.
+/// hyper has one clone, and the driver another. Both use the same connection.
 #[derive(Clone)]
 pub struct Relay {
     inner: Arc<Mutex<Option<Inner>>>,
@@ -33,12 +36,12 @@ impl Relay {
         Self { inner: Arc::new(Mutex::new(Some(Inner { io, interposer }))), is_write_vectored }
     }
 
-    /// Takes the stream away from hyper, which finds its end.
+    /// Takes the connection away from hyper, which then reads the end of the stream.
     pub fn take(&self) -> Option<(Io, Interposer)> {
         lock(&self.inner).take().map(|Inner { io, interposer }| (io, interposer))
     }
 
-    /// Does something with the session, for as long as it is here.
+    /// Calls `work` with the interposer. None after `take`.
     pub fn with<T>(&self, work: impl FnOnce(&mut Interposer) -> T) -> Option<T> {
         lock(&self.inner).as_mut().map(|inner| work(&mut inner.interposer))
     }
@@ -60,19 +63,20 @@ impl Inner {
                 into.put_slice(&for_h2[..length]);
                 for_h2.advance(length);
                 if for_h2.is_empty() {
-                    // Nothing is kept while the connection is idle.
+                    // An idle connection keeps no buffer.
                     *for_h2 = BytesMut::new();
                 }
                 return Poll::Ready(Ok(()));
             }
-            // Woken when h2 has begun, or the driver looks: it does so after each turn, and releases what is held where
-            // that is too much.
+            // Nothing is read from the client now. `rewrite` wakes h2 when the preamble is complete. In the other cases
+            // the driver acts after this poll: it takes the connection away, or releases the held frames.
             if !self.interposer.is_begun() || self.interposer.is_quiescent() || self.interposer.is_full() {
                 return Poll::Pending;
             }
             let before = into.filled().len();
             let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, into) else {
-                // There may be something that is not h2's to say.
+                // A WINDOW_UPDATE of the client may have released frames that h2 considers sent and does not flush
+                // again.
                 if !self.interposer.for_client().is_empty() {
                     let _ = self.poll_flush(cx)?;
                 }
@@ -135,12 +139,12 @@ impl Inner {
         let was_begun = self.interposer.is_begun();
         self.interposer.rewrite(bytes);
         if !self.interposer.for_h2().is_empty() || self.interposer.is_begun() != was_begun {
-            // h2 has something to read now.
+            // h2 has something to read, for which no event of the socket wakes it.
             cx.waker().wake_by_ref();
         }
     }
 
-    /// Until h2 may write more.
+    /// Ready when h2 may write more.
     fn poll_room(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         if self.interposer.for_client().len() < UNSENT_LIMIT {
             Poll::Ready(Ok(()))
@@ -149,7 +153,7 @@ impl Inner {
         }
     }
 
-    /// Until all is out that the client has room for.
+    /// Ready when everything that the client's windows permit is written to the socket.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Self { io, interposer } = self;
         let for_client = interposer.for_client();

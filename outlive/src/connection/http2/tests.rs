@@ -1,5 +1,5 @@
-//! The session between a model of a client and models of h2, a fresh one after each move: what one says the other
-//! hears, and both believe the same of the connection's windows.
+//! The interposer between a model of a client and models of h2, with a fresh h2 after each handover. Each side must
+//! receive what the other has sent, and both must agree on the windows of the connection.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -15,8 +15,9 @@ use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, Http2
 
 const PRIORITY: u8 = 2;
 const GREASE: u8 = 0xb;
-/// What h2 grants a connection.
+/// The connection window that the model of h2 grants, in bytes.
 const TARGET: i64 = 200_000;
+/// The settings of h2: `SETTINGS_HEADER_TABLE_SIZE=0`.
 const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
 const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
 
@@ -28,10 +29,15 @@ fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 fn grant(stream: u32, increment: i64) -> Vec<u8> {
-    frame(WINDOW_UPDATE, 0, stream, &u32::try_from(increment).expect("a window").to_be_bytes())
+    frame(
+        WINDOW_UPDATE,
+        0,
+        stream,
+        &u32::try_from(increment).expect("the increment fits a window").to_be_bytes(),
+    )
 }
 
-/// Takes whole frames off the front.
+/// Removes all complete frames from the front of `buffer`.
 fn frames(buffer: &mut Vec<u8>) -> Vec<(Head, Vec<u8>)> {
     let mut all = Vec::new();
     while let Some(head) = buffer.first_chunk::<HEAD_LENGTH>() {
@@ -46,22 +52,23 @@ fn frames(buffer: &mut Vec<u8>) -> Vec<(Head, Vec<u8>)> {
 }
 
 fn length(head: Head) -> i64 {
-    i64::try_from(head.length).expect("24 bits")
+    i64::try_from(head.length).expect("a length has 24 bits")
 }
 
-/// A client, as it sees its connection.
+/// A model of a client, and its view of the connection.
 struct Client {
     sent: Vec<u8>,
     received: Vec<u8>,
-    /// How much it may send, and how much it takes.
+    /// How many bytes it may send, and how many it accepts.
     send_window: i64,
     receive_window: i64,
     consumed: i64,
-    /// What h2 has to acknowledge.
+    /// SETTINGS and PINGs that h2 has not answered.
     unanswered: u32,
     next_stream: u32,
-    /// Streams that it has not ended, and how much it has sent on each.
+    /// Streams that it has not ended.
     open: Vec<u32>,
+    /// How many bytes it has sent on each stream.
     bytes: BTreeMap<u32, i64>,
 }
 
@@ -88,10 +95,10 @@ impl Client {
                 DATA => {
                     self.receive_window -= length(head);
                     self.consumed += length(head);
-                    assert!(self.receive_window >= 0, "more than the client takes");
+                    assert!(self.receive_window >= 0, "DATA exceeds the window of the client");
                 }
                 WINDOW_UPDATE if head.stream == 0 => {
-                    self.send_window += i64::from(increment(&payload).expect("four bytes"));
+                    self.send_window += i64::from(increment(&payload).expect("the payload has four bytes"));
                 }
                 RST_STREAM => self.open.retain(|stream| *stream != head.stream),
                 SETTINGS | PING if head.has(ACK) => self.unanswered -= 1,
@@ -126,7 +133,7 @@ impl Client {
         let stream = self.open[at];
         let size = wanted.min(self.send_window).max(0);
         self.send_window -= size;
-        *self.bytes.get_mut(&stream).expect("begun") += size;
+        *self.bytes.get_mut(&stream).expect("the stream has begun") += size;
         if ends {
             self.open.remove(at);
         }
@@ -142,7 +149,7 @@ impl Client {
     }
 }
 
-/// What h2 believes of a connection, from its preface on.
+/// A model of h2, and its view of the connection from the preface on.
 struct H2 {
     generation: u32,
     received: Vec<u8>,
@@ -153,14 +160,14 @@ struct H2 {
     receive_window: i64,
     send_window: i64,
     pings: u32,
-    /// How large the client lets the table of headers be.
+    /// The client's `SETTINGS_HEADER_TABLE_SIZE`.
     table: u32,
-    /// The last stream of the generations before, once it is known.
+    /// The last stream of the former instances of h2, once it is known.
     former: u32,
-    /// Of this generation, and whether each side has ended.
+    /// The streams of this instance, and which sides have ended: the client's, h2's.
     streams: BTreeMap<u32, (bool, bool)>,
     bytes: BTreeMap<u32, i64>,
-    /// Those that it has reset.
+    /// The streams that it has reset before the client ended them.
     left: BTreeSet<u32>,
 }
 
@@ -191,8 +198,8 @@ impl H2 {
         for (head, payload) in frames(&mut self.received) {
             let Head { frame_type, stream, .. } = head;
             if frame_type == HEADERS && head.length > LIST_LIMIT / 60 {
-                // Too large: refused, and forgotten. Its encoder must not have begun a table by then.
-                assert_eq!(self.table, 0, "the refusal enters the table of headers");
+                // The oversized request of a resumed connection is refused. The encoder must not use its table yet.
+                assert_eq!(self.table, 0, "the refusal enters the header table");
                 self.former = stream;
                 self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20\x48431"));
                 continue;
@@ -200,10 +207,10 @@ impl H2 {
             let is_of_stream =
                 stream > 0 && matches!(frame_type, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
             if self.generation > 0 && (is_of_stream || frame_type == PING) {
-                assert!(self.is_acknowledged && self.has_begun, "{head:?} before h2 has begun");
+                assert!(self.is_acknowledged && self.has_begun, "{head:?} arrives before h2 has begun");
             }
             if is_of_stream && frame_type != HEADERS && stream <= self.former {
-                // Closed: as h2 does, which grants again what it throws away.
+                // The stream is closed. Like h2, this discards the DATA and later grants its bytes again.
                 if frame_type == DATA {
                     self.receive_window -= length(head);
                     assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
@@ -212,7 +219,7 @@ impl H2 {
                 continue;
             }
             if is_of_stream && frame_type != HEADERS {
-                assert!(self.streams.contains_key(&stream), "an error on an idle stream: {head:?}");
+                assert!(self.streams.contains_key(&stream), "a frame on an idle stream: {head:?}");
             }
             match frame_type {
                 HEADERS => {
@@ -228,12 +235,12 @@ impl H2 {
                 }
                 RST_STREAM => _ = self.streams.insert(stream, (true, true)),
                 WINDOW_UPDATE if stream == 0 => {
-                    let granted = increment(&payload).expect("four bytes");
-                    assert!(granted > 0, "PROTOCOL_ERROR");
+                    let granted = increment(&payload).expect("the payload has four bytes");
+                    assert!(granted > 0, "PROTOCOL_ERROR: {head:?}");
                     self.send_window += i64::from(granted);
                 }
                 SETTINGS if head.has(ACK) => {
-                    assert!(!self.is_acknowledged, "nothing was left to acknowledge");
+                    assert!(!self.is_acknowledged, "a SETTINGS ACK without SETTINGS");
                     self.is_acknowledged = true;
                 }
                 SETTINGS => {
@@ -247,13 +254,13 @@ impl H2 {
                     }
                 }
                 PING if head.has(ACK) => {
-                    self.pings = self.pings.checked_sub(1).expect("a pong without a ping");
+                    self.pings = self.pings.checked_sub(1).expect("a PING ACK without a PING");
                 }
                 PING => self.sent.extend(frame(PING, ACK, 0, &payload)),
                 _ => {}
             }
             if (frame_type == DATA || frame_type == HEADERS) && head.has(END_STREAM) {
-                self.streams.get_mut(&stream).expect("begun").0 = true;
+                self.streams.get_mut(&stream).expect("the stream has begun").0 = true;
             }
         }
     }
@@ -281,10 +288,10 @@ impl H2 {
         let payload = vec![0; usize::try_from(size).expect("not below zero")];
         self.sent.extend(frame(DATA, if ends { END_STREAM } else { 0 }, stream, &payload));
         if ends {
-            let ended = self.streams.get_mut(&stream).expect("begun");
+            let ended = self.streams.get_mut(&stream).expect("the stream has begun");
             ended.1 = true;
             if !ended.0 {
-                // As h2 does where a handler leaves its body.
+                // h2 does this if a handler does not read the whole body.
                 ended.0 = true;
                 self.left.insert(stream);
                 self.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 0]));
@@ -293,15 +300,18 @@ impl H2 {
     }
 }
 
-/// All three, and what has become of the streams.
+/// The client, the interposer and h2, and what became of the streams of former instances of h2.
 struct World {
     client: Client,
     interposer: Interposer,
     h2: H2,
+    /// Bytes of the client that were handed over.
     unread: Vec<u8>,
     moves: u32,
+    /// Streams that have reached h2, and how many bytes of each.
     heard: BTreeSet<u32>,
     bytes: BTreeMap<u32, i64>,
+    /// Streams that either side has reset.
     reset: BTreeSet<u32>,
     is_holding: bool,
 }
@@ -321,7 +331,7 @@ impl World {
         }
     }
 
-    /// Carries bytes in pieces of `piece`, so many times each way, or until nobody has any more to say.
+    /// Passes pieces of at most `piece` bytes in each direction, `times` times or until no bytes are left.
     fn carry(&mut self, piece: usize, times: usize) {
         let mut is_quiet = false;
         for _ in 0..times {
@@ -330,7 +340,7 @@ impl World {
                 let from = if self.unread.is_empty() { &mut self.client.sent } else { &mut self.unread };
                 let length = piece.min(from.len());
                 let bytes: Vec<u8> = from.drain(..length).collect();
-                // As the relay does: h2 has read all that there was before.
+                // Like the relay, this reads in place only if h2 has read everything before.
                 if self.interposer.for_h2().is_empty() && piece.is_multiple_of(2) {
                     let passed = self.interposer.receive_in_place(&bytes);
                     self.h2.received.extend_from_slice(&bytes[..passed]);
@@ -359,7 +369,7 @@ impl World {
             self.client.received.extend_from_slice(&for_client.split_to(length));
             is_news |= length > 0;
             self.client.hear();
-            // What h2 has still to say is lost.
+            // A handover drops the bytes that h2 has not written yet.
             if self.interposer.is_quiescent() {
                 self.move_on();
             }
@@ -387,21 +397,21 @@ impl World {
         self.moves += 1;
         self.is_holding = false;
         self.forget_h2();
-        assert!(self.h2.received.is_empty(), "half a frame was for h2");
+        assert!(self.h2.received.is_empty(), "h2 has received an incomplete frame");
         let is_open =
             |(stream, ended): (&u32, &(bool, bool))| *ended != (true, true) && !self.reset.contains(stream);
-        assert!(!self.h2.streams.iter().any(is_open), "a stream was open");
+        assert!(!self.h2.streams.iter().any(is_open), "a stream is open");
         let (state, unread) = std::mem::replace(&mut self.interposer, Interposer::new()).into_state();
         let read = std::mem::take(&mut self.unread);
         self.unread = [&unread[..], &read].concat();
-        // What the client has sent, and nobody has accounted for.
+        // What the client has sent, and the interposer has not recorded.
         let mut under_way = [&self.unread[..], &self.client.sent].concat();
         let (mut data, mut granted) = (0, 0);
         for (head, payload) in frames(&mut under_way) {
             match head.frame_type {
                 DATA => data += length(head),
                 WINDOW_UPDATE if head.stream == 0 => {
-                    granted += i64::from(increment(&payload).expect("four bytes"));
+                    granted += i64::from(increment(&payload).expect("the payload has four bytes"));
                 }
                 _ => {}
             }
@@ -409,7 +419,7 @@ impl World {
         assert_eq!(self.client.send_window, state.receive_window - data);
         assert_eq!(self.client.receive_window, state.send_window + granted);
         let bytes = state.encode();
-        let state = Http2State::decode(&bytes).expect("it comes back");
+        let state = Http2State::decode(&bytes).expect("the encoded state can be decoded");
         self.interposer = Interposer::resume(state);
         self.h2 = H2::new(self.moves);
     }
@@ -457,7 +467,7 @@ impl World {
         }
     }
 
-    /// All that has begun ends; everything that the client has sent has come to somebody.
+    /// Ends all streams, and checks that everything that the client has sent has reached an instance of h2.
     fn end(mut self) -> u32 {
         self.interposer.release();
         self.is_holding = false;
@@ -476,21 +486,25 @@ impl World {
         }
         self.forget_h2();
         for (stream, sent) in &self.client.bytes {
-            assert!(self.heard.contains(stream) || self.reset.contains(stream), "stream {stream} is lost");
+            assert!(
+                self.heard.contains(stream) || self.reset.contains(stream),
+                "stream {stream} has not reached h2"
+            );
             if !self.reset.contains(stream) {
                 let heard = self.bytes.get(stream).copied().unwrap_or(0);
                 assert_eq!(heard, *sent, "stream {stream}");
             }
         }
         assert_eq!(self.h2.receive_window, self.interposer.state().receive_window);
-        assert_eq!(self.h2.receive_window, self.client.send_window, "nothing is under way");
-        assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "what the client takes for granted");
-        assert_eq!(self.client.unanswered, 0, "a ping or settings of the client's");
+        assert_eq!(self.h2.receive_window, self.client.send_window, "both sides agree on the window");
+        assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "h2 has the client's table size");
+        assert_eq!(self.client.unanswered, 0, "every PING and SETTINGS of the client is answered");
         self.moves
     }
 }
 
-/// A kind of act, which of its objects, a size; how the bytes go then: in pieces of what size, how many.
+/// One step of a random test: the action, a number that selects its stream, a size in bytes, and then the size and the
+/// number of the pieces in which bytes are passed on.
 type Act = (u8, u16, i64, usize, usize);
 
 fn play(acts: impl IntoIterator<Item = Act>) {
@@ -511,7 +525,7 @@ proptest! {
     }
 }
 
-/// The same, for `make fuzz`.
+/// The same, with actions that `make fuzz` chooses.
 #[cfg(feature = "fuzz-tests")]
 #[test]
 fn fuzzed_acts_leave_both_ends_in_the_same_state() {
@@ -537,7 +551,7 @@ fn fuzzed_frames_of_a_client_do_not_panic() {
                 match act % 6 {
                     0 => interposer.hold(),
                     1 => interposer.release(),
-                    // Frames of every frame_type, small enough to be whole.
+                    // A complete frame of any type.
                     2 => interposer.receive(&frame(act % 11, *act, u32::from(*act), bytes)),
                     3 => interposer.rewrite(&frame(act % 11, *act, u32::from(*act), bytes)),
                     _ => {}
@@ -550,9 +564,9 @@ fn fuzzed_frames_of_a_client_do_not_panic() {
     );
 }
 
-/// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, and goes on using its table.
+/// Go's client before 1.20 acknowledges `SETTINGS_HEADER_TABLE_SIZE=0`, but still uses its table.
 #[test]
-fn a_client_that_goes_on_using_its_table_stays() {
+fn connection_of_a_client_that_ignores_the_table_size_is_immovable() {
     const PADDED: u8 = 8;
     const WITH_PRIORITY: u8 = 0x20;
     let ends = END_STREAM | END_HEADERS;
@@ -567,7 +581,7 @@ fn a_client_that_goes_on_using_its_table_stays() {
     ] {
         let mut interposer = Interposer::new();
         interposer.receive(&Client::new().sent);
-        // Before the client knows of it, its first request is as it always was.
+        // The client has not received the settings yet, so its first request may use the table.
         interposer.receive(&frame(HEADERS, ends, 1, b"\x82"));
         interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
         interposer.sent(&frame(HEADERS, ends, 1, b"head"));
@@ -590,8 +604,8 @@ fn a_client_that_goes_on_using_its_table_stays() {
 
 /// The JDK's HttpClient empties its table in its first headers, which it may send before it acknowledges our settings.
 #[test]
-fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
-    // Sizes 0 and 4096, and a field.
+fn connection_of_a_client_that_empties_its_table_before_the_acknowledgement_is_movable() {
+    // Table size updates to 0 and to 4096, and a header field.
     const EMPTY: &[u8] = b"\x20";
     const LARGE: &[u8] = b"\x3f\xe1\x1f";
     const FIELD: &[u8] = b"\x82";
@@ -606,7 +620,7 @@ fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
         (&[[EMPTY, LARGE, FIELD].concat()], false),
         (&[[EMPTY, FIELD].concat(), [LARGE, FIELD].concat()], false),
         (&[[FIELD, EMPTY].concat()], false),
-        // A size that is cut off.
+        // An incomplete table size update.
         (&[[EMPTY, b"\x3f\xff"].concat()], false),
     ] {
         let mut interposer = Interposer::new();
@@ -629,10 +643,10 @@ fn a_client_that_emptied_its_table_before_it_acknowledged_our_settings_moves() {
     }
 }
 
-/// What a client has sent when it falls silent, and whether the connection waits for more of it while it waits for
-/// nothing.
+/// Each case: what a client has sent when it falls silent, whether only the client can make the connection quiescent,
+/// and whether all its requests are answered.
 #[test]
-fn a_session_is_stuck_where_only_its_client_can_go_on() {
+fn connection_is_stuck_if_only_its_client_can_make_it_quiescent() {
     let ends = END_STREAM | END_HEADERS;
     let hello = Client::new().sent;
     let acknowledged = [hello.clone(), frame(SETTINGS, ACK, 0, &[])].concat();
@@ -646,7 +660,7 @@ fn a_session_is_stuck_where_only_its_client_can_go_on() {
         (then(frame(HEADERS, ends, 1, b"\x20")), false, false),
         (then(frame(HEADERS, END_HEADERS, 1, b"\x20")), false, false),
         (then([frame(HEADERS, ends, 1, b"\x20"), frame(HEADERS, 0, 3, b"")].concat()), false, false),
-        // Half a frame that h2 has seen nothing of moves.
+        // An incomplete frame of which h2 has seen nothing does not prevent a handover.
         (then(frame(HEADERS, ends, 1, b"\x20")[..9].to_vec()), false, true),
     ] {
         let mut interposer = Interposer::new();
@@ -659,7 +673,7 @@ fn a_session_is_stuck_where_only_its_client_can_go_on() {
 }
 
 #[test]
-fn the_last_goaway_names_the_last_stream_and_does_not_break_a_frame() {
+fn final_goaway_names_the_last_stream_and_is_left_out_inside_a_frame() {
     let final_goaway = |sent: &[u8]| {
         let mut interposer = Interposer::new();
         interposer.receive(&Client::new().sent);
@@ -671,9 +685,9 @@ fn the_last_goaway_names_the_last_stream_and_does_not_break_a_frame() {
     assert!(final_goaway(&frame(HEADERS, END_HEADERS, 5, b"head")[..11]).is_empty());
 }
 
-/// Held, they would seem to come after it, and to break what it promises.
+/// If they were held, they would seem to follow the acknowledgement, and to ignore the settings.
 #[test]
-fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() {
+fn streams_that_begin_before_the_settings_are_acknowledged_are_not_held() {
     let ends = END_STREAM | END_HEADERS;
     let mut interposer = Interposer::new();
     interposer.hold();
@@ -695,9 +709,9 @@ fn streams_that_began_before_the_acknowledgement_of_our_settings_are_not_held() 
     assert_eq!((state.last_stream, unread), (1, second.into()));
 }
 
-/// The relay reads no more while that is so: it must not wait for a release that has happened.
+/// The relay does not read while `is_full`, so this must be false after a release even if frames are still held.
 #[test]
-fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
+fn interposer_is_full_above_the_limit_until_it_is_released() {
     let mut interposer = Interposer::new();
     interposer.receive(&Client::new().sent);
     interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
@@ -713,7 +727,7 @@ fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
         interposer.receive(&frame(DATA, 0, 3, &[0; 16_000]));
     }
     interposer.for_h2().clear();
-    // Half a frame of another stream is under way.
+    // A frame of another stream is incomplete, so the held frames cannot be passed on yet.
     interposer.receive(&data[..50]);
     interposer.release();
     assert!(!interposer.is_full());
@@ -721,9 +735,10 @@ fn a_client_is_held_up_to_the_limit_and_no_longer_once_it_is_released() {
     assert!(interposer.for_h2().len() > 1_000_000);
 }
 
-/// Each of these frames was once granted again by a frame of our own, which waited for a client that never reads.
+/// If the interposer granted the bytes of each such frame again, its WINDOW_UPDATEs would accumulate for a client that
+/// never reads.
 #[test]
-fn data_on_streams_of_a_former_process_queues_nothing() {
+fn data_on_streams_of_a_former_process_queues_no_frames() {
     let mut world = World::new();
     world.client.begin(true, false);
     world.carry(10_000, usize::MAX);
@@ -738,12 +753,12 @@ fn data_on_streams_of_a_former_process_queues_nothing() {
     }
 }
 
-/// It is taken out where it answers settings that h2 believes to be acknowledged.
+/// Only a valid ACK is discarded, if the interposer has already acknowledged these settings in the client's name.
 #[test]
-fn a_settings_ack_that_is_an_error_reaches_h2() {
+fn invalid_settings_ack_reaches_h2() {
     for (stream, payload) in [(1, &b""[..]), (0, b"\0\x04\0\0\0\x01")] {
         let mut interposer = Interposer::resume(Http2State::default());
-        // Settings that the client does not know, and what else h2 begins with.
+        // The preamble of h2, with settings that the client has not received.
         let settings = [frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, b"")].concat();
         interposer.rewrite(&[settings, grant(0, 100_000)].concat());
         assert!(interposer.is_begun());

@@ -1,5 +1,5 @@
-//! TLS on one connection: the handshake, and how it goes on in another process. During the handshake, and with TLS 1.2,
-//! it cannot move.
+//! Serves a connection of an https listener: performs the TLS handshake with rustls, or continues a connection with the
+//! keys of an earlier handshake. A connection cannot be handed over during its handshake, or if it speaks TLS 1.2.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -19,13 +19,13 @@ use crate::transport::stream::{Connection, Stream};
 use crate::transport::tls_config::{self, Tls as Spoken};
 use crate::transport::tls_traffic::TlsTrafficState;
 
-/// What every TLS connection begins with: the type of a handshake record (RFC 8446 section 5.1).
+/// The first byte of each TLS connection: the content type of a handshake record (RFC 8446 section 5.1).
 const HANDSHAKE: u8 = 22;
-/// The answer to whoever speaks HTTP without TLS.
+/// The response to a client that speaks HTTP without TLS.
 const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain\r\n\
     content-length: 33\r\n\r\nThis port speaks TLS: https://\xe2\x80\xa6";
 
-/// Serves a connection of an https listener until it closes or comes to rest.
+/// Serves a connection of an https listener until it closes or becomes quiescent.
 pub(in crate::connection) async fn serve(
     mut connection: Connection<Stream>,
     registration: Registration,
@@ -38,7 +38,7 @@ pub(in crate::connection) async fn serve(
     let entry = registration.entry.clone();
     let mut first = [0];
     match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
-        // The next process shakes hands.
+        // Nothing of the handshake was consumed, so the next process performs it.
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
         FirstBytes::Bytes(_) if entry.phase().quiesces() => {
             return ConnectionOutcome::Quiescent(connection, registration);
@@ -58,7 +58,7 @@ pub(in crate::connection) async fn serve(
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
         entry.allow_handover();
     }
-    // The time for a request counts from here.
+    // The time limits of the first request begin after the handshake.
     entry.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls_config::HTTP2) {
         Protocol::Http2
@@ -69,7 +69,7 @@ pub(in crate::connection) async fn serve(
     drive(io, protocol, None, connection.listener, services, &services.routes).await
 }
 
-/// Goes on with a connection that was made in another process.
+/// Continues a connection whose handshake was performed by another process, or by this one before it was parked.
 async fn go_on(
     mut connection: Connection<Stream>,
     session: Box<TlsTrafficState>,

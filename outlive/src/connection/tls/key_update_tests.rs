@@ -1,5 +1,5 @@
-//! Clients that change the keys of their TLS connection, and ask the server to do so, in the middle of a request: it is
-//! answered, and the connection goes on, in this process and in the next.
+//! Clients send KeyUpdates before, within and after a request, and request a KeyUpdate of the server. The request is
+//! answered and the connection stays open, in this process and in the next.
 
 use testkit::certificate::Certificate;
 use testkit::client::Connection;
@@ -12,25 +12,26 @@ use crate::registry::Stage;
 /// What happens to the connections between two requests.
 #[derive(Clone, Copy, Debug)]
 enum Pause {
-    /// They are idle for so long that they are parked.
+    /// The connections are idle for so long that they are parked.
     Idle,
     /// The clients send a KeyUpdate and nothing else.
     KeyUpdate,
-    /// They are handed over to the next process.
+    /// The connections are handed over to the next process.
     Handover,
 }
 
 use Pause::{Handover, Idle, KeyUpdate};
 
-/// Where the second request is cut.
+/// How many bytes of the second request are sent before the KeyUpdate within it.
 const CUTS: [usize; 4] = [0, 1, SECOND.len() / 2, SECOND.len() - 1];
 
 async fn update_keys(client: &mut Connection) {
-    client.update_keys().expect("a KeyUpdate");
-    client.send(b"").await.expect("sent");
+    client.update_keys().expect("the client updates its key");
+    client.send(b"").await.expect("the KeyUpdate is sent");
 }
 
-/// Waits until all are parked. One that a KeyUpdate has just woken is idle from then on, so the clock is advanced again.
+/// Waits until all connections are parked. A connection that a KeyUpdate has just unparked becomes idle again later, so
+/// the clock is advanced until all are.
 async fn idle(served: &Served, clients: usize) {
     let registry = served.registry();
     let are_idle = || registry.entries().iter().all(|entry| entry.stage() == Stage::Waiting);
@@ -58,7 +59,7 @@ async fn pause(
                 for client in &mut *clients {
                     update_keys(client).await;
                 }
-                wait_until("those that were parked are awake", || served.registry().parked() == 0).await;
+                wait_until("all connections are unparked", || served.registry().parked() == 0).await;
             }
             Handover => {
                 let next = serve_with(router(), Some(tls_of(certificate))).await;
@@ -70,7 +71,7 @@ async fn pause(
     served
 }
 
-/// Each request has a KeyUpdate before it, in the middle of it and behind it.
+/// Sends a KeyUpdate before, within and after each request.
 async fn answers_all(pauses: &[Pause], certificate: &Certificate) {
     let mut served = serve_with(router(), Some(tls_of(certificate))).await;
     let target = target(&served, Some(certificate));
@@ -80,7 +81,7 @@ async fn answers_all(pauses: &[Pause], certificate: &Certificate) {
         assert_eq!(client.ask(FIRST).await.expect("an answer").text(), "first");
         clients.push(client);
     }
-    // The second time shows that a connection whose keys have changed moves like any other.
+    // The second round shows that a connection whose keys have changed is parked and handed over like any other.
     for round in 0..2 {
         served = pause(served, pauses, &mut clients, certificate).await;
         for (cut, client) in CUTS.into_iter().zip(&mut clients) {
@@ -89,7 +90,7 @@ async fn answers_all(pauses: &[Pause], certificate: &Certificate) {
             update_keys(client).await;
             client.send(&SECOND[cut..]).await.expect("the second part is sent");
             update_keys(client).await;
-            let answer = timeout(PATIENCE, client.answer()).await.expect("an answer in time");
+            let answer = timeout(PATIENCE, client.answer()).await.expect("the answer arrives in time");
             let answer =
                 answer.unwrap_or_else(|error| panic!("{pauses:?}, round {round}, cut at {cut}: {error:#}"));
             assert_eq!(
@@ -102,7 +103,7 @@ async fn answers_all(pauses: &[Pause], certificate: &Certificate) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_request_with_key_updates_in_it_is_answered_after_parking_and_handover() {
+async fn request_with_key_updates_is_answered_after_parking_and_handover() {
     let certificate = Certificate::new().expect("openssl makes a certificate");
     let pauses: [&[Pause]; 7] = [
         &[],

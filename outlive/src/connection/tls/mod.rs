@@ -1,6 +1,6 @@
-//! TLS on one connection: the handshake (`handshake.rs`), which rustls does, and the record layer of a connection that was
-//! handed over (`record_layer.rs`), which continues with the traffic secrets that the former process exported.
-//! `record_reader.rs` makes sure that a handover happens between two records.
+//! TLS on one connection: rustls performs the handshake (`handshake.rs`). After the connection was parked or handed
+//! over, the record layer (`record_layer.rs`) continues it with the traffic secrets that were exported from rustls.
+//! `record_reader.rs` makes sure that the secrets are exported between two records.
 
 pub mod handshake;
 #[cfg(test)]

@@ -1,27 +1,29 @@
-//! The records of a TLS 1.3 connection that has moved: sealed and opened with `ring`, as RFC 8446 section 5 says. Those
-//! of a connection that was made here are rustls' affair.
+//! The record layer of a TLS 1.3 connection that has left rustls, because it was parked or handed over.
+//!
+//! [`RecordLayer`] encrypts and decrypts records with `ring`, following RFC 8446 section 5. rustls cannot be given
+//! traffic secrets, so it cannot continue such a connection; it serves a connection from the handshake until then.
 //!
 //! | RFC 8446 | here |
 //! | --- | --- |
-//! | 5.1: a handshake message may be cut into several records, with no others between them | `take_message` |
-//! | 5.2: a record's fragment is no longer than 2^14 bytes, its padding included | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
-//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303 and ignored, the header is the additional data | `DirectionState::open`, `DirectionState::seal` |
-//! | 5.3: the nonce is the sequence number, big-endian, XOR the IV; it counts from 0 and does not wrap | `DirectionState::nonce` |
-//! | 5.4: zeros behind the content type are padding; a record of nothing else is refused | `DirectionState::open` |
-//! | 5.5: no key seals more records than is safe (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`: a KeyUpdate of ours comes first |
-//! | 6.1: `close_notify` ends what comes from a peer; ours is the last that we send | `poll_read`, `poll_shutdown` |
-//! | 6.2: any other alert is fatal, and so is a record that does not open; we say why once | `RecordLayer::fail` |
-//! | 4.6.3: a KeyUpdate changes the keys of one direction, and may ask for the other's | `take_message`, `update_keys` |
-//! | 4.6: of other messages after the handshake a server expects none | `unexpected_message` |
+//! | 5.1: a handshake message may be split over several records, with no others between them | `take_message` |
+//! | 5.2: a fragment has at most 2^14 bytes with its padding | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
+//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303, authenticated header | `DirectionState::open`, `seal` |
+//! | 5.3: the nonce is the sequence number, from 0 without wrapping, XOR the IV | `DirectionState::nonce` |
+//! | 5.4: zeros after the content type are padding; a record of only padding is refused | `DirectionState::open` |
+//! | 5.5: a key encrypts a limited number of records (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`, then a KeyUpdate |
+//! | 6.1: `close_notify` ends a direction; nothing is sent after it | `poll_read`, `poll_shutdown` |
+//! | 6.2: other alerts and records that cannot be decrypted are fatal; one alert is sent | `RecordLayer::fail` |
+//! | 4.6.3: a KeyUpdate changes the key of one direction and may request the other's | `take_message`, `update_keys` |
+//! | 4.6: a server expects no other messages after the handshake | `unexpected_message` |
 //!
-//! What the RFC leaves open is as in rustls, so that a client cannot tell which of the two it speaks to: how many records
-//! without content, alerts without effect and KeyUpdates are taken, and which alert answers what. The tests send the same
-//! bytes to both. What still differs stands in SECURITY.md.
+//! Where the RFC leaves a choice, the behaviour is that of rustls, so that a client cannot tell the two apart: how many
+//! empty records, alerts without effect and KeyUpdates are accepted, and which alert answers which fault. The tests
+//! send the same bytes to both. SECURITY.md lists the remaining differences.
 //!
-//! Where the secrets of a connection are not known, because a release that did not keep them handed it over, a KeyUpdate
-//! cannot be followed: it counts as `close_notify`, and the connection is worn.
+//! If the traffic secrets of a connection are not known (see `Direction::secret`), a KeyUpdate of the peer cannot be
+//! followed: it ends the input like `close_notify`, and the connection closes after the response in flight.
 //!
-//! No early data: rustls was not told to take any.
+//! There is no early data, because rustls is not configured to accept any.
 
 use std::fmt;
 use std::io;
@@ -37,29 +39,30 @@ use crate::transport::tls_traffic::{
     Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState,
 };
 
-/// The most that a record carries, in bytes.
+/// The largest fragment of a record, in bytes.
 const FRAGMENT_LIMIT: usize = 1 << 14;
-/// A record that is as long or longer, sealed, is refused before it has come: as rustls does it, which leaves room for
-/// the seals of every version of TLS.
+/// A record whose header names this length or more, in bytes, is refused before its content arrives, as in rustls. The
+/// limit has room for the overhead of every TLS version.
 const SEALED_LIMIT: usize = FRAGMENT_LIMIT + 2048;
-/// Of the authentication of each suite, in bytes.
+/// The authentication tag of each suite, in bytes.
 const TAG_LENGTH: usize = 16;
+/// The header of a record, in bytes.
 pub(in crate::connection) const HEADER_LENGTH: usize = 5;
-/// No handshake message is longer, in bytes, as in rustls.
+/// The longest handshake message, in bytes, as in rustls.
 const MESSAGE_LIMIT: usize = 0xffff;
-/// So many records without content in a row are taken, as in rustls and BoringSSL: they cost us more than their peer.
+/// How many empty records in a row are accepted, as in rustls and BoringSSL. They cost the server more than the peer.
 const EMPTY_RECORDS_LIMIT: u8 = 32;
-/// So many alerts that change nothing are taken from a connection, as in rustls and BoringSSL.
+/// How many alerts without effect are accepted on a connection, as in rustls and BoringSSL.
 const WARNINGS_LIMIT: u8 = 4;
-/// So many KeyUpdates are followed without application data between them, as in rustls and BoringSSL: each costs us a
-/// key schedule.
+/// How many KeyUpdates are accepted without application data between them, as in rustls and BoringSSL, because each
+/// costs a key schedule.
 const KEY_UPDATES_LIMIT: u8 = 32;
-/// After so many records a connection whose key we cannot update is told to end; half of what is safe, so that there is
-/// room for its last answer.
+/// After so many records a connection whose key cannot be updated closes with its next response. This is half of
+/// `SEALED_RECORDS_LIMIT`, so that the response still fits.
 const KEY_LIMIT_SOFT: u64 = 1 << 23;
-/// No more are sealed with one key, of which the last is a KeyUpdate.
+/// How many records one key encrypts. The last of them is a KeyUpdate.
 const SEALED_RECORDS_LIMIT: u64 = 1 << 24;
-/// What is sealed and not sent, in bytes; until it is out no more is sealed.
+/// While so many encrypted bytes are unsent, no further data is encrypted.
 const UNSENT_LIMIT: usize = 64 * 1024;
 /// How much is read at once, in bytes.
 const READ_LENGTH: usize = 16 * 1024;
@@ -71,16 +74,16 @@ const HANDSHAKE: u8 = 22;
 const APPLICATION_DATA: u8 = 23;
 const HEARTBEAT: u8 = 24;
 
-/// The type of a handshake message (section 4), and what it asks for (section 4.6.3).
+/// The type of a handshake message (section 4), and its `request_update` values (section 4.6.3).
 const KEY_UPDATE: u8 = 24;
 const UPDATE_NOT_REQUESTED: u8 = 0;
 const UPDATE_REQUESTED: u8 = 1;
 
-/// How grave an alert is (section 6).
+/// Alert levels (section 6).
 const WARNING: u8 = 1;
 const FATAL: u8 = 2;
 
-/// Alerts (section 6).
+/// Descriptions of alerts (section 6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 enum Alert {
@@ -92,17 +95,17 @@ enum Alert {
     DecodeError = 50,
 }
 
-/// `user_canceled`, which says nothing.
+/// The alert `user_canceled`, which has no effect.
 const USER_CANCELED: u8 = 90;
 
-/// Why no more is read.
+/// Why reading failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
-    /// The peer gets this alert.
+    /// The peer receives this alert.
     Alert(Alert, &'static str),
-    /// The peer gets `close_notify` with the end of the connection and no other alert, as from rustls.
+    /// The peer receives only `close_notify` when the connection closes, as from rustls.
     NoAlert(&'static str),
-    /// It has sent this alert, and expects nothing more.
+    /// The peer has sent this fatal alert, so it expects no answer.
     PeerFailed(u8),
 }
 
@@ -116,15 +119,15 @@ impl fmt::Display for Refusal {
     }
 }
 
-/// What the beginning of a record's header was, which rustls refuses with `decode_error`.
+/// The bytes are not the beginning of a record header. rustls refuses them with `decode_error`.
 #[derive(Debug)]
 pub(in crate::connection) struct NoHeader;
 
-/// How much follows the header of a record that begins with `bytes`. None where more of the header has to come. A header
-/// is refused as soon as in rustls: type and version are looked at before the rest has come.
+/// The length of the record that begins with `bytes`, without its header. None if the header is incomplete. As in
+/// rustls, a wrong type or version is refused before the header is complete.
 pub(in crate::connection) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>, NoHeader> {
     let is_kind = |kind: u8| (CHANGE_CIPHER_SPEC..=HEARTBEAT).contains(&kind);
-    // Every version of TLS begins with 3; the others are SSL 2 and DTLS, of which rustls knows the numbers.
+    // The major version of TLS is 3. The others are SSL 2 and DTLS, which rustls accepts in a header.
     let is_version = |version: [u8; 2]| matches!(version, [3, _] | [2, 0] | [0xfe, 0xfc | 0xfd | 0xff]);
     match *bytes {
         [kind, ..] if !is_kind(kind) => Err(NoHeader),
@@ -138,7 +141,7 @@ pub(in crate::connection) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>
     }
 }
 
-/// One direction, ready for use.
+/// The traffic state of one direction, with its key prepared for `ring`.
 struct DirectionState {
     direction: Direction,
     key: LessSafeKey,
@@ -155,7 +158,7 @@ impl DirectionState {
         Self { direction, key: LessSafeKey::new(key) }
     }
 
-    /// Goes on with the keys of the next generation; false where the secret is not known.
+    /// Replaces the key and the IV by those after a KeyUpdate. False if the secret is not known.
     fn update_keys(&mut self, suite: Suite) -> bool {
         let Some(secret) = &self.direction.secret else { return false };
         let next = secret.next(suite);
@@ -173,16 +176,17 @@ impl DirectionState {
         Nonce::assume_unique_for_key(nonce)
     }
 
-    /// Opens a record; leaves its content and gives its type.
+    /// Decrypts a record in place, to its content. Returns its content type.
     fn open(&mut self, sealed: &mut BytesMut) -> Result<u8, Refusal> {
-        let length = u16::try_from(sealed.len()).expect("the header has no more").to_be_bytes();
-        // Of the header itself only the length counts, as in rustls.
+        let length =
+            u16::try_from(sealed.len()).expect("a record header has a length of 16 bits").to_be_bytes();
+        // The received type and version are not authenticated, as in rustls.
         let header = [APPLICATION_DATA, 3, 3, length[0], length[1]];
         let unsealed = self.key.open_in_place(self.nonce(), Aad::from(header), sealed);
         let wrong =
             Refusal::Alert(Alert::BadRecordMac, "could not decrypt a record with the connection's key");
         let length = unsealed.map_err(|_| wrong)?.len();
-        // No peer sends as many.
+        // A wrapped sequence number would repeat a nonce (section 5.3). No peer sends that many records.
         self.direction.sequence = self.direction.sequence.checked_add(1).ok_or(wrong)?;
         if length > FRAGMENT_LIMIT + 1 {
             return Err(Refusal::Alert(Alert::RecordOverflow, "a record with its padding is too long"));
@@ -195,7 +199,7 @@ impl DirectionState {
         Ok(kind)
     }
 
-    /// Seals a record of `content` onto `into`.
+    /// Encrypts `content` as one record, and appends it to `into`.
     fn seal(&mut self, kind: u8, content: &[u8], into: &mut BytesMut) -> io::Result<()> {
         if self.direction.sequence >= SEALED_RECORDS_LIMIT {
             return Err(io::Error::other("the connection's key has encrypted the maximum number of records"));
@@ -215,38 +219,39 @@ impl DirectionState {
     }
 }
 
-/// What may still come from the peer.
+/// The state of the direction from the peer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Incoming {
     Open,
-    /// It has said `close_notify`.
+    /// The peer has sent `close_notify`.
     Ended,
-    /// What it says is sealed with a key that we do not know.
+    /// The peer has changed to a key that is not known here, so no further record can be decrypted.
     Deaf,
-    /// It has closed the connection without `close_notify`.
+    /// The peer has closed the connection without `close_notify`.
     CutOff,
-    /// It was refused, or it has failed.
+    /// The peer broke the protocol, or sent a fatal alert.
     Failed(Refusal),
 }
 
-/// What may still go to the peer.
+/// The state of the direction to the peer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Outgoing {
     Open,
-    /// We have said `close_notify`, or which rule the peer broke.
+    /// `close_notify` or a fatal alert was sent.
     Ended,
 }
 
+/// TLS on a socket, after the handshake.
 pub(in crate::connection) struct RecordLayer {
     stream: Stream,
     suite: Suite,
     from_peer: DirectionState,
     to_peer: DirectionState,
-    /// What was read, and is still sealed.
+    /// Bytes that were read and not decrypted.
     sealed: BytesMut,
-    /// What was opened, and is not read.
+    /// Data that was decrypted and not delivered.
     opened: BytesMut,
-    /// What is sealed, and not sent.
+    /// Records that were encrypted and not sent.
     unsent: BytesMut,
     incoming: Incoming,
     outgoing: Outgoing,
@@ -270,25 +275,26 @@ impl RecordLayer {
         }
     }
 
-    /// Whether the connection should end soon: the peer has a key that we do not know, or ours is not to be used much
-    /// longer and we cannot update it.
+    /// Whether the connection should close soon: the peer uses a key that is not known here, or the key to the peer is
+    /// near its limit and cannot be updated.
     pub(in crate::connection) fn is_near_key_limit(&self) -> bool {
         let Direction { sequence, secret, .. } = &self.to_peer.direction;
         self.is_read_closed() || secret.is_none() && *sequence >= KEY_LIMIT_SOFT
     }
 
-    /// Whether the peer says more than we can hear.
+    /// Whether the peer uses a key that is not known here.
     pub(in crate::connection) fn is_read_closed(&self) -> bool {
         self.incoming == Incoming::Deaf
     }
 
-    /// Whether nothing was said that keeps it here.
+    /// Whether another process can continue the connection: it is open in both directions, and everything is sent.
     pub(in crate::connection) fn is_movable(&self) -> bool {
         let is_open = self.incoming == Incoming::Open && self.outgoing == Outgoing::Open;
         is_open && !self.is_near_key_limit() && self.unsent.is_empty()
     }
 
-    /// What it takes to go on elsewhere, and what was opened and not read.
+    /// Takes the connection apart: its socket, the state that another process needs, and the data that was decrypted
+    /// and not delivered.
     pub(in crate::connection) fn into_parts(self) -> (Stream, TlsTrafficState, Bytes) {
         let Self { stream, suite, sealed, opened, peer, .. } = self;
         let (from_peer, to_peer) = (self.from_peer.direction, self.to_peer.direction);
@@ -299,8 +305,8 @@ impl RecordLayer {
         )
     }
 
-    /// Opens what there is of whole records, until there is something to read or no more will come; false where more
-    /// has to come.
+    /// Decrypts whole records until there is data to deliver or the input has ended. False if more bytes must be read
+    /// from the socket first.
     fn open(&mut self) -> Result<bool, Refusal> {
         while self.opened.is_empty() && self.incoming == Incoming::Open {
             let length = sealed_length(&self.sealed)
@@ -313,7 +319,7 @@ impl RecordLayer {
             let mut record = self.sealed.split_to(length);
             let has_part = !self.peer.message.is_empty();
             if outer_kind == CHANGE_CIPHER_SPEC && !has_part {
-                // It is the only one that comes unsealed, and it belongs into a handshake (section 5).
+                // This is the only record that is not encrypted, and it is allowed only in a handshake (section 5).
                 let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
                 return Err(Refusal::Alert(alert, "received change_cipher_spec after the handshake"));
             }
@@ -366,7 +372,7 @@ impl RecordLayer {
         Ok(())
     }
 
-    /// Takes a handshake message, or a part of one: a KeyUpdate, since a server expects no other after the handshake.
+    /// Handles a handshake message or a part of one. After the handshake a server expects only KeyUpdate.
     fn take_message(&mut self, part: &[u8]) -> Result<(), Refusal> {
         let mut message = std::mem::take(&mut self.peer.message);
         message.extend_from_slice(part);
@@ -379,7 +385,7 @@ impl RecordLayer {
         if length > MESSAGE_LIMIT {
             return Err(Refusal::NoAlert("a handshake message is too long"));
         }
-        // rustls waits until the message is whole. It has no use for it either.
+        // rustls refuses such a message too, but only when it is complete.
         if kind != KEY_UPDATE {
             return Err(Refusal::Alert(
                 Alert::UnexpectedMessage,
@@ -394,7 +400,7 @@ impl RecordLayer {
             return Ok(());
         };
         if !behind.is_empty() {
-            // The rest of the record should have had the new key.
+            // Data after a KeyUpdate must be encrypted with the new key, so it cannot be in the same record.
             return Err(Refusal::Alert(
                 Alert::UnexpectedMessage,
                 "received data behind a KeyUpdate in the same record",
@@ -403,7 +409,7 @@ impl RecordLayer {
         count(&mut self.peer.key_updates, KEY_UPDATES_LIMIT, "received too many KeyUpdate messages")?;
         match *request {
             UPDATE_NOT_REQUESTED => {}
-            // One answer is enough, however often it is asked for, so a peer that never reads gets no more.
+            // One KeyUpdate answers any number of requests; otherwise a peer that never reads could fill the memory.
             UPDATE_REQUESTED => self.peer.wants_key_update = true,
             _ => {
                 return Err(Refusal::Alert(
@@ -418,7 +424,7 @@ impl RecordLayer {
         Ok(())
     }
 
-    /// Updates our keys where the peer has asked for it, or the key has sealed as much as is safe.
+    /// Sends a KeyUpdate and changes the key if the peer has requested that, or if the key has reached its limit.
     fn update_keys(&mut self) -> io::Result<()> {
         let direction = &self.to_peer.direction;
         let request = if self.peer.wants_key_update {
@@ -437,13 +443,13 @@ impl RecordLayer {
         Ok(())
     }
 
-    /// Seals a record, with a KeyUpdate before it where one is due.
+    /// Encrypts a record, with a KeyUpdate before it if one is due.
     fn seal(&mut self, kind: u8, content: &[u8]) -> io::Result<()> {
         self.update_keys()?;
         self.to_peer.seal(kind, content, &mut self.unsent)
     }
 
-    /// Says why, once; whether it arrives is no longer our affair.
+    /// Sends the alert for `refusal`, once. A failure to send is ignored, because the connection ends in any case.
     fn fail(&mut self, cx: &mut Context<'_>, refusal: Refusal) {
         self.incoming = Incoming::Failed(refusal);
         if let Refusal::Alert(alert, _) = refusal
@@ -501,7 +507,8 @@ impl AsyncRead for RecordLayer {
             let mut read = ReadBuf::uninit(&mut buffer);
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
-                // What came may not be all.
+                // Without `close_notify` an attacker may have cut off the data, so this must not look like a regular
+                // end.
                 this.incoming = Incoming::CutOff;
                 continue;
             }
@@ -544,7 +551,7 @@ impl AsyncWrite for RecordLayer {
     }
 }
 
-/// Counts what is allowed up to `limit`.
+/// Increments a counter, or fails if it has reached `limit`.
 fn count(counted: &mut u8, limit: u8, reason: &'static str) -> Result<(), Refusal> {
     if *counted >= limit {
         return Err(Refusal::NoAlert(reason));

@@ -1,5 +1,8 @@
-//! A stream that gives rustls whole records only, so that what it holds when its secrets are taken is nothing but
-//! what it has opened; and how they are taken.
+//! Gives rustls whole TLS records only, and takes a connection out of rustls for a handover.
+//!
+//! [`RecordAligned`] is the stream below rustls. An incomplete record stays in its buffer, so that at a handover rustls
+//! holds nothing but decrypted data. rustls does not give up the encrypted bytes that it has read: if it had read a
+//! part of a record, the next process could not decrypt that record.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::AsFd;
@@ -25,18 +28,20 @@ use crate::transport::traffic_secret::TrafficSecret;
 /// How much is read at once, in bytes.
 const READ_LENGTH: usize = 16 * 1024;
 
+/// The socket below rustls, which delivers whole records.
 pub(in crate::connection) struct RecordAligned {
     stream: Stream,
+    /// Bytes that were read from the socket and not delivered.
     buffer: BytesMut,
-    /// How much of the buffer is whole records, or will never be.
+    /// The length of the whole records at the beginning of `buffer`, or of bytes that can never become one.
     whole: usize,
-    /// How much of a record is still to be given of which something was given.
+    /// Bytes remaining of a record already partly delivered.
     begun: usize,
-    /// Of the connection that rustls makes on this stream.
+    /// The first traffic secrets of the connection; rustls stores them here during the handshake.
     secrets: Arc<FirstSecrets>,
 }
 
-/// Shakes hands on `stream`.
+/// Begins the server's side of the handshake on `stream`.
 pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<RecordAligned> {
     let secrets = Arc::new(FirstSecrets::default());
     let acceptor = tls.acceptor(&secrets);
@@ -49,19 +54,19 @@ impl RecordAligned {
         &self.stream
     }
 
-    /// How many hold the secrets, and which they are.
+    /// The number of references to the secrets, and the secrets.
     #[cfg(test)]
     pub(in crate::connection) fn secrets(&self) -> (usize, Option<&TrafficSecret>, Option<&TrafficSecret>) {
         (Arc::strong_count(&self.secrets), self.secrets.from_peer.get(), self.secrets.to_peer.get())
     }
 
-    /// Sends all of `bytes` at once, or fails.
+    /// Sends all of `bytes` without waiting. None if the socket does not accept all of them.
     fn send_now(&self, bytes: &[u8]) -> Option<()> {
         let sent = send(self.stream.as_fd(), bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL).ok()?;
         (sent == bytes.len()).then_some(())
     }
 
-    /// The rest of a record that was given in part.
+    /// The remainder of a record that was delivered in part.
     pub(in crate::connection) fn remaining(&mut self) -> impl Read + '_ {
         let length = self.begun.min(self.whole);
         self.note_given(length);
@@ -77,7 +82,7 @@ impl RecordAligned {
                 }
                 Ok(_) => return,
                 Err(NoHeader) => {
-                    // It is for rustls to object to, at once.
+                    // rustls receives the invalid header at once, and refuses it.
                     self.whole = self.buffer.len();
                     return;
                 }
@@ -85,7 +90,7 @@ impl RecordAligned {
         }
     }
 
-    /// Finds out where in a record the next byte is that is to be given.
+    /// Updates `begun` for the next `length` bytes of the buffer, which are about to be delivered.
     fn note_given(&mut self, mut length: usize) {
         let mut at = 0;
         while length > 0 {
@@ -101,14 +106,15 @@ impl RecordAligned {
     }
 }
 
-/// What another process has to know of a TLS connection that was made here, and what was opened and not read. None
-/// where something is under way.
+/// Takes a connection out of rustls: its socket, the state that another process needs, and the data that was decrypted
+/// and not read. None if rustls cannot give it up, for example because the peer has closed it, or because a handshake
+/// or a write is unfinished.
 pub(in crate::connection) fn into_parts(
     tls: TlsStream<RecordAligned>,
 ) -> Option<(Stream, TlsTrafficState, Bytes)> {
     let (mut below, mut session) = tls.into_inner();
     let mut opened = BytesMut::new();
-    // The rest of a record of which rustls has the beginning: it is here.
+    // If rustls has only the beginning of a record, the remainder is in the buffer below.
     read_opened(&mut session, &mut opened)?;
     let mut rest = below.remaining();
     while session.read_tls(&mut rest).ok()? > 0 {
@@ -119,9 +125,9 @@ pub(in crate::connection) fn into_parts(
     if session.is_handshaking() || session.wants_write() {
         return None;
     }
-    // rustls answers a KeyUpdate in front of what it sends next, but changes its key at once. Without this answer the
-    // peer could open nothing of what comes later.
-    let _of_none = session.writer().write(&[]).ok()?;
+    // When the peer asks for a KeyUpdate, rustls changes its key at once, but sends its KeyUpdate only before the next
+    // data. This empty write makes rustls produce it now. Without it the peer could decrypt nothing that is sent later.
+    let _written = session.writer().write(&[]).ok()?;
     let mut answer = Vec::new();
     while session.wants_write() {
         session.write_tls(&mut answer).ok()?;
@@ -134,7 +140,7 @@ pub(in crate::connection) fn into_parts(
     Some((stream, TlsTrafficState::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
 }
 
-/// None where the peer has said its last.
+/// Reads all decrypted data. None if the peer has sent its last data, or the session has failed.
 fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()> {
     let mut buffer = [0; 4096];
     loop {
@@ -147,7 +153,7 @@ fn read_opened(session: &mut ServerConnection, into: &mut BytesMut) -> Option<()
     }
 }
 
-/// With its header.
+/// The length of a record, including its header.
 fn record_length(header: [u8; HEADER_LENGTH]) -> usize {
     HEADER_LENGTH + usize::from(u16::from_be_bytes([header[3], header[4]]))
 }
@@ -171,7 +177,7 @@ impl AsyncRead for RecordAligned {
             let mut read = ReadBuf::uninit(&mut buffer);
             ready!(Pin::new(&mut this.stream).poll_read(cx, &mut read))?;
             if read.filled().is_empty() {
-                // Half a record is all that will come of it.
+                // The stream ends inside a record. rustls receives the incomplete record, and then the end.
                 this.whole = this.buffer.len();
                 if this.whole == 0 {
                     return Poll::Ready(Ok(()));

@@ -15,13 +15,13 @@ impl Interposer {
         self.preamble.is_none()
     }
 
-    /// What is for h2 to read.
+    /// Bytes that h2 reads before any others.
     pub fn for_h2(&mut self) -> &mut BytesMut {
         &mut self.to_h2
     }
 
-    /// Takes what the client has sent, of which the beginning may be for h2 as it is: gives its length. The others
-    /// are for h2 by way of `for_h2`.
+    /// Processes bytes of the client without a copy, as far as possible: returns how many of them h2 reads in place.
+    /// The bytes after those are processed as by `receive`.
     pub fn receive_in_place(&mut self, all: &[u8]) -> usize {
         let mut bytes = all;
         if self.preface_left > 0 || !self.to_h2.is_empty() {
@@ -38,7 +38,7 @@ impl Interposer {
                     }
                     self.end_frame();
                     if !self.to_h2.is_empty() {
-                        // What was held goes on behind it.
+                        // The end of this frame has released held frames, which come before the remaining bytes.
                         let passed = all.len() - bytes.len();
                         self.receive(bytes);
                         return passed;
@@ -77,7 +77,7 @@ impl Interposer {
         }
     }
 
-    /// Takes what the client has sent.
+    /// Processes bytes of the client. Those for h2 are then in `for_h2`.
     pub fn receive(&mut self, mut bytes: &[u8]) {
         let preface = take(&mut bytes, self.preface_left);
         self.preface_left -= preface.len();
@@ -110,7 +110,8 @@ impl Interposer {
 
     pub(super) fn receive_head(&mut self, bytes: [u8; HEAD_LENGTH]) {
         let head = Head::decode(bytes);
-        // Half a frame is no hindrance to a move.
+        // Frames other than DATA are passed on when they are complete, because an incomplete frame of which h2 has seen
+        // nothing does not prevent a handover.
         if head.frame_type != DATA && head.length <= FRAME_LIMIT {
             self.from_client = FrameParser::Whole(head, bytes, Vec::with_capacity(head.length));
             if head.length == 0 {
@@ -143,7 +144,8 @@ impl Interposer {
         self.release_held();
     }
 
-    /// What becomes of a frame of the client's; `payload` is whole where there is no DATA in it.
+    /// Decides what to do with a frame of the client, and records what it changes. `payload` is complete, except for
+    /// DATA and for frames that are too long.
     pub(super) fn on_client_frame(&mut self, head: Head, payload: &[u8]) -> Disposition {
         let Head { length, frame_type, stream, .. } = head;
         if let Some(disposition) = self.block {
@@ -156,7 +158,8 @@ impl Interposer {
             }
             return disposition;
         }
-        // Headers from before the client knew our settings are for a decoder that has a table: they do not wait.
+        // Headers that were sent before the client acknowledged our settings may use the header table, so only this h2
+        // can decode them: they are not held.
         let is_new = self.hold_state == HoldState::Holding
             && stream > self.state.last_stream
             && self.has_been_acknowledged();
@@ -181,13 +184,13 @@ impl Interposer {
                 }
                 self.block = (!head.has(END_HEADERS)).then_some(disposition);
             }
-            // h2 refuses it once its header block is whole.
+            // A client must not send this frame. h2 refuses it when its header block is complete.
             PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(disposition),
             RST_STREAM if !is_new => self.end_stream(stream),
             PING if head.has(ACK) && stream == 0 && length == PING_LENGTH => {
                 match self.unanswered.own_pings.checked_sub(1) {
                     Some(left) => self.unanswered.own_pings = left,
-                    // The ping was sent by a former process. h2 would ignore this, but log a warning.
+                    // This answers a ping of a former process. h2 would ignore it, but log a warning.
                     None => return Disposition::Discard,
                 }
             }
@@ -198,9 +201,9 @@ impl Interposer {
         disposition
     }
 
-    /// Takes a client at its word that says before it acknowledges our settings that its encoder remembers nothing. The
-    /// JDK's HttpClient does so in its first headers. It has nothing to say after the acknowledgement then, because the
-    /// size does not change any more (RFC 7541 section 4.2).
+    /// Records the header table size that a client announces before it acknowledges our settings. The JDK's HttpClient
+    /// announces size 0 in its first headers. It does not repeat that after the acknowledgement, because the size does
+    /// not change (RFC 7541 section 4.2); without this record it would be taken for a client that uses its table.
     pub(super) fn note_table_size(&mut self, head: Head, payload: &[u8]) {
         if head.frame_type == HEADERS
             && !self.has_been_acknowledged()
@@ -210,13 +213,13 @@ impl Interposer {
         }
     }
 
-    /// Whether the client knows our settings.
+    /// Whether the client has acknowledged our settings.
     pub(super) fn has_been_acknowledged(&self) -> bool {
         self.former > 0 || (self.unanswered.ours == 0 && self.state.ours != Settings::default())
     }
 
     pub(super) fn begin_stream(&mut self, stream: u32) {
-        // Those of a client have odd numbers; h2 objects to any other.
+        // The streams of a client have odd numbers. h2 refuses all others.
         if stream <= self.state.last_stream || stream.is_multiple_of(2) {
             return;
         }
@@ -242,15 +245,15 @@ impl Interposer {
         self.end_half(stream, |ended| *ended = Ended { client: true, h2: true });
     }
 
-    /// A frame of the client's that is whole.
+    /// Processes a complete frame of the client.
     pub(super) fn receive_whole(&mut self) {
         let FrameParser::Whole(head, bytes, payload) =
             std::mem::replace(&mut self.from_client, FrameParser::START)
         else {
-            unreachable!("asked where one was seen")
+            unreachable!("only called when a frame is complete")
         };
         let disposition = match head {
-            // Inside a header block all that is no CONTINUATION is an error, and reaches h2 as it is.
+            // Inside a header block every frame except CONTINUATION is an error, which h2 must see unchanged.
             _ if self.block.is_some() => self.on_client_frame(head, &payload),
             Head { frame_type: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));
@@ -260,7 +263,7 @@ impl Interposer {
                 self.receive_acknowledgement()
             }
             Head { frame_type: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
-                // What makes no sense is h2's to refuse.
+                // Settings that cannot be recorded cannot be handed over. h2 refuses those that are invalid.
                 self.is_ending |= !self.state.theirs.set(&payload);
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
                 Disposition::Forward
@@ -286,13 +289,13 @@ impl Interposer {
         }
     }
 
-    /// The client takes so much more.
+    /// Processes a WINDOW_UPDATE for the connection. h2 receives only what is left after the debt.
     pub(super) fn receive_grant(&mut self, granted: u32) {
         self.state.send_window += i64::from(granted);
         let paid = self.debt.min(granted.into());
         self.debt -= paid;
-        let left = granted - u32::try_from(paid).expect("no more than was granted");
-        // None at all is an error, and h2's to say.
+        let left = granted - u32::try_from(paid).expect("at most what was granted");
+        // An increment of zero is an error, which h2 must see to refuse it.
         if left > 0 || granted == 0 {
             put_window_update(left, &mut self.to_h2);
         }

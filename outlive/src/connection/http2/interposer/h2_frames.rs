@@ -1,4 +1,4 @@
-//! Frames from h2 to the client: forwarded as they are, or rewritten while h2 still has to send its preamble, or while the
+//! Frames from h2 to the client. They are forwarded unchanged, or rewritten while h2 is sending its preamble or the
 //! client's window is smaller than h2 assumes.
 
 use bytes::BytesMut;
@@ -11,19 +11,19 @@ use crate::connection::http2::frame::{
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
 
 impl Interposer {
-    /// Whether h2's bytes have to be looked at before they go out; else they go as they are, and `sent` is told.
+    /// Whether the bytes of h2 must pass through `rewrite`. Otherwise they are sent unchanged, and recorded by `sent`.
     pub fn must_rewrite(&self) -> bool {
         self.preamble.is_some()
             || self.debt > 0
             || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
     }
 
-    /// What is to be sent before anything else.
+    /// Bytes for the client, which must be sent before any others.
     pub fn for_client(&mut self) -> &mut BytesMut {
         &mut self.to_client
     }
 
-    /// Notes what h2 has sent as it is.
+    /// Records bytes of h2 that were sent unchanged.
     pub fn sent(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
             match &mut self.from_h2 {
@@ -58,7 +58,7 @@ impl Interposer {
         }
     }
 
-    /// Takes what h2 sends; what goes out of it is for the client then.
+    /// Processes bytes of h2. Those for the client are then in `for_client`.
     pub fn rewrite(&mut self, bytes: &[u8]) {
         self.partial.extend_from_slice(bytes);
         while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
@@ -70,7 +70,7 @@ impl Interposer {
             if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) {
                 continue;
             }
-            // What belongs to the connection need not wait for what belongs to its streams.
+            // Frames of the connection, for example PING, may overtake the waiting frames of its streams.
             let is_of_streams = matches!(head.frame_type, DATA | HEADERS | CONTINUATION | RST_STREAM);
             if is_of_streams && (!self.waiting.is_empty() || !self.has_room(head)) {
                 self.waiting.unsplit(frame);
@@ -97,17 +97,18 @@ impl Interposer {
         }
     }
 
-    /// What a fresh h2 says at its beginning, and the client has heard already.
+    /// Absorbs the preamble of a fresh h2, because the client received one from the former process. The client receives
+    /// only what differs. False if the frame does not belong to the preamble.
     pub(super) fn absorb_preamble(&mut self, head: Head, payload: &[u8]) -> bool {
         let Some(preamble) = &mut self.preamble else { return false };
         match head.frame_type {
             SETTINGS if head.has(ACK) => match preamble.told {
-                // Of those without a table.
+                // This acknowledges the settings that disable the encoder's table.
                 ToldToH2::FormerStreams => {}
                 ToldToH2::Settings => preamble.told = ToldToH2::All,
                 ToldToH2::All => return false,
             },
-            // The refusal of the request on the last stream of the former process.
+            // This refuses the request on the last stream of the former process. Next h2 needs the client's settings.
             HEADERS | RST_STREAM
                 if preamble.told == ToldToH2::FormerStreams && head.stream == self.former =>
             {
@@ -143,7 +144,7 @@ impl Interposer {
         true
     }
 
-    /// Keeps account of a frame that goes to the client.
+    /// Records what a frame changes that is sent to the client.
     pub(super) fn note_sent(&mut self, head: Head, payload: &[u8]) {
         match head.frame_type {
             DATA => {
@@ -154,7 +155,8 @@ impl Interposer {
             }
             HEADERS if head.has(END_STREAM) => self.end_half(head.stream, |ended| ended.h2 = true),
             RST_STREAM => {
-                // To h2 a stream that it resets has begun, whatever frame was the reason.
+                // h2 considers a stream that it resets as begun, whatever frame was the reason. So must the next
+                // process.
                 if !head.stream.is_multiple_of(2) {
                     self.state.last_stream = self.state.last_stream.max(head.stream);
                 }

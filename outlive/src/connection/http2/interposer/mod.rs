@@ -1,20 +1,27 @@
-//! An HTTP/2 connection as it passes between its client and h2: what is agreed upon is noted, so that another
-//! process can go on with a fresh h2, which is then played the beginning that it missed.
+//! The interposer between the client of an HTTP/2 connection and h2. It records the state of the connection, so that
+//! another process can continue it with a fresh h2 instance, and replays to that instance the beginning that it missed.
 //!
-//! A connection comes to rest when no stream is open: frames of streams that begin meanwhile are held, and travel
-//! as bytes that were not consumed. What the fresh h2 has to believe, and the client must not notice:
-//! - h2 is told the client's settings, and its own are acknowledged in the client's name. It applies its stream
-//!   window at that acknowledgement and its connection window when its WINDOW_UPDATE goes out, so nothing of the
-//!   client reaches it before both.
-//! - The connection's windows are what they are: h2's first WINDOW_UPDATE says what is missing; and where the client
-//!   takes less than the 65,535 bytes that h2 begins with, DATA beyond that waits here, and what the client grants
-//!   pays this debt first.
-//! - HPACK (RFC 7541): our decoder remembers nothing, because we have said `SETTINGS_HEADER_TABLE_SIZE=0`; a client that
-//!   does not heed it (Go before 1.20) stays. Our encoder begins empty, and the client's table agrees: indices count
-//!   from the newest entry, and the oldest goes first.
-//! - A fresh h2 takes the streams of the former process for idle ones, on which most frames are connection errors. So
-//!   it first receives a request on the last of them and refuses it. From then on it knows that all of them are closed,
-//!   and judges what still comes for them as it would if it had served them: nothing of that is judged here.
+//! A connection becomes quiescent when no stream is open. The frames of streams that begin in the meantime are held,
+//! and are handed over as bytes that were not consumed. To continue without the client noticing, a fresh h2 instance
+//! needs:
+//! - Settings: h2 receives the client's settings, and the interposer acknowledges those of h2 in the client's name. h2
+//!   applies its stream window at that acknowledgement, and its connection window when it sends WINDOW_UPDATE, so bytes
+//!   of the client reach h2 only after both. Otherwise h2 could take them for flow control errors.
+//! - Windows: h2 starts with the initial windows, but the windows of the connection continue. Of the first
+//!   WINDOW_UPDATE of h2 the client receives only the part that it is missing. If the client accepts less than the
+//!   65,535 bytes with which h2 starts, DATA beyond that waits in the interposer, and later grants of the client are
+//!   used for this debt first.
+//! - HPACK (RFC 7541): the decoder has no dynamic table, because of `SETTINGS_HEADER_TABLE_SIZE=0`. The connection of a
+//!   client that ignores this setting (Go before 1.20) is not handed over. The encoder starts with an empty table,
+//!   which is compatible with the client's older one: indices count from the newest entry, and the oldest entry is
+//!   evicted first.
+//! - Streams: for a fresh h2 the streams of the former process would be idle, and most frames on idle streams are
+//!   connection errors. Therefore h2 first receives a request on the last of these streams, and refuses it. From then
+//!   on h2 knows that all of them are closed, and judges late frames on them as if it had served them. The interposer
+//!   judges no frames.
+//!
+//! `client_frames.rs` and `h2_frames.rs` handle the two directions, `quiesce.rs` decides when the connection can be
+//! handed over.
 
 mod client_frames;
 mod h2_frames;
@@ -27,51 +34,57 @@ use super::frame::{Disposition, FrameParser, put_oversized_request, put_settings
 use crate::connection::PREFACE;
 use crate::transport::http2_state::{FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, Settings};
 
-/// A client that begins more while it is held is held no longer, in bytes.
+/// If a client sends more than this while new streams are held, in bytes, they are released.
 const HELD_LIMIT: usize = 1280 * 1024;
-/// Half of the connection's window, in bytes: what is held beyond that leaves too little to an upload that is open.
+/// Half of the connection's window, in bytes. Held frames beyond that would leave too little of it for uploads in
+/// flight.
 const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
-/// How much of what h2 sends may wait for the client to grant more, in bytes. h2 begins with a window of 65,535 bytes
-/// even where the client takes less, so that much DATA may wait. Behind it wait all further answers, because HPACK fixes
-/// the order of header blocks. An answer without a body needs no window, so there is no other limit to them.
+/// How many bytes of h2's frames may wait for a WINDOW_UPDATE of the client. h2 starts with a window of 65,535 bytes
+/// even if the client accepts less, so that much DATA may wait. All further responses wait behind it, because HPACK
+/// fixes the order of header blocks. Responses without a body need no window, so without this limit they could fill the
+/// memory.
 const WAITING_LIMIT: usize = 1024 * 1024;
-/// Streams that are kept account of: more than h2 lets a client have.
+/// How many open streams are recorded. h2 permits a client fewer.
 const STREAMS_LIMIT: usize = 1000;
-/// Frames are no longer, in bytes (RFC 9113 section 4.2); h2 objects to any that are.
+/// The longest payload of a frame, in bytes (RFC 9113 section 4.2). h2 refuses longer ones.
 const FRAME_LIMIT: usize = 16 * 1024;
-/// Of the payload of a PING, in bytes; h2 objects to any other.
+/// The payload of a PING, in bytes. h2 refuses any other length.
 const PING_LENGTH: usize = 8;
 
+/// One HTTP/2 connection between its client and h2. It performs no IO; `relay.rs` does that.
 pub struct Interposer {
     state: Http2State,
-    /// Streams up to this one are a former process's.
+    /// Streams up to this one were served by a former process.
     former: u32,
-    /// The others that have not ended, in order, and which side of them has.
+    /// The open streams of this process, in ascending order, and which of their sides have ended.
     open: Vec<(u32, Ended)>,
-    /// Where the client's bytes are.
+    /// How many bytes of the preface the client has not sent.
     preface_left: usize,
+    /// The position in the client's byte stream.
     from_client: FrameParser,
-    /// What becomes of a header block that is not whole yet.
+    /// What to do with the frames of an incomplete header block.
     block: Option<Disposition>,
     hold_state: HoldState,
+    /// Frames of the client on new streams, while these are held.
     held: BytesMut,
     to_h2: BytesMut,
-    /// Where h2's bytes are, while they pass as they come.
+    /// The position in h2's byte stream, while it is passed on unchanged.
     from_h2: FrameParser,
-    /// What has come of a frame of h2's, while they do not.
+    /// The beginning of a frame of h2, while its frames are rewritten.
     partial: BytesMut,
     to_client: BytesMut,
-    /// Frames of h2's that the client has no room for.
+    /// Frames of h2 for which the client's window has no room, and the frames on streams after them.
     waiting: BytesMut,
-    /// What of its beginning a fresh h2 has still to say.
+    /// What a fresh h2 has not yet sent of its preamble.
     preamble: Option<Preamble>,
-    /// How much h2 believes that the client takes, and it does not, in bytes.
+    /// By how much h2 overestimates the client's window, in bytes.
     debt: i64,
     unanswered: Unanswered,
-    /// Whether this connection ends here.
+    /// Whether the connection must end in this process.
     is_ending: bool,
 }
 
+/// Which sides of a stream have ended.
 #[derive(Clone, Copy, Default)]
 struct Ended {
     client: bool,
@@ -79,52 +92,57 @@ struct Ended {
 }
 
 /// Whether new streams may begin.
+///
+/// ```text
+///        hold()           release()             the current frame is complete
+/// Open --------> Holding -----------> Releasing -----------------------------> Open
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum HoldState {
     Open,
-    /// They are held.
+    /// Frames of new streams are held.
     Holding,
-    /// What was held goes on once the frame that is passing is whole.
+    /// The held frames are released when the frame that is being passed on is complete; they must not interrupt it.
     Releasing,
 }
 
-/// What a fresh h2 says first, each once.
+/// The first frames of a fresh h2. They are absorbed, each once, because the client has already received them.
 struct Preamble {
     has_sent_settings: bool,
     has_sent_window: bool,
     told: ToldToH2,
 }
 
-/// What a fresh h2 has been told in the client's name.
+/// What a fresh h2 has received in the client's name.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ToldToH2 {
-    /// A request on the last stream of the former process, and settings that forbid a table of headers: h2 encodes the
-    /// refusal of that request, and the client does not receive it. If it entered the table, the client's table would
+    /// Settings that disable the encoder's table, and a request on the last stream of the former process. The client
+    /// does not receive the refusal of that request. If h2 entered its headers into the table, the client's table would
     /// differ from then on.
     FormerStreams,
     /// The client's settings.
     Settings,
-    /// h2 has acknowledged them.
+    /// Everything: h2 has acknowledged the client's settings.
     All,
 }
 
-/// What was said and not answered.
+/// How many frames have not been answered by the other side.
 #[derive(Default)]
 struct Unanswered {
-    /// SETTINGS of ours, by the client.
+    /// SETTINGS of h2 that the client has not acknowledged.
     ours: u32,
-    /// ... that were acknowledged in its name.
+    /// Those of them that the interposer has acknowledged in the client's name. h2 must not receive a second ACK.
     ours_in_its_name: u32,
-    /// SETTINGS of the client's, by h2.
+    /// SETTINGS of the client that h2 has not acknowledged.
     theirs: u32,
-    /// PING of the client's, by h2.
+    /// PINGs of the client that h2 has not answered.
     pings: u32,
-    /// PING of h2's, by the client.
+    /// PINGs of h2 that the client has not answered.
     own_pings: u32,
 }
 
 impl Interposer {
-    /// Of a connection that begins here.
+    /// For a connection that begins in this process.
     pub fn new() -> Self {
         Self {
             state: Http2State::default(),
@@ -147,7 +165,7 @@ impl Interposer {
         }
     }
 
-    /// Of a connection that began in another process.
+    /// For a connection that continues with a fresh h2, after it was parked or handed over.
     pub fn resume(state: Http2State) -> Self {
         let former = state.last_stream;
         let mut to_h2 = BytesMut::from(PREFACE);

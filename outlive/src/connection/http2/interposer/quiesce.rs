@@ -1,4 +1,4 @@
-//! When a connection can move: frames of new streams are held until the open ones have ended.
+//! Decides when the connection is quiescent, and holds the frames of new streams until the open ones have ended.
 
 use bytes::{Bytes, BytesMut};
 
@@ -7,14 +7,14 @@ use crate::connection::http2::frame::{Disposition, FrameParser, put_goaway};
 use crate::transport::http2_state::{Http2State, Table};
 
 impl Interposer {
-    /// Holds streams that begin from now on.
+    /// Holds streams that begin from now on. See [`HoldState`].
     pub fn hold(&mut self) {
         if self.hold_state == HoldState::Open {
             self.hold_state = HoldState::Holding;
         }
     }
 
-    /// Lets go on what was held.
+    /// Passes the held frames on to h2, and lets new streams begin.
     pub fn release(&mut self) {
         if self.hold_state == HoldState::Holding {
             self.hold_state = HoldState::Releasing;
@@ -22,32 +22,33 @@ impl Interposer {
         }
     }
 
-    /// Whether it cannot move any more, whatever it does.
+    /// Whether the connection can never be handed over: it is ending, or its client uses a header table.
     pub fn is_immovable(&self) -> bool {
         self.is_ending || self.state.table == Table::InUse
     }
 
-    /// Whether the client sends too much to be held any longer.
+    /// Whether the held frames exceed their limit and must be released.
     pub fn is_full(&self) -> bool {
         self.hold_state == HoldState::Holding && self.held.len() > HELD_LIMIT
     }
 
-    /// Whether more waits for the client to grant a window than a client in good faith lets accumulate.
+    /// Whether more bytes wait for a WINDOW_UPDATE than a well-behaved client lets accumulate.
     pub fn has_too_much_waiting(&self) -> bool {
         self.waiting.len() > WAITING_LIMIT
     }
 
-    /// Whether what is held takes so much of the connection's window that an upload which is open hardly gets any.
+    /// Whether held frames take so much of the connection's window that uploads in flight hardly get any.
     pub fn starves_uploads(&self) -> bool {
         self.held.len() > HELD_BESIDE_UPLOADS
     }
 
-    /// Whether it could go on with a fresh h2: nothing is open, under way or unanswered.
+    /// Whether a fresh h2 could continue the connection: new streams are held, and nothing is open, unsent or
+    /// unanswered.
     pub fn is_quiescent(&self) -> bool {
         self.hold_state == HoldState::Holding && self.is_settled()
     }
 
-    /// The same, but for streams that may still begin.
+    /// As `is_quiescent`, except that new streams may still begin.
     pub(super) fn is_settled(&self) -> bool {
         self.open.is_empty()
             && self.is_between_frames()
@@ -61,32 +62,32 @@ impl Interposer {
             && !self.is_immovable()
     }
 
-    /// Whether the client owes what it takes to come to rest, and is owed nothing itself: it has not sent the whole
-    /// preface, has not acknowledged our settings, or has begun a header block and not ended it. As long as it stays
-    /// silent, no other process can go on with this connection.
+    /// Whether only the client can make the connection quiescent: no request is unanswered, but the client has not sent
+    /// the whole preface, has not acknowledged our settings, or has not completed a header block. While it stays
+    /// silent, no other process can continue the connection.
     pub fn is_stuck(&self) -> bool {
         self.owes_nothing() && !self.is_settled()
     }
 
-    /// Whether no request that the client has sent whole is unanswered. A stream whose header block has not ended is not
-    /// a request yet.
+    /// Whether every complete request is answered. A stream with an incomplete header block is not a request yet.
     pub fn owes_nothing(&self) -> bool {
         let is_begun = |stream| self.block == Some(Disposition::Forward) && stream == self.state.last_stream;
         self.waiting.is_empty() && self.open.iter().all(|(stream, _)| is_begun(*stream))
     }
 
-    /// What is left to send where h2 is not waited for any longer: GOAWAY with the last stream that h2 knows of.
+    /// The last bytes to send if h2 does not end the connection in time: GOAWAY with the last stream that h2 has seen.
     pub fn final_goaway(mut self) -> BytesMut {
         let is_between_frames = self.from_h2.is_start() && self.partial.is_empty();
         let mut bytes = std::mem::take(self.for_client());
-        // Inside another frame it would be taken for a part of that frame.
+        // The client would take a GOAWAY inside another frame for a part of that frame.
         if is_between_frames {
             put_goaway(self.state.last_stream, &mut bytes);
         }
         bytes
     }
 
-    /// Comes to rest where nothing is in its way; else nothing changes.
+    /// Holds new streams if that makes the connection quiescent, and returns whether it does; otherwise changes
+    /// nothing.
     pub fn park_if_quiescent(&mut self) -> bool {
         if self.hold_state != HoldState::Open {
             return false;
@@ -99,7 +100,7 @@ impl Interposer {
         is_quiescent
     }
 
-    /// What another process has to know, and what was not consumed.
+    /// The state for another process, and the bytes that h2 has not consumed.
     pub fn into_state(self) -> (Http2State, Bytes) {
         let mut unread = self.held;
         unread.extend_from_slice(&self.from_client.buffered());
@@ -111,7 +112,7 @@ impl Interposer {
         &self.state
     }
 
-    /// Whether no frame of the client's has gone on in part.
+    /// Whether no frame or header block of the client was passed on only in part.
     pub(super) fn is_between_frames(&self) -> bool {
         let is_resumed =
             |disposition: &Disposition| matches!(disposition, Disposition::Forward | Disposition::Discard);
@@ -119,6 +120,7 @@ impl Interposer {
             && !self.block.as_ref().is_some_and(is_resumed)
     }
 
+    /// Passes the held frames on if they are to be released and the current frame is complete.
     pub(super) fn release_held(&mut self) {
         if self.hold_state != HoldState::Releasing || !self.is_between_frames() {
             return;

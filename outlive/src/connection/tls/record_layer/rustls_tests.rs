@@ -1,5 +1,5 @@
-//! The same bytes for a connection that rustls serves, for one that has left it, and for one that moves to another
-//! process before each record: all three take the same, and refuse the rest in the same way.
+//! Sends the same bytes to a connection that rustls serves, to one that `RecordLayer` serves, and to one that is handed
+//! over before each record. All three must accept the same records, and refuse the others with the same alerts.
 
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,7 +15,7 @@ use crate::connection::io::Tls;
 use crate::connection::tls::record_reader;
 use crate::transport::traffic_secret::FirstSecrets;
 
-/// Who serves.
+/// What serves the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Who {
     Rustls,
@@ -23,18 +23,18 @@ enum Who {
     RecordsThatMove,
 }
 
-/// What a client sends at once.
+/// What a client sends in one write.
 #[derive(Clone, Debug)]
 enum Step {
-    /// A record as it should be sealed.
+    /// A validly encrypted record.
     Record { kind: u8, content: Vec<u8>, padding: usize },
-    /// The same, with other beginnings of its header.
+    /// An application data record whose header begins with other bytes.
     Header { first: [u8; 3], content: Vec<u8> },
-    /// A KeyUpdate that asks for this, after which the client has its next key.
+    /// A KeyUpdate with this `request_update`. The client uses its next key afterwards.
     KeyUpdate(u8),
-    /// A KeyUpdate in two records, cut after so many bytes.
+    /// A KeyUpdate in two records, split after so many bytes.
     CutKeyUpdate(u8, usize),
-    /// These bytes as they are.
+    /// Bytes that are sent without encryption.
     Raw(Vec<u8>),
 }
 
@@ -67,11 +67,11 @@ enum End {
 struct Reaction {
     read: Vec<u8>,
     end: End,
-    /// The types and contents of its records; adjacent application data is one.
+    /// The types and contents of the server's records. Adjacent application data is merged.
     said: Vec<(u8, Vec<u8>)>,
 }
 
-/// The client's end, without rustls.
+/// The client's end of a connection, which can send invalid records because rustls is not involved.
 struct Client {
     socket: UnixStream,
     suite: Suite,
@@ -80,7 +80,7 @@ struct Client {
 }
 
 impl Client {
-    /// Sends as much as the server takes: it may have given the connection up.
+    /// Sends as much as the server accepts, which may have closed the connection.
     async fn send(&mut self, step: &Step) {
         let mut bytes = BytesMut::new();
         match step {
@@ -102,23 +102,23 @@ impl Client {
         let message = [KEY_UPDATE, 0, 0, 1, request];
         let (first, second) = message.split_at(cut.unwrap_or(0));
         for part in [first, second].iter().filter(|part| cut.is_some() || !part.is_empty()) {
-            self.to_server.seal(HANDSHAKE, part, into).expect("sealed");
+            self.to_server.seal(HANDSHAKE, part, into).expect("the record is encrypted");
         }
         assert!(self.to_server.update_keys(self.suite));
     }
 
-    /// All that the server has said.
+    /// Reads and decrypts everything that the server has sent.
     async fn listen(&mut self) -> Vec<(u8, Vec<u8>)> {
         let mut bytes = Vec::new();
-        // A reset is an end too.
+        // The server may reset the connection instead of closing it.
         let _ = self.socket.read_to_end(&mut bytes).await;
         let mut bytes = BytesMut::from(&bytes[..]);
         let mut said: Vec<(u8, Vec<u8>)> = Vec::new();
-        while let Some(length) = sealed_length(&bytes).expect("a header") {
+        while let Some(length) = sealed_length(&bytes).expect("the record header is valid") {
             assert_eq!(bytes[..3], [APPLICATION_DATA, 3, 3]);
             bytes.advance(HEADER_LENGTH);
             let mut record = bytes.split_to(length);
-            let kind = self.from_server.open(&mut record).expect("sealed with the key that is due");
+            let kind = self.from_server.open(&mut record).expect("the record has the key that is due");
             if kind == HANDSHAKE && record.first() == Some(&KEY_UPDATE) {
                 assert!(self.from_server.update_keys(self.suite));
             }
@@ -132,17 +132,17 @@ impl Client {
     }
 }
 
-/// Both ends of a new connection of `suite`; a descriptor of the server's end tells what it has not read.
+/// Both ends of a new connection, and a descriptor of the server's socket to ask how many bytes are unread.
 async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, OwnedFd) {
     let (mut client, mut server, secrets) = parties.shake_hands(suite).await;
-    // Behind the session tickets.
-    server.write_all(b"x").await.expect("sent");
-    server.flush().await.expect("sent");
-    client.read_exact(&mut [0]).await.expect("read");
+    // rustls handles the session tickets before it delivers this byte.
+    server.write_all(b"x").await.expect("the bytes are sent");
+    server.flush().await.expect("the bytes are sent");
+    client.read_exact(&mut [0]).await.expect("the bytes are read");
     let (socket, session) = client.into_inner();
-    // The secret of what comes from a client is the one of what goes from it.
+    // The server's `from_peer` is the client's `to_peer`.
     let reversed = FirstSecrets { from_peer: secrets.to_peer.clone(), to_peer: secrets.from_peer.clone() };
-    let extracted = session.dangerous_extract_secrets().expect("secrets");
+    let extracted = session.dangerous_extract_secrets().expect("the secrets are exported");
     let session = TlsTrafficState::new(extracted, &reversed, Bytes::new()).expect("a suite of TLS 1.3");
     let client = Client {
         socket,
@@ -150,17 +150,18 @@ async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, Own
         from_server: DirectionState::new(suite, session.from_peer),
         to_server: DirectionState::new(suite, session.to_peer),
     };
-    let unread = server.get_ref().0.stream().as_fd().try_clone_to_owned().expect("a descriptor");
+    let unread =
+        server.get_ref().0.stream().as_fd().try_clone_to_owned().expect("the descriptor is duplicated");
     let server = if who == Who::Rustls {
         Tls::Left(Box::new(server))
     } else {
-        let (stream, session, _) = record_reader::into_parts(server).expect("it moves");
+        let (stream, session, _) = record_reader::into_parts(server).expect("the connection leaves rustls");
         Tls::Right(Box::new(RecordLayer::new(stream, session)))
     };
     (client, server, unread)
 }
 
-/// Reads all that has come and sends it back, until more has to come.
+/// Reads all data that has arrived and sends it back.
 async fn echo(server: &mut Tls, unread: &OwnedFd, read: &mut Vec<u8>) -> Result<(), End> {
     loop {
         let mut buffer = vec![0; 32 * 1024];
@@ -174,8 +175,10 @@ async fn echo(server: &mut Tls, unread: &OwnedFd, read: &mut Vec<u8>) -> Result<
                 server.flush().await.expect("room in the socket");
             }
             Poll::Ready(Err(error)) => return Err(End::Failed(error.kind())),
-            Poll::Pending if ioctl_fionread(unread).expect("a socket") == 0 => return Ok(()),
-            // For the runtime to see that something has come.
+            Poll::Pending if ioctl_fionread(unread).expect("the descriptor is a socket") == 0 => {
+                return Ok(());
+            }
+            // Lets the runtime notice that the socket is readable.
             Poll::Pending => tokio::task::yield_now().await,
         }
     }
@@ -198,7 +201,7 @@ async fn reaction(parties: &Parties, suite: Suite, who: Who, steps: &[Step]) -> 
             server => server,
         };
     }
-    client.socket.shutdown().await.expect("the end");
+    client.socket.shutdown().await.expect("the client closes");
     let end = match end {
         Some(end) => end,
         None => loop {
@@ -214,7 +217,7 @@ async fn reaction(parties: &Parties, suite: Suite, who: Who, steps: &[Step]) -> 
     Reaction { read, end, said: client.listen().await }
 }
 
-/// Has all three react, and gives what they did.
+/// Checks that all three react in the same way, and returns the reaction.
 async fn same(parties: &Parties, suite: Suite, steps: &[Step]) -> Reaction {
     let wanted = reaction(parties, suite, Who::Rustls, steps).await;
     for who in [Who::RecordLayer, Who::RecordsThatMove] {
@@ -226,10 +229,11 @@ async fn same(parties: &Parties, suite: Suite, steps: &[Step]) -> Reaction {
 
 const CLOSE_NOTIFY: (u8, &[u8]) = (ALERT, &[WARNING, Alert::CloseNotify as u8]);
 
-/// A case: what it is, what the client sends, and the fatal alert that it gets before the end of the connection.
+/// A case: its name, what the client sends, and the fatal alert with which the server answers.
 type Case = (&'static str, Vec<Step>, Option<Alert>);
 
-/// In each of the cases all three react alike, and the last that they say is the fatal alert, else `close_notify`.
+/// Checks that all three react in the same way to each case, and that their last record is the fatal alert, or
+/// `close_notify` if there is none.
 fn assert_same(cases: Vec<Case>) {
     let parties = Parties::new();
     for (name, steps, wanted) in cases {
@@ -248,7 +252,7 @@ fn user_canceled(times: usize) -> Vec<Step> {
 }
 
 #[test]
-fn lengths_and_padding_have_the_limits_of_rustls() {
+fn record_lengths_and_padding_have_the_limits_of_rustls() {
     assert_same(vec![
         ("nothing", vec![], None),
         ("the most padding", vec![padded(APPLICATION_DATA, b"x", FRAGMENT_LIMIT - 1)], None),
@@ -260,7 +264,7 @@ fn lengths_and_padding_have_the_limits_of_rustls() {
         ("the most content", vec![data(&vec![7; FRAGMENT_LIMIT])], None),
         ("a byte of content too much", vec![data(&vec![7; FRAGMENT_LIMIT + 1])], Some(Alert::RecordOverflow)),
         (
-            "the longest record that is opened",
+            "the longest record that is decrypted",
             vec![data(&vec![7; SEALED_LIMIT - 1 - 1 - TAG_LENGTH])],
             Some(Alert::RecordOverflow),
         ),
@@ -269,13 +273,13 @@ fn lengths_and_padding_have_the_limits_of_rustls() {
             vec![Raw(vec![APPLICATION_DATA, 3, 3, 0x48, 0])],
             Some(Alert::DecodeError),
         ),
-        ("a record without a seal", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 0])], Some(Alert::BadRecordMac)),
+        ("a record without a tag", vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 0])], Some(Alert::BadRecordMac)),
         (
-            "a record that is shorter than a seal",
+            "a record that is shorter than a tag",
             vec![Raw(vec![APPLICATION_DATA, 3, 3, 0, 3, 1, 2, 3])],
             Some(Alert::BadRecordMac),
         ),
-        ("nothing but padding", vec![padded(0, b"", 5)], None),
+        ("only padding", vec![padded(0, b"", 5)], None),
     ]);
 }
 
@@ -299,7 +303,7 @@ fn empty_records_in_a_row_have_the_limit_of_rustls() {
 }
 
 #[test]
-fn alerts_are_taken_and_refused_as_by_rustls() {
+fn alerts_are_accepted_and_refused_as_by_rustls() {
     assert_same(vec![
         ("4 times user_canceled", [user_canceled(4), vec![data(b"x")]].concat(), None),
         ("5 times user_canceled", [user_canceled(5), vec![data(b"x")]].concat(), None),
@@ -318,7 +322,11 @@ fn alerts_are_taken_and_refused_as_by_rustls() {
         ("an empty alert", vec![record(ALERT, b"")], Some(Alert::DecodeError)),
         ("half an alert", vec![record(ALERT, &[WARNING])], Some(Alert::DecodeError)),
         ("an alert and a half", vec![record(ALERT, &[WARNING, 90, 1])], Some(Alert::DecodeError)),
-        ("an alert without a seal", vec![Raw(vec![ALERT, 3, 3, 0, 2, 1, 0])], Some(Alert::BadRecordMac)),
+        (
+            "an alert that is not encrypted",
+            vec![Raw(vec![ALERT, 3, 3, 0, 2, 1, 0])],
+            Some(Alert::BadRecordMac),
+        ),
     ]);
 }
 
@@ -326,9 +334,9 @@ fn alerts_are_taken_and_refused_as_by_rustls() {
 fn key_updates_are_followed_and_refused_as_by_rustls() {
     assert_same(vec![
         ("a KeyUpdate", vec![data(b"x"), KeyUpdate(0), data(b"y")], None),
-        ("a KeyUpdate that asks", vec![data(b"x"), KeyUpdate(1), data(b"y")], None),
+        ("a KeyUpdate that requests one", vec![data(b"x"), KeyUpdate(1), data(b"y")], None),
         (
-            "KeyUpdates that ask, and no answer in between",
+            "KeyUpdates that request one, without an answer in between",
             [vec![KeyUpdate(1); 32], vec![data(b"x")]].concat(),
             None,
         ),
@@ -339,12 +347,12 @@ fn key_updates_are_followed_and_refused_as_by_rustls() {
             None,
         ),
         (
-            "a KeyUpdate that asks for something unknown",
+            "a KeyUpdate with an unknown request_update",
             vec![KeyUpdate(2), data(b"x")],
             Some(Alert::IllegalParameter),
         ),
         (
-            "a KeyUpdate that asks, and an answer to a fault",
+            "a KeyUpdate that requests one, and then a fault",
             vec![KeyUpdate(1), alert(WARNING, 100)],
             Some(Alert::DecodeError),
         ),
@@ -382,17 +390,17 @@ fn key_updates_are_followed_and_refused_as_by_rustls() {
 }
 
 #[test]
-fn what_belongs_into_a_handshake_is_refused_as_by_rustls() {
+fn handshake_messages_and_unknown_records_are_refused_as_by_rustls() {
     assert_same(vec![
         ("Finished", vec![record(HANDSHAKE, &[20, 0, 0, 1, 0])], Some(Alert::UnexpectedMessage)),
         ("HelloRequest", vec![record(HANDSHAKE, &[0, 0, 0, 0])], Some(Alert::UnexpectedMessage)),
         (
-            "a message of no known type",
+            "a message of an unknown type",
             vec![record(HANDSHAKE, &[99, 0, 0, 0])],
             Some(Alert::UnexpectedMessage),
         ),
         (
-            "change_cipher_spec, sealed",
+            "an encrypted change_cipher_spec",
             vec![record(CHANGE_CIPHER_SPEC, &[1])],
             Some(Alert::UnexpectedMessage),
         ),
@@ -407,12 +415,12 @@ fn what_belongs_into_a_handshake_is_refused_as_by_rustls() {
             Some(Alert::DecodeError),
         ),
         ("a heartbeat", vec![record(HEARTBEAT, &[1, 2, 3])], Some(Alert::DecodeError)),
-        ("a record of no known type", vec![record(99, &[1, 2, 3])], Some(Alert::DecodeError)),
+        ("a record of an unknown type", vec![record(99, &[1, 2, 3])], Some(Alert::DecodeError)),
     ]);
 }
 
 #[test]
-fn headers_are_taken_and_refused_as_by_rustls() {
+fn record_headers_are_accepted_and_refused_as_by_rustls() {
     assert_same(vec![
         (
             "a header of TLS 1.0",
@@ -421,11 +429,11 @@ fn headers_are_taken_and_refused_as_by_rustls() {
         ),
         ("a header of a handshake", vec![Header { first: [HANDSHAKE, 3, 3], content: b"x".to_vec() }], None),
         (
-            "a header of no version",
+            "a header with an invalid version",
             vec![Header { first: [APPLICATION_DATA, 4, 3], content: b"x".to_vec() }],
             Some(Alert::DecodeError),
         ),
-        ("a header of no type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
+        ("a header with an invalid type", vec![Raw(vec![25, 3, 3, 0, 1, 1])], Some(Alert::DecodeError)),
         ("an empty handshake record", vec![Raw(vec![HANDSHAKE, 3, 3, 0, 0])], Some(Alert::DecodeError)),
         ("HTTP without TLS", vec![Raw(b"GET / HTTP/1.1\r\n\r\n".to_vec())], Some(Alert::DecodeError)),
         ("the first byte of HTTP without TLS", vec![Raw(b"G".to_vec())], Some(Alert::DecodeError)),
@@ -433,9 +441,9 @@ fn headers_are_taken_and_refused_as_by_rustls() {
     ]);
 }
 
-/// So that the comparison above compares something.
+/// Checks the limits themselves: the tests above compare reactions, and would also pass if no data were read at all.
 #[test]
-fn a_moved_connection_reads_on_at_each_limit_and_stops_behind_it() {
+fn data_is_read_at_each_limit_and_not_above_it() {
     let parties = Parties::new();
     let key_updates = |count| [vec![KeyUpdate(1); count], vec![data(b"x")]].concat();
     let empty = |count| [vec![data(b""); count], vec![data(b"x")]].concat();
@@ -458,7 +466,7 @@ fn a_moved_connection_reads_on_at_each_limit_and_stops_behind_it() {
 }
 
 #[test]
-fn an_answer_comes_with_the_key_that_was_asked_for_in_every_suite() {
+fn response_uses_the_key_that_the_client_requested_in_every_suite() {
     let parties = Parties::new();
     let steps = [data(b"a"), KeyUpdate(1), data(b"b"), KeyUpdate(0), data(b"c"), KeyUpdate(1), data(b"d")];
     for suite in Suite::ALL {
@@ -476,8 +484,8 @@ fn is_handshake(step: &Step) -> bool {
     matches!(step, Step::Record { kind: HANDSHAKE, .. } | KeyUpdate(_) | CutKeyUpdate(..))
 }
 
-/// Without the differences that SECURITY.md names: no other handshake message than a KeyUpdate, and none of which the
-/// header is wrong and the rest is missing.
+/// Any steps except those for which SECURITY.md lists a difference: handshake messages other than a KeyUpdate, and
+/// incomplete messages with a wrong header.
 fn steps() -> impl Strategy<Value = Vec<Step>> {
     let part = (1..5_usize).prop_map(|length| record(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1][..length]));
     let part = (part, step().prop_filter("another message", |step| !is_handshake(step)));
@@ -489,10 +497,10 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
 fn step() -> impl Strategy<Value = Step> {
     let bytes = |limit| prop::collection::vec(any::<u8>(), 0..limit);
     let key_update = (bytes(4), bytes(3)).prop_map(|(body, rest)| {
-        let length = u8::try_from(body.len()).expect("short");
+        let length = u8::try_from(body.len()).expect("the body has fewer than 256 bytes");
         record(HANDSHAKE, &[&[KEY_UPDATE, 0, 0, length][..], &body, &rest].concat())
     });
-    let kind = any::<u8>().prop_filter("see above", |kind| *kind != HANDSHAKE);
+    let kind = any::<u8>().prop_filter("see `steps`", |kind| *kind != HANDSHAKE);
     let few = prop_oneof![Just(0), 0..64_usize, FRAGMENT_LIMIT - 64..FRAGMENT_LIMIT + 4];
     prop_oneof![
         8 => bytes(40).prop_map(|content| data(&content)),
@@ -510,7 +518,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(192))]
 
     #[test]
-    fn rustls_and_a_moved_connection_react_alike_to_any_records(
+    fn handed_over_connection_reacts_to_any_records_as_rustls_does(
         suite in 0..3_usize, steps in steps(),
     ) {
         static PARTIES: std::sync::LazyLock<Parties> = std::sync::LazyLock::new(Parties::new);

@@ -1,4 +1,5 @@
-//! Connections that rustls has made, and that have moved: what its client says is heard, and what we say it hears.
+//! A rustls client talks to a `RecordLayer` that has taken over its connection from rustls. `move_on` hands it over
+//! again.
 
 use std::io::ErrorKind;
 use std::sync::Arc;
@@ -21,7 +22,7 @@ use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
 
 pub type Client = TlsStream<UnixStream>;
 
-/// One certificate for all.
+/// The certificate of the server, which all tests share.
 pub struct Parties {
     tls: tls_config::Tls,
     roots: RootCertStore,
@@ -29,21 +30,24 @@ pub struct Parties {
 
 impl Parties {
     pub fn new() -> Self {
-        let certificate = Certificate::new().expect("a certificate");
+        let certificate = Certificate::new().expect("openssl makes a certificate");
         let (chain, key) = (certificate.chain(), certificate.key());
         let tls = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true);
-        Self { tls: tls.expect("an acceptor"), roots: certificate.roots().expect("roots") }
+        Self {
+            tls: tls.expect("the TLS configuration is valid"),
+            roots: certificate.roots().expect("the certificate is a valid root"),
+        }
     }
 
-    /// A connection of `suite`, made and moved.
+    /// A connection with `suite` whose server's end was handed over after the handshake.
     async fn connect(&self, suite: Suite) -> (Client, RecordLayer) {
         let (client, server, _) = self.shake_hands(suite).await;
-        let (stream, session, opened) = record_reader::into_parts(server).expect("secrets");
+        let (stream, session, opened) = record_reader::into_parts(server).expect("the secrets are exported");
         assert!(session.suite == suite && opened.is_empty());
         (client, RecordLayer::new(stream, session))
     }
 
-    /// Both ends, and the secrets as the client knows them.
+    /// Both ends after the handshake, and the traffic secrets as the client has them.
     pub async fn shake_hands(
         &self,
         suite: Suite,
@@ -52,38 +56,45 @@ impl Parties {
         provider.cipher_suites.retain(|known| u16::from(known.suite()) == suite as u16);
         let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_safe_default_protocol_versions()
-            .expect("versions")
+            .expect("the suite belongs to TLS 1.3")
             .with_root_certificates(self.roots.clone())
             .with_no_client_auth();
         let secrets = Arc::new(FirstSecrets::default());
         config.key_log = secrets.clone();
         config.enable_secret_extraction = true;
-        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
         let server = record_reader::accept(Stream::Unix(ours), &self.tls);
-        let name = "localhost".try_into().expect("a name");
+        let name = "localhost".try_into().expect("the name is valid");
         let client = TlsConnector::from(Arc::new(config)).connect(name, theirs);
         let (server, client) = tokio::join!(server, client);
-        (client.expect("a handshake"), server.expect("a handshake"), secrets)
+        (client.expect("the handshake succeeds"), server.expect("the handshake succeeds"), secrets)
     }
 }
 
-/// As through the handover, with nothing read that is not given on.
+/// Hands the connection over: its state is encoded and decoded. All decrypted data must have been delivered.
 pub fn move_on(records: RecordLayer) -> RecordLayer {
     assert!(records.is_movable());
     let (stream, session, opened) = records.into_parts();
     assert!(opened.is_empty());
-    RecordLayer::new(stream, TlsTrafficState::decode(&session.encode()).expect("it comes back"))
+    RecordLayer::new(
+        stream,
+        TlsTrafficState::decode(&session.encode()).expect("the encoded state can be decoded"),
+    )
 }
 
 pub fn run<T>(work: impl Future<Output = T>) -> T {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime").block_on(work)
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("the runtime starts")
+        .block_on(work)
 }
 
 fn bytes(length: usize) -> Vec<u8> {
     (0..length).map(|number| number.to_le_bytes()[0]).collect()
 }
 
-/// What the one writes the other reads, whole, while both are at it.
+/// Sends `length` bytes and checks that they are received; both at the same time.
 async fn pass(from: &mut (impl AsyncWrite + Unpin), to: &mut (impl AsyncRead + Unpin), length: usize) {
     let sent = bytes(length);
     let mut received = vec![0; length];
@@ -94,13 +105,13 @@ async fn pass(from: &mut (impl AsyncWrite + Unpin), to: &mut (impl AsyncRead + U
         },
         to.read_exact(&mut received)
     );
-    sending.expect("sent");
-    receiving.expect("received");
+    sending.expect("the bytes are sent");
+    receiving.expect("the bytes are received");
     assert!(received == sent, "{length} bytes");
 }
 
 #[test]
-fn every_suite_goes_on_over_moves_with_every_size() {
+fn data_of_any_size_passes_before_and_after_handovers_in_every_suite() {
     let parties = Parties::new();
     for suite in Suite::ALL {
         run(async {
@@ -116,12 +127,12 @@ fn every_suite_goes_on_over_moves_with_every_size() {
     }
 }
 
-/// rustls has read the beginning of a record, opened more than was asked for, or both.
+/// rustls has read a part of a record, has decrypted more than was asked for, or both.
 #[test]
-fn what_rustls_has_begun_goes_on_elsewhere() {
+fn handover_loses_nothing_that_rustls_has_read_or_decrypted() {
     let parties = Parties::new();
     run(async {
-        // No more than a socket takes that nobody reads: it counts each piece as a page.
+        // All of it has to fit into the socket's buffer, where each small piece takes a whole page.
         let small = [0, 1, 100, 300, 301, 4_000, 15_000].map(|read| (read, 300, 15_000));
         let large =
             [0, 1, 4_096, 16_384, 16_385, 60_000, 100_000].map(|read| (read, FRAGMENT_LIMIT, 100_000));
@@ -129,17 +140,18 @@ fn what_rustls_has_begun_goes_on_elsewhere() {
             let (mut client, mut server, _) = parties.shake_hands(Suite::Aes256Gcm).await;
             let sent = bytes(length);
             for chunk in sent.chunks(record) {
-                client.write_all(chunk).await.expect("sent");
-                client.flush().await.expect("sent");
+                client.write_all(chunk).await.expect("the bytes are sent");
+                client.flush().await.expect("the bytes are sent");
             }
             let mut received = vec![0; read];
-            server.read_exact(&mut received).await.expect("read");
-            let (stream, session, opened) = record_reader::into_parts(server).expect("it moves");
+            server.read_exact(&mut received).await.expect("the bytes are read");
+            let (stream, session, opened) =
+                record_reader::into_parts(server).expect("the connection leaves rustls");
             received.extend(opened);
             let left = length - received.len();
             let mut records = RecordLayer::new(stream, session);
             let mut rest = vec![0; left];
-            records.read_exact(&mut rest).await.expect("the others");
+            records.read_exact(&mut rest).await.expect("the remainder arrives");
             received.extend(rest);
             assert!(received == sent, "after {read}, in records of {record}");
             pass(&mut records, &mut client, 1000).await;
@@ -148,51 +160,51 @@ fn what_rustls_has_begun_goes_on_elsewhere() {
 }
 
 #[test]
-fn close_notify_ends_what_comes_and_what_goes() {
+fn close_notify_ends_one_direction_only() {
     let parties = Parties::new();
     run(async {
         let (mut client, mut records) = parties.connect(Suite::Aes128Gcm).await;
-        client.shutdown().await.expect("close_notify");
-        assert_eq!(records.read(&mut [0]).await.expect("a clean end"), 0);
+        client.shutdown().await.expect("close_notify is sent");
+        assert_eq!(records.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
         assert!(!records.is_movable());
-        // The other way is still open.
+        // The direction to the client is still open.
         pass(&mut records, &mut client, 10).await;
-        records.shutdown().await.expect("close_notify");
-        assert_eq!(client.read(&mut [0]).await.expect("a clean end"), 0);
+        records.shutdown().await.expect("close_notify is sent");
+        assert_eq!(client.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
     });
 }
 
 #[test]
-fn an_end_without_close_notify_is_no_end_of_a_body() {
+fn end_without_close_notify_is_an_error() {
     let parties = Parties::new();
     run(async {
         let (mut client, mut records) = parties.connect(Suite::Aes128Gcm).await;
-        // It has read the tickets too: its end is no reset.
+        // The client reads the session tickets too; otherwise closing its socket would reset the connection.
         pass(&mut records, &mut client, 10).await;
         drop(client.into_inner());
-        let error = records.read(&mut [0]).await.expect_err("cut off");
+        let error = records.read(&mut [0]).await.expect_err("the data was cut off");
         assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
     });
 }
 
-/// rustls follows the KeyUpdates before the connection moves, `RecordLayer` those after it.
+/// rustls follows the KeyUpdates before the handover, `RecordLayer` those after it.
 #[test]
-fn both_ends_update_their_keys_over_moves() {
+fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
     let parties = Parties::new();
     for suite in Suite::ALL {
         run(async {
             let (mut client, mut server, _) = parties.shake_hands(suite).await;
             for length in 1..4 {
-                client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
+                client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
                 pass(&mut client, &mut server, length).await;
-                server.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
+                server.get_mut().1.refresh_traffic_keys().expect("the key is updated");
                 pass(&mut server, &mut client, length).await;
             }
-            let (stream, session, _) = record_reader::into_parts(server).expect("secrets");
+            let (stream, session, _) = record_reader::into_parts(server).expect("the secrets are exported");
             let mut records = RecordLayer::new(stream, session);
             for length in [1, 16_384, 50_000] {
                 records = move_on(records);
-                client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
+                client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
                 pass(&mut client, &mut records, length).await;
                 records = move_on(records);
                 pass(&mut records, &mut client, length).await;
@@ -202,38 +214,39 @@ fn both_ends_update_their_keys_over_moves() {
     }
 }
 
-/// rustls has changed its key by then, and sends its KeyUpdate with what it sends next, which never comes.
+/// rustls changes its key when it receives the request, but sends its KeyUpdate only with its next data, of which there
+/// is none before the handover.
 #[test]
-fn a_connection_that_leaves_rustls_answers_the_last_key_update_first() {
+fn handover_from_rustls_sends_the_key_update_that_is_due() {
     let parties = Parties::new();
     run(async {
         let (mut client, mut server, _) = parties.shake_hands(Suite::Aes256Gcm).await;
         pass(&mut client, &mut server, 10).await;
-        client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
+        client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
         pass(&mut client, &mut server, 10).await;
-        let (stream, session, _) = record_reader::into_parts(server).expect("secrets");
+        let (stream, session, _) = record_reader::into_parts(server).expect("the secrets are exported");
         let mut records = RecordLayer::new(stream, session);
         pass(&mut records, &mut client, 10).await;
         pass(&mut client, &mut records, 10).await;
     });
 }
 
-/// A release that did not keep the secrets had it.
+/// Such a connection comes from a release that did not hand over the secrets.
 #[test]
-fn a_key_update_ends_a_connection_without_secrets_after_the_answer_in_flight() {
+fn key_update_without_known_secrets_ends_the_connection_after_the_response() {
     let parties = Parties::new();
     run(async {
         let (mut client, records) = parties.connect(Suite::ChaCha20Poly1305).await;
         let mut records = without_secrets(records);
         pass(&mut client, &mut records, 10).await;
-        client.get_mut().1.refresh_traffic_keys().expect("a KeyUpdate");
-        client.write_all(b"under another key").await.expect("sent");
-        client.flush().await.expect("sent");
-        assert_eq!(records.read(&mut [0]).await.expect("an end, and no error"), 0);
+        client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
+        client.write_all(b"under another key").await.expect("the bytes are sent");
+        client.flush().await.expect("the bytes are sent");
+        assert_eq!(records.read(&mut [0]).await.expect("the input ends without an error"), 0);
         assert!(records.is_near_key_limit() && !records.is_movable());
         pass(&mut records, &mut client, 1000).await;
-        records.shutdown().await.expect("close_notify");
-        assert_eq!(client.read(&mut [0]).await.expect("a clean end"), 0);
+        records.shutdown().await.expect("close_notify is sent");
+        assert_eq!(client.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
     });
 }
 
@@ -244,7 +257,7 @@ fn without_secrets(records: RecordLayer) -> RecordLayer {
 }
 
 #[test]
-fn a_key_that_has_sealed_as_much_as_is_safe_is_updated() {
+fn key_at_its_record_limit_is_updated() {
     for suite in Suite::ALL {
         run(async {
             let (_, mut records, peer) = pair(suite);
@@ -253,17 +266,17 @@ fn a_key_that_has_sealed_as_much_as_is_safe_is_updated() {
             let mut half = DirectionState::new(suite, direction.clone());
             records.to_peer = DirectionState::new(suite, direction);
             assert!(!records.is_near_key_limit());
-            records.write_all(b"the last record of data").await.expect("sent");
-            records.write_all(b"with the next key").await.expect("sent");
+            records.write_all(b"the last record of data").await.expect("the bytes are sent");
+            records.write_all(b"with the next key").await.expect("the bytes are sent");
             drop(records);
             let mut opened = Vec::new();
             let mut peer = peer;
             let mut bytes = BytesMut::new();
-            while peer.read_buf(&mut bytes).await.expect("read") > 0 {}
-            while let Some(length) = sealed_length(&bytes).expect("a header") {
+            while peer.read_buf(&mut bytes).await.expect("the bytes are read") > 0 {}
+            while let Some(length) = sealed_length(&bytes).expect("the record header is valid") {
                 bytes.advance(HEADER_LENGTH);
                 let mut record = bytes.split_to(length);
-                let kind = half.open(&mut record).expect("its key");
+                let kind = half.open(&mut record).expect("the record has the key that is due");
                 if kind == HANDSHAKE {
                     assert!(half.update_keys(suite));
                 }
@@ -278,7 +291,7 @@ fn a_key_that_has_sealed_as_much_as_is_safe_is_updated() {
 }
 
 #[test]
-fn a_key_without_its_secret_seals_no_more_than_is_safe() {
+fn key_at_its_record_limit_without_a_secret_encrypts_nothing_more() {
     let parties = Parties::new();
     run(async {
         let (_client, records) = parties.connect(Suite::Aes128Gcm).await;
@@ -286,47 +299,47 @@ fn a_key_without_its_secret_seals_no_more_than_is_safe() {
         records.to_peer.direction.sequence = KEY_LIMIT_SOFT;
         assert!(records.is_near_key_limit());
         records.to_peer.direction.sequence = SEALED_RECORDS_LIMIT;
-        records.write_all(b"one too many").await.expect_err("refused");
+        records.write_all(b"one too many").await.expect_err("the key has reached its limit");
     });
 }
 
-/// The peer asks for an answer again and again, and takes none.
+/// The peer requests KeyUpdates again and again, and reads none.
 #[test]
-fn key_updates_that_ask_for_answers_queue_one() {
+fn repeated_key_update_requests_queue_one_answer() {
     run(async {
         let (mut half, mut records, mut peer) = pair(Suite::Aes128Gcm);
         for _ in 0..1000 {
             let mut bytes = seal(&mut half, HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, UPDATE_REQUESTED], 0);
             assert!(half.update_keys(Suite::Aes128Gcm));
             bytes.extend(seal(&mut half, APPLICATION_DATA, b"x", 0));
-            peer.write_all(&bytes).await.expect("sent");
-            assert_eq!(records.read(&mut [0]).await.expect("followed"), 1);
+            peer.write_all(&bytes).await.expect("the bytes are sent");
+            assert_eq!(records.read(&mut [0]).await.expect("the KeyUpdate is followed"), 1);
             assert!(records.unsent.is_empty());
         }
-        records.write_all(b"y").await.expect("sent");
+        records.write_all(b"y").await.expect("the bytes are sent");
         drop(records);
         let mut said = Vec::new();
-        peer.read_to_end(&mut said).await.expect("two records");
+        peer.read_to_end(&mut said).await.expect("two records arrive");
         assert_eq!(said.len(), 2 * (HEADER_LENGTH + 1 + TAG_LENGTH) + 5 + 1);
     });
 }
 
-/// They belong to a connection, so none may stay in the configuration that all share.
+/// The secrets of one connection must not stay in the TLS configuration, which all connections share.
 #[test]
-fn secrets_are_held_by_their_connection_alone() {
+fn secrets_are_referenced_only_by_their_connection() {
     let parties = Parties::new();
     run(async {
         let (_first_client, first, _) = parties.shake_hands(Suite::Aes128Gcm).await;
         let (_second_client, second, secrets) = parties.shake_hands(Suite::Aes128Gcm).await;
         assert_eq!(second.get_ref().0.secrets(), (1, secrets.from_peer.get(), secrets.to_peer.get()));
-        let (_, first, _) = record_reader::into_parts(first).expect("secrets");
-        let (_, second, _) = record_reader::into_parts(second).expect("secrets");
+        let (_, first, _) = record_reader::into_parts(first).expect("the secrets are exported");
+        let (_, second, _) = record_reader::into_parts(second).expect("the secrets are exported");
         assert!(first.from_peer.secret.is_some() && first.from_peer.secret != second.from_peer.secret);
         assert!(first.to_peer.secret.is_some() && first.to_peer.secret != second.to_peer.secret);
     });
 }
 
-/// Both ends with the same keys, without a handshake.
+/// The peer's keys, a `RecordLayer` with the matching keys, and the peer's socket, without a handshake.
 fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
     let direction = |byte: u8| Direction {
         key: vec![byte; suite.key_length()].into(),
@@ -337,21 +350,21 @@ fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
     let (from_peer, to_peer) = (direction(1), direction(2));
     let session =
         TlsTrafficState { suite, from_peer, to_peer, unread: Bytes::new(), peer: PeerState::default() };
-    let (ours, theirs) = UnixStream::pair().expect("a pair");
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
     (DirectionState::new(suite, direction(1)), RecordLayer::new(Stream::Unix(ours), session), theirs)
 }
 
-/// A record with padding.
+/// Encrypts a record with `padding` zeros.
 pub fn seal(half: &mut DirectionState, kind: u8, content: &[u8], padding: usize) -> BytesMut {
     let mut record = BytesMut::new();
-    // The last byte that is sealed is taken for the content's type by `seal`.
+    // `seal` appends its content type as the last byte, so padding is content that ends with the type and zeros.
     let mut padded = content.to_vec();
     if padding > 0 {
         padded.push(kind);
         padded.resize(content.len() + padding, 0);
-        half.seal(0, &padded, &mut record).expect("sealed");
+        half.seal(0, &padded, &mut record).expect("the record is encrypted");
     } else {
-        half.seal(kind, &padded, &mut record).expect("sealed");
+        half.seal(kind, &padded, &mut record).expect("the record is encrypted");
     }
     record
 }
@@ -360,7 +373,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(128))]
 
     #[test]
-    fn records_come_whole_however_they_are_cut_and_padded(
+    fn records_are_read_whole_however_they_are_split_and_padded(
         suite in 0..3_usize,
         contents in prop::collection::vec((0..20_000_usize, 0..200_usize), 1..6),
         pieces in prop::collection::vec(1..9_000_usize, 1..20),
@@ -381,15 +394,15 @@ proptest! {
                     break;
                 }
                 let rest = sealed.split_off((*piece).min(sealed.len()));
-                peer.write_all(&sealed).await.expect("sent");
+                peer.write_all(&sealed).await.expect("the bytes are sent");
                 sealed = rest;
-                // For the runtime to see that it has come.
+                // Lets the runtime notice that the socket is readable.
                 tokio::task::yield_now().await;
                 let mut buffer = [0; 10_000];
                 let mut read = ReadBuf::new(&mut buffer);
                 let mut cx = Context::from_waker(std::task::Waker::noop());
                 while let Poll::Ready(result) = Pin::new(&mut records).poll_read(&mut cx, &mut read) {
-                    result.expect("a record");
+                    result.expect("the record is valid");
                     received.extend_from_slice(read.filled());
                     read.clear();
                 }
@@ -405,9 +418,10 @@ proptest! {
         });
     }
 
-    /// The type and the version in a record's header are ignored, as in rustls: what is sealed is not what they say.
+    /// The type and the version in a record header are not authenticated, as in rustls, so a change there has no
+    /// effect.
     #[test]
-    fn a_record_with_any_bit_changed_is_refused_or_the_same(
+    fn record_with_a_changed_bit_is_refused_or_read_unchanged(
         suite in 0..3_usize, length in 0..300_usize, at: prop::sample::Index, bit in 0..8_u32,
     ) {
         run(async {
@@ -416,16 +430,16 @@ proptest! {
             let mut record = seal(&mut half, APPLICATION_DATA, &content, 0);
             let at = at.index(record.len());
             record[at] ^= 1 << bit;
-            peer.write_all(&record).await.expect("sent");
-            peer.shutdown().await.expect("sent");
+            peer.write_all(&record).await.expect("the bytes are sent");
+            peer.shutdown().await.expect("the bytes are sent");
             let mut received = Vec::new();
             assert!(records.read_to_end(&mut received).await.is_err(), "changed at {at}");
             assert!(received.is_empty() || received == content && at < 3, "changed at {at}");
-            // It says so, once, and no more.
+            // The server sends one alert, and nothing else.
             let _ = records.shutdown().await;
             drop(records);
             let mut said = Vec::new();
-            peer.read_to_end(&mut said).await.expect("an alert");
+            peer.read_to_end(&mut said).await.expect("the alert arrives");
             assert_eq!(said.len(), HEADER_LENGTH + 2 + 1 + TAG_LENGTH);
         });
     }
@@ -440,7 +454,7 @@ fn fuzzed_records_of_a_peer_do_not_panic() {
                 let (mut half, mut records, mut peer) =
                     pair(Suite::ALL[usize::from(*suite) % Suite::ALL.len()]);
                 for (kind, content, is_sealed) in pieces {
-                    // Also content of every type that is sealed as it should be.
+                    // Some of the pieces are validly encrypted records, of every content type.
                     let bytes = if *is_sealed {
                         seal(&mut half, kind % 26, content, 3).to_vec()
                     } else {
@@ -449,7 +463,7 @@ fn fuzzed_records_of_a_peer_do_not_panic() {
                     if peer.write_all(&bytes).await.is_err() {
                         break;
                     }
-                    // As a peer that goes on with its next key.
+                    // The peer uses its next key after its KeyUpdate.
                     if *is_sealed
                         && kind % 26 == HANDSHAKE
                         && matches!(content[..], [KEY_UPDATE, 0, 0, 1, 0 | 1])
