@@ -75,8 +75,8 @@ pub enum MessageType {
     Refused,
     /// From the predecessor, as its last message: the text has its counters (`metrics::totals`).
     Totals,
-    /// From the predecessor: TLS session ticket keys (`transport/tickets.rs`), in the record of a descriptor that has no
-    /// meaning.
+    /// From the predecessor: TLS session ticket keys (`transport/tickets.rs`), in the record of a descriptor that has
+    /// no meaning.
     Tickets,
 }
 
