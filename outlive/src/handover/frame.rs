@@ -106,7 +106,7 @@ pub(super) struct Header {
     pub(super) text: String,
 }
 
-/// What a frame has to say about one socket.
+/// The description of one socket in a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketRecord {
     /// The name of the listener that accepted the connection, or of the listener that the socket is.

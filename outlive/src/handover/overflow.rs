@@ -263,7 +263,10 @@ mod tests {
 
     /// One rotation: returns the adopted connections, the finished ones, and how many wait, which is None once the
     /// channels are handed over.
-    fn turn(overflow: &Overflow, room: fn() -> usize) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
+    fn rotate_once(
+        overflow: &Overflow,
+        room: fn() -> usize,
+    ) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
         let (mut adopted, mut finished) = (Vec::new(), Vec::new());
         let adopt = |next| match next {
             Next::Frame(frame) => adopted.extend(unpack(frame)),
@@ -287,15 +290,15 @@ mod tests {
         overflow.keep(channel, ChannelLocation::Store);
         assert_eq!(overflow.len(), 3);
         assert!(
-            matches!(turn(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
+            matches!(rotate_once(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
         );
         clients[1].write_all(b"GET").expect("could not send");
-        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(2)));
-        let (_, again, waiting) = turn(&overflow, LITTLE);
+        let (_, again, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((again.len(), waiting), (0, Some(2)), "a connection was finished twice");
         drop(clients.remove(0));
-        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(1)));
     }
 
@@ -305,8 +308,8 @@ mod tests {
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
         clients[2].write_all(b"GET").expect("could not send");
-        assert_eq!(turn(&overflow, LITTLE).1.len(), 1);
-        let (adopted, finished, waiting) = turn(&overflow, ENOUGH);
+        assert_eq!(rotate_once(&overflow, LITTLE).1.len(), 1);
+        let (adopted, finished, waiting) = rotate_once(&overflow, ENOUGH);
         assert_eq!((finished.len(), waiting), (0, Some(0)));
         assert_eq!(adopted.iter().map(is_claimed).collect::<Vec<_>>(), [false, false, true]);
     }
@@ -317,10 +320,10 @@ mod tests {
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
         clients[0].write_all(b"GET").expect("could not send");
-        let (adopted, finished, waiting) = turn(&overflow, NONE);
+        let (adopted, finished, waiting) = rotate_once(&overflow, NONE);
         assert_eq!((adopted.len(), finished.len(), waiting), (0, 0, Some(3)));
         let [channel] = <[OwnedFd; 1]>::try_from(overflow.hand_over()).expect("expected one channel");
         assert_eq!(count(&channel), 3);
-        assert_eq!(turn(&overflow, ENOUGH).2, None, "rotated channels that were handed over");
+        assert_eq!(rotate_once(&overflow, ENOUGH).2, None, "rotated channels that were handed over");
     }
 }

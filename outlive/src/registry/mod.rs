@@ -479,7 +479,7 @@ mod tests {
                 while !is_over.load(SeqCst) {
                     let answered = registry.counts().answered;
                     let begun = begun.load(SeqCst);
-                    assert!(answered <= begun, "{answered} answered of {begun}");
+                    assert!(answered <= begun, "counted {answered} answered requests of {begun}");
                 }
             });
             for _ in 0..20_000 {

@@ -134,7 +134,7 @@ pub struct Effects {
 
 /// The state of a connection: its [`Stage`], and what decides about the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+#[expect(clippy::struct_excessive_bools, reason = "the flags are independent of each other")]
 pub struct State {
     pub stage: Stage,
     /// Whether the driver is being polled. It looks at the counts afterwards, so no event has to wake it meanwhile.
@@ -395,10 +395,10 @@ mod tests {
                     continue;
                 }
                 let (next, effects) = state.after(event);
-                let is_news = next.stage != state.stage
+                let has_changed = next.stage != state.stage
                     || next.is_movable() != state.is_movable()
                     || next.in_flight() != state.in_flight();
-                prop_assert_eq!(effects.waiters, is_watched && is_news, "{:?}: {:?}", event, next);
+                prop_assert_eq!(effects.waiters, is_watched && has_changed, "{:?}: {:?}", event, next);
                 state = next;
             }
             prop_assert_eq!(state.stage, Stage::Closed);

@@ -209,7 +209,7 @@ mod tests {
         (ParkedConnection { connection, slot: None, since: 0 }, peer)
     }
 
-    async fn heard(parked: &ParkedConnections) -> Vec<RawFd> {
+    async fn unpark_next(parked: &ParkedConnections) -> Vec<RawFd> {
         let heard = timeout(Duration::from_secs(120), parked.heard()).await.expect("no event in time");
         let heard = heard.expect("could not wait for the epoll instance");
         let unparked = parked.unpark_readable(heard).expect("could not read the events");
@@ -229,10 +229,10 @@ mod tests {
         assert_eq!(registry.counts().connections, 10);
         let (third, mut peer) = peers.remove(3);
         peer.write_all(b"x").expect("could not send");
-        assert_eq!(heard(&parked).await, [third]);
+        assert_eq!(unpark_next(&parked).await, [third]);
         let (sixth, peer) = peers.remove(6);
         drop(peer);
-        assert_eq!(heard(&parked).await, [sixth]);
+        assert_eq!(unpark_next(&parked).await, [sixth]);
         assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
         assert_eq!(registry.counts().connections, 8);
         assert_eq!(parked.take_all().len(), 8);
@@ -246,7 +246,7 @@ mod tests {
         assert!(parked.put(idle).is_ok());
         let left = parked.take_all();
         peer.write_all(b"x").expect("could not send");
-        assert!(heard(&parked).await.is_empty());
+        assert!(unpark_next(&parked).await.is_empty());
         assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
         drop(left);
     }
@@ -258,7 +258,7 @@ mod tests {
         peer.write_all(b"x").expect("could not send");
         let fd = idle.connection.socket.as_raw_fd();
         assert!(parked.put(idle).is_ok());
-        assert_eq!(heard(&parked).await, [fd]);
+        assert_eq!(unpark_next(&parked).await, [fd]);
     }
 
     #[tokio::test]

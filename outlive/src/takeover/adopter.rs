@@ -308,6 +308,6 @@ impl Adopter {
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.
-fn is_of_connections(kind: MessageType) -> bool {
-    matches!(kind, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
+fn is_of_connections(message_type: MessageType) -> bool {
+    matches!(message_type, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
 }
