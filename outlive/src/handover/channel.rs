@@ -1,4 +1,8 @@
-//! Frames onto a `SOCK_SEQPACKET` socket, and off it.
+//! The handover channel: sends frames through a `SOCK_SEQPACKET` Unix socket, and receives them.
+//!
+//! Each frame (`frame.rs`) is one message; its descriptors and the memfd with its records are ancillary data
+//! (`SCM_RIGHTS` of unix(7)). The free functions never wait, because at a restart the channel is in systemd's store and
+//! there is no reader; [`Channel`] waits, for a reload.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Write};
@@ -22,45 +26,48 @@ pub use super::frame::{MAX_SOCKETS, MessageType, Secret, SocketRecord};
 use crate::os::rlimit::{self, FdRoom};
 use crate::os::sys;
 
-/// The records of one frame: 252 connections with 2 MiB unread each.
+/// The maximum size of the records of one frame, in bytes: 252 connections with 2 MiB each. A larger memfd is refused,
+/// so that a broken sender cannot make this process allocate any amount of memory.
 const RECORDS_LIMIT: u64 = 252 << 21;
 
-/// The connections of a frame where few travel; fewer in a message cost more memory of the kernel for each of them.
+/// How many connections one frame carries at least, if there are so many. Smaller frames would need more kernel memory
+/// for each connection.
 const SMALL_FRAME: usize = 32;
-/// Messages that fit into the socket's buffer, with room for those that follow the connections.
+/// How many frames with connections the socket's buffer holds, with room for the frames that follow them.
 const FRAMES_IN_CHANNEL: usize = 200;
 
-/// A frame read.
+/// A frame that was received.
 pub struct Frame {
     pub message_type: MessageType,
     pub origin: Origin,
     pub sockets: Vec<(OwnedFd, SocketRecord)>,
-    /// Why further sockets that came with it were closed, one by one.
+    /// The reason for each connection of the frame that was closed instead.
     pub refused: Vec<String>,
     pub text: String,
 }
 
-/// What was to be read next.
+/// The result of receiving from a channel.
 pub enum Next {
     Frame(Frame),
-    /// A message that makes no sense, and the number of sockets that came with it.
+    /// An invalid message: how many connections came with it, which are closed, and what is wrong with it.
     Refused(usize, String),
     /// The next frame carries more sockets than this process may open; it stays in the channel.
     NoRoom,
-    /// Nothing yet.
+    /// The channel is empty, and its other end is open.
     Pending,
-    /// The other end is closed, and all that it sent has been read.
+    /// The channel is empty, and its other end is closed.
     End,
 }
 
-/// The two ends of a channel.
+/// Creates the two ends of a channel, which are alike.
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Sends as many of `sockets` as fit, in frames of `message_type`; never waits. Gives their number, and why there
-/// are no more of them (the channel or the process's limit of fds is full).
+/// Sends as many of `sockets` as fit, in frames of `message_type`; never waits. Returns how many were sent, and the
+/// error that prevented the others: `WouldBlock` if the channel is full, or ETOOMANYREFS if too many descriptors of
+/// this user are in flight (unix(7)).
 pub fn send<S: AsFd>(
     channel: impl AsFd,
     message_type: MessageType,
@@ -70,7 +77,7 @@ pub fn send<S: AsFd>(
 ) -> (usize, Option<io::Error>) {
     let length =
         if message_type == MessageType::Connections { frame_length(sockets.len()) } else { MAX_SOCKETS };
-    // At least one frame, so that its kind, its sender and its text are said.
+    // A message without sockets is one frame, too.
     let frames = sockets.chunks(length).chain(sockets.is_empty().then_some(&[][..]));
     let mut sent = 0;
     for frame in frames {
@@ -112,7 +119,8 @@ fn send_frame<S: AsFd>(
 }
 
 fn write_records<S>(version: u16, sockets: &[(S, SocketRecord)]) -> io::Result<File> {
-    // There may be keys among them: of its whole length at once, since what grows leaves copies behind.
+    // The records may contain TLS keys. The buffer has its whole length from the beginning, because a vector that grows
+    // leaves copies of them in freed memory that are not wiped.
     let length = sockets.iter().map(|(_, record)| record.length()).sum();
     let mut bytes = Zeroizing::new(Vec::with_capacity(length));
     for (_, record) in sockets {
@@ -123,20 +131,21 @@ fn write_records<S>(version: u16, sockets: &[(S, SocketRecord)]) -> io::Result<F
     Ok(file)
 }
 
-/// What the next frame says of its sender; the frame stays.
+/// The sender of the next frame; the frame stays in the channel.
 pub(super) fn peek(channel: &OwnedFd) -> Option<Origin> {
     peek_header(channel).map(|header| header.origin)
 }
 
-/// The header of the next frame; the frame stays, and so do its descriptors, since no buffer for them is given.
+/// The header of the next frame. The frame stays in the channel, and its descriptors are not copied, because recv(2)
+/// has no buffer for them.
 fn peek_header(channel: impl AsFd) -> Option<Header> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let (length, _) = recv(channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
     Header::decode(&bytes[..length]).ok()
 }
 
-/// The header and the length of the frame that begins `offset` bytes behind the next one. None behind the last one, and
-/// behind a message that is not a frame.
+/// The header and the length of the frame that begins `offset` bytes after the start of the next one. None after the
+/// last frame, and at a message that is not a frame.
 pub(super) fn peek_header_at(channel: impl AsFd, offset: usize) -> io::Result<Option<(Header, usize)>> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let peeked = with_peek_offset(&channel, offset, || {
@@ -148,30 +157,31 @@ pub(super) fn peek_header_at(channel: impl AsFd, offset: usize) -> io::Result<Op
     })
 }
 
-/// Makes one `peek`, which begins `offset` bytes behind the start of the next message.
+/// Calls `peek`, whose `MSG_PEEK` begins `offset` bytes after the start of the next message.
 fn with_peek_offset<T>(channel: impl AsFd, offset: usize, peek: impl FnOnce() -> T) -> io::Result<T> {
     sys::set_peek_offset(&channel, Some(offset))?;
     let peeked = peek();
-    // Otherwise the next look at the first frame would begin where this one ended.
+    // The kernel advances the offset, so the next `MSG_PEEK` would begin where this one ended.
     sys::set_peek_offset(&channel, None)?;
     Ok(peeked)
 }
 
-/// See [`peek_at`].
+/// The result of [`peek_at`].
 pub(super) enum Peeked {
     /// A frame with copies of its descriptors, and its length in bytes.
     Frame(Frame, usize),
     /// A frame that carries more sockets than this process may open.
     NoRoom { sockets: usize, length: usize },
-    /// There is no frame.
+    /// There is no frame at the offset.
     End,
 }
 
-/// Descriptors that stay free for handlers while connections of a copied frame are answered, which takes two
-/// descriptors for each.
+/// How many descriptors stay free for handlers while connections of a copied frame are served, each of which needs two
+/// descriptors.
 const ROOM_OF_HANDLERS: usize = 16;
 
-/// Copies the frame that begins `offset` bytes behind the next one, if its descriptors fit; it stays in the channel.
+/// Copies the frame that begins `offset` bytes after the start of the next one, if this process may open copies of its
+/// descriptors. The frame stays in the channel.
 pub(super) fn peek_at(channel: impl AsFd, offset: usize, room: &mut FdRoom) -> io::Result<Peeked> {
     let Some((header, length)) = peek_header_at(&channel, offset)? else { return Ok(Peeked::End) };
     let sockets = usize::from(header.sockets);
@@ -185,11 +195,13 @@ pub(super) fn peek_at(channel: impl AsFd, offset: usize, room: &mut FdRoom) -> i
     }
 }
 
-/// Takes the next frame if its descriptors fit and leave `reserve` free; never waits. The kernel would close those that
-/// do not fit without a response to their peers. A frame that could never fit is taken nevertheless.
+/// Receives the next frame if its descriptors fit and leave `reserve` free; never waits. Otherwise the frame stays in
+/// the channel, because the kernel would close the descriptors that do not fit, without a response to their peers. A
+/// frame that could not fit even into a process without connections is received nevertheless, because it would stay in
+/// the channel for ever.
 pub fn receive_if_room(channel: impl AsFd, room: &mut FdRoom, reserve: usize) -> io::Result<Next> {
     let sockets = peek_header(&channel).map_or(0, |header| usize::from(header.sockets));
-    // The file of its records comes with them.
+    // One more, for the memfd with the records.
     if sockets == 0 || room.take(sockets + 1, reserve) || !rlimit::could_fit(sockets + 1) {
         receive(channel)
     } else {
@@ -197,13 +209,13 @@ pub fn receive_if_room(channel: impl AsFd, room: &mut FdRoom, reserve: usize) ->
     }
 }
 
-/// Takes the next frame; never waits.
+/// Receives the next frame; never waits.
 pub fn receive(channel: impl AsFd) -> io::Result<Next> {
     receive_with(channel, RecvFlags::empty())
 }
 
 fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
-    // One more than a header, to see a message that is too long.
+    // One byte more than the longest frame, so that a longer message is refused and not truncated.
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT + 1];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_SOCKETS + 1))];
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
@@ -258,7 +270,7 @@ fn read_frame(bytes: &[u8], fds: Vec<OwnedFd>) -> Result<Frame, FrameError> {
             Err(error) => return Err(error),
         }
     }
-    // The kernel closes the descriptors that a process may not open.
+    // The kernel has closed the descriptors that exceed the limit of this process, which are the last ones.
     frame.refused.extend((0..missing).map(|_| "out of file descriptors: raise LimitNOFILE=".to_owned()));
     Ok(frame)
 }
@@ -273,8 +285,8 @@ fn read_records(file: &File) -> io::Result<Zeroizing<Vec<u8>>> {
     Ok(bytes)
 }
 
-/// A channel to somebody who is there, as tokio waits for it: to tokio, which only polls it, one Unix
-/// socket is as good as another.
+/// A channel to a running process, for asynchronous code. tokio has no type for `SOCK_SEQPACKET` sockets; a
+/// [`UnixStream`] serves here because it is used only to wait for readiness.
 pub struct Channel(UnixStream);
 
 impl Channel {
@@ -283,7 +295,8 @@ impl Channel {
         Ok(Self(UnixStream::from_std(fd.into())?))
     }
 
-    /// The next frame; none at the end. A message that makes no sense is an error.
+    /// Waits for the next frame. None if the other end is closed and the channel is empty. An invalid message is an
+    /// error.
     pub async fn receive(&self) -> io::Result<Option<Frame>> {
         loop {
             self.0.readable().await?;
@@ -302,12 +315,13 @@ impl Channel {
         }
     }
 
-    /// Waits until there is something to read, or the other end is closed.
+    /// Waits until there is a frame to receive, or the other end is closed.
     pub async fn readable(&self) -> io::Result<()> {
         self.0.readable().await
     }
 
-    /// As [`receive_if_room`]; pending if there is nothing to read after all.
+    /// As the function [`receive_if_room`]. [`Next::Pending`] if there is nothing to receive, although
+    /// [`Channel::readable`] has returned.
     pub fn receive_if_room(&self, room: &mut FdRoom, reserve: usize) -> io::Result<Next> {
         let next = self.0.try_io(Interest::READABLE, || match receive_if_room(&self.0, room, reserve)? {
             Next::Pending => Err(io::ErrorKind::WouldBlock.into()),
@@ -319,12 +333,12 @@ impl Channel {
         }
     }
 
-    /// The socket, where nothing waits for it any more.
+    /// Returns the socket, which the runtime no longer watches.
     pub fn into_socket(self) -> io::Result<OwnedFd> {
         Ok(self.0.into_std()?.into())
     }
 
-    /// Sends all of `sockets`, waiting for the other side to read where need be.
+    /// Sends all of `sockets`. Waits for the other process to read when the channel is full.
     pub async fn send<S: AsFd>(
         &self,
         message_type: MessageType,
@@ -346,7 +360,7 @@ impl Channel {
         }
     }
 
-    /// Says one thing, with no sockets.
+    /// Sends a message without sockets.
     pub async fn say(&self, message_type: MessageType, origin: Origin, text: &str) -> io::Result<()> {
         self.send::<OwnedFd>(message_type, origin, &[], text).await
     }
@@ -358,25 +372,27 @@ mod tests {
 
     use super::*;
 
-    /// Sockets that are worth nothing, to be sent.
+    /// Descriptors of `/dev/null`, with numbers as the names of their listeners.
     fn sockets(count: usize) -> Vec<(File, SocketRecord)> {
-        let null = File::open("/dev/null").expect("a file");
+        let null = File::open("/dev/null").expect("could not open /dev/null");
         let record = |number: usize| SocketRecord {
             listener: number.to_string(),
             payload: Bytes::new(),
             http2: None,
             tls: None,
         };
-        (0..count).map(|number| (null.try_clone().expect("a file"), record(number))).collect()
+        (0..count)
+            .map(|number| (null.try_clone().expect("could not duplicate /dev/null"), record(number)))
+            .collect()
     }
 
     #[test]
-    fn a_full_channel_takes_what_fits_and_says_how_many_that_are() {
-        let (write, read) = pair().expect("a pair");
-        rustix::net::sockopt::set_socket_send_buffer_size(&write, 1).expect("the smallest");
+    fn sending_to_a_full_channel_returns_how_many_sockets_were_sent() {
+        let (write, read) = pair().expect("could not create a socket pair");
+        rustix::net::sockopt::set_socket_send_buffer_size(&write, 1).expect("could not set SO_SNDBUF");
         let origin = Origin::now(1);
         let all = sockets(900);
-        // The smallest buffer takes a few messages: fill it.
+        // Even the smallest buffer holds a few messages.
         let mut fitted = 0;
         let error = loop {
             match send(&write, MessageType::Connections, origin, &all, "") {
@@ -386,14 +402,14 @@ mod tests {
         };
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
         let mut received = 0;
-        while let Next::Frame(frame) = receive(&read).expect("a frame") {
+        while let Next::Frame(frame) = receive(&read).expect("could not receive") {
             received += frame.sockets.len();
         }
         assert_eq!(received, fitted);
     }
 
     #[test]
-    fn frames_are_small_unless_so_many_connections_travel_that_the_channel_would_be_full() {
+    fn frames_are_small_unless_the_channel_could_not_hold_so_many() {
         assert_eq!(frame_length(1), SMALL_FRAME);
         assert_eq!(frame_length(SMALL_FRAME * FRAMES_IN_CHANNEL), SMALL_FRAME);
         for count in [7_000_usize, 20_000, 50_000] {
@@ -403,37 +419,37 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_that_the_kernel_dropped_are_refused_and_the_others_are_read() {
-        let (write, read) = pair().expect("a pair");
+    fn connections_whose_descriptors_the_kernel_closed_are_refused_and_the_others_received() {
+        let (write, read) = pair().expect("could not create a socket pair");
         send(&write, MessageType::Connections, Origin::now(1), &sockets(20), "");
         let mut bytes = [0; HEADER_LENGTH];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-        recvmsg(&read, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags).expect("a message");
+        recvmsg(&read, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags).expect("could not receive");
         let fds = ancillary.drain().flat_map(|message| match message {
             RecvAncillaryMessage::ScmRights(fds) => fds.collect::<Vec<_>>(),
             _ => Vec::new(),
         });
-        let frame = read_frame(&bytes, fds.collect()).expect("a frame");
+        let frame = read_frame(&bytes, fds.collect()).expect("could not read the frame");
         assert!(!frame.sockets.is_empty() && !frame.refused.is_empty());
         assert_eq!(frame.sockets.len() + frame.refused.len(), 20);
-        assert!(read_frame(&bytes, Vec::new()).is_err(), "without its records");
+        assert!(read_frame(&bytes, Vec::new()).is_err(), "accepted a frame without its records");
     }
 
     #[test]
-    fn a_thousand_sockets_come_back_in_order_with_their_records() {
-        let (write, read) = pair().expect("a pair");
+    fn a_thousand_sockets_are_received_in_order_with_their_records() {
+        let (write, read) = pair().expect("could not create a socket pair");
         assert_eq!(send(&write, MessageType::Connections, Origin::now(1), &sockets(1000), "").0, 1000);
         drop(write);
         let mut names = Vec::new();
         loop {
-            match receive(&read).expect("readable") {
+            match receive(&read).expect("could not receive") {
                 Next::Frame(frame) => {
                     names.extend(frame.sockets.into_iter().map(|(_, record)| record.listener));
                 }
                 Next::End => break,
-                _ => panic!("neither a frame nor the end"),
+                _ => panic!("expected a frame or the end"),
             }
         }
         assert_eq!(names, (0..1000).map(|number| number.to_string()).collect::<Vec<_>>());

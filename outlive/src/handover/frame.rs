@@ -1,30 +1,32 @@
-//! The frames on the channel: one message of a `SOCK_SEQPACKET` socket each.
+//! The wire format of the handover channel. Each frame is one message of a `SOCK_SEQPACKET` socket: a [`Header`], and
+//! descriptors with a [`SocketRecord`] each.
 //!
 //! ```text
 //! message   4  "hand"                            the same in every version
 //!           2  version                           the same in every version
-//!           2  kind                              versions 1 and 2 from here on
+//!           2  message type                      versions 1 and 2 from here on
 //!           2  N, sockets in this frame
 //!           8  generation of the sender
-//!           8  when its last answer was out, nanoseconds of CLOCK_MONOTONIC
+//!           8  when its last response was sent, nanoseconds of CLOCK_MONOTONIC
 //!           .  text, UTF-8, up to 512 bytes
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  kind of the connection            version 2 only; the sum of 1: HTTP/2, 2: TLS
+//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
-//!           .  of a connection: the bytes read from it and not consumed; of a listener: who holds it
-//!           .  of HTTP/2: 4, a length; what is agreed upon (`state.rs`)
-//!           .  of TLS: 4, a length; what seals and opens its records (`tls_session.rs`)
-//!           .  what a later release has to say   version 2 only
+//!           .  payload: of a connection, the bytes read and not consumed; of a listener, its ownership
+//!           .  HTTP/2 only: 4, a length; the state (`transport/http2_state.rs`)
+//!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
+//!           .  fields of later releases          version 2 only
 //! ```
-//! Numbers are little-endian. The records are in a memfd because a message may not be larger than the
-//! socket's buffer, and all messages together may not either.
+//! Numbers are little-endian. The records are in a memfd, because neither one message nor all messages that wait in the
+//! channel may be larger than the socket's buffer.
 //!
-//! Version 1 is written where it does, so that the releases before may take this one's place at any moment. In version
-//! 2 a connection of a kind that is not known is refused, and no other with it.
+//! A frame is written in version 1 if that can express it, so that an earlier release can take over from this one. In
+//! version 2, a record with unknown protocols has a length too, so only this connection is refused, and the others of
+//! the frame are adopted.
 
 use std::fmt;
 use std::io;
@@ -35,43 +37,46 @@ use zeroize::Zeroizing;
 
 use super::Origin;
 
-/// The oldest that is read and written: of HTTP/1.1 and listeners.
+/// The oldest version that is read and written. It can express HTTP/1.1 connections and listeners.
 pub(super) const FIRST_VERSION: u16 = 1;
-/// The newest.
+/// The newest version that is read and written. It can express HTTP/2 and TLS connections too.
 pub(super) const LAST_VERSION: u16 = 2;
 pub(super) const HEADER_LENGTH: usize = 26;
 pub(super) const TEXT_LIMIT: usize = 512;
-/// `SCM_MAX_FD` of Linux is 253; one is the memfd.
+/// How many sockets one frame carries at most: the kernel permits 253 descriptors in a message (`SCM_MAX_FD`), and one
+/// of them is the memfd.
 pub const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
-/// What a frame says. Connections, tickets and totals alone travel at a restart; the others are the words of a takeover
-/// (`takeover.rs`).
+/// The type of a message. At a restart only `Connections`, `Tickets` and `Totals` occur; the others are the steps of a
+/// takeover (`takeover/mod.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum MessageType {
-    /// Go on with these.
+    /// From the predecessor: connections to adopt.
     Connections,
-    /// The successor: here I am; the text is my pid.
+    /// From the successor, as its first message: its pid is the text.
     Hello,
-    /// Who started the successor: it is now a child of the service manager.
+    /// From the takeover command: the successor is a child of the service manager now.
     Go,
-    /// The predecessor: listen on these, and here are my credentials; the text is my `WATCHDOG_USEC`.
+    /// From the predecessor: the listeners, and the directory of its credentials. The text is its `WATCHDOG_USEC`.
     Listeners,
-    /// The successor: I could serve.
+    /// From the successor: it has started, and can serve after `Commit`. The text says whether it adopts HTTP/2 and
+    /// TLS connections.
     Ready,
-    /// The predecessor: do.
+    /// From the predecessor: the successor has to accept connections from now on.
     Commit,
-    /// The successor: I accept connections.
+    /// From the successor: it accepts connections.
     Accepting,
-    /// The predecessor: you are the main process.
+    /// From the predecessor: the successor is the main process of the service.
     Main,
-    /// Either: no; the text says why.
+    /// From either: the takeover fails, for the reason in the text.
     Refused,
-    /// The predecessor, last of all: the text is what it has counted (`metrics::totals`).
+    /// From the predecessor, as its last message: the text has its counters (`metrics::totals`).
     Totals,
-    /// The predecessor: go on with these keys of session tickets (`tickets.rs`); the sockets mean nothing.
+    /// From the predecessor: TLS session ticket keys (`transport/tickets.rs`), in the record of a descriptor that has
+    /// no meaning.
     Tickets,
 }
 
@@ -91,6 +96,7 @@ impl MessageType {
     ];
 }
 
+/// The message itself; the sockets are in its ancillary data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Header {
     pub(super) version: u16,
@@ -100,17 +106,20 @@ pub(super) struct Header {
     pub(super) text: String,
 }
 
+/// The description of one socket in a frame.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SocketRecord {
+    /// The name of the listener that accepted the connection, or of the listener that the socket is.
     pub listener: String,
+    /// The bytes that were read from a connection and not consumed, or the ownership of a listener.
     pub payload: Bytes,
-    /// Of an HTTP/2 connection: what is agreed upon.
+    /// The encoded HTTP/2 state of an HTTP/2 connection.
     pub http2: Option<Bytes>,
-    /// Of a TLS connection: its keys, and more. Or keys of session tickets.
+    /// The encoded keys of a TLS connection, or TLS session ticket keys.
     pub tls: Option<Secret>,
 }
 
-/// Wiped when it is dropped, and not shown.
+/// Bytes that are wiped when they are dropped, and that `Debug` does not print.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(pub Zeroizing<Vec<u8>>);
 
@@ -120,7 +129,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Why bytes are not a frame, or a record in one.
+/// Why a message is not a valid frame, or its records are not valid.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum FrameError {
     NotAFrame,
@@ -133,14 +142,14 @@ pub enum FrameError {
     Text(Utf8Error),
     /// A record ends before its last field.
     TruncatedRecord,
-    /// The record is whole, and its protocols are those of a later release. The records after it can be read.
+    /// The record has protocols of a later release. Its length is known, so the records after it can be decoded.
     UnsupportedProtocols(u16),
-    /// File descriptors in the message, and how many its header announces.
+    /// The message has another number of file descriptors than its header requires.
     Descriptors {
         received: usize,
         expected: usize,
     },
-    /// The records could not be read.
+    /// The memfd with the records could not be read.
     Records(io::ErrorKind),
 }
 
@@ -171,7 +180,7 @@ impl fmt::Display for FrameError {
 impl std::error::Error for FrameError {}
 
 impl Header {
-    /// A longer text is cut.
+    /// Truncates a text that is longer than [`TEXT_LIMIT`].
     pub(super) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(HEADER_LENGTH + self.text.len());
         bytes.put_slice(MAGIC);
@@ -211,12 +220,12 @@ impl Header {
 }
 
 impl SocketRecord {
-    /// The first version that can say it.
+    /// The first version of a frame that can express this record.
     pub(super) fn version(&self) -> u16 {
         if self.protocols() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
     }
 
-    /// Bits of [`HTTP2`] and [`TLS`].
+    /// The sum of [`HTTP2`] and [`TLS`], as they apply.
     fn protocols(&self) -> u16 {
         (if self.http2.is_some() { HTTP2 } else { 0 }) | (if self.tls.is_some() { TLS } else { 0 })
     }
@@ -225,7 +234,7 @@ impl SocketRecord {
         self.http2.as_deref().into_iter().chain(self.tls.as_ref().map(|tls| &tls.0[..]))
     }
 
-    /// How long it is, in bytes; in version 1 a little less.
+    /// The encoded length in version 2, in bytes. In version 1 a record is 6 bytes shorter.
     pub(super) fn length(&self) -> usize {
         let parts: usize = self.parts().map(|part| 4 + part.len()).sum();
         6 + BODY_LENGTH + self.listener.len() + self.payload.len() + parts
@@ -247,7 +256,8 @@ impl SocketRecord {
         Ok(())
     }
 
-    /// Takes one record off the front of `bytes`. After [`FrameError::UnsupportedProtocols`], the next record follows.
+    /// Decodes the first record of `bytes`, and advances `bytes` to the next one. After
+    /// [`FrameError::UnsupportedProtocols`] too, `bytes` is at the next record.
     pub(super) fn decode(version: u16, bytes: &mut &[u8]) -> Result<Self, FrameError> {
         if version == FIRST_VERSION {
             return Self::decode_body(bytes);
@@ -287,13 +297,13 @@ fn take<'a>(bytes: &mut &'a [u8], length: u32) -> Result<&'a [u8], FrameError> {
     Ok(taken)
 }
 
-/// A connection that speaks HTTP/1.1, or nothing yet.
+/// A connection with HTTP/1.1, or on which nothing has arrived.
 const HTTP1: u16 = 0;
-/// A connection that speaks HTTP/2.
+/// A connection with HTTP/2.
 const HTTP2: u16 = 1;
-/// A connection that speaks TLS, whatever inside.
+/// A connection with TLS; the bit of HTTP/2 says which protocol is inside.
 const TLS: u16 = 2;
-/// The two lengths.
+/// The two lengths at the beginning of the body, in bytes.
 const BODY_LENGTH: usize = 6;
 
 #[cfg(test)]
@@ -325,7 +335,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn headers_come_back_as_they_went(
+        fn decode_reverses_encode_of_headers(
             version in FIRST_VERSION..=LAST_VERSION,
             message_type in 0..MessageType::ALL.len(),
             sockets in 0..=252_u16,
@@ -339,12 +349,12 @@ mod tests {
         }
 
         #[test]
-        fn records_come_back_as_they_went(records in prop::collection::vec(record(), 0..20)) {
+        fn decode_reverses_encode_of_records(records in prop::collection::vec(record(), 0..20)) {
             let version = records.iter().map(SocketRecord::version).max().unwrap_or(FIRST_VERSION);
             for version in version..=LAST_VERSION {
                 let mut bytes = Vec::new();
                 for record in &records {
-                    record.encode(version, &mut bytes).expect("short enough");
+                    record.encode(version, &mut bytes).expect("a length above the limit");
                 }
                 let mut bytes = &bytes[..];
                 for record in &records {
@@ -355,13 +365,13 @@ mod tests {
         }
 
         #[test]
-        fn a_kind_that_is_not_known_is_refused_and_no_other_with_it(
+        fn only_records_with_unknown_protocols_are_refused(
             records in prop::collection::vec((record(), any::<bool>()), 0..20),
         ) {
             let mut bytes = Vec::new();
             for (record, is_known) in &records {
                 let at = bytes.len() + 4;
-                record.encode(LAST_VERSION, &mut bytes).expect("short enough");
+                record.encode(LAST_VERSION, &mut bytes).expect("a length above the limit");
                 if !is_known {
                     bytes[at] = 7;
                 }
@@ -379,7 +389,7 @@ mod tests {
         }
 
         #[test]
-        fn a_header_that_is_cut_or_of_another_version_is_refused(
+        fn truncated_headers_and_unknown_versions_are_refused(
             length in 0..HEADER_LENGTH, version in (LAST_VERSION + 1)..,
         ) {
             let mut bytes = header(1, "").encode();
@@ -394,7 +404,7 @@ mod tests {
     fn fuzzed_bytes_do_not_panic_the_frame_readers() {
         crate::fuzz::target!("handover_frames").for_each(|bytes| {
             let _ = Header::decode(bytes);
-            // Also what begins well.
+            // The same bytes after a valid beginning, because random bytes seldom have one.
             let start = bytes.first().map_or(0, |first| usize::from(*first).min(HEADER_LENGTH));
             let _ = Header::decode(&[&header(1, "").encode()[..start], bytes].concat());
             for version in FIRST_VERSION..=LAST_VERSION {
@@ -405,13 +415,14 @@ mod tests {
     }
 
     #[test]
-    fn more_sockets_than_a_message_can_carry_are_refused() {
+    fn a_header_with_more_sockets_than_a_message_can_carry_is_refused() {
         assert!(Header::decode(&header(253, "").encode()).is_err());
     }
 
     #[test]
-    fn a_long_text_is_cut_and_not_refused() {
-        let decoded = Header::decode(&header(0, &"ä".repeat(400)).encode()).expect("a header");
+    fn a_text_above_the_limit_is_truncated_between_characters() {
+        let decoded =
+            Header::decode(&header(0, &"ä".repeat(400)).encode()).expect("could not decode the header");
         assert_eq!(decoded.text, "ä".repeat(256));
     }
 }

@@ -1,8 +1,11 @@
-//! How connections at rest go to the next process, with the bytes that were read from them.
+//! The handover: how quiescent connections reach the next process, with the bytes that were read and not consumed, and
+//! their HTTP/2 and TLS state.
 //!
-//! They travel in frames (`frame.rs`) on a `SOCK_SEQPACKET` channel (`channel.rs`). At a restart nobody
-//! is there yet to read: the channel waits, filled, in systemd's file descriptor store (`store.rs`).
-//! At a reload the successor reads it at once (`takeover.rs`).
+//! [`pack`] and [`unpack`] convert between a [`Connection`] and a [`SocketRecord`]. Records are sent in frames
+//! (`frame.rs`) through the handover channel, a pair of `SOCK_SEQPACKET` sockets (`channel.rs`). At a restart the next
+//! process does not run yet, so the channel waits, filled, in systemd's file descriptor store (`store.rs`). At a reload
+//! the successor reads it directly (`takeover/`). Connections for which the next process has no file descriptors stay
+//! in the channel (`overflow.rs`). `lifecycle/drain.rs` writes the channel, and `takeover/adopter.rs` reads it.
 
 mod channel;
 mod frame;
@@ -28,31 +31,34 @@ use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::stream::Connection;
 use crate::transport::tls_traffic::TlsTrafficState;
 
-/// The channel's name in systemd's store, `FDNAME=`.
+/// The name of the channel in systemd's file descriptor store (`FDNAME=` of sd_notify(3)).
 pub const STORE_NAME: &str = "connections";
 
 /// Which connections a process can adopt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protocols {
-    /// HTTP/1.1 without TLS: releases before the handover of HTTP/2 and TLS.
+    /// HTTP/1.1 without TLS: a release from before the handover of HTTP/2 and TLS.
     PlainHttp1,
+    /// HTTP/1.1 and HTTP/2, with and without TLS.
     All,
 }
 
-/// What the sender says of itself in each frame.
+/// The sender of a frame; each frame carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
+    /// Number of the process in the chain of handovers; the first is 1.
     pub generation: u64,
-    /// When its last answer was out; nanoseconds of `CLOCK_MONOTONIC`.
+    /// When the sender had sent its last response, in nanoseconds of `CLOCK_MONOTONIC`, which both processes share.
     pub rested_at: u64,
 }
 
 impl Origin {
+    /// The origin of a sender whose last response is sent now.
     pub fn now(generation: u64) -> Self {
         Self { generation, rested_at: monotonic_now() }
     }
 
-    /// How long ago the sender's last answer was out.
+    /// How long ago the sender had sent its last response.
     pub fn pause(&self) -> Duration {
         Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
     }
@@ -63,14 +69,14 @@ fn monotonic_now() -> u64 {
     u64::try_from(now.tv_sec).unwrap_or(0) * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap_or(0)
 }
 
-/// The generation that follows those who wrote to `channels`; nothing is taken out of them.
+/// The generation after the newest one that wrote to `channels`. Reads nothing from them. None if they are empty.
 pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     let senders = channels.iter().flatten().filter_map(channel::peek);
     senders.map(|origin| origin.generation.saturating_add(1)).max()
 }
 
-/// A connection as it comes out of a channel. Refused, with a reason, where no listener of `names` is the one that it
-/// came from.
+/// Restores a connection from its record. Fails, with the reason for the log, if its listener is not among `names`, its
+/// state cannot be decoded, or its protocol does not match its listener: the connection is then closed.
 pub fn unpack(socket: OwnedFd, record: SocketRecord, names: &[Name]) -> Result<Connection, String> {
     let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
         return Err(format!("this process has no listener named {:?}", record.listener));
@@ -94,25 +100,27 @@ pub fn unpack(socket: OwnedFd, record: SocketRecord, names: &[Name]) -> Result<C
     Ok(Connection { socket, listener: name.clone(), unread: record.payload, http2, tls })
 }
 
-/// Keys of session tickets, as they go into a channel: where there is a record there is a descriptor.
+/// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame
+/// needs one.
 pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, SocketRecord)>> {
     let record =
         SocketRecord { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
     Ok(vec![(File::open("/dev/null")?.into(), record)])
 }
 
-/// The keys in a frame of theirs.
+/// The TLS session ticket keys in a frame of the type `Tickets`.
 pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
     frame.sockets.into_iter().find_map(|(_, record)| record.tls)
 }
 
-/// A channel that holds connections, as it goes into another channel.
+/// Encodes a channel that holds connections, to send it through another channel. Its record has the name
+/// [`STORE_NAME`] in the place of a listener's.
 pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
     let record = SocketRecord { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
     vec![(channel.as_fd(), record)]
 }
 
-/// Connections as they go into a channel.
+/// Encodes connections as records.
 pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
     let pack = |connection: &Connection| SocketRecord {
         listener: connection.listener.to_string(),

@@ -1,15 +1,15 @@
 //! Connections for which this process has no file descriptors, because `LimitNOFILE=` was lowered or a handler has many
-//! files open.
+//! files open. [`Overflow`] keeps their channels.
 //!
-//! They stay in the channel that they came in, as messages that the kernel keeps; systemd's store keeps its copy of the
-//! channel as well. This process cannot move them to a channel of its own, because the kernel lets an unprivileged
-//! process pass on descriptors only while no more than `RLIMIT_NOFILE` of its user's are on the way (`unix(7)`,
+//! The connections stay in the channel through which they were sent, as messages that the kernel keeps; systemd's store
+//! keeps its copy of the channel as well. This process cannot move them to another channel, because an unprivileged
+//! process may send descriptors only while no more than `RLIMIT_NOFILE` descriptors of its user are in flight (unix(7),
 //! ETOOMANYREFS).
 //!
-//! At short intervals the process takes the messages for which there is room by now, and looks at the others without
-//! taking them (`SO_PEEK_OFF`, `socket(7)`), which gives it copies of their descriptors for that moment. It serves each
-//! connection that its peer has closed or sent something on, and ends it with that response. So each of them is answered
-//! soon, however long others stay idle, and none is closed without a response.
+//! At short intervals (`takeover/adopter.rs`) the process receives the messages for which there is room by now, and
+//! copies the others with `MSG_PEEK` (`SO_PEEK_OFF` of socket(7)), which returns duplicates of their descriptors. It
+//! serves each connection that is readable or closed by its peer, and closes it after that response. So each of them is
+//! answered soon, however long others stay idle, and none is closed without a response.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -26,11 +26,11 @@ use crate::os::rlimit::FdRoom;
 use crate::os::systemd;
 use crate::transport::stream::Connection;
 
-/// Descriptors that an adoption leaves free: for one message that is looked at, for those of its connections that are
-/// answered, and for the files of handlers.
+/// How many descriptors an adoption leaves free: for one message that is copied, for those of its connections that are
+/// served, and for the files of handlers.
 pub const WINDOW: usize = 96;
 
-/// Which processes have a channel.
+/// Which processes have a copy of a channel.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum ChannelLocation {
     /// systemd's store has a copy of it, so the connections in it survive this process.
@@ -39,6 +39,7 @@ pub enum ChannelLocation {
     Process,
 }
 
+/// The channels that still hold connections.
 #[derive(Default)]
 pub struct Overflow(Mutex<State>);
 
@@ -58,7 +59,7 @@ impl Default for State {
 struct Waiting {
     channel: OwnedFd,
     location: ChannelLocation,
-    /// How many connections of it wait.
+    /// How many connections in it wait for descriptors.
     count: usize,
 }
 
@@ -69,12 +70,12 @@ impl Overflow {
         let waiting = Waiting { channel, location, count };
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.push(waiting),
-            // This process ends, so the next one finds the channel in the store.
+            // The drain has handed the other channels over already; the next process finds this one in the store.
             State::HandedOver => store(&mut [waiting]),
         }
     }
 
-    /// How many connections wait.
+    /// How many connections wait for descriptors.
     pub fn len(&self) -> usize {
         match &*lock(&self.0) {
             State::Open(channels) => channels.iter().map(|waiting| waiting.count).sum(),
@@ -82,7 +83,7 @@ impl Overflow {
         }
     }
 
-    /// Whether the processes that wrote to the channels have ended.
+    /// Whether the writing ends of all channels are closed, so that no more connections arrive.
     pub fn is_complete(&self) -> bool {
         match &*lock(&self.0) {
             State::Open(channels) => channels.iter().all(|waiting| is_hung_up(&waiting.channel)),
@@ -90,7 +91,7 @@ impl Overflow {
         }
     }
 
-    /// Has systemd keep those channels that came from elsewhere, so that a restart or a crash does not close their
+    /// Stores the channels with systemd that only this process has, so that a restart or a crash does not close their
     /// connections.
     pub fn store(&self) {
         if let State::Open(channels) = &mut *lock(&self.0) {
@@ -98,9 +99,10 @@ impl Overflow {
         }
     }
 
-    /// Gives each frame for which there is room to `adopt`, and to `finish` each of the other connections that its peer
-    /// has closed or sent something on. Gives the number of channels that are not empty yet, which can hold counters
-    /// behind connections that were all served; none once the channels are handed over.
+    /// Calls `adopt` with each frame for which there is room. Of the other frames, calls `finish` with each connection
+    /// that is readable or closed by its peer. `unpack` decodes the connections of a frame. Returns the number of
+    /// channels that are not empty yet; such a channel can hold counters after connections that were all served. None
+    /// once the channels are handed over.
     pub fn rotate(
         &self,
         room: &mut FdRoom,
@@ -145,13 +147,15 @@ impl Overflow {
             }
         });
         if channels.is_empty() {
-            // Under the lock, because a drain stores a channel of the same name once it has handed these over.
+            // Under the lock, because a drain stores a channel of the same name after `hand_over`, and this would
+            // remove it from the store.
             systemd::unstore(STORE_NAME);
         }
         Some(channels.len())
     }
 
-    /// Gives the channels to the next process, which finds in systemd's store what is there already.
+    /// Stores the channels with systemd and returns them, so that they can be sent to a successor. From then on this
+    /// process no longer serves the connections in them.
     pub fn hand_over(&self) -> Vec<OwnedFd> {
         match std::mem::replace(&mut *lock(&self.0), State::HandedOver) {
             State::Open(mut channels) => {
@@ -177,7 +181,7 @@ fn store(channels: &mut [Waiting]) {
     }
 }
 
-/// How many connections of `channel` wait.
+/// How many connections are in `channel`.
 fn count(channel: &OwnedFd) -> usize {
     let mut offset = 0;
     let mut count = 0;
@@ -190,7 +194,7 @@ fn count(channel: &OwnedFd) -> usize {
     count
 }
 
-/// Whether there is something to do for a connection.
+/// Whether a connection has unread bytes, is readable, or is closed by its peer.
 fn is_ready(connection: &Connection) -> bool {
     !connection.unread.is_empty() || polls(connection.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP)
 }
@@ -199,16 +203,16 @@ fn is_hung_up(channel: &OwnedFd) -> bool {
     polls(channel.as_fd(), PollFlags::empty())
 }
 
-/// Whether one of `flags` is set, or the other side is gone.
+/// Whether poll(2) reports one of `flags` on `socket`, or a hang-up or an error.
 fn polls(socket: BorrowedFd<'_>, flags: PollFlags) -> bool {
     let mut polled = [PollFd::from_borrowed_fd(socket, flags)];
-    // On an error of poll(2) the socket is used, which finds out what is wrong with it.
+    // If poll(2) fails, the caller uses the socket, and the error shows there.
     poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |count| count > 0)
 }
 
-/// Marks a connection that is served while its descriptor is still in a channel, so that neither this process nor the
-/// next one serves it a second time. SO_BROADCAST is a mark that all copies of a descriptor share, and that means
-/// nothing for stream sockets.
+/// Marks a connection that is served while a channel still has a descriptor of it, so that neither this process nor the
+/// next one serves it a second time. The mark is SO_BROADCAST, because all duplicates of a descriptor share a socket
+/// option, and this one has no effect on stream sockets.
 fn claim(connection: &Connection) -> io::Result<()> {
     Ok(sockopt::set_socket_broadcast(&connection.socket, true)?)
 }
@@ -231,10 +235,10 @@ mod tests {
 
     /// A channel with one frame of `count` connections, and the clients' ends of these.
     fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {
-        let (write, read) = channel::pair().expect("a pair");
+        let (write, read) = channel::pair().expect("could not create a socket pair");
         let (clients, connections): (Vec<_>, Vec<_>) = (0..count)
             .map(|_| {
-                let (client, server) = UnixStream::pair().expect("a pair");
+                let (client, server) = UnixStream::pair().expect("could not create a socket pair");
                 let connection = Connection {
                     socket: server.into(),
                     listener: Name::default(),
@@ -254,15 +258,19 @@ mod tests {
     fn unpack(frame: Frame) -> Vec<Connection> {
         let names = [Name::default()];
         let unpacked = frame.sockets.into_iter().map(|(fd, record)| super::super::unpack(fd, record, &names));
-        unpacked.map(|connection| connection.expect("a connection")).collect()
+        unpacked.map(|connection| connection.expect("could not unpack")).collect()
     }
 
-    /// One turn; gives the connections adopted, those finished, and how many wait; None once they are handed over.
-    fn turn(overflow: &Overflow, room: fn() -> usize) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
+    /// One rotation: returns the adopted connections, the finished ones, and how many wait, which is None once the
+    /// channels are handed over.
+    fn rotate_once(
+        overflow: &Overflow,
+        room: fn() -> usize,
+    ) -> (Vec<Connection>, Vec<Connection>, Option<usize>) {
         let (mut adopted, mut finished) = (Vec::new(), Vec::new());
         let adopt = |next| match next {
             Next::Frame(frame) => adopted.extend(unpack(frame)),
-            _ => panic!("not a frame"),
+            _ => panic!("expected a frame"),
         };
         let waiting = overflow.rotate(&mut FdRoom::counted_by(room), adopt, unpack, |connection| {
             finished.push(connection);
@@ -270,52 +278,52 @@ mod tests {
         (adopted, finished, waiting.map(|_| overflow.len()))
     }
 
-    /// Enough to look at a frame of three, and too few to adopt it.
+    /// Enough descriptors to copy a frame of three connections, and too few to adopt it.
     const LITTLE: fn() -> usize = || 30;
     const NONE: fn() -> usize = || 0;
     const ENOUGH: fn() -> usize = || 1000;
 
     #[test]
-    fn connections_without_room_are_finished_once_each_when_their_peers_send_or_close() {
+    fn waiting_connections_are_finished_once_when_their_peers_send_or_close() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
         assert_eq!(overflow.len(), 3);
         assert!(
-            matches!(turn(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
+            matches!(rotate_once(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
         );
-        clients[1].write_all(b"GET").expect("sent");
-        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        clients[1].write_all(b"GET").expect("could not send");
+        let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(2)));
-        let (_, again, waiting) = turn(&overflow, LITTLE);
-        assert_eq!((again.len(), waiting), (0, Some(2)), "it is served already");
+        let (_, again, waiting) = rotate_once(&overflow, LITTLE);
+        assert_eq!((again.len(), waiting), (0, Some(2)), "a connection was finished twice");
         drop(clients.remove(0));
-        let (_, finished, waiting) = turn(&overflow, LITTLE);
+        let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(1)));
     }
 
     #[test]
-    fn connections_are_adopted_once_there_is_room_and_those_already_served_are_recognized() {
+    fn waiting_connections_are_adopted_when_there_is_room_and_finished_ones_are_marked() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
-        clients[2].write_all(b"GET").expect("sent");
-        assert_eq!(turn(&overflow, LITTLE).1.len(), 1);
-        let (adopted, finished, waiting) = turn(&overflow, ENOUGH);
+        clients[2].write_all(b"GET").expect("could not send");
+        assert_eq!(rotate_once(&overflow, LITTLE).1.len(), 1);
+        let (adopted, finished, waiting) = rotate_once(&overflow, ENOUGH);
         assert_eq!((finished.len(), waiting), (0, Some(0)));
         assert_eq!(adopted.iter().map(is_claimed).collect::<Vec<_>>(), [false, false, true]);
     }
 
     #[test]
-    fn connections_that_cannot_even_be_looked_at_stay_in_the_channel() {
+    fn connections_that_cannot_be_copied_stay_in_the_channel() {
         let (channel, mut clients) = channel_of(3);
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
-        clients[0].write_all(b"GET").expect("sent");
-        let (adopted, finished, waiting) = turn(&overflow, NONE);
+        clients[0].write_all(b"GET").expect("could not send");
+        let (adopted, finished, waiting) = rotate_once(&overflow, NONE);
         assert_eq!((adopted.len(), finished.len(), waiting), (0, 0, Some(3)));
-        let [channel] = <[OwnedFd; 1]>::try_from(overflow.hand_over()).expect("the channel");
+        let [channel] = <[OwnedFd; 1]>::try_from(overflow.hand_over()).expect("expected one channel");
         assert_eq!(count(&channel), 3);
-        assert_eq!(turn(&overflow, ENOUGH).2, None, "the next process has them");
+        assert_eq!(rotate_once(&overflow, ENOUGH).2, None, "rotated channels that were handed over");
     }
 }

@@ -1,4 +1,7 @@
-//! A restart: the channel waits in systemd's file descriptor store for the next process.
+//! The handover at a restart: the channel waits in systemd's file descriptor store for the next process.
+//!
+//! [`FdStore`] is the writing end. `takeover/adopter.rs` reads the other end in the next process, which receives it
+//! among its `LISTEN_FDS` (`listeners/listen_fds.rs`).
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -17,8 +20,8 @@ pub struct FdStore {
 }
 
 impl FdStore {
-    /// Opens a channel into the store. None where there is no store: no systemd, or
-    /// `FileDescriptorStoreMax=0`.
+    /// Opens a channel whose reading end is in systemd's store. None if there is no store, because systemd did not
+    /// start this process or the unit has `FileDescriptorStoreMax=0`.
     pub async fn open() -> Option<Self> {
         if systemd::has_store() == Some(false) {
             return None;
@@ -32,10 +35,10 @@ impl FdStore {
         }
     }
 
-    /// A channel, and the end of it that systemd would keep.
+    /// A channel without systemd, and its reading end.
     #[cfg(test)]
     pub fn in_memory() -> (Self, OwnedFd) {
-        let (channel, store) = channel::pair().expect("a pair");
+        let (channel, store) = channel::pair().expect("could not create a socket pair");
         (Self { channel }, store)
     }
 
@@ -43,7 +46,7 @@ impl FdStore {
         let (channel, to_store) = channel::pair()?;
         systemd::store(STORE_NAME, to_store.as_fd())?;
         tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
-        // Our copy goes: if systemd has kept none, the channel has no reader.
+        // Closed, so that `is_kept` sees whether systemd has kept the other copy.
         drop(to_store);
         let store = Self { channel };
         let is_kept = store.is_kept()?;
@@ -55,18 +58,18 @@ impl FdStore {
         Ok(is_kept.then_some(store))
     }
 
-    /// Whether the reading end is still open, which shows in how the writing end polls.
+    /// Whether systemd has the reading end open: otherwise poll(2) reports a hang-up on the writing end.
     fn is_kept(&self) -> io::Result<bool> {
         let mut polled = [PollFd::new(&self.channel, PollFlags::OUT)];
         poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
         Ok(!polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
     }
 
-    /// Leaves `connections` for the next process; gives back those that did not fit.
+    /// Sends `connections` to the store, for the next process. Returns those that did not fit.
     pub fn put(&self, origin: Origin, mut connections: Vec<Connection>) -> Vec<Connection> {
         let (sent, error) =
             channel::send(&self.channel, MessageType::Connections, origin, &pack(&connections), "");
-        // systemd may close what it does not keep a while after it has said that it has read the message.
+        // Checked again, because systemd can close a descriptor that it does not keep some time after the barrier.
         if !self.is_kept().unwrap_or(false) {
             warn!(
                 connections = connections.len(),
@@ -78,12 +81,13 @@ impl FdStore {
         if let Some(error) = error {
             warn!(%error, connections = left.len(), "could not hand over all connections; the others will be closed");
         }
-        // Closing ten thousand one by one takes a while; the kernel does it all at the process's end.
+        // Not closed here, because closing thousands of sockets one by one would prolong the restart. The kernel closes
+        // them when the process exits, and the connections stay open through the copies in the store.
         std::mem::forget(connections);
         left
     }
 
-    /// Leaves the keys of session tickets.
+    /// Sends the TLS session ticket keys to the store.
     pub fn put_tickets(&self, origin: Origin, keys: Secret) {
         let packed = pack_tickets(keys);
         let sent =
@@ -93,9 +97,9 @@ impl FdStore {
         }
     }
 
-    /// Leaves what this process has counted.
+    /// Sends the counters that the next process continues.
     pub fn say_totals(&self, origin: Origin) {
-        // Where the channel is full or gone, the journal has it.
+        // An error is ignored, because the log line at the end of the drain has the same numbers.
         channel::send::<OwnedFd>(&self.channel, MessageType::Totals, origin, &[], &metrics::totals());
     }
 }

@@ -1,4 +1,8 @@
-//! One open connection: what its own tasks report of it, and what others may ask.
+//! One open connection, as the registry sees it.
+//!
+//! An [`Entry`] holds the [`State`] of a connection (`state.rs`) and the waker of its driver, the task that serves it
+//! (`connection/http1.rs`, `connection/http2/mod.rs`). The connection's IO, its driver and the handlers of its requests
+//! report events. The registry and the drain read the state, check the time limits and wake the driver.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Clock;
@@ -16,46 +20,49 @@ use super::{Phase, Registry};
 use crate::registry::sync::{AtomicU64, Mutex, lock};
 use crate::transport::stream::Peer;
 
-/// A connection that is idle for this long sleeps, until its peer says something.
+/// How long a connection is idle before it is parked. A connection that was registered or unparked less than this ago
+/// is not parked either, because its driver may not have read the bytes that have arrived.
 const PARK_AFTER: Duration = Duration::from_millis(1500);
 
-/// One open connection.
+/// One open connection. It is in the registry until its [`Registration`] is dropped.
 pub struct Entry {
     pub(super) id: u64,
     pub peer: Peer,
     registry: Arc<Registry>,
-    /// When it came to be awake here, by the registry's clock.
+    /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
     /// A packed [`State`].
     state: AtomicU64,
-    /// When it came to its stage, or its peer last took something, by the registry's clock.
+    /// When its stage began, or its peer last received bytes of a response, in milliseconds of [`Registry::now`].
     since: Clock,
-    /// Who drives it. That there is one, the state says too; both are changed under this lock.
+    /// The waker of its driver. `State::has_waker` repeats whether there is one, so that the driver can check it at
+    /// each poll without this lock. Both are changed under this lock; otherwise they could disagree.
     task: Mutex<Option<Waker>>,
     pending: Pending,
-    /// Requests that have begun; one task alone counts them.
+    /// How many requests have begun. Only the driver's task increments it, so a load and a store are enough.
     started: AtomicU64,
-    /// Those in flight that were not answered at once.
+    /// The requests in flight whose response was not ready at once, and those of HTTP/2. The others are only counted,
+    /// so that an HTTP/1.1 request that is answered at once takes no lock.
     tracked: Mutex<Vec<InFlight>>,
 }
 
-/// A request being answered.
+/// A request in flight.
 #[derive(Clone)]
 pub struct InFlight {
-    /// Of those of its connection.
+    /// Which request of its connection it is in this process; the first is 0.
     pub number: u64,
     pub path: PathAndQuery,
     pub since: Instant,
 }
 
-/// A connection that the process had to cut off.
+/// A connection that has to be cut off when the process exits, and its requests in flight.
 pub struct CutOffConnection {
     pub peer: Peer,
     pub age: Duration,
     pub requests: Vec<InFlight>,
 }
 
-/// See [`Registry::pending_work`].
+/// The work of one connection that a drain waits for; see [`Registry::pending_work`].
 pub struct PendingWork {
     entry: Arc<Entry>,
     started: u64,
@@ -72,14 +79,14 @@ impl PendingWork {
             Stage::Closing | Stage::Closed => false,
             Stage::Ending | Stage::Discarding => true,
             Stage::InFlight if self.entry.started() == self.started => true,
-            // Of several at once (HTTP/2).
+            // HTTP/2: newer requests have begun, and an older one is still in flight beside them.
             Stage::InFlight if self.entry.has_tracked_before(self.started) => true,
             _ => !state.is_movable(),
         }
     }
 }
 
-/// Keeps a connection in the registry, and its slot under `--max-connections`, until dropped.
+/// Owns the place of a connection in the registry and its slot under `--max-connections`. To drop it releases both.
 pub struct Registration {
     pub entry: Arc<Entry>,
     pub slot: Option<OwnedSemaphorePermit>,
@@ -134,24 +141,25 @@ impl Entry {
         self.registry.keeps_http2_and_tls()
     }
 
-    /// Whether the connection has its last answer still to give.
+    /// See [`Stage::is_unanswered`].
     pub fn is_unanswered(&self) -> bool {
         self.stage().is_unanswered()
     }
 
-    /// Whether the connection is told to end with its next answer.
+    /// Whether the connection closes after its next response, which says so (`Connection: close`, GOAWAY).
     pub fn must_close(&self) -> bool {
         let state = self.state();
         state.closes_after_response() || self.phase().ends(state.is_movable())
     }
 
-    /// From now on, whoever waits in [`Registry::wait_until`] hears of what changes here. What had changed before, the caller
-    /// sees: one of the two comes first in this word.
+    /// Marks the connection as watched: from now on each of its changes notifies the tasks in
+    /// [`Registry::wait_until`]. No change is missed, because the mark and the state are in the same atomic: a change
+    /// before the mark is visible to the caller, and one after it notifies.
     pub(super) fn watch(&self) {
         self.state.fetch_or(State::WATCHED, AcqRel);
     }
 
-    /// Changes the state, and tells whoever has to hear of it. Gives the state before.
+    /// Applies an event to the state, and wakes the tasks that the event concerns. Returns the state before.
     fn apply(&self, event: Event) -> State {
         let mut word = self.state.load(Acquire);
         let (before, next, effects) = loop {
@@ -178,7 +186,9 @@ impl Entry {
         before
     }
 
-    /// The driver's turn: `poll`, and then a look at whether the connection waits again.
+    /// Calls `poll` on behalf of the driver, and then sets the stage back to `Waiting` if no work is left. Events
+    /// during `poll` do not wake the driver, because this check follows. The driver's waker is stored before, so that
+    /// an event after the check wakes it.
     pub fn poll_driver<T>(
         &self,
         cx: &mut Context<'_>,
@@ -196,33 +206,35 @@ impl Entry {
         self.apply(Event::Enters(stage));
     }
 
-    /// The connection stays in this process until it ends.
+    /// The connection stays in this process until it closes, or until [`Entry::allow_handover`].
     pub fn forbid_handover(&self) {
         self.apply(Event::HandoverForbidden);
     }
 
-    /// It may move again.
+    /// The connection can be handed over again, unless it closes after its response or is upgraded.
     pub fn allow_handover(&self) {
         self.apply(Event::HandoverAllowed);
     }
 
-    /// The connection is told to end with its next answer, whatever the phase.
+    /// The connection closes after its next response, in every phase.
     pub fn close_after_response(&self) {
         self.apply(Event::ClosesAfterResponse);
     }
 
-    // ---- who is woken ----
+    // ---- the waker of the driver ----
 
-    /// Makes the task of `cx`, which is the same each time, the one that is woken when the phase changes or a
-    /// limit has passed.
+    /// Stores the waker of `cx`, so that its task is woken when the phase changes or a time limit has passed. Keeps a
+    /// waker that is stored already, so the task must be the same each time.
     pub fn wake_on_change(&self, cx: &Context<'_>) {
-        // A task that reads here that it will be woken will be, if it has not been: it is polled again.
+        // If another task takes the waker right after this check, it wakes this one, which is then polled again and
+        // stores its waker anew.
         if !self.state().has_waker {
             self.replace_waker(cx);
         }
     }
 
-    /// As `wake_on_change`, for the task of a handler whose connection it is now.
+    /// As [`Entry::wake_on_change`], but replaces a waker that is stored already. After an upgrade the connection
+    /// belongs to the task of a handler, and the stored waker would wake the wrong task.
     pub fn replace_waker(&self, cx: &Context<'_>) {
         let mut task = lock(&self.task);
         *task = Some(cx.waker().clone());
@@ -240,23 +252,23 @@ impl Entry {
         }
     }
 
-    // ---- rest ----
+    // ---- quiescence ----
 
-    /// Whether the connection is to come to rest as soon as it can: for the next process, or because it is idle.
+    /// Whether the driver has to return the connection as soon as it is quiescent: to hand it over, or to park it.
     pub fn must_quiesce(&self) -> bool {
         self.phase().quiesces() || self.is_parkable()
     }
 
-    /// When it came to its stage, by the registry's clock.
+    /// When its stage began, or its peer last received bytes of a response, in milliseconds of [`Registry::now`].
     pub fn since(&self) -> u64 {
         self.since.load(Relaxed)
     }
 
-    /// Whether it has been idle for so long that it is to sleep.
+    /// Whether it has been idle for long enough to be parked.
     pub fn is_parkable(&self) -> bool {
         let state = self.state();
         let is_idle = state.stage == Stage::Waiting && state.is_quiescent();
-        // Whoever has just been woken is given time to see what for.
+        // A connection that has just been unparked has input; without this, it would be parked before it is read.
         let since = self.since().max(self.registered);
         is_idle && self.registry.age(since) >= PARK_AFTER && !self.must_close()
     }
@@ -268,7 +280,7 @@ impl Entry {
         let limits = self.registry.limits();
         let state = self.state();
         if state.stage == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
-            // The first request of a new connection may be on its way.
+            // The first request of a connection that has just been accepted or unparked may not have arrived yet.
             return self.registry.age(self.since().max(self.registered)) >= PARK_AFTER;
         }
         let (limit, since) = match state.stage {
@@ -286,19 +298,19 @@ impl Entry {
         self.registry.age(since) > limit
     }
 
-    /// The time in this stage counts from now.
+    /// Restarts the time limit of the current stage.
     pub fn touch(&self) {
         self.since.store(self.registry.now(), Relaxed);
     }
 
-    // ---- what the connection's IO reports ----
+    // ---- events that the connection's IO reports ----
 
     /// Bytes have arrived.
     pub fn received(&self) {
         self.apply(Event::Received);
     }
 
-    /// The connection has something to send.
+    /// hyper has bytes to send.
     pub fn writing(&self) {
         if self.state().is_flushed() {
             self.apply(Event::Writing);
@@ -306,24 +318,25 @@ impl Entry {
         }
     }
 
-    /// The peer's side has taken some of it.
+    /// The socket has accepted some of the bytes to send, so the limit for a stalled peer starts again.
     pub fn wrote(&self) {
         self.touch_unless_idle();
     }
 
-    /// Pings are no reason to keep an idle connection.
+    /// An idle HTTP/2 connection stays idle when it answers a PING; otherwise a client that sends PINGs would keep it
+    /// open beyond `--idle-timeout`.
     fn touch_unless_idle(&self) {
         if self.stage() != Stage::Waiting {
             self.touch();
         }
     }
 
-    /// All of it is out.
+    /// The socket has accepted all bytes that hyper had to send.
     pub fn flushed(&self) {
         self.apply(Event::Flushed);
     }
 
-    // ---- what the connection's requests report ----
+    // ---- events that the connection's requests report ----
 
     /// A request begins.
     pub fn begin(&self, uri: &Uri) -> InFlight {
@@ -334,7 +347,7 @@ impl Entry {
         InFlight { number, path, since: Instant::now() }
     }
 
-    /// The last byte of a request's answer has been given to the connection, or the request was given up.
+    /// hyper has the last byte of a response, or the request was dropped.
     pub fn end(&self) {
         self.apply(Event::RequestEnds);
     }
@@ -347,12 +360,13 @@ impl Entry {
         self.apply(Event::BodyEnds(end));
     }
 
-    /// A request is not answered at once.
+    /// Records a request by its number and path, so that a drain can tell it from newer ones, and the log can name it
+    /// if it is cut off.
     pub fn track(&self, request: InFlight) {
         lock(&self.tracked).push(request);
     }
 
-    /// Whether one of the first `count` requests is still in flight, of those that were not answered at once.
+    /// Whether one of the first `count` requests is tracked, so still in flight.
     fn has_tracked_before(&self, count: u64) -> bool {
         lock(&self.tracked).iter().any(|request| request.number < count)
     }
@@ -366,8 +380,8 @@ impl Entry {
         self.started.load(Acquire)
     }
 
-    /// When the last of its requests in flight began. One that is answered, and whose answer is not sent yet, counts
-    /// from when the peer last took something.
+    /// When its newest request in flight began. For a response that is not tracked and not fully sent, this is when the
+    /// peer last received bytes of it.
     pub(super) fn last_request(&self) -> Option<Instant> {
         let tracked = lock(&self.tracked).iter().map(|request| request.since).max();
         let is_in_flight = self.stage() == Stage::InFlight;
@@ -384,15 +398,16 @@ impl Entry {
     }
 }
 
-/// Frames of answers that wait for room in the peer's windows (HTTP/2), and when one of them came or was taken
-/// last. Both in one word: nobody ever sees one without the other.
+/// The number of response frames that wait for room in the client's flow-control windows (HTTP/2), and when that number
+/// last changed. Both are in one atomic; otherwise a task could read a new count with an old time, and close a
+/// connection whose first frame has just begun to wait.
 struct Pending(AtomicU64);
 
 impl Pending {
-    /// Bits of the time, in milliseconds; the others count.
+    /// The bits of the time, in milliseconds of [`Registry::now`]; the bits above are the count.
     const TIME: u32 = 44;
 
-    /// When one came or was taken last. None where none waits.
+    /// When the number last changed. None if no frame waits.
     fn since(&self) -> Option<u64> {
         let word = self.0.load(Acquire);
         (word >> Self::TIME > 0).then_some(word & ((1 << Self::TIME) - 1))
@@ -400,12 +415,13 @@ impl Pending {
 
     fn count(&self, change: impl Fn(u64) -> u64, now: u64) {
         let next = |word: u64| Some(change(word >> Self::TIME) << Self::TIME | now);
-        // It always gives one.
+        // The closure never returns None, so this cannot fail.
         let _ = self.0.fetch_update(AcqRel, Acquire, next);
     }
 }
 
-/// A frame of an answer that an HTTP/2 connection has for its peer, until there is room for it.
+/// Counts one response frame as waiting for room in the client's windows, until it is dropped. While frames wait and
+/// none is sent for `Limits::stall`, the connection is overdue.
 pub struct PendingFrame(Arc<Entry>);
 
 impl PendingFrame {
@@ -431,7 +447,7 @@ mod tests {
     use super::*;
     use crate::registry::Limits;
 
-    /// A process that is older than every limit.
+    /// A registry whose clock is beyond every limit, so that a time of 0 would be overdue.
     fn old_registry() -> Arc<Registry> {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
@@ -440,9 +456,10 @@ mod tests {
         registry
     }
 
-    /// One thread answers, another looks at the time limits, as often as it takes to meet in each moment.
+    /// One thread sends responses and another checks the time limits, 5,000 times, so that the check falls between any
+    /// two steps of the other thread.
     #[test]
-    fn the_first_frame_of_an_old_process_is_not_overdue_at_any_moment() {
+    fn first_waiting_frame_in_an_old_process_is_never_overdue() {
         let registry = old_registry();
         let (give, given) = mpsc::sync_channel::<Arc<Entry>>(0);
         let watcher = thread::spawn(move || {
@@ -457,17 +474,18 @@ mod tests {
         for _ in 0..5_000 {
             let registration = registry.register(Peer::Unix, None);
             let request = registration.entry.begin(&Uri::from_static("/"));
-            give.send(registration.entry.clone()).expect("it watches");
+            give.send(registration.entry.clone()).expect("the watcher is running");
             drop(PendingFrame::new(&registration.entry));
             registration.entry.untrack(&request);
         }
         drop(give);
-        assert_eq!(watcher.join().expect("no panic"), 0);
+        assert_eq!(watcher.join().expect("the watcher panicked"), 0);
     }
 
-    /// Of several requests at once (HTTP/2): a new one does not show that an old one is over.
+    /// HTTP/2: several requests are in flight at once, so the beginning of a new one does not prove that an older one
+    /// has ended.
     #[test]
-    fn a_connection_is_unfinished_for_as_long_as_a_request_that_was_there_before() {
+    fn work_is_pending_until_the_requests_from_before_have_ended() {
         let registry = old_registry();
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
@@ -479,11 +497,11 @@ mod tests {
         assert!(pending_work.is_pending());
         entry.untrack(&slow);
         entry.end();
-        assert!(!pending_work.is_pending(), "the other one came later");
+        assert!(!pending_work.is_pending(), "the other request began later");
     }
 
     #[test]
-    fn frames_that_the_peer_does_not_take_are_overdue() {
+    fn connection_is_overdue_when_no_waiting_frame_is_sent_within_the_limit() {
         let registry = old_registry();
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
@@ -492,10 +510,10 @@ mod tests {
         registry.set_now(1_000_900);
         drop(first);
         registry.set_now(1_001_800);
-        assert!(!entry.is_overdue(), "one was taken less than a second ago");
+        assert!(!entry.is_overdue(), "a frame was sent less than a second ago");
         registry.set_now(1_002_000);
         assert!(entry.is_overdue());
         drop(second);
-        assert!(!entry.is_overdue(), "the handler may take its time");
+        assert!(!entry.is_overdue(), "no limit applies while only the handler is slow");
     }
 }

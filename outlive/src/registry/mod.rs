@@ -1,6 +1,12 @@
-//! Every connection that is awake, as the rest of the process sees it: counted, told of each phase, watched for its
-//! time limits; those that sleep (`parked.rs`) are a number here. What a connection is doing is one value
-//! (`state.rs`) that its own tasks change (`entry.rs`); a request that is answered at once takes no lock.
+//! The registry of all active connections: it counts them, wakes their drivers when the [`Phase`] of the process
+//! changes, and checks their time limits.
+//!
+//! [`Registry`] holds one [`Entry`] (`entry.rs`) for each connection that has a task; of parked connections
+//! (`server/parked.rs`) it has only the number. `server/` registers connections, the drivers in `connection/` report
+//! what happens on them, and `lifecycle/drain.rs` sets the phases and waits in [`Registry::wait_until`]. Each
+//! connection's state is one atomic (`state.rs`), and so are the phase and the counts that a drain waits for
+//! (`phase_word.rs`); so an HTTP/1.1 request that is answered at once takes no lock here. `models.rs` checks with loom
+//! that no notification is missed.
 
 mod entry;
 #[cfg(all(test, feature = "model-tests"))]
@@ -26,25 +32,38 @@ use tokio_util::sync::CancellationToken;
 use crate::registry::sync::{Mutex, Notify, lock};
 use crate::transport::stream::Peer;
 
-/// What the process wants of its connections.
+/// The phase of the process, which decides what happens to its connections. `lifecycle/drain.rs` sets it; each driver
+/// reads it and acts on it.
+///
+/// ```text
+/// end, with a store        Serving -> [Announcing] -> Draining <-> Quiescing -> Holding
+///                                                        |                        ^
+///                                                        `------------------------'
+/// reload                   Serving -> Quiescing -> Holding
+/// end, without a store     Serving -> [Announcing] -> Lingering -> Closing -> Finishing
+/// ```
+///
+/// A drain ends in each phase as soon as there is no more work to wait for. `Announcing` is left out without
+/// `--drain-delay`. If connections do not fit into the handover channel, a drain with a store ends with `Closing`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
-    /// Business as usual.
+    /// Connections are accepted and served.
     Serving,
-    /// Business as usual, for load balancers to take notice that it will end (`/readyz`).
+    /// As `Serving`, while `/readyz` answers 503, so that load balancers stop sending traffic (`--drain-delay`).
     Announcing,
-    /// Business goes on; connections that cannot move are told to end.
+    /// As `Serving`, but connections that cannot be handed over close after their next response.
     Draining,
-    /// Nothing is accepted; connections that can move come to rest and leave.
+    /// No connection is accepted. Connections that can be handed over are, as soon as they are quiescent; the others
+    /// close after their next response.
     Quiescing,
-    /// As `Quiescing`, and no request begins any more: HTTP/2 streams are held until the others have ended, and
-    /// connections that cannot move close when they are idle.
+    /// As `Quiescing`, and no more requests begin: HTTP/2 frames of new streams are held until the open streams have
+    /// ended, and connections that cannot be handed over close when they are idle.
     Holding,
-    /// There is nobody to move to: all connections are told to end. Others still hold the port, so
-    /// what they pass is accepted.
+    /// No process can adopt the connections, so all of them close after their next response. Connections are still
+    /// accepted from inherited listeners, because these stay open in the process that passed them.
     Lingering,
-    /// As `Lingering`, and nothing is accepted.
+    /// As `Lingering`, but no connection is accepted.
     Closing,
     /// As `Closing`, and connections close when they are idle.
     Finishing,
@@ -66,7 +85,7 @@ impl Phase {
         matches!(self, Self::Serving | Self::Announcing | Self::Draining | Self::Lingering)
     }
 
-    /// Whether a connection is told to end with its next answer.
+    /// Whether a connection closes after its next response. `movable`: whether it can be handed over.
     pub fn ends(self, movable: bool) -> bool {
         match self {
             Self::Serving | Self::Announcing => false,
@@ -75,12 +94,12 @@ impl Phase {
         }
     }
 
-    /// Whether connections that can move come to rest and leave.
+    /// Whether connections that can be handed over are, as soon as they are quiescent.
     pub fn quiesces(self) -> bool {
         matches!(self, Self::Quiescing | Self::Holding)
     }
 
-    /// Whether a connection closes when it is idle, because a request that begins now may not have the time it needs.
+    /// Whether a connection closes when it is idle: a request that begins now would be cut off at the end of the drain.
     pub fn closes_idle(self, movable: bool) -> bool {
         match self {
             Self::Holding => !movable,
@@ -95,60 +114,68 @@ impl Phase {
     }
 }
 
-/// Time limits that the registry watches over.
+/// The time limits that the registry enforces: it wakes the driver of a connection that has exceeded one, and the
+/// driver answers 408, sends GOAWAY or closes the connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
+    /// From the first byte of a request's head to its last (`--head-timeout`).
     pub head: Duration,
+    /// Without a request (`--idle-timeout`).
     pub idle: Duration,
-    /// For a peer to take the next chunk of an answer.
+    /// Without progress while a response is sent (`--request-timeout`).
     pub stall: Duration,
-    /// For a peer to take the last answer and close.
+    /// From the last byte that is sent until the peer closes the connection too.
     pub close: Duration,
 }
 
 impl Limits {
-    /// How often to look: often enough to keep the shortest limit within a quarter.
+    /// How often to check: the shortest limit is exceeded by at most a quarter of it.
     fn interval(self) -> Duration {
         let shortest = self.head.min(self.idle).min(self.stall).min(self.close);
         (shortest / 4).clamp(Duration::from_millis(5), Duration::from_secs(1))
     }
 }
 
+/// All active connections of the process, and its [`Phase`].
 pub struct Registry {
     born: Instant,
     limits: Limits,
     shutdown: CancellationToken,
-    /// The phase, and what keeps the process from ending.
+    /// The phase, and the counts of the work that a drain waits for.
     phase_word: PhaseWord,
-    /// The phase has changed; what is outstanding has come to its end; or, of a connection that somebody waits for,
-    /// what it is doing has changed.
+    /// Notified when the phase or a watched connection has changed, and when the last pending work has ended.
     changed: Notify,
     connections: Mutex<Connections>,
-    /// Connections that sleep (`parked.rs`), which are not in `connections`.
+    /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
-    /// Milliseconds since `born`, as of the last look: a clock that costs nothing to read.
+    /// Milliseconds since `born`, updated at each [`Registry::interval`]. Several events of each request read the time,
+    /// and this is only a load, not a call of the system's clock.
     now: Clock,
 }
 
 #[derive(Default)]
 struct Connections {
     next_id: u64,
-    /// Its keys are our own: no peer can choose them.
+    /// The hasher has no random keys, which is safe because this process assigns the ids: no peer can choose them to
+    /// make them collide.
     open: HashMap<u64, Arc<Entry>, BuildHasherDefault<DefaultHasher>>,
-    /// Requests answered on those that are closed.
+    /// How many requests were answered on connections that are closed.
     answered: u64,
 }
 
-/// Sums over all open connections.
+/// Sums over all connections.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counts {
+    /// Open connections, with the parked ones.
     pub connections: usize,
+    /// Requests in flight.
     pub in_flight: usize,
+    /// Requests answered by this process.
     pub answered: u64,
 }
 
 impl Registry {
-    /// `shutdown` is cancelled with the first phase that is no business as usual.
+    /// A registry in the phase `Serving`. It cancels `shutdown` at the first phase after `Announcing`.
     pub fn new(limits: Limits, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
             born: Instant::now(),
@@ -166,7 +193,8 @@ impl Registry {
         self.register_since(peer, slot, self.now())
     }
 
-    /// One that has been idle `since` then, by this registry's clock.
+    /// As [`Registry::register`], for a connection that has been idle `since` then, in milliseconds of
+    /// [`Registry::now`].
     pub fn register_since(
         self: &Arc<Self>,
         peer: Peer,
@@ -182,7 +210,8 @@ impl Registry {
         registration
     }
 
-    /// Whatever sums up the connections sees it among the open ones, or among the closed.
+    /// Moves the connection's requests to the sum of closed connections under the same lock; otherwise
+    /// [`Registry::counts`] could count them twice or not at all.
     fn remove(&self, entry: &Entry) {
         let mut connections = lock(&self.connections);
         if connections.open.remove(&entry.id).is_some() {
@@ -198,7 +227,8 @@ impl Registry {
         }
     }
 
-    /// One less. Whoever waits hears of the last.
+    /// Ends one piece of pending work. After the last one, it notifies the tasks in [`Registry::wait_until`], but not
+    /// in `Serving` and `Announcing`, in which no task waits for it and the last one ends often.
     fn release(&self, one: PendingCount) {
         let snapshot = self.phase_word.release(one);
         let is_last = snapshot.is_drained() || one == PendingCount::Arriving && !snapshot.is_arriving();
@@ -211,17 +241,17 @@ impl Registry {
         self.limits
     }
 
-    /// How often to look at time limits.
+    /// How often the time limits are checked.
     pub fn interval(&self) -> Duration {
         self.limits.interval()
     }
 
-    /// Milliseconds since this registry's birth, as of its last look at the time limits.
+    /// Milliseconds since this registry was created, as of the last check of the time limits.
     pub fn now(&self) -> u64 {
         self.now.load(Relaxed)
     }
 
-    /// How long ago that was.
+    /// The time since `since`, which is in milliseconds of [`Registry::now`].
     fn age(&self, since: u64) -> Duration {
         Duration::from_millis(self.now().saturating_sub(since))
     }
@@ -230,7 +260,7 @@ impl Registry {
         self.age(since) > self.limits.idle
     }
 
-    /// So many connections sleep: they are open, and need nothing.
+    /// Sets the number of parked connections, which [`Registry::counts`] adds to the active ones.
     pub fn set_parked(&self, count: usize) {
         self.parked.store(count, Relaxed);
     }
@@ -247,7 +277,7 @@ impl Registry {
         self.phase_word.now().phase()
     }
 
-    /// Sets a phase after `Serving`.
+    /// Sets a phase after `Serving`, and wakes the drivers and the tasks in [`Registry::wait_until`].
     pub fn set_phase(&self, phase: Phase) {
         let before = self.phase_word.enter(phase);
         self.changed.notify_waiters();
@@ -255,17 +285,19 @@ impl Registry {
             return;
         }
         self.shutdown.cancel();
-        // Business goes on for most: that is no news to wake thousands for.
+        // Draining changes nothing for connections that can be handed over. To wake thousands of drivers that have
+        // nothing to do would delay the requests in flight.
         let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
-        let goes_on = is_first && phase == Phase::Draining && !before.keeps_http2_and_tls();
-        let is_old = |entry: &Entry| goes_on && entry.state().is_movable();
-        for entry in self.entries().iter().filter(|entry| !is_old(entry)) {
+        let affects_only_immovable = is_first && phase == Phase::Draining && !before.keeps_http2_and_tls();
+        let is_unaffected = |entry: &Entry| affects_only_immovable && entry.state().is_movable();
+        for entry in self.entries().iter().filter(|entry| !is_unaffected(entry)) {
             entry.wake();
         }
     }
 
-    /// Who comes after does not know how to go on with HTTP/2 and TLS connections: they are told to end. To be said
-    /// before the phase that asks them to come to rest.
+    /// Excludes HTTP/2 and TLS connections from the handover, because the next process is a release that cannot adopt
+    /// them; they close after their next response. Must be called before the phase `Quiescing`; otherwise some of them
+    /// could be handed over before.
     pub fn keep_http2_and_tls(&self) {
         self.phase_word.keep_http2_and_tls();
     }
@@ -275,18 +307,22 @@ impl Registry {
         self.phase_word.now().keeps_http2_and_tls()
     }
 
-    /// Waits until the phase is one that `wanted` says yes to.
+    /// Waits until `wanted` returns true for the phase.
     pub async fn wait_for_phase(&self, wanted: impl Fn(Phase) -> bool) {
         self.wait_until(|| wanted(self.phase())).await;
     }
 
-    /// Waits until `done`, which is asked again at each change of the phase, when [`Registry::is_drained`] comes to be so
-    /// in a process that no longer just serves, when the last predecessor has ended, and at each change of a
-    /// connection that is [`Registry::subscribe_all`].
+    /// Waits until `done` returns true. `done` is called at once, and again
+    ///
+    /// - at each change of the phase;
+    /// - when [`Registry::is_drained`] becomes true, and when [`Registry::is_arriving`] becomes false, in a phase after
+    ///   `Announcing`;
+    /// - at each change of a connection that [`Registry::subscribe_all`] returned, except in the phase `Quiescing`.
     pub async fn wait_until(&self, mut done: impl FnMut() -> bool) {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
+            // Registered before `done` is called; otherwise a change between the call and the await would be missed.
             changed.as_mut().enable();
             if done() {
                 return;
@@ -295,40 +331,46 @@ impl Registry {
         }
     }
 
-    /// A connection that somebody waits for has changed.
+    /// Notifies the tasks in [`Registry::wait_until`] that a watched connection has changed.
     fn notify_of_watched(&self) {
-        // There it is the last one of all that is waited for (`take`), and they come by the thousand.
+        // In `Quiescing` the drain waits only for the last connection, which `release` notifies it of. Thousands of
+        // connections change in this phase, and to notify it of each would only slow down the handover.
         if self.phase() != Phase::Quiescing {
             self.changed.notify_waiters();
         }
     }
 
-    /// While this is held, a connection may come.
+    /// Counts as pending work until the guard is dropped. A task holds it while it has a connection that is not
+    /// registered yet, or may accept one; otherwise a drain could end before that connection is registered.
     pub fn accepting(&self) -> Accepting<'_> {
         self.phase_word.acquire(PendingCount::Accepting);
         Accepting(self)
     }
 
-    /// While this is held, a predecessor passes connections on.
+    /// Counts as pending work until the guard is dropped. It is held while a predecessor may still send connections.
     pub fn arriving(&self) -> Arriving<'_> {
         self.phase_word.acquire(PendingCount::Arriving);
         Arriving(self)
     }
 
+    /// Whether a predecessor may still send connections.
     pub fn is_arriving(&self) -> bool {
         self.phase_word.now().is_arriving()
     }
 
-    /// Whether the last answer of every connection is out, and no connection comes any more.
+    /// Whether every connection has sent its last response or has left the registry, no task is accepting one, and no
+    /// predecessor may send one.
     pub fn is_drained(&self) -> bool {
         self.phase_word.now().is_drained()
     }
 
+    /// All active connections; parked ones are not among them.
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.connections).open.values().cloned().collect()
     }
 
-    /// Of all that are open, whoever waits in [`Registry::wait_until`] hears.
+    /// All active connections, watched from now on: each change of one of them notifies the tasks in
+    /// [`Registry::wait_until`].
     pub fn subscribe_all(&self) -> Vec<Arc<Entry>> {
         let entries = self.entries();
         for entry in &entries {
@@ -344,7 +386,7 @@ impl Registry {
         };
         let begun = Counts { connections: entries.len() + self.parked(), in_flight: 0, answered };
         entries.iter().fold(begun, |counts, entry| {
-            // Asked for in this order, a request that begins meanwhile is not taken for one that is over.
+            // In this order, because a request that begins between the two loads would otherwise count as answered.
             let started = entry.started();
             let in_flight = entry.state().in_flight();
             Counts {
@@ -355,26 +397,26 @@ impl Registry {
         })
     }
 
-    /// What has to end before the others can move on without waiting for it: the requests in flight
-    /// now, the connections that are ending, and those that cannot move. Whoever waits in [`Registry::wait_until`] hears of
-    /// each of them.
+    /// The work that has to end before all connections can be handed over within a short time: the requests in flight
+    /// now, the connections that are ending, and those that cannot be handed over. Newer requests are not part of it.
+    /// The connections are watched, as by [`Registry::subscribe_all`].
     pub fn pending_work(&self) -> Vec<PendingWork> {
         let mut all: Vec<_> = self.subscribe_all().into_iter().map(PendingWork::new).collect();
         all.retain(PendingWork::is_pending);
         all
     }
 
-    /// When the last of the requests in flight began.
+    /// When the newest request in flight began.
     pub fn last_request(&self) -> Option<Instant> {
         self.entries().iter().filter_map(|entry| entry.last_request()).max()
     }
 
-    /// What would be lost if the process ended now.
+    /// The connections that would be cut off if the process exited now.
     pub fn remaining(&self) -> Vec<CutOffConnection> {
         self.entries().iter().map(|entry| entry.remaining()).collect()
     }
 
-    /// Looks at the time limits of every connection, for as long as the process lives.
+    /// Checks the time limits of every connection at each [`Registry::interval`]. Never returns.
     pub async fn watch(self: Arc<Self>) {
         let mut clock = tokio::time::interval(self.interval());
         loop {
@@ -383,7 +425,7 @@ impl Registry {
         }
     }
 
-    /// Sets the clock, and wakes each connection that a time limit concerns.
+    /// Sets the clock, and wakes the driver of each connection that is overdue or has to be parked.
     fn look(&self, now: u64) {
         self.set_now(now);
         for entry in self.entries() {
@@ -393,14 +435,14 @@ impl Registry {
         }
     }
 
-    /// Sets the clock forward in a test that does not run [`Registry::watch`].
+    /// Advances the clock in a test that does not run [`Registry::watch`].
     #[cfg(test)]
     pub fn advance(&self, by: Duration) {
         self.look(self.now() + u64::try_from(by.as_millis()).unwrap_or(u64::MAX));
     }
 }
 
-/// See [`Registry::accepting`].
+/// The guard of [`Registry::accepting`].
 pub struct Accepting<'a>(&'a Registry);
 
 impl Drop for Accepting<'_> {
@@ -409,7 +451,7 @@ impl Drop for Accepting<'_> {
     }
 }
 
-/// See [`Registry::arriving`].
+/// The guard of [`Registry::arriving`].
 pub struct Arriving<'a>(&'a Registry);
 
 impl Drop for Arriving<'_> {
@@ -427,7 +469,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_connection_that_closes_while_they_are_summed_up_counts_once() {
+    fn requests_of_a_connection_that_closes_during_counts_are_counted_once() {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
         let registry = Registry::new(limits, CancellationToken::new());
@@ -437,7 +479,7 @@ mod tests {
                 while !is_over.load(SeqCst) {
                     let answered = registry.counts().answered;
                     let begun = begun.load(SeqCst);
-                    assert!(answered <= begun, "{answered} answered of {begun}");
+                    assert!(answered <= begun, "counted {answered} answered requests of {begun}");
                 }
             });
             for _ in 0..20_000 {

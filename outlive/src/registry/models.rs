@@ -1,7 +1,7 @@
-//! The registry, in every order that its tasks can meet in and with every value that the memory model lets them read:
-//! `make models`. A wake-up that is missed is a deadlock here, which loom reports.
+//! Loom models of the registry: `make models` runs each with every interleaving of its tasks and every value that the
+//! memory model permits them to read. A missed notification is a deadlock, which loom reports.
 //!
-//! Each says what was broken on purpose to see it fail.
+//! The comment on each model names the defects ("Red") that were introduced on purpose to check that it fails.
 
 use std::future::poll_fn;
 use std::sync::atomic::AtomicBool;
@@ -13,8 +13,8 @@ use loom::thread;
 
 use super::*;
 
-/// How often a task is interrupted at the most, where `LOOM_MAX_PREEMPTIONS` says nothing: each fault below shows with
-/// as few. With 3 it takes two minutes.
+/// How many times loom preempts a task at most, unless `LOOM_MAX_PREEMPTIONS` is set. Two are enough to find each
+/// defect below; three take two minutes.
 const PREEMPTIONS: usize = 2;
 
 fn check(model: impl Fn(Arc<Registry>) + Send + Sync + 'static) {
@@ -31,11 +31,12 @@ fn task(run: impl FnOnce() + 'static) -> thread::JoinHandle<()> {
 
 fn end(tasks: impl IntoIterator<Item = thread::JoinHandle<()>>) {
     for task in tasks {
-        task.join().expect("no panic");
+        task.join().expect("a task of the model panicked");
     }
 }
 
-/// A connection's task from one request to its rest or its end, whichever the phase asks for: as `connection.rs` does.
+/// The task of a connection: it ends when the connection is quiescent and the phase requires it to be handed over or
+/// closed, as the drivers in `connection/` do.
 fn drive(registration: Registration) {
     let entry = registration.entry.clone();
     block_on(poll_fn(|cx| {
@@ -63,39 +64,39 @@ fn drain(registry: &Registry) {
     }));
 }
 
-fn rest(registry: &Registry) {
+fn quiesce(registry: &Registry) {
     registry.set_phase(Phase::Quiescing);
     block_on(registry.wait_until(|| registry.is_drained()));
-    assert_eq!(registry.entries().len(), 0, "a done registry has no connection");
+    assert_eq!(registry.entries().len(), 0, "a drained registry has no connection");
 }
 
-/// Red: without the wakes of `set_phase`; without the bell in `take`.
+/// Red: without the wakes in `set_phase`; without the notification in `release`.
 #[test]
-fn a_connection_hears_that_it_is_to_rest_and_whoever_waits_hears_that_it_does() {
+fn phase_quiescing_wakes_an_idle_connection_and_its_end_wakes_the_drain() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         let connection = task(move || drive(registration));
-        rest(&registry);
+        quiesce(&registry);
         end([connection]);
     });
 }
 
-/// Red: with a count taken by a load and a store, here and in most of the others.
+/// Red, also in most of the other models: with a load and a store instead of `fetch_sub` in `PhaseWord::release`.
 #[test]
-fn the_last_of_two_that_come_to_rest_is_heard() {
+fn the_later_of_two_connections_that_end_wakes_the_drain() {
     check(|registry| {
         let connections = [(); 2].map(|()| {
             let registration = registry.register(Peer::Unix, None);
             task(move || drop(registration))
         });
-        rest(&registry);
+        quiesce(&registry);
         end(connections);
     });
 }
 
-/// Red: without the mark of `watch`.
+/// Red: without the mark that `Entry::watch` sets.
 #[test]
-fn a_request_that_ends_as_a_drain_begins_is_waited_for_and_heard() {
+fn a_request_that_ends_while_a_drain_begins_wakes_the_drain() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         begin(&registration);
@@ -104,28 +105,28 @@ fn a_request_that_ends_as_a_drain_begins_is_waited_for_and_heard() {
             drive(registration);
         });
         drain(&registry);
-        rest(&registry);
+        quiesce(&registry);
         end([connection]);
     });
 }
 
-/// Red: without the wake of the driver in `apply`; with the waker left at the end of a turn.
+/// Red: without the wake of the driver in `apply`; with the waker stored at the end of `poll_driver`.
 #[test]
-fn a_request_that_ends_in_a_task_of_its_own_lets_its_connection_rest() {
+fn a_request_that_ends_in_another_task_wakes_its_driver() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         begin(&registration);
         let entry = registration.entry.clone();
         let handler = task(move || entry.end());
         let connection = task(move || drive(registration));
-        rest(&registry);
+        quiesce(&registry);
         end([handler, connection]);
     });
 }
 
-/// Red: with `accepting` counted behind the look at the phase; with a registry that is done where somebody accepts.
+/// Red: with `accepting` counted after the check of the phase; with an `is_drained` that ignores `accepting`.
 #[test]
-fn a_connection_that_is_accepted_as_the_phase_changes_is_waited_for_or_not_taken() {
+fn a_connection_at_a_change_of_the_phase_is_waited_for_or_not_accepted() {
     check(|registry| {
         let is_over = Arc::new(AtomicBool::new(false));
         let (acceptor, ended) = (registry.clone(), is_over.clone());
@@ -135,40 +136,41 @@ fn a_connection_that_is_accepted_as_the_phase_changes_is_waited_for_or_not_taken
                 acceptor.phase().accepts().then(|| acceptor.register(Peer::Unix, None))
             };
             if let Some(registration) = accepted {
-                assert!(!ended.load(Relaxed), "nobody waits for it any more");
+                assert!(!ended.load(Relaxed), "the drain ended before this connection");
                 drive(registration);
             }
         });
-        rest(&registry);
+        quiesce(&registry);
         is_over.store(true, Relaxed);
         end([accept]);
     });
 }
 
-/// Red: without the bell in `take` for the last that arrives.
+/// Red: without the notification in `release` for the last `Arriving`.
 #[test]
-fn what_a_predecessor_passes_on_during_a_drain_is_waited_for() {
+fn a_drain_waits_for_connections_that_a_predecessor_sends() {
     check(|registry| {
-        let (begin, begun) = loom::sync::mpsc::channel();
+        let (started_sender, started) = loom::sync::mpsc::channel();
         let successor = registry.clone();
         let receive = task(move || {
             let arriving = successor.arriving();
-            begin.send(()).expect("it waits");
+            started_sender.send(()).expect("the model waits for it");
             let registration = successor.register(Peer::Unix, None);
             drop(arriving);
             drive(registration);
         });
-        begun.recv().expect("it begins");
+        started.recv().expect("the task has started");
         drain(&registry);
-        rest(&registry);
+        quiesce(&registry);
         end([receive]);
     });
 }
 
-/// A drain's loop: at the first try somebody is busy, and all are served on. Red: with the mark set only where a load
-/// does not find it; with `Relaxed` in `apply`.
+/// The loop of a drain: if the first attempt to quiesce finds a request in flight, the drain serves until it has ended,
+/// and tries again. Red: with an `Entry::watch` that sets the mark only if a load does not find it set; with `Relaxed`
+/// in `apply`.
 #[test]
-fn a_request_that_comes_as_all_are_to_rest_is_answered_and_then_all_rest() {
+fn a_request_during_an_attempt_to_quiesce_is_answered_and_the_next_attempt_succeeds() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         let connection = task(move || {
@@ -181,15 +183,15 @@ fn a_request_that_comes_as_all_are_to_rest_is_answered_and_then_all_rest() {
         if !registry.is_drained() {
             drain(&registry);
         }
-        rest(&registry);
+        quiesce(&registry);
         end([connection]);
     });
 }
 
-/// Several at once (HTTP/2): one that was there before ends beside one that goes on. Red: without `RequestEnds` among
-/// what whoever waits hears of.
+/// HTTP/2: an older request ends while a newer one is in flight. Red: without `RequestEnds` among the events that
+/// notify the waiters.
 #[test]
-fn an_old_request_that_ends_beside_a_newer_one_is_heard() {
+fn an_older_request_that_ends_beside_a_newer_one_wakes_the_drain() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
@@ -211,9 +213,10 @@ fn an_old_request_that_ends_beside_a_newer_one_is_heard() {
     });
 }
 
-/// Though others come meanwhile, from who else holds the port. Red: without the marks.
+/// In `Lingering`, connections are still accepted from inherited listeners, and must not delay the wait for those from
+/// before. Red: without the marks that `Entry::watch` sets.
 #[test]
-fn whoever_is_told_to_end_is_waited_for() {
+fn lingering_waits_for_the_connections_from_before_while_another_is_accepted() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         let connection = task(move || drive(registration));
@@ -231,9 +234,9 @@ fn whoever_is_told_to_end_is_waited_for() {
     });
 }
 
-/// Red: with the bell rung before the phase is set.
+/// Red: with a `set_phase` that notifies before it sets the phase.
 #[test]
-fn whoever_waits_for_a_phase_hears_of_it() {
+fn a_change_to_the_phase_that_a_task_waits_for_wakes_it() {
     check(|registry| {
         let other = registry.clone();
         let waiting = task(move || block_on(other.wait_for_phase(|phase| phase == Phase::Quiescing)));

@@ -1,32 +1,36 @@
-//! The phase, and how much there is to wait for, in one word of memory: whoever ends the last of it learns in the same
-//! step what the process wants, and whoever says what the process wants learns how much is left. Neither can miss the
-//! other, in whatever order they come.
+//! The phase of the process and the counts of pending work, packed into one atomic `u64`, the [`PhaseWord`].
+//!
+//! With two atomics there would be a race: a connection releases the last count and reads the old phase, so it does
+//! not notify the drain. At the same time the drain sets the new phase and reads the old count, so it waits for ever.
+//! In one word, each atomic change returns both values, so one of the two always sees the other.
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire};
 
 use super::Phase;
 use crate::registry::sync::AtomicU64;
 
-/// What a process may have to wait for. Its value is one of it in the word.
+/// A kind of work that a drain waits for. The value of each variant is the amount that counts one of it in the word:
+/// bit 4 on counts `Arriving`, bit 16 on `Accepting`, and bit 32 on `Unanswered`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u64)]
 pub enum PendingCount {
-    /// A predecessor whose connections still come.
+    /// A predecessor that may still send connections.
     Arriving = 1 << 4,
     /// A task that may be holding a connection which is not registered yet.
     Accepting = 1 << 16,
-    /// A connection that has its last answer still to give.
+    /// A connection that has not sent its last response.
     Unanswered = 1 << 32,
 }
 
-/// Bits of the phase; the one above says whether all connections but those of HTTP/1 are kept.
+/// The bits of the phase.
 const PHASE: u64 = 0b111;
+/// The bit for [`super::Registry::keep_http2_and_tls`].
 const KEEPS_HTTP2_AND_TLS: u64 = 0b1000;
-/// Where the counts are.
+/// The bits of the three counts.
 const COUNTS: u64 = !0b1111;
 const ARRIVING: u64 = (PendingCount::Accepting as u64 - 1) & COUNTS;
 
-/// The word, as it was at one moment.
+/// The phase and the counts at one moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Snapshot(u64);
 
@@ -44,7 +48,7 @@ impl Snapshot {
         self.0 & ARRIVING != 0
     }
 
-    /// Whether there is nothing to wait for.
+    /// Whether all three counts are 0.
     pub fn is_drained(self) -> bool {
         self.0 & COUNTS == 0
     }
@@ -61,20 +65,21 @@ impl PhaseWord {
         Snapshot(self.0.load(Acquire))
     }
 
-    /// One more.
+    /// Adds one.
     pub fn acquire(&self, one: PendingCount) {
         self.0.fetch_add(one as u64, AcqRel);
     }
 
-    /// One less, which was added; gives how things stand without it.
+    /// Subtracts one, which [`PhaseWord::acquire`] must have added; otherwise the other counts are corrupted. Returns
+    /// the word after the subtraction.
     pub fn release(&self, one: PendingCount) -> Snapshot {
         Snapshot(self.0.fetch_sub(one as u64, AcqRel) - one as u64)
     }
 
-    /// Gives how things stood before.
+    /// Sets the phase; returns the word before.
     pub fn enter(&self, phase: Phase) -> Snapshot {
         let next = |word| Some(word & !PHASE | phase as u64);
-        // It always gives one.
+        // The closure never returns None, so this cannot fail.
         Snapshot(self.0.fetch_update(AcqRel, Acquire, next).unwrap_or_else(|word| word))
     }
 
@@ -91,7 +96,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn each_count_and_the_phase_are_their_own(
+        fn counts_flag_and_phase_do_not_affect_each_other(
             counts in (0..20_u32, 0..20_u32, 0..20_u32), phase in 0..Phase::ALL.len(), keeps: bool,
         ) {
             let phase_word = PhaseWord::new();

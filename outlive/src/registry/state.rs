@@ -1,29 +1,46 @@
-//! What a connection is doing, as one value that events change, and who has to hear of it.
+//! The state machine of one connection.
 //!
-//! All of it fits into one word of memory, so that each event is one atomic change and nobody ever sees half of
-//! one. Whoever brings the last thing to its end that a connection was waiting for learns so here, and wakes the
-//! driver: it does not matter which task that is.
+//! [`State::after`] is a pure function from a [`State`] and an [`Event`] to the next state and its [`Effects`], which
+//! are the tasks to wake. `entry.rs` applies it to the state of a connection. A state is packed into one `u64`, so each
+//! event is one atomic change, and every task reads a consistent state. The events come from different tasks: the
+//! driver, which polls hyper, and the handlers of requests. Therefore the event that ends the last work of a connection
+//! wakes the driver, whichever task reports it.
 
 /// What a connection is doing.
+///
+/// ```text
+///           bytes (HTTP/1.1)           request begins                handler upgrades
+///   Waiting -----------------> Head -------------------> InFlight --------------------> Upgraded
+///    |   ^                                               ^   |
+///    |   |     both bodies have ended, response flushed  |   |
+///    |   `-----------------------------------------------|---'
+///    |                    request begins                 |
+///    `---------------------------------------------------'
+///
+///   any open stage --> Ending --> Discarding or Closing --> Closed
+///   any stage -------------------------------------------> Closed    the registration is dropped
+/// ```
+///
+/// An HTTP/2 connection has no stage `Head`, and is `InFlight` while at least one of its requests is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Stage {
-    /// Nothing of a request has arrived.
+    /// Idle or new: no byte of a request has arrived.
     Waiting,
-    /// Some of a request's head has arrived.
+    /// A part of a request's head has arrived.
     Head,
-    /// A request is being answered, or the answer is still on its way out.
+    /// A request is being answered, or its response is not flushed yet.
     InFlight,
-    /// The connection belongs to a handler (WebSocket).
+    /// A handler owns the connection (WebSocket).
     Upgraded,
-    /// The last word is on its way out: a refusal, the end of TLS.
+    /// The last bytes are being sent: a response of the library such as 408, or the `close_notify` of TLS.
     Ending,
-    /// The last word is out, and the peer still sends. Closing now would reset the connection under its answer
-    /// (RFC 9112 section 9.6).
+    /// The last bytes are sent, and the peer still sends. Its bytes are read and discarded, because closing now would
+    /// reset the connection, and the peer could lose the response (RFC 9112 section 9.6).
     Discarding,
-    /// The last word is out; the peer is given time to close too.
+    /// The last bytes are sent, and the peer has `Limits::close` to close the connection too.
     Closing,
-    /// It is no more.
+    /// The connection has left the registry.
     Closed,
 }
 
@@ -39,10 +56,10 @@ impl Stage {
         Self::Closed,
     ];
 
-    /// Those of open connections.
+    /// The stages of open connections, as `/metrics` lists them.
     pub const OPEN: &[Self] = Self::ALL.split_at(7).0;
 
-    /// As `/metrics` shows it.
+    /// The value of the label `stage` in `/metrics`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Waiting => "waiting",
@@ -56,86 +73,89 @@ impl Stage {
         }
     }
 
-    /// Whether the process has something to do for the connection before it may end.
+    /// Whether a drain waits for a connection in this stage. From `Closing` on the client has the whole response, so
+    /// the process may exit.
     pub fn is_unanswered(self) -> bool {
         !matches!(self, Self::Closing | Self::Closed)
     }
 }
 
-/// How much of a request's body was read when its reader ended.
+/// How much of a request's body its handler had read when it was done with the body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BodyEnd {
     Whole,
-    /// The peer still sends the remainder.
+    /// The peer may still be sending the remainder.
     Unread,
 }
 
-/// What happens to a connection.
+/// An event on a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// Its driver is polled.
+    /// The task of the connection begins to poll hyper.
     DriverPolled,
-    /// Its driver has done what there was to do.
+    /// The poll has returned, so the task can compare the counts of the state.
     DriverReturned,
     /// Bytes have arrived.
     Received,
     RequestBegins,
-    /// The last byte of the answer has been given to the connection, or the request was given up.
+    /// hyper has the last byte of the response, or the request was dropped.
     RequestEnds,
-    /// A request's body is to be read.
+    /// A handler has the body of a request.
     BodyBegins,
-    /// It was read to its end, or is left where it was.
+    /// The handler has read the body to its end, or has dropped it.
     BodyEnds(BodyEnd),
-    /// There is something to send.
+    /// hyper has bytes to send.
     Writing,
-    /// All of it is out.
+    /// The socket has all bytes that hyper had to send.
     Flushed,
-    /// It cannot move to another process from now on.
+    /// The connection stays in this process, at least for the time being.
     HandoverForbidden,
-    /// It can again.
+    /// The connection can be handed over again, unless it closes after its response or is upgraded.
     HandoverAllowed,
-    /// It is to end, and cannot move until then.
+    /// The connection closes after its next response, and cannot be handed over until then.
     ClosesAfterResponse,
-    /// Its driver knows what it is doing.
+    /// The driver sets the stage itself.
     Enters(Stage),
-    /// The driver is there to be woken.
+    /// The driver has stored its waker.
     WakerLeft,
-    /// It is woken, and has to say anew where.
+    /// Another task has taken the waker to wake the driver, which has to store it again.
     WakerTaken,
 }
 
-/// Who has to hear of an event.
+/// The tasks that an event has to wake.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effects {
-    /// The driver, which was not there when the last thing that it was waiting for ended.
+    /// The driver: the last work of the connection ended while the driver was not polled, so nothing else would make
+    /// it look at the connection again.
     pub driver: bool,
-    /// Whoever waits for this connection to end or come to rest.
+    /// The tasks in [`Registry::wait_until`](super::Registry::wait_until) that watch this connection.
     pub waiters: bool,
 }
 
+/// The state of a connection: its [`Stage`], and what decides about the next one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
+#[expect(clippy::struct_excessive_bools, reason = "the flags are independent of each other")]
 pub struct State {
     pub stage: Stage,
-    /// Whether the driver is at work, and will look at the counts when it is done.
+    /// Whether the driver is being polled. It looks at the counts afterwards, so no event has to wake it meanwhile.
     is_driven: bool,
     is_flushed: bool,
     is_movable: bool,
     closes_after_response: bool,
-    /// Whether a body was left before its end: the peer still sends it.
+    /// Whether the handler dropped the last request's body before its end, so that the peer may still be sending it.
     has_left_body: bool,
-    /// Whether somebody waits for it.
+    /// Whether a task in [`Registry::wait_until`](super::Registry::wait_until) watches this connection.
     is_watched: bool,
-    /// Whether the driver will be woken by whoever has to.
+    /// Whether the driver's waker is stored, so that other tasks can wake the driver.
     pub has_waker: bool,
-    /// Requests that have begun and are not over.
+    /// Requests that have begun and not ended.
     in_flight: u32,
-    /// Bodies being read.
+    /// Bodies of requests that handlers have neither read to the end nor dropped.
     reading: u32,
 }
 
-/// The highest that each count can be. As many requests or bodies at once on one connection would take more
-/// memory than there is.
+/// The highest value of each count. So many requests at once on one connection would need more memory than a machine
+/// has, so the counts cannot overflow into each other.
 const COUNT_LIMIT: u32 = (1 << COUNT_BITS) - 1;
 const COUNT_BITS: u32 = 24;
 
@@ -153,14 +173,14 @@ impl State {
         reading: 0,
     };
 
-    /// The bit of a packed state that says that somebody waits for it.
+    /// The bit of `is_watched` in a packed state.
     pub const WATCHED: u64 = 1 << (8 + 2 * COUNT_BITS);
 
     pub fn is_in_flight(self) -> bool {
         self.in_flight > 0
     }
 
-    /// Requests that have begun and are not over.
+    /// How many requests have begun and not ended.
     pub fn in_flight(self) -> u32 {
         self.in_flight
     }
@@ -177,22 +197,22 @@ impl State {
         self.is_movable
     }
 
-    /// Whether it is to end, whatever the process wants.
+    /// Whether the connection closes after its next response in every phase.
     pub fn closes_after_response(self) -> bool {
         self.closes_after_response
     }
 
-    /// Whether the peer still sends a body that nobody reads.
+    /// Whether the peer may still be sending a body that no handler reads.
     pub fn has_left_body(self) -> bool {
         self.has_left_body
     }
 
-    /// Whether nothing is in flight, nothing is unsent, and it can go on in another process.
+    /// Whether nothing is in flight, nothing is unsent, and the connection can be handed over.
     pub fn is_quiescent(self) -> bool {
         matches!(self.stage, Stage::Waiting | Stage::Head) && self.is_flushed && self.is_movable
     }
 
-    /// The state after `event`, and who has to hear of it.
+    /// The state after `event`, and the tasks to wake.
     #[must_use]
     pub fn after(self, event: Event) -> (Self, Effects) {
         let mut next = self;
@@ -240,7 +260,8 @@ impl State {
         let is_other = next.stage != self.stage || next.is_movable != self.is_movable;
         let effects = Effects {
             driver: has_ended && !self.is_driven && self.stage.is_unanswered(),
-            // A request that begins while others are answered shows that one of HTTP/1 is over.
+            // Both events can end the wait for a request: HTTP/1.1 begins one only after the one before, and with
+            // HTTP/2 one can end while others are in flight, which leaves the stage as it is.
             waiters: self.is_watched
                 && (is_other || matches!(event, Event::RequestBegins | Event::RequestEnds)),
         };
@@ -285,7 +306,7 @@ mod tests {
 
     use super::*;
 
-    /// Events of HTTP in any order that can be: nothing ends that has not begun.
+    /// Events in any order; `can_be` filters those that cannot occur in a state.
     fn events() -> impl Strategy<Value = Vec<Event>> {
         let event = prop_oneof![
             Just(Event::Received),
@@ -305,7 +326,7 @@ mod tests {
         match event {
             Event::RequestEnds => state.is_in_flight(),
             Event::BodyEnds(_) => state.is_reading(),
-            // A driver that has begun a turn ends it first.
+            // One task polls the driver, so two polls never overlap.
             Event::DriverPolled => !state.is_driven,
             Event::DriverReturned | Event::Writing | Event::Flushed | Event::Received => state.is_driven,
             _ => true,
@@ -314,7 +335,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_state_comes_back_as_it_was_packed(
+        fn unpack_reverses_pack(
             stage in 0..Stage::ALL.len(), flags: [bool; 7], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
         ) {
             let [is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, has_waker] = flags;
@@ -325,24 +346,24 @@ mod tests {
             prop_assert_eq!(State::unpack(state.pack()), state);
         }
 
-        /// The fault that this machine is for: nobody looks again after the last thing has ended.
+        /// A connection that stayed `InFlight` without a wake of its driver would never be handed over or parked.
         #[test]
-        fn a_connection_with_nothing_left_to_do_is_waiting_or_its_driver_is_told(events in events()) {
+        fn a_connection_without_work_is_waiting_or_its_driver_is_woken(events in events()) {
             let mut state = State::NEW;
-            let mut is_told = false;
+            let mut is_woken = false;
             for event in events {
                 if !can_be(state, event) {
                     continue;
                 }
                 let (next, effects) = state.after(event);
                 state = next;
-                is_told |= effects.driver;
+                is_woken |= effects.driver;
                 if event == Event::DriverPolled {
-                    is_told = false;
+                    is_woken = false;
                 }
                 let is_over = !state.is_in_flight() && !state.is_reading() && state.is_flushed();
                 if is_over && state.stage == Stage::InFlight {
-                    prop_assert!(state.is_driven || is_told, "{:?} after {:?}", state, event);
+                    prop_assert!(state.is_driven || is_woken, "{:?} after {:?}", state, event);
                 }
             }
         }
@@ -361,9 +382,10 @@ mod tests {
             }
         }
 
-        /// With several requests at once, one that ends beside others too.
+        /// Also when one of several requests ends (HTTP/2), which changes neither the stage nor whether the connection
+        /// can be handed over.
         #[test]
-        fn whoever_waits_hears_of_each_rest_each_request_and_each_end_and_nobody_else_is_told(
+        fn waiters_of_a_watched_connection_are_notified_of_each_change_and_no_others(
             events in events(), stage in 0..Stage::ALL.len(), is_watched: bool,
         ) {
             let mut state = State { is_watched, ..State::NEW };
@@ -373,10 +395,10 @@ mod tests {
                     continue;
                 }
                 let (next, effects) = state.after(event);
-                let is_news = next.stage != state.stage
+                let has_changed = next.stage != state.stage
                     || next.is_movable() != state.is_movable()
                     || next.in_flight() != state.in_flight();
-                prop_assert_eq!(effects.waiters, is_watched && is_news, "{:?}: {:?}", event, next);
+                prop_assert_eq!(effects.waiters, is_watched && has_changed, "{:?}: {:?}", event, next);
                 state = next;
             }
             prop_assert_eq!(state.stage, Stage::Closed);
@@ -384,7 +406,7 @@ mod tests {
     }
 
     #[test]
-    fn a_closed_connection_stays_closed_and_lets_go_of_what_is_left() {
+    fn a_closed_connection_stays_closed_and_later_events_wake_no_task() {
         let mut state = State::NEW;
         for event in [Event::RequestBegins, Event::BodyBegins, Event::Enters(Stage::Closed)] {
             state = state.after(event).0;
@@ -403,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn an_upgraded_connection_cannot_move() {
+    fn an_upgraded_connection_cannot_be_handed_over() {
         assert!(!State::NEW.after(Event::Enters(Stage::Upgraded)).0.is_movable());
     }
 }

@@ -1,7 +1,9 @@
-//! What the registry's tasks meet in: atomics and mutexes of the standard library, and tokio's bell; for the models
-//! (`make models`, `registry/models.rs`) loom's, which show each value that the memory model allows to be read.
+//! The synchronization primitives of the registry: `AtomicU64` and `Mutex` of the standard library, `Notify` of tokio.
+//! The model tests (`make models`, `registry/models.rs`) use loom's instead, so that they run with every interleaving
+//! and every value that the memory model permits.
 //!
-//! Clocks and sums for people to read are not of it: nobody waits for them.
+//! Clocks and counters for metrics use the standard library directly, because no task waits for them, and each modelled
+//! access multiplies the number of executions that loom has to try.
 
 #[cfg(not(all(test, feature = "model-tests")))]
 pub use std::sync::{Mutex, atomic::AtomicU64};
@@ -28,8 +30,8 @@ mod modelled {
         mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// As much of tokio's as is used, which promises: whoever holds a `Notified` hears of each `notify_waiters` since
-    /// it was made.
+    /// The part of tokio's `Notify` that the registry uses. Like tokio's, a `Notified` becomes ready at the first
+    /// `notify_waiters` after it was created, even if it was not polled before.
     pub struct Notify(Mutex<Waiters>);
 
     #[derive(Default)]
@@ -45,9 +47,9 @@ mod modelled {
 
         pub fn notify_waiters(&self) {
             let waiting = {
-                let mut bell = lock(&self.0);
-                bell.generation += 1;
-                std::mem::take(&mut bell.waiting)
+                let mut waiters = lock(&self.0);
+                waiters.generation += 1;
+                std::mem::take(&mut waiters.waiting)
             };
             waiting.into_iter().for_each(Waker::wake);
         }
@@ -63,7 +65,7 @@ mod modelled {
     }
 
     impl Notified<'_> {
-        /// It hears from its making on.
+        /// Does nothing, because a `Notified` is registered when it is created.
         pub fn enable(self: Pin<&mut Self>) -> bool {
             false
         }
@@ -73,11 +75,11 @@ mod modelled {
         type Output = ();
 
         fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-            let mut bell = lock(&self.notify.0);
-            if bell.generation != self.generation {
+            let mut waiters = lock(&self.notify.0);
+            if waiters.generation != self.generation {
                 return Poll::Ready(());
             }
-            bell.waiting.push(cx.waker().clone());
+            waiters.waiting.push(cx.waker().clone());
             Poll::Pending
         }
     }

@@ -1,4 +1,9 @@
 //! Accepts connections, and serves each in a task of its own.
+//!
+//! [`Server`] accepts from the listeners (`listeners/`) within `--max-connections`, registers each connection
+//! (`registry/`), and serves it (`connection/`). A connection that becomes quiescent is parked (`parked.rs`), or sent
+//! to the drain, which hands it over (`lifecycle/drain.rs`). [`Server::adopt`] continues connections of the predecessor
+//! (`takeover/adopter.rs`).
 
 mod parked;
 
@@ -26,43 +31,44 @@ use crate::server::parked::{ParkedConnection, ParkedConnections};
 use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::stream::{Connection, Peer, Stream};
 
-/// While the system has no fd or memory for another connection, this long between tries.
+/// The pause after a failed accept(2), for example because file descriptors ran out. Without it, the task would use a
+/// whole core until the cause is gone.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// How often it is logged that accepting fails.
+/// The minimum time between two log lines about failures to accept.
 const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
-/// A peer of which nothing is heard for this long is asked whether it is there (`tcp(7)`) ...
+/// How long a TCP connection is silent before the kernel sends the first keepalive probe (`TCP_KEEPIDLE` of tcp(7)).
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-/// ... again after each of these ...
+/// The time between two keepalive probes (`TCP_KEEPINTVL`).
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// ... and is gone when it has not answered as many times.
+/// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
 const KEEPALIVE_PROBES: u32 = 6;
 
-/// How many connections may be open to the admin listeners.
+/// The maximum number of connections to the admin listeners.
 const ADMIN_CONNECTIONS: usize = 64;
 
-/// Serves connections. A clone serves in the same registry.
+/// Accepts and serves connections. Clones share the registry and the limits.
 #[derive(Clone)]
 pub struct Server {
     services: Arc<Services>,
     registry: Arc<Registry>,
     slots: Arc<Semaphore>,
-    /// Of their own, so that a service with no slot left can still be looked at.
+    /// Separate from `slots`, so that the admin listeners answer when all slots are in use.
     admin_slots: Arc<Semaphore>,
     parked: Arc<ParkedConnections>,
-    /// The tasks that accept from listeners that nobody else holds.
+    /// The tasks that accept from listeners with [`Ownership::Bound`], which no other process has open.
     own_ports: TaskTracker,
     queues: Queues,
     /// Connections for which there are no file descriptors.
     overflow: Arc<Overflow>,
 }
 
-/// The queues of the listeners, for as long as they are open.
+/// The accept queues of the open listeners, for a metric.
 #[derive(Clone, Default)]
 pub struct Queues(Arc<Mutex<Vec<Weak<Acceptor>>>>);
 
 impl Queues {
-    /// How many connections wait to be accepted, by TCP listener.
+    /// How many connections wait to be accepted, with the label of each TCP listener.
     pub fn lengths(&self) -> Vec<(String, u32)> {
         let acceptors = lock(&self.0);
         let open = acceptors.iter().filter_map(Weak::upgrade);
@@ -75,7 +81,8 @@ impl Queues {
 }
 
 impl Server {
-    /// The server, and where its connections go that leave for the next process.
+    /// Creates the server, and the receiver of the connections that become quiescent in a phase that hands them over.
+    /// Fails if epoll_create(2) fails.
     pub fn new(
         services: Services,
         registry: Arc<Registry>,
@@ -95,7 +102,7 @@ impl Server {
         Ok((server, quiescent))
     }
 
-    /// Accepts from now on, whenever the phase allows.
+    /// Starts a task that accepts connections in each phase that permits it.
     pub fn accept_from(&self, acceptor: Acceptor) {
         let acceptor = Arc::new(acceptor);
         self.queues.add(&acceptor);
@@ -112,13 +119,13 @@ impl Server {
         &self.registry
     }
 
-    /// The keys of session tickets, for the next process.
+    /// The TLS session ticket keys, for the next process. None if this process hands no TLS connections over.
     pub fn tickets(&self) -> Option<Secret> {
         let tickets = self.services.tls.as_ref()?.tickets.as_ref()?;
         Some(Secret(tickets.encode()))
     }
 
-    /// Goes on with those of the process before this one, where it left any.
+    /// Uses the predecessor's session ticket keys, so that clients can resume TLS sessions that began there.
     pub fn adopt_ticket_keys(&self, keys: Option<Secret>) {
         let tickets = self.services.tls.as_ref().and_then(|tls| tls.tickets.as_ref());
         if let (Some(tickets), Some(keys)) = (tickets, keys)
@@ -128,35 +135,35 @@ impl Server {
         }
     }
 
-    /// A connection that nobody drives.
+    /// Registers a connection that has no driver.
     #[cfg(test)]
     pub fn registered(&self, peer: Peer) -> Registration {
         self.registry.register(peer, None)
     }
 
-    /// Whether there are listeners that nobody else holds.
+    /// Whether this process has bound listeners itself. Their ports close with it.
     pub fn owns_ports(&self) -> bool {
         !self.own_ports.is_empty()
     }
 
-    /// Waits until the listeners that nobody else holds are closed, and what was in their queues is
-    /// served. They close when the phase ends all connections.
+    /// Waits until the listeners that this process bound itself are closed, and the connections in their queues are
+    /// accepted. They close in the phase `Lingering`.
     pub async fn own_ports_closed(&self) {
         self.own_ports.close();
         self.own_ports.wait().await;
     }
 
-    /// Goes on with a connection, above `--max-connections` if need be: it is there already.
+    /// Parks or serves a connection that another process handed over, even above `--max-connections`, because it is
+    /// open already and would have to be closed otherwise.
     pub fn adopt(&self, connection: Connection) {
         let slot = self.slots(&connection.listener).clone().try_acquire_owned().ok();
         let since = self.registry.now();
-        // Whoever has said nothing goes on sleeping.
-        if let Err(awake) = self.parked.put(ParkedConnection { connection, slot, since }) {
-            self.serve_unparked_connection(awake);
+        if let Err(unparked) = self.parked.put(ParkedConnection { connection, slot, since }) {
+            self.serve_unparked_connection(unparked);
         }
     }
 
-    /// Serves a connection that ends with its next response, and of which a channel has another descriptor.
+    /// Serves a connection of which a handover channel still has a descriptor, and closes it after its next response.
     pub fn finish(&self, connection: Connection) {
         let since = self.registry.now();
         let copy = connection.socket.try_clone();
@@ -167,7 +174,7 @@ impl Server {
                 let services = self.services.clone();
                 tokio::spawn(async move {
                     drop(connection::serve(connection, registration, &services).await);
-                    // The descriptor in the channel would keep the connection open.
+                    // Closing is not enough, because the descriptor in the channel keeps the connection open.
                     if let Ok(copy) = copy {
                         let _ = rustix::net::shutdown(&copy, Shutdown::Both);
                     }
@@ -179,6 +186,7 @@ impl Server {
         }
     }
 
+    /// The connections for which this process has no file descriptors.
     pub fn overflow(&self) -> &Overflow {
         &self.overflow
     }
@@ -187,7 +195,7 @@ impl Server {
         if listener.role() == ListenerRole::Admin { &self.admin_slots } else { &self.slots }
     }
 
-    /// Sets a phase, and wakes those that are to be told to end in it.
+    /// Sets a phase, and serves the parked connections that have to close in it.
     pub fn enter(&self, phase: Phase) {
         let _accepting = self.registry.accepting();
         self.registry.set_phase(phase);
@@ -196,39 +204,41 @@ impl Server {
         }
     }
 
-    /// All connections that sleep, for the next process.
+    /// Takes all parked connections, for the next process.
     pub fn take_parked(&self) -> Vec<Connection> {
         self.parked.take_all()
     }
 
-    /// Serves each connection that was asleep, when there is something to do for it.
+    /// Serves parked connections that are readable, closed by their peers, or idle for too long. Never returns.
     async fn serve_unparked(self) {
         let registry = &self.registry;
         let mut clock = interval(registry.interval());
         loop {
-            // What its peer says is for the next process.
+            // In a phase that hands connections over, the next process reads the input of parked ones.
             registry.wait_for_phase(|phase| !phase.quiesces()).await;
-            let woken = tokio::select! {
+            let unparked = tokio::select! {
                 heard = self.parked.heard() => {
                     heard.and_then(|heard| self.wake(|parked| parked.unpark_readable(heard)))
                 }
                 _ = clock.tick() => self.wake(|parked| Ok(parked.unpark_overdue())),
             };
-            if let Err(error) = woken {
+            if let Err(error) = unparked {
                 warn!(%error, "epoll on parked connections failed; retrying");
                 sleep(ACCEPT_PAUSE).await;
             }
         }
     }
 
+    /// Serves the connections that `unpark` returns, unless the phase hands them over.
     fn wake(
         &self,
-        those: impl FnOnce(&ParkedConnections) -> io::Result<Vec<ParkedConnection>>,
+        unpark: impl FnOnce(&ParkedConnections) -> io::Result<Vec<ParkedConnection>>,
     ) -> io::Result<()> {
-        // Between their sleep and the registry they are nowhere.
+        // Unparked connections are neither parked nor registered for a moment. Without this count, a drain could end in
+        // that moment, and they would be closed.
         let _accepting = self.registry.accepting();
         if !self.registry.phase().quiesces() {
-            for idle in those(&self.parked)? {
+            for idle in unpark(&self.parked)? {
                 self.serve_unparked_connection(idle);
             }
         }
@@ -284,8 +294,8 @@ impl Server {
             }
             let accepted = async {
                 let mut asked = acceptor.socket.readable().await?;
-                // No sooner, so that an idle listener keeps none from another; what cannot be served yet waits
-                // in the socket's queue.
+                // A slot is acquired only when a connection waits; otherwise an idle listener would keep one from the
+                // others. Until there is one, the connection waits in the accept queue of the socket.
                 let slot = self.slots(&acceptor.name).clone().acquire_owned().await.ok();
                 let connection = acceptor.accept()?;
                 if connection.is_none() {
@@ -297,7 +307,7 @@ impl Server {
                 () = registry.wait_for_phase(|phase| !phase.accepts() || acceptor.is_last(phase.ends(true))) => {}
                 accepted = accepted => match accepted {
                     Ok((Some((connection, peer)), slot)) => self.begin(connection, peer, slot),
-                    // It was another process's, or has gone.
+                    // Another process has accepted the connection, or the client has closed it.
                     Ok((None, _)) => {}
                     Err(error) => errors.handle(&error).await,
                 },
@@ -305,8 +315,8 @@ impl Server {
         }
     }
 
-    /// Takes what waits in the queue of a listener that nobody else holds: closing would refuse it. Nobody joins the
-    /// queue by a socket file that is gone.
+    /// Accepts the connections in the queue of a listener that only this process has open, because closing the listener
+    /// would reset them. A socket file is removed first, so that no more connections enter the queue.
     fn empty(&self, acceptor: &Acceptor) {
         if let Ownership::Bound(Some(path)) = &acceptor.ownership {
             path.remove();
@@ -325,13 +335,13 @@ impl Server {
 pub struct Acceptor {
     label: String,
     name: Name,
-    /// Before the socket: what has a file goes before it closes.
+    /// Declared before `socket`, so that the socket file is removed before the listener closes.
     ownership: Ownership,
     socket: AsyncFd<OwnedFd>,
 }
 
 impl Acceptor {
-    /// Fails where the runtime cannot watch the socket.
+    /// Fails if the runtime cannot watch the socket, for example because file descriptors ran out.
     pub fn new(listener: Listener) -> anyhow::Result<Self> {
         let label = listener.label();
         Self::watching(listener).with_context(|| format!("could not listen on {label}"))
@@ -352,7 +362,7 @@ impl Acceptor {
         Ok(Self { label, name, ownership, socket: sys::watch(socket)? })
     }
 
-    /// Who is first in the queue, if there is anybody.
+    /// Accepts the first connection of the queue. None if the queue is empty.
     fn accept(&self) -> io::Result<Option<(Connection<Stream>, Peer)>> {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let (fd, peer) = match acceptfrom_with(&self.socket, flags) {
@@ -370,14 +380,14 @@ impl Acceptor {
         sys::accept_queue(&self.socket)
     }
 
-    /// Whether this process, which is ending, is the only one that ever accepts here.
+    /// Whether the listener has to close because the process is `ending` and no other process can accept from it.
     fn is_last(&self, ending: bool) -> bool {
         ending && matches!(self.ownership, Ownership::Bound(_))
     }
 }
 
-/// Has the kernel find out which peers are gone without a word: a WebSocket has no other limit. On Linux a
-/// connection has the options that its listener had when it came.
+/// Enables TCP keepalive, so that the kernel closes connections whose peers have disappeared without a FIN. An idle
+/// WebSocket has no other time limit. On Linux an accepted connection inherits these options from its listener.
 fn keep_alive(listener: impl AsFd) -> io::Result<()> {
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;
@@ -386,7 +396,7 @@ fn keep_alive(listener: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Errors that say something of the connection accepted, not of the listener; accept(2) has the list.
+/// Whether an error concerns only the accepted connection, and not the listener; see "Error handling" in accept(2).
 fn is_of_one_connection(error: &io::Error) -> bool {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, InvalidInput, NotConnected};
     matches!(
@@ -395,7 +405,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     )
 }
 
-/// Failures to accept, logged no more than once in `ACCEPT_LOG_INTERVAL`.
+/// Logs failures to accept, at most once in [`ACCEPT_LOG_INTERVAL`].
 #[derive(Default)]
 struct AcceptErrors {
     logged: Option<Instant>,
@@ -429,15 +439,15 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_connection_sends_at_once_and_finds_out_that_its_peer_is_gone() {
-        let socket = TcpListener::bind("127.0.0.1:0").expect("a listener");
-        socket.set_nonblocking(true).expect("an option");
-        let address = socket.local_addr().expect("an address");
+    async fn accepted_connections_have_nodelay_and_keepalive() {
+        let socket = TcpListener::bind("127.0.0.1:0").expect("could not bind");
+        socket.set_nonblocking(true).expect("could not set the socket non-blocking");
+        let address = socket.local_addr().expect("the socket has no address");
         let socket = ListeningSocket::Tcp(socket);
         let listener = Listener { name: Name::default(), socket, ownership: Ownership::Inherited };
-        let acceptor = Acceptor::new(listener).expect("an acceptor");
-        let _peer = TcpStream::connect(address).expect("a connection");
-        let stream = acceptor.accept().expect("no error").expect("a connection").0.socket;
+        let acceptor = Acceptor::new(listener).expect("could not watch the listener");
+        let _peer = TcpStream::connect(address).expect("could not connect");
+        let stream = acceptor.accept().expect("could not accept").expect("the queue is empty").0.socket;
         assert_eq!(sockopt::tcp_nodelay(&stream), Ok(true));
         assert_eq!(sockopt::socket_keepalive(&stream), Ok(true));
         assert_eq!(sockopt::tcp_keepidle(&stream), Ok(KEEPALIVE_IDLE));

@@ -1,8 +1,9 @@
-//! Idle connections: they sleep, without a task, a buffer or a place in the registry, until their peer says something.
+//! Idle connections. [`ParkedConnections`] keeps them without a task, a buffer or an entry in the registry, until their
+//! peer sends something.
 //!
-//! What a sleeper costs is its socket, and what its two ends have agreed upon. All sleepers are watched through one
-//! epoll(7) of their own, which the runtime watches as if it were a socket. A process that ends hands them over as
-//! they lie.
+//! A parked connection costs its socket and its HTTP/2 and TLS state. One epoll(7) instance watches all of them, and
+//! the runtime watches that instance as if it were a socket. A drain hands parked connections over without unparking
+//! them. `server/mod.rs` serves those that are unparked.
 
 use std::collections::HashMap;
 use std::io;
@@ -21,21 +22,24 @@ use crate::os::sys;
 use crate::registry::{Registration, Registry};
 use crate::transport::stream::{Connection, Stream};
 
-/// How many are woken at once, before others have their turn.
+/// How many connections are unparked at once. Between two batches the task yields to other tasks, so that many
+/// connections with input at the same time do not delay the requests in flight.
 const BATCH: usize = 128;
 
-/// A connection that sleeps, or would.
+/// A connection that is parked, or has just been unparked or adopted.
 pub struct ParkedConnection {
     pub connection: Connection,
     /// Its slot under `--max-connections`.
     pub slot: Option<OwnedSemaphorePermit>,
-    /// Since when it is idle, by the registry's clock.
+    /// Since when it is idle, in milliseconds of [`Registry::now`].
     pub since: u64,
 }
 
-/// Somebody was heard, who is woken by [`ParkedConnections::unpark_readable`].
+/// The result of [`ParkedConnections::heard`]: at least one parked connection is readable.
+/// [`ParkedConnections::unpark_readable`] needs it to clear the readiness of the epoll instance.
 pub type Heard<'a> = AsyncFdReadyGuard<'a, OwnedFd>;
 
+/// The parked connections of the process, and the way of quiescent connections to the drain.
 pub struct ParkedConnections {
     registry: Arc<Registry>,
     epoll: AsyncFd<OwnedFd>,
@@ -44,15 +48,16 @@ pub struct ParkedConnections {
 }
 
 impl ParkedConnections {
-    /// And where connections go that come to rest for the next process.
+    /// Also returns the receiver of the connections that become quiescent in a phase that hands them over; the drain
+    /// reads it.
     pub fn new(registry: Arc<Registry>) -> io::Result<(Self, UnboundedReceiver<Connection>)> {
         let epoll = sys::watch(epoll::create(epoll::CreateFlags::CLOEXEC)?)?;
         let (leaving, left) = unbounded_channel();
         Ok((Self { registry, epoll, parked: Mutex::default(), leaving }, left))
     }
 
-    /// A connection that has come to rest sleeps, or leaves where the phase asks for it. Gives it back where it is to
-    /// be served: there is something to do for it.
+    /// Hands a quiescent connection over if the phase requires it, and otherwise parks it. Returns it if it has to be
+    /// served instead, for example because the phase has changed and it has to close.
     pub fn take(
         &self,
         connection: Connection<Stream>,
@@ -60,8 +65,8 @@ impl ParkedConnections {
     ) -> io::Result<Option<(Connection<Stream>, Registration)>> {
         let connection = connection.unwatched()?;
         if self.registry.phase().quiesces() && self.can_move(&connection) {
-            // Sent before it leaves the registry, so that a done registry means a full channel. Where nobody collects
-            // any more, the process is ending.
+            // Sent before the registration is dropped, so that when the registry is drained, every connection is
+            // already in the channel. Sending fails only after the drain, when the process exits.
             let _ = self.leaving.send(connection);
             return Ok(None);
         }
@@ -70,26 +75,30 @@ impl ParkedConnections {
             Ok(()) => Ok(None),
             Err(ParkedConnection { connection, slot, .. }) => {
                 registration.slot = slot;
-                // It does not try again at once.
+                // Otherwise it would still be idle for long enough to be parked, and would come back here at once.
                 registration.entry.touch();
                 Ok(Some((connection.watched()?.0, registration)))
             }
         }
     }
 
-    /// Puts a connection to sleep. Gives it back where it is to be served.
+    /// Parks a connection. Returns it if it has to be served instead: bytes of it were read and not consumed, the phase
+    /// requires it to be handed over or closed, or epoll could not watch it.
     pub fn put(&self, idle: ParkedConnection) -> Result<(), ParkedConnection> {
         let mut parked = lock(&self.parked);
-        // Asked behind the lock: whoever wakes or takes them all finds this one, or it finds the phase.
+        // Read under the lock. A drain sets the phase before it unparks or takes the parked connections, so either it
+        // finds this one, or this reads the new phase. Otherwise the connection could stay parked until the process
+        // exits.
         let phase = self.registry.phase();
-        let is_to_go = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
-        // What was read belongs to a request.
-        if is_to_go || !idle.connection.unread.is_empty() {
+        let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
+        // Unread bytes belong to a request, and epoll would not report them.
+        if must_leave || !idle.connection.unread.is_empty() {
             return Err(idle);
         }
         let socket = &idle.connection.socket;
         let key = epoll::EventData::new_u64(u64::try_from(socket.as_raw_fd()).unwrap_or(u64::MAX));
-        // Once: who has left goes on speaking, to the next process.
+        // ONESHOT, because `take_all` does not remove the sockets from the epoll instance. A socket that was handed
+        // over still receives bytes, for the next process, and would make this instance readable again and again.
         let flags = epoll::EventFlags::IN | epoll::EventFlags::RDHUP | epoll::EventFlags::ONESHOT;
         if let Err(error) = epoll::add(self.epoll.get_ref(), socket, key, flags) {
             debug!(%error, "could not park an idle connection");
@@ -100,16 +109,17 @@ impl ParkedConnections {
         Ok(())
     }
 
-    /// Waits until a peer has said something.
+    /// Waits until a parked connection is readable or closed by its peer.
     pub async fn heard(&self) -> io::Result<Heard<'_>> {
         self.epoll.readable().await
     }
 
-    /// Those whose peers have said something, not all at once.
+    /// Unparks up to [`BATCH`] connections that are readable or closed by their peers.
     pub fn unpark_readable(&self, mut heard: Heard<'_>) -> io::Result<Vec<ParkedConnection>> {
         let mut events = [MaybeUninit::uninit(); BATCH];
         let (events, others) = epoll::wait(self.epoll.get_ref(), &mut events, Some(&Timespec::default()))?;
-        // Whoever is heard from here on makes it ready anew.
+        // With a full batch, more connections may be ready, so the readiness is kept. Otherwise it is cleared, and the
+        // next event sets it again.
         if others.is_empty() {
             heard.retain_ready();
         } else {
@@ -117,16 +127,17 @@ impl ParkedConnections {
         }
         let mut parked = lock(&self.parked);
         let keys = events.iter().filter_map(|event| RawFd::try_from(event.data.u64()).ok());
-        let woken = keys.filter_map(|key| parked.remove(&key)).collect();
-        Ok(self.forget(&parked, woken))
+        let unparked = keys.filter_map(|key| parked.remove(&key)).collect();
+        Ok(self.forget(&parked, unparked))
     }
 
-    /// Those that have been idle for too long.
+    /// Unparks the connections that have been idle for longer than `--idle-timeout`.
     pub fn unpark_overdue(&self) -> Vec<ParkedConnection> {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
     }
 
-    /// Those that are to be told to end.
+    /// Unparks the connections that the phase requires to close, so that their clients receive GOAWAY, or
+    /// `Connection: close` with their next response.
     pub fn unpark_ending(&self) -> Vec<ParkedConnection> {
         let phase = self.registry.phase();
         self.wake(|idle| phase.ends(self.can_move(&idle.connection)))
@@ -134,29 +145,31 @@ impl ParkedConnections {
 
     fn wake(&self, wanted: impl Fn(&ParkedConnection) -> bool) -> Vec<ParkedConnection> {
         let mut parked = lock(&self.parked);
-        let woken = parked.extract_if(|_, idle| wanted(idle)).map(|(_, woken)| woken).collect();
-        self.forget(&parked, woken)
+        let unparked = parked.extract_if(|_, idle| wanted(idle)).map(|(_, idle)| idle).collect();
+        self.forget(&parked, unparked)
     }
 
+    /// Removes unparked connections from the epoll instance, and updates the count in the registry.
     fn forget(
         &self,
         parked: &HashMap<RawFd, ParkedConnection>,
-        woken: Vec<ParkedConnection>,
+        unparked: Vec<ParkedConnection>,
     ) -> Vec<ParkedConnection> {
-        for ParkedConnection { connection, .. } in &woken {
-            // It was added.
+        for ParkedConnection { connection, .. } in &unparked {
+            // Cannot fail, because `put` has added the socket.
             let _ = epoll::delete(self.epoll.get_ref(), &connection.socket);
         }
         self.registry.set_parked(parked.len());
-        woken
+        unparked
     }
 
-    /// Whether it can go on in the next process.
+    /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
         connection.is_plain_http1() || !self.registry.keeps_http2_and_tls()
     }
 
-    /// All of them, for the next process. They are not heard any more.
+    /// Takes all connections, for the next process. Their sockets stay in the epoll instance, which reports each of
+    /// them at most once more; [`ParkedConnections::unpark_readable`] ignores that.
     pub fn take_all(&self) -> Vec<Connection> {
         let mut parked = lock(&self.parked);
         self.registry.set_parked(0);
@@ -182,27 +195,29 @@ mod tests {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
         let registry = Registry::new(limits, CancellationToken::new());
-        let (parked, _) = ParkedConnections::new(registry.clone()).expect("an epoll");
+        let (parked, _) =
+            ParkedConnections::new(registry.clone()).expect("could not create an epoll instance");
         (registry, parked)
     }
 
-    /// One, and its peer.
+    /// An idle connection, and the socket of its peer.
     fn idle() -> (ParkedConnection, UnixStream) {
-        let (ours, peer) = UnixStream::pair().expect("a pair");
+        let (ours, peer) = UnixStream::pair().expect("could not create a socket pair");
         let listener = Name::default();
         let connection =
             Connection { socket: ours.into(), listener, unread: Bytes::new(), http2: None, tls: None };
         (ParkedConnection { connection, slot: None, since: 0 }, peer)
     }
 
-    async fn heard(parked: &ParkedConnections) -> Vec<RawFd> {
-        let heard = timeout(Duration::from_secs(120), parked.heard()).await.expect("in time");
-        let woken = parked.unpark_readable(heard.expect("it is heard")).expect("no error");
-        woken.iter().map(|idle| idle.connection.socket.as_raw_fd()).collect()
+    async fn unpark_next(parked: &ParkedConnections) -> Vec<RawFd> {
+        let heard = timeout(Duration::from_secs(120), parked.heard()).await.expect("no event in time");
+        let heard = heard.expect("could not wait for the epoll instance");
+        let unparked = parked.unpark_readable(heard).expect("could not read the events");
+        unparked.iter().map(|idle| idle.connection.socket.as_raw_fd()).collect()
     }
 
     #[tokio::test]
-    async fn whoever_is_spoken_to_or_hung_up_on_is_woken_and_nobody_else() {
+    async fn only_readable_or_closed_connections_are_unparked() {
         let (registry, parked) = parked();
         let mut peers = Vec::new();
         for _ in 0..10 {
@@ -213,11 +228,11 @@ mod tests {
         }
         assert_eq!(registry.counts().connections, 10);
         let (third, mut peer) = peers.remove(3);
-        peer.write_all(b"x").expect("sent");
-        assert_eq!(heard(&parked).await, [third]);
+        peer.write_all(b"x").expect("could not send");
+        assert_eq!(unpark_next(&parked).await, [third]);
         let (sixth, peer) = peers.remove(6);
         drop(peer);
-        assert_eq!(heard(&parked).await, [sixth]);
+        assert_eq!(unpark_next(&parked).await, [sixth]);
         assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
         assert_eq!(registry.counts().connections, 8);
         assert_eq!(parked.take_all().len(), 8);
@@ -225,37 +240,37 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_has_left_is_not_heard_again_and_again() {
+    async fn input_on_a_handed_over_connection_is_reported_at_most_once() {
         let (_registry, parked) = parked();
         let (idle, mut peer) = idle();
         assert!(parked.put(idle).is_ok());
         let left = parked.take_all();
-        peer.write_all(b"x").expect("sent");
-        assert!(heard(&parked).await.is_empty());
+        peer.write_all(b"x").expect("could not send");
+        assert!(unpark_next(&parked).await.is_empty());
         assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
         drop(left);
     }
 
     #[tokio::test]
-    async fn what_comes_before_a_connection_sleeps_wakes_it_at_once() {
+    async fn input_from_before_parking_unparks_a_connection_at_once() {
         let (_registry, parked) = parked();
         let (idle, mut peer) = idle();
-        peer.write_all(b"x").expect("sent");
+        peer.write_all(b"x").expect("could not send");
         let fd = idle.connection.socket.as_raw_fd();
         assert!(parked.put(idle).is_ok());
-        assert_eq!(heard(&parked).await, [fd]);
+        assert_eq!(unpark_next(&parked).await, [fd]);
     }
 
     #[tokio::test]
-    async fn nobody_sleeps_who_is_to_move_or_to_end_or_of_whom_something_was_read() {
+    async fn connections_with_unread_bytes_or_that_must_move_or_close_are_not_parked() {
         let (registry, parked) = parked();
         let (mut idle, _peer) = idle();
         idle.connection.unread = Bytes::from_static(b"x");
-        let mut idle = parked.put(idle).expect_err("it is to be served");
+        let mut idle = parked.put(idle).expect_err("parked with unread bytes");
         idle.connection.unread = Bytes::new();
         for phase in [Phase::Quiescing, Phase::Lingering, Phase::Closing] {
             registry.set_phase(phase);
-            idle = parked.put(idle).expect_err("it is to be told");
+            idle = parked.put(idle).expect_err("parked in a phase that moves or closes it");
         }
         registry.set_phase(Phase::Draining);
         assert!(parked.put(idle).is_ok());

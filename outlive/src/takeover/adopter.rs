@@ -1,5 +1,8 @@
-//! Adopts the connections that a predecessor handed over: at a restart from systemd's store, at a reload from the
-//! predecessor itself. Connections for which this process has no file descriptors wait (`handover/overflow.rs`).
+//! Adopts the connections that a predecessor handed over.
+//!
+//! An [`Adopter`] reads handover channels (`handover/`): at a restart from systemd's store, at a reload from the
+//! predecessor itself. It passes each connection to `Server::adopt`. Connections for which this process has no file
+//! descriptors wait in their channels (`handover/overflow.rs`).
 
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
@@ -19,35 +22,36 @@ use crate::os::systemd;
 use crate::server::Server;
 use crate::transport::listener_name::Name;
 
-/// How often the connections that wait for descriptors are looked at while their peers are idle.
+/// How often the connections that wait for descriptors are checked while their peers are idle.
 const ROTATION_INTERVAL: Duration = Duration::from_millis(50);
-/// How soon they are looked at again after one of them has been answered. A client that asks on one connection after the
-/// other waits so long for each response; a look at 2,000 connections takes some 4 ms.
+/// How soon they are checked again after one of them has been served. A client that sends one request at a time, each
+/// on another connection, waits this long for each response. A check of 2,000 connections takes about 4 ms.
 const BUSY_ROTATION_INTERVAL: Duration = Duration::from_millis(10);
 
-/// What a channel still holds.
+/// What a channel still holds after it was read.
 #[derive(PartialEq, Eq)]
 enum Remainder {
     None,
-    /// Connections for which there are no descriptors.
+    /// Connections for which this process has no descriptors.
     Waits,
 }
 
+/// Adopts connections into a [`Server`], and counts them for the log.
 pub struct Adopter {
     server: Server,
-    /// Those of this process's listeners.
+    /// The names of this process's listeners. Connections of other listeners are refused.
     names: Vec<Name>,
     room: FdRoom,
     /// Connections that this process serves.
     adopted: usize,
-    /// Connections that were answered while they waited for descriptors, and ended with that.
+    /// Connections that were served while they waited for descriptors, and closed after that response.
     finished: usize,
     /// Connections closed because this process cannot serve them.
     refused: usize,
     /// Why the last one was refused.
     reason: Option<String>,
     origin: Option<Origin>,
-    /// Channels in which connections waited in the predecessor.
+    /// Channels that the predecessor passed on, because their connections waited for descriptors there.
     nested: Vec<OwnedFd>,
 }
 
@@ -66,7 +70,7 @@ impl Adopter {
         }
     }
 
-    /// Adopts what `channels` of the store hold; says how many connections that is.
+    /// Adopts the connections in the `channels` of systemd's store. Returns a note for the status line.
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
         for channel in channels {
             let emptied = channel.and_then(|channel| {
@@ -92,8 +96,8 @@ impl Adopter {
         self.finish()
     }
 
-    /// Adopts connections from a predecessor that runs beside this process, until it has ended; says how many these
-    /// were. `on_other` gets the frames that are not about connections.
+    /// Adopts connections from a predecessor that runs beside this process, until it has exited. Returns a note for the
+    /// status line. `on_other` receives the frames that are steps of the takeover.
     pub async fn adopt_from(mut self, channel: Channel, mut on_other: impl FnMut(Frame)) -> String {
         let begun = Instant::now();
         if self.adopt_while_room(&channel, &mut on_other).await == Remainder::Waits {
@@ -139,8 +143,8 @@ impl Adopter {
         }
     }
 
-    /// Adopts what the channel's writer has sent, and keeps the channel where that is more than there is room for. A
-    /// frame that cannot be decoded costs the connections in it, and no others.
+    /// Adopts the connections in a channel whose writer has exited. If there are not enough descriptors, keeps the
+    /// channel. If a frame cannot be decoded, only the connections in it are closed.
     fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> std::io::Result<()> {
         loop {
             match handover::receive_if_room(&channel, &mut self.room, WINDOW)? {
@@ -148,14 +152,14 @@ impl Adopter {
                     self.server.overflow().keep(channel, location);
                     return Ok(());
                 }
-                // The writer has ended, so nothing more comes.
+                // No more frames arrive, because the writer has exited.
                 Next::Pending | Next::End => return Ok(()),
                 next => self.on_next(next),
             }
         }
     }
 
-    /// Channels in which connections waited in the predecessor.
+    /// Adopts the connections in the channels that the predecessor passed on.
     fn empty_nested(&mut self) {
         for channel in std::mem::take(&mut self.nested) {
             if let Err(error) = self.empty(channel, ChannelLocation::Process) {
@@ -211,7 +215,7 @@ impl Adopter {
         self.reason = Some(reason);
     }
 
-    /// What became of the connections.
+    /// How many connections were taken over, and how many wait.
     fn note(&self) -> String {
         let (adopted, waiting) = (self.adopted, self.server.overflow().len());
         match waiting {
@@ -220,7 +224,8 @@ impl Adopter {
         }
     }
 
-    /// Logs what could not be adopted, and begins to look after what waits.
+    /// Logs how many connections could not be adopted, and starts a task that serves those that wait. Returns the note
+    /// for the status line.
     fn finish(mut self) -> String {
         let note = self.note();
         self.log_refused();
@@ -269,11 +274,12 @@ impl Adopter {
         self.log_refused();
     }
 
-    /// Adopts what fits by now, and serves those of the others that have something to say. Gives how many
-    /// channels are not empty yet.
+    /// Adopts the connections for which there is room by now, and serves those of the others that are readable or
+    /// closed by their peers. Returns how many channels are not empty yet; None once the next process has them.
     fn rotate_once(&mut self) -> Option<usize> {
         let server = self.server.clone();
-        // A connection between the channel and the registry would be counted by neither.
+        // A connection that has left its channel and is not registered yet is in neither count, so without this a drain
+        // could end and close it.
         let _accepting = server.registry().accepting();
         let (mut room, names) = (std::mem::take(&mut self.room), self.names.clone());
         let unpacked = |frame: Frame| {
@@ -294,14 +300,14 @@ impl Adopter {
         );
         self.room = room;
         self.finished += finished;
-        // Each of these can have become one more channel that waits.
+        // `empty_nested` may keep each of them as one more channel that is not empty.
         let nested = self.nested.len();
         self.empty_nested();
         channels.map(|channels| channels + nested)
     }
 }
 
-/// Whether a frame also occurs in the store; the others are steps of a takeover.
-fn is_of_connections(kind: MessageType) -> bool {
-    matches!(kind, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
+/// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.
+fn is_of_connections(message_type: MessageType) -> bool {
+    matches!(message_type, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
 }

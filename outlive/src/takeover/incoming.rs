@@ -1,4 +1,8 @@
-//! The successor's side.
+//! The side of the successor in a reload.
+//!
+//! [`PredecessorLink::inherit`] receives the listeners, with which `lifecycle/start.rs` starts the service.
+//! [`PredecessorLink::commit`] then agrees with the predecessor that this process serves, and [`Committed::take_over`]
+//! adopts the connections with an [`Adopter`].
 
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,7 +23,7 @@ use crate::server::Server;
 use crate::takeover::adopter::Adopter;
 use crate::transport::listener_name::Name;
 
-/// The process that we take over from.
+/// The connection to the predecessor, before the commit. Dropped, it cancels the reload.
 pub struct PredecessorLink {
     channel: OwnedFd,
     outcome: ResultPipe,
@@ -28,18 +32,20 @@ pub struct PredecessorLink {
 }
 
 impl PredecessorLink {
-    /// What `launch` gave this process.
+    /// Takes the channel from standard input and the result pipe from standard output, where `launch.rs` has put them.
     pub fn find() -> Result<Self> {
         let outcome = ResultPipe::claim_stdout().context("could not duplicate standard output")?;
         let channel = take_standard_input().context("could not duplicate standard input")?;
         Ok(Self { channel, outcome, me: Origin::now(0), deadline: Instant::now() })
     }
 
-    /// Asks for the listeners; `limit` is for all that comes before we serve.
+    /// Asks for the listeners. `limit` is the time until `Commit`, from now. Fails, with the reason, if the predecessor
+    /// refuses, does not answer in time, or sends an invalid message.
     pub fn inherit(&mut self, limit: Duration) -> Result<Inherited> {
         self.deadline = Instant::now() + limit;
         let pid = std::process::id().to_string();
-        // Where nobody listens any more, the reason may lie in the channel.
+        // An error is ignored, because a predecessor that has closed the channel may have sent the reason before, which
+        // is received below.
         send_frames::<OwnedFd>(&self.channel, MessageType::Hello, self.me, &[], &pid);
         let frame = loop {
             ensure!(
@@ -70,13 +76,13 @@ impl PredecessorLink {
         }
         let generation = frame.origin.generation.saturating_add(1);
         self.me = Origin::now(generation);
-        // systemd gives WATCHDOG_USEC to what ExecStart= starts, and not to us.
+        // systemd sets WATCHDOG_USEC only for the process that ExecStart= starts, so the predecessor passes it on.
         let watchdog = frame.text.parse().ok().map(Duration::from_micros);
         let generation = Some(generation);
         Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog, socket_files })
     }
 
-    /// Says that we could serve, and waits for the predecessor to say: do.
+    /// Sends `Ready`, and waits for `Commit`. Fails if the predecessor refuses, exits or does not answer in time.
     pub async fn commit(self) -> Result<Committed> {
         let Self { channel, outcome, me, deadline } = self;
         match ask_to_commit(channel, me, deadline).await {
@@ -88,7 +94,7 @@ impl PredecessorLink {
         }
     }
 
-    /// This process ends, and the predecessor goes on.
+    /// Reports why this process does not take over, so that the predecessor keeps serving and the reload fails.
     pub fn give_up(self, reason: &str) {
         let (_, _) = send_frames::<OwnedFd>(&self.channel, MessageType::Refused, self.me, &[], reason);
         self.outcome.failed(reason);
@@ -112,7 +118,7 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
     }
 }
 
-/// From now on this process serves.
+/// The connection to the predecessor after the commit: from now on this process serves.
 pub struct Committed {
     channel: Channel,
     outcome: ResultPipe,
@@ -120,9 +126,9 @@ pub struct Committed {
 }
 
 impl Committed {
-    /// Goes on with the predecessor's connections as they come, in a task of its own. Returns when this
-    /// process is the main one, which is still to be told to whoever waits for the outcome.
-    /// `gone` is cancelled when the predecessor has ended.
+    /// Sends `Accepting`, and starts a task that adopts the predecessor's connections. Returns when this process is the
+    /// main process of the service; the caller then reports the success through the returned pipe. `gone` is cancelled
+    /// when the predecessor has exited.
     pub async fn take_over(
         self,
         server: Server,
@@ -139,7 +145,7 @@ impl Committed {
             receive(channel, server, names, status, to_main).await;
             gone.cancel();
         });
-        // A predecessor that died, or hangs, leaves nobody else to be it.
+        // A timeout is ignored: if the predecessor has died or hangs, this process is the only one that serves.
         let _ = tokio::time::timeout(OUTCOME_LIMIT, is_main).await;
         outcome
     }

@@ -1,4 +1,9 @@
-//! Starts a successor that is nobody's child, and hears what becomes of it.
+//! Starts a successor, and reports the result.
+//!
+//! [`Program::launch`] starts an intermediate process ([`run_intermediate`]), which starts the successor and exits, so
+//! that the successor becomes a child of systemd. The successor reports the result through a pipe, the [`ResultPipe`],
+//! and [`Launched::outcome`] waits for it. The takeover command (`socket.rs`) and, on SIGHUP, the predecessor
+//! (`outgoing.rs`) use this.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -19,27 +24,30 @@ use super::process_handle::ProcessHandle;
 use super::{ADOPTS_HTTP2_AND_TLS, OUTCOME_LIMIT};
 use crate::handover::Protocols;
 
-/// Tells a process that we start what it is to be.
+/// The environment variable that gives a process its [`Role`].
 const ROLE: &str = "TAKEOVER_ROLE";
-/// Its values: on SIGHUP, the release before this one says them to this one.
+/// The values of [`ROLE`]. They must not change, because on SIGHUP a process of an earlier release starts this binary
+/// with them.
 const INTERMEDIATE: &str = "middle";
 const SUCCESSOR: &str = "successor";
-/// What the successor says when it is the main process.
+/// The line that a successor writes to its result pipe when it is the main process.
 const OK: &str = "ok";
 
-/// How much of a binary is looked at at once, in bytes.
+/// How much of a binary is read and searched at once, in bytes.
 const READ_LENGTH: usize = 1024 * 1024;
 
-/// What this process is to be.
+/// The role of this process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Role {
     /// Started by a person or a service manager.
     First,
-    /// Starts the successor, and ends.
+    /// Starts the successor, and exits.
     Intermediate,
+    /// Takes over from a running process.
     Successor,
 }
 
+/// The role that the process has according to its environment.
 pub fn role() -> Role {
     match std::env::var(ROLE).as_deref() {
         Ok(INTERMEDIATE) => Role::Intermediate,
@@ -48,7 +56,8 @@ pub fn role() -> Role {
     }
 }
 
-/// How this service is started: its path, so that a new binary there is used, and its flags.
+/// How this service is started: the path of its binary and its flags. A path and not the open binary, so that a
+/// successor is the release that is installed there when it starts.
 #[derive(Clone, Debug)]
 pub struct Program {
     path: PathBuf,
@@ -57,10 +66,9 @@ pub struct Program {
 }
 
 impl Program {
-    /// This process's, without its subcommand. To be asked for early: the path of a binary that has been
-    /// replaced is not to be had any more.
-    ///
-    /// `position_of_takeover`: where among all arguments that subcommand stands.
+    /// The program of this process, without the subcommand `takeover`, whose index among the arguments
+    /// `position_of_takeover` returns. Must be called early, because `/proc/self/exe` no longer names the path of a
+    /// binary that has been replaced. Fails if the path cannot be determined.
     pub fn current(position_of_takeover: impl Fn(&[OsString]) -> Option<usize>) -> io::Result<Self> {
         let mut flags: Vec<OsString> = std::env::args_os().collect();
         let command = position_of_takeover(&flags);
@@ -68,7 +76,8 @@ impl Program {
             flags.remove(command);
         }
         flags.drain(..flags.len().min(1));
-        // The path that we were called by, where there is one: it may be a link to the release of the day.
+        // Prefer the path in argv[0], because it may be a symbolic link that points to the newest release, which
+        // `/proc/self/exe` would resolve to the present one.
         let called = std::env::args_os().next().map(PathBuf::from).unwrap_or_default();
         let is_path = called.components().count() > 1;
         let path = if is_path { std::path::absolute(called)? } else { std::env::current_exe()? };
@@ -81,8 +90,8 @@ impl Program {
     }
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
-    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`]. A file that is no binary, or cannot be read, is taken for a
-    /// release that adopts all.
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`]. A file that is not an ELF binary, or cannot be read, counts
+    /// as a release that adopts all of them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
         let advertises = tokio::task::spawn_blocking(move || advertises(&path).unwrap_or(true)).await;
@@ -95,8 +104,9 @@ impl Program {
         command
     }
 
-    /// Starts a successor with `channel` as its standard input, within `limit`. When this returns, its
-    /// parent has ended.
+    /// Starts a successor with `channel` as its standard input. When this returns, the intermediate process has exited,
+    /// so the successor is a child of systemd. Fails if that takes longer than `limit`, or if the binary is not a
+    /// release of this service.
     pub fn launch(&self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
         let deadline = Instant::now() + limit;
         let (outcome, to_outcome) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -104,70 +114,73 @@ impl Program {
         intermediate.stdin(channel).stdout(to_outcome);
         let path = self.path.display();
         let mut child = intermediate.spawn().with_context(|| format!("could not start {path}"))?;
-        // Its copy of the pipe's writing end; else the pipe would never end.
+        // Drops the writing end of the pipe in this process; otherwise reading the pipe would never end.
         drop(intermediate);
-        let ended = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-        if !is_readable(&ended, deadline)? {
+        let exited = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
+        if !is_readable(&exited, deadline)? {
             child.kill()?;
         }
         let status = child.wait()?;
         ensure!(status.success(), "could not start a successor: {path}: {status}");
         let mut launched = Launched { outcome: outcome.into(), successor: None };
-        let said = launched.read_line(deadline)?;
-        let pid = said.strip_prefix("pid ").and_then(|pid| pid.parse().ok());
+        let line = launched.read_line(deadline)?;
+        let pid = line.strip_prefix("pid ").and_then(|pid| pid.parse().ok());
         let pid = pid.with_context(|| {
-            format!("{path} is not a release of this service: expected \"pid NUMBER\" from it, got {said:?}")
+            format!("{path} is not a release of this service: expected \"pid NUMBER\" from it, got {line:?}")
         })?;
-        // None: it has ended, and what it said of that is still to be read.
+        // An error means that the successor has exited already. Its reason is still in the pipe, for `outcome`.
         launched.successor = ProcessHandle::open(pid).ok();
         Ok(launched)
     }
 }
 
-/// Whether a binary is our own, or has the word; none of the two is known of a script.
+/// Whether a binary is the one of this process or contains [`ADOPTS_HTTP2_AND_TLS`]. True for a file that is not an ELF
+/// binary, because a script that starts the service does not contain the text.
 fn advertises(path: &Path) -> io::Result<bool> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(true);
     }
-    let word = memmem::Finder::new(ADOPTS_HTTP2_AND_TLS);
+    let text = memmem::Finder::new(ADOPTS_HTTP2_AND_TLS);
     let mut buffer = Vec::with_capacity(READ_LENGTH + ADOPTS_HTTP2_AND_TLS.len());
     let mut is_elf = None;
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
-        if !is_elf || word.find(&buffer).is_some() {
+        if !is_elf || text.find(&buffer).is_some() {
             return Ok(true);
         }
-        // It may be cut in two.
+        // The end is kept, because the text may begin in this part of the file and end in the next one.
         buffer.drain(..buffer.len().saturating_sub(ADOPTS_HTTP2_AND_TLS.len()));
     }
     Ok(false)
 }
 
-/// Waits for `fd`; false at the deadline.
+/// Waits until `fd` is readable. Returns false if it is not at the deadline.
 pub(super) fn is_readable(fd: impl AsFd, deadline: Instant) -> Result<bool> {
     let left = deadline.saturating_duration_since(Instant::now());
     let left = Timespec { tv_sec: left.as_secs().try_into()?, tv_nsec: left.subsec_nanos().into() };
     Ok(poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&left))? > 0)
 }
 
-/// The intermediate process's whole life: starts the successor with the same standard input and output.
+/// Runs the intermediate process: starts the successor with the same standard input and output, and writes its pid to
+/// the result pipe.
 pub fn run_intermediate(program: &Program) -> Result<()> {
     let successor = program.command(SUCCESSOR).spawn().context("could not start the successor")?;
     writeln!(io::stdout(), "pid {}", successor.id())?;
     Ok(())
 }
 
-/// A successor under way.
+/// A successor that has been started.
 pub struct Launched {
     outcome: File,
     successor: Option<ProcessHandle>,
 }
 
 impl Launched {
-    /// Waits until the successor is the main process. One that is not, though it had `limit` to be ready and its
-    /// predecessor the time to decide, or fails, is no more when this returns.
+    /// Waits until the successor is the main process. Fails with the reason that the successor reports, or if it
+    /// reports nothing within `limit` and the time that the predecessor has to decide. The successor has then exited or
+    /// been killed.
     pub fn outcome(mut self, limit: Duration) -> Result<()> {
         let outcome = match self.read_line(Instant::now() + limit + OUTCOME_LIMIT) {
             Ok(line) if line == OK => return Ok(()),
@@ -181,7 +194,7 @@ impl Launched {
         outcome
     }
 
-    /// Empty at the end.
+    /// Reads one line from the pipe. Empty if the successor has closed it.
     fn read_line(&mut self, deadline: Instant) -> Result<String> {
         let mut line = Vec::new();
         let mut byte = [0];
@@ -195,10 +208,13 @@ impl Launched {
     }
 }
 
-/// Where a successor says what becomes of it: its standard output.
+/// The pipe through which a successor reports the result of its start: its standard output. Both methods write one line
+/// and close it.
 pub struct ResultPipe(File);
 
 impl ResultPipe {
+    /// Takes the pipe from standard output, and puts `/dev/null` in its place, so that nothing else in the process
+    /// writes to the pipe.
     pub(super) fn claim_stdout() -> io::Result<Self> {
         let outcome = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
         let null = File::options().write(true).open("/dev/null")?;
@@ -206,17 +222,20 @@ impl ResultPipe {
         Ok(Self(outcome.into()))
     }
 
+    /// Reports that this process is the main process of the service.
     pub fn ok(mut self) {
-        // Whoever waited may be gone; that changes nothing any more.
+        // An error means that the process that waited has exited. The takeover has succeeded all the same.
         let _ = writeln!(self.0, "{OK}");
     }
 
+    /// Reports why this process does not take over.
     pub(super) fn failed(mut self, reason: &str) {
         let _ = writeln!(self.0, "{}", reason.replace('\n', " "));
     }
 }
 
-/// A successor's channel: its standard input.
+/// Takes the channel to the predecessor from standard input, and puts `/dev/null` in its place, so that nothing else in
+/// the process reads from the channel.
 pub(super) fn take_standard_input() -> io::Result<OwnedFd> {
     let channel = rustix::io::fcntl_dupfd_cloexec(io::stdin(), 3)?;
     let null = File::open("/dev/null")?;

@@ -1,31 +1,42 @@
-//! Reload: the successor starts beside us, takes our listeners and connections over, and only then do we
-//! go. If it cannot start, we stay.
+//! A reload: the successor starts beside the predecessor and takes over its listeners and connections, and then the
+//! predecessor exits. If the successor cannot start, the predecessor keeps serving.
+//!
+//! - `socket.rs`: the takeover socket, and the command `takeover` that connects to it
+//! - `launch.rs`: starts the intermediate process and the successor, and reports the result
+//! - `outgoing.rs`: the side of the predecessor, [`Reloads`] and [`PreparedSuccessor`](outgoing::PreparedSuccessor)
+//! - `incoming.rs`: the side of the successor, [`PredecessorLink`] and [`Committed`](incoming::Committed)
+//! - `adopter.rs`: adopts connections, at a restart too
+//!
+//! The messages are frames of the handover channel (`handover/frame.rs`):
 //!
 //! ```text
 //! takeover (ExecReload=)         predecessor                      successor
 //!   connects to the socket  ---->  (socket.rs)
 //!   starts an intermediate process, which starts the successor with the connection as its standard input,
-//!   and ends: the successor is a child of systemd now          (launch.rs)
+//!   and exits, so that the successor is a child of systemd     (launch.rs)
 //!   Go                      ---->
-//!                                      <---- Hello                  is there
+//!                                      <---- Hello
 //!                                  RELOADING=1
-//!                                  Listeners ---->                  builds its service on them, and on the credentials
-//!                                      <---- Ready                  could serve
-//!                                  Commit ---->                     accepts
+//!                                  Listeners ---->                  starts with the listeners and the credentials
+//!                                      <---- Ready                  can serve
+//!                                  Commit ---->                     accepts connections
 //!                                      <---- Accepting
 //!                                  stops accepting
 //!                                  MAINPID= READY=1
 //!                                  Main ---->                       is the main process: STATUS=, WATCHDOG=1
-//!   exits as the successor says <------------------------------ ok
-//!                                  Tickets ---->                    takes up TLS sessions of ours
-//!                                  Connections ---->                goes on with each as it comes to rest
-//!                                  Totals ---->                     goes on counting from there
-//!                                  ends, at twice the drain limit at the latest
+//!   exits, with the result      <------------------------------ ok
+//!                                  Tickets ---->                    resumes TLS sessions
+//!                                  Connections ---->                adopts each connection that became quiescent
+//!                                  Totals ---->                     continues the counters
+//!                                  exits, at the latest after twice --drain-timeout
 //! ```
-//! On SIGHUP the predecessor starts the intermediate process itself. Until `Commit` each side may end, and
-//! the predecessor goes on as if nothing had been. From `Commit` on nothing is cancelled: a successor that
-//! does not say `Accepting` in time is killed before the predecessor goes on alone. Systemd takes a process
-//! that is not its child for a stranger, to be killed without a drain: hence the intermediate process, and `Go`.
+//!
+//! On SIGHUP the predecessor starts the intermediate process itself. Until `Commit` each process may exit or cancel,
+//! and the predecessor keeps serving. From `Commit` on nothing is cancelled, because the successor may serve already:
+//! one that does not answer `Accepting` in time is killed before the predecessor continues alone.
+//!
+//! The successor must be a child of systemd before it becomes the main process; otherwise systemd would kill it at the
+//! next stop without a drain. This is the reason for the intermediate process, and for `Go`.
 
 mod adopter;
 mod incoming;
@@ -38,22 +49,24 @@ use std::time::Duration;
 
 use crate::os::systemd::BARRIER_LIMIT;
 
-/// For a successor to say Accepting once it has been told to commit.
+/// How long the predecessor waits for `Accepting` after it has sent `Commit`.
 const COMMIT_LIMIT: Duration = Duration::from_secs(5);
 
-/// For all that comes after Ready: whoever waits for the outcome waits as much longer than `--takeover-timeout`,
-/// so that it is the predecessor that decides.
+/// The budget for everything after `Ready`. The processes that wait for the result of a reload wait this much longer
+/// than `--takeover-timeout`, so that the predecessor decides first; otherwise a reload could be reported as failed and
+/// still succeed.
 const OUTCOME_LIMIT: Duration =
     COMMIT_LIMIT.saturating_add(BARRIER_LIMIT).saturating_add(Duration::from_secs(1));
 
-/// Why a reload failed that was neither refused nor timed out.
+/// The reason of a reload that failed because the service is being stopped at the same time.
 pub const STOPPED_DURING_RELOAD: &str = "the service is being stopped";
 
-/// Said with Ready by a successor that goes on with HTTP/2 and TLS connections; earlier releases say nothing. It also
-/// shows in the binary of such a release.
+/// The text of `Ready` from a successor that adopts HTTP/2 and TLS connections; earlier releases send no text. At a
+/// restart the next process cannot be asked, so this text is searched for in its binary ([`Program::adopts`]). It must
+/// not change, because releases would no longer recognize each other.
 const ADOPTS_HTTP2_AND_TLS: &str = "takes-http2-and-tls";
 
-/// What the folder of the credentials is called where the listeners stand with their names.
+/// The name of the credentials directory among the names of the listeners in the message `Listeners`.
 const CREDENTIALS: &str = "credentials";
 
 pub use adopter::Adopter;

@@ -1,4 +1,8 @@
-//! The old process's side of a reload: it prepares a successor, and commits.
+//! The side of the predecessor in a reload.
+//!
+//! The main loop (`lifecycle/serve.rs`) polls [`Reloads`]. A reload has two steps: the preparation ends with a
+//! [`PreparedSuccessor`] and can be cancelled; [`PreparedSuccessor::commit`] cannot, and decides which process keeps
+//! serving. `Drain::pass_on` (`lifecycle/drain.rs`) then hands the connections over to the [`Successor`].
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,16 +26,19 @@ use crate::os::credentials::Credentials;
 use crate::os::signals::{SignalRequest, Signals};
 use crate::os::systemd;
 
+/// Why a reload is refused while another one is in progress.
 pub const UNDER_WAY: &str = "another reload is in progress";
 
 /// What a successor inherits.
 pub struct SuccessorBundle {
-    /// Its listeners, and the folder of its credentials.
+    /// Its listeners, and the directory of its credentials.
     fds: Vec<(OwnedFd, SocketRecord)>,
+    /// The generation of this process.
     pub generation: u64,
+    /// The watchdog time of the unit (`WatchdogSec=`).
     pub watchdog: Option<Duration>,
     pub program: Program,
-    /// For a successor to be ready.
+    /// How long a successor may take until it sends `Ready` (`--takeover-timeout`).
     pub limit: Duration,
 }
 
@@ -58,7 +65,7 @@ impl SuccessorBundle {
     }
 }
 
-/// A reload up to the commit. To cancel it, drop it: the successor then finds its channel closed, and exits.
+/// A reload up to the commit. To cancel it, drop it: this closes the channel, so the successor exits.
 type Preparation<'a> = Pin<Box<dyn Future<Output = Result<PreparedSuccessor>> + Send + 'a>>;
 
 /// The reloads of a process that serves: one at a time.
@@ -68,10 +75,11 @@ pub struct Reloads<'a> {
     preparation: Option<Preparation<'a>>,
 }
 
+/// See [`Reloads::next`].
 pub enum ReloadEvent {
-    /// A successor has connected to the takeover socket.
+    /// A takeover command has connected to the takeover socket.
     Connected(Channel),
-    /// The reload under way has come to the commit, or has failed.
+    /// The reload in progress can be committed, or has failed.
     Prepared(Result<PreparedSuccessor>),
 }
 
@@ -84,7 +92,7 @@ impl<'a> Reloads<'a> {
         self.preparation.is_some()
     }
 
-    /// Waits for the next event. Can be cancelled without losing one.
+    /// Waits for the next event. Cancel safe: to drop the future loses no event.
     pub async fn next(&mut self) -> ReloadEvent {
         let Self { socket, preparation, .. } = self;
         let connected = async {
@@ -112,7 +120,7 @@ impl<'a> Reloads<'a> {
         self.preparation = Some(Box::pin(prepare_spawned(self.bundle)));
     }
 
-    /// Starts a reload with a successor that a takeover command spawned, or refuses it because another is under way.
+    /// Starts a reload with a successor that a takeover command spawns, or refuses it because another is in progress.
     pub async fn accept_successor(&mut self, channel: Channel) {
         if self.is_under_way() {
             refuse(&channel, self.bundle.generation).await;
@@ -124,11 +132,12 @@ impl<'a> Reloads<'a> {
 
 async fn refuse(channel: &Channel, generation: u64) {
     info!("refused a takeover: {UNDER_WAY}");
-    // Whoever it was may be gone.
+    // An error means that the takeover command has exited, so it needs no reason.
     let _ = channel.say(MessageType::Refused, Origin::now(generation), UNDER_WAY).await;
 }
 
-/// A takeover command starts the successor and sends Go.
+/// Prepares a successor that a takeover command starts. The command sends `Go` after the intermediate process has
+/// exited.
 async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<PreparedSuccessor> {
     match timeout(bundle.limit, prepare(bundle, &channel, Parent::Unknown)).await {
         Ok(prepared) => {
@@ -139,7 +148,7 @@ async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<
     }
 }
 
-/// This process starts the successor itself.
+/// Prepares a successor that this process starts itself.
 async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> {
     let (ours, theirs) = pair().context("could not create a channel for the successor")?;
     let channel = Channel::new(ours)?;
@@ -152,20 +161,22 @@ async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> 
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready within --takeover-timeout"),
     };
-    // The successor exits when its channel is closed, and then the outcome is known.
+    // Closed, so that the successor exits and the result pipe ends, possibly with a better reason than ours.
     drop(channel);
     outcome.await?.err().map_or(Err(reason), Err)
 }
 
-/// Whether the successor's first parent has exited. Before that, systemd would take it for a process of a foreign service
-/// and kill it without a drain once it is the main process.
+/// The parent of the successor. If the successor became the main process as a child of another process than systemd,
+/// systemd would kill it at the next stop without a drain.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Parent {
+    /// Possibly the intermediate process, until `Go` is received.
     Unknown,
+    /// The intermediate process has exited, so the kernel has made the successor a child of the service manager.
     ServiceManager,
 }
 
-/// Exchanges the messages up to Ready, after which the successor could serve.
+/// Exchanges the messages up to `Ready`.
 async fn prepare(
     bundle: &SuccessorBundle,
     channel: &Channel,
@@ -198,14 +209,14 @@ async fn prepare(
     Ok((successor, adopts))
 }
 
-/// A successor that could serve.
+/// A successor that has sent `Ready`, and can serve as soon as it receives `Commit`.
 pub struct PreparedSuccessor {
     channel: Channel,
     process: ProcessHandle,
     adopts: Protocols,
 }
 
-/// A successor that serves, and waits for the connections of this process.
+/// A successor that serves, and adopts the connections of this process.
 pub struct Successor {
     pub channel: Channel,
     /// Which connections it can adopt.
@@ -215,12 +226,12 @@ pub struct Successor {
 /// The result of a commit.
 pub struct Commitment {
     pub successor: Result<Successor>,
-    /// How many stop signals came before the result was known.
+    /// How many stop signals this process received before the result was known.
     pub stop_signals: u32,
 }
 
 impl PreparedSuccessor {
-    /// Commits, whatever signals come meanwhile.
+    /// Commits. Signals that arrive meanwhile do not cancel it; stop signals are counted, and the caller acts on them.
     pub async fn commit(
         self,
         bundle: &SuccessorBundle,
@@ -232,7 +243,7 @@ impl PreparedSuccessor {
         let committed = loop {
             tokio::select! {
                 biased;
-                // First, because a stop signal that came before the successor's answer counts.
+                // Polled first, so that a stop signal that arrives together with the successor's answer is counted.
                 request = signals.next() => match request {
                     SignalRequest::Stop => {
                         info!("stop signal received during a reload: stopping after the reload");
@@ -244,7 +255,7 @@ impl PreparedSuccessor {
             }
         };
         let successor = committed.map(|Self { channel, process, adopts }| {
-            // A service manager sends the signal to both processes itself.
+            // Without a service manager, only this process received the stop signal, so it passes the signal on.
             if stop_signals > 0 && !systemd::is_there() {
                 process.terminate();
             }
@@ -253,8 +264,8 @@ impl PreparedSuccessor {
         Commitment { successor, stop_signals }
     }
 
-    /// Makes the successor the main process. Must not be cancelled: from Commit on the successor may serve, so this
-    /// decides which of the two processes keeps serving. If it fails, the successor has been killed.
+    /// Makes the successor the main process of the service. Must not be cancelled: from `Commit` on the successor may
+    /// serve, so this decides which of the two processes keeps serving. If it fails, the successor has been killed.
     async fn hand_main_over(self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
@@ -263,13 +274,13 @@ impl PreparedSuccessor {
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
         if let Err(reason) = answer.context("the successor did not answer Commit in time").flatten() {
-            // Killed before its channel is closed, because it would take the closed channel for the end of this process,
-            // and serve.
-            let ended = tokio::task::spawn_blocking(move || {
+            // Killed before its channel is closed, because the successor would take a closed channel for the exit of
+            // this process, and would serve beside it.
+            let killed = tokio::task::spawn_blocking(move || {
                 let Self { channel, process, .. } = self;
                 process.kill().map(|()| drop(channel))
             });
-            if let Err(error) = ended.await.map_err(anyhow::Error::from).flatten() {
+            if let Err(error) = killed.await.map_err(anyhow::Error::from).flatten() {
                 error!("could not end the failed successor, so two processes may be serving: {error:#}");
             }
             return Err(reason);
@@ -277,7 +288,8 @@ impl PreparedSuccessor {
         let pid = self.process.pid();
         status.set_role(ManagerRole::Former);
         systemd::hand_main_to(pid).await;
-        // If the successor has died meanwhile, it died as the main process, and systemd starts the service again.
+        // An error is ignored, because a successor that has died meanwhile was the main process, so systemd restarts
+        // the service.
         let _ = timeout(COMMIT_LIMIT, self.channel.say(MessageType::Main, origin, "")).await;
         let next = bundle.generation + 1;
         info!(

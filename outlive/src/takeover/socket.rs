@@ -1,4 +1,7 @@
-//! The takeover socket in `$RUNTIME_DIRECTORY`, and the command that connects to it.
+//! The takeover socket in `$RUNTIME_DIRECTORY`, and the command `takeover` that connects to it.
+//!
+//! The serving process listens on a [`TakeoverSocket`]. [`command`] runs in the process that `ExecReload=` starts: it
+//! connects, starts a successor through `launch.rs`, and exits with the result.
 
 use std::ffi::OsString;
 use std::fs;
@@ -21,14 +24,15 @@ use crate::handover::{Channel, MessageType, Origin, send_frames};
 use crate::os::exit::{Failure, Result};
 
 const NAME: &str = "takeover";
-/// A stop reaches all processes of a service within this time.
+/// How long after the successor has failed the takeover command waits for a stop signal. `systemctl stop` sends SIGTERM
+/// to all processes of the service, but not at the same moment, so the successor can die of it first.
 const STOP_LAG: Duration = Duration::from_millis(100);
-/// Takeovers that may wait to be refused.
+/// How many connections may wait in the accept queue, to be refused while another reload is in progress.
 const BACKLOG: i32 = 4;
 
 fn path() -> Option<PathBuf> {
     let folders: OsString = std::env::var_os("RUNTIME_DIRECTORY")?;
-    // `RuntimeDirectory=` may name several; systemd puts colons between them.
+    // `RuntimeDirectory=` may name several directories, which systemd separates with colons (systemd.exec(5)).
     let first = std::env::split_paths(&folders).next()?;
     (!first.as_os_str().is_empty()).then(|| first.join(NAME))
 }
@@ -38,12 +42,12 @@ fn new_socket() -> io::Result<OwnedFd> {
     Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
 }
 
-/// Where a takeover command connects.
+/// The socket to which takeover commands connect. Its path is `takeover` in the first `RuntimeDirectory=`.
 pub struct TakeoverSocket(UnixListener);
 
 impl TakeoverSocket {
-    /// Makes the socket, in the place of a predecessor's. None without `RuntimeDirectory=`; a socket that
-    /// cannot be made costs the reload, and not the service.
+    /// Creates the socket, and replaces that of a predecessor. None without `RuntimeDirectory=`. None too, with a
+    /// warning, if it cannot be created, because only reloads need it and the service can serve without.
     pub fn open() -> Option<Self> {
         let path = path()?;
         Self::bind(&path)
@@ -55,7 +59,7 @@ impl TakeoverSocket {
         let aside = path.with_extension(std::process::id().to_string());
         let socket = new_socket()?;
         rustix::io::ioctl_fionbio(&socket, true)?;
-        // Of a process with this pid that died here.
+        // The file may exist, if an earlier process with this pid died between bind and rename.
         let _ = fs::remove_file(&aside);
         bind(&socket, &SocketAddrUnix::new(&aside)?)?;
         fs::set_permissions(&aside, fs::Permissions::from_mode(0o600))?;
@@ -64,7 +68,7 @@ impl TakeoverSocket {
         Ok(Self(UnixListener::from_std(socket.into())?))
     }
 
-    /// The next takeover that is asked for, by our own user.
+    /// Waits for the next takeover command. Connections from other users are closed.
     pub async fn accept(&self) -> Channel {
         loop {
             match self.try_accept().await {
@@ -90,8 +94,8 @@ impl TakeoverSocket {
     }
 }
 
-/// `takeover`, as `ExecReload=` runs it: starts a successor to the service that runs here, and waits
-/// until that has taken over. Fails, with its reason, where the old process stays.
+/// The command `takeover`, which `ExecReload=` runs: starts a successor of the running service, and waits until it has
+/// taken over. `limit` is `--takeover-timeout`. Fails, with the reason, if the running process keeps serving.
 pub fn command(program: Program, limit: Duration) -> Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("could not start the runtime")?;
@@ -103,12 +107,12 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
             _ = stop.recv() => None,
             result = reload => match result.context("the takeover command panicked")? {
                 Ok(()) => return Ok(()),
-                // The successor may have died of the same stop, and be heard of first: no reason of its own.
+                // If a stop signal follows, the successor died of the same stop, which is then the reason to report.
                 Err(failure) => timeout(STOP_LAG, stop.recv()).await.is_err().then_some(failure),
             },
         };
-        let overtaken = || Failure::unavailable(anyhow!("reload failed: {STOPPED_DURING_RELOAD}"));
-        Err(failed.unwrap_or_else(overtaken))
+        let stopped = || Failure::unavailable(anyhow!("reload failed: {STOPPED_DURING_RELOAD}"));
+        Err(failed.unwrap_or_else(stopped))
     });
     runtime.shutdown_background();
     result
@@ -116,21 +120,22 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
 
 fn reload(program: &Program, limit: Duration) -> Result<()> {
     let channel = connect()?;
-    let say = |kind, text: &str| send_frames::<OwnedFd>(&channel, kind, Origin::now(0), &[], text);
+    let send =
+        |message_type, text: &str| send_frames::<OwnedFd>(&channel, message_type, Origin::now(0), &[], text);
     let copy = channel.try_clone().context("could not duplicate the takeover connection");
     let launched = copy.and_then(|channel| program.launch(channel, limit));
     let launched = launched.map_err(|error| {
-        say(MessageType::Refused, &format!("{error:#}"));
+        send(MessageType::Refused, &format!("{error:#}"));
         Failure::unavailable(error)
     })?;
-    // If nobody reads it, the successor says so.
-    say(MessageType::Go, "");
-    // Ours would keep the channel open when the successor has died.
+    // An error is ignored: if the service has exited, the successor reports that.
+    send(MessageType::Go, "");
+    // Closed, because the service detects a dead successor by the closed channel, which this copy would keep open.
     drop(channel);
     launched.outcome(limit).context("reload failed").map_err(Failure::unavailable)
 }
 
-/// Tells the service that runs here why it is not reloaded.
+/// Reports to the running service why a reload fails before a successor is started, for its log and status line.
 pub fn give_up(reason: &str) {
     if let Ok(channel) = connect() {
         send_frames::<OwnedFd>(&channel, MessageType::Refused, Origin::now(0), &[], reason);
