@@ -1,5 +1,5 @@
-//! Session tickets (RFC 8446 section 4.6.1), sealed with keys that the next process gets too: who comes back to it
-//! need not shake hands anew.
+//! [`Tickets`], which seals and opens TLS session tickets (RFC 8446 section 4.6.1). Its keys are handed over to the
+//! next process, so that clients can resume their sessions there without a full handshake.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -13,7 +13,8 @@ use zeroize::Zeroizing;
 
 use crate::os::lock::lock;
 
-/// A key seals for as long, in seconds, and opens for twice as long: as rustls' own ticketer has it.
+/// How long a key seals tickets, in seconds; it opens them for twice as long. The ticketer of rustls has the same
+/// times.
 const ROTATION: u64 = 6 * 60 * 60;
 const KEY_LENGTH: usize = 32;
 
@@ -30,7 +31,7 @@ struct Keys {
 #[derive(Clone)]
 struct Key {
     bytes: Zeroizing<[u8; KEY_LENGTH]>,
-    /// When it was made; seconds since 1970.
+    /// The time at which it was made, in seconds since 1970.
     since: u64,
 }
 
@@ -45,7 +46,8 @@ impl Key {
         LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.bytes[..]).expect("32 bytes"))
     }
 
-    /// Whether it was made in the future too: a clock may be set back.
+    /// Whether the key was made at least `age` ago. A key from the future counts too, because the clock may have been
+    /// set back, and the key would otherwise be used for too long.
     fn is_older_than(&self, age: u64, now: u64) -> bool {
         now.abs_diff(self.since) >= age
     }
@@ -59,7 +61,7 @@ impl Tickets {
         Ok(Self { random, keys: Mutex::new(Keys { current, former: None }) })
     }
 
-    /// For the next process.
+    /// Encodes the keys for the next process.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let keys = lock(&self.keys);
         let mut bytes = Zeroizing::new(Vec::with_capacity(1 + 2 * (8 + KEY_LENGTH)));
@@ -71,8 +73,8 @@ impl Tickets {
         bytes
     }
 
-    /// Goes on with the keys of a process before this one; false where `bytes` make no sense. What a later release has
-    /// to say behind them is left alone.
+    /// Adopts the keys of an earlier process. Returns false and keeps the present keys if `bytes` are invalid. Bytes
+    /// that follow are ignored, so that a later release can append fields.
     pub fn adopt_keys(&self, mut bytes: &[u8]) -> bool {
         let Ok(count @ 1..=2) = bytes.try_get_u8() else { return false };
         let mut key = || {
@@ -127,7 +129,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Without its keys.
+/// Does not show the keys.
 impl fmt::Debug for Tickets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Tickets")
@@ -157,14 +159,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ticket_is_good_for_as_long_as_it_says_and_no_longer() {
+    fn ticket_is_accepted_for_its_lifetime_and_no_longer() {
         let tickets = Tickets::new().expect("random numbers");
         let begun = now();
         let ticket = tickets.encrypt_at(begun, b"secret").expect("a ticket");
         for hours in [1, 5, 7, 11] {
             let now = begun + hours * 3600;
             assert_eq!(tickets.decrypt_at(now, &ticket).as_deref(), Some(&b"secret"[..]), "{hours}");
-            // Others are issued meanwhile.
+            // Sealing another ticket rotates the keys if that is due.
             tickets.encrypt_at(now, b"other").expect("a ticket");
         }
         assert_eq!(tickets.decrypt_at(begun + 12 * 3600, &ticket), None);
@@ -173,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn the_next_process_takes_tickets_of_both_keys() {
+    fn next_process_accepts_tickets_of_both_keys() {
         let (first, next) = (Tickets::new().expect("keys"), Tickets::new().expect("keys"));
         let old = first.encrypt_at(now() - ROTATION, b"old").expect("a ticket");
         let new = first.encrypt(b"new").expect("a ticket");
@@ -190,7 +192,7 @@ mod tests {
             assert_eq!(tickets.decrypt(bytes), None);
             let ticket = tickets.encrypt(b"secret").expect("a ticket");
             if !tickets.adopt_keys(bytes) {
-                assert!(tickets.decrypt(&ticket).is_some(), "refused, and yet taken");
+                assert!(tickets.decrypt(&ticket).is_some(), "refused keys were adopted");
             }
         });
     }
