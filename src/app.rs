@@ -139,12 +139,12 @@ mod tests {
     use super::*;
 
     async fn ask(path: &str, body: &'static str) -> (StatusCode, String) {
-        let request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
+        let request = Request::builder().uri(path).body(Body::from(body)).expect("the request is valid");
         let routes = with_context(routes(Duration::from_millis(1)));
-        let response = routes.oneshot(request).await.expect("infallible");
+        let response = routes.oneshot(request).await.expect("routers are infallible");
         let status = response.status();
-        let bytes = response.into_body().collect().await.expect("a whole body").to_bytes();
-        (status, String::from_utf8(bytes.to_vec()).expect("text"))
+        let bytes = response.into_body().collect().await.expect("the body is complete").to_bytes();
+        (status, String::from_utf8(bytes.to_vec()).expect("the text is valid"))
     }
 
     #[tokio::test]

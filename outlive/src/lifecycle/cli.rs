@@ -197,7 +197,8 @@ mod tests {
     fn each_option_has_a_variable_with_the_prefix_of_the_service() {
         let command = command::<Own>();
         let variable = |flag| {
-            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
+            let arg =
+                command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("the option exists");
             arg.get_env().and_then(|name| name.to_str()).map(str::to_owned)
         };
         assert_eq!(variable("drain-timeout"), Some("SHOP_FRONT_DRAIN_TIMEOUT".into()));
@@ -207,11 +208,11 @@ mod tests {
     #[test]
     fn options_have_two_headings_and_are_accepted_before_and_after_the_command() {
         let help = command::<Own>().render_help().to_string();
-        let own = help.find("Application options:").expect("a heading");
-        let ours = help.find("Server options:").expect("a heading");
+        let own = help.find("Application options:").expect("the heading exists");
+        let ours = help.find("Server options:").expect("the heading exists");
         // The usage line names each option too, before the headings.
-        assert!(own < help.rfind("--database").expect("a flag"), "{help}");
-        assert!(ours < help.rfind("--listen").expect("a flag"), "{help}");
+        assert!(own < help.rfind("--database").expect("the option exists"), "{help}");
+        assert!(ours < help.rfind("--listen").expect("the option exists"), "{help}");
         for line in ["x check --database d --log info", "x --database d --log info check"] {
             let matches = command::<Own>().try_get_matches_from(line.split(' ')).expect(line);
             let config = Config::from_arg_matches(&matches).expect(line);
@@ -241,7 +242,7 @@ mod tests {
     fn invalid_value_is_reported_in_one_line_with_its_option_or_variable() {
         let line = ["x", "--database", "d", "--idle-timeout", "0s"];
         let command = command::<Own>();
-        let error = command.clone().try_get_matches_from(line).expect_err("zero");
+        let error = command.clone().try_get_matches_from(line).expect_err("zero is refused");
         let message_for = |words: &[&str], is_set: bool| {
             one_line(&error, command.clone(), words.iter().map(OsString::from), |_| is_set).to_string()
         };

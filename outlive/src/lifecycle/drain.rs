@@ -509,7 +509,7 @@ mod tests {
     async fn hand_over_beside_an_endless_request(limit: Duration) -> Duration {
         let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
-        let mut signals = Signals::new().expect("signals");
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
         let endless = server.registered(Peer::Unix);
         // Only a part of the head has arrived, so the request is not in flight when the drain begins.
         endless.entry.received();
@@ -568,13 +568,15 @@ mod tests {
     /// Sends `requests`, each on a connection of its own, and begins to drain at `drain_at`.
     fn simulate(requests: &[Request], drain_at: Duration) -> Outcome {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        runtime.expect("a runtime").block_on(LocalSet::new().run_until(drain_beside(requests, drain_at)))
+        runtime
+            .expect("the runtime can be built")
+            .block_on(LocalSet::new().run_until(drain_beside(requests, drain_at)))
     }
 
     async fn drain_beside(requests: &[Request], drain_at: Duration) -> Outcome {
         let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
-        let mut signals = Signals::new().expect("signals");
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
         let outcome = Rc::new(RefCell::new(Outcome::default()));
         for (number, request) in requests.iter().copied().enumerate() {
             let (server, outcome) = (server.clone(), outcome.clone());

@@ -171,12 +171,12 @@ mod tests {
     #[test]
     fn socket_file_of_another_process_at_the_same_path_is_not_removed() {
         let files = SocketFiles::owned();
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let path = folder.path().join("x.sock");
         let address = Address::Path(path.clone());
-        let (_ours, bound) = address.bind(&files).expect("bound");
-        std::fs::remove_file(&path).expect("removed");
-        let (_other, other) = address.bind(&files).expect("bound anew");
+        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
+        std::fs::remove_file(&path).expect("the file can be removed");
+        let (_other, other) = address.bind(&files).expect("the path can be bound again");
         drop(bound);
         assert!(UnixStream::connect(&path).is_ok(), "the file of the other process was removed");
         drop(other);
@@ -186,13 +186,13 @@ mod tests {
     #[test]
     fn bind_to_a_path_in_use_fails_until_its_file_is_removed() {
         let files = SocketFiles::owned();
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let address = Address::Path(folder.path().join("x.sock"));
-        let (_ours, bound) = address.bind(&files).expect("bound");
+        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
         assert!(address.bind(&files).is_err(), "the path is in use");
         // The socket itself is still open.
-        bound.as_ref().expect("a file").remove();
-        let (_next, _file) = address.bind(&files).expect("the next process");
+        bound.as_ref().expect("the listener has a socket file").remove();
+        let (_next, _file) = address.bind(&files).expect("the path can be bound again");
         drop(bound);
         assert!(address.bind(&files).is_err(), "the file of the next process was removed");
     }

@@ -107,7 +107,7 @@ mod tests {
         for name in ["", "unknown", "shop.socket", "http"] {
             assert_eq!(listener_name(name).expect(name).as_str(), "http");
         }
-        assert_eq!(listener_name("admin").expect("a name").as_str(), "admin");
+        assert_eq!(listener_name("admin").expect("the name is valid").as_str(), "admin");
         assert!(listener_name("web").is_err());
     }
 

@@ -64,7 +64,8 @@ pub enum ListeningSocket {
     Unix(UnixListener),
 }
 
-/// Who else has the socket open, which decides what happens to the port when this process closes its listener.
+/// Whether another process has the socket open, which decides what happens to the port when this process closes its
+/// listener.
 pub enum Ownership {
     /// The process that passed the socket on keeps it open, so connections wait in its queue for the next process.
     Inherited,

@@ -93,7 +93,7 @@ mod tests {
             assert!(restore_totals(text).is_err(), "{text}");
         }
         assert_eq!((HANDED_OVER.get(), CUT_OFF.get()), before);
-        restore_totals("5 2").expect("two numbers");
+        restore_totals("5 2").expect("two numbers are valid totals");
         assert_eq!(totals(), format!("{} {}", before.0 + 5, before.1 + 2));
     }
 }

@@ -302,7 +302,7 @@ mod tests {
             let report = move |dropped| {
                 let _ = see.send(Seen::Reported(dropped));
             };
-            outbox.start("test", write, report).expect("a thread");
+            outbox.start("test", write, report).expect("the thread can be started");
             Self { outbox, writing, results, seen }
         }
 
@@ -317,12 +317,12 @@ mod tests {
 
         fn take(&self, count: usize) {
             for _ in 0..count {
-                self.results.send(Ok(())).expect("the writer is there");
+                self.results.send(Ok(())).expect("the writer runs");
             }
         }
 
         fn fail(&self) {
-            self.results.send(Err(io::ErrorKind::BrokenPipe.into())).expect("the writer is there");
+            self.results.send(Err(io::ErrorKind::BrokenPipe.into())).expect("the writer runs");
         }
 
         fn saw(&self, wanted: &[Seen]) {
@@ -406,7 +406,7 @@ mod tests {
         let reader = Reader::new(2, 1000);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
-        let hung = Instant::now().checked_sub(PATIENCE).expect("the machine runs for longer");
+        let hung = Instant::now().checked_sub(PATIENCE).expect("the machine has been up for longer");
         lock(&reader.outbox.state).writer = Writer::Writing { since: hung };
         let begun = Instant::now();
         reader.outbox.flush(PATIENCE);
@@ -470,15 +470,15 @@ mod tests {
         let report = |dropped| {
             // The queue is full before the report adds its message.
             OUTBOX.push_last("other".to_owned());
-            OUTBOX.push(format!("{dropped} dropped")).expect("accepted");
+            OUTBOX.push(format!("{dropped} dropped")).expect("the report is accepted");
         };
-        OUTBOX.start("test", write, report).expect("a thread");
+        OUTBOX.start("test", write, report).expect("the thread can be started");
         assert_eq!(OUTBOX.push("first".to_owned()), Ok(()));
         writing.recv_timeout(PATIENCE).expect("the writer begins to write");
         assert_eq!(OUTBOX.push("dropped".to_owned()), Err(Full));
         let all = [(); 3].map(|()| {
-            go.send(()).expect("the writer is there");
-            seen.recv_timeout(PATIENCE).expect("written")
+            go.send(()).expect("the writer runs");
+            seen.recv_timeout(PATIENCE).expect("the message is written")
         });
         assert_eq!(all, ["first", "other", "1 dropped"]);
     }

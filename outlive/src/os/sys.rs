@@ -111,20 +111,20 @@ mod tests {
 
     #[test]
     fn accept_queue_is_the_number_of_connections_that_wait() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("the listener can be bound");
         assert_eq!(accept_queue(&listener), Some(0));
-        let address = listener.local_addr().expect("an address");
-        let waiting = [(); 3].map(|()| TcpStream::connect(address).expect("a connection"));
+        let address = listener.local_addr().expect("the listener has an address");
+        let waiting = [(); 3].map(|()| TcpStream::connect(address).expect("the connection succeeds"));
         assert_eq!(accept_queue(&listener), Some(3));
-        drop(listener.accept().expect("one of them"));
+        drop(listener.accept().expect("a connection waits"));
         assert_eq!(accept_queue(&listener), Some(2));
         drop(waiting);
     }
 
     #[test]
     fn accept_queue_of_a_unix_socket_is_none() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let listener = UnixListener::bind(folder.path().join("socket")).expect("a listener");
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        let listener = UnixListener::bind(folder.path().join("socket")).expect("the listener can be bound");
         assert_eq!(accept_queue(&listener), None);
     }
 }

@@ -75,10 +75,19 @@ mod tests {
         let first = stream::once(async { Ok::<_, io::Error>("first") });
         let body = AxumBody::from_stream(first.chain(stream::pending()));
         let mut body = Within::new(body, 1024, Duration::from_millis(50));
-        let chunk = body.frame().await.expect("a chunk").expect("in time").into_data().expect("data");
+        let chunk = body
+            .frame()
+            .await
+            .expect("the body has a chunk")
+            .expect("the first chunk is ready")
+            .into_data()
+            .expect("the frame has data");
         assert_eq!(chunk, "first");
         let end = timeout(Duration::from_secs(120), body.frame()).await.expect("the limit ends the wait");
-        let error = end.expect("an end").expect_err("late");
-        assert_eq!(error.downcast::<io::Error>().expect("ours").kind(), io::ErrorKind::TimedOut);
+        let error = end.expect("the body has not ended").expect_err("the chunk is late");
+        assert_eq!(
+            error.downcast::<io::Error>().expect("the error is a timeout").kind(),
+            io::ErrorKind::TimedOut
+        );
     }
 }

@@ -291,13 +291,14 @@ mod tests {
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
         let response = answer_to(&mut Routes::new(router, 4 << 20, LIMIT), request).await;
         let status = response.status();
-        let body = response.into_body().collect().await.expect("a whole body").to_bytes();
+        let body = response.into_body().collect().await.expect("the body is complete").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned())
     }
 
     async fn request_id_after(sent: &[u8]) -> HeaderValue {
-        let sent = HeaderValue::from_bytes(sent).expect("bytes that a field value may have");
-        let request = Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("a request");
+        let sent = HeaderValue::from_bytes(sent).expect("the bytes are valid in a field value");
+        let request =
+            Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("the request is valid");
         let response = answer_to(&mut Routes::new(Router::new(), 0, LIMIT), request).await;
         response.headers()[REQUEST_ID].clone()
     }
@@ -325,13 +326,15 @@ mod tests {
 
     #[tokio::test]
     async fn panic_in_a_handler_is_answered_with_500() {
-        let request = Request::get("/panics").body(Body::empty()).expect("a request");
+        let request = Request::get("/panics").body(Body::empty()).expect("the request is valid");
         assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
     }
 
     #[tokio::test]
     async fn body_limit_is_the_configured_one_and_not_the_default_of_axum() {
-        let request = |length| Request::post("/length").body(Body::from(vec![0; length])).expect("a request");
+        let request = |length| {
+            Request::post("/length").body(Body::from(vec![0; length])).expect("the request is valid")
+        };
         assert_eq!(ask(request(3 << 20)).await, (StatusCode::OK, (3 << 20).to_string()));
         assert_eq!(ask(request((4 << 20) + 1)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     }
@@ -340,7 +343,7 @@ mod tests {
     async fn body_of_unknown_length_above_the_limit_is_refused_with_413() {
         let request = |chunks| {
             let chunks = stream::iter((0..chunks).map(|_| Ok::<_, Infallible>(vec![0; 1 << 20])));
-            Request::post("/length").body(Body::from_stream(chunks)).expect("a request")
+            Request::post("/length").body(Body::from_stream(chunks)).expect("the request is valid")
         };
         assert_eq!(ask(request(4)).await, (StatusCode::OK, (4 << 20).to_string()));
         assert_eq!(ask(request(5)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
@@ -352,7 +355,8 @@ mod tests {
             panic!("the handler was called");
         }
         let mut routes = Routes::new(Router::new().route("/refused/{name}", put(unread)), 1024, LIMIT);
-        let request = Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("a request");
+        let request =
+            Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("the request is valid");
         assert_eq!(answer_to(&mut routes, request).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
         assert_eq!(count("/refused/{name}", "PUT", "413"), 1);
     }
@@ -362,7 +366,7 @@ mod tests {
         let plan = || Router::new().route("/counted/by/{name}", delete(async || ()));
         let mut routes = Routes::new(plan().route("/counted/fixed", delete(async || ())), 1024, LIMIT);
         let mut others = Routes::new(plan(), 1024, LIMIT);
-        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("a request");
+        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("the request is valid");
         for path in ["/counted/fixed", "/counted/fixed", "/counted/by/me", "/counted/by/{name}"] {
             answer_to(&mut routes, request(path)).await;
         }
@@ -378,9 +382,9 @@ mod tests {
         let mut routes = Routes::new(Router::new(), 1024, LIMIT);
         let mut id = async |request: Request<Body>| {
             let response = answer_to(&mut routes, request).await;
-            response.headers()["x-request-id"].to_str().expect("text").to_owned()
+            response.headers()["x-request-id"].to_str().expect("the text is valid").to_owned()
         };
-        let request = || Request::get("/").body(Body::empty()).expect("a request");
+        let request = || Request::get("/").body(Body::empty()).expect("the request is valid");
         assert_ne!(id(request()).await, id(request()).await);
         let mut named = request();
         named.headers_mut().insert("x-request-id", HeaderValue::from_static("mine"));

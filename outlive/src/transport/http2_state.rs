@@ -58,7 +58,7 @@ impl Settings {
 
     fn encode(&self, into: &mut Vec<u8>) {
         let payload = self.payload();
-        into.put_u16_le(u16::try_from(payload.len()).expect("no more than SETTINGS_LIMIT"));
+        into.put_u16_le(u16::try_from(payload.len()).expect("SETTINGS_LIMIT bounds the length"));
         into.put_slice(&payload);
     }
 

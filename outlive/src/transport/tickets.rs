@@ -43,7 +43,7 @@ impl Key {
     }
 
     fn ready(&self) -> LessSafeKey {
-        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.bytes[..]).expect("32 bytes"))
+        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.bytes[..]).expect("the key has 32 bytes"))
     }
 
     /// Whether the key was made at least `age` ago. A key from the future counts too, because the clock may have been
@@ -142,7 +142,7 @@ impl ProducesTickets for Tickets {
     }
 
     fn lifetime(&self) -> u32 {
-        u32::try_from(2 * ROTATION).expect("half a day")
+        u32::try_from(2 * ROTATION).expect("half a day fits into 32 bits")
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
@@ -160,25 +160,28 @@ mod tests {
 
     #[test]
     fn ticket_is_accepted_for_its_lifetime_and_no_longer() {
-        let tickets = Tickets::new().expect("random numbers");
+        let tickets = Tickets::new().expect("random numbers are available");
         let begun = now();
-        let ticket = tickets.encrypt_at(begun, b"secret").expect("a ticket");
+        let ticket = tickets.encrypt_at(begun, b"secret").expect("the ticket can be sealed");
         for hours in [1, 5, 7, 11] {
             let now = begun + hours * 3600;
             assert_eq!(tickets.decrypt_at(now, &ticket).as_deref(), Some(&b"secret"[..]), "{hours}");
             // Sealing another ticket rotates the keys if that is due.
-            tickets.encrypt_at(now, b"other").expect("a ticket");
+            tickets.encrypt_at(now, b"other").expect("the ticket can be sealed");
         }
         assert_eq!(tickets.decrypt_at(begun + 12 * 3600, &ticket), None);
-        tickets.encrypt_at(begun + 14 * 3600, b"other").expect("a ticket");
+        tickets.encrypt_at(begun + 14 * 3600, b"other").expect("the ticket can be sealed");
         assert_eq!(tickets.decrypt_at(begun, &ticket), None, "its key is gone");
     }
 
     #[test]
     fn next_process_accepts_tickets_of_both_keys() {
-        let (first, next) = (Tickets::new().expect("keys"), Tickets::new().expect("keys"));
-        let old = first.encrypt_at(now() - ROTATION, b"old").expect("a ticket");
-        let new = first.encrypt(b"new").expect("a ticket");
+        let (first, next) = (
+            Tickets::new().expect("random numbers are available"),
+            Tickets::new().expect("random numbers are available"),
+        );
+        let old = first.encrypt_at(now() - ROTATION, b"old").expect("the ticket can be sealed");
+        let new = first.encrypt(b"new").expect("the ticket can be sealed");
         assert_eq!((next.decrypt(&old), next.decrypt(&new)), (None, None));
         assert!(next.adopt_keys(&first.encode()));
         assert_eq!(next.decrypt(&new).as_deref(), Some(&b"new"[..]));
@@ -188,9 +191,9 @@ mod tests {
     #[test]
     fn no_bytes_are_a_ticket_or_keys_by_chance() {
         bolero::check!().for_each(|bytes| {
-            let tickets = Tickets::new().expect("keys");
+            let tickets = Tickets::new().expect("random numbers are available");
             assert_eq!(tickets.decrypt(bytes), None);
-            let ticket = tickets.encrypt(b"secret").expect("a ticket");
+            let ticket = tickets.encrypt(b"secret").expect("the ticket can be sealed");
             if !tickets.adopt_keys(bytes) {
                 assert!(tickets.decrypt(&ticket).is_some(), "refused keys were adopted");
             }

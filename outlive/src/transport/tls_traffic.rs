@@ -142,7 +142,7 @@ impl TlsTrafficState {
             bytes.put_slice(&direction.iv[..]);
             bytes.put_slice(&direction.key);
         }
-        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("no more than was read at once"));
+        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("one read returns less than 4 GiB"));
         bytes.put_slice(&self.unread);
         for direction in [&self.from_peer, &self.to_peer] {
             bytes.put_u8(direction.secret.is_some().into());
@@ -150,7 +150,7 @@ impl TlsTrafficState {
         }
         let PeerState { empty_records, warnings, key_updates, wants_key_update, message } = &self.peer;
         bytes.put_slice(&[*empty_records, *warnings, *key_updates, (*wants_key_update).into()]);
-        bytes.put_u8(u8::try_from(message.len()).expect("no more than a header"));
+        bytes.put_u8(u8::try_from(message.len()).expect("at most a header is kept"));
         bytes.put_slice(message);
         bytes
     }
@@ -281,7 +281,7 @@ mod tests {
                 bytes.put_slice(&direction.iv[..]);
                 bytes.put_slice(&direction.key);
             }
-            bytes.put_u32_le(u32::try_from(session.unread.len()).expect("no more than was read at once"));
+            bytes.put_u32_le(u32::try_from(session.unread.len()).expect("one read returns less than 4 GiB"));
             bytes.put_slice(&session.unread);
             bytes
         }

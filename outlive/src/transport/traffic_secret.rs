@@ -62,8 +62,8 @@ impl TrafficSecret {
     /// HKDF-Expand-Label without a context (RFC 8446 section 7.1).
     fn expand(&self, suite: Suite, label: &[u8], into: &mut [u8]) {
         const PREFIX: &[u8] = b"tls13 ";
-        let length = u16::try_from(into.len()).expect("a key, an IV or a secret");
-        let label_length = u8::try_from(PREFIX.len() + label.len()).expect("one of the labels above");
+        let length = u16::try_from(into.len()).expect("keys, IVs and secrets are short");
+        let label_length = u8::try_from(PREFIX.len() + label.len()).expect("the labels are short");
         let description: [&[u8]; 5] = [&length.to_be_bytes(), &[label_length], PREFIX, label, &[0]];
         hkdf::Prk::new_less_safe(suite.hkdf(), &self.0)
             .expand(&description, Length(into.len()))
@@ -128,8 +128,8 @@ mod tests {
 
     fn bytes(hex: &str) -> Vec<u8> {
         let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
-        let pairs = digits.chunks(2).map(|pair| std::str::from_utf8(pair).expect("ASCII"));
-        pairs.map(|pair| u8::from_str_radix(pair, 16).expect("hexadecimal")).collect()
+        let pairs = digits.chunks(2).map(|pair| std::str::from_utf8(pair).expect("the digits are ASCII"));
+        pairs.map(|pair| u8::from_str_radix(pair, 16).expect("the digits are hexadecimal")).collect()
     }
 
     /// RFC 8448 section 3: the server's application traffic secret, and what is derived from it.

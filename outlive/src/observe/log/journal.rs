@@ -229,7 +229,7 @@ mod tests {
 
     impl Description {
         fn add(&mut self, field: &Field, value: &dyn Debug) {
-            writeln!(self.0, "{field}={value:?}").expect("memory");
+            writeln!(self.0, "{field}={value:?}").expect("writing to a string does not fail");
         }
     }
 
@@ -247,28 +247,28 @@ mod tests {
         fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
             let mut described = Description(format!("{:?}\n", attributes.metadata()));
             attributes.record(&mut described);
-            context.span(id).expect("a span").extensions_mut().insert(described);
+            context.span(id).expect("the span exists").extensions_mut().insert(described);
         }
 
         fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
-            let span = context.span(id).expect("a span");
-            values.record(span.extensions_mut().get_mut::<Description>().expect("described"));
+            let span = context.span(id).expect("the span exists");
+            values.record(span.extensions_mut().get_mut::<Description>().expect("the span was described"));
         }
 
         fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
             let mut described = Description::default();
             for span in context.lookup_current().into_iter().flat_map(|span| span.scope().from_root()) {
-                described.0 += &span.extensions().get::<Description>().expect("described").0;
+                described.0 += &span.extensions().get::<Description>().expect("the span was described").0;
             }
-            writeln!(described.0, "{:?}", event.metadata()).expect("memory");
+            writeln!(described.0, "{:?}", event.metadata()).expect("writing to a string does not fail");
             event.record(&mut described);
-            self.0.send(described.0).expect("a channel");
+            self.0.send(described.0).expect("the channel is open");
         }
     }
 
     fn entries_of(log: impl FnOnce()) -> Vec<Entry> {
         let (send, entries) = channel();
-        let layer = Entries::new(move |entry| send.send(entry).expect("a channel"));
+        let layer = Entries::new(move |entry| send.send(entry).expect("the channel is open"));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
         entries.try_iter().collect()
     }
@@ -330,15 +330,16 @@ mod tests {
     #[test]
     fn delayed_entry_has_the_time_at_which_it_was_logged() {
         let entries = entries_of(log_in_spans);
-        let at = Instant::now().checked_sub(Duration::from_secs(30)).expect("the machine runs for longer");
+        let at =
+            Instant::now().checked_sub(Duration::from_secs(30)).expect("the machine has been up for longer");
         let texts = replayed(&entries, at);
         assert_eq!(texts.len(), 4);
         for (text, direct) in texts.iter().zip(direct(log_in_spans)) {
-            let (delayed, rest) = text.split_once("\nlogged_at=").expect("a time");
+            let (delayed, rest) = text.split_once("\nlogged_at=").expect("the entry has a time");
             assert!(!delayed.contains('\n'), "it is not the outermost span: {text}");
-            let (logged_at, rest) = rest.split_once('\n').expect("the event");
-            let logged_at = humantime::parse_rfc3339(logged_at).expect("a time");
-            let ago = SystemTime::now().duration_since(logged_at).expect("in the past");
+            let (logged_at, rest) = rest.split_once('\n').expect("the event follows");
+            let logged_at = humantime::parse_rfc3339(logged_at).expect("the time is valid");
+            let ago = SystemTime::now().duration_since(logged_at).expect("the time is in the past");
             assert!(ago >= Duration::from_secs(29) && ago < Duration::from_secs(1000), "{ago:?}");
             assert_eq!(rest, direct);
         }

@@ -110,7 +110,7 @@ mod tests {
         };
         count_two();
         assert_eq!(count("/added-up", "GET", "200"), 2);
-        std::thread::spawn(count_two).join().expect("no panic");
+        std::thread::spawn(count_two).join().expect("the thread does not panic");
         assert_eq!(count("/added-up", "GET", "200"), 4);
         count_two();
         assert_eq!(count("/added-up", "GET", "200"), 6);
