@@ -1,11 +1,11 @@
-//! YOUR CODE: the configuration of the service, how it starts, and its routes.
+//! YOUR CODE: the configuration of the service, its start, and its routes.
 //!
-//! What a handler may ask for among its arguments:
-//! - `process: Process`: which process answers;
-//! - `Shutdown(shutdown): Shutdown`: cancelled when a handler that would go on for ever is to end;
-//! - `peer: Peer`: who asks.
+//! A handler can take these arguments, besides the extractors of axum:
+//! - `process: Process`: the process that serves the request;
+//! - `Shutdown(shutdown): Shutdown`: cancelled when the process begins to drain, so that endless responses can end;
+//! - `peer: Peer`: the address of the client.
 //!
-//! With `--log info,request=debug` each `tracing` event of a handler has its request's id.
+//! With `--log info,request=debug` each `tracing` event of a handler has the id of its request.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -23,8 +23,8 @@ use tokio::time::timeout;
 
 use outlive::{Process, Setup, Shutdown};
 
-/// For the other end of a WebSocket to close it too.
-const GOODBYE_LIMIT: Duration = Duration::from_secs(2);
+/// How long the peer of a WebSocket may take to close it too. A restart waits for that, and some peers never answer.
+const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
 /// An HTTP service for systemd whose connections survive restarts.
 #[derive(Debug, clap::Parser)]
@@ -35,9 +35,9 @@ pub struct Config {
     nap: Duration,
 }
 
-/// Runs before anything is served: connect to what the service needs, and say what else it does (background tasks,
-/// readiness, metrics, what comes last: see `outlive::Setup`). An error is a start that failed; at a reload the old
-/// process then serves on.
+/// Runs before anything is served. Connect here to the resources that the service needs, and register background tasks,
+/// readiness checks, metrics and exit hooks on `Setup`. If it returns an error, the start fails; during a reload the
+/// old process keeps serving.
 pub async fn start(config: Config, _setup: &mut Setup) -> anyhow::Result<Router> {
     Ok(routes(config.nap))
 }
@@ -53,7 +53,7 @@ fn routes(nap: Duration) -> Router {
         .with_state(nap)
 }
 
-/// Says which process answers.
+/// Describes the process that serves the request.
 async fn who(process: Process) -> String {
     let Process { pid, generation, started_at } = process;
     let since = humantime::format_rfc3339_seconds(started_at);
@@ -76,14 +76,14 @@ async fn sleep(
 
 /// Streams the request body back.
 async fn echo(body: Body) -> Body {
-    let mut pieces = Box::pin(body.into_data_stream().peekable());
-    // A client that waits for 100 Continue gets it when its body is first asked for.
-    pieces.as_mut().peek().await;
-    Body::from_stream(pieces)
+    let mut chunks = Box::pin(body.into_data_stream().peekable());
+    // The first poll of the body sends 100 Continue, for which a client may wait. It has to come before the response.
+    chunks.as_mut().peek().await;
+    Body::from_stream(chunks)
 }
 
-/// An event each second, until the service goes down: the client then comes back, to the next process, says
-/// which event it saw last, and misses none.
+/// Sends an event each second until the process drains. The client then reconnects to the next process and sends the id
+/// of the last event that it received (`Last-Event-ID`), so that it misses none.
 async fn events(
     Shutdown(shutdown): Shutdown,
     headers: HeaderMap,
@@ -99,30 +99,31 @@ async fn events(
     Sse::new(stream::unfold(first, event).take_until(Box::pin(end)))
 }
 
-/// Sends each message back, until the service goes down: it then says 1012, service restart.
+/// Sends each message back until the process drains. It then closes with the code 1012, service restart, after which
+/// clients reconnect.
 async fn socket(upgrade: WebSocketUpgrade, Shutdown(shutdown): Shutdown) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
         tokio::select! {
             () = echo_messages(&mut socket) => return,
             () = shutdown.cancelled() => {}
         }
-        let goodbye = async {
+        let close = async {
             let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
             if socket.send(Message::Close(Some(restart))).await.is_ok() {
-                // Until the peer has closed too.
+                // The closing handshake ends with the close frame of the peer (RFC 6455 section 7.1.2).
                 while let Some(Ok(_)) = socket.recv().await {}
             }
         };
-        // Some peers have gone without a word: a restart is not to wait for them.
-        let _ = timeout(GOODBYE_LIMIT, goodbye).await;
+        let _ = timeout(CLOSE_LIMIT, close).await;
     })
 }
 
-/// Until the peer closes it or is gone.
+/// Sends each message back until the peer closes the WebSocket or disconnects.
 async fn echo_messages(socket: &mut WebSocket) {
     while let Some(Ok(message)) = socket.recv().await {
-        let is_for_us = matches!(message, Message::Text(_) | Message::Binary(_));
-        if is_for_us && socket.send(message).await.is_err() {
+        // axum answers Ping and Close frames itself.
+        let has_content = matches!(message, Message::Text(_) | Message::Binary(_));
+        if has_content && socket.send(message).await.is_err() {
             return;
         }
     }
@@ -138,37 +139,37 @@ mod tests {
     use super::*;
 
     async fn ask(path: &str, body: &'static str) -> (StatusCode, String) {
-        let request = Request::builder().uri(path).body(Body::from(body)).expect("a request");
+        let request = Request::builder().uri(path).body(Body::from(body)).expect("the request is valid");
         let routes = with_context(routes(Duration::from_millis(1)));
-        let response = routes.oneshot(request).await.expect("infallible");
+        let response = routes.oneshot(request).await.expect("routers are infallible");
         let status = response.status();
-        let bytes = response.into_body().collect().await.expect("a whole body").to_bytes();
-        (status, String::from_utf8(bytes.to_vec()).expect("text"))
+        let bytes = response.into_body().collect().await.expect("the body is complete").to_bytes();
+        (status, String::from_utf8(bytes.to_vec()).expect("the text is valid"))
     }
 
     #[tokio::test]
-    async fn the_root_says_who_answers() {
+    async fn root_describes_the_process() {
         let (status, body) = ask("/", "").await;
         assert_eq!(status, StatusCode::OK);
         assert!(body.starts_with(&format!("pid {}, generation 1, since 20", std::process::id())), "{body}");
     }
 
     #[tokio::test]
-    async fn sleep_answers_with_and_without_a_slash_and_a_duration() {
+    async fn sleep_accepts_an_optional_slash_and_an_optional_duration() {
         for path in ["/sleep?duration=1ms", "/sleep/?duration=1ms", "/sleep"] {
             assert_eq!(ask(path, "").await, (StatusCode::OK, "slept 1ms\n".to_owned()));
         }
     }
 
     #[tokio::test]
-    async fn a_duration_that_is_none_is_refused_with_a_reason() {
+    async fn invalid_duration_is_refused_with_400_and_the_reason() {
         let (status, body) = ask("/sleep?duration=soon", "").await;
         assert_eq!(status, StatusCode::BAD_REQUEST);
         assert!(body.contains("duration=soon"), "{body}");
     }
 
     #[tokio::test]
-    async fn echo_gives_the_body_back() {
+    async fn echo_returns_the_body() {
         assert_eq!(ask("/echo", "hello").await, (StatusCode::OK, "hello".to_owned()));
     }
 }

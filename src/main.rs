@@ -1,4 +1,4 @@
-//! The service begins in `app.rs`; all the rest of its life is the library's: `cargo doc -p outlive --open`.
+//! The entry point. The application is in `app.rs`; the library does everything else: `cargo doc -p outlive --open`.
 
 mod app;
 

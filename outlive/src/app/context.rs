@@ -1,4 +1,5 @@
-//! What a handler may know of the process that it answers in, and of who asks.
+//! The context of a request: the process that serves it, its shutdown, and the peer. `connection` attaches it to each
+//! request as an extension, and handlers take its parts as arguments (axum extractors).
 
 use std::sync::Arc;
 
@@ -10,8 +11,9 @@ use tokio_util::sync::CancellationToken;
 use crate::app::process::Process;
 use crate::transport::stream::Peer;
 
-/// Cancelled when this process begins to end. A handler that would go on for ever (WebSocket, event stream) takes it
-/// as an argument and ends then; it has until the drain limit.
+/// A token that is cancelled when this process begins to drain. A handler of a response that does not end by itself
+/// (WebSocket, event stream) takes it as an argument, and ends the response when the token is cancelled. Otherwise the
+/// connection is cut off at `--drain-timeout`, and the end of the process is delayed until then.
 ///
 /// ```
 /// use outlive::Shutdown;
@@ -25,14 +27,14 @@ use crate::transport::stream::Peer;
 #[derive(Clone, Debug)]
 pub struct Shutdown(pub CancellationToken);
 
-/// Goes with each request of a connection.
+/// The context of all requests of a connection.
 pub struct RequestContext {
     pub process: Process,
     pub shutdown: CancellationToken,
     pub peer: Peer,
 }
 
-/// A request that came by no connection of ours: a unit test has `outlive::testing::with_context` for it.
+/// The response to a request without a context, which can only be one that a unit test made.
 type Missing = (StatusCode, &'static str);
 
 fn of(parts: &Parts) -> Result<&RequestContext, Missing> {

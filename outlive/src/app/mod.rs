@@ -1,5 +1,6 @@
-//! What an application sees of the library: it registers its tasks, checks and hooks on `Setup`, reads `Process`, waits on
-//! `Shutdown`, and tests its routes with `testing`. Everything public except `run` is defined here, in one place.
+//! The public interface for applications: an application registers its tasks, checks and hooks on `Setup`; its handlers
+//! take `Process` and `Shutdown` as arguments; its unit tests use `testing`. `tasks.rs` and `readiness.rs` run what was
+//! registered. The other public items are `run` and `command` (`lifecycle`) and `Peer` (`transport/stream.rs`).
 
 pub mod context;
 pub mod process;

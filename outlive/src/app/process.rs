@@ -1,8 +1,8 @@
-//! This process, as it may be told to anybody who asks.
+//! The description of this process that is shown to clients and operators.
 
 use std::time::SystemTime;
 
-/// Who serves. A handler takes it as an argument.
+/// The process that serves a request. A handler takes it as an argument.
 ///
 /// ```
 /// use outlive::Process;
@@ -14,11 +14,11 @@ use std::time::SystemTime;
 /// ```
 #[derive(Clone, Copy, Debug)]
 pub struct Process {
-    /// The number of the process.
+    /// The process id.
     pub pid: u32,
-    /// Which process in the row of those that handed their connections on; the first is 1.
+    /// The number of the process in the chain of processes that handed over to each other; the first is 1.
     pub generation: u64,
-    /// When it began.
+    /// When the process started.
     pub started_at: SystemTime,
 }
 

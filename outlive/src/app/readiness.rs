@@ -1,4 +1,4 @@
-//! What the service's readiness depends on.
+//! The readiness checks that an application registers. `/readyz` runs them when it is requested.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use tokio::time::{Instant, timeout};
 
 use crate::app::tasks;
 
-/// For a check to answer; then it says no.
+/// How long a check may take before it counts as failed.
 const CHECK_LIMIT: Duration = Duration::from_secs(2);
-/// No check runs more often.
+/// The minimum time between two runs of a check, so that many load balancers do not overload what it checks.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Something that the service cannot do without.
+/// A check of a resource without which the service cannot answer requests.
 pub struct Check {
     name: String,
     run: Box<dyn Fn() -> BoxFuture<'static, anyhow::Result<()>> + Send + Sync>,
@@ -28,7 +28,7 @@ impl Check {
         Self { name, run: Box::new(run), last: Mutex::default() }
     }
 
-    /// Whoever asks while it runs gets the same answer.
+    /// The result of the check. The lock is held while the check runs, so that concurrent callers get the same result.
     async fn answer(&self) -> Result<(), String> {
         let mut last = self.last.lock().await;
         if let Some((when, answer)) = &*last
@@ -45,7 +45,7 @@ impl Check {
     }
 }
 
-/// Asks all of `checks`; gives whether all say yes, and a line for each.
+/// Runs all `checks`. Returns whether all passed, and a line of text for each.
 pub async fn ask(checks: &[Check]) -> (bool, String) {
     let answers = join_all(checks.iter().map(Check::answer)).await;
     let line = |(check, answer): (&Check, &Result<(), String>)| {
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[tokio::test(start_paused = true)]
-    async fn each_check_is_named_and_one_that_hangs_or_panics_says_no() {
+    async fn check_that_fails_hangs_or_panics_is_reported_with_its_name() {
         let checks = [
             Check::new("cache".into(), || Box::pin(async { Ok(()) })),
             Check::new("database".into(), || Box::pin(async { anyhow::bail!("it is\ngone") })),
@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_check_runs_no_more_often_than_each_second() {
+    async fn check_runs_at_most_once_a_second() {
         let count = Arc::new(AtomicU32::new(0));
         let runs = count.clone();
         let check = Check::new("counted".into(), move || {

@@ -1,4 +1,4 @@
-//! What a service says of itself when it starts.
+//! [`Setup`], on which an application registers everything besides its routes when it starts.
 
 use std::io::Read;
 use std::time::Duration;
@@ -17,16 +17,18 @@ use crate::app::readiness::Check;
 use crate::app::tasks::{self, Begin, Task};
 use crate::os::credentials::Credentials;
 
-/// A credential is no larger, in bytes; systemd's own limit for all of a unit's together.
+/// The maximum size of a credential in bytes. It is systemd's limit for all credentials of a unit together
+/// (systemd.exec(5)).
 const CREDENTIAL_LIMIT: u64 = 1024 * 1024;
 
-/// For all hooks at the end together.
+/// How long all exit hooks together may take.
 const HOOKS_LIMIT: Duration = Duration::from_secs(5);
 
-/// What a service's `start` may ask and say, before anything is served.
+/// The argument of an application's `start`: it registers background tasks, readiness checks, metrics and exit hooks,
+/// and gives access to credentials.
 ///
-/// All of it is recorded, and takes effect only once nothing can fail any more: `check`, and a reload that is
-/// rolled back, begin no task.
+/// Tasks are only recorded here, and begin when the start can no longer fail. The command `check` and a reload that is
+/// rolled back therefore begin no task.
 ///
 /// ```
 /// use std::time::Duration;
@@ -71,7 +73,7 @@ impl Setup {
         }
     }
 
-    /// This process: its pid, its generation, and since when it lives.
+    /// This process: its pid, its generation, and when it started.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -82,8 +84,9 @@ impl Setup {
         self.process
     }
 
-    /// Cancelled when this process begins to end: nothing that would go on for ever should hold that up. Handlers
-    /// take it as [`Shutdown`](crate::Shutdown), background tasks are given one of their own.
+    /// A token that is cancelled when this process begins to drain. Use it for work that does not end by itself and is
+    /// neither a handler, which takes [`Shutdown`](crate::Shutdown) as an argument, nor a [background
+    /// task](Self::background), which receives a token that is cancelled later.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -95,8 +98,12 @@ impl Setup {
         self.shutdown.clone()
     }
 
-    /// The content of a `LoadCredential=` file of the unit, after a reload too (`systemd.exec(5)`). None where the
-    /// unit has no credentials; an error where it has others, or this one cannot be read.
+    /// The content of a credential of the unit (`LoadCredential=`, systemd.exec(5)); `None` if the unit has no
+    /// credentials. After a reload it is the content with which the unit was started, because systemd reads credentials
+    /// at a start only.
+    ///
+    /// # Errors
+    /// If the unit has credentials but not this one, or if it cannot be read or is larger than 1 MiB.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
@@ -113,7 +120,10 @@ impl Setup {
         Ok(Some(content))
     }
 
-    /// Shows a metric at `/metrics` of the admin listeners. An error where there is one of that name.
+    /// Shows a metric at `/metrics` of the admin listeners.
+    ///
+    /// # Errors
+    /// If a metric of the same name is registered already.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
@@ -127,7 +137,8 @@ impl Setup {
         prometheus::register(Box::new(metric)).context("could not register a metric")
     }
 
-    /// Adds routes to the admin listeners, beside `/healthz`, `/readyz` and `/metrics`.
+    /// Adds routes to the admin listeners, besides `/healthz`, `/readyz` and `/metrics`. Like [`Router::merge`] it
+    /// panics if a route exists already.
     ///
     /// ```
     /// # use axum::{Router, routing::get};
@@ -139,14 +150,18 @@ impl Setup {
         self.admin = std::mem::take(&mut self.admin).merge(routes);
     }
 
-    /// Runs `task` while this process serves. It begins when the process does, is told of the end once the last
-    /// request is answered (so that nothing is lost that a request gave it), and is waited for within
-    /// `--drain-timeout`, but five seconds at the least. Where it ends before it was told to, or panics, the process
-    /// drains and ends too, with an error that names it; systemd then starts the next.
+    /// Runs `task` while this process serves.
     ///
-    /// At a reload two processes live side by side for as long as the old one finishes its requests, and so do their
-    /// tasks. What must not run twice at once is [`alone`](TaskOptions::alone). A restart waits for the tasks while
-    /// nobody serves: let them end soon.
+    /// The task begins when the process begins to serve. Its token is cancelled after the last response, so that the
+    /// task can still do the work that requests have given it. It then has until `--drain-timeout` after the beginning
+    /// of the drain, but at least five seconds, before it is cut off. A restart waits for the tasks while no process
+    /// serves, so they should end soon.
+    ///
+    /// If the task ends before its token is cancelled, or panics, the process drains and exits with an error that names
+    /// the task; systemd then starts the next process.
+    ///
+    /// During a reload the old and the new process run side by side until the old one has finished its requests, and so
+    /// do their tasks. Mark a task that must not run twice at once as [`exclusive`](TaskOptions::exclusive).
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -173,8 +188,8 @@ impl Setup {
         self.task(name, Begin::Once(Box::new(|end| task(end).boxed())))
     }
 
-    /// As [`background`](Self::background), for a task that is begun again, a second later, each time that it ends
-    /// or panics.
+    /// As [`background`](Self::background), but a task that ends or panics is logged and begins again after one second,
+    /// and the process keeps serving.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -194,8 +209,10 @@ impl Setup {
         TaskOptions { tasks: &mut self.tasks }
     }
 
-    /// `/readyz` says yes only while `check` does, and names it. It is asked when somebody asks, no more often than
-    /// each second, and has two seconds to answer; no request waits for it.
+    /// Adds a check to `/readyz`, which answers 503 while a check fails, and lists all checks by name.
+    ///
+    /// The check runs when `/readyz` is requested, but at most once a second, and fails if it takes longer than two
+    /// seconds. It has no effect on other requests.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -213,8 +230,10 @@ impl Setup {
         self.checks.push(Check::new(name.to_owned(), move || check().boxed()));
     }
 
-    /// Does `work` last of all: after the last answer and the last background task, in reverse order of registration,
-    /// within five seconds for all together. An error or a panic is logged, and the others are done all the same.
+    /// Runs `work` at the end of the process, after the last response and the last background task.
+    ///
+    /// Hooks run in reverse order of registration, because later ones may depend on earlier ones. Together they have
+    /// five seconds. An error or a panic is logged, and the remaining hooks run all the same.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -226,14 +245,15 @@ impl Setup {
     }
 }
 
-/// More about a background task.
+/// Options of a background task, returned by [`Setup::background`] and [`Setup::supervise`].
 pub struct TaskOptions<'a> {
     tasks: &'a mut Vec<Task>,
 }
 
 impl TaskOptions<'_> {
-    /// Begins the task only when those of the process before this one have ended: for schedulers and queue consumers,
-    /// of which there must be one. A predecessor of which nothing is known (Server::Starter) is not waited for.
+    /// Begins the task only when the predecessor of a reload has exited. Use it for schedulers and queue consumers, of
+    /// which only one may run at a time. The old process of a restart under Server::Starter is not known to this
+    /// process, so the task does not wait for it.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -247,12 +267,12 @@ impl TaskOptions<'_> {
     }
 }
 
-/// What is done last of all.
+/// The exit hooks, in the order of their registration.
 #[derive(Default)]
 pub struct Hooks(Vec<(String, BoxFuture<'static, anyhow::Result<()>>)>);
 
 impl Hooks {
-    /// Does all of it, the last one first.
+    /// Runs all hooks, in reverse order.
     pub async fn run(self) {
         let deadline = Instant::now() + HOOKS_LIMIT;
         for (name, work) in self.0.into_iter().rev() {
@@ -273,7 +293,7 @@ mod tests {
     use crate::os::lock::lock;
 
     #[tokio::test(start_paused = true)]
-    async fn what_is_done_at_the_end_is_done_in_reverse_order_and_whatever_fails() {
+    async fn exit_hooks_run_in_reverse_order_although_some_fail_or_panic() {
         let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
         let done = Arc::new(Mutex::new(Vec::new()));
         for name in ["first", "second"] {
@@ -289,7 +309,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn what_hangs_at_the_end_is_cut_off() {
+    async fn exit_hook_that_hangs_is_cut_off_at_the_limit() {
         let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
         setup.on_exit("hangs", std::future::pending());
         let begun = Instant::now();

@@ -1,5 +1,5 @@
-//! Background tasks: begun when the process serves, told of the end when its last request is answered, and
-//! waited for.
+//! Background tasks. They begin when the process begins to serve ([`begin`]). After the last response the process asks
+//! them to end and waits for that ([`Running::finish`]).
 
 use std::panic::AssertUnwindSafe;
 use std::sync::{Arc, Mutex};
@@ -16,28 +16,28 @@ use tracing::{error, warn};
 
 use crate::os::lock::lock;
 
-/// Between the end of a task and its next beginning, where it is to go on.
+/// The pause before a supervised task begins again, so that a task that fails at once does not use a whole CPU.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 
 type Work = BoxFuture<'static, anyhow::Result<()>>;
 
-/// How a task is begun.
+/// How often a task begins.
 pub enum Begin {
-    /// Once: its end is the end of the process.
+    /// Once; if it ends early, the process ends too.
     Once(Box<dyn FnOnce(CancellationToken) -> Work + Send>),
-    /// Again each time that it ends.
+    /// Again each time that it has ended.
     Again(Box<dyn FnMut(CancellationToken) -> Work + Send>),
 }
 
-/// A task that is to run while the process serves.
+/// A task that was registered.
 pub struct Task {
     pub name: String,
     pub begin: Begin,
-    /// Not before those of the process before this one have ended.
+    /// Whether it begins only when the predecessor has exited.
     pub is_exclusive: bool,
 }
 
-/// Those that run.
+/// The tasks of a process that serves.
 pub struct Running {
     tracker: TaskTracker,
     end: CancellationToken,
@@ -45,7 +45,7 @@ pub struct Running {
     failed: watch::Receiver<Option<String>>,
 }
 
-/// Begins `tasks`; those that are to run alone once `predecessor_gone` is cancelled.
+/// Begins `tasks`; exclusive ones begin when `predecessor_gone` is cancelled.
 pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running {
     let tracker = TaskTracker::new();
     let end = CancellationToken::new();
@@ -56,7 +56,8 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
         let predecessor_gone = predecessor_gone.clone();
         tracker.spawn(async move {
             let name = task.name.clone();
-            // One that has begun is told of the end, and may still have something to do; one that still waits has not.
+            // An exclusive task that still waits at the end of the process never begins, because it has no work to
+            // finish.
             let begins = async { predecessor_gone.cancelled().await };
             let is_to_begin = !task.is_exclusive || end.run_until_cancelled(begins).await.is_some();
             if is_to_begin && let Err(reason) = task.run(&end).await {
@@ -70,7 +71,7 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
 }
 
 impl Task {
-    /// Runs until the end; fails where the process is to end with it.
+    /// Runs the task until `end` is cancelled. Returns an error if the process has to end because the task ended early.
     async fn run(self, end: &CancellationToken) -> Result<(), String> {
         let Self { name, begin, .. } = self;
         let mut again = match begin {
@@ -107,13 +108,13 @@ fn report(name: &str, outcome: anyhow::Result<()>) {
     }
 }
 
-/// How `work` ended; a panic, which the log has already, is an error.
+/// Runs `work`. A panic, which the panic hook has logged already, becomes an error.
 pub async fn outcome(work: impl FnOnce() -> Work) -> anyhow::Result<()> {
     let work = async move { work().await };
     AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|panic| Err(panic_message(&*panic)))
 }
 
-/// What a panic said.
+/// The message of a panic.
 pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
@@ -121,19 +122,18 @@ pub fn panic_message(panic: &(dyn std::any::Any + Send)) -> anyhow::Error {
 }
 
 impl Running {
-    /// Waits until a task has ended with which the process is to end; gives the reason.
+    /// Waits until a task has ended early because of which the process has to end, and returns the reason.
     pub async fn failed(&self) -> String {
         let mut failed = self.failed.clone();
         let reason = failed.wait_for(Option::is_some).await.ok().and_then(|reason| reason.clone());
         match reason {
             Some(reason) => reason,
-            // All of them have ended well, or there are none.
+            // There are no tasks, or all of them have ended as asked.
             None => std::future::pending().await,
         }
     }
 
-    /// Tells all tasks to end, and waits for them up to `deadline`; those that have not ended then are named in
-    /// the log.
+    /// Asks all tasks to end, and waits for them until `deadline`. Tasks that have not ended by then are logged.
     pub async fn finish(self, deadline: Instant) {
         self.end.cancel();
         if timeout_at(deadline, self.tracker.wait()).await.is_err() {
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn tasks_are_told_of_the_end_and_waited_for() {
+    async fn finish_cancels_the_token_of_a_task_and_waits_for_its_end() {
         let ended = Arc::new(AtomicU32::new(0));
         let count = ended.clone();
         let begin = Begin::Once(Box::new(move |end| {
@@ -182,15 +182,15 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_ignores_the_end_is_cut_off_at_the_limit() {
-        let running = begin_one(task("deaf", Begin::Once(Box::new(|_| Box::pin(std::future::pending())))));
+    async fn task_that_ignores_its_token_is_cut_off_at_the_deadline() {
+        let running = begin_one(task("hangs", Begin::Once(Box::new(|_| Box::pin(std::future::pending())))));
         let begun = Instant::now();
         running.finish(begun + Duration::from_secs(4)).await;
         assert_eq!(begun.elapsed(), Duration::from_secs(4));
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_ends_early_or_panics_is_the_end_of_the_process() {
+    async fn task_that_ends_early_or_panics_ends_the_process() {
         let early = Begin::Once(Box::new(|_| Box::pin(async { Ok(()) })));
         let reason = begin_one(task("early", early)).failed().await;
         assert_eq!(reason, "the service stops because the background task \"early\" ended");
@@ -200,7 +200,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_is_to_go_on_begins_again() {
+    async fn supervised_task_that_fails_begins_again_after_a_second() {
         let times = Arc::new(AtomicU32::new(0));
         let count = times.clone();
         let begin = Begin::Again(Box::new(move |_| {
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_task_that_runs_alone_waits_for_the_process_before_this_one() {
+    async fn exclusive_task_begins_when_the_predecessor_is_gone() {
         let (times, predecessor_gone) = (Arc::new(AtomicU32::new(0)), CancellationToken::new());
         let count = times.clone();
         let begin = Begin::Once(Box::new(move |end| {

@@ -1,4 +1,4 @@
-//! For unit tests of routes.
+//! Helpers for unit tests of routes.
 
 use std::sync::Arc;
 
@@ -9,8 +9,9 @@ use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::transport::stream::Peer;
 
-/// `routes` as they are served, with no server: handlers may ask for [`Process`] (generation 1),
-/// [`Shutdown`](crate::Shutdown) (never) and [`Peer`] (a Unix socket).
+/// Adds the context of a request to `routes`, so that a test can call them without a server. Handlers can take
+/// [`Process`] (generation 1), [`Shutdown`](crate::Shutdown) (never cancelled) and [`Peer`] (a Unix socket) as
+/// arguments. Without it, such a handler answers 500.
 ///
 /// ```
 /// use axum::{Router, body::Body, http::Request, routing::get};

@@ -1,4 +1,6 @@
-//! What the admin listeners serve: for probes, load balancers and Prometheus.
+//! The routes of the admin listeners: `/healthz` and `/readyz` for probes and load balancers, `/metrics` for
+//! Prometheus. They are served under a connection limit of their own, so that they answer when the service is
+//! overloaded.
 
 use std::sync::Arc;
 
@@ -15,7 +17,7 @@ use crate::observe::metrics;
 use crate::registry::{Counts, Phase, Registry, Stage};
 use crate::server::Queues;
 
-/// What is looked at.
+/// The state that the routes report.
 pub struct Admin {
     pub process: Process,
     pub registry: Arc<Registry>,
@@ -35,11 +37,12 @@ async fn alive() -> &'static str {
     "alive\n"
 }
 
-/// No from the moment that the end begins, or while one of the service's own checks says no.
+/// Answers 200 while the process serves and all readiness checks of the application pass. From the beginning of the
+/// drain on it answers 503, so that load balancers stop sending traffic.
 async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
-    let (all_say_yes, lines) = readiness::ask(&admin.checks).await;
+    let (all_pass, lines) = readiness::ask(&admin.checks).await;
     let (status, word) = match admin.registry.phase() {
-        Phase::Serving if all_say_yes => (StatusCode::OK, "ready"),
+        Phase::Serving if all_pass => (StatusCode::OK, "ready"),
         Phase::Serving => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
     };
@@ -55,7 +58,7 @@ async fn numbers(State(admin): State<Arc<Admin>>) -> Response {
 }
 
 impl Admin {
-    /// Brings up to date what is not counted as it happens.
+    /// Sets the gauges that are computed at each scrape and not updated with each event.
     fn look(&self) {
         let Counts { in_flight, .. } = self.registry.counts();
         metrics::IN_FLIGHT.set(number(in_flight));
@@ -69,11 +72,11 @@ impl Admin {
             metrics::ACCEPT_QUEUE.with_label_values(&[&listener]).set(length.into());
         }
         metrics::GENERATION.set(i64::try_from(self.process.generation).unwrap_or(i64::MAX));
-        // Not by the clock on the wall, which may be set.
+        // The clock of the registry is monotonic; the time of day may be set.
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
         {
-            // One that has not counted yet is there all the same.
+            // Registers it, so that it is shown with 0 before the first event.
             std::sync::LazyLock::force(counter);
         }
     }

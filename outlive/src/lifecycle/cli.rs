@@ -1,4 +1,5 @@
-//! The command line: the service's own flags and the library's, side by side, each of them also a variable.
+//! The command line: the options of the application and those of the library in one parser. Each option can also be set
+//! by an environment variable, because units and containers are configured with these.
 
 use std::ffi::{OsStr, OsString};
 
@@ -10,17 +11,17 @@ use clap::{Arg, Args, CommandFactory, FromArgMatches};
 use crate::lifecycle::config::{Command, Config};
 use crate::os::exit::{Failure, Result};
 
-/// What was said on it.
+/// The parsed command line and environment.
 pub struct CommandLine<C> {
-    /// The service's.
+    /// The name of the service; see [`name`].
     pub name: String,
     pub command: Option<Command>,
     pub config: Config,
-    /// The service's own.
+    /// The application's options.
     pub service: C,
 }
 
-/// The name of the service: the package that its flags are of.
+/// The name of the service: that of the clap command, by default the name of the package that defines `C`.
 pub fn name<C: CommandFactory>() -> String {
     C::command().get_name().to_owned()
 }
@@ -55,8 +56,8 @@ started exit.
 
 Each option can also be set by an environment variable, such as ";
 
-/// The command line as [`run`](crate::lifecycle::run) reads it, with the service's own flags and the library's, each of them with
-/// its variable: for a man page, completions, or a list of variables.
+/// The command line that [`run`](crate::run) reads: the options of the application and those of the library, each with
+/// its environment variable. Use it to generate a man page, shell completions, or a list of the variables.
 ///
 /// ```
 /// /// Says hello.
@@ -70,7 +71,7 @@ Each option can also be set by an environment variable, such as ";
 /// ```
 ///
 /// # Panics
-/// Where a flag of `C` has the name of one of the library's.
+/// If an option of `C` has the name of an option of the library.
 pub fn command<C: CommandFactory>() -> clap::Command {
     let service = C::command();
     let name = service.get_name().to_owned();
@@ -100,7 +101,8 @@ fn variable(name: &str, flag: &str) -> String {
     format!("{name}_{flag}").to_uppercase().replace('-', "_")
 }
 
-/// A flag of the service that is one of ours is found by whoever runs it first.
+/// Panics if the application has an option of the same name as the library. clap itself reports that in debug builds
+/// only.
 fn refuse_collisions(service: &clap::Command) {
     let ours = Config::augment_args(clap::Command::new("outlive"));
     for arg in service.get_arguments() {
@@ -116,11 +118,11 @@ fn refuse_collisions(service: &clap::Command) {
     }
 }
 
-/// Where among the arguments, of which the first is the program, the command `takeover` stands. A flag may have
-/// the same word for its value.
+/// The index of the command `takeover` in `arguments`, of which the first is the program. The arguments are parsed and
+/// not searched, because `takeover` may also be the value of an option.
 pub fn position_of_takeover<C: CommandFactory>(arguments: &[OsString]) -> Option<usize> {
     let is_takeover = |end: &usize| {
-        // What is missing or wrong in the part that is looked at does not matter.
+        // The parsed part may lack required options, and an invalid value is reported by the process that uses it.
         let lenient = command::<C>().ignore_errors(true).mut_args(|arg| {
             let takes_values = arg.get_action().takes_values();
             if takes_values { arg.required(false).value_parser(ValueParser::os_string()) } else { arg }
@@ -132,7 +134,8 @@ pub fn position_of_takeover<C: CommandFactory>(arguments: &[OsString]) -> Option
     (1..arguments.len()).find(is_takeover)
 }
 
-/// clap's message, with the variable that the wrong value is of, where no flag says otherwise.
+/// clap's message, which names the option. If the invalid value comes from an environment variable, the message also
+/// names the variable, because a reader of the journal would look for the option on the command line in vain.
 fn one_line(
     error: &clap::Error,
     mut command: clap::Command,
@@ -155,7 +158,8 @@ fn one_line(
     }
 }
 
-/// clap's message for a terminal spreads over lines; a journal line is one.
+/// clap's message in one line: clap formats it for a terminal, but each line would be an entry of its own in the
+/// journal.
 fn text(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
@@ -179,21 +183,22 @@ mod tests {
     }
 
     #[test]
-    fn the_command_line_is_sound() {
+    fn command_passes_the_debug_assertions_of_clap() {
         command::<Own>().debug_assert();
     }
 
     #[test]
-    fn long_help_begins_with_the_description() {
+    fn long_help_begins_with_the_description_of_the_application() {
         let help = command::<Own>().render_long_help().to_string();
         assert!(help.starts_with("Links, shortened"), "{help}");
     }
 
     #[test]
-    fn each_flag_has_a_variable_with_the_name_of_the_service() {
+    fn each_option_has_a_variable_with_the_prefix_of_the_service() {
         let command = command::<Own>();
         let variable = |flag| {
-            let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("a flag");
+            let arg =
+                command.get_arguments().find(|arg| arg.get_long() == Some(flag)).expect("the option exists");
             arg.get_env().and_then(|name| name.to_str()).map(str::to_owned)
         };
         assert_eq!(variable("drain-timeout"), Some("SHOP_FRONT_DRAIN_TIMEOUT".into()));
@@ -201,13 +206,13 @@ mod tests {
     }
 
     #[test]
-    fn flags_of_both_stand_under_a_heading_each_before_or_after_the_command() {
+    fn options_have_two_headings_and_are_accepted_before_and_after_the_command() {
         let help = command::<Own>().render_help().to_string();
-        let own = help.find("Application options:").expect("a heading");
-        let ours = help.find("Server options:").expect("a heading");
-        // In the line of the usage each stands once before.
-        assert!(own < help.rfind("--database").expect("a flag"), "{help}");
-        assert!(ours < help.rfind("--listen").expect("a flag"), "{help}");
+        let own = help.find("Application options:").expect("the heading exists");
+        let ours = help.find("Server options:").expect("the heading exists");
+        // The usage line names each option too, before the headings.
+        assert!(own < help.rfind("--database").expect("the option exists"), "{help}");
+        assert!(ours < help.rfind("--listen").expect("the option exists"), "{help}");
         for line in ["x check --database d --log info", "x --database d --log info check"] {
             let matches = command::<Own>().try_get_matches_from(line.split(' ')).expect(line);
             let config = Config::from_arg_matches(&matches).expect(line);
@@ -217,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_command_is_found_and_no_value_is_taken_for_it() {
+    fn position_of_takeover_ignores_the_values_of_options() {
         let position = |line: &str| {
             let arguments: Vec<_> = line.split(' ').map(OsString::from).collect();
             position_of_takeover::<Own>(&arguments)
@@ -234,26 +239,26 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_value_is_one_line_that_names_the_flag() {
+    fn invalid_value_is_reported_in_one_line_with_its_option_or_variable() {
         let line = ["x", "--database", "d", "--idle-timeout", "0s"];
         let command = command::<Own>();
-        let error = command.clone().try_get_matches_from(line).expect_err("zero");
-        let say = |words: &[&str], is_set: bool| {
+        let error = command.clone().try_get_matches_from(line).expect_err("zero is refused");
+        let message_for = |words: &[&str], is_set: bool| {
             one_line(&error, command.clone(), words.iter().map(OsString::from), |_| is_set).to_string()
         };
-        let said = say(&line, true);
+        let message = message_for(&line, true);
         assert!(
-            said.starts_with("invalid value '0s' for '--idle-timeout <TIME>': expected a time above zero"),
-            "{said}"
+            message.starts_with("invalid value '0s' for '--idle-timeout <TIME>': expected a time above zero"),
+            "{message}"
         );
-        assert!(!said.contains('\n'), "{said}");
-        assert_eq!(say(&["x"], false), said);
-        assert_eq!(say(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {said}"));
+        assert!(!message.contains('\n'), "{message}");
+        assert_eq!(message_for(&["x"], false), message);
+        assert_eq!(message_for(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {message}"));
     }
 
     #[test]
     #[should_panic(expected = "outlive already has an option --log")]
-    fn a_flag_that_there_is_already_is_refused() {
+    fn option_with_the_name_of_a_library_option_panics() {
         #[derive(Parser)]
         struct Colliding {
             #[arg(long)]

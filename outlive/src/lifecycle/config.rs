@@ -1,4 +1,4 @@
-//! The library's own flags.
+//! The options of the library. Their doc comments are the text of `--help` and of the man page.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,10 +10,11 @@ use clap::{ArgAction, Args, ValueEnum};
 use crate::listeners::Listen;
 use crate::registry::Limits;
 
-/// For a peer to take the last answer of a connection and close it.
+/// How long a peer may take to read the last response of a connection and to close it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// How the service lives. No group of clap, whose name a service could want for its own.
+/// The options of the library. They are not in a clap group: a group is named after its struct, so that an application
+/// whose struct is called `Config` too could not be combined with it.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 pub struct Config {
@@ -23,9 +24,9 @@ pub struct Config {
 
     /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
     /// unix:/run/x.sock or unix:@abstract. Prefix the address with http=, https= (TLS) or admin=
-    /// (/healthz, /readyz, /metrics) to choose the protocol, as FileDescriptorName= of a socket unit does. Repeatable; comma-separated in the
-    /// environment variable. The default is 127.0.0.1:8080; under systemd there is no default, because the socket
-    /// unit owns the port.
+    /// (/healthz, /readyz, /metrics) to choose the protocol, as FileDescriptorName= of a socket unit does. Repeatable;
+    /// comma-separated in the environment variable. The default is 127.0.0.1:8080; under systemd there is no default,
+    /// because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
 
@@ -112,7 +113,7 @@ impl Config {
     }
 }
 
-/// `yes` or `no`, and what else systemd takes for these (systemd.syntax(7)).
+/// Parses `yes` or `no`, and the other spellings that systemd accepts for them (systemd.syntax(7)).
 fn yes_or_no() -> impl TypedValueParser<Value = bool> {
     let values = [
         PossibleValue::new("yes").aliases(["y", "true", "t", "on", "1"]),

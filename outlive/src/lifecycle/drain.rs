@@ -1,5 +1,14 @@
-//! How a process ends without losing a request, and, where there is a next process to leave them to,
-//! without closing a connection.
+//! The drain: a process ends without losing a request and, if there is a next process, without closing a connection.
+//!
+//! [`Drain`] sets the phases of the registry, which the tasks of the connections obey, and waits until they have done
+//! so. There are three ways to drain:
+//!
+//! - [`Drain::leave`] with systemd's store: requests in flight finish, and the connections go into the store, where the
+//!   next process finds them (restart).
+//! - [`Drain::leave`] without a store: all connections are told to close with their next response.
+//! - [`Drain::pass_on`]: each connection goes to the successor as soon as it is quiescent (reload).
+//!
+//! `schedule.rs` decides when a restart stops serving new requests. [`Limit`] ends a drain that does not end by itself.
 
 mod schedule;
 
@@ -24,32 +33,34 @@ use crate::takeover::Successor;
 use crate::transport::stream::Connection;
 use schedule::{Schedule, Step};
 
-/// For connections with nothing in flight to come to rest, where the limit has passed already.
+/// How long idle connections may take to become quiescent if the drain limit has already passed.
 const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
-/// For connections that do not fit into the handover channel to hear that they are to close, while the
-/// others wait for the next process.
+/// How long connections that do not fit into the handover channel are served, so that they can be told to close. It is
+/// short, because all connections that did fit wait for the next process meanwhile.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
-/// For a successor that is alive to take what is left for it at the end.
+/// How long a message to the successor may take before the successor is taken to hang. For messages with connections,
+/// this time is added to the drain limit.
 const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
-/// What is asked of systemd beyond each report, so that one late report does not end the drain.
+/// By how much each report extends systemd's stop timeout. It is longer than the interval of the reports, because one
+/// late report would otherwise let systemd kill the process.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
 const SECOND_SIGNAL: &str = "a second stop signal";
 
-/// What the end of a process's serving leaves for what comes after it.
+/// The time that a drain leaves to the background tasks and exit hooks, which run after it.
 pub struct TaskBudget {
     pub deadline: Instant,
-    /// It is the last of so many further signals that cuts it off.
+    /// The number of further stop signals at which they are cut off.
     pub signals: u32,
 }
 
-/// The end of a process's serving, under way.
+/// A drain that is under way.
 pub struct Drain<'a> {
     server: &'a Server,
     quiescent: &'a mut UnboundedReceiver<Connection>,
     generation: u64,
     begun: Instant,
-    /// Requests in flight at the beginning.
+    /// The number of requests in flight at the beginning.
     in_flight: usize,
     limit: Limit<'a>,
 }
@@ -67,7 +78,7 @@ impl<'a> Drain<'a> {
         Self { server, quiescent, generation, begun: Instant::now(), in_flight: 0, limit }
     }
 
-    /// Serves on for `delay`, with only `/readyz` saying that it will end.
+    /// Serves for another `delay`. Only `/readyz` reports the coming end, so that load balancers stop sending traffic.
     async fn announce(&mut self, delay: Duration) {
         self.limit.begun += delay;
         self.server.registry().set_phase(Phase::Announcing);
@@ -91,18 +102,20 @@ impl<'a> Drain<'a> {
         );
     }
 
-    /// Ends with no successor there: what can move waits in systemd's store for the next process, where
-    /// there is one.
-    /// Before it begins, it is announced for `delay`. `next_adopts`: which connections the next process can adopt.
+    /// Drains a process that has no successor. Connections that can move go into systemd's store, if the unit has one;
+    /// otherwise all connections are told to close. Before the drain begins, the process announces it for `delay`.
+    /// `next_adopts` tells which connections the next process can adopt.
     pub async fn leave(mut self, delay: Duration, next_adopts: Protocols) -> TaskBudget {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
         }
-        // The next process finds them in the store.
+        // The connections that wait for file descriptors stay in the store, where the next process finds them. This
+        // process must not take any of them from now on.
         drop(self.server.overflow().hand_over());
         self.begin();
-        // A port that closes with us is no place to come back to: its connections are told to end.
+        // A port that this process bound itself closes with it. Its clients could not reconnect to a next process at
+        // once, so its connections are told to close.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
         if next_adopts == Protocols::PlainHttp1 {
             self.server.registry().keep_http2_and_tls();
@@ -125,10 +138,10 @@ impl<'a> Drain<'a> {
         self.limit.remaining()
     }
 
-    /// Leaves all connections that can move in `store`; gives their number.
+    /// Puts all connections that can move into `store`, and returns their number.
     ///
-    /// The schedule says when requests that arrive are served and when they are held. Connections that cannot move are
-    /// waited for like requests in flight.
+    /// The schedule decides when requests that arrive are served and when they are held. The drain waits for
+    /// connections that cannot move as for requests in flight.
     async fn hand_over(&mut self, store: &FdStore) -> usize {
         let Self { server, quiescent, limit, .. } = self;
         let registry = server.registry();
@@ -151,13 +164,14 @@ impl<'a> Drain<'a> {
                 }
                 Step::Hold => {
                     server.enter(Phase::Holding);
-                    let at_rest_by = Instant::now() + QUIESCE_LIMIT;
+                    let quiescent_by = Instant::now() + QUIESCE_LIMIT;
                     tokio::select! {
                         biased;
                         () = registry.wait_until(|| registry.is_drained()) => {}
                         () = limit.passes() => {
-                            // What has nothing in flight has the time that it takes to come to rest, and no more.
-                            let _ = timeout_at(at_rest_by, registry.wait_until(|| registry.is_drained())).await;
+                            // If the limit passes just after the phase was set, the tasks of idle connections have
+                            // not run yet. Without this time their connections would be closed.
+                            let _ = timeout_at(quiescent_by, registry.wait_until(|| registry.is_drained())).await;
                         }
                     }
                     break;
@@ -182,9 +196,11 @@ impl<'a> Drain<'a> {
         handed_over
     }
 
-    /// Tells all connections to end with their next answer. Those that were there before are told first;
-    /// only then are no more accepted. When the limit has passed, no more requests begin, and those that began
-    /// meanwhile have the rest of their time.
+    /// Tells all connections to close with their next response, because there is no process to hand them over to.
+    ///
+    /// New connections are accepted until all connections that were open at the beginning have received such a
+    /// response: a client that reconnects at once still reaches a process. When the limit has passed, no new request
+    /// begins, and requests that began meanwhile have the remainder of their own limits.
     async fn linger(&mut self) {
         let Self { server, limit, .. } = self;
         let registry = server.registry();
@@ -215,16 +231,19 @@ impl<'a> Drain<'a> {
         }
     }
 
-    /// Ends with a successor there: each connection goes to it as it comes to rest. `stop_signals`: how
-    /// many stop signals came already.
-    /// Gives the successor's channel back, which it takes for our end when it is closed.
+    /// Drains a process that has a successor: each connection goes to it when it becomes quiescent. `stop_signals` is
+    /// the number of stop signals that arrived during the reload.
+    ///
+    /// Returns the channel to the successor. The successor takes its closing for the end of this process, so the caller
+    /// must keep it until the background tasks have ended.
     pub async fn pass_on(mut self, successor: Successor, stop_signals: u32) -> (Channel, TaskBudget) {
         let Successor { channel: successor, adopts } = successor;
         self.begin();
         let Self { server, quiescent, limit, generation, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
-        // The first signal may be meant for both of us, and we are ending already.
+        // A service manager may send the first signal to all processes of the service. This process is already ending,
+        // so only a second one cuts the drain short.
         limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
         if adopts == Protocols::PlainHttp1 {
@@ -246,7 +265,8 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Quiescing);
         let mut idle = server.take_parked();
         loop {
-            // Whoever was served until now goes first.
+            // Connections that were busy until now go first, because their clients are likely to send the next request
+            // soon. The connections that were parked follow in portions of one message.
             let mut connections = take_all(quiescent);
             if connections.is_empty() {
                 connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
@@ -257,7 +277,8 @@ impl<'a> Drain<'a> {
                     connection = quiescent.recv() => connection,
                     () = registry.wait_until(|| registry.is_drained()) => quiescent.try_recv().ok(),
                     () = limit.passes() => quiescent.try_recv().ok(),
-                    // Connections that could not move have begun requests meanwhile; from now on none begins.
+                    // Connections that cannot move have begun further requests. From now on none may begin, because
+                    // the drain has to end within twice the limit.
                     () = sleep_until(first_deadline), if registry.phase() == Phase::Quiescing => {
                         server.enter(Phase::Holding);
                         continue;
@@ -281,13 +302,13 @@ impl<'a> Drain<'a> {
             handed_over += connections.len();
         }
         self.log_end(handed_over);
-        // One that hangs or has gone will not miss them.
+        // An error is ignored: a successor that hangs or has exited does not need the totals.
         let totals = metrics::totals();
         let _ = timeout(SUCCESSOR_LINGER, successor.say(MessageType::Totals, origin, &totals)).await;
         (successor, self.limit.remaining())
     }
 
-    /// Counts and says how it ended; gives the line.
+    /// Logs and counts the result of the drain, and returns the log line.
     fn log_end(&self, handed_over: usize) -> String {
         let registry = self.server.registry();
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
@@ -305,7 +326,8 @@ impl<'a> Drain<'a> {
     }
 }
 
-/// Serves until all that was unfinished at the beginning has ended, and no longer than `at_most`; gives whether it has.
+/// Serves until all work that was pending at the beginning has ended, but no longer than `at_most`. Returns whether it
+/// has ended.
 async fn serve_on(
     server: &Server,
     quiescent: &mut UnboundedReceiver<Connection>,
@@ -332,27 +354,27 @@ async fn serve_on(
     }
 }
 
-/// All connections that have come to rest so far.
+/// All connections that have become quiescent so far.
 fn take_all(quiescent: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
     std::iter::from_fn(|| quiescent.try_recv().ok()).collect()
 }
 
-/// The end of a drain, if it does not end by itself; meanwhile systemd is told how it goes.
+/// Ends a drain that does not end by itself, and reports the progress of the drain to systemd.
 ///
 /// Each request has the whole limit: from the beginning of the drain if it was in flight then, otherwise from its own
-/// beginning. Each way to drain sees to it that no request begins once the limit has passed for the first time, so a
-/// drain ends within twice the limit.
+/// beginning. Once the limit has passed for the first time, the drain admits no new request, so it ends within twice
+/// the limit. A further stop signal ends it at once.
 struct Limit<'a> {
     registry: &'a Registry,
     signals: &'a mut Signals,
     length: Duration,
     begun: Instant,
     report: Interval,
-    /// Whether this is the main process, of which systemd wants to hear.
+    /// Whether this is the main process of the unit, from which systemd expects the reports.
     is_main: bool,
-    /// Signals that it takes to end it.
+    /// The number of further stop signals that end the drain.
     signals_left: u32,
-    /// What ended it.
+    /// The reason for which the drain was ended, if it was.
     passed: Option<&'static str>,
 }
 
@@ -367,18 +389,18 @@ impl<'a> Limit<'a> {
         self.begun.elapsed()
     }
 
-    /// For requests that were in flight at the beginning.
+    /// The deadline of requests that were in flight at the beginning.
     fn first_deadline(&self) -> Instant {
         self.begun + self.length
     }
 
-    /// The next one: the first, until it has passed; then that of the requests that are in flight now.
+    /// The next deadline: the first, until it has passed, then the last of the requests that are in flight now.
     fn deadline(&self) -> Instant {
         let first = self.first_deadline();
         if Instant::now() < first { first } else { deadline(self.registry, self.begun, self.length) }
     }
 
-    /// It is the last of so many further signals that ends the drain.
+    /// Sets the number of further stop signals that end the drain.
     fn expect_signals(&mut self, count: u32) {
         self.signals_left = count;
         if count == 0 {
@@ -386,7 +408,7 @@ impl<'a> Limit<'a> {
         }
     }
 
-    /// Waits for it.
+    /// Waits until the limit has passed for all requests in flight, or stop signals have ended the drain.
     async fn passes(&mut self) {
         while self.passed.is_none() {
             tokio::select! {
@@ -404,7 +426,8 @@ impl<'a> Limit<'a> {
         }
     }
 
-    /// A drain that a signal has ended leaves one more for what comes after it.
+    /// The budget of the background tasks. It takes one more signal to cut them off, also if a signal has ended the
+    /// drain.
     fn remaining(&self) -> TaskBudget {
         TaskBudget { deadline: self.first_deadline(), signals: self.signals_left.max(1) }
     }
@@ -416,7 +439,7 @@ impl<'a> Limit<'a> {
     }
 }
 
-/// When no request that is in flight has time left, of those that have `length` each.
+/// The time at which no request that is now in flight has any of its `length` left.
 fn deadline(registry: &Registry, begun: Instant, length: Duration) -> Instant {
     let last = registry.last_request().map_or(begun, |last| last.max(begun));
     (last + length).min(begun + length + length)
@@ -429,7 +452,7 @@ async fn run_out(registry: &Registry, begun: Instant, length: Duration) {
     if time_left().is_zero() {
         return;
     }
-    // So that the end of each is heard.
+    // Otherwise the end of a request would not wake `wait_until` before all of them have ended.
     registry.subscribe_all();
     while !time_left().is_zero() {
         tokio::select! {
@@ -439,7 +462,7 @@ async fn run_out(registry: &Registry, begun: Instant, length: Duration) {
     }
 }
 
-/// Says what is lost; gives the number of requests.
+/// Logs each connection and request that the drain cuts off, and returns the number of requests.
 fn log_remaining(registry: &Registry, reason: &str) -> usize {
     let mut requests = 0;
     for remaining in registry.remaining() {
@@ -482,13 +505,13 @@ mod tests {
     use crate::connection::tests::{Served, serve};
     use crate::transport::stream::Peer;
 
-    /// Hands over with a request that never ends, which comes once the drain has begun; gives how long it took.
+    /// Hands over beside a request that arrives during the drain and never ends, and returns the duration of the drain.
     async fn hand_over_beside_an_endless_request(limit: Duration) -> Duration {
         let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
-        let mut signals = Signals::new().expect("signals");
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
         let endless = server.registered(Peer::Unix);
-        // Some of its head has come: the drain does not wait for it, and finds it when all are to rest.
+        // Only a part of the head has arrived, so the request is not in flight when the drain begins.
         endless.entry.received();
         let begun = Instant::now();
         let mut drain = Drain::new(&server, &mut quiescent, &mut signals, limit, 1);
@@ -498,39 +521,39 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_that_passes_while_all_are_to_rest_ends_the_drain() {
+    async fn limit_that_passes_during_the_hold_ends_the_drain() {
         let limit = Duration::from_secs(2);
         assert_eq!(hand_over_beside_an_endless_request(limit).await, limit);
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_limit_that_passes_as_all_are_told_to_rest_leaves_them_the_time_for_it() {
+    async fn limit_that_passes_at_the_beginning_of_the_hold_leaves_the_quiesce_limit() {
         assert_eq!(hand_over_beside_an_endless_request(Duration::from_millis(1)).await, QUIESCE_LIMIT);
     }
 
-    // ---- requests of all kinds, in simulated time ----
+    // ---- requests of any duration, in simulated time ----
 
     const LIMIT: Duration = Duration::from_secs(30);
-    /// More than timers are late by, and tasks.
+    /// An upper bound for the delay of timers and tasks.
     const ROUNDING: Duration = Duration::from_millis(20);
 
-    /// A request, as its client would send it to a process that is always there.
+    /// A request of a simulation.
     #[derive(Clone, Copy, Debug)]
     struct Request {
-        /// From the beginning of the simulation on.
+        /// Since the beginning of the simulation.
         at: Duration,
         takes: Duration,
     }
 
-    /// What became of the requests of a simulation. Its times are since the beginning of the drain.
+    /// The result of a simulation.
     #[derive(Debug, Default)]
     struct Outcome {
-        /// The drain.
+        /// The duration of the drain.
         took: Duration,
-        /// What the drain itself says that it cut off.
+        /// The number of requests that the drain cut off.
         cut_off: usize,
         finished: usize,
-        /// Since when requests are held, by their number.
+        /// The requests that wait to be served, by their number, with the beginning of the wait.
         held: HashMap<usize, Instant>,
         longest_wait: Duration,
     }
@@ -545,13 +568,15 @@ mod tests {
     /// Sends `requests`, each on a connection of its own, and begins to drain at `drain_at`.
     fn simulate(requests: &[Request], drain_at: Duration) -> Outcome {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        runtime.expect("a runtime").block_on(LocalSet::new().run_until(drain_beside(requests, drain_at)))
+        runtime
+            .expect("the runtime can be built")
+            .block_on(LocalSet::new().run_until(drain_beside(requests, drain_at)))
     }
 
     async fn drain_beside(requests: &[Request], drain_at: Duration) -> Outcome {
         let Served { server, mut quiescent, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
-        let mut signals = Signals::new().expect("signals");
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
         let outcome = Rc::new(RefCell::new(Outcome::default()));
         for (number, request) in requests.iter().copied().enumerate() {
             let (server, outcome) = (server.clone(), outcome.clone());
@@ -583,14 +608,15 @@ mod tests {
         let left = server.registry().counts().in_flight;
         assert_eq!(left, cut_off, "a drain that ends before its limit leaves no request behind");
         let mut outcome = std::mem::take(&mut *outcome.borrow_mut());
-        // Those that the next process serves.
+        // The next process serves these.
         for number in outcome.held.keys().copied().collect::<Vec<_>>() {
             outcome.admit(number);
         }
         Outcome { took, cut_off, ..outcome }
     }
 
-    /// `clients`, each of which sends a request, waits for the answer, and `thinks` before the next.
+    /// The requests of `clients` clients, each of which waits for the response, and for `thinks` before the next
+    /// request.
     fn steady(clients: u32, takes: Duration, thinks: Duration, until: Duration) -> Vec<Request> {
         let cycle = takes + thinks;
         let all = (0..clients).flat_map(|client| {
@@ -601,8 +627,7 @@ mod tests {
     }
 
     #[test]
-    fn steady_requests_of_any_duration_below_the_limit_are_not_cut_off_and_others_wait_as_long_as_one_takes()
-    {
+    fn steady_requests_below_the_limit_are_not_cut_off_and_others_wait_no_longer_than_one_takes() {
         for takes in [100, 500, 1_000, 3_000, 6_000, 10_000, 20_000, 29_900].map(Duration::from_millis) {
             let requests = steady(20, takes, Duration::from_secs(2), Duration::from_secs(100));
             let outcome = simulate(&requests, Duration::from_secs(31));
@@ -617,32 +642,40 @@ mod tests {
     }
 
     #[test]
-    fn one_slow_request_among_quick_ones_makes_no_other_wait_for_long() {
+    fn slow_request_before_the_drain_delays_no_quick_request_for_long() {
         let slow = Request { at: Duration::ZERO, takes: Duration::from_secs(28) };
         for takes in [5, 200].map(Duration::from_millis) {
             let mut requests = steady(20, takes, Duration::from_millis(500), Duration::from_secs(60));
             requests.push(slow);
             let outcome = simulate(&requests, Duration::from_secs(3));
             assert_eq!(outcome.cut_off, 0);
-            assert!(outcome.took >= Duration::from_secs(25), "it ends with the slow one: {:?}", outcome.took);
+            assert!(
+                outcome.took >= Duration::from_secs(25),
+                "the drain waits for the slow request: {:?}",
+                outcome.took
+            );
             assert!(outcome.longest_wait <= takes + ROUNDING, "{takes:?}: {:?}", outcome.longest_wait);
         }
     }
 
     #[test]
-    fn one_slow_request_that_comes_during_the_drain_makes_no_other_wait_for_long() {
+    fn slow_request_during_the_drain_delays_no_quick_request_for_long() {
         let takes = Duration::from_millis(5);
         let mut requests = steady(20, takes, Duration::from_millis(500), Duration::from_secs(60));
         let slow = Request { at: Duration::ZERO, takes: Duration::from_secs(8) };
         requests.extend([slow, Request { at: Duration::from_secs(5), ..slow }]);
         let outcome = simulate(&requests, Duration::from_secs(3));
-        assert!(outcome.took >= Duration::from_secs(10), "it ends with the second one: {:?}", outcome.took);
+        assert!(
+            outcome.took >= Duration::from_secs(10),
+            "the drain waits for the second slow request: {:?}",
+            outcome.took
+        );
         assert!(outcome.longest_wait <= Duration::from_millis(100) + ROUNDING, "{:?}", outcome.longest_wait);
     }
 
-    /// One that began before is cut off at the limit, though one that came meanwhile still has time.
+    /// A request that began before the drain is cut off at the limit, although a later one still has time.
     #[test]
-    fn each_request_has_the_limit_from_its_own_beginning_and_no_more() {
+    fn each_request_is_cut_off_at_the_limit_from_its_own_beginning() {
         let endless = Request { at: Duration::ZERO, takes: LIMIT * 10 };
         let late = Request { at: Duration::from_secs(21), takes: Duration::from_secs(28) };
         let outcome = simulate(&[endless], Duration::from_secs(1));
@@ -655,7 +688,7 @@ mod tests {
 
     fn any_request() -> impl Strategy<Value = Request> {
         let milliseconds = |range: Range<u64>| range.prop_map(Duration::from_millis);
-        // As many of each order of magnitude, so that quick and slow ones meet.
+        // Equally many of each order of magnitude, so that quick and slow requests overlap.
         let takes = prop_oneof![
             milliseconds(0..100),
             milliseconds(0..1_000),
@@ -666,9 +699,8 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever arrives, and whenever.
         #[test]
-        fn no_request_that_takes_less_than_the_limit_is_cut_off(
+        fn requests_that_take_less_than_the_limit_are_not_cut_off(
             requests in prop::collection::vec(any_request(), 0..200), drain_at in 0..30_000_u64,
         ) {
             let outcome = simulate(&requests, Duration::from_millis(drain_at));

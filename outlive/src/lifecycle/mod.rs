@@ -1,6 +1,9 @@
-//! The life of the process, from the command line to the exit code: it reads its configuration (`config.rs`, `cli.rs`),
-//! starts (`start.rs`), serves (`serve.rs`), drains (`drain.rs`) and stops (`stop.rs`); `run.rs` calls them in this order. `admin.rs` answers for the state
-//! of the whole process. This folder may name every other folder, and no other folder names it.
+//! The life of the process, from the command line to the exit code.
+//!
+//! `run.rs` calls the steps in order: the process reads its configuration (`config.rs`, `cli.rs`), starts (`start.rs`),
+//! serves (`serve.rs`), and stops (`stop.rs`), for which it drains its connections (`drain.rs`). `admin.rs` has the
+//! routes of the admin listeners, which report the state of the whole process. This folder may import every other
+//! folder, and no other folder imports it.
 
 mod admin;
 mod cli;

@@ -1,7 +1,8 @@
-//! The entry point: which of its roles a process has, and what it does in that role.
+//! The entry point, [`run`]: it finds out which role a process has (the first process, the intermediate process of a
+//! reload, or a successor), and acts accordingly.
 //!
-//! A process that serves starts (`start.rs`), serves (`serve.rs`) and stops (`stop.rs`); each step consumes the value that
-//! the step before it returned.
+//! A process that serves starts (`start.rs`), serves (`serve.rs`) and stops (`stop.rs`); each step consumes the value
+//! that the step before it returned.
 
 use std::process::ExitCode;
 
@@ -21,12 +22,16 @@ use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::os::systemd;
 use crate::takeover::{self, PredecessorLink, Program, Role};
 
-/// Runs the service whose command line is `C` and that begins with `start`: the whole of a `main`.
+/// Runs a service until it stops, and returns the exit code. Call it as the only statement of `main`, because it sets
+/// up the tokio runtime, logging, signals and the panic hook itself.
 ///
-/// `start` gets its configuration, says what there is to say of the service, and gives its routes. An error or a
-/// panic in it, or more time than `--start-timeout`, is a start that failed: one line that tells the whole story, and
-/// an exit code of `sysexits.h` (78 where a flag or file is to be mended, 69 where something is taken or gone, 70
-/// else); at a reload the old process serves on.
+/// `C` is the application's part of the command line. `start` receives it with a [`Setup`], on which it registers
+/// background tasks, checks and hooks, and returns the routes.
+///
+/// The start fails if `start` returns an error, panics, or takes longer than `--start-timeout`. The process then logs
+/// one line with the reason, and exits with a code of `sysexits.h`: 78 if an option, an environment variable or a file
+/// is invalid; 69 if `start` failed or took too long, or a resource is not available; 70 otherwise. If this happens
+/// during a reload, the old process keeps serving.
 ///
 /// ```no_run
 /// use axum::{Router, routing::get};
@@ -35,7 +40,7 @@ use crate::takeover::{self, PredecessorLink, Program, Role};
 /// #[derive(clap::Parser)]
 /// #[command(version, about)]
 /// struct Config {
-///     /// Whom to greet; also the variable APP_GREET, where the package is called app.
+///     /// Name to greet. In a package called app, the environment variable APP_GREET sets it too.
 ///     #[arg(long, default_value = "world")]
 ///     greet: String,
 /// }
@@ -50,7 +55,7 @@ use crate::takeover::{self, PredecessorLink, Program, Role};
 /// ```
 ///
 /// # Panics
-/// Where a flag of `C` has the name of one of the library's.
+/// If an option of `C` has the name of an option of the library.
 pub fn run<C, S>(start: S) -> ExitCode
 where
     C: Parser,
@@ -60,7 +65,7 @@ where
     match try_run(start) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // <3> is the level of an error, see sd-daemon(3).
+            // The prefix gives the line the priority "error" in the journal (sd-daemon(3)).
             let level = if systemd::stderr_is_the_journal() { "<3>" } else { "" };
             log::last_line(&format!("{level}{}: {failure}", cli::name::<C>()));
             failure.exit_code()
@@ -74,13 +79,16 @@ struct FlushAtEnd;
 
 impl Drop for FlushAtEnd {
     fn drop(&mut self) {
-        // Before the log, because what cannot be sent is logged.
+        // Before the log, because a message that cannot be sent to the service manager is logged.
         systemd::flush(FLUSH_LIMIT);
         log::flush(FLUSH_LIMIT);
     }
 }
 
-/// The tokio runtime. Dropped, it does not wait for tasks that still run: they have had their time.
+/// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
+/// their time. The drop of tokio's own runtime would wait for a handler that blocks its thread, for any length of time.
+///
+/// [`Serving::stop`]: crate::lifecycle::serve::Serving::stop
 struct Runtime(Option<tokio::runtime::Runtime>);
 
 impl Runtime {
@@ -89,7 +97,7 @@ impl Runtime {
     }
 
     fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
-        self.0.as_ref().expect("it is taken by `drop` only").block_on(future)
+        self.0.as_ref().expect("only `drop` takes the runtime").block_on(future)
     }
 }
 
@@ -115,7 +123,7 @@ where
     }
 }
 
-/// A process that a person or a service manager started.
+/// Runs a process that was started by a service manager or from a shell, and not by a reload.
 fn run_initial<C, S>(start: S, program: Program) -> Result<()>
 where
     C: Parser,
@@ -126,7 +134,7 @@ where
             takeover::give_up(&failure.to_string());
         }
     })?;
-    // Before any thread exists, because the environment is read and changed.
+    // These run before any thread exists, because they read and change the environment.
     match line.command {
         Some(Command::Takeover) => takeover::command(program, line.config.takeover_timeout),
         Some(Command::Check) => check(line, start),
@@ -142,7 +150,7 @@ where
     }
 }
 
-/// A process that its predecessor or a takeover command started.
+/// Runs a process that a reload started.
 fn run_successor<C, S>(start: S, program: Program) -> Result<()>
 where
     C: Parser,
@@ -159,7 +167,8 @@ where
     }
 }
 
-/// Everything that can fail in a successor: until it is done, the predecessor has the connections and keeps serving.
+/// Does everything that can fail in a successor. Until it returns, the predecessor has the connections and keeps
+/// serving.
 fn start_successor<C, S>(
     start: S,
     program: Program,
@@ -183,8 +192,8 @@ async fn serve(started: Started, predecessor: Option<PredecessorLink>) -> Result
     serving.stop(reason).await
 }
 
-/// The command `check`: a start up to where the process would serve.
-#[expect(clippy::print_stdout, reason = "the answer to the command")]
+/// The command `check`: starts the service up to the point at which it would serve.
+#[expect(clippy::print_stdout, reason = "the result of the command")]
 fn check<C, S>(line: CommandLine<C>, start: S) -> Result<()>
 where
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,

@@ -1,4 +1,5 @@
-//! A process that serves, until it has a reason to stop. This is the only place that waits for signals while it serves.
+//! The main loop of a process that serves: [`Serving::wait_for_stop`]. While the process serves, this is the only place
+//! that receives signals, the end of background tasks, and the events of a reload.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,13 +25,13 @@ use crate::transport::stream::Connection;
 /// The kernel ends all processes of a container with its PID 1, successors included.
 const PID_1: &str = "PID 1 of a container cannot reload; start a new container instead";
 
-/// A process that serves.
+/// A process that serves. [`Serving::stop`](crate::lifecycle::stop) consumes it.
 pub struct Serving {
     pub(super) config: Config,
     pub(super) generation: u64,
     pub(super) signals: Signals,
     pub(super) server: Server,
-    /// Where connections arrive that are quiescent and can move to the next process.
+    /// Receives the connections that are quiescent and can be handed over.
     pub(super) quiescent: UnboundedReceiver<Connection>,
     pub(super) socket_files: SocketFiles,
     pub(super) bundle: SuccessorBundle,
@@ -44,12 +45,12 @@ pub struct Serving {
 pub enum StopReason {
     /// SIGTERM or SIGINT.
     Signal,
-    /// A background task has ended, and the process ends with it; why.
+    /// A background task that must not end has ended; the text is the reason.
     TaskFailed(String),
-    /// A successor accepts connections, and waits for those of this process.
+    /// A successor accepts connections, and waits for the connections of this process.
     Succeeded {
         successor: Successor,
-        /// How many stop signals came before the successor had taken over.
+        /// How many stop signals arrived before the successor had taken over.
         stop_signals: u32,
     },
 }
@@ -61,7 +62,8 @@ enum Event {
 }
 
 impl Serving {
-    /// Serves until there is a reason to stop. A reload that fails changes nothing but the status line.
+    /// Serves until there is a reason to stop. A failed reload is logged and shown in the status line, and this process
+    /// keeps serving.
     pub async fn wait_for_stop(&mut self) -> StopReason {
         let Self { signals, bundle, socket, status, tasks, .. } = self;
         let mut reloads = Reloads::new(bundle, socket.take());

@@ -1,4 +1,8 @@
-//! The start of a process that serves: everything that can fail, and then the commit, after which nothing can.
+//! The start of a process that serves, in two parts.
+//!
+//! [`Started::new`] does everything that can fail: it binds the listeners, loads the certificate, and calls the
+//! application's `start`. [`Started::commit`] then takes over the port and the connections. Nothing in it may fail once
+//! the predecessor no longer accepts connections, because there would be no process left to serve them.
 
 use std::convert::Infallible;
 use std::panic::AssertUnwindSafe;
@@ -43,7 +47,7 @@ use crate::transport::tls_config::{self, Tls};
 /// start.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
-/// What a start begins with: the configuration, and what the process inherited.
+/// The input of a start: the configuration, and what the process inherited.
 pub struct Boot<C> {
     line: CommandLine<C>,
     inherited: Inherited,
@@ -54,11 +58,11 @@ pub struct Boot<C> {
 }
 
 impl<C> Boot<C> {
-    /// To be called before the runtime starts its threads.
+    /// Must be called before the runtime starts its threads; see [`rlimit::make_room`].
     pub fn new(line: CommandLine<C>, inherited: Inherited, program: Program, role: Role) -> Result<Self> {
         let from_store = handover::next_generation(&inherited.channels);
         let process = Process::begin(from_store.or(inherited.generation).unwrap_or(1));
-        // Before the log, which starts a thread.
+        // Before `log::init`, which starts a thread.
         rlimit::make_room(line.config.max_connections);
         let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
         #[cfg(feature = "jemalloc")]
@@ -67,7 +71,8 @@ impl<C> Boot<C> {
     }
 }
 
-/// A process that could serve. Until [`Started::commit`], a predecessor has the connections and the port.
+/// A process that is ready to serve. Until [`Started::commit`], the predecessor, if there is one, has the connections
+/// and the port.
 pub struct Started {
     config: Config,
     process: Process,
@@ -77,9 +82,9 @@ pub struct Started {
     quiescent: UnboundedReceiver<Connection>,
     acceptors: Vec<Acceptor>,
     names: Vec<Name>,
-    /// A command to try, for a person at a terminal.
+    /// A command with which to try the service, for the log.
     example: Option<String>,
-    /// The channels in which a predecessor left its connections.
+    /// The handover channels from systemd's store, with the connections of earlier processes.
     channels: Vec<anyhow::Result<std::os::fd::OwnedFd>>,
     socket_files: SocketFiles,
     bundle: SuccessorBundle,
@@ -90,7 +95,7 @@ pub struct Started {
 
 impl Started {
     /// Binds the listeners, loads the certificate, calls the application's `start`, and creates everything that serving
-    /// needs. `None` if a stop signal came meanwhile.
+    /// needs. Returns `None` if a stop signal arrived during the application's `start`.
     pub async fn new<C, S>(boot: Boot<C>, start: S) -> Result<Option<Self>>
     where
         S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
@@ -115,7 +120,7 @@ impl Started {
         let mut setup = Setup::new(process, shutdown.clone(), credentials);
         let routes = tokio::select! {
             routes = call_start(start, own, &mut setup, config.start_timeout) => routes?,
-            // The predecessor of a successor is the main process, and it is the main process that systemd listens to.
+            // A successor does not ask, because systemd ignores it as long as the predecessor is the main process.
             never = ask_for_time_to_start(), if role == Role::First => match never {},
             () = signals.terminated() => {
                 info!("received a stop signal during startup");
@@ -160,8 +165,8 @@ impl Started {
         }))
     }
 
-    /// Begins to serve, and reports it: `READY=1`, or the takeover from `predecessor`. Fails only as long as the
-    /// predecessor keeps serving.
+    /// Begins to serve. Reports that to systemd with `READY=1`, or takes over from `predecessor`. An error is returned
+    /// only while the predecessor still serves.
     pub async fn commit(self, predecessor: Option<PredecessorLink>) -> Result<Serving> {
         let Self { config, process, logging, signals, server, quiescent, names, bundle, status, .. } = self;
         let watchdog = bundle.watchdog;
@@ -174,7 +179,7 @@ impl Started {
             }
             None => None,
         };
-        // From here on nothing may fail, because the predecessor no longer accepts.
+        // From here on nothing may fail, because the predecessor no longer accepts connections.
         for acceptor in self.acceptors {
             server.accept_from(acceptor);
         }
@@ -200,7 +205,7 @@ impl Started {
         if let Some(example) = self.example {
             info!("try it: {example}");
         }
-        // Not earlier, because a successor that fails to start must leave the bus name with its predecessor.
+        // Not earlier: a successor that then failed to start would have taken the bus name away from its predecessor.
         logging.offer();
         let reported = status.clone();
         tokio::spawn(systemd::report(move || {
@@ -226,7 +231,7 @@ impl Started {
     }
 }
 
-/// Calls the application's `start`.
+/// Calls the application's `start`, with a time limit. A panic in it is an error, too.
 pub async fn call_start<C, S>(start: S, own: C, setup: &mut Setup, limit: Duration) -> Result<Router>
 where
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
@@ -242,10 +247,11 @@ where
     }
 }
 
-/// Asks the service manager for more time, again and again.
+/// Extends systemd's start timeout at regular intervals, so that `--start-timeout` alone limits the start, and not
+/// `TimeoutStartSec=` of the unit.
 async fn ask_for_time_to_start() -> Infallible {
     let mut clock = interval(systemd::STATUS_INTERVAL);
-    // The first tick is at once, when there is time enough.
+    // The first tick is immediate. An extension is not needed yet.
     clock.tick().await;
     loop {
         clock.tick().await;

@@ -1,4 +1,5 @@
-//! The end of a process: it drains its connections, then its background tasks end, then the application's exit hooks run.
+//! The end of a process: it drains its connections, ends its background tasks, and runs the application's exit hooks,
+//! in this order. The tasks come after the last response, because a request may have given them work.
 
 use std::time::Duration;
 
@@ -14,19 +15,20 @@ use crate::observe::status::ManagerRole;
 use crate::os::exit::{Failure, Result};
 use crate::os::signals::Signals;
 
-/// How long background tasks have at least to end, however long the drain took.
+/// The minimum time that background tasks have to end, independent of the duration of the drain.
 const TASKS_MINIMUM: Duration = Duration::from_secs(5);
 
 impl Serving {
-    /// Ends the process without losing a request. An error if a background task failed, so that the exit code says so.
+    /// Ends the process without losing a request. Returns an error if the process stops because a background task
+    /// ended, so that the exit code shows it.
     pub async fn stop(self, reason: StopReason) -> Result<()> {
         let Self {
             config, generation, mut signals, server, mut quiescent, bundle, status, tasks, hooks, ..
         } = self;
         let drain = Drain::new(&server, &mut quiescent, &mut signals, config.drain_timeout, generation);
         let mut failure = None;
-        // The successor waits for the end of this process before it starts its exclusive tasks, and takes the closing of
-        // this channel for that end.
+        // The successor starts its exclusive tasks when this channel is closed, so it must stay open until the tasks of
+        // this process have ended.
         let mut successor_channel = None;
         let budget = match reason {
             StopReason::Succeeded { successor, stop_signals } => {
@@ -41,7 +43,8 @@ impl Serving {
                 }
                 status.set_role(ManagerRole::Stopping);
                 let next_adopts = bundle.program.adopts().await;
-                // The duplicates of the listeners in it would keep ports open that this process bound itself.
+                // It contains duplicates of the listeners, which would keep the ports open that this process bound
+                // itself.
                 drop(bundle);
                 drain.leave(config.drain_delay, next_adopts).await
             }
@@ -52,7 +55,7 @@ impl Serving {
     }
 }
 
-/// Ends the background tasks and runs the exit hooks, both after the last response. Further stop signals cut both off.
+/// Ends the background tasks and runs the exit hooks. Further stop signals cut both off.
 async fn finish_tasks(tasks: Running, hooks: Hooks, budget: TaskBudget, signals: &mut Signals) {
     let deadline = budget.deadline.max(Instant::now() + TASKS_MINIMUM);
     let cut_off = async {

@@ -1,4 +1,4 @@
-//! Addresses that this process binds itself (`--listen`).
+//! Addresses that this process binds itself: `--listen`, parsed as [`Listen`].
 
 use std::fmt;
 use std::io;
@@ -16,7 +16,7 @@ use crate::transport::listener_name::Name;
 /// The address of a process that inherits no listener and has no `--listen`.
 const DEFAULT_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
 
-/// How many connections may wait to be accepted, if the system allows as many (`net.core.somaxconn`).
+/// The maximum length of the accept queue (listen(2)); the kernel limits it to `net.core.somaxconn`.
 const BACKLOG: i32 = 4096;
 
 /// An address to bind, and the listener's name: `127.0.0.1:8080`, `https=127.0.0.1:8443`.
@@ -125,12 +125,13 @@ impl Address {
     }
 }
 
-/// A socket file where nobody listens any more would keep the path taken for ever.
+/// Removes the socket file at `path` if no process listens on it, for example after a crash. Otherwise `bind` would
+/// fail with `EADDRINUSE` from then on.
 fn remove_if_stale(path: &Path) {
     let refused =
         UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
     if refused {
-        // If it cannot be removed, bind() says so.
+        // If it cannot be removed, `bind` returns the error.
         let _ = std::fs::remove_file(path);
     }
 }
@@ -151,7 +152,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_may_have_a_name_before_it() {
+    fn address_may_have_a_name_prefix() {
         let read = |text: &str| {
             text.parse().map(|Listen { name, address }| (name.as_str().to_owned(), address.to_string()))
         };
@@ -168,31 +169,31 @@ mod tests {
     }
 
     #[test]
-    fn a_socket_file_that_another_process_has_put_in_the_place_of_ours_stays() {
+    fn socket_file_of_another_process_at_the_same_path_is_not_removed() {
         let files = SocketFiles::owned();
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let path = folder.path().join("x.sock");
         let address = Address::Path(path.clone());
-        let (_ours, bound) = address.bind(&files).expect("bound");
-        std::fs::remove_file(&path).expect("removed");
-        let (_other, other) = address.bind(&files).expect("bound anew");
+        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
+        std::fs::remove_file(&path).expect("the file can be removed");
+        let (_other, other) = address.bind(&files).expect("the path can be bound again");
         drop(bound);
-        assert!(UnixStream::connect(&path).is_ok(), "the other's is there");
+        assert!(UnixStream::connect(&path).is_ok(), "the file of the other process was removed");
         drop(other);
         assert!(!path.exists());
     }
 
     #[test]
-    fn a_path_in_use_is_refused_until_its_file_is_removed() {
+    fn bind_to_a_path_in_use_fails_until_its_file_is_removed() {
         let files = SocketFiles::owned();
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let address = Address::Path(folder.path().join("x.sock"));
-        let (_ours, bound) = address.bind(&files).expect("bound");
-        assert!(address.bind(&files).is_err(), "it is in use");
-        // Its socket is open yet.
-        bound.as_ref().expect("a file").remove();
-        let (_next, _file) = address.bind(&files).expect("the next process");
+        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
+        assert!(address.bind(&files).is_err(), "the path is in use");
+        // The socket itself is still open.
+        bound.as_ref().expect("the listener has a socket file").remove();
+        let (_next, _file) = address.bind(&files).expect("the path can be bound again");
         drop(bound);
-        assert!(address.bind(&files).is_err(), "the next one's file is there");
+        assert!(address.bind(&files).is_err(), "the file of the next process was removed");
     }
 }

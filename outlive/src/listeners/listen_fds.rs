@@ -1,4 +1,4 @@
-//! Sockets that a service manager passes: `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`, as in `sd_listen_fds(3)`.
+//! Sockets that a service manager passes with `LISTEN_FDS`, `LISTEN_PID` and `LISTEN_FDNAMES`, as in sd_listen_fds(3).
 
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::Path;
@@ -11,7 +11,7 @@ use super::{Listen, Listener, ListeningSocket, NOT_LISTENING, number, require_li
 use crate::handover;
 use crate::transport::listener_name::Name;
 
-/// Takes the sockets that the environment names: the listeners, and the channels of predecessors from systemd's store.
+/// Takes the sockets that the environment names: the listeners, and the handover channels from systemd's store.
 /// `addresses` are those of `--listen`.
 pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
     let mut listeners = Vec::new();
@@ -20,8 +20,8 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
     if let Some(pid) = number::<u32>("LISTEN_PID")?
         && pid != std::process::id()
     {
-        // Sockets of another process are not taken, as in sd_listen_fds(3). A process that has an address of its own,
-        // for example one that a socket-activated service starts, does not need them.
+        // The sockets are for another process, as in sd_listen_fds(3). A process with `--listen` does not need them,
+        // for example one that a socket-activated service starts.
         if !addresses.is_empty() {
             return Ok((listeners, channels));
         }
@@ -87,7 +87,8 @@ fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<Listenin
     Ok(socket)
 }
 
-/// Where `FileDescriptorName=` is absent, systemd says the name of the unit, and others `unknown`.
+/// The listener name for a name in `LISTEN_FDNAMES`. Without `FileDescriptorName=` systemd passes the name of the
+/// socket unit, and other service managers pass `unknown` or nothing.
 pub(super) fn listener_name(name: &str) -> anyhow::Result<Name> {
     if name.is_empty() || name == "unknown" || Path::new(name).extension().is_some_and(|end| end == "socket")
     {
@@ -102,11 +103,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_socket_without_a_name_of_its_own_is_http() {
+    fn socket_without_a_configured_name_is_http() {
         for name in ["", "unknown", "shop.socket", "http"] {
             assert_eq!(listener_name(name).expect(name).as_str(), "http");
         }
-        assert_eq!(listener_name("admin").expect("a name").as_str(), "admin");
+        assert_eq!(listener_name("admin").expect("the name is valid").as_str(), "admin");
         assert!(listener_name("web").is_err());
     }
 }

@@ -1,6 +1,8 @@
-//! The listening sockets: this process inherits them, or else binds them itself. The first source that has any is used.
+//! The listening sockets: [`inherit`] takes those that were passed to this process, and [`Inherited::listen`] binds
+//! others if there are none. `server` accepts connections from them. The first of these sources that has any is used:
 //!
-//! 1. `listen_fds.rs`: `LISTEN_FDS` and `LISTEN_FDNAMES` from systemd, systemd-socket-activate or systemfd; `sd_listen_fds(3)`
+//! 1. `listen_fds.rs`: `LISTEN_FDS` and `LISTEN_FDNAMES` from systemd, systemd-socket-activate or systemfd;
+//!    sd_listen_fds(3)
 //! 2. `server_starter.rs`: `SERVER_STARTER_PORT` from Server::Starter's `start_server`
 //! 3. `address.rs`: `--listen`, by default 127.0.0.1:8080 in a process that systemd did not start
 
@@ -30,28 +32,29 @@ use crate::os::exit::{Failure, Result};
 use crate::os::systemd;
 use crate::transport::listener_name::{ListenerRole, Name};
 
-/// Those that a reload passes on in one frame, with the folder of the credentials.
+/// The maximum number of listeners. A reload passes them to the successor in one frame, with the credentials directory.
 const MAX_LISTENERS: usize = handover::MAX_SOCKETS - 1;
 
-/// Everything that came from outside at birth.
+/// Everything that the process received from its environment or its predecessor at the start.
 pub struct Inherited {
     pub listeners: Vec<Listener>,
-    /// Where the predecessor left its connections; something else in the place of a channel is no reason
-    /// not to start.
+    /// The handover channels from systemd's store. A descriptor that is not a channel is an error, which must not
+    /// prevent the start, because the listeners are usable all the same.
     pub channels: Vec<anyhow::Result<OwnedFd>>,
     pub credentials: Credentials,
-    /// Which process in a row of restarts this is, where the one who started it counts them.
+    /// The generation of this process, if it comes from Server::Starter or the predecessor.
     pub generation: Option<u64>,
-    /// How long the service manager waits for a sign of process.
+    /// The watchdog timeout of the service manager.
     pub watchdog: Option<Duration>,
-    /// The files of Unix sockets that a process of this service bound.
+    /// Whether this process may remove the files of its Unix sockets.
     pub socket_files: SocketFiles,
 }
 
 /// One listening stream socket.
 pub struct Listener {
     pub name: Name,
-    /// Before the socket: what has a file goes before it closes.
+    /// Declared before `socket`, so that it is dropped first: the socket file has to be removed before the listener
+    /// closes.
     pub ownership: Ownership,
     pub socket: ListeningSocket,
 }
@@ -61,17 +64,19 @@ pub enum ListeningSocket {
     Unix(UnixListener),
 }
 
-/// What happens to the port when this process closes its listener.
+/// Whether another process has the socket open, which decides what happens to the port when this process closes its
+/// listener.
 pub enum Ownership {
-    /// The process that passed the socket on keeps it open: connections wait in its queue for the next process.
+    /// The process that passed the socket on keeps it open, so connections wait in its queue for the next process.
     Inherited,
-    /// No other process has the socket, so connections in its queue would be refused. A Unix socket has a file.
+    /// No other process has the socket, so the kernel refuses connections when it is closed. A Unix socket with a path
+    /// has a file.
     Bound(Option<SocketFile>),
 }
 
-/// Takes the sockets that the environment names. `addresses` are those of `--listen`.
+/// Takes the sockets and credentials that were passed through the environment. `addresses` are those of `--listen`.
 ///
-/// To be called before any thread exists: the environment is read and changed.
+/// Must be called before any thread exists, because it reads and changes the environment.
 pub fn inherit(addresses: &[Listen]) -> Result<Inherited> {
     let (mut listeners, channels) = listen_fds::inherit(addresses).map_err(Failure::config)?;
     let generation = number("SERVER_STARTER_GENERATION").map_err(Failure::config)?;
@@ -157,7 +162,7 @@ impl Listener {
         format!("{}({place})", self.name)
     }
 
-    /// A command for a person to try, of a listener that this process bound itself.
+    /// A command with which to try a listener that this process bound itself.
     pub fn try_it(&self) -> Option<String> {
         let (ListeningSocket::Tcp(socket), Ownership::Bound(_)) = (&self.socket, &self.ownership) else {
             return None;
@@ -174,7 +179,8 @@ impl Listener {
         self.name.role()
     }
 
-    /// For a successor: the socket, and who holds it.
+    /// A duplicate of the socket, and its record for the successor. The payload is empty for an inherited socket. For
+    /// one that this process bound it is `nobody`, followed by the path of its socket file if it has one.
     pub fn pack(&self) -> io::Result<(OwnedFd, SocketRecord)> {
         let fd = match &self.socket {
             ListeningSocket::Tcp(socket) => socket.as_fd().try_clone_to_owned()?,
@@ -198,7 +204,7 @@ impl Listener {
         ))
     }
 
-    /// From a predecessor: what it packed.
+    /// The listener that the predecessor has packed into `record`.
     pub fn unpack(fd: OwnedFd, record: &SocketRecord, socket_files: &SocketFiles) -> anyhow::Result<Self> {
         let listener = Self::inherited(record.listener.parse()?, listening(fd)?)?;
         let ownership = match record.payload.strip_prefix(b"nobody") {
@@ -243,7 +249,7 @@ fn listening(socket: OwnedFd) -> anyhow::Result<ListeningSocket> {
     }
 }
 
-/// A variable that is there and not empty.
+/// The value of an environment variable. An empty one counts as not set.
 fn variable(name: &str) -> anyhow::Result<Option<String>> {
     match std::env::var(name) {
         Ok(text) if text.is_empty() => Ok(None),

@@ -1,4 +1,4 @@
-//! Sockets that Server::Starter's `start_server` passes: `SERVER_STARTER_PORT`.
+//! Sockets that Server::Starter's `start_server` passes with `SERVER_STARTER_PORT`.
 
 use std::collections::HashSet;
 use std::os::fd::RawFd;
@@ -9,7 +9,7 @@ use super::{Listener, ListeningSocket, listening, variable};
 use crate::os::sys;
 use crate::transport::listener_name::Name;
 
-/// `host:port=fd;port=fd;/path.sock=fd`
+/// Takes the sockets of `SERVER_STARTER_PORT`, whose format is `host:port=fd;port=fd;/path.sock=fd`.
 pub fn inherit() -> anyhow::Result<Vec<Listener>> {
     let Some(text) = variable("SERVER_STARTER_PORT")? else { return Ok(Vec::new()) };
     let mut seen = HashSet::new();
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn server_starter_pairs_are_read_from_the_right() {
+    fn pairs_are_split_at_the_last_equals_sign() {
         assert_eq!(server_starter_pair("127.0.0.1:80=4"), Some(("127.0.0.1:80", 4)));
         assert_eq!(server_starter_pair("/run/a=b.sock=5"), Some(("/run/a=b.sock", 5)));
         for pair in ["", "80", "80=", "=4", "80=x", "80=-1", "80=2", "80=99999999999"] {

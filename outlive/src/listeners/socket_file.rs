@@ -1,33 +1,35 @@
 //! The files of Unix sockets that a process of this service bound. The process that serves on them removes them before
-//! its listener closes, so that a process that binds the path next finds either a listener or nothing.
+//! its listener closes, so that the next process that binds the path finds either a listener or no file.
+//!
+//! During a reload two processes have the same listeners. [`SocketFiles`] decides which of them may remove the files.
 
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-/// The socket files, and whether this process may remove them: not before it has taken over from the process that serves
-/// on them, nor after it has passed them on.
+/// Whether this process may remove the socket files. It may not before it has taken over from its predecessor, nor
+/// after its successor has taken over, because the other process serves on them then.
 #[derive(Clone)]
 pub struct SocketFiles(Arc<AtomicBool>);
 
 impl SocketFiles {
-    /// Those of a process that has no predecessor.
+    /// The socket files of a process that has no predecessor.
     pub fn owned() -> Self {
         Self(Arc::new(AtomicBool::new(true)))
     }
 
-    /// Those of a predecessor that still serves on them.
+    /// The socket files of a predecessor, which still serves on them.
     pub fn of_predecessor() -> Self {
         Self(Arc::new(AtomicBool::new(false)))
     }
 
-    /// From here on this process serves on them.
+    /// Must be called when this process has taken over.
     pub fn claim(&self) {
         self.0.store(true, Ordering::SeqCst);
     }
 
-    /// From here on the successor serves on them.
+    /// Must be called when the successor has taken over.
     pub fn release(&self) {
         self.0.store(false, Ordering::SeqCst);
     }
@@ -36,17 +38,17 @@ impl SocketFiles {
         self.0.load(Ordering::SeqCst)
     }
 
-    /// The file at `path`, to which a listener of this service is bound.
+    /// Adds the file at `path`, to which a listener of this service is bound.
     pub fn add(&self, path: PathBuf) -> SocketFile {
         let identity = SocketFile::identity(&path);
         SocketFile { path, identity, files: self.clone(), is_removed: AtomicBool::new(false) }
     }
 }
 
-/// The file of one listener. Dropped, it is removed.
+/// The file of one listener. It is removed on drop.
 pub struct SocketFile {
     path: PathBuf,
-    /// Device and inode number, because another process may have put another file in its place.
+    /// Device and inode number. Another process may have put another file in its place, which must not be removed.
     identity: Option<(u64, u64)>,
     files: SocketFiles,
     is_removed: AtomicBool,
@@ -61,12 +63,12 @@ impl SocketFile {
         std::fs::symlink_metadata(path).ok().map(|file| (file.dev(), file.ino()))
     }
 
-    /// Removes the file, once, if this process serves on it.
+    /// Removes the file if this process serves on it. Further calls do nothing.
     pub fn remove(&self) {
         if !self.files.is_owned() || self.is_removed.swap(true, Ordering::SeqCst) {
             return;
         }
-        // If the file is gone, or is another process's, nothing is left to do.
+        // If the file is gone, or belongs to another process, nothing has to be removed.
         if self.identity.is_some() && Self::identity(&self.path) == self.identity {
             let _ = std::fs::remove_file(&self.path);
         }

@@ -1,9 +1,9 @@
-//! Where events go: to the journal with their fields when standard error is the journal, else as
-//! readable lines to standard error.
+//! Logging: events go to the journal with their fields if standard error is the journal, otherwise as readable lines to
+//! standard error.
 //!
-//! An event waits for neither: it goes into a queue, from which a thread writes. A journald that is stopped or slow, a
-//! pipe that is not read and a terminal that is stopped (Ctrl-S) hold up that thread alone. What does not fit into the
-//! queue is dropped and counted.
+//! The thread that logs never waits: an event goes into a queue, from which one thread writes. A journald that is
+//! stopped or slow, a pipe that is not read, and a terminal that is stopped (Ctrl-S) therefore block that thread only,
+//! and no request. Events that do not fit into the queue are dropped and counted.
 
 mod journal;
 
@@ -29,13 +29,13 @@ use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::os::outbox::{self, Bounds, Outbox};
 use crate::os::systemd;
 
-/// What may wait for a journald or a terminal that does not read: at 1,000 messages a second that is ten seconds. It is
-/// memory that a stall takes from the service: an entry for a request has about 400 bytes. Details are those below `info`.
+/// The maximum that is queued while journald or a terminal does not read: ten seconds at 1,000 messages a second. The
+/// bound on bytes limits the memory of the service that a stall takes; an entry for a request has about 400 bytes.
 const BOUNDS: Bounds = Bounds { messages: 10_000, bytes: 8 << 20 };
 
 static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
 
-/// `journalctl MESSAGE_ID=…` finds the events of a service's life by these.
+/// The message ids of the lifecycle events, by which `journalctl MESSAGE_ID=…` finds them (systemd.journal-fields(7)).
 pub mod message_id {
     pub const STARTED: &str = "c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11";
     pub const TOOK_OVER: &str = "1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
@@ -46,7 +46,7 @@ pub mod message_id {
     pub const CUT_OFF: &str = "e27b5d4a0f1c4c8e9a6d3b8f5e2c7044";
 }
 
-/// Where events go.
+/// A destination of events.
 #[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control selects it"))]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -56,28 +56,30 @@ pub enum Target {
     Null,
 }
 
-/// What is logged, and where: for whoever changes it while the process runs.
+/// The log filter and target, for log control to change while the process runs.
 #[cfg_attr(not(feature = "log-control"), expect(dead_code, reason = "only log control reads it"))]
 pub struct Control {
-    /// The service's.
+    /// The name of the service.
     pub name: String,
     pub filter: reload::Handle<EnvFilter, Registry>,
     pub target: Arc<AtomicU8>,
-    /// Where they went at first; the journal is open where it is that.
+    /// The target at the start. The journal can be selected later only if it was the target then, because it is opened
+    /// at the start only.
     pub first: Target,
-    /// The level and the target that were set since; empty where none was.
+    /// The level and the target that log control has set; empty if it has not. The successor of a reload reads them.
     pub set: Mutex<(String, String)>,
 }
 
 impl Control {
-    /// Goes on as the predecessor logs, with the feature `log-control`: before that goes.
+    /// Adopts the log level and target that were set on the predecessor, with the feature `log-control`. Must be called
+    /// before the predecessor exits, because they are read from it over D-Bus.
     #[cfg_attr(not(feature = "log-control"), expect(clippy::unused_async, reason = "nothing is to be done"))]
     pub async fn succeed(&self) {
         #[cfg(feature = "log-control")]
         crate::observe::log_control::succeed(self).await;
     }
 
-    /// To `systemctl service-log-level`, with the feature `log-control`.
+    /// Offers the control on D-Bus (`systemctl service-log-level`), with the feature `log-control`.
     pub fn offer(self) {
         #[cfg(feature = "log-control")]
         tokio::spawn(crate::observe::log_control::serve(self));
@@ -86,7 +88,8 @@ impl Control {
     }
 }
 
-/// A layer that has its events while it is the target.
+/// A layer that receives events only while it is the target. It always receives spans, because it may become the target
+/// during a span.
 struct While<L> {
     is: Target,
     target: Arc<AtomicU8>,
@@ -109,9 +112,8 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>, L: Layer<S>> Layer<S> for While<L> 
     }
 }
 
-/// Sets up logging with `filter`, else `RUST_LOG`, else `info`.
-///
-/// `generation` goes with each journal entry.
+/// Sets up logging and the panic hook. The filter is `filter`, else `RUST_LOG`, else `info`. Each journal entry has the
+/// field `GENERATION`.
 pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Control> {
     let (name, text) = match (filter, std::env::var("RUST_LOG")) {
         (Some(text), _) => ("--log", text.to_owned()),
@@ -125,7 +127,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
         })
         .map_err(Failure::config)?;
     let (filter, handle) = reload::Layer::new(filter);
-    // Where journald is not there, its messages go to standard error: that is no reason to be silent.
+    // If journald cannot be reached, the service logs to standard error instead of failing.
     let is_journal = systemd::stderr_is_the_journal();
     let journal = is_journal.then(|| Journal::open(generation).ok()).flatten();
     let first = if journal.is_some() { Target::Journal } else { Target::Console };
@@ -149,8 +151,8 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     tracing_subscriber::registry().with(filter).with(entries).with(lines).init();
     std::panic::set_hook(Box::new(|panic| {
         error!(%panic, "panicked");
-        // The process would end before the thread has written it. Elsewhere a panic ends one request or task, whose
-        // worker is not to wait.
+        // With `panic = "abort"` the process would end before the thread has written the message. Otherwise a panic
+        // ends one request or task only, and its worker thread must not wait for the log.
         if cfg!(panic = "abort") {
             flush(FLUSH_LIMIT);
         }
@@ -158,7 +160,7 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     Ok(Control { name: service, filter: handle, target, first, set: Mutex::default() })
 }
 
-/// What waits to be written.
+/// A message in the queue.
 struct Message {
     at: Instant,
     level: Level,
@@ -166,9 +168,9 @@ struct Message {
 }
 
 enum Text {
-    /// For the journal.
+    /// An entry for the journal.
     Entry(Entry),
-    /// For standard error.
+    /// A line for standard error.
     Line(Vec<u8>),
 }
 
@@ -192,7 +194,7 @@ fn push(text: Text, level: Level) {
     }
 }
 
-/// Makes lines for standard error.
+/// Makes writers that queue lines for standard error.
 struct Lines;
 
 impl MakeWriter<'_> for Lines {
@@ -207,7 +209,7 @@ impl MakeWriter<'_> for Lines {
     }
 }
 
-/// A line of an event of this level, which is written at once.
+/// The writer of one event of this level. `tracing_subscriber` writes the whole line in one call.
 struct Line(Level);
 
 impl Write for Line {
@@ -239,8 +241,8 @@ fn start_writer(mut journal: Option<Journal>) -> io::Result<()> {
     })
 }
 
-/// Writes a whole line, and waits for as long as that takes, also where standard error is non-blocking. The standard
-/// library's standard error would be locked meanwhile, and other threads that print there would wait for it.
+/// Writes a whole line, and waits as long as that takes, also if standard error is non-blocking. It does not use
+/// `std::io::stderr`, whose lock would be held meanwhile and would block other threads that print there.
 fn write_to_stderr(mut line: &[u8]) -> io::Result<()> {
     let stderr = rustix::stdio::stderr();
     while !line.is_empty() {
@@ -258,19 +260,19 @@ fn write_to_stderr(mut line: &[u8]) -> io::Result<()> {
     Ok(())
 }
 
-/// The last line of a process that fails, on standard error, also where logging was not set up. It is written by the
-/// time that [`flush`] returns.
+/// Queues the last line of a process that fails, for standard error, also if logging was not set up. Call [`flush`]
+/// afterwards to write it.
 pub fn last_line(line: &str) {
     let line = format!("{line}\n").into_bytes();
     if start_writer(None).is_ok() {
         OUTBOX.push_last(Message { at: Instant::now(), level: Level::ERROR, text: Text::Line(line) });
     } else {
-        // Without a thread to wait in its place, it waits itself.
+        // Without the thread, the caller writes and waits itself.
         let _ = write_to_stderr(&line);
     }
 }
 
-/// Waits until all that was logged is written, but no longer than `limit`.
+/// Waits until all logged messages are written, but no longer than `limit`.
 pub fn flush(limit: Duration) {
     OUTBOX.flush(limit);
 }

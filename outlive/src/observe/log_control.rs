@@ -1,7 +1,8 @@
-//! `systemctl service-log-level` and `service-log-target`: org.freedesktop.LogControl1(5) on the system's bus.
+//! Log control over D-Bus: `systemctl service-log-level` and `service-log-target`, org.freedesktop.LogControl1(5) on
+//! the system bus.
 //!
-//! The name there is `local.NAME`, as `BusName=` of the unit says. At a reload the successor takes it over, with what was
-//! set through it; a restart begins with what the configuration says.
+//! The service has the bus name `local.NAME`, which `BusName=` of the unit gives. In a reload the successor takes over
+//! the name and the settings that were made through it; a process after a restart begins with its configuration.
 
 use std::convert::Infallible;
 use std::path::Path;
@@ -22,20 +23,20 @@ use crate::observe::log::{Control, Target};
 use crate::os::lock::lock;
 
 const PATH: &str = "/org/freedesktop/LogControl1";
-/// What a successor asks its predecessor on.
+/// The interface on which a successor reads the settings of its predecessor.
 const SUCCESSION: &str = "local.outlive.Succession";
-/// The bus may be slow.
+/// How long the registration on the bus may take. Nothing waits for it.
 const LIMIT: Duration = Duration::from_secs(10);
-/// For the predecessor's answer: a reload waits for it.
+/// How long the predecessor's answer may take. It is short, because the reload waits for it.
 const SUCCESSION_LIMIT: Duration = Duration::from_secs(1);
 
-/// Answers for as long as the process lives, where the bus is there and lets it have its name.
+/// Serves log control for the remaining life of the process, if there is a bus and it grants the name.
 pub async fn serve(control: Control) {
     if !is_for(&control) {
         return;
     }
     match timeout(LIMIT, take_name(control)).await {
-        // The connection serves while it is kept.
+        // The connection serves until it is dropped.
         Ok(Ok(connection)) => {
             let _: Infallible = future::pending().await;
             drop(connection);
@@ -45,12 +46,13 @@ pub async fn serve(control: Control) {
     }
 }
 
-/// Of several instances each would take the name from the other.
+/// Whether this process runs as the system unit of that name. Other processes, such as instances of a template unit,
+/// must not request the name, because each would take it away from the others.
 fn is_for(control: &Control) -> bool {
     is_unit(&control.name, &std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default())
 }
 
-/// Whether the cgroup is that of the system's unit `name.service`.
+/// Whether one of `cgroups` (the content of `/proc/PID/cgroup`) is that of the system unit `name.service`.
 fn is_unit(name: &str, cgroups: &str) -> bool {
     let unit = format!("{name}.service");
     let is_it = |path: &str| {
@@ -77,7 +79,7 @@ fn bus_name(control: &Control) -> String {
     format!("local.{}", control.name)
 }
 
-/// Goes on with what was set through the predecessor, while that has the name.
+/// Adopts the settings that were made through the predecessor, as long as the predecessor has the name.
 pub async fn succeed(control: &Control) {
     if !is_for(control) {
         return;
@@ -190,7 +192,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_systems_unit_of_the_name_has_it_and_no_other() {
+    fn only_the_cgroup_of_the_system_unit_of_that_name_is_recognized() {
         assert!(is_unit("app", "0::/system.slice/app.service\n"));
         assert!(is_unit("app", "1:name=systemd:/machine/system.slice/app.service\n0::/\n"));
         for other in [

@@ -1,5 +1,5 @@
-//! What is counted. Your own go beside these: whatever is registered with the `prometheus` crate's default
-//! registry is at `/metrics` of the admin listeners.
+//! The metrics of the library. They are in the default registry of the `prometheus` crate, all of which `/metrics` of
+//! the admin listeners shows, so that the metrics of an application and of other crates appear beside them.
 
 mod durations;
 
@@ -60,12 +60,13 @@ pub static GENERATION: LazyLock<IntGauge> = metric!(
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(register_int_gauge, "outlive_uptime_seconds", "Seconds since this process started.");
 
-/// For the next process to go on from: what is counted at a process's end, nobody could ask it for.
+/// The counters that the next process continues. They are incremented at the end of a process, when no request for
+/// `/metrics` can reach it any more, so their values would otherwise never be seen.
 pub fn totals() -> String {
     format!("{} {}", HANDED_OVER.get(), CUT_OFF.get())
 }
 
-/// Goes on from the totals of the process before this one.
+/// Adds the totals of the process before this one.
 pub fn restore_totals(totals: &str) -> anyhow::Result<()> {
     let (handed_over, cut_off) = totals.split_once(' ').context("expected two numbers")?;
     let (handed_over, cut_off) = (handed_over.parse()?, cut_off.parse()?);
@@ -74,7 +75,8 @@ pub fn restore_totals(totals: &str) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A client may make methods up, and each would be counted for ever.
+/// The label for `method`. Unknown methods share one label, because a client could otherwise create any number of time
+/// series.
 pub fn method(method: &Method) -> &'static str {
     const KNOWN: [&str; 9] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "PATCH", "TRACE"];
     KNOWN.into_iter().find(|known| *known == method.as_str()).unwrap_or("other")
@@ -85,13 +87,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn totals_are_gone_on_from_and_what_is_none_counts_nothing() {
+    fn restored_totals_are_added_and_invalid_ones_change_nothing() {
         let before = (HANDED_OVER.get(), CUT_OFF.get());
         for text in ["", "1", "1 ", "1 x", "-1 2", "1 2 3", "1 99999999999999999999"] {
             assert!(restore_totals(text).is_err(), "{text}");
         }
         assert_eq!((HANDED_OVER.get(), CUT_OFF.get()), before);
-        restore_totals("5 2").expect("two numbers");
+        restore_totals("5 2").expect("two numbers are valid totals");
         assert_eq!(totals(), format!("{} {}", before.0 + 5, before.1 + 2));
     }
 }

@@ -1,5 +1,5 @@
-//! What an operator sees of the process: log events (`log.rs`), metrics (`metrics.rs`), and the status line of
-//! `systemctl status` (`status.rs`). `log_control.rs` changes the log level while the process runs.
+//! The output for operators: log events (`log.rs`), metrics (`metrics.rs`), and the status line of `systemctl status`
+//! (`status.rs`). `log_control.rs` changes the log level while the process runs.
 
 pub mod log;
 #[cfg(feature = "log-control")]

@@ -1,4 +1,4 @@
-//! The line about this process in `systemctl status`.
+//! The status line of this process in `systemctl status` (`STATUS=`, sd_notify(3)).
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -17,20 +17,21 @@ struct Said {
     role: ManagerRole,
 }
 
-/// Who speaks to the service manager, in the order of a process's life.
+/// The role of this process towards the service manager, in the order in which a process has them. It decides which
+/// periodic messages the process sends; two processes that sent them would overwrite each other's status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ManagerRole {
-    /// This process, of its serving.
+    /// The main process of the unit, which serves. It sends the status line and feeds the watchdog.
     #[default]
     Main,
-    /// This process, of its end.
+    /// The main process of the unit, which drains. The drain sends the status line.
     Stopping,
-    /// Its successor.
+    /// No longer the main process: the successor is, and sends the messages.
     Former,
 }
 
 impl Status {
-    /// Of a process that listens on `listeners`.
+    /// The status of a process that serves on `listeners`.
     pub fn new(registry: Arc<Registry>, listeners: String) -> Self {
         Self { registry, listeners, said: Mutex::default() }
     }
@@ -47,7 +48,7 @@ impl Status {
         format!("serving on {listeners}: {counts}{note}")
     }
 
-    /// Adds to the line from now on.
+    /// Appends `note` to the line from now on, in place of an earlier note.
     pub fn note(&self, note: String) {
         self.said().note = Some(note);
     }

@@ -1,7 +1,7 @@
-//! The unit's `LoadCredential=` files (`systemd.exec(5)`).
+//! The credentials of the unit (`LoadCredential=`, systemd.exec(5)).
 //!
-//! systemd shows them to what `ExecStart=` starts, and not to what `ExecReload=` starts. So a successor
-//! gets their folder from its predecessor, as an open file.
+//! systemd mounts them for the process of `ExecStart=`, but not for that of `ExecReload=`. A successor therefore
+//! receives their directory from its predecessor, as an open file descriptor.
 
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
@@ -10,12 +10,12 @@ use std::path::Path;
 use anyhow::Context;
 use rustix::fs::{Mode, OFlags, open, openat};
 
-/// The folder of them, where there are any.
+/// The directory of the credentials, if the unit has any.
 #[derive(Default)]
 pub struct Credentials(Option<OwnedFd>);
 
 impl Credentials {
-    /// `$CREDENTIALS_DIRECTORY`.
+    /// The credentials in `$CREDENTIALS_DIRECTORY`.
     pub fn of_environment() -> anyhow::Result<Self> {
         let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY") else { return Ok(Self(None)) };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
@@ -24,17 +24,17 @@ impl Credentials {
         Ok(Self(Some(fd)))
     }
 
-    /// What `folder` gave a predecessor.
+    /// The credentials in `folder`, which came from the predecessor.
     pub fn of_predecessor(folder: OwnedFd) -> Self {
         Self(Some(folder))
     }
 
-    /// For a successor.
+    /// The directory, for a successor.
     pub fn folder(&self) -> Option<impl AsFd> {
         self.0.as_ref()
     }
 
-    /// The file `name`. None where the unit has no credentials.
+    /// Opens the credential `name`. `None` if the unit has no credentials.
     pub fn open(&self, name: &str) -> Option<anyhow::Result<File>> {
         let folder = self.0.as_ref()?;
         let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());

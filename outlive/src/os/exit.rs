@@ -1,12 +1,12 @@
-//! Why the process could not start or go on, and the exit code that says so.
+//! [`Failure`], an error that ends the process, and its exit code.
 
 use std::fmt;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// For what a process has logged, and for what it has said to the service manager, to be written at its end: a restart
-/// may take this much longer, while connections wait for the next process. Where journald has not read for as long
-/// already, nothing is waited for.
+/// How long a process at its end waits for its log, and for its messages to the service manager, to be written.
+/// Connections wait for the next process meanwhile, so it is short. A reader that has not read for as long already is
+/// not waited for.
 pub const FLUSH_LIMIT: Duration = Duration::from_secs(1);
 
 /// A failure that ends the process, with its exit code.
@@ -15,14 +15,14 @@ pub struct Failure {
     error: anyhow::Error,
 }
 
-/// The exit codes in use, as in `sysexits.h`; `systemctl status` shows their names.
+/// The exit codes in use, those of `sysexits.h`; `systemctl status` shows their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// Something that we need is taken or gone: an address in use, a missing directory.
+    /// A resource is not available, for example an address that is in use, or the application's database.
     Unavailable = 69,
-    /// A fault of our own.
+    /// An internal error.
     Software = 70,
-    /// A flag, a variable, a unit line or a file that a person must mend.
+    /// An invalid option, environment variable, unit setting or file, which a person has to correct.
     Config = 78,
 }
 
@@ -53,7 +53,7 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// One line, the causes behind colons.
+/// The error and its causes in one line, separated by colons.
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{:#}", self.error)

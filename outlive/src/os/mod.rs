@@ -1,5 +1,5 @@
-//! The kernel and the service manager: every message to systemd (`systemd.rs`), signals, limits, credentials, exit codes.
-//! All `unsafe` code of the library is in `sys.rs`. Nothing here knows a connection.
+//! The interfaces of the kernel and of the service manager: messages to systemd (`systemd.rs`), signals, limits,
+//! credentials, exit codes. All `unsafe` code of the library is in `sys.rs`. Nothing here depends on connections.
 
 #[cfg(feature = "jemalloc")]
 pub mod allocator;

@@ -1,8 +1,8 @@
-//! Messages to a process that may hang: a bounded queue, and one thread that writes.
+//! [`Outbox`], a bounded queue of messages to a process that may hang, and one thread that writes them.
 //!
-//! A caller only adds to the queue, so that it does not wait when journald, PID 1 or the reader of standard error does
-//! not read. The thread writes in order, and waits where the caller would have waited. What does not fit into the queue
-//! is dropped and counted.
+//! A caller only adds to the queue, so it does not wait when journald, PID 1 or the reader of standard error does not
+//! read. The thread writes in order, and waits in place of the caller. Messages that do not fit into the queue are
+//! dropped and counted. `observe/log.rs` and `os/systemd.rs` have one outbox each.
 
 use std::collections::VecDeque;
 use std::error::Error;
@@ -14,20 +14,20 @@ use std::time::{Duration, Instant};
 
 use crate::os::lock::lock;
 
-/// An empty queue keeps room for this many messages.
+/// An empty queue keeps its memory for this many messages.
 const KEPT: usize = 64;
 
-/// What waits in an [`Outbox`].
+/// A message in an [`Outbox`].
 pub trait Message: Send + 'static {
-    /// How much memory it holds, in bytes.
+    /// The memory that it holds, in bytes.
     fn size(&self) -> usize;
 
-    /// Whether it is a detail, for which the last quarter of the bounds is closed. So a stall that many details fill
-    /// loses none of the few messages that matter.
+    /// Whether it is a detail. Details may not use the last quarter of the bounds, so that a stall during which many
+    /// details are logged does not lose the few important messages.
     fn is_detail(&self) -> bool;
 }
 
-/// How much may wait in an [`Outbox`], the message that is being written included.
+/// The limits of an [`Outbox`]; they include the message that is being written.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     pub messages: usize,
@@ -49,37 +49,45 @@ impl Error for Full {}
 pub struct Outbox<M> {
     bounds: Bounds,
     state: Mutex<State<M>>,
-    /// Rung when there is something for the writer to do.
+    /// Notified when there is work for the writer.
     work: Condvar,
-    /// Rung when the writer has nothing left to do.
+    /// Notified when the writer has no work left.
     idle: Condvar,
     writer: OnceLock<ThreadId>,
 }
 
 struct State<M> {
     queue: VecDeque<M>,
-    /// Of the messages in the queue and of the one that is being written.
+    /// The size of the messages in the queue and of the one that is being written.
     bytes: usize,
     writer: Writer,
-    /// Messages dropped that the writer has not reported yet.
+    /// The number of dropped messages that the writer has not reported yet.
     dropped: u64,
 }
 
+/// The state of the writer.
+///
+/// ```text
+/// NotStarted --start--> Waiting --next--> Writing --success--> Waiting
+///                                            |
+///                                            `------failure--> Failed --next--> Writing
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Writer {
     NotStarted,
     /// It waits for messages.
     Waiting,
-    /// It is writing, for as long as the reader makes it wait.
+    /// It is writing a message, and is blocked until the reader reads.
     Writing {
         since: Instant,
     },
-    /// The last message could not be written. A report of the loss would fail too, so it waits for one that succeeds.
+    /// The last message could not be written. A report of the loss would fail too, so the report waits until a message
+    /// has been written.
     Failed,
 }
 
 impl<M> State<M> {
-    /// Whether the number of dropped messages is to be reported: the reader reads again, and has read all that waited.
+    /// Whether the writer has to report dropped messages: there are any, and the reader has read all queued messages.
     fn has_report(&self) -> bool {
         self.queue.is_empty() && self.dropped > 0 && self.writer == Writer::Waiting
     }
@@ -97,7 +105,7 @@ impl<M> State<M> {
     }
 }
 
-/// What the writer does next.
+/// The next step of the writer.
 enum Work<M> {
     Write(M),
     Report(u64),
@@ -115,9 +123,9 @@ impl<M: Message> Outbox<M> {
         }
     }
 
-    /// Starts the writer, unless it was started before: a thread called `name`. `write` may wait; `report` gets the
-    /// number of messages that were dropped once others are written again. What `report` adds to this queue is accepted
-    /// even where the queue is full by then.
+    /// Starts the writer, a thread called `name`, unless it was started before. `write` may wait. `report` is called
+    /// with the number of dropped messages when messages are written again. A message that `report` adds to this queue
+    /// is accepted even if the queue is full by then.
     pub fn start(
         &'static self,
         name: &str,
@@ -132,12 +140,12 @@ impl<M: Message> Outbox<M> {
         Ok(())
     }
 
-    /// Adds `message`, and never waits.
+    /// Adds `message`. Never waits.
     pub fn push(&self, message: M) -> Result<(), Full> {
         self.add_within_bounds(lock(&self.state), message)
     }
 
-    /// Adds `message` and removes those waiting that it `replaces`; looks at all that wait.
+    /// Removes the queued messages that `message` `replaces`, and adds `message`. Takes time linear in the queue.
     pub fn push_instead(&self, message: M, replaces: impl Fn(&M) -> bool) -> Result<(), Full> {
         let mut guard = lock(&self.state);
         let state = &mut *guard;
@@ -166,7 +174,7 @@ impl<M: Message> Outbox<M> {
         Ok(())
     }
 
-    /// Adds the last message of this process, which is accepted even where the queue is full.
+    /// Adds the last message of this process, which is accepted even if the queue is full.
     pub fn push_last(&self, message: M) {
         self.add(lock(&self.state), message);
     }
@@ -174,7 +182,7 @@ impl<M: Message> Outbox<M> {
     fn add(&self, mut state: MutexGuard<'_, State<M>>, message: M) {
         state.bytes += message.size();
         state.queue.push_back(message);
-        // A writer that is writing looks into the queue before it waits.
+        // A writer that is writing checks the queue before it waits, and need not be notified.
         let is_awaited = !state.is_writing();
         drop(state);
         if is_awaited {
@@ -182,8 +190,8 @@ impl<M: Message> Outbox<M> {
         }
     }
 
-    /// Waits until all is written, but no longer than `limit`, and for no message that has been written for that long
-    /// already: a reader that hangs is not waited for. Where no writer was started, nothing is waited for.
+    /// Waits until all messages are written, but no longer than `limit`. Returns at once if no writer was started, or
+    /// if the current message has been blocked for `limit` already, because the reader then hangs.
     pub fn flush(&self, limit: Duration) {
         let end = Instant::now() + limit;
         let mut state = lock(&self.state);
@@ -198,7 +206,7 @@ impl<M: Message> Outbox<M> {
         }
     }
 
-    /// The life of the writer.
+    /// The loop of the writer.
     fn write(&self, mut write: impl FnMut(M) -> io::Result<()>, mut report: impl FnMut(u64)) -> ! {
         let _ = self.writer.set(thread::current().id());
         loop {
@@ -227,7 +235,8 @@ impl<M: Message> Outbox<M> {
                 state.writer = Writer::Writing { since: Instant::now() };
                 return Work::Report(std::mem::take(&mut state.dropped));
             }
-            // After a stall the queue gives its memory back; below this, each message would allocate it anew.
+            // Frees the memory of a queue that has grown during a stall. Without the minimum, each message would
+            // allocate it anew.
             state.queue.shrink_to(KEPT);
             self.idle.notify_all();
             state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -260,7 +269,7 @@ mod tests {
         }
     }
 
-    /// Far more than any of it takes.
+    /// A limit that no step reaches unless it hangs.
     const PATIENCE: Duration = Duration::from_secs(60);
 
     #[derive(Debug, PartialEq, Eq)]
@@ -269,7 +278,7 @@ mod tests {
         Reported(u64),
     }
 
-    /// An outbox, whose reader takes a message for each result that it is sent.
+    /// An outbox whose reader reads one message for each result that it is sent.
     struct Reader {
         outbox: &'static Outbox<String>,
         writing: Receiver<()>,
@@ -293,7 +302,7 @@ mod tests {
             let report = move |dropped| {
                 let _ = see.send(Seen::Reported(dropped));
             };
-            outbox.start("test", write, report).expect("a thread");
+            outbox.start("test", write, report).expect("the thread can be started");
             Self { outbox, writing, results, seen }
         }
 
@@ -303,17 +312,17 @@ mod tests {
 
         /// Waits until the writer has begun to write a message.
         fn wait_for_writer(&self) {
-            self.writing.recv_timeout(PATIENCE).expect("it writes");
+            self.writing.recv_timeout(PATIENCE).expect("the writer begins to write");
         }
 
         fn take(&self, count: usize) {
             for _ in 0..count {
-                self.results.send(Ok(())).expect("the writer is there");
+                self.results.send(Ok(())).expect("the writer runs");
             }
         }
 
         fn fail(&self) {
-            self.results.send(Err(io::ErrorKind::BrokenPipe.into())).expect("the writer is there");
+            self.results.send(Err(io::ErrorKind::BrokenPipe.into())).expect("the writer runs");
         }
 
         fn saw(&self, wanted: &[Seen]) {
@@ -328,7 +337,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_above_the_number_are_dropped_and_reported_once_after_the_others() {
+    fn messages_above_the_limit_are_dropped_and_reported_once_after_the_others() {
         let reader = Reader::new(3, 1000);
         assert_eq!(reader.push("first"), Ok(()));
         reader.wait_for_writer();
@@ -340,16 +349,16 @@ mod tests {
         reader.take(1);
         reader.saw(&[written("fourth")]);
         reader.outbox.flush(PATIENCE);
-        assert!(reader.seen.try_recv().is_err(), "one report");
+        assert!(reader.seen.try_recv().is_err(), "there is a second report");
     }
 
     #[test]
-    fn messages_above_the_bytes_are_dropped_and_smaller_ones_still_fit() {
+    fn messages_above_the_limit_of_bytes_are_dropped_and_smaller_ones_are_accepted() {
         let reader = Reader::new(100, 10);
         assert_eq!(reader.push("12345678901"), Err(Full));
         assert_eq!(reader.push("1234567890"), Ok(()));
         reader.wait_for_writer();
-        // What is being written counts too.
+        // The message that is being written counts too.
         assert_eq!(reader.push("1"), Err(Full));
         reader.take(1);
         reader.saw(&[written("1234567890"), Seen::Reported(2)]);
@@ -377,26 +386,27 @@ mod tests {
     }
 
     #[test]
-    fn a_push_and_a_flush_return_while_the_reader_hangs() {
+    fn push_and_flush_return_while_the_reader_hangs() {
         let reader = Reader::new(2, 1000);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
         assert_eq!(reader.push("waits"), Ok(()));
         assert_eq!(reader.push("dropped"), Err(Full));
         let (begun, limit) = (Instant::now(), Duration::from_millis(50));
-        // The first message may have hung for as long already; those after it are not waited for either.
+        // In the second call the first message has been blocked for the limit already; neither call waits for the
+        // second message.
         reader.outbox.flush(limit);
         reader.outbox.flush(limit);
         assert!(begun.elapsed() < PATIENCE);
-        assert!(reader.seen.try_recv().is_err(), "it hangs");
+        assert!(reader.seen.try_recv().is_err(), "the reader does not hang");
     }
 
     #[test]
-    fn a_flush_does_not_wait_for_a_reader_that_hangs_already() {
+    fn flush_does_not_wait_for_a_reader_that_hangs_already() {
         let reader = Reader::new(2, 1000);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
-        let hung = Instant::now().checked_sub(PATIENCE).expect("the machine runs for longer");
+        let hung = Instant::now().checked_sub(PATIENCE).expect("the machine has been up for longer");
         lock(&reader.outbox.state).writer = Writer::Writing { since: hung };
         let begun = Instant::now();
         reader.outbox.flush(PATIENCE);
@@ -404,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_returns_when_all_is_written_and_reported() {
+    fn flush_returns_when_all_messages_are_written_and_drops_are_reported() {
         let reader = Reader::new(2, 1000);
         let pushed = ["first", "second", "dropped"].map(|text| reader.push(text));
         assert_eq!(pushed, [Ok(()), Ok(()), Err(Full)]);
@@ -415,7 +425,7 @@ mod tests {
     }
 
     #[test]
-    fn a_flush_waits_for_nobody_where_no_writer_was_started() {
+    fn flush_returns_at_once_if_no_writer_was_started() {
         let outbox = Outbox::new(Bounds { messages: 2, bytes: 1000 });
         assert_eq!(outbox.push("waits".to_owned()), Ok(()));
         let begun = Instant::now();
@@ -424,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn the_last_message_is_accepted_by_a_full_queue() {
+    fn last_message_is_accepted_by_a_full_queue() {
         let reader = Reader::new(1, 10);
         assert_eq!(reader.push("first"), Ok(()));
         reader.wait_for_writer();
@@ -435,7 +445,7 @@ mod tests {
     }
 
     #[test]
-    fn a_message_that_cannot_be_written_is_reported_after_one_that_can() {
+    fn failed_write_is_reported_after_the_next_successful_one() {
         let reader = Reader::new(10, 1000);
         for text in ["fails", "fails too"] {
             assert_eq!(reader.push(text), Ok(()));
@@ -449,7 +459,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_report_adds_is_accepted_by_a_full_queue() {
+    fn message_that_a_report_adds_is_accepted_by_a_full_queue() {
         static OUTBOX: Outbox<String> = Outbox::new(Bounds { messages: 1, bytes: 1000 });
         let ((begin, writing), (go, may_go), (see, seen)) = (channel(), channel(), channel());
         let write = move |message: String| {
@@ -458,23 +468,23 @@ mod tests {
             see.send(message).map_err(io::Error::other)
         };
         let report = |dropped| {
-            // The queue fills before the report comes into it.
+            // The queue is full before the report adds its message.
             OUTBOX.push_last("other".to_owned());
-            OUTBOX.push(format!("{dropped} dropped")).expect("accepted");
+            OUTBOX.push(format!("{dropped} dropped")).expect("the report is accepted");
         };
-        OUTBOX.start("test", write, report).expect("a thread");
+        OUTBOX.start("test", write, report).expect("the thread can be started");
         assert_eq!(OUTBOX.push("first".to_owned()), Ok(()));
-        writing.recv_timeout(PATIENCE).expect("it writes");
+        writing.recv_timeout(PATIENCE).expect("the writer begins to write");
         assert_eq!(OUTBOX.push("dropped".to_owned()), Err(Full));
         let all = [(); 3].map(|()| {
-            go.send(()).expect("the writer is there");
-            seen.recv_timeout(PATIENCE).expect("written")
+            go.send(()).expect("the writer runs");
+            seen.recv_timeout(PATIENCE).expect("the message is written")
         });
         assert_eq!(all, ["first", "other", "1 dropped"]);
     }
 
     #[test]
-    fn a_message_replaces_those_of_its_kind_and_takes_their_room() {
+    fn message_replaces_queued_ones_and_uses_their_space() {
         let reader = Reader::new(3, 12);
         assert_eq!(reader.push("hangs"), Ok(()));
         reader.wait_for_writer();
@@ -492,8 +502,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever comes, and however the reader stops and reads: the bounds hold, the order stays, and each message
-        /// is written or counted.
+        /// For any messages and any pauses of the reader, the bounds are kept too.
         #[test]
         fn each_message_is_written_in_order_or_counted(
             steps in proptest::collection::vec((0_usize..40, 0_usize..4), 1..60),

@@ -1,4 +1,4 @@
-//! The signals that the service answers to.
+//! The signals to which the process reacts: SIGTERM and SIGINT stop it, SIGHUP reloads it.
 
 use std::io;
 
@@ -8,11 +8,12 @@ pub struct Signals {
     terminate: Signal,
     interrupt: Signal,
     hangup: Signal,
-    /// One came when nobody could reload, as during a start: for whoever asks what is next.
+    /// A SIGHUP arrived while the process waited for a stop signal only, as during its start. The next call of
+    /// [`Signals::next`] returns it, so that it is not lost.
     reload_pending: bool,
 }
 
-/// What a signal asks for.
+/// The request that a signal makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SignalRequest {
     /// SIGTERM (systemd, a container's stop) or SIGINT (Ctrl-C).
@@ -43,7 +44,7 @@ impl Signals {
         }
     }
 
-    /// Waits to be asked to end.
+    /// Waits for a stop signal.
     pub async fn terminated(&mut self) {
         while self.received().await != SignalRequest::Stop {
             self.reload_pending = true;

@@ -1,4 +1,4 @@
-//! What no safe crate does: all the unsafe code that there is.
+//! All `unsafe` code of the library: system calls and settings of jemalloc for which there is no safe crate.
 
 use std::io;
 use std::mem::{MaybeUninit, size_of};
@@ -8,8 +8,10 @@ use std::path::Path;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// The owner of an fd that is known by its number alone (`SERVER_STARTER_PORT`). To be called before any
-/// other code could have come to hold it, and once for each number.
+/// Takes ownership of a file descriptor of which only the number is known (`SERVER_STARTER_PORT`).
+///
+/// Must be called once at most for each number, and before other code could open a file with that number. Otherwise two
+/// owners would close it.
 #[expect(unsafe_code, reason = "no safe crate turns a number into an owned fd")]
 pub fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
     anyhow::ensure!(Path::new(&format!("/proc/self/fd/{fd}")).exists(), "not open in this process");
@@ -17,8 +19,8 @@ pub fn own(fd: RawFd) -> anyhow::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// How many connections wait to be accepted on a listening TCP socket; `tcp_info` of `tcp(7)` has it in
-/// `tcpi_unacked`. None for other sockets.
+/// The number of connections that wait to be accepted on a listening TCP socket, which is `tcpi_unacked` of `TCP_INFO`
+/// (tcp(7)). `None` for other sockets.
 #[expect(unsafe_code, reason = "no safe crate reads TCP_INFO, and a sandbox leaves no other way")]
 pub fn accept_queue(socket: impl AsFd) -> Option<u32> {
     let mut info = MaybeUninit::<libc::tcp_info>::zeroed();
@@ -40,8 +42,8 @@ pub fn accept_queue(socket: impl AsFd) -> Option<u32> {
     Some(info.tcpi_unacked)
 }
 
-/// Has `MSG_PEEK` begin so many bytes behind the start of what is next to be read (`SO_PEEK_OFF` of `socket(7)`), or
-/// with None at its start, as it does by default.
+/// Sets the offset at which `MSG_PEEK` begins, in bytes of the data that was received and not read (`SO_PEEK_OFF`,
+/// socket(7)). `None` restores the default, which is to begin at the first byte.
 #[expect(unsafe_code, reason = "no safe crate sets SO_PEEK_OFF")]
 pub fn set_peek_offset(socket: impl AsFd, offset: Option<usize>) -> io::Result<()> {
     let offset = match offset {
@@ -62,28 +64,32 @@ pub fn set_peek_offset(socket: impl AsFd, offset: Option<usize>) -> io::Result<(
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// To wait until a listening socket has somebody to accept, without accepting.
-#[expect(unsafe_code, reason = "no safe crate waits for a listener but to accept from it")]
+/// Registers a listening socket with the runtime, so that a task can wait for a connection without accepting it.
+#[expect(unsafe_code, reason = "no safe crate waits for a connection without accepting it")]
 pub fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
-    // SAFETY: an `OwnedFd` is the same open fd for as long as it lives, and gives it to nobody.
+    // SAFETY: an `OwnedFd` keeps the same file descriptor open as long as it lives, and has sole ownership of it.
     let watched = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
     Ok(watched?)
 }
 
-/// What jemalloc is told when the process begins (`malloc_conf` of jemalloc(3)): memory that is free goes back to the
-/// system after a second.
+/// The settings that jemalloc reads when the process starts (`malloc_conf`, jemalloc(3)): freed memory returns to the
+/// system after one second.
 #[cfg(feature = "jemalloc")]
-#[expect(unsafe_code, reason = "it looks for a symbol of this name, a pointer to text that ends with a zero")]
-// SAFETY: the name is of jemalloc's own, as tikv-jemallocator builds it, and so is the type.
+#[expect(
+    unsafe_code,
+    reason = "jemalloc looks up this symbol, a pointer to a text that ends with a zero byte"
+)]
+// SAFETY: jemalloc, as tikv-jemalloc-sys builds it, declares a symbol of this name and type.
 #[unsafe(export_name = "_rjem_malloc_conf")]
 pub static ALLOCATOR: &[u8; 37] = b"dirty_decay_ms:1000,muzzy_decay_ms:0\0";
 
-/// Has jemalloc do so in a thread of its own, and not when the thread that freed it has something to do again.
+/// Lets jemalloc return memory in a background thread. Otherwise a thread returns freed memory only at its next
+/// allocations, and an idle service has none.
 #[cfg(feature = "jemalloc")]
-#[expect(unsafe_code, reason = "the safe crate for it rests on one that is no longer kept")]
+#[expect(unsafe_code, reason = "the safe crate for it depends on a crate that is no longer maintained")]
 pub fn give_memory_back() -> io::Result<()> {
     let mut yes = true;
-    // SAFETY: the name ends with a zero, its value is a bool, and none is asked for (jemalloc(3)).
+    // SAFETY: the name ends with a zero byte, its value is a bool, and no old value is requested (jemalloc(3)).
     let error = unsafe {
         tikv_jemalloc_sys::mallctl(
             c"background_thread".as_ptr(),
@@ -104,21 +110,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_accept_queue_is_as_long_as_connections_wait() {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a listener");
+    fn accept_queue_is_the_number_of_connections_that_wait() {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("the listener can be bound");
         assert_eq!(accept_queue(&listener), Some(0));
-        let address = listener.local_addr().expect("an address");
-        let waiting = [(); 3].map(|()| TcpStream::connect(address).expect("a connection"));
+        let address = listener.local_addr().expect("the listener has an address");
+        let waiting = [(); 3].map(|()| TcpStream::connect(address).expect("the connection succeeds"));
         assert_eq!(accept_queue(&listener), Some(3));
-        drop(listener.accept().expect("one of them"));
+        drop(listener.accept().expect("a connection waits"));
         assert_eq!(accept_queue(&listener), Some(2));
         drop(waiting);
     }
 
     #[test]
-    fn a_socket_that_is_not_tcp_has_none() {
-        let folder = tempfile::tempdir().expect("a folder");
-        let listener = UnixListener::bind(folder.path().join("socket")).expect("a listener");
+    fn accept_queue_of_a_unix_socket_is_none() {
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        let listener = UnixListener::bind(folder.path().join("socket")).expect("the listener can be bound");
         assert_eq!(accept_queue(&listener), None);
     }
 }

@@ -1,8 +1,8 @@
-//! All that is said to the service manager: `sd_notify(3)`. Without `NOTIFY_SOCKET` each of these does
-//! nothing.
+//! Messages to the service manager, sd_notify(3). All of them are sent from this file. Without `NOTIFY_SOCKET` the
+//! functions do nothing.
 //!
-//! None of these waits for a service manager that is stopped or slow, whose socket is full then: messages go into a
-//! queue, from which a thread sends them in order.
+//! No function waits if the service manager is stopped or slow and its socket is full: messages go into an [`Outbox`],
+//! from which a thread sends them in order. Only [`barrier`] and [`hand_main_to`] wait, asynchronously.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -15,26 +15,26 @@ use tracing::warn;
 
 use crate::os::outbox::{self, Bounds, Full, Outbox};
 
-/// What may wait for a service manager that does not read: a process has a handful of messages to send in its life, and
-/// two for each reload that fails. Those that repeat replace each other.
+/// The maximum that is queued while the service manager does not read. A process sends a few messages in its life, and
+/// two for each reload that fails; periodic messages replace each other.
 const BOUNDS: Bounds = Bounds { messages: 64, bytes: 64 << 10 };
 
 static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
 
-/// How often STATUS= may change.
+/// The minimum time between two updates of `STATUS=`.
 pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
-/// For the service manager to say that it has read what was sent.
+/// How long to wait for the service manager to confirm that it has read the messages before a barrier.
 pub const BARRIER_LIMIT: Duration = Duration::from_secs(5);
 
-/// Whether anybody listens to what is said.
+/// Whether there is a service manager that receives messages.
 pub fn is_there() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
 }
 
-/// Whether systemd started this very process, so that listening sockets have to come from it.
+/// Whether systemd started this process itself, and not one of its ancestors. Listening sockets then come from systemd.
 ///
-/// `NOTIFY_SOCKET` and `INVOCATION_ID` say that systemd started it or a parent of it. `SYSTEMD_EXEC_PID` (from systemd
-/// 248 on) tells these apart: in a terminal or a CI runner that is itself a unit, it names another process.
+/// `NOTIFY_SOCKET` and `INVOCATION_ID` are set in both cases. `SYSTEMD_EXEC_PID` (since systemd 248) distinguishes
+/// them: in a terminal or a CI runner that runs in a unit, it names another process.
 pub fn started_this_process() -> bool {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let is_parent_only =
@@ -42,25 +42,26 @@ pub fn started_this_process() -> bool {
     is_there() || (is_set("INVOCATION_ID") && !is_parent_only)
 }
 
-/// The service can serve.
+/// Reports that the service is ready (`READY=1`), at a start or at the end of a reload.
 pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(status)]);
 }
 
-/// The line in `systemctl status`.
+/// Sets the line in `systemctl status` (`STATUS=`).
 pub fn status(status: &str) {
     repeat(Kind::Status, &[NotifyState::Status(status)]);
 }
 
-/// A successor is being started.
+/// Reports that a reload has begun (`RELOADING=1`).
 pub fn reloading(status: &str) {
     let mut messages = vec![NotifyState::Reloading, NotifyState::Status(status)];
     messages.extend(NotifyState::monotonic_usec_now().ok());
     send(&messages);
 }
 
-/// `pid`, which must be a child of the service manager, is the main process from now on. Returns when the
-/// service manager knows.
+/// Makes `pid` the main process of the unit (`MAINPID=`). It must be a child of the service manager: systemd kills a
+/// main process that is not its child without a drain at the next stop. Returns when the service manager has read the
+/// message, or after [`BARRIER_LIMIT`].
 pub async fn hand_main_to(pid: u32) {
     if !is_there() {
         return;
@@ -72,7 +73,8 @@ pub async fn hand_main_to(pid: u32) {
     }
 }
 
-/// Still starting: asks for `more` time from now, in case `TimeoutStartSec=` is shorter than `--start-timeout`.
+/// Extends the start timeout to `more` time from now (`EXTEND_TIMEOUT_USEC=`), in case `TimeoutStartSec=` is shorter
+/// than `--start-timeout`.
 pub fn still_starting(more: Duration) {
     repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more))]);
 }
@@ -81,20 +83,20 @@ fn micros(time: Duration) -> u32 {
     u32::try_from(time.as_micros()).unwrap_or(u32::MAX)
 }
 
-/// The service goes down.
+/// Reports that the service stops (`STOPPING=1`).
 pub fn stopping(status: &str) {
     send(&[NotifyState::Stopping, NotifyState::Status(status)]);
 }
 
-/// Still going down: asks for `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
+/// Extends the stop timeout to `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
 pub fn still_stopping(status: &str, more: Duration) {
     repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)]);
 }
 
-/// Whether fds are kept for this unit; None where the service manager is too old to say.
+/// Whether the unit has a file descriptor store; `None` if the service manager is too old to report it.
 ///
-/// From systemd 254 on it does: `$FDSTORE` is there where `FileDescriptorStoreMax=` is above 0. A manager
-/// that says nothing of it, but sets another variable of that age, keeps none.
+/// systemd sets `$FDSTORE` since version 254 if `FileDescriptorStoreMax=` is above 0. `MEMORY_PRESSURE_WATCH` is as
+/// old: if it is set and `FDSTORE` is not, there is no store.
 pub fn has_store() -> Option<bool> {
     if !is_there() {
         return Some(false);
@@ -105,19 +107,19 @@ pub fn has_store() -> Option<bool> {
     }
 }
 
-/// Asks for `fd` to be kept for the next process (`FileDescriptorStoreMax=`), whatever it polls.
+/// Stores `fd` for the next process (`FDSTORE=1`). With `FDPOLL=0`, because systemd would otherwise remove a descriptor
+/// that polls HUP, as one end of a socket pair does when the process with the other end has exited.
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
     push(Kind::Once, &keep, vec![fd.try_clone_to_owned()?]).map_err(io::Error::other)
 }
 
-/// Takes what was stored under `name` out of the store.
+/// Removes the descriptors that were stored under `name`.
 pub fn unstore(name: &str) {
     send(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
 }
 
-/// Waits until the service manager has dealt with all that was said before: it then closes its end of
-/// a pipe.
+/// Waits until the service manager has processed all earlier messages (`BARRIER=1`): it then closes its end of a pipe.
 pub async fn barrier() -> io::Result<()> {
     let (sent, mut closed) = pipe::pipe()?;
     let barrier = [NotifyState::Custom("BARRIER=1")];
@@ -128,38 +130,38 @@ pub async fn barrier() -> io::Result<()> {
     })
 }
 
-/// Whether standard error is the journal: `$JOURNAL_STREAM` names its device and inode, as
-/// `systemd.exec(5)` has it.
+/// Whether standard error is connected to the journal, whose device and inode are in `$JOURNAL_STREAM`
+/// (systemd.exec(5)).
 pub fn stderr_is_the_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else { return false };
     let Ok(stat) = rustix::fs::fstat(io::stderr()) else { return false };
     stream == format!("{}:{}", stat.st_dev, stat.st_ino)
 }
 
-/// Says each second what the service is doing, where that has changed, until there is no more `line`.
+/// Sends the status line each second if it has changed, until `line` returns `None`.
 pub async fn report(line: impl Fn() -> Option<String>) {
-    let mut said = String::new();
+    let mut last = String::new();
     let mut clock = tokio::time::interval(STATUS_INTERVAL);
     while let Some(now) = line() {
-        if now != said {
+        if now != last {
             status(&now);
-            said = now;
+            last = now;
         }
         clock.tick().await;
     }
 }
 
-/// How long the service manager waits for a sign of process (`WATCHDOG_USEC`).
+/// The watchdog timeout of the unit (`WATCHDOG_USEC`), if it has one.
 pub fn watchdog() -> Option<Duration> {
     sd_notify::watchdog_enabled()
 }
 
-/// Feeds the watchdog at half its time, from a task: if the runtime no longer turns, nothing is sent, and
-/// systemd restarts the service. Ends when this process `is_watched` no more.
+/// Sends `WATCHDOG=1` at half the watchdog timeout, from a task: if the runtime hangs, nothing is sent, and systemd
+/// restarts the service. Ends when `is_watched` returns false.
 ///
-/// Handlers that block all worker threads for the watchdog's time have the process killed too. This is on purpose: a
-/// process that answers no request for so long cannot be told from one that hangs. A thread of its own would feed the
-/// watchdog of a process that serves nothing.
+/// Handlers that block all worker threads for the timeout cause a restart, too. This is intended, because such a
+/// process cannot be distinguished from one that hangs. A separate thread would keep feeding the watchdog of a process
+/// that answers no request.
 pub async fn feed_watchdog(watchdog: Duration, is_watched: impl Fn() -> bool) {
     let mut clock = tokio::time::interval((watchdog / 2).max(Duration::from_millis(1)));
     while is_watched() {
@@ -168,7 +170,7 @@ pub async fn feed_watchdog(watchdog: Duration, is_watched: impl Fn() -> bool) {
     }
 }
 
-/// What waits to be sent.
+/// A message in the queue.
 struct Message {
     kind: Kind,
     text: String,
@@ -177,9 +179,9 @@ struct Message {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
-    /// Must be sent.
+    /// A message that must be sent.
     Once,
-    /// These repeat: a newer one replaces an older one that still waits.
+    /// The following are periodic: a newer one replaces an older one in the queue.
     Status,
     MoreTime,
     Watchdog,
@@ -197,11 +199,11 @@ impl outbox::Message for Message {
 
 /// Sends `messages` after those that were sent before.
 fn send(messages: &[NotifyState]) {
-    // A message that does not fit is counted, and reported by the thread.
+    // An error is ignored here, because the thread reports messages that did not fit.
     let _ = push(Kind::Once, messages, Vec::new());
 }
 
-/// Sends `messages` in place of those of this `kind` that still wait.
+/// Sends `messages` in place of those of this `kind` that are still in the queue.
 fn repeat(kind: Kind, messages: &[NotifyState]) {
     let _ = push(kind, messages, Vec::new());
 }
@@ -237,7 +239,7 @@ fn start_sender() -> io::Result<()> {
     })
 }
 
-/// Waits until all that was said is sent, but no longer than `limit`.
+/// Waits until all messages are sent, but no longer than `limit`.
 pub fn flush(limit: Duration) {
     OUTBOX.flush(limit);
 }

@@ -1,4 +1,4 @@
-//! A request's body within its limits: of size, and of time between its chunks.
+//! [`Within`], a request body with a limit on its size and on the time between two of its chunks.
 
 use std::io;
 use std::pin::Pin;
@@ -17,14 +17,14 @@ pin_project! {
         #[pin]
         body: Limited<B>,
         pause: Duration,
-        // Most chunks are there at once, and need no timer.
+        // Created at the first pending poll, because most chunks are ready at once and need no timer.
         late: Option<Pin<Box<Sleep>>>,
     }
 }
 
 impl<B> Within<B> {
-    /// Fails with `LengthLimitError` after `length` bytes, and with `TimedOut` where a chunk takes longer than
-    /// `pause`.
+    /// Limits `body`: it fails with `LengthLimitError` after `length` bytes, and with `TimedOut` if the next chunk
+    /// takes longer than `pause`.
     pub(super) fn new(body: B, length: usize, pause: Duration) -> Self {
         Self { body: Limited::new(body, length), pause, late: None }
     }
@@ -71,14 +71,23 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_piece_that_does_not_come_in_time_is_an_error() {
+    async fn chunk_that_takes_longer_than_the_pause_is_a_timeout() {
         let first = stream::once(async { Ok::<_, io::Error>("first") });
         let body = AxumBody::from_stream(first.chain(stream::pending()));
         let mut body = Within::new(body, 1024, Duration::from_millis(50));
-        let chunk = body.frame().await.expect("a chunk").expect("in time").into_data().expect("data");
+        let chunk = body
+            .frame()
+            .await
+            .expect("the body has a chunk")
+            .expect("the first chunk is ready")
+            .into_data()
+            .expect("the frame has data");
         assert_eq!(chunk, "first");
-        let end = timeout(Duration::from_secs(120), body.frame()).await.expect("not waited for");
-        let error = end.expect("an end").expect_err("late");
-        assert_eq!(error.downcast::<io::Error>().expect("ours").kind(), io::ErrorKind::TimedOut);
+        let end = timeout(Duration::from_secs(120), body.frame()).await.expect("the limit ends the wait");
+        let error = end.expect("the body has not ended").expect_err("the chunk is late");
+        assert_eq!(
+            error.downcast::<io::Error>().expect("the error is a timeout").kind(),
+            io::ErrorKind::TimedOut
+        );
     }
 }

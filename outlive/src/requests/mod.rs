@@ -1,5 +1,8 @@
-//! What every request passes through on its way to `app.rs` and back: it gets an id, a time limit, an answer
-//! even after a panic, and is traced and measured.
+//! [`Routes`], the layer between a connection and the application's router. Each request gets an id, a span, limits of
+//! time and size, and an entry in the metrics. A request whose handler panics is answered with 500.
+//!
+//! `connection/exchange.rs` calls [`Routes::answer`]. This is one future and not a stack of layers around the router,
+//! because each layer of a router costs two allocations for each request.
 
 mod limited_body;
 mod route_labels;
@@ -34,22 +37,26 @@ use crate::registry::InFlight;
 use limited_body::Within;
 use route_labels::RouteLabels;
 
-/// `--log info,request=debug` shows each request, and names it in whatever a handler logs.
+/// The log target of requests: `--log info,request=debug` logs each request, and adds its fields to the events of
+/// handlers.
 const TARGET: &str = "request";
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// A longer id of a client is replaced, in bytes: each log line and each response repeats it.
+/// The maximum length of a client's request id in bytes. A longer one is replaced, because each log line and the
+/// response repeat it.
 const REQUEST_ID_LIMIT: usize = 128;
-/// A log line shows no more of a path or method, in bytes: a client may send 64 KiB of each.
+/// How many bytes of a path or method a log line shows. A client may send 64 KiB of each.
 const LOGGED_LIMIT: usize = 1024;
 
-/// A router behind the limits of the configuration. Each connection has a clone of its own: threads that share
-/// one wait for each other.
+/// A router behind the limits of the configuration. Each connection has its own clone, because threads that share one
+/// would wait for each other.
 #[derive(Clone)]
 pub struct Routes {
     router: Router,
-    /// The same for requests whose route is not known before the router has chosen it.
+    /// The same router with [`RouteLabels`], for requests whose label is not known before the router has matched the
+    /// path.
     recording: Router,
-    /// For requests whose body is too large.
+    /// The same routes, but all of them answer 413, for requests whose body is too large. It is a router too, so that
+    /// these requests are counted under the label of their route.
     refusing: Router,
     labels: RouteLabels,
     body_limit: usize,
@@ -57,7 +64,8 @@ pub struct Routes {
 }
 
 impl Routes {
-    /// `body_limit` is in bytes; `limit` is for an answer to begin, and for each chunk of a body.
+    /// `body_limit` is in bytes. `limit` is the time until the response begins, and the time between two chunks of a
+    /// request body.
     pub fn new(router: Router, body_limit: u64, limit: Duration) -> Self {
         let labels = RouteLabels::new();
         let refuse = layer_fn(|_| {
@@ -65,7 +73,7 @@ impl Routes {
                 Ok::<_, Infallible>(answer(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large\n"))
             })
         });
-        // With its state, if only (), a router is built once, and not anew for each request.
+        // `with_state` builds the router here. Without it, axum would do so for each request.
         Self {
             router: router.clone().with_state(()),
             recording: router.clone().layer(labels).with_state(()),
@@ -76,7 +84,7 @@ impl Routes {
         }
     }
 
-    /// A request has a body, or none.
+    /// Starts to answer a request. `body` is `None` if the request has no body, which saves the wrappers of the body.
     pub fn answer<B>(&mut self, head: Parts, body: Option<B>) -> ResponseFuture
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
@@ -114,14 +122,14 @@ impl Routes {
 }
 
 pin_project! {
-    /// A request until its answer begins.
+    /// The future of a response: a request until its response begins.
     pub struct ResponseFuture {
         span: Span,
         id: Option<HeaderValue>,
         method: &'static str,
         route: Option<&'static str>,
         limit: Duration,
-        // Most answers are there at once, and need no timer.
+        // Created at the first pending poll, because most responses are ready at once and need no timer.
         late: Option<Pin<Box<Sleep>>>,
         #[pin]
         future: RouteFuture<Infallible>,
@@ -129,7 +137,7 @@ pin_project! {
 }
 
 impl ResponseFuture {
-    /// Ready with the answer to `request`.
+    /// Ready with the response to `request`, whose beginning is the start of the time limit.
     pub fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, request: &InFlight) -> Poll<Response<Body>> {
         let mut this = self.project();
         let _entered = this.span.enter();
@@ -143,7 +151,7 @@ impl ResponseFuture {
                 std::task::ready!(late.as_mut().poll(cx));
                 answer(StatusCode::SERVICE_UNAVAILABLE, "the service did not respond in time\n")
             }
-            // Logged where it happened (`log::init`).
+            // The panic hook has logged it (`log::init`).
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
         let took = request.since.elapsed();
@@ -152,7 +160,7 @@ impl ResponseFuture {
         if status.is_server_error() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
-                // Nobody asked for spans; whoever reads of a failure wants to know of which request.
+                // The span would add these fields. It is disabled by default, but a failure needs them to be found.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
                 let (method, path) = (*this.method, logged(request.path.path()));
                 error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed");
@@ -191,13 +199,13 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     response
 }
 
-/// The beginning of a client's `text`, as far as a log line shows it.
+/// The beginning of `text`, which comes from a client, as it is logged.
 pub fn logged(text: &str) -> &str {
     &text[..text.floor_char_boundary(LOGGED_LIMIT)]
 }
 
-/// The id that the client sent, or a new one if the client sent none that can be logged and returned as it is: 1 to
-/// `REQUEST_ID_LIMIT` letters, digits and characters of `-._~:/+=,@`.
+/// The id that the client sent, if it can be logged and returned unchanged, otherwise a new one. Accepted are 1 to
+/// [`REQUEST_ID_LIMIT`] letters, digits and characters of `-._~:/+=,@`.
 fn request_id(headers: &HeaderMap) -> HeaderValue {
     let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~:/+=,@".contains(byte);
     headers
@@ -207,14 +215,15 @@ fn request_id(headers: &HeaderMap) -> HeaderValue {
         .unwrap_or_else(new_id)
 }
 
-/// How many ids a thread takes at once, so that threads seldom meet over them.
+/// How many numbers a thread reserves at once, so that threads seldom contend for the shared counter.
 const BLOCK: u64 = 1024;
 
-/// An id that no other process gives: 24 hexadecimal digits, 14 of when this one was born, 10 of a number.
+/// A new id, which is unique across processes: 14 hexadecimal digits of the time at which this process made its first
+/// id, in microseconds, and 10 of a number.
 fn new_id() -> HeaderValue {
-    static BORN: LazyLock<[u8; 14]> = LazyLock::new(|| {
-        let born = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        hexadecimal(u64::try_from(born.as_micros()).unwrap_or(0))
+    static FIRST_USE: LazyLock<[u8; 14]> = LazyLock::new(|| {
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        hexadecimal(u64::try_from(now.as_micros()).unwrap_or(0))
     });
     static BLOCKS: AtomicU64 = AtomicU64::new(0);
     thread_local! {
@@ -226,12 +235,12 @@ fn new_id() -> HeaderValue {
     }
     NEXT.set(number + 1);
     let mut digits = [0; 24];
-    digits[..14].copy_from_slice(&*BORN);
+    digits[..14].copy_from_slice(&*FIRST_USE);
     digits[14..].copy_from_slice(&hexadecimal::<10>(number));
     HeaderValue::from_bytes(&digits).expect("digits are visible ASCII")
 }
 
-/// The last digits of a number.
+/// The last `DIGITS` hexadecimal digits of `number`.
 fn hexadecimal<const DIGITS: usize>(number: u64) -> [u8; DIGITS] {
     std::array::from_fn(|place| b"0123456789abcdef"[(number >> (4 * (DIGITS - 1 - place)) & 15) as usize])
 }
@@ -268,19 +277,20 @@ mod tests {
         let router = Router::new().route("/panics", get(panics)).route("/length", post(length));
         let response = answer_to(&mut Routes::new(router, 4 << 20, LIMIT), request).await;
         let status = response.status();
-        let body = response.into_body().collect().await.expect("a whole body").to_bytes();
+        let body = response.into_body().collect().await.expect("the body is complete").to_bytes();
         (status, String::from_utf8_lossy(&body).into_owned())
     }
 
     async fn request_id_after(sent: &[u8]) -> HeaderValue {
-        let sent = HeaderValue::from_bytes(sent).expect("bytes that a field value may have");
-        let request = Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("a request");
+        let sent = HeaderValue::from_bytes(sent).expect("the bytes are valid in a field value");
+        let request =
+            Request::get("/").header(REQUEST_ID, sent).body(Body::empty()).expect("the request is valid");
         let response = answer_to(&mut Routes::new(Router::new(), 0, LIMIT), request).await;
         response.headers()[REQUEST_ID].clone()
     }
 
     #[tokio::test]
-    async fn a_request_id_of_allowed_characters_is_returned_and_any_other_is_replaced() {
+    async fn request_id_of_allowed_characters_is_returned_and_any_other_is_replaced() {
         let longest = "x".repeat(REQUEST_ID_LIMIT);
         for id in ["7", "Root=1-5759e988-bd862e3fe1be46a994272793", "a-._~:/+=,@Z", &longest] {
             assert_eq!(request_id_after(id.as_bytes()).await, id);
@@ -301,63 +311,66 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_panic_in_a_handler_is_a_500() {
-        let request = Request::get("/panics").body(Body::empty()).expect("a request");
+    async fn panic_in_a_handler_is_answered_with_500() {
+        let request = Request::get("/panics").body(Body::empty()).expect("the request is valid");
         assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
     }
 
     #[tokio::test]
-    async fn the_body_limit_is_the_flag_and_not_the_default_of_axum() {
-        let request = |length| Request::post("/length").body(Body::from(vec![0; length])).expect("a request");
+    async fn body_limit_is_the_configured_one_and_not_the_default_of_axum() {
+        let request = |length| {
+            Request::post("/length").body(Body::from(vec![0; length])).expect("the request is valid")
+        };
         assert_eq!(ask(request(3 << 20)).await, (StatusCode::OK, (3 << 20).to_string()));
         assert_eq!(ask(request((4 << 20) + 1)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     }
 
     #[tokio::test]
-    async fn a_body_that_does_not_say_its_length_is_limited_too() {
+    async fn body_of_unknown_length_above_the_limit_is_refused_with_413() {
         let request = |chunks| {
             let chunks = stream::iter((0..chunks).map(|_| Ok::<_, Infallible>(vec![0; 1 << 20])));
-            Request::post("/length").body(Body::from_stream(chunks)).expect("a request")
+            Request::post("/length").body(Body::from_stream(chunks)).expect("the request is valid")
         };
         assert_eq!(ask(request(4)).await, (StatusCode::OK, (4 << 20).to_string()));
         assert_eq!(ask(request(5)).await.0, StatusCode::PAYLOAD_TOO_LARGE);
     }
 
     #[tokio::test]
-    async fn a_body_that_is_too_large_is_refused_before_it_is_read() {
+    async fn body_with_a_length_above_the_limit_is_refused_with_413_before_the_handler_is_called() {
         async fn unread(_: Body) {
-            panic!("it is refused");
+            panic!("the handler was called");
         }
         let mut routes = Routes::new(Router::new().route("/refused/{name}", put(unread)), 1024, LIMIT);
-        let request = Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("a request");
+        let request =
+            Request::put("/refused/me").body(Body::from(vec![0; 1025])).expect("the request is valid");
         assert_eq!(answer_to(&mut routes, request).await.status(), StatusCode::PAYLOAD_TOO_LARGE);
         assert_eq!(count("/refused/{name}", "PUT", "413"), 1);
     }
 
     #[tokio::test]
-    async fn a_request_is_counted_by_the_template_of_its_route() {
+    async fn request_is_counted_by_the_template_of_its_route() {
         let plan = || Router::new().route("/counted/by/{name}", delete(async || ()));
         let mut routes = Routes::new(plan().route("/counted/fixed", delete(async || ())), 1024, LIMIT);
         let mut others = Routes::new(plan(), 1024, LIMIT);
-        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("a request");
+        let request = |path: &str| Request::delete(path).body(Body::empty()).expect("the request is valid");
         for path in ["/counted/fixed", "/counted/fixed", "/counted/by/me", "/counted/by/{name}"] {
             answer_to(&mut routes, request(path)).await;
         }
         answer_to(&mut others, request("/counted/fixed")).await;
         assert_eq!(count("/counted/fixed", "DELETE", "200"), 2);
         assert_eq!(count("/counted/by/{name}", "DELETE", "200"), 2);
-        assert_eq!(count("/counted/fixed", "DELETE", "404"), 0, "it is a route of another router");
+        assert_eq!(count("/counted/fixed", "DELETE", "404"), 0, "the route belongs to another router");
         assert_eq!(count("", "DELETE", "404"), 1);
     }
 
     #[tokio::test]
-    async fn a_request_id_is_made_or_kept_and_given_back() {
+    async fn response_has_the_request_id_of_the_client_or_a_new_one() {
         let mut routes = Routes::new(Router::new(), 1024, LIMIT);
         let mut id = async |request: Request<Body>| {
             let response = answer_to(&mut routes, request).await;
-            response.headers()["x-request-id"].to_str().expect("text").to_owned()
+            response.headers()["x-request-id"].to_str().expect("the text is valid").to_owned()
         };
-        let request = || Request::get("/").body(Body::empty()).expect("a request");
+        let request = || Request::get("/").body(Body::empty()).expect("the request is valid");
         assert_ne!(id(request()).await, id(request()).await);
         let mut named = request();
         named.headers_mut().insert("x-request-id", HeaderValue::from_static("mine"));

@@ -1,4 +1,8 @@
-//! What routes are called where requests are counted: by their templates, such as `/users/{id}`.
+//! The label of a request in the metrics: the template of its route, such as `/users/{id}`. Paths would not do, because
+//! a client could create a time series with each request.
+//!
+//! axum knows the template only inside of the route, so [`RouteLabels`] adds a layer to each route, which records the
+//! template for the caller of the router in a variable of the thread.
 
 use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -9,20 +13,21 @@ use axum::extract::MatchedPath;
 use hyper::Request;
 use tower::{Layer, Service};
 
-/// Those of one router.
+/// The labels of the routes of one router.
 #[derive(Clone, Copy)]
 pub(super) struct RouteLabels {
     router: u32,
 }
 
 thread_local! {
-    /// The labels that this thread has met, with the number of their router. They stay, as the routes do.
+    /// The labels that this thread has recorded, with the number of their router. They are never freed; there are no
+    /// more than routes.
     static SEEN: RefCell<Vec<(u32, &'static str)>> = const { RefCell::new(Vec::new()) };
     /// See [`matched`].
     static MATCHED: Cell<Option<&'static str>> = const { Cell::new(None) };
 }
 
-/// The label of the route that a router has chosen when it was just polled, if it did.
+/// The label of the route that the router matched during the last poll on this thread, if it matched one.
 pub(super) fn matched() -> Option<&'static str> {
     MATCHED.take()
 }
@@ -33,8 +38,7 @@ impl RouteLabels {
         Self { router: ROUTERS.fetch_add(1, Ordering::Relaxed) }
     }
 
-    /// Of the route that leads to `path`, where that is known without asking the router: a template without
-    /// parameters is a path.
+    /// The label for `path`, if it is known without the router: a template without parameters is equal to its path.
     pub(super) fn of_path(self, path: &str) -> Option<&'static str> {
         self.seen(path).filter(|label| !label.contains('{'))
     }
@@ -61,7 +65,7 @@ impl<S> Layer<S> for RouteLabels {
     }
 }
 
-/// The outermost layer of each route: tells that it was chosen.
+/// The outermost layer of each route, which records that the route was matched.
 #[derive(Clone)]
 pub(super) struct RecordRoute<S> {
     inner: S,

@@ -1,25 +1,31 @@
-//! What both ends of an HTTP/2 connection have agreed upon: what the next process has to know of it.
+//! [`Http2State`], the state of an HTTP/2 connection that the next process needs to continue it, and its encoding.
+//!
+//! Only connections without open streams are handed over, so the state consists of what is shared by all streams: the
+//! settings of both sides, the windows of the connection, the last stream, and the header compression (HPACK, RFC
+//! 7541).
 
 use bytes::{Buf, BufMut};
 
-/// A client may have changed so many settings; more than there are (RFC 9113 section 6.5.2, and its extensions).
+/// The maximum number of different settings that a client may send. It is larger than the number of settings that are
+/// defined (RFC 9113 section 6.5.2 and extensions); without it a client could make this process keep any number of
+/// them.
 const SETTINGS_LIMIT: usize = 32;
-/// Of a connection that has just begun, in bytes (RFC 9113 section 6.9.2).
+/// The initial flow-control window of a connection, in bytes (RFC 9113 section 6.9.2).
 pub const FIRST_WINDOW: i64 = 65_535;
-/// The largest that a window can be, in bytes.
+/// The maximum size of a flow-control window, in bytes (RFC 9113 section 6.9.1).
 const WINDOW_LIMIT: i64 = (1 << 31) - 1;
-/// The parameter of SETTINGS that limits the table of headers (RFC 9113 section 6.5.2), and its first value, in bytes.
+/// `SETTINGS_HEADER_TABLE_SIZE` (RFC 9113 section 6.5.2), and its initial value, in bytes.
 pub const HEADER_TABLE_SIZE: u16 = 1;
 pub const FIRST_HEADER_TABLE_SIZE: u32 = 4096;
-/// The highest number of a stream.
+/// The highest stream identifier.
 const STREAM_LIMIT: u32 = (1 << 31) - 1;
 
-/// Parameters of SETTINGS, in the order in which they came first.
+/// The settings of one side, in the order in which they were first sent.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Settings(Vec<(u16, u32)>);
 
 impl Settings {
-    /// Takes the payload of a frame over; false where it makes no sense, or there are too many.
+    /// Applies the payload of a SETTINGS frame. Returns false if the payload is malformed or has too many settings.
     pub fn set(&mut self, mut payload: &[u8]) -> bool {
         while payload.len() >= 6 {
             let (key, value) = (payload.get_u16(), payload.get_u32());
@@ -32,7 +38,7 @@ impl Settings {
         payload.is_empty()
     }
 
-    /// As they are, with `value` for `key` where they do not say another.
+    /// The same settings, with `value` for `key` if they have no value for it.
     pub fn or(mut self, key: u16, value: u32) -> Self {
         if !self.0.iter().any(|(known, _)| *known == key) {
             self.0.push((key, value));
@@ -40,7 +46,7 @@ impl Settings {
         self
     }
 
-    /// The payload of a frame that says all of them.
+    /// The payload of a SETTINGS frame with all of them.
     pub fn payload(&self) -> Vec<u8> {
         let mut payload = Vec::with_capacity(self.0.len() * 6);
         for (key, value) in &self.0 {
@@ -52,7 +58,7 @@ impl Settings {
 
     fn encode(&self, into: &mut Vec<u8>) {
         let payload = self.payload();
-        into.put_u16_le(u16::try_from(payload.len()).expect("no more than SETTINGS_LIMIT"));
+        into.put_u16_le(u16::try_from(payload.len()).expect("SETTINGS_LIMIT bounds the length"));
         into.put_slice(&payload);
     }
 
@@ -65,30 +71,38 @@ impl Settings {
     }
 }
 
-/// What the client's encoder of headers does, which was told to remember nothing (`SETTINGS_HEADER_TABLE_SIZE=0`).
+/// The dynamic table of the client's header encoder. This server sends `SETTINGS_HEADER_TABLE_SIZE=0`, so that the
+/// table is empty and the decoder of another process can continue without it.
+///
+/// ```text
+/// Unknown --headers begin with a size update to 0--> Empty
+///    `------headers begin without one--------------> InUse
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Table {
-    /// It has sent no headers since it acknowledged that.
+    /// The client has sent no headers since it acknowledged the setting.
     Unknown,
-    /// It has said that it remembers nothing, as it must in the first headers after that (RFC 7541 section 4.2).
+    /// The client has sent the size update with which the first headers after the acknowledgement must begin (RFC 7541
+    /// section 4.2).
     Empty,
-    /// It has not: its next headers may mean some that a fresh decoder does not know.
+    /// The client has sent headers without it, so its next headers may refer to entries that another decoder does not
+    /// have. Such a connection cannot be handed over.
     InUse,
 }
 
-/// An HTTP/2 connection, between two processes.
+/// The state of an HTTP/2 connection without open streams.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Http2State {
-    /// What the client has set.
+    /// The settings of the client.
     pub theirs: Settings,
-    /// What the client knows of ours.
+    /// The settings of this server that were sent to the client.
     pub ours: Settings,
-    /// The last stream that the client has begun, and that a process has answered.
+    /// The last stream that the client has opened. It has been answered.
     pub last_stream: u32,
-    /// How much the client may still send on the connection, in bytes; below zero where a setting was lowered.
+    /// How many bytes the client may still send on the connection.
     pub receive_window: i64,
-    /// How much it takes, in bytes.
+    /// How many bytes the server may still send on the connection.
     pub send_window: i64,
     pub table: Table,
 }
@@ -118,7 +132,7 @@ impl Http2State {
         bytes
     }
 
-    /// None where `bytes` make no sense. What a later release has to say behind it is left alone.
+    /// `None` if `bytes` are invalid. Bytes that follow are ignored, so that a later release can append fields.
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
         let theirs = Settings::decode(&mut bytes)?;
         let ours = Settings::decode(&mut bytes)?;
@@ -145,7 +159,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_comes_back_as_it_went(
+        fn decode_returns_what_encode_was_given_and_refuses_truncated_bytes(
             theirs in settings(), ours in settings(), last_stream in 0..=STREAM_LIMIT,
             receive_window in -WINDOW_LIMIT..=WINDOW_LIMIT, send_window in -WINDOW_LIMIT..=WINDOW_LIMIT,
             is_empty: bool, more: Vec<u8>,
@@ -169,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_larger_than_there_can_be_is_no_agreement() {
+    fn decode_refuses_a_window_above_the_limit() {
         for window in [i64::MIN, -WINDOW_LIMIT - 1, WINDOW_LIMIT + 1, i64::MAX] {
             let state = Http2State { send_window: window, ..Http2State::default() };
             assert_eq!(Http2State::decode(&state.encode()), None, "{window}");
@@ -177,7 +191,7 @@ mod tests {
     }
 
     #[test]
-    fn more_settings_than_there_are_is_no_agreement() {
+    fn set_refuses_too_many_settings_and_incomplete_ones() {
         let many: Vec<u8> = (0..40_u16).flat_map(|key| [&key.to_be_bytes()[..], &[0; 4]].concat()).collect();
         assert!(!Settings::default().set(&many));
         assert!(!Settings::default().set(&[0; 5]));

@@ -1,17 +1,17 @@
-//! What is spoken on a listener: its name decides.
+//! [`Name`], the name of a listener, which selects the protocol that is served on it.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-/// What a connection is served with.
+/// What a listener serves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ListenerRole {
-    /// The application.
+    /// The application's routes.
     Http,
-    /// The application, behind TLS.
+    /// The application's routes over TLS.
     Https,
-    /// Health, readiness, metrics.
+    /// The admin routes: health, readiness, metrics.
     Admin,
 }
 
@@ -32,7 +32,7 @@ impl Name {
     }
 }
 
-/// Of a listener that nobody named.
+/// The name of a listener for which none is configured: `http`.
 impl Default for Name {
     fn default() -> Self {
         Self { text: Arc::from("http"), role: ListenerRole::Http }
@@ -66,7 +66,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_name_decides() {
+    fn role_follows_from_the_beginning_of_the_name_and_other_names_are_refused() {
         let role = |text: &str| text.parse::<Name>().map(|name| name.role()).ok();
         assert_eq!(role("http"), Some(ListenerRole::Http));
         assert_eq!(role("http-internal"), Some(ListenerRole::Http));

@@ -1,5 +1,6 @@
-//! A connection as a value: its socket, its peer, the name of its listener, the bytes that were read but not consumed, and
-//! the state of HTTP/2 and TLS without which another process could not continue it. Nothing here knows a request.
+//! A connection as a value, [`stream::Connection`]: its socket, its peer, the name of its listener, the bytes that were
+//! read but not consumed, and the state of HTTP/2 and TLS with which another process can continue it. `connection`
+//! serves it, and `handover` sends it to another process. Nothing here depends on requests.
 
 pub mod http2_state;
 pub mod listener_name;

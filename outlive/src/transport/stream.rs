@@ -1,4 +1,5 @@
-//! A connection: its socket at rest, and the stream that it is while it is served. TCP or Unix.
+//! [`Connection`], a TCP or Unix connection with all of its state: as a plain socket while it is parked or handed over,
+//! as a [`Stream`] of the runtime while it is served.
 
 use std::fmt;
 use std::io;
@@ -17,30 +18,33 @@ use crate::transport::http2_state::Http2State;
 use crate::transport::listener_name::Name;
 use crate::transport::tls_traffic::TlsTrafficState;
 
-/// A connection with what it takes to go on with it, here or in the next process: at rest a socket, which is
-/// nobody's business but the kernel's; served, a [`Stream`].
+/// A connection with everything that is needed to continue it, in this or in the next process.
+///
+/// `Connection<OwnedFd>` is quiescent: a plain socket that the runtime does not watch. [`Connection::watched`]
+/// registers it with the runtime to serve it as a `Connection<Stream>`, and [`Connection::unwatched`] does the reverse.
 pub struct Connection<S = OwnedFd> {
     pub socket: S,
-    /// Of the listener that it came from.
+    /// The name of the listener that accepted it.
     pub listener: Name,
-    /// What was read from it and not consumed.
+    /// The bytes that were read from the socket and not consumed.
     pub unread: Bytes,
-    /// Where it speaks HTTP/2: what its two ends have agreed upon.
+    /// The HTTP/2 state, if it is an HTTP/2 connection that has been served before.
     pub http2: Option<Box<Http2State>>,
-    /// Where it speaks TLS, and has shaken hands.
+    /// The TLS state, if it is a TLS connection whose handshake is complete.
     pub tls: Option<Box<TlsTrafficState>>,
 }
 
 impl Connection {
-    /// Whether every release knows how to go on with it.
+    /// Whether every release can continue it. Some earlier ones can continue neither HTTP/2 nor TLS connections.
     pub fn is_plain_http1(&self) -> bool {
         self.http2.is_none() && self.tls.is_none()
     }
 
-    /// To be served, in the runtime that this is called in; and its peer. Fails where that is gone.
+    /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
+    /// disconnected.
     pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
         let Self { socket, listener, unread, http2, tls } = self;
-        // It may have been another process's.
+        // The socket may come from another process, which may have left it in blocking mode.
         rustix::io::ioctl_fionbio(&socket, true)?;
         let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
         Ok((Connection { socket: Stream::new(socket, peer)?, listener, unread, http2, tls }, peer))
@@ -48,12 +52,12 @@ impl Connection {
 }
 
 impl Connection<Stream> {
-    /// One of which nothing has come yet.
+    /// A connection that was just accepted.
     pub fn begun(stream: Stream, listener: Name) -> Self {
         Self { socket: stream, listener, unread: Bytes::new(), http2: None, tls: None }
     }
 
-    /// Comes to rest: the runtime forgets it.
+    /// Deregisters the socket from the runtime.
     pub fn unwatched(self) -> io::Result<Connection> {
         let Self { socket, listener, unread, http2, tls } = self;
         Ok(Connection { socket: socket.into_socket()?, listener, unread, http2, tls })
@@ -65,7 +69,7 @@ pub enum Stream {
     Unix(UnixStream),
 }
 
-/// Who is at the other end of a connection. A handler takes it as an argument.
+/// The peer of a connection. A handler takes it as an argument.
 ///
 /// ```
 /// use outlive::Peer;
@@ -77,14 +81,15 @@ pub enum Stream {
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
-    /// A client by TCP; an IPv4 address is shown as such, whatever socket it came in by.
+    /// A client that is connected over TCP. An IPv4 client of an IPv6 socket has its IPv4 address here, and not the
+    /// IPv4-mapped one.
     Tcp(SocketAddr),
-    /// A client on this machine, by a Unix socket.
+    /// A client on this machine that is connected over a Unix socket.
     Unix,
 }
 
 impl Peer {
-    /// Whoever is at the address that `getpeername(2)` or `accept(2)` gave.
+    /// The peer at an address from `getpeername(2)` or `accept(2)`.
     pub(crate) fn at(address: Option<SocketAddrAny>) -> io::Result<Self> {
         let address = address.ok_or(io::ErrorKind::NotConnected)?;
         match SocketAddr::try_from(address.clone()) {
@@ -105,7 +110,7 @@ impl fmt::Display for Peer {
 }
 
 impl Stream {
-    /// A connected socket that does not block.
+    /// Registers a connected, non-blocking socket with the current runtime.
     pub fn new(socket: OwnedFd, peer: Peer) -> io::Result<Self> {
         Ok(match peer {
             Peer::Tcp(_) => Self::Tcp(TcpStream::from_std(socket.into())?),
@@ -120,8 +125,8 @@ impl Stream {
         })
     }
 
-    /// Looks at what has arrived without taking it, once that is `enough` or the peer will send no more.
-    /// Ready with 0 at the end of the stream.
+    /// Peeks at the bytes that have arrived, without consuming them. Ready when they are `enough` or the peer sends no
+    /// more; ready with 0 at the end of the stream.
     pub fn poll_peek(
         &self,
         cx: &mut Context<'_>,
@@ -133,7 +138,9 @@ impl Stream {
                 Self::Tcp(stream) => stream.poll_read_ready(cx),
                 Self::Unix(stream) => stream.poll_read_ready(cx),
             })?;
-            // "Not enough" is said as WouldBlock inside try_io: what arrives meanwhile wakes us all the same.
+            // The closure returns WouldBlock if the bytes are not enough. `try_io` then clears the readiness, so that
+            // this task sleeps until more bytes arrive instead of polling in a loop. A byte that arrives in between is
+            // not missed, because `try_io` clears only the readiness that it has seen.
             let peeked = self.try_read_io(|fd| {
                 let (length, _) = rustix::net::recv(fd, &mut *into, RecvFlags::PEEK)?;
                 if length == 0 || enough(&into[..length]) || sends_no_more(fd)? {

@@ -1,5 +1,5 @@
-//! Session tickets (RFC 8446 section 4.6.1), sealed with keys that the next process gets too: who comes back to it
-//! need not shake hands anew.
+//! [`Tickets`], which seals and opens TLS session tickets (RFC 8446 section 4.6.1). Its keys are handed over to the
+//! next process, so that clients can resume their sessions there without a full handshake.
 
 use std::fmt;
 use std::sync::Mutex;
@@ -13,7 +13,8 @@ use zeroize::Zeroizing;
 
 use crate::os::lock::lock;
 
-/// A key seals for as long, in seconds, and opens for twice as long: as rustls' own ticketer has it.
+/// How long a key seals tickets, in seconds; it opens them for twice as long. The ticketer of rustls has the same
+/// times.
 const ROTATION: u64 = 6 * 60 * 60;
 const KEY_LENGTH: usize = 32;
 
@@ -30,7 +31,7 @@ struct Keys {
 #[derive(Clone)]
 struct Key {
     bytes: Zeroizing<[u8; KEY_LENGTH]>,
-    /// When it was made; seconds since 1970.
+    /// The time at which it was made, in seconds since 1970.
     since: u64,
 }
 
@@ -42,10 +43,11 @@ impl Key {
     }
 
     fn ready(&self) -> LessSafeKey {
-        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.bytes[..]).expect("32 bytes"))
+        LessSafeKey::new(UnboundKey::new(&CHACHA20_POLY1305, &self.bytes[..]).expect("the key has 32 bytes"))
     }
 
-    /// Whether it was made in the future too: a clock may be set back.
+    /// Whether the key was made at least `age` ago. A key from the future counts too, because the clock may have been
+    /// set back, and the key would otherwise be used for too long.
     fn is_older_than(&self, age: u64, now: u64) -> bool {
         now.abs_diff(self.since) >= age
     }
@@ -59,7 +61,7 @@ impl Tickets {
         Ok(Self { random, keys: Mutex::new(Keys { current, former: None }) })
     }
 
-    /// For the next process.
+    /// Encodes the keys for the next process.
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         let keys = lock(&self.keys);
         let mut bytes = Zeroizing::new(Vec::with_capacity(1 + 2 * (8 + KEY_LENGTH)));
@@ -71,8 +73,8 @@ impl Tickets {
         bytes
     }
 
-    /// Goes on with the keys of a process before this one; false where `bytes` make no sense. What a later release has
-    /// to say behind them is left alone.
+    /// Adopts the keys of an earlier process. Returns false and keeps the present keys if `bytes` are invalid. Bytes
+    /// that follow are ignored, so that a later release can append fields.
     pub fn adopt_keys(&self, mut bytes: &[u8]) -> bool {
         let Ok(count @ 1..=2) = bytes.try_get_u8() else { return false };
         let mut key = || {
@@ -127,7 +129,7 @@ fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
-/// Without its keys.
+/// Does not show the keys.
 impl fmt::Debug for Tickets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Tickets")
@@ -140,7 +142,7 @@ impl ProducesTickets for Tickets {
     }
 
     fn lifetime(&self) -> u32 {
-        u32::try_from(2 * ROTATION).expect("half a day")
+        u32::try_from(2 * ROTATION).expect("half a day fits into 32 bits")
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
@@ -157,26 +159,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_ticket_is_good_for_as_long_as_it_says_and_no_longer() {
-        let tickets = Tickets::new().expect("random numbers");
+    fn ticket_is_accepted_for_its_lifetime_and_no_longer() {
+        let tickets = Tickets::new().expect("random numbers are available");
         let begun = now();
-        let ticket = tickets.encrypt_at(begun, b"secret").expect("a ticket");
+        let ticket = tickets.encrypt_at(begun, b"secret").expect("the ticket can be sealed");
         for hours in [1, 5, 7, 11] {
             let now = begun + hours * 3600;
             assert_eq!(tickets.decrypt_at(now, &ticket).as_deref(), Some(&b"secret"[..]), "{hours}");
-            // Others are issued meanwhile.
-            tickets.encrypt_at(now, b"other").expect("a ticket");
+            // Sealing another ticket rotates the keys if that is due.
+            tickets.encrypt_at(now, b"other").expect("the ticket can be sealed");
         }
         assert_eq!(tickets.decrypt_at(begun + 12 * 3600, &ticket), None);
-        tickets.encrypt_at(begun + 14 * 3600, b"other").expect("a ticket");
+        tickets.encrypt_at(begun + 14 * 3600, b"other").expect("the ticket can be sealed");
         assert_eq!(tickets.decrypt_at(begun, &ticket), None, "its key is gone");
     }
 
     #[test]
-    fn the_next_process_takes_tickets_of_both_keys() {
-        let (first, next) = (Tickets::new().expect("keys"), Tickets::new().expect("keys"));
-        let old = first.encrypt_at(now() - ROTATION, b"old").expect("a ticket");
-        let new = first.encrypt(b"new").expect("a ticket");
+    fn next_process_accepts_tickets_of_both_keys() {
+        let (first, next) = (
+            Tickets::new().expect("random numbers are available"),
+            Tickets::new().expect("random numbers are available"),
+        );
+        let old = first.encrypt_at(now() - ROTATION, b"old").expect("the ticket can be sealed");
+        let new = first.encrypt(b"new").expect("the ticket can be sealed");
         assert_eq!((next.decrypt(&old), next.decrypt(&new)), (None, None));
         assert!(next.adopt_keys(&first.encode()));
         assert_eq!(next.decrypt(&new).as_deref(), Some(&b"new"[..]));
@@ -187,11 +192,11 @@ mod tests {
     #[test]
     fn fuzzed_bytes_are_neither_a_ticket_nor_keys() {
         crate::fuzz::target!("tickets").for_each(|bytes| {
-            let tickets = Tickets::new().expect("keys");
+            let tickets = Tickets::new().expect("random numbers are available");
             assert_eq!(tickets.decrypt(bytes), None);
-            let ticket = tickets.encrypt(b"secret").expect("a ticket");
+            let ticket = tickets.encrypt(b"secret").expect("the ticket can be sealed");
             if !tickets.adopt_keys(bytes) {
-                assert!(tickets.decrypt(&ticket).is_some(), "refused, and yet taken");
+                assert!(tickets.decrypt(&ticket).is_some(), "refused keys were adopted");
             }
         });
     }

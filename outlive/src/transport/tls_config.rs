@@ -1,5 +1,5 @@
-//! TLS 1.2 and 1.3 by rustls, with ring as its provider of cryptography: it builds with a C compiler
-//! alone, for a static binary too.
+//! The TLS configuration of the https listeners: TLS 1.2 and 1.3 by rustls. The cryptography provider is ring, because
+//! it needs only a C compiler to build, also for a static binary.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,39 +17,40 @@ use crate::os::credentials::Credentials;
 use crate::transport::tickets::Tickets;
 use crate::transport::traffic_secret::FirstSecrets;
 
-/// What the unit's `LoadCredential=` lines call the two files.
+/// The names of the two files as credentials of the unit (`LoadCredential=`).
 const CERTIFICATE: &str = "tls.crt";
 const KEY: &str = "tls.key";
-/// A file with a certificate or a key is smaller, in bytes.
+/// The maximum size of a certificate or key file in bytes. It prevents reading a wrong, endless file such as a device.
 const FILE_LIMIT: u64 = 1024 * 1024;
 
-/// What the https listeners speak.
+/// The TLS configuration of the https listeners.
 #[derive(Clone)]
 pub struct Tls {
     config: Arc<ServerConfig>,
-    /// For the next process, where there is to be one that goes on.
+    /// The ticket keys to hand over; `None` if TLS connections are not handed over.
     pub tickets: Option<Arc<Tickets>>,
 }
 
 impl Tls {
-    /// For one connection, whose secrets go to `secrets` if it may go on in another process.
+    /// The acceptor for one connection. If the connection may be handed over, rustls reports its traffic secrets to
+    /// `secrets`.
     pub fn acceptor(&self, secrets: &Arc<FirstSecrets>) -> TlsAcceptor {
         if !self.config.enable_secret_extraction {
             return self.config.clone().into();
         }
-        // rustls lets go of it at the end of the handshake.
+        // rustls drops this copy at the end of the handshake, so it costs no memory while the connection is open.
         let mut config = ServerConfig::clone(&self.config);
         config.key_log = secrets.clone();
         Arc::new(config).into()
     }
 }
 
-/// What HTTP versions are spoken behind TLS, the preferred one first.
+/// The ALPN protocols (RFC 7301); HTTP/2 is preferred.
 pub const HTTP2: &[u8] = b"h2";
 const HTTP1: &[u8] = b"http/1.1";
 
-/// The certificate and its key: from these files, else from the unit's credentials. `handover`: connections may go on in
-/// another process.
+/// Loads the certificate chain and its key, from the given files or else from the unit's credentials. `handover`
+/// enables the extraction of secrets, with which another process can continue TLS 1.3 connections.
 pub fn acceptor(
     cert: Option<&Path>,
     key: Option<&Path>,
@@ -79,7 +80,7 @@ pub fn acceptor(
     Ok(Tls { config: Arc::new(tls), tickets: handover.then_some(tickets) })
 }
 
-/// What a file is called, and what is in it.
+/// The name of the file at `flag` or of the credential, for errors, and its content.
 fn read(
     flag: Option<&Path>,
     credential: &str,

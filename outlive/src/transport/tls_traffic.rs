@@ -1,5 +1,5 @@
-//! A TLS 1.3 connection, between two processes: what it takes to go on sealing and opening its records
-//! (RFC 8446 section 5).
+//! [`TlsTrafficState`], the state of a TLS 1.3 connection with which another process can continue to seal and open its
+//! records (RFC 8446 section 5), and its encoding. `connection/tls/record_layer.rs` uses it in place of rustls.
 
 use std::fmt;
 
@@ -10,15 +10,15 @@ use zeroize::Zeroizing;
 
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
 
-/// Of a nonce, in bytes.
+/// The length of an IV in bytes. It is the same for all suites.
 pub const IV_LENGTH: usize = 12;
-/// Of a handshake message, in bytes: its type and its length (RFC 8446 section 4).
+/// The length of the header of a handshake message in bytes: its type and its length (RFC 8446 section 4).
 pub const MESSAGE_HEADER_LENGTH: usize = 4;
 /// How many KeyUpdates rustls may have followed before the connection leaves it; after more, no later KeyUpdate can be
 /// followed. Finding the secrets takes a few milliseconds at this limit, once in a connection's life.
 const GENERATIONS_LIMIT: usize = 1024;
 
-/// The cipher suites of TLS 1.3 that we speak, as they are numbered in RFC 8446 appendix B.4.
+/// The supported cipher suites of TLS 1.3, with their numbers of RFC 8446 appendix B.4.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub enum Suite {
@@ -44,7 +44,7 @@ impl Suite {
         }
     }
 
-    /// Of a traffic secret: that of the suite's hash (RFC 8446 section 7.1).
+    /// The length of a traffic secret in bytes, which is that of the suite's hash (RFC 8446 section 7.1).
     pub fn secret_length(self) -> usize {
         match self {
             Self::Aes128Gcm | Self::ChaCha20Poly1305 => 32,
@@ -53,45 +53,46 @@ impl Suite {
     }
 }
 
-/// One direction. The key, the IV and the secret are wiped when it is dropped.
+/// The state of one direction. The key, the IV and the secret are wiped on drop.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Direction {
     pub key: Zeroizing<Vec<u8>>,
     pub iv: Zeroizing<[u8; IV_LENGTH]>,
-    /// Of the next record.
+    /// The sequence number of the next record.
     pub sequence: u64,
-    /// What the key and the IV were derived from, for the next KeyUpdate. None where a release that did not know it
-    /// handed the connection over, or rustls had followed too many KeyUpdates.
+    /// The traffic secret from which the key and the IV were derived; the next KeyUpdate needs it. `None` if a release
+    /// without this field handed the connection over, or if rustls had followed too many KeyUpdates.
     pub secret: Option<TrafficSecret>,
 }
 
-/// What the peer has used of what the record layer allows it, and what is between two of its records. New where a
-/// connection leaves rustls, which does not tell.
+/// The counters by which the record layer limits the peer, and the state between two records. It begins anew when a
+/// connection leaves rustls, because rustls does not expose its own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PeerState {
-    /// Records without content in a row.
+    /// The number of consecutive records without content.
     pub empty_records: u8,
-    /// Alerts that change nothing.
+    /// The number of alerts that have no effect.
     pub warnings: u8,
-    /// KeyUpdates since the last application data.
+    /// The number of KeyUpdates since the last application data.
     pub key_updates: u8,
-    /// Whether it has asked for a KeyUpdate of ours, which goes out before our next record.
+    /// Whether the peer has requested a KeyUpdate. It must be sent before the next record (RFC 8446 section 4.6.3).
     pub wants_key_update: bool,
-    /// The beginning of a handshake message whose rest comes in another record: no more than its header.
+    /// The beginning of a handshake message that continues in the next record. At most its header is kept.
     pub message: Vec<u8>,
 }
 
+/// The state of a TLS 1.3 connection after its handshake, without rustls.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TlsTrafficState {
     pub suite: Suite,
     pub from_peer: Direction,
     pub to_peer: Direction,
-    /// What was read, and is still sealed.
+    /// The bytes that were read from the socket and not decrypted.
     pub unread: Bytes,
     pub peer: PeerState,
 }
 
-/// Without its keys.
+/// Does not show the keys.
 impl fmt::Debug for TlsTrafficState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("TlsSession").field("suite", &self.suite).finish_non_exhaustive()
@@ -104,20 +105,20 @@ impl fmt::Debug for Direction {
     }
 }
 
-/// What TLS 1.3 connections go on with, as it travels. The first three lines are all that releases before the KeyUpdate
-/// was followed write and read; they take no notice of what is behind them.
+/// The encoding, with the length of each field in bytes, in little-endian order. Releases that do not follow KeyUpdates
+/// write and read the first three lines only, and ignore the remaining bytes.
 ///
 /// ```text
 /// 2  suite
-/// .  of each direction, the peer's first: 8, sequence number; 12, IV; the key
-/// 4  length of what follows; what was read and is still sealed
+/// .  for each direction, from the peer first: 8, sequence number; 12, IV; the key, whose length follows from the suite
+/// 4  length; the bytes that were read and not decrypted
 ///
-/// .  of each direction: 1, whether its secret follows; the secret
-/// 4  of the peer: empty records, warnings, KeyUpdates, whether it wants a KeyUpdate
-/// 1  length of what follows; the beginning of a handshake message
+/// .  for each direction: 1, whether its secret follows; the secret, whose length follows from the suite
+/// 4  one byte each: empty records, warnings, KeyUpdates, whether the peer has requested a KeyUpdate
+/// 1  length; the beginning of a handshake message
 /// ```
 impl TlsTrafficState {
-    /// None where the suite is not one of TLS 1.3.
+    /// The state of a connection that leaves rustls. `None` if the suite is not one of TLS 1.3.
     pub fn new(secrets: ExtractedSecrets, first: &FirstSecrets, unread: Bytes) -> Option<Self> {
         let (suite, mut from_peer) = direction(secrets.rx)?;
         let (_, mut to_peer) = direction(secrets.tx)?;
@@ -130,7 +131,8 @@ impl TlsTrafficState {
     }
 
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
-        // Of its whole length at once: what grows leaves copies behind.
+        // The whole capacity at once: a vector that grows would leave copies of keys in freed memory, which are not
+        // wiped.
         let secrets = 2 * (1 + self.suite.secret_length());
         let length = self.length_without_secrets() + secrets + 5 + self.peer.message.len();
         let mut bytes = Zeroizing::new(Vec::with_capacity(length));
@@ -140,7 +142,7 @@ impl TlsTrafficState {
             bytes.put_slice(&direction.iv[..]);
             bytes.put_slice(&direction.key);
         }
-        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("no more than was read at once"));
+        bytes.put_u32_le(u32::try_from(self.unread.len()).expect("one read returns less than 4 GiB"));
         bytes.put_slice(&self.unread);
         for direction in [&self.from_peer, &self.to_peer] {
             bytes.put_u8(direction.secret.is_some().into());
@@ -148,17 +150,17 @@ impl TlsTrafficState {
         }
         let PeerState { empty_records, warnings, key_updates, wants_key_update, message } = &self.peer;
         bytes.put_slice(&[*empty_records, *warnings, *key_updates, (*wants_key_update).into()]);
-        bytes.put_u8(u8::try_from(message.len()).expect("no more than a header"));
+        bytes.put_u8(u8::try_from(message.len()).expect("at most a header is kept"));
         bytes.put_slice(message);
         bytes
     }
 
-    /// As a release before the KeyUpdate was followed writes it.
+    /// The length of the encoding of a release that does not follow KeyUpdates.
     fn length_without_secrets(&self) -> usize {
         6 + 2 * (8 + IV_LENGTH + self.suite.key_length()) + self.unread.len()
     }
 
-    /// None where `bytes` make no sense. What a later release has to say behind it is left alone.
+    /// `None` if `bytes` are invalid. Bytes that follow are ignored, so that a later release can append fields.
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
         let suite = bytes.try_get_u16_le().ok()?;
         let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
@@ -267,7 +269,7 @@ mod tests {
         })
     }
 
-    /// As the releases before the KeyUpdate was followed read and wrote it, word for word.
+    /// The unchanged code of the releases that did not follow KeyUpdates.
     mod before {
         use super::*;
 
@@ -279,7 +281,7 @@ mod tests {
                 bytes.put_slice(&direction.iv[..]);
                 bytes.put_slice(&direction.key);
             }
-            bytes.put_u32_le(u32::try_from(session.unread.len()).expect("no more than was read at once"));
+            bytes.put_u32_le(u32::try_from(session.unread.len()).expect("one read returns less than 4 GiB"));
             bytes.put_slice(&session.unread);
             bytes
         }
@@ -302,7 +304,7 @@ mod tests {
         }
     }
 
-    /// What a release before the KeyUpdate was followed keeps of it.
+    /// The state that a release that does not follow KeyUpdates preserves.
     fn without_secrets(mut session: TlsTrafficState) -> TlsTrafficState {
         (session.from_peer.secret, session.to_peer.secret) = (None, None);
         session.peer = PeerState::default();
@@ -311,11 +313,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn it_comes_back_as_it_went(session in session(), more: Vec<u8>) {
+        fn decode_returns_what_encode_was_given_and_refuses_truncated_bytes(session in session(), more: Vec<u8>) {
             let bytes = session.encode();
             let whole_in_older_releases = session.length_without_secrets();
             if session.from_peer.secret.is_some() && session.to_peer.secret.is_some() {
-                prop_assert_eq!(bytes.capacity(), bytes.len(), "it grew, and left keys behind");
+                prop_assert_eq!(bytes.capacity(), bytes.len(), "the vector grew and left copies of keys");
             }
             prop_assert!(TlsTrafficState::decode(&[&bytes[..], &more].concat()) == Some(session));
             for cut in (0..bytes.len()).filter(|cut| *cut != whole_in_older_releases) {
@@ -324,7 +326,7 @@ mod tests {
         }
 
         #[test]
-        fn a_release_that_does_not_know_secrets_and_this_one_read_each_other(session in session()) {
+        fn releases_with_and_without_secrets_decode_the_encoding_of_each_other(session in session()) {
             let wanted = Some(without_secrets(session.clone()));
             prop_assert!(before::decode(&session.encode()) == wanted);
             prop_assert!(TlsTrafficState::decode(&before::encode(&session)) == wanted);

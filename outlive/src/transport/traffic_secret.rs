@@ -1,5 +1,5 @@
-//! The secrets from which the keys of a TLS 1.3 connection are derived. A KeyUpdate replaces a direction's secret by the
-//! one that follows from it (RFC 8446 section 7.2).
+//! [`TrafficSecret`], from which the keys of one direction of a TLS 1.3 connection are derived. A KeyUpdate replaces
+//! the secret of a direction by the one that follows from it (RFC 8446 section 7.2).
 
 use std::fmt;
 use std::sync::OnceLock;
@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::transport::tls_traffic::{IV_LENGTH, Suite};
 
-/// Of one direction. Wiped when it is dropped, and not shown.
+/// The traffic secret of one direction. It is wiped on drop, and `Debug` does not show it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TrafficSecret(Zeroizing<Vec<u8>>);
 
@@ -24,7 +24,7 @@ impl fmt::Debug for TrafficSecret {
 }
 
 impl TrafficSecret {
-    /// The caller checks that `bytes` are as many as `suite` wants (`Suite::secret_length`).
+    /// The length of `bytes` must be [`Suite::secret_length`] of the connection's suite.
     pub fn new(bytes: &[u8]) -> Self {
         Self(Zeroizing::new(bytes.to_vec()))
     }
@@ -52,8 +52,8 @@ impl TrafficSecret {
         key
     }
 
-    /// This secret or one that follows from it: the one from which `key` is derived. None where that is not among the
-    /// first `generations`.
+    /// The secret from which `key` is derived: this one, or one that follows from it by KeyUpdates. `None` if it is not
+    /// among the first `generations`.
     pub fn that_gives(&self, key: &[u8], suite: Suite, generations: usize) -> Option<Self> {
         let all = std::iter::successors(Some(self.clone()), |secret| Some(secret.next(suite)));
         all.take(generations).find(|secret| secret.key(suite)[..] == *key)
@@ -62,17 +62,17 @@ impl TrafficSecret {
     /// HKDF-Expand-Label without a context (RFC 8446 section 7.1).
     fn expand(&self, suite: Suite, label: &[u8], into: &mut [u8]) {
         const PREFIX: &[u8] = b"tls13 ";
-        let length = u16::try_from(into.len()).expect("a key, an IV or a secret");
-        let label_length = u8::try_from(PREFIX.len() + label.len()).expect("one of the labels above");
+        let length = u16::try_from(into.len()).expect("keys, IVs and secrets are short");
+        let label_length = u8::try_from(PREFIX.len() + label.len()).expect("the labels are short");
         let description: [&[u8]; 5] = [&length.to_be_bytes(), &[label_length], PREFIX, label, &[0]];
         hkdf::Prk::new_less_safe(suite.hkdf(), &self.0)
             .expand(&description, Length(into.len()))
             .and_then(|bytes| bytes.fill(into))
-            .expect("HKDF gives up to 255 times the length of its hash");
+            .expect("HKDF outputs up to 255 times the length of its hash");
     }
 }
 
-/// How many bytes HKDF is to give.
+/// The number of bytes that HKDF outputs.
 struct Length(usize);
 
 impl hkdf::KeyType for Length {
@@ -81,9 +81,9 @@ impl hkdf::KeyType for Length {
     }
 }
 
-/// The first secrets of one connection, as rustls tells them during its handshake. Each connection has its own
-/// `ServerConfig` with one of these, because the client random, by which rustls tells connections apart, is chosen by
-/// the client and visible on the network: in a common map one client could put its secrets in another's place.
+/// The first secrets of one connection, which rustls reports during the handshake. Each connection has its own
+/// `ServerConfig` with one of these. A map for all connections would have to use the client random as its key, which
+/// the client chooses and which is visible on the network, so that one client could replace the secrets of another.
 #[derive(Default)]
 pub struct FirstSecrets {
     pub from_peer: OnceLock<TrafficSecret>,
@@ -100,19 +100,19 @@ impl FirstSecrets {
     }
 }
 
-/// Without the secrets: `ServerConfig` shows this.
+/// Does not show the secrets, because the `Debug` output of `ServerConfig` contains this.
 impl fmt::Debug for FirstSecrets {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("FirstSecrets")
     }
 }
 
-/// rustls calls this a log; nothing is written anywhere.
+/// rustls calls this trait a log. This implementation writes nothing to a file or a log.
 impl KeyLog for FirstSecrets {
     fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
         if let Some(place) = self.of(label) {
-            // A connection has one handshake, so a second secret would be a fault of rustls; the first one stays, and
-            // `that_gives` finds out if it is wrong.
+            // A connection has one handshake, so a second secret would be an error of rustls. The first one is kept,
+            // and `that_gives` detects if it is the wrong one.
             let _ = place.set(TrafficSecret::new(secret));
         }
     }
@@ -128,13 +128,13 @@ mod tests {
 
     fn bytes(hex: &str) -> Vec<u8> {
         let digits: Vec<u8> = hex.bytes().filter(u8::is_ascii_hexdigit).collect();
-        let pairs = digits.chunks(2).map(|pair| std::str::from_utf8(pair).expect("ASCII"));
-        pairs.map(|pair| u8::from_str_radix(pair, 16).expect("hexadecimal")).collect()
+        let pairs = digits.chunks(2).map(|pair| std::str::from_utf8(pair).expect("the digits are ASCII"));
+        pairs.map(|pair| u8::from_str_radix(pair, 16).expect("the digits are hexadecimal")).collect()
     }
 
     /// RFC 8448 section 3: the server's application traffic secret, and what is derived from it.
     #[test]
-    fn keys_are_those_of_the_example_of_rfc_8448() {
+    fn keys_match_the_example_of_rfc_8448() {
         let secret = bytes("a11af9f05531f856ad47116b45a95032 8204b4f44bfb6b3a4b4f1f3fcb631643");
         let (key, iv) = TrafficSecret::new(&secret).keys(Suite::Aes128Gcm);
         assert_eq!(key[..], bytes("9f02283b6c9c07efc26bb9f2ac92e356"));
@@ -142,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn the_secret_of_a_later_generation_is_found_by_its_key_within_the_limit() {
+    fn secret_after_key_updates_is_found_by_its_key_within_the_limit() {
         for suite in Suite::ALL {
             let first = TrafficSecret::new(&vec![7; suite.secret_length()]);
             let third = first.next(suite).next(suite);
@@ -154,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn secrets_are_not_shown() {
+    fn debug_output_does_not_contain_secrets() {
         let secrets = FirstSecrets::default();
         secrets.log("CLIENT_TRAFFIC_SECRET_0", &[], &[77; 32]);
         secrets.log("EXPORTER_SECRET", &[], &[77; 32]);

@@ -1,16 +1,16 @@
-//! When a process that restarts holds the requests that arrive, so that the next process serves them.
+//! Decides at which moment a process that restarts begins to hold new requests for the next process: [`Schedule`].
 //!
 //! Two demands pull in opposite directions. A request that is in flight must not be cut off if it takes less than the
 //! drain limit. And new requests should wait as briefly as possible, although no process can serve them between the
 //! moment at which they are held and the start of the next process.
 //!
-//! The limit therefore counts for each request from its own beginning, or from the beginning of the drain if the request
-//! was in flight then. New requests are held within one limit, at a moment `h`; each request that was admitted before
-//! `h` has time until `h + limit` at least. The guarantee is independent of what arrives and of how `h` is chosen; the
-//! drain takes two limits at most. The choice of `h` decides only how long others wait: until the slowest request that
-//! is in flight at `h` has ended.
+//! The limit therefore counts for each request from its own beginning, or from the beginning of the drain if the
+//! request was in flight then. New requests are held within one limit, at a moment `h`; each request that was admitted
+//! before `h` has time until `h + limit` at least. The guarantee is independent of what arrives and of how `h` is
+//! chosen; the drain takes two limits at most. The choice of `h` decides only how long others wait: until the slowest
+//! request that is in flight at `h` has ended.
 //!
-//! No one knows how long a request will take, so the choice uses what the drain itself has shown:
+//! The duration of a request is not known in advance, so the choice uses what the drain has observed:
 //!
 //! 1. New requests are served until all requests that were in flight at the beginning have ended. One slow download
 //!    among quick requests thus delays only the restart, and no other client.
@@ -27,28 +27,33 @@
 
 use std::time::Duration;
 
-/// The first try. Shorter ones end before the tasks of a busy process have had their turn.
+/// The duration of the first try. A shorter one would end before the tasks of a busy process have been scheduled.
 const FIRST_TRY: Duration = Duration::from_millis(100);
-/// After the second round of serving, a further one, or a try, costs at most this fraction of the time that the drain has
-/// taken so far.
-/// A larger fraction makes restarts under steady slow requests longer; a smaller one gives up earlier on a moment at
-/// which others hardly have to wait.
+/// After the second round of serving, a further one, or a try, costs at most this fraction of the time that the drain
+/// has taken so far. A larger fraction makes restarts under steady slow requests longer; with a smaller one the drain
+/// stops looking earlier for a moment at which others hardly have to wait.
 const FRACTION: u32 = 10;
 
 /// What a drain does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Requests that arrive are served, until those that were in flight at the beginning of this step have ended, and
-    /// no longer than this.
+    /// New requests are served until the requests that were in flight at the beginning of this step have ended, but no
+    /// longer than `at_most`.
     Serve { at_most: Duration },
-    /// Requests that arrive are held. The drain is over if the others end within this time; otherwise those that were
-    /// held are served.
+    /// New requests are held. The drain is over if the others end within `at_most`; otherwise the held requests are
+    /// served.
     Try { at_most: Duration },
-    /// Requests that arrive are held for the next process, until all others have ended.
+    /// New requests are held for the next process until all others have ended.
     Hold,
 }
 
-/// The schedule of one drain; see the module. All times are since its beginning.
+/// The schedule of one drain; the module describes its rules. `elapsed` is the time since the beginning of the drain.
+///
+/// ```text
+/// first -> Serve --have ended, cheap--> Try --failed--> Serve ...
+///            |                           |
+///            `-----otherwise---> Hold    `-------all ended, or Hold ended: the drain is over
+/// ```
 #[derive(Debug)]
 pub struct Schedule {
     limit: Duration,
@@ -56,12 +61,12 @@ pub struct Schedule {
     rounds: Rounds,
 }
 
-/// Rounds of serving that the next failed try may begin.
+/// How long the round of serving after the next failed try may take.
 #[derive(Debug)]
 enum Rounds {
-    /// One until all that is in flight has ended.
+    /// Until all requests in flight have ended.
     Whole,
-    /// Short ones, because requests in flight have overlapped twice.
+    /// A [`FRACTION`] of the drain so far, because slow requests have overlapped twice.
     Short,
 }
 
@@ -74,7 +79,7 @@ impl Schedule {
         Step::Serve { at_most: self.limit.saturating_sub(elapsed) }
     }
 
-    /// `have_ended`: all requests that were in flight at the beginning of that step have ended.
+    /// `have_ended` tells whether all requests that were in flight at the beginning of that step have ended.
     pub fn after_serving(&mut self, elapsed: Duration, have_ended: bool) -> Step {
         let at_most = self.next_try;
         let is_cheap = at_most <= FIRST_TRY.max(elapsed / FRACTION) && elapsed + at_most < self.limit;

@@ -1,7 +1,8 @@
-//! Entries for the journal, which the crate tracing-journald makes and sends.
+//! Journal entries. The crate tracing-journald formats and sends them.
 //!
-//! That crate sends an entry on the thread on which the event happens, and waits for as long as journald does not read.
-//! So an event is recorded there together with its spans, and replayed to the crate on a thread that may wait.
+//! That crate sends an entry on the thread on which the event happens, and blocks while journald does not read.
+//! Therefore [`Entries`] records an event and its spans on that thread, and [`Journal`] replays them to the crate on a
+//! thread that may wait.
 
 use std::fmt::Debug;
 use std::io;
@@ -19,13 +20,14 @@ use tracing_subscriber::layer::Context;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::{LookupSpan, Scope};
 
-/// Where journald reads.
+/// The socket of journald.
 const SOCKET: &str = "/run/systemd/journal/socket";
-/// journald notes when it gets an entry. One that has waited for longer says when it was logged.
+/// journald sets the time of an entry when it receives it. An entry that has waited for longer than this has the field
+/// `LOGGED_AT`.
 const DELAY: Duration = Duration::from_secs(1);
-/// The target of the span that says so.
+/// The target of the span that adds the field `LOGGED_AT`.
 const DELAYED: &str = "delayed";
-/// A set of values can be made of this many, by the interface of the crate tracing.
+/// The maximum number of values for which the crate tracing can make a `ValueSet`.
 const MAX_FIELDS: usize = 32;
 
 /// Records events and their spans as entries, each of which goes to `send`.
@@ -54,7 +56,7 @@ where
     fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
         let Some(span) = context.span(id) else { return };
         if let Some(recorded) = span.extensions_mut().get_mut::<Arc<Recorded>>() {
-            // Entries that wait keep the values of their time.
+            // A copy, because entries in the queue must keep the values that the span had when they were logged.
             values.record(Arc::<Recorded>::make_mut(recorded));
         }
     }
@@ -80,17 +82,17 @@ impl Entry {
         *self.event.metadata.level()
     }
 
-    /// How much memory it holds, in bytes; what it shares with other entries is counted for each.
+    /// The memory that it holds, in bytes. Values of spans that several entries share count for each of them.
     pub fn size(&self) -> usize {
         size_of::<Self>() + self.event.size() + self.spans.iter().map(|span| span.size()).sum::<usize>()
     }
 
-    /// Gives the event, which happened at `at`, and its spans to the default subscriber.
+    /// Dispatches the event, which happened at `at`, and its spans to the default subscriber.
     fn replay(&self, at: Instant) {
         let delay = at.elapsed();
         let mut entered: Vec<EnteredSpan> = Vec::with_capacity(1 + self.spans.len());
         if delay >= DELAY {
-            // A clock that begins in 1970 at each boot may not be that far yet.
+            // On a machine without a clock, whose time begins in 1970 at each boot, the result could be before 1970.
             let logged_at = SystemTime::now().checked_sub(delay).unwrap_or(UNIX_EPOCH).max(UNIX_EPOCH);
             let logged_at = humantime::format_rfc3339_micros(logged_at);
             // Only a span can add a field to an event that has no such field itself.
@@ -106,11 +108,11 @@ impl Entry {
     }
 }
 
-/// A span or an event, with its values as the text that the journal has of them.
+/// A span or an event, with its values as the text that the journal shows.
 #[derive(Clone)]
 struct Recorded {
     metadata: &'static Metadata<'static>,
-    /// By the index of their fields.
+    /// Indexed like the fields.
     values: Vec<Option<Box<str>>>,
 }
 
@@ -124,7 +126,8 @@ impl Recorded {
         size_of::<Self>() + self.values.capacity() * size_of::<Option<Box<str>>>() + texts
     }
 
-    /// Of more values than [`MAX_FIELDS`], those of the first fields; the message is the first one.
+    /// Calls `f` with the values. Only the first [`MAX_FIELDS`] are included; the message is the first field, so it
+    /// always is.
     fn with_values<T>(&self, f: impl FnOnce(&ValueSet<'_>) -> T) -> T {
         let set = self.metadata.fields();
         let fields: Vec<Field> = set.iter().collect();
@@ -158,23 +161,23 @@ impl Visit for Recorded {
 /// Writes entries to journald.
 pub struct Journal {
     generation: u64,
-    /// From the first entry on.
+    /// `None` before the first entry.
     replay: Option<Dispatch>,
 }
 
 impl Journal {
-    /// The journal for entries with the field `GENERATION`. An error where nothing reads them. Never waits.
+    /// The journal, for entries with the field `GENERATION`. Returns an error if no journald listens. Never waits.
     pub fn open(generation: u64) -> io::Result<Self> {
         UnixDatagram::unbound()?.connect(SOCKET)?;
         Ok(Self { generation, replay: None })
     }
 
-    /// Writes an entry that was logged at `at`. Waits for as long as journald does not read. An entry that journald
-    /// refuses is lost without an error.
+    /// Writes an entry that was logged at `at`, and waits while journald does not read. An entry that journald refuses
+    /// is lost without an error, because tracing-journald does not return it.
     pub fn write(&mut self, entry: &Entry, at: Instant) -> io::Result<()> {
         let replay = match self.replay.take() {
             Some(replay) => replay,
-            // Not when the journal is opened, because the layer sends an empty entry first, and so may wait.
+            // Not in `open`, because the creation of the layer sends an empty message to journald, and so may wait.
             None => Dispatch::new(replaying_to(layer(self.generation)?)),
         };
         dispatcher::with_default(self.replay.insert(replay), || entry.replay(at));
@@ -182,7 +185,8 @@ impl Journal {
     }
 }
 
-/// The names of fields in the journal are those in the source, in upper case.
+/// The layer of tracing-journald. Without a prefix, the fields in the journal have the names of the source in upper
+/// case.
 fn layer(generation: u64) -> io::Result<tracing_journald::Layer> {
     let layer = tracing_journald::layer()?;
     Ok(layer
@@ -199,8 +203,9 @@ fn layer(generation: u64) -> io::Result<tracing_journald::Layer> {
 fn replaying_to<L: Layer<tracing_subscriber::Registry> + Send + Sync>(
     layer: L,
 ) -> impl Subscriber + Send + Sync + for<'a> LookupSpan<'a> {
-    // What is replayed was enabled before and is not filtered. A subscriber with an interest in everything else would
-    // have each event that is not logged, of all threads, made up to the point at which it is asked for.
+    // Replayed events were filtered when they were recorded, and bypass this filter. The filter declares that this
+    // subscriber has no interest in other events. Without it, tracing would no longer skip disabled events at the call
+    // site on any thread, because one subscriber in the process might want them.
     let filter = Targets::new().with_target(DELAYED, LevelFilter::ERROR);
     tracing_subscriber::registry().with(layer).with(filter)
 }
@@ -216,7 +221,7 @@ mod tests {
 
     use super::*;
 
-    /// Sends each event as text, with its metadata, its values and those of its spans.
+    /// A layer that sends each event as text, with its metadata, its values and the values of its spans.
     struct Describe(Sender<String>);
 
     #[derive(Default)]
@@ -224,7 +229,7 @@ mod tests {
 
     impl Description {
         fn add(&mut self, field: &Field, value: &dyn Debug) {
-            writeln!(self.0, "{field}={value:?}").expect("memory");
+            writeln!(self.0, "{field}={value:?}").expect("writing to a string does not fail");
         }
     }
 
@@ -242,28 +247,28 @@ mod tests {
         fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
             let mut described = Description(format!("{:?}\n", attributes.metadata()));
             attributes.record(&mut described);
-            context.span(id).expect("a span").extensions_mut().insert(described);
+            context.span(id).expect("the span exists").extensions_mut().insert(described);
         }
 
         fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
-            let span = context.span(id).expect("a span");
-            values.record(span.extensions_mut().get_mut::<Description>().expect("described"));
+            let span = context.span(id).expect("the span exists");
+            values.record(span.extensions_mut().get_mut::<Description>().expect("the span was described"));
         }
 
         fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
             let mut described = Description::default();
             for span in context.lookup_current().into_iter().flat_map(|span| span.scope().from_root()) {
-                described.0 += &span.extensions().get::<Description>().expect("described").0;
+                described.0 += &span.extensions().get::<Description>().expect("the span was described").0;
             }
-            writeln!(described.0, "{:?}", event.metadata()).expect("memory");
+            writeln!(described.0, "{:?}", event.metadata()).expect("writing to a string does not fail");
             event.record(&mut described);
-            self.0.send(described.0).expect("a channel");
+            self.0.send(described.0).expect("the channel is open");
         }
     }
 
     fn entries_of(log: impl FnOnce()) -> Vec<Entry> {
         let (send, entries) = channel();
-        let layer = Entries::new(move |entry| send.send(entry).expect("a channel"));
+        let layer = Entries::new(move |entry| send.send(entry).expect("the channel is open"));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
         entries.try_iter().collect()
     }
@@ -298,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replayed_event_has_its_metadata_its_values_and_those_of_its_spans() {
+    fn replayed_event_has_its_metadata_its_values_and_those_of_its_spans() {
         let entries = entries_of(log_in_spans);
         let texts = replayed(&entries, Instant::now());
         assert_eq!(texts, direct(log_in_spans));
@@ -312,7 +317,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_that_is_recorded_again_replaces_the_first() {
+    fn value_that_is_recorded_again_replaces_the_first() {
         let entries = entries_of(|| {
             let span = info_span!("request", status = 100);
             span.record("status", 200);
@@ -323,24 +328,25 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_that_has_waited_says_when_it_was_logged() {
+    fn delayed_entry_has_the_time_at_which_it_was_logged() {
         let entries = entries_of(log_in_spans);
-        let at = Instant::now().checked_sub(Duration::from_secs(30)).expect("the machine runs for longer");
+        let at =
+            Instant::now().checked_sub(Duration::from_secs(30)).expect("the machine has been up for longer");
         let texts = replayed(&entries, at);
         assert_eq!(texts.len(), 4);
         for (text, direct) in texts.iter().zip(direct(log_in_spans)) {
-            let (delayed, rest) = text.split_once("\nlogged_at=").expect("a time");
-            assert!(!delayed.contains('\n'), "the outermost span: {text}");
-            let (logged_at, rest) = rest.split_once('\n').expect("the event");
-            let logged_at = humantime::parse_rfc3339(logged_at).expect("a time");
-            let ago = SystemTime::now().duration_since(logged_at).expect("in the past");
+            let (delayed, rest) = text.split_once("\nlogged_at=").expect("the entry has a time");
+            assert!(!delayed.contains('\n'), "it is not the outermost span: {text}");
+            let (logged_at, rest) = rest.split_once('\n').expect("the event follows");
+            let logged_at = humantime::parse_rfc3339(logged_at).expect("the time is valid");
+            let ago = SystemTime::now().duration_since(logged_at).expect("the time is in the past");
             assert!(ago >= Duration::from_secs(29) && ago < Duration::from_secs(1000), "{ago:?}");
             assert_eq!(rest, direct);
         }
     }
 
     #[test]
-    fn the_subscriber_for_replays_enables_no_events_of_other_threads() {
+    fn subscriber_for_replays_enables_no_other_events() {
         let (send, _texts) = channel();
         let subscriber = replaying_to(Describe(send));
         assert_eq!(subscriber.max_level_hint(), Some(LevelFilter::ERROR));
@@ -351,7 +357,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_value_is_replayed_as_it_was_and_counted(value in ".*", number in any::<i64>()) {
+        fn any_value_is_replayed_unchanged_and_counted(value in ".*", number in any::<i64>()) {
             let log = || info_span!("request", value).in_scope(|| info!(value, number, "{value}"));
             let entries = entries_of(log);
             prop_assert_eq!(entries.len(), 1);

@@ -1,5 +1,5 @@
-//! How long requests took. Each thread counts for itself, and its counts are added up when somebody looks:
-//! threads that count in one place wait for each other.
+//! The histogram of request durations. Each thread counts in a histogram of its own, and a scrape adds them up, because
+//! threads that increment the same counters slow each other down.
 
 use std::cell::RefCell;
 use std::sync::{Arc, LazyLock, Mutex};
@@ -18,7 +18,7 @@ const BOUNDS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
 static DURATIONS: LazyLock<Durations> = LazyLock::new(|| {
-    let durations = Durations::new().expect("the labels are sound");
+    let durations = Durations::new().expect("the names and labels are valid");
     prometheus::register(Box::new(durations.clone())).expect("each name is registered once");
     durations
 });
@@ -29,10 +29,10 @@ struct Durations {
     parts: Arc<Mutex<Vec<Part>>>,
 }
 
-/// What one thread has counted of one series since somebody looked. Nobody else has its lock but for a look.
+/// The counts of one thread for one series since the last scrape. Only a scrape contends for its lock.
 type Part = Arc<Mutex<LocalHistogram>>;
 
-/// A part, and what it counts.
+/// A part and the labels of its series.
 struct Series {
     route: Option<&'static str>,
     method: &'static str,
@@ -41,12 +41,12 @@ struct Series {
 }
 
 thread_local! {
-    /// Those that this thread has met: to look through them costs less than to hash three labels. They are no
-    /// more than the routes, methods and statuses that there are.
+    /// The series that this thread has counted in. A linear search is faster than hashing three labels, and their
+    /// number is bounded by that of the routes, methods and statuses.
     static SEEN: RefCell<Vec<Series>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A request has been answered, by a route or by none.
+/// Counts a response; `route` is `None` if no route matched.
 pub fn answered(route: Option<&'static str>, method: &'static str, status: StatusCode, took: Duration) {
     SEEN.with_borrow_mut(|met| {
         let is_same =
@@ -90,7 +90,7 @@ impl Collector for Durations {
     }
 }
 
-/// How many requests have been answered so.
+/// The number of requests that were counted with these labels.
 #[cfg(test)]
 pub fn count(route: &str, method: &str, status: &str) -> u64 {
     DURATIONS.collect();
@@ -102,7 +102,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_each_thread_counts_is_added_up_also_after_its_end() {
+    fn counts_of_all_threads_are_added_up_also_after_their_end() {
         let count_two = || {
             for _ in 0..2 {
                 answered(Some("/added-up"), "GET", StatusCode::OK, Duration::from_millis(1));
@@ -110,7 +110,7 @@ mod tests {
         };
         count_two();
         assert_eq!(count("/added-up", "GET", "200"), 2);
-        std::thread::spawn(count_two).join().expect("no panic");
+        std::thread::spawn(count_two).join().expect("the thread does not panic");
         assert_eq!(count("/added-up", "GET", "200"), 4);
         count_two();
         assert_eq!(count("/added-up", "GET", "200"), 6);
