@@ -16,7 +16,7 @@
 test: test-process
 # Most of these tests wait for something, so many of them run at the same time.
 test-process: test-workspace
-	cd e2e && cargo test --package e2e-process -- --test-threads 12
+	cd e2e && cargo test --package e2e-process -- --test-threads 8
 
 # The library also with none of its features, and with the fuzz targets.
 .PHONY: check-e2e check-e2e-dependencies

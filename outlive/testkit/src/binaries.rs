@@ -36,7 +36,7 @@ pub fn build(folder: &Path, arguments: &[&str], name: &str) -> String {
     let messages = String::from_utf8_lossy(&output.stdout);
     let mut artifacts = messages.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
     let executable = artifacts.find_map(|artifact| {
-        let is_it = artifact["target"]["name"] == name;
+        let is_it = artifact["target"]["name"] == name && artifact["target"]["kind"][0] == "bin";
         artifact["executable"].as_str().filter(|_| is_it).map(str::to_owned)
     });
     executable.unwrap_or_else(|| panic!("{command:?} built no {name}"))

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{ChildStdin, Command, Stdio};
+use std::process::{ChildStdin, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use std::time::Duration;
 use testkit::certificate::Certificate;
 use testkit::client::Target;
 use testkit::container::{Container, Package, Systemd};
-use testkit::process::{Process, without_cargo};
+use testkit::process::Process;
 use testkit::{TEST_TIMEOUT, on_each_systemd, wait_until};
 
 use crate::{FOLDER, app_binary, app_package};
@@ -282,14 +282,12 @@ fn httpx_keeps_its_connection(systemd: Systemd) {
     }
 }
 
-/// On the library's example of gRPC, as the service of the same units.
+/// The example of gRPC, as the service of the same units.
 fn grpcio_keeps_its_channel(systemd: Systemd) {
-    let mut build = Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--workspace", "--example", "grpc"]).current_dir(FOLDER);
-    without_cargo(&mut build);
-    assert!(build.status().expect("cargo").success());
-    let examples = Path::new(app_binary()).with_file_name("examples");
-    let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
+    // A test is built too, because cargo then chooses the same features as for this one.
+    let arguments = ["--workspace", "--bin", "grpc", "--test", "grpc"];
+    let grpc = testkit::binaries::build(&Path::new(FOLDER).join("e2e"), &arguments, "grpc");
+    let container = boot(systemd, &grpc);
     let Target::Tcp(address) = Container::target() else { panic!("TCP") };
     let script = format!("{FOLDER}/e2e/systemd/clients/grpcio-client.py");
     let mut clients =
