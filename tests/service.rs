@@ -8,7 +8,7 @@ use testkit::service::Service;
 const BINARY: &str = env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME")));
 
 #[test]
-fn it_answers_and_ends_well() {
+fn the_service_answers_and_exits_cleanly() {
     let mut service = Service::start(BINARY, &[]).expect("a service");
     block_on(async {
         let mut connection = service.connect().await;

@@ -6,7 +6,7 @@ use testkit::load::Load;
 use testkit::this_package;
 
 #[test]
-fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
+fn restarts_and_reloads_lose_no_request_and_no_connection() {
     let container = Container::boot(Systemd::Host, this_package!()).expect("a container");
     // The first request after boot starts the service.
     container.inside(|| async {

@@ -23,7 +23,7 @@ async fn visit(connection: &mut Connection) {
 }
 
 #[test]
-fn the_smallest_service_outlives_a_restart() {
+fn the_minimal_example_keeps_its_connection_over_a_restart() {
     let binary = example("minimal");
     let service = Service::start_with_store(&binary, &[]).expect("a service");
     block_on(async {
@@ -60,7 +60,7 @@ fn a_background_task_loses_nothing_over_restarts() {
 
 /// Two processes live side by side then: the second task waits for the first.
 #[test]
-fn a_task_that_runs_alone_loses_nothing_over_reloads() {
+fn an_exclusive_task_loses_nothing_over_reloads() {
     let folder = tempfile::tempdir().expect("a folder");
     let (binary, file) = (example("state"), folder.path().join("visits"));
     let flags = ["--file", file.to_str().expect("text")];
@@ -85,7 +85,7 @@ fn a_task_that_runs_alone_loses_nothing_over_reloads() {
 }
 
 #[test]
-fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
+fn an_error_in_start_is_reported_in_one_line_by_check_too() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("visits");
     std::fs::write(&file, "many").expect("written");
@@ -103,7 +103,7 @@ fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
 }
 
 #[test]
-fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_is_told() {
+fn an_error_in_start_at_a_reload_is_reported_and_the_old_process_keeps_serving() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("visits");
     let flags = ["--file", file.to_str().expect("text")];
@@ -121,7 +121,7 @@ fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_i
 }
 
 #[test]
-fn a_task_that_fails_drains_the_service_and_ends_it_with_its_name() {
+fn a_failed_background_task_drains_the_service_and_is_named_in_the_log() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("visits");
     let flags = ["--file", file.to_str().expect("text")];
@@ -139,7 +139,7 @@ fn a_task_that_fails_drains_the_service_and_ends_it_with_its_name() {
 }
 
 #[test]
-fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
+fn a_failed_readiness_check_is_named_by_readyz_and_affects_no_request() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("visits");
     let flags = ["--file", file.to_str().expect("text")];
@@ -173,7 +173,7 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
 }
 
 #[test]
-fn a_signal_while_it_starts_ends_it_well() {
+fn sigterm_during_start_exits_cleanly() {
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
     let mut process = Process::spawn(&mut command).expect("a service");
@@ -185,7 +185,7 @@ fn a_signal_while_it_starts_ends_it_well() {
 }
 
 #[test]
-fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
+fn sighup_during_start_reloads_after_the_start() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     let address = testkit::free_address().to_string();
@@ -206,7 +206,7 @@ fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
 
 /// `systemctl restart` soon after a reload: systemd tells all processes of the unit to end, the old one too.
 #[test]
-fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
+fn sigterm_after_a_reload_cuts_off_no_background_task_of_the_old_process() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     let flags = ["--when", "end", "--until", file.to_str().expect("text")];
@@ -238,7 +238,7 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
 }
 
 #[test]
-fn a_second_signal_cuts_a_background_task_off() {
+fn a_second_stop_signal_cuts_off_background_tasks() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     let flags = ["--when", "end", "--until", file.to_str().expect("text")];
@@ -253,7 +253,7 @@ fn a_second_signal_cuts_a_background_task_off() {
 }
 
 #[test]
-fn a_start_that_never_returns_is_given_up_at_its_limit() {
+fn a_start_that_never_returns_fails_at_the_start_timeout() {
     let address = testkit::free_address().to_string();
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &address, "--start-timeout", "200ms"]);
@@ -263,7 +263,7 @@ fn a_start_that_never_returns_is_given_up_at_its_limit() {
 }
 
 #[test]
-fn a_start_that_takes_long_asks_for_more_time() {
+fn a_slow_start_extends_the_start_timeout() {
     let mut notifications = Notifications::new().expect("a socket");
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
@@ -277,7 +277,7 @@ fn a_start_that_takes_long_asks_for_more_time() {
 
 /// As `WatchdogSec=` has it; systemd then kills the process (on_systemd: `a_hung_service_is_restarted_by_the_watchdog`).
 #[test]
-fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
+fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("file");
     let address = testkit::free_address();
@@ -312,7 +312,7 @@ fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
 }
 
 #[test]
-fn a_panic_in_a_start_is_a_start_that_failed() {
+fn a_panic_in_start_fails_the_start() {
     let address = testkit::free_address().to_string();
     let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
     let (code, _, log) = run_to_end(&mut command).expect("an end");

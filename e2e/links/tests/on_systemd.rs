@@ -24,9 +24,9 @@ ExecStartPost=/bin/sh -c 'psql --quiet -d postgres -c "create role links login" 
 "#;
 
 on_each_systemd! {
-    the_clicks_in_the_database_are_the_redirects_that_clients_got
-    while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well
-    the_unit_is_sound_and_safe
+    clicks_in_the_database_equal_redirects_over_restarts_and_reloads
+    the_service_recovers_after_the_database_was_unavailable
+    the_unit_passes_systemd_analyze
 }
 
 fn boot(systemd: Systemd) -> Container {
@@ -67,7 +67,7 @@ fn clicks(container: &Container, code: &str) -> u64 {
         .expect("a number")
 }
 
-fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: Systemd) {
+fn clicks_in_the_database_equal_redirects_over_restarts_and_reloads(systemd: Systemd) {
     let container = boot(systemd);
     let answer = add(&container, r#"{"url": "https://example.org/?a=1&b=<b>", "code": "here"}"#);
     assert_eq!((answer.status, answer.header("location")), (201, Some("/here")), "{}", answer.text());
@@ -90,7 +90,7 @@ fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: System
     assert!(ask(&container, &get("/")).text().contains("?a=1&amp;b=%3Cb%3E"));
 }
 
-fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(systemd: Systemd) {
+fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     let container = boot(systemd);
     let admin = "[Socket]\nListenStream=/run/admin.sock\nFileDescriptorName=admin\nService=links.service\n";
     container.write("etc/systemd/system/links-admin.socket", admin).expect("written");
@@ -142,7 +142,7 @@ fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(sys
     wait_until("three clicks", || clicks(&container, "here") == 3);
 }
 
-fn the_unit_is_sound_and_safe(systemd: Systemd) {
+fn the_unit_passes_systemd_analyze(systemd: Systemd) {
     let container = boot(systemd);
     let units = ["links.service", "links.socket"].map(|unit| format!("/usr/local/lib/systemd/system/{unit}"));
     let said =

@@ -76,7 +76,7 @@ fn assert_starts(answer: &[u8], wanted: &str) {
 }
 
 #[test]
-fn tls_to_the_plain_port_is_a_bad_request() {
+fn tls_on_the_plain_port_is_answered_with_400() {
     under(async |service| {
         // The beginning of a ClientHello.
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
@@ -85,7 +85,7 @@ fn tls_to_the_plain_port_is_a_bad_request() {
 }
 
 #[test]
-fn plain_http_to_the_tls_port_is_told_so() {
+fn plain_http_on_the_tls_port_is_answered_with_400() {
     under(async |service| {
         let answer = send_and_read(service.https, &get("/")).await;
         assert_starts(&answer, "HTTP/1.1 400 ");
@@ -94,7 +94,7 @@ fn plain_http_to_the_tls_port_is_told_so() {
 }
 
 #[test]
-fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
+fn invalid_tls_records_are_answered_with_an_alert() {
     under(async |service| {
         let answer = send_and_read(service.https, &[22; 4096]).await;
         assert_eq!(answer.first(), Some(&21), "an alert record: {answer:?}");
@@ -102,7 +102,7 @@ fn bytes_that_begin_as_tls_and_are_not_end_with_an_alert() {
 }
 
 #[test]
-fn an_http2_preface_cut_in_two_is_http2() {
+fn an_http2_preface_in_two_segments_is_recognized() {
     under(async |service| {
         for cut in [1, 3, 14, 23] {
             let mut stream = TcpStream::connect(service.http).await.expect("a connection");
@@ -120,7 +120,7 @@ fn an_http2_preface_cut_in_two_is_http2() {
 }
 
 #[test]
-fn a_head_that_is_too_large_is_refused_in_each_protocol() {
+fn a_head_above_the_limit_is_refused_with_431_on_plain_and_tls_ports() {
     under(async |service| {
         let large = "x".repeat(96 * 1024);
         let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
@@ -132,7 +132,7 @@ fn a_head_that_is_too_large_is_refused_in_each_protocol() {
 }
 
 #[test]
-fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
+fn a_head_sent_byte_by_byte_is_cut_off_at_the_head_timeout() {
     under(async |service| {
         let head = get("/");
         let hello = [&[22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3][..], &[7; 512]].concat();
@@ -172,7 +172,7 @@ fn a_byte_at_a_time_is_cut_short_at_the_head_limit() {
 }
 
 #[test]
-fn ten_thousand_connections_that_never_speak_are_closed_at_the_idle_limit() {
+fn ten_thousand_silent_connections_are_closed_at_the_idle_timeout() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("more files");
@@ -213,7 +213,7 @@ fn http2_rapid_reset_is_ended_with_goaway() {
 /// Its answers wait for room in its windows, of which it gives none, or a byte each; that it is there, it says
 /// all the time.
 #[test]
-fn an_http2_peer_that_takes_nothing_but_pings_is_cut_off() {
+fn an_http2_client_that_pings_but_reads_no_response_is_cut_off() {
     under(async |service| {
         let mut peers = JoinSet::new();
         for number in 0..100 {

@@ -54,7 +54,7 @@ fn listener() -> TcpListener {
 // ---- a life ----
 
 #[test]
-fn a_life_is_ready_200_stopping_exit_0() {
+fn the_service_sends_ready_answers_sends_stopping_and_exits_with_0() {
     let mut service = start(&[]);
     block_on(async {
         let answer = service.connect().await.ask(&get("/")).await.expect("an answer");
@@ -71,7 +71,7 @@ fn a_life_is_ready_200_stopping_exit_0() {
 }
 
 #[test]
-fn interrupt_drains_as_terminate_does() {
+fn sigint_drains_like_sigterm() {
     let mut service = start(&[]);
     service.signal(Signal::INT);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
@@ -79,7 +79,7 @@ fn interrupt_drains_as_terminate_does() {
 }
 
 #[test]
-fn a_signal_that_comes_as_soon_as_the_port_is_seen_ends_it_well() {
+fn sigterm_right_after_the_socket_listens_exits_cleanly() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
     let mut process = command(app_binary(), &["--listen", path.to_str().expect("text")]);
@@ -96,7 +96,7 @@ fn a_signal_that_comes_as_soon_as_the_port_is_seen_ends_it_well() {
 }
 
 #[test]
-fn systemd_socket_activate_can_start_it() {
+fn the_service_answers_under_systemd_socket_activate() {
     let port = free_address().port();
     let mut command = Command::new("systemd-socket-activate");
     command.arg(format!("--listen=127.0.0.1:{port}")).arg(app_binary()).stderr(Stdio::piped());
@@ -116,7 +116,7 @@ fn systemd_socket_activate_can_start_it() {
 }
 
 #[test]
-fn status_is_what_a_person_wants_to_read() {
+fn status_names_listeners_connections_and_requests() {
     let mut service = start(&["--request-timeout", "1h"]);
     let port = service.address().port();
     block_on(async {
@@ -129,7 +129,7 @@ fn status_is_what_a_person_wants_to_read() {
 }
 
 #[test]
-fn the_watchdog_is_fed_at_half_its_time() {
+fn watchdog_notifications_are_sent_at_half_of_the_watchdog_time() {
     let listener = listener();
     let notifications = Notifications::new().expect("a socket");
     let mut command = given(fd(listener), &[("WATCHDOG_USEC", "200000")]);
@@ -146,7 +146,7 @@ fn the_watchdog_is_fed_at_half_its_time() {
 // ---- the drain ----
 
 #[test]
-fn a_request_in_flight_finishes_after_the_signal() {
+fn a_request_in_flight_finishes_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -161,7 +161,7 @@ fn a_request_in_flight_finishes_after_the_signal() {
 }
 
 #[test]
-fn a_body_that_is_on_its_way_arrives_after_the_signal() {
+fn a_request_body_in_flight_is_read_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -179,7 +179,7 @@ fn a_body_that_is_on_its_way_arrives_after_the_signal() {
 }
 
 #[test]
-fn idle_and_fresh_connections_may_ask_once_more_after_the_signal() {
+fn idle_and_fresh_connections_get_one_more_response_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut idle = service.connect().await;
@@ -201,7 +201,7 @@ fn idle_and_fresh_connections_may_ask_once_more_after_the_signal() {
 }
 
 #[test]
-fn what_waits_in_the_queue_of_a_port_that_nobody_else_holds_is_answered() {
+fn a_drain_answers_connections_queued_on_a_port_that_the_service_bound() {
     let address = free_address().to_string();
     let mut notifications = Notifications::new().expect("a socket");
     // One connection at a time: the others wait in the queue.
@@ -224,7 +224,7 @@ fn what_waits_in_the_queue_of_a_port_that_nobody_else_holds_is_answered() {
 }
 
 #[test]
-fn a_half_sent_request_cannot_outlive_the_drain_limit() {
+fn a_half_sent_request_is_cut_off_at_the_drain_timeout() {
     let mut service = start(&["--drain-timeout", "1s"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
@@ -243,7 +243,7 @@ fn a_half_sent_request_cannot_outlive_the_drain_limit() {
 }
 
 #[test]
-fn the_drain_counts_down_and_asks_for_the_time_it_takes() {
+fn a_drain_reports_the_time_left_and_extends_the_stop_timeout() {
     let mut service = start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -267,7 +267,7 @@ fn the_drain_counts_down_and_asks_for_the_time_it_takes() {
 }
 
 #[test]
-fn a_second_signal_ends_the_drain_at_once() {
+fn a_second_stop_signal_ends_the_drain_at_once() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut service = start(&["--drain-timeout", "1h"]);
         let log = block_on(async {
@@ -286,7 +286,7 @@ fn a_second_signal_ends_the_drain_at_once() {
 // ---- limits ----
 
 #[test]
-fn a_head_that_does_not_come_is_answered_with_408() {
+fn an_incomplete_head_is_answered_with_408() {
     let service = start(&["--head-timeout", "300ms"]);
     block_on(async {
         for some in ["G", "PRI * HTTP/2.0\r\n", "GET / HTTP/1.1\r\nhost: x\r\n"] {
@@ -300,7 +300,7 @@ fn a_head_that_does_not_come_is_answered_with_408() {
 }
 
 #[test]
-fn a_connection_with_no_request_is_closed_after_the_idle_limit() {
+fn a_connection_without_requests_is_closed_at_the_idle_timeout() {
     let service = start(&["--idle-timeout", "2s"]);
     block_on(async {
         let mut fresh = service.connect().await;
@@ -312,7 +312,7 @@ fn a_connection_with_no_request_is_closed_after_the_idle_limit() {
 }
 
 #[test]
-fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
+fn a_client_that_does_not_read_its_response_is_cut_off() {
     let service = start(&["--request-timeout", "2s", "--body-limit", "1GiB"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
@@ -326,7 +326,7 @@ fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
 }
 
 #[test]
-fn a_websocket_whose_peer_takes_nothing_is_cut_off() {
+fn a_websocket_whose_client_does_not_read_is_cut_off() {
     let service = start(&["--request-timeout", "2s"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -339,7 +339,7 @@ fn a_websocket_whose_peer_takes_nothing_is_cut_off() {
 }
 
 #[test]
-fn a_client_that_stalls_in_its_body_is_cut_off() {
+fn a_client_that_stalls_in_its_request_body_is_cut_off() {
     let service = start(&["--request-timeout", "2s"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -383,7 +383,7 @@ fn a_body_above_the_limit_is_refused_with_413() {
 }
 
 #[test]
-fn an_answer_that_does_not_begin_in_time_is_a_503() {
+fn a_response_that_does_not_begin_in_time_is_replaced_by_503() {
     let service = start(&["--request-timeout", "300ms"]);
     block_on(async {
         let answer = service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("an answer");
@@ -402,7 +402,7 @@ fn a_head_above_64_kib_is_refused_with_431() {
 }
 
 #[test]
-fn running_out_of_fds_costs_no_connection() {
+fn running_out_of_file_descriptors_loses_no_connection() {
     let listener = listener();
     let target = Target::Tcp(listener.local_addr().expect("an address"));
     let mut notifications = Notifications::new().expect("a socket");
@@ -439,7 +439,7 @@ fn running_out_of_fds_costs_no_connection() {
 // ---- protocols ----
 
 #[test]
-fn a_preface_cut_into_pieces_is_still_http_2() {
+fn an_http2_preface_in_several_segments_is_recognized() {
     let service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -454,7 +454,7 @@ fn a_preface_cut_into_pieces_is_still_http_2() {
 }
 
 #[test]
-fn a_peer_that_stops_in_the_middle_of_a_preface_is_not_waited_for() {
+fn end_of_input_inside_an_http2_preface_closes_the_connection() {
     let service = start(&["--head-timeout", "1h"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -467,7 +467,7 @@ fn a_peer_that_stops_in_the_middle_of_a_preface_is_not_waited_for() {
 }
 
 #[test]
-fn a_handler_whose_client_has_gone_stops() {
+fn a_handler_is_dropped_when_its_client_disconnects() {
     let mut service = start(&["--request-timeout", "1h"]);
     block_on(async {
         let mut client = service.connect().await;
@@ -481,7 +481,7 @@ fn a_handler_whose_client_has_gone_stops() {
 }
 
 #[test]
-fn a_client_that_has_said_all_is_answered() {
+fn a_client_that_closes_its_sending_side_is_answered() {
     let service = start(&[]);
     let mut client = std::net::TcpStream::connect(service.address()).expect("a connection");
     // Held back, so that its end comes with it.
@@ -493,7 +493,7 @@ fn a_client_that_has_said_all_is_answered() {
 }
 
 #[test]
-fn a_request_that_fails_is_named_in_the_log_unasked() {
+fn a_failed_request_is_logged_by_default() {
     let service = start(&["--request-timeout", "100ms"]);
     let id = block_on(async {
         let answer = service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("an answer");
@@ -537,7 +537,7 @@ fn expect_100_continue_is_answered_before_the_body() {
 // ---- sockets ----
 
 #[test]
-fn many_listeners_of_all_kinds_are_served_at_once() {
+fn ipv4_ipv6_and_unix_listeners_are_served_at_once() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
     let ports = [free_address().port(), free_address().port()];
@@ -597,7 +597,7 @@ fn sockets_from_server_starter_are_served() {
 // ---- bad input ----
 
 #[test]
-fn what_is_passed_and_does_not_listen_is_refused_by_its_number() {
+fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
     let words = ["LISTEN_FDS: fd 0", "not a listening stream socket"];
     let udp = UdpSocket::bind("127.0.0.1:0").expect("a socket");
     assert_refused(&mut given(fd(udp), &[]), 78, &words);
@@ -611,13 +611,13 @@ fn what_is_passed_and_does_not_listen_is_refused_by_its_number() {
 }
 
 #[test]
-fn an_fd_that_is_not_there_is_refused_by_its_number() {
+fn a_closed_fd_is_refused_by_its_number() {
     let mut command = given(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
     assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not a listening"]);
 }
 
 #[test]
-fn variables_that_make_no_sense_are_refused_by_their_name() {
+fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
         ("LISTEN_FDS", "-1"),
@@ -641,7 +641,7 @@ fn variables_that_make_no_sense_are_refused_by_their_name() {
 }
 
 #[test]
-fn a_variable_that_is_no_number_is_quoted_in_the_error() {
+fn an_invalid_number_is_quoted_in_the_error() {
     let mut command = given(fd(listener()), &[("LISTEN_FDS", "two")]);
     assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
 }
@@ -670,7 +670,7 @@ fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
 }
 
 #[test]
-fn sockets_meant_for_another_process_are_left_alone() {
+fn check_with_listen_ignores_sockets_of_another_process() {
     let port = free_address().port();
     let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
     command.args(["check", "--listen", &format!("127.0.0.1:{port}")]);
@@ -680,7 +680,7 @@ fn sockets_meant_for_another_process_are_left_alone() {
 }
 
 #[test]
-fn flags_and_their_variables_are_refused_by_their_name() {
+fn invalid_options_and_their_variables_are_refused_by_their_names() {
     for (flag, value) in [
         ("--listen", "localhost"),
         ("--drain-timeout", "soon"),
@@ -699,13 +699,13 @@ fn flags_and_their_variables_are_refused_by_their_name() {
 }
 
 #[test]
-fn more_listeners_than_a_successor_can_be_given_are_refused() {
+fn more_listeners_than_a_reload_can_pass_are_refused() {
     let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"].repeat(252));
     assert_refused(&mut command, 78, &["too many listeners", "252", "ListenStream="]);
 }
 
 #[test]
-fn an_address_in_use_is_refused_by_its_number() {
+fn an_address_in_use_is_refused_with_exit_code_69() {
     let listener = listener();
     let address = listener.local_addr().expect("an address").to_string();
     assert_refused(&mut command(app_binary(), &["--listen", &address]), 69, &[&address, "in use"]);
@@ -713,7 +713,7 @@ fn an_address_in_use_is_refused_by_its_number() {
 }
 
 #[test]
-fn check_does_all_but_serve() {
+fn check_prints_the_listeners_and_exits_with_0() {
     let (code, output, log) = run_to_end(given(fd(listener()), &[]).arg("check")).expect("an end");
     assert_eq!(code, Some(0), "{log}");
     assert!(output.starts_with("ready to serve on http("), "{output}");

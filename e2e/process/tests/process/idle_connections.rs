@@ -17,7 +17,7 @@ const ASLEEP: Duration = Duration::from_secs(3);
 
 /// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
 #[test]
-fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
+fn requests_on_parked_and_parking_connections_are_answered() {
     let service = TlsService::start(app_binary(), &[]).expect("a service");
     block_on(async {
         let mut clients = JoinSet::new();
@@ -36,7 +36,7 @@ fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
 }
 
 #[test]
-fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is_not() {
+fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     const LIMIT: Duration = Duration::from_secs(8);
     let limit = humantime::format_duration(LIMIT).to_string();
     let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("a service");
@@ -70,7 +70,7 @@ fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is
 }
 
 #[test]
-fn a_connection_that_sleeps_goes_on_in_the_next_process_and_the_next() {
+fn parked_connections_survive_two_restarts() {
     let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
     block_on(async {
         let mut connections = Vec::new();
@@ -96,7 +96,7 @@ fn a_connection_that_sleeps_goes_on_in_the_next_process_and_the_next() {
 }
 
 #[test]
-fn a_connection_that_sleeps_is_told_to_close_where_nobody_comes_after() {
+fn without_a_store_a_parked_connection_gets_connection_close() {
     let mut service = Service::start(app_binary(), &[]).expect("a service");
     block_on(async {
         let mut connection = service.connect().await;
@@ -112,7 +112,7 @@ fn a_connection_that_sleeps_is_told_to_close_where_nobody_comes_after() {
 }
 
 #[test]
-fn connections_that_sleep_are_counted_as_such() {
+fn parked_connections_are_counted_as_parked() {
     let service = TlsService::start(app_binary(), &[]).expect("a service");
     block_on(async {
         let mut clients = Vec::new();
@@ -160,7 +160,7 @@ fn resident(service: &TlsService) -> u64 {
 
 /// `bench/README.md` has the figures; this is what no change may break.
 #[test]
-fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
+fn idle_connections_take_little_memory_again_after_a_burst() {
     const COUNT: u64 = 4_000;
     /// 1 kB each, and 14 kB each before they sleep.
     const LITTLE: u64 = 4_000;

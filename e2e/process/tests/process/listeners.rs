@@ -58,7 +58,7 @@ async fn wait_for_in_flight(service: &TlsService) {
 // ---- names ----
 
 #[test]
-fn a_listener_with_a_name_that_says_nothing_is_refused() {
+fn a_listener_with_an_unknown_name_is_refused() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let mut given = command(app_binary(), &[]);
     given.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
@@ -73,7 +73,7 @@ fn a_listener_with_a_name_that_says_nothing_is_refused() {
 }
 
 #[test]
-fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
+fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
     let (one, other) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
     let folder = tempfile::tempdir().expect("a folder");
     let huge = folder.path().join("huge");
@@ -115,7 +115,7 @@ fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
 // ---- admin ----
 
 #[test]
-fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
+fn metrics_are_labelled_by_route_template_and_not_by_path() {
     let service = start(&[]);
     block_on(async {
         let mut connection = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
@@ -156,7 +156,7 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
 }
 
 #[test]
-fn an_idle_door_keeps_no_slot_from_another() {
+fn an_idle_listener_reserves_no_connection_slot() {
     let service = start(&["--max-connections", "1"]);
     block_on(async {
         let (http, https) = (Target::Tcp(service.http), https(&service, "http/1.1"));
@@ -172,7 +172,7 @@ fn an_idle_door_keeps_no_slot_from_another() {
 }
 
 #[test]
-fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
+fn the_admin_listener_reports_the_accept_queue_at_max_connections() {
     let service = start(&["--max-connections", "1"]);
     block_on(async {
         let target = Target::Tcp(service.http);
@@ -188,7 +188,7 @@ fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
 }
 
 #[test]
-fn readyz_says_no_from_the_beginning_of_a_drain_and_healthz_does_not() {
+fn readyz_fails_from_the_beginning_of_a_drain_and_healthz_does_not() {
     let mut service = start(&["--drain-delay", "1min"]);
     block_on(async {
         let mut admin = Connection::open(&service.admin()).await.expect("the admin listener");
@@ -203,7 +203,7 @@ fn readyz_says_no_from_the_beginning_of_a_drain_and_healthz_does_not() {
 }
 
 #[test]
-fn the_drain_delay_goes_on_accepting_and_then_closes_the_port() {
+fn the_port_accepts_during_the_drain_delay_and_is_closed_after_it() {
     let mut service = start(&["--drain-delay", "5s"]);
     block_on(async {
         let target = Target::Tcp(service.http);
@@ -228,7 +228,7 @@ fn the_drain_delay_goes_on_accepting_and_then_closes_the_port() {
 }
 
 #[test]
-fn a_second_signal_ends_the_drain_delay() {
+fn a_second_stop_signal_ends_the_drain_delay() {
     let mut service = start(&["--drain-delay", "10min"]);
     terminate(&mut service);
     service.process.signal(Signal::TERM);
@@ -238,7 +238,7 @@ fn a_second_signal_ends_the_drain_delay() {
 // ---- the end, behind TLS ----
 
 #[test]
-fn an_https_connection_is_told_to_close_with_its_next_answer() {
+fn an_https_connection_gets_connection_close_during_a_drain() {
     let mut service = start(&[]);
     block_on(async {
         let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
@@ -256,7 +256,7 @@ fn an_https_connection_is_told_to_close_with_its_next_answer() {
 }
 
 #[test]
-fn an_https_connection_that_idles_too_long_is_taken_leave_of() {
+fn an_idle_https_connection_is_closed_with_close_notify() {
     let mut service = start(&["--idle-timeout", "3s"]);
     block_on(async {
         let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
@@ -268,7 +268,7 @@ fn an_https_connection_that_idles_too_long_is_taken_leave_of() {
 }
 
 #[test]
-fn http2_gets_goaway_and_its_stream_finishes() {
+fn an_http2_connection_gets_goaway_during_a_drain_and_its_stream_finishes() {
     let mut service = start(&[]);
     block_on(async {
         let mut idle = Http2::open(&https(&service, "h2")).await.expect("a connection");
@@ -287,7 +287,7 @@ fn http2_gets_goaway_and_its_stream_finishes() {
 }
 
 /// Whether the next process answers on the same connection after a reload; else it is told to close.
-fn goes_on_after_a_reload(flags: &[&str]) -> bool {
+fn survives_a_reload(flags: &[&str]) -> bool {
     let mut service = start(flags);
     let (next, outcome) = block_on(async {
         let mut connection = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
@@ -308,13 +308,13 @@ fn goes_on_after_a_reload(flags: &[&str]) -> bool {
 }
 
 #[test]
-fn the_keys_of_a_tls_connection_stay_where_they_are_if_that_is_wanted() {
-    assert!(goes_on_after_a_reload(&[]));
-    assert!(!goes_on_after_a_reload(&["--tls-handover", "no"]));
+fn tls_connections_are_handed_over_unless_tls_handover_is_no() {
+    assert!(survives_a_reload(&[]));
+    assert!(!survives_a_reload(&["--tls-handover", "no"]));
 }
 
 #[test]
-fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
+fn a_tls_connection_without_a_handshake_does_not_delay_the_exit() {
     let mut service = start(&["--drain-timeout", "2s"]);
     block_on(async {
         let silent = TcpStream::connect(service.https).await.expect("a connection");
@@ -325,7 +325,7 @@ fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
 }
 
 #[test]
-fn what_a_process_counts_at_its_end_its_successors_tell() {
+fn counters_continue_in_the_successors() {
     let service = start(&["--drain-timeout", "1s"]);
     block_on(async {
         let mut idle = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
@@ -360,7 +360,7 @@ async fn pid_of(connection: &mut Connection) -> Pid {
 // ---- WebSocket and event streams ----
 
 #[test]
-fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
+fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
     let messages = 300;
     let mut houses = vec![start(&[])];
     block_on(async {
@@ -408,7 +408,7 @@ fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
 }
 
 #[test]
-fn an_event_stream_goes_on_where_it_was_in_the_next_process() {
+fn an_event_stream_resumes_after_its_last_event_in_the_next_process() {
     block_on(async {
         let mut seen: Vec<u64> = Vec::new();
         for _ in 0..2 {

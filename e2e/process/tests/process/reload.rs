@@ -63,7 +63,7 @@ fn end(pid: i32) {
 }
 
 #[test]
-fn a_successor_takes_the_listeners_and_connections_over_and_the_old_process_ends() {
+fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() {
     let (mut service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
@@ -98,7 +98,7 @@ fn a_successor_takes_the_listeners_and_connections_over_and_the_old_process_ends
 }
 
 #[test]
-fn a_successor_can_be_succeeded_in_turn() {
+fn a_connection_survives_four_reloads() {
     let (service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
@@ -135,7 +135,7 @@ fn listen_at(path: &Path, flags: &[&str], log: Stdio) -> (Process, Target) {
 }
 
 #[test]
-fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on() {
+fn a_failed_reload_keeps_the_socket_file_of_the_old_process() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
     let certificate = Certificate::new().expect("a certificate");
@@ -160,7 +160,7 @@ fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on()
 }
 
 #[test]
-fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_removes_the_file() {
+fn reloads_on_a_bound_path_refuse_no_connection_and_the_last_process_removes_the_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
     let (mut first, target) = listen_at(&path, &[], Stdio::null());
@@ -184,7 +184,7 @@ fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_remov
 }
 
 #[test]
-fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
+fn sighup_reloads_without_systemd_and_keeps_the_socket_file() {
     let folder = tempfile::tempdir().expect("a folder");
     let path = folder.path().join("http.sock");
     let (mut process, target) = listen_at(&path, &[], Stdio::null());
@@ -207,7 +207,7 @@ fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
 }
 
 #[test]
-fn a_flag_whose_value_is_takeover_keeps_it() {
+fn an_option_value_takeover_is_not_removed_as_the_subcommand() {
     let (mut service, folder) = start(&["--log", "takeover"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -223,7 +223,7 @@ fn a_flag_whose_value_is_takeover_keeps_it() {
 }
 
 #[test]
-fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
+fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
     let (mut service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
@@ -242,7 +242,7 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
 }
 
 #[test]
-fn a_release_that_does_nothing_at_all_is_given_up() {
+fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
     let folder = tempfile::tempdir().expect("a folder");
     // The service is called by a path where a release will be that hangs.
     let path = folder.path().join("service");
@@ -268,7 +268,7 @@ fn a_release_that_does_nothing_at_all_is_given_up() {
 }
 
 #[test]
-fn a_takeover_with_nobody_there_or_no_folder_says_so() {
+fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
     let folder = tempfile::tempdir().expect("a folder");
     let nowhere = folder.path().join("notify");
     let (code, log) = reload(folder.path(), &nowhere, &[]);
@@ -309,7 +309,7 @@ fn be_told_to_commit(folder: &Path, successor: &Process) -> OwnedFd {
 }
 
 #[test]
-fn the_takeover_socket_is_for_its_owner_alone() {
+fn the_takeover_socket_is_accessible_only_to_its_owner() {
     let (_service, folder) = start(&[]);
     let metadata = folder.path().join("takeover").metadata().expect("it is there");
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
@@ -317,7 +317,7 @@ fn the_takeover_socket_is_for_its_owner_alone() {
 }
 
 #[test]
-fn a_half_told_takeover_changes_nothing() {
+fn an_incomplete_takeover_dialogue_changes_nothing() {
     let (mut service, folder) = start(&[]);
     let successor = stand_in();
     let me = pid_of(&successor);
@@ -356,7 +356,7 @@ fn a_half_told_takeover_changes_nothing() {
 
 /// Systemd would kill a main process that is another's child without a drain.
 #[test]
-fn nothing_is_passed_on_before_the_successor_is_nobodys_child() {
+fn listeners_are_sent_only_after_the_launcher_has_exited() {
     let (_service, folder) = start(&[]);
     let channel = connect_takeover_socket(folder.path());
     send_message(&channel, HELLO, &std::process::id().to_string());
@@ -368,7 +368,7 @@ fn nothing_is_passed_on_before_the_successor_is_nobodys_child() {
 }
 
 #[test]
-fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving() {
+fn a_successor_that_closes_the_channel_at_commit_is_killed_and_the_old_process_serves() {
     let (mut service, folder) = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -386,7 +386,7 @@ fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving
 }
 
 #[test]
-fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit() {
+fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drain_timeout() {
     let (mut service, folder) = start(&["--drain-timeout", "15s"]);
     block_on(async {
         let mut connections = Vec::new();
@@ -519,7 +519,7 @@ impl Held {
 }
 
 #[test]
-fn a_successor_that_is_late_with_ready_leaves_the_old_process_alone() {
+fn a_successor_that_is_late_with_ready_fails_the_reload() {
     let (mut service, folder) = start(&["--takeover-timeout", "5s"]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -536,7 +536,7 @@ fn a_successor_that_is_late_with_ready_leaves_the_old_process_alone() {
 
 /// The old process may not be heard, or the successor may not: it makes no difference to those who are left.
 #[test]
-fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goes_on() {
+fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_continues() {
     for kind in [COMMIT, ACCEPTING] {
         let (mut service, folder) = start(&[]);
         block_on(async {
@@ -564,7 +564,7 @@ fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goe
 }
 
 #[test]
-fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process_ends() {
+fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connections() {
     for kind in [COMMIT, ACCEPTING, MAIN] {
         // A successor is ready in this time, and the old process waits longer for an answer to Commit (5 s).
         let ready_by = Duration::from_secs(3);
@@ -589,7 +589,7 @@ fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process
 
 /// A service manager tells both processes of the end.
 #[test]
-fn a_stop_while_the_successor_is_late_is_a_stop_of_the_service() {
+fn sigterm_to_both_processes_during_a_reload_stops_both() {
     for kind in [READY, COMMIT, ACCEPTING, MAIN] {
         let (mut service, folder) = start(&[]);
         block_on(async {
@@ -622,7 +622,7 @@ fn a_stop_while_the_successor_is_late_is_a_stop_of_the_service() {
 
 /// Without a service manager, only the old process gets the signal.
 #[test]
-fn a_stop_of_the_old_process_before_it_is_succeeded_stops_its_successor_too() {
+fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
     let folder = tempfile::tempdir().expect("a folder");
     let log = folder.path().join("log");
     let address = testkit::free_address();
@@ -643,7 +643,7 @@ fn a_stop_of_the_old_process_before_it_is_succeeded_stops_its_successor_too() {
 }
 
 #[test]
-fn garbage_is_hung_up_on() {
+fn an_invalid_message_closes_the_takeover_connection() {
     let (service, folder) = start(&[]);
     let null = std::fs::File::open("/dev/null").expect("a file");
     let fd = null.as_fd();
@@ -658,7 +658,7 @@ fn garbage_is_hung_up_on() {
 }
 
 #[test]
-fn one_that_stalls_is_timed_out_and_others_are_refused_meanwhile() {
+fn a_stalled_takeover_times_out_and_others_are_refused_meanwhile() {
     // Long enough for what happens meanwhile.
     let (service, folder) = start(&["--takeover-timeout", "10s"]);
     let path = service.notifications.path();
@@ -680,7 +680,7 @@ fn one_that_stalls_is_timed_out_and_others_are_refused_meanwhile() {
 }
 
 #[test]
-fn the_end_of_the_old_process_during_a_takeover_ends_the_takeover() {
+fn sigterm_during_a_takeover_ends_the_takeover() {
     let (service, folder) = start(&[]);
     let channel = connect_takeover_socket(folder.path());
     send_message(&channel, HELLO, &std::process::id().to_string());

@@ -34,7 +34,7 @@ async fn generation(connection: &mut Connection) -> String {
 }
 
 #[test]
-fn an_idle_connection_goes_on_in_the_next_process_and_the_next() {
+fn an_idle_connection_survives_restarts() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -81,7 +81,7 @@ fn a_half_read_request_is_answered_by_the_next_process() {
 }
 
 #[test]
-fn a_half_sent_http_2_preface_is_completed_in_the_next_process() {
+fn a_half_sent_http2_preface_is_completed_in_the_next_process() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -94,7 +94,7 @@ fn a_half_sent_http_2_preface_is_completed_in_the_next_process() {
 }
 
 #[test]
-fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_goes_on() {
+fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_is_handed_over() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -108,7 +108,7 @@ fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_goes_on
 }
 
 #[test]
-fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_goes_on() {
+fn bodies_in_flight_finish_in_the_old_process_and_their_connection_is_handed_over() {
     for head in [
         "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234",
         "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n01234\r\n",
@@ -132,7 +132,7 @@ fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_g
 }
 
 #[test]
-fn a_client_that_waits_for_100_continue_gets_it_from_the_old_process() {
+fn a_request_with_100_continue_finishes_in_the_old_process() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -149,7 +149,7 @@ fn a_client_that_waits_for_100_continue_gets_it_from_the_old_process() {
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
+fn pipelined_requests_are_answered_in_order_across_a_restart() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -172,7 +172,7 @@ fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
 }
 
 #[test]
-fn a_connection_on_a_unix_socket_goes_on() {
+fn a_unix_socket_connection_survives_a_restart() {
     let folder = tempfile::tempdir().expect("a folder");
     let service = Service::start_on_path(app_binary(), &folder.path().join("http.sock")).expect("a service");
     block_on(async {
@@ -184,7 +184,7 @@ fn a_connection_on_a_unix_socket_goes_on() {
 }
 
 #[test]
-fn connections_that_end_are_not_handed_over() {
+fn connections_without_keep_alive_are_not_handed_over() {
     let mut service = start();
     block_on(async {
         let mut last = service.connect().await;
@@ -210,7 +210,7 @@ fn connections_that_end_are_not_handed_over() {
 
 /// The end of the process with bytes unread would reset the connection under its answer.
 #[test]
-fn a_peer_that_still_sends_gets_its_last_answer_whole() {
+fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
         let mut service = start(app_binary(), &["--body-limit", "1KiB"]).expect("a service");
         block_on(async {
@@ -234,7 +234,7 @@ fn a_peer_that_still_sends_gets_its_last_answer_whole() {
 }
 
 #[test]
-fn an_http_2_connection_goes_on_in_the_next_process() {
+fn an_http2_connection_survives_restarts() {
     let mut service = start();
     block_on(async {
         let mut connection = Http2::open(&service.target).await.expect("a connection");
@@ -249,7 +249,7 @@ fn an_http_2_connection_goes_on_in_the_next_process() {
 }
 
 #[test]
-fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
+fn a_partial_http2_frame_is_completed_in_the_next_process() {
     // The headers begin with the size of the table that they are encoded with: none, as the server has asked.
     let request = [&[0, 0, 7, 1, 5, 0, 0, 0, 1], &[0x20, 0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
     for cut in [1, 8, 9, 12, request.len() - 1] {
@@ -276,7 +276,7 @@ fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
 
 /// New streams are served for as long as an old one is open, and GOAWAY comes while there is time to heed it.
 #[test]
-fn an_http_2_connection_that_is_never_quiet_gets_goaway_at_half_of_the_drain_limit() {
+fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
     let folder = tempfile::tempdir().expect("a folder");
     // Half of it is enough for the slow stream to finish, on a slow machine too.
     let limit = Duration::from_secs(10);
@@ -316,7 +316,7 @@ async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
 
 /// Nobody comes after it.
 #[test]
-fn an_idle_http_2_connection_without_a_store_gets_goaway_at_once() {
+fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
     let service = Service::start(app_binary(), &[]).expect("a service");
     block_on(async {
         let mut connection = service.connect().await;
@@ -354,7 +354,7 @@ async fn websocket(service: &Service) -> Connection {
 }
 
 #[test]
-fn a_websocket_is_told_to_come_back_and_ends() {
+fn a_websocket_is_closed_with_1012_at_a_restart() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
@@ -377,7 +377,7 @@ fn a_websocket_is_told_to_come_back_and_ends() {
 }
 
 #[test]
-fn a_websocket_whose_peer_is_silent_or_takes_nothing_does_not_hold_up_the_end() {
+fn a_websocket_whose_client_is_silent_or_does_not_read_does_not_delay_the_exit() {
     // What held up the end would do so for an hour.
     let mut service =
         Service::start_with_store(app_binary(), &["--drain-timeout", "1h", "--request-timeout", "1h"])
@@ -395,7 +395,7 @@ fn a_websocket_whose_peer_is_silent_or_takes_nothing_does_not_hold_up_the_end() 
 }
 
 #[test]
-fn an_event_stream_ends_and_its_connection_goes_on() {
+fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -414,7 +414,7 @@ fn an_event_stream_ends_and_its_connection_goes_on() {
 }
 
 #[test]
-fn others_are_served_while_a_slow_request_finishes() {
+fn new_requests_are_served_while_a_slow_request_finishes() {
     let mut service = start();
     block_on(async {
         let mut slow = service.connect().await;
@@ -437,7 +437,7 @@ fn others_are_served_while_a_slow_request_finishes() {
 /// The old process asks all to rest when the first slow request is done, finds the second under way, and
 /// serves on.
 #[test]
-fn a_slow_request_that_came_after_the_signal_makes_nobody_wait() {
+fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
     let mut service = start();
     block_on(async {
         let mut first = service.connect().await;
@@ -459,7 +459,7 @@ fn a_slow_request_that_came_after_the_signal_makes_nobody_wait() {
 }
 
 #[test]
-fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
+fn at_the_drain_timeout_quiescent_connections_are_handed_over_and_others_are_cut_off() {
     let mut service = Service::start_with_store(app_binary(), &["--drain-timeout", "1s"]).expect("a service");
     block_on(async {
         let mut slow = service.connect().await;
@@ -474,7 +474,7 @@ fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
 }
 
 #[test]
-fn a_client_that_left_while_parked_is_noticed() {
+fn a_client_that_disconnects_between_two_processes_is_noticed() {
     let service = start();
     block_on(async {
         let mut stays = service.connect().await;
@@ -494,7 +494,7 @@ fn a_client_that_left_while_parked_is_noticed() {
 }
 
 #[test]
-fn both_ends_say_what_they_did() {
+fn a_restart_logs_what_was_handed_over_and_taken_over() {
     let service = start();
     block_on(async {
         let mut connections = Vec::new();
@@ -527,7 +527,7 @@ fn both_ends_say_what_they_did() {
 }
 
 #[test]
-fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
+fn a_handover_channel_that_the_store_lost_is_logged() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
@@ -562,7 +562,7 @@ fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
 }
 
 #[test]
-fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
+fn an_invalid_handover_frame_closes_only_its_own_connections() {
     let null = std::fs::File::open("/dev/null").expect("a file");
     let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
@@ -600,7 +600,7 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
 
 /// The release after this one may have been here, and may have gone again.
 #[test]
-fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_knows() {
+fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
     let name_and_unread = |unread: &str| {
         let lengths = [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("short").to_le_bytes()];
         [&lengths.concat()[..], b"http", unread.as_bytes()].concat()
@@ -640,7 +640,7 @@ fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_know
 }
 
 #[test]
-fn something_else_in_the_place_of_a_channel_does_not_stop_a_start() {
+fn a_stored_fd_that_is_not_a_channel_does_not_prevent_a_start() {
     let (read, _write) = std::os::unix::net::UnixStream::pair().expect("a pair");
     let service = Service::start_with_channel(app_binary(), read.into()).expect("it starts all the same");
     block_on(async { generation(&mut service.connect().await).await });
