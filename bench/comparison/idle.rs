@@ -200,7 +200,7 @@ fn woken(peers: &Peers, extent: &Extent) -> Result<Value> {
         sched_setaffinity(None, &client)?;
         ask_the_idle(peers, extent)
     };
-    std::thread::scope(|scope| scope.spawn(on_a_core_of_its_own).join().expect("no panic"))
+    std::thread::scope(|scope| scope.spawn(on_a_core_of_its_own).join().expect("the thread does not panic"))
 }
 
 fn ask_the_idle(peers: &Peers, extent: &Extent) -> Result<Value> {

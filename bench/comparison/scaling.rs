@@ -58,7 +58,9 @@ pub fn draw(rows: &Value, path: &Path) -> Result<()> {
     // From above, so that labels which would lie on each other can be moved down.
     let mut lines: Vec<(usize, &String, Vec<f64>)> =
         servers.into_iter().enumerate().map(|(number, server)| (number, server, rates(server))).collect();
-    lines.sort_by(|(_, _, one), (_, _, other)| other.last().partial_cmp(&one.last()).expect("numbers"));
+    lines.sort_by(|(_, _, one), (_, _, other)| {
+        other.last().partial_cmp(&one.last()).expect("the rates are comparable")
+    });
     let mut label = 0.0;
     for (number, server, rates) in lines {
         let points: Vec<String> = counts

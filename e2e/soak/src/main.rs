@@ -90,7 +90,7 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     let load = std::thread::spawn(move || {
         enter();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.expect("a runtime").block_on(clients.run(told));
+        runtime.expect("the runtime starts").block_on(clients.run(told));
     });
     let result = events(&scene, &record, name, seed, time);
     record.stop();

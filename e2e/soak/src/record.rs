@@ -73,7 +73,7 @@ impl Record {
     }
 
     pub fn complain(&self, event: usize, complaint: Complaint, client: &'static str, what: String) {
-        let mut seen = self.seen.lock().expect("no client panics here");
+        let mut seen = self.seen.lock().expect("no client panics while it holds the lock");
         *seen[event].complaints.entry((complaint, client, what)).or_default() += 1;
     }
 
@@ -97,7 +97,7 @@ impl Record {
             ensure!(begun.elapsed() < limit, "{late} clients were not answered within {limit:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let mut seen = self.seen.lock().expect("no client panics here");
+        let mut seen = self.seen.lock().expect("no client panics while it holds the lock");
         let event = self.event();
         seen.push(Seen::default());
         self.event.store(event + 1, Relaxed);

@@ -37,8 +37,8 @@ const SETTINGS: &[u8] = &[0, 0, 0, 4, 0, 0, 0, 0, 0];
 fn under(attack: impl AsyncFn(&TlsService) + Copy) {
     let limit = humantime::format_duration(LIMIT).to_string();
     let flags = ["--head-timeout", &limit, "--idle-timeout", &limit, "--request-timeout", &limit];
-    let service = TlsService::start(app_binary(), &flags).expect("a service");
-    let neighbour = TlsService::start(app_binary(), &flags).expect("a service");
+    let service = TlsService::start(app_binary(), &flags).expect("the service starts");
+    let neighbour = TlsService::start(app_binary(), &flags).expect("the service starts");
     let polite =
         |service: &TlsService| Load { clients: 2, ..Load::paced(&Target::Tcp(service.http)) }.start(|| {});
     let (beside, elsewhere) = (polite(&service), polite(&neighbour));
@@ -57,7 +57,7 @@ fn under(attack: impl AsyncFn(&TlsService) + Copy) {
 
 /// Sends `bytes`, and gives all that comes back until the end, which the service has to bring about.
 async fn send_and_read(address: SocketAddr, bytes: &[u8]) -> Vec<u8> {
-    let mut stream = TcpStream::connect(address).await.expect("a connection");
+    let mut stream = TcpStream::connect(address).await.expect("the connection opens");
     // Refused before it is all sent, perhaps.
     let _ = stream.write_all(bytes).await;
     read_to_end(&mut stream).await
@@ -67,7 +67,7 @@ async fn read_to_end(stream: &mut TcpStream) -> Vec<u8> {
     let mut answer = Vec::new();
     let ended = tokio::time::timeout(DUE, stream.read_to_end(&mut answer)).await;
     // A reset is an end too.
-    let _ = ended.expect("an end within the limit");
+    let _ = ended.expect("the connection ends within the limit");
     answer
 }
 
@@ -105,15 +105,15 @@ fn invalid_tls_records_are_answered_with_an_alert() {
 fn an_http2_preface_in_two_segments_is_recognized() {
     under(async |service| {
         for cut in [1, 3, 14, 23] {
-            let mut stream = TcpStream::connect(service.http).await.expect("a connection");
-            stream.set_nodelay(true).expect("at once");
-            stream.write_all(&PREFACE[..cut]).await.expect("sent");
+            let mut stream = TcpStream::connect(service.http).await.expect("the connection opens");
+            stream.set_nodelay(true).expect("TCP_NODELAY is set");
+            stream.write_all(&PREFACE[..cut]).await.expect("the bytes are sent");
             // Another client's turn: by then the first half has been looked at.
-            let mut other = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
-            other.ask(&get("/")).await.expect("an answer");
-            stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("sent");
+            let mut other = Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
+            other.ask(&get("/")).await.expect("the server answers");
+            stream.write_all(&[&PREFACE[cut..], SETTINGS].concat()).await.expect("the bytes are sent");
             let mut frame = [0; 9];
-            stream.read_exact(&mut frame).await.expect("a frame");
+            stream.read_exact(&mut frame).await.expect("a frame arrives");
             assert_eq!(frame[3], 4, "SETTINGS: {frame:?}");
         }
     });
@@ -125,9 +125,11 @@ fn a_head_above_the_limit_is_refused_with_431_on_plain_and_tls_ports() {
         let large = "x".repeat(96 * 1024);
         let head = format!("GET / HTTP/1.1\r\nhost: x\r\nx-large: {large}\r\n\r\n");
         assert_starts(&send_and_read(service.http, head.as_bytes()).await, "HTTP/1.1 431 ");
-        let mut tls = Connection::open(&service.https(&[]).expect("a client")).await.expect("a connection");
+        let mut tls = Connection::open(&service.https(&[]).expect("the TLS client is configured"))
+            .await
+            .expect("the connection opens");
         let _ = tls.send(head.as_bytes()).await;
-        assert_eq!(tls.head().await.expect("an answer").status, 431);
+        assert_eq!(tls.head().await.expect("the server answers").status, 431);
     });
 }
 
@@ -145,7 +147,7 @@ fn a_head_sent_byte_by_byte_is_cut_off_at_the_head_timeout() {
             for _ in 0..20 {
                 let (bytes, begun) = (bytes.clone(), Instant::now());
                 attackers.spawn(async move {
-                    let stream = TcpStream::connect(address).await.expect("a connection");
+                    let stream = TcpStream::connect(address).await.expect("the connection opens");
                     let (mut from, mut to) = stream.into_split();
                     let trickle = tokio::spawn(async move {
                         for byte in bytes {
@@ -166,7 +168,7 @@ fn a_head_sent_byte_by_byte_is_cut_off_at_the_head_timeout() {
             }
         }
         while let Some(attacker) = attackers.join_next().await {
-            attacker.expect("cut short");
+            attacker.expect("the attacker task ends without a panic");
         }
     });
 }
@@ -175,12 +177,12 @@ fn a_head_sent_byte_by_byte_is_cut_off_at_the_head_timeout() {
 fn ten_thousand_silent_connections_are_closed_at_the_idle_timeout() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).expect("more files");
+    setrlimit(Resource::Nofile, limit).expect("the limit of open files is raised");
     under(async |service| {
         let mut silent = Vec::new();
         for number in 0..10_000 {
             let address = if number % 2 == 0 { service.http } else { service.https };
-            silent.push(TcpStream::connect(address).await.expect("a connection"));
+            silent.push(TcpStream::connect(address).await.expect("the connection opens"));
         }
         for mut stream in silent {
             assert_eq!(read_to_end(&mut stream).await, b"");
@@ -199,13 +201,13 @@ fn http2_rapid_reset_is_ended_with_goaway() {
             bytes.extend(stream.to_be_bytes());
             bytes.extend([0, 0, 0, 8]);
         }
-        let mut stream = TcpStream::connect(service.http).await.expect("a connection");
+        let mut stream = TcpStream::connect(service.http).await.expect("the connection opens");
         let (mut from, mut to) = stream.split();
         let mut answer = Vec::new();
         let ended = tokio::time::timeout(DUE, async {
             let _ = tokio::join!(to.write_all(&bytes), from.read_to_end(&mut answer));
         });
-        ended.await.expect("an end within the limit");
+        ended.await.expect("the connection ends within the limit");
         assert_eq!(last_frame(&answer), Some(7), "GOAWAY comes last");
     });
 }
@@ -221,9 +223,12 @@ fn an_http2_client_that_pings_but_reads_no_response_is_cut_off() {
             peers.spawn(async move {
                 let window = number % 2;
                 let settings = [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 4, 0, 0, 0, window];
-                let mut stream = TcpStream::connect(address).await.expect("a connection");
+                let mut stream = TcpStream::connect(address).await.expect("the connection opens");
                 let requests = (1..100).step_by(2).flat_map(http2_get).collect::<Vec<u8>>();
-                stream.write_all(&[PREFACE, &settings, &requests].concat()).await.expect("sent");
+                stream
+                    .write_all(&[PREFACE, &settings, &requests].concat())
+                    .await
+                    .expect("the bytes are sent");
                 let (mut from, mut to) = stream.split();
                 let ping = async {
                     while to.write_all(&[0, 0, 8, 6, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8]).await.is_ok() {
@@ -233,7 +238,7 @@ fn an_http2_client_that_pings_but_reads_no_response_is_cut_off() {
                 let mut answers = Vec::new();
                 let read = async { drop(from.read_to_end(&mut answers).await) };
                 let ended = tokio::time::timeout(DUE, async { tokio::join!(ping, read) }).await;
-                ended.expect("an end within the limit");
+                ended.expect("the connection ends within the limit");
             });
         }
         peers.join_all().await;

@@ -18,11 +18,11 @@ const ASLEEP: Duration = Duration::from_secs(3);
 /// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
 #[test]
 fn requests_on_parked_and_parking_connections_are_answered() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = JoinSet::new();
         for number in 0..400_u64 {
-            let mut client = Client::open(&service, usize::try_from(number).expect("small")).await;
+            let mut client = Client::open(&service, usize::try_from(number).expect("a small number")).await;
             clients.spawn(async move {
                 for round in 0..4 {
                     // 0.7 s to 3.1 s, in steps that no other has.
@@ -39,7 +39,7 @@ fn requests_on_parked_and_parking_connections_are_answered() {
 fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     const LIMIT: Duration = Duration::from_secs(8);
     let limit = humantime::format_duration(LIMIT).to_string();
-    let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("a service");
+    let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
         for kind in 0..4 {
@@ -60,35 +60,37 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
         for (left_alone, _) in clients {
             let ended = async {
                 match left_alone {
-                    Client::Http1(mut connection) => connection.read_more().await.expect("the end") == 0,
+                    Client::Http1(mut connection) => {
+                        connection.read_more().await.expect("the connection ends") == 0
+                    }
                     Client::Http2(mut connection) => connection.is_over().await,
                 }
             };
-            assert!(timeout(TEST_TIMEOUT, ended).await.expect("in time"));
+            assert!(timeout(TEST_TIMEOUT, ended).await.expect("the connection ends in time"));
         }
     });
 }
 
 #[test]
 fn parked_connections_survive_two_restarts() {
-    let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
+    let mut service = Service::start_with_store(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connections = Vec::new();
         for number in 0..10 {
             let mut connection = service.connect().await;
             // Some have never said anything.
             if number % 2 == 0 {
-                assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+                assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
             }
             connections.push(connection);
         }
         for generation in 2..4 {
             sleep(ASLEEP).await;
             service.signal(Signal::TERM);
-            service = service.restart(app_binary()).expect("the next service");
+            service = service.restart(app_binary()).expect("the next process starts");
             let said = format!("generation {generation},");
             for connection in &mut connections {
-                let answer = connection.ask(&get("/")).await.expect("an answer").text();
+                let answer = connection.ask(&get("/")).await.expect("the server answers").text();
                 assert!(answer.contains(&said), "{answer}");
             }
         }
@@ -97,23 +99,23 @@ fn parked_connections_survive_two_restarts() {
 
 #[test]
 fn without_a_store_a_parked_connection_gets_connection_close() {
-    let mut service = Service::start(app_binary(), &[]).expect("a service");
+    let mut service = Service::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
-        connection.ask(&get("/")).await.expect("an answer");
+        connection.ask(&get("/")).await.expect("the server answers");
         sleep(ASLEEP).await;
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("a process"));
-        assert!(connection.ask(&get("/")).await.expect("an answer").closes());
-        let (status, _) = service.end().expect("an end");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("the wait succeeds"));
+        assert!(connection.ask(&get("/")).await.expect("the server answers").closes());
+        let (status, _) = service.end().expect("the process ends");
         assert!(status.success(), "{status}");
     });
 }
 
 #[test]
 fn parked_connections_are_counted_as_parked() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
         for kind in 0..4 {
@@ -122,18 +124,19 @@ fn parked_connections_are_counted_as_parked() {
             clients.push(client);
         }
         let count = async |stage: &str| {
-            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
-            let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
+            let mut admin = Connection::open(&service.admin()).await.expect("the connection opens");
+            let metrics = admin.ask(&get("/metrics")).await.expect("the server answers").text();
             let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
-            let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
-            line.parse::<u32>().expect("a number")
+            let line =
+                metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
+            line.parse::<u32>().expect("a valid number")
         };
         let asleep = async {
             while (count("parked").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(TEST_TIMEOUT, asleep).await.expect("all sleep");
+        timeout(TEST_TIMEOUT, asleep).await.expect("all connections are parked");
         // A client has its answer a moment before the service counts its connection as waiting, and on a slow machine
         // the first of them is asleep again before the last one is answered.
         let awake = async {
@@ -146,16 +149,16 @@ fn parked_connections_are_counted_as_parked() {
                 }
             }
         };
-        timeout(TEST_TIMEOUT, awake).await.expect("none sleeps");
+        timeout(TEST_TIMEOUT, awake).await.expect("no connection is parked");
     });
 }
 
 /// Bytes that the process has in memory.
 fn resident(service: &TlsService) -> u64 {
     let path = format!("/proc/{}/status", service.process.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(path).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    let status = std::fs::read_to_string(path).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS is present");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a valid number") * 1024
 }
 
 /// `bench/README.md` has the figures; this is what no change may break.
@@ -166,25 +169,30 @@ fn idle_connections_take_little_memory_again_after_a_burst() {
     const LITTLE: u64 = 4_000;
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).expect("more files");
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    setrlimit(Resource::Nofile, limit).expect("the limit of open files is raised");
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let target = Target::Tcp(service.http);
-        Connection::open(&target).await.expect("a connection").ask(&get("/")).await.expect("an answer");
+        Connection::open(&target)
+            .await
+            .expect("the connection opens")
+            .ask(&get("/"))
+            .await
+            .expect("the server answers");
         let alone = resident(&service);
         let each = || resident(&service).saturating_sub(alone) / COUNT;
         let mut connections = Vec::new();
         for _ in 0..COUNT {
-            connections.push(Connection::open(&target).await.expect("a connection"));
+            connections.push(Connection::open(&target).await.expect("the connection opens"));
         }
         for _ in 0..2 {
             for connection in &mut connections {
-                connection.send(&get("/")).await.expect("sent");
+                connection.send(&get("/")).await.expect("the bytes are sent");
             }
             // The first may be asleep again when the last one is answered.
             let mut awake = each();
             for (number, connection) in connections.iter_mut().enumerate() {
-                assert_eq!(connection.answer().await.expect("an answer").status, 200);
+                assert_eq!(connection.answer().await.expect("the server answers").status, 200);
                 if number % 100 == 0 {
                     awake = awake.max(each());
                 }

@@ -16,25 +16,25 @@ use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode
 use crate::app_binary;
 
 fn start(flags: &[&str]) -> TlsService {
-    TlsService::start(app_binary(), flags).expect("a service")
+    TlsService::start(app_binary(), flags).expect("the service starts")
 }
 
 fn https(service: &TlsService, protocol: &str) -> Target {
-    service.https(&[protocol]).expect("a client")
+    service.https(&[protocol]).expect("the TLS client is configured")
 }
 
 fn terminate(service: &mut TlsService) {
-    service.terminate().expect("stopping");
+    service.terminate().expect("the service begins to stop");
 }
 
 /// Expects a clean end.
 fn end(mut service: TlsService) {
-    assert!(service.process.wait().expect("an end").success());
+    assert!(service.process.wait().expect("the process ends").success());
 }
 
 async fn metrics(service: &TlsService) -> String {
-    let mut admin = Connection::open(&service.admin()).await.expect("the admin listener");
-    admin.ask(&get("/metrics")).await.expect("an answer").text()
+    let mut admin = Connection::open(&service.admin()).await.expect("the admin listener accepts");
+    admin.ask(&get("/metrics")).await.expect("the server answers").text()
 }
 
 /// What the metrics are once these lines are among them.
@@ -59,25 +59,28 @@ async fn wait_for_in_flight(service: &TlsService) {
 
 #[test]
 fn a_listener_with_an_unknown_name_is_refused() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
     let mut given = command(app_binary(), &[]);
     given.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
     given.stdin(std::os::fd::OwnedFd::from(listener));
-    let (code, _, log) = run_to_end(&mut given).expect("an end");
+    let (code, _, log) = run_to_end(&mut given).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("fd 0 (web)") && log.contains("invalid listener name \"web\""), "{log}");
     let (code, _, log) =
-        run_to_end(&mut command(app_binary(), &["--listen", "web=127.0.0.1:0"])).expect("an end");
+        run_to_end(&mut command(app_binary(), &["--listen", "web=127.0.0.1:0"])).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("--listen") && log.contains("invalid listener name"), "{log}");
 }
 
 #[test]
 fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
-    let (one, other) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
-    let folder = tempfile::tempdir().expect("a folder");
+    let (one, other) = (
+        Certificate::new().expect("the certificate is made"),
+        Certificate::new().expect("the certificate is made"),
+    );
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let huge = folder.path().join("huge");
-    std::fs::File::create(&huge).and_then(|file| file.set_len(1 << 30)).expect("a file");
+    std::fs::File::create(&huge).and_then(|file| file.set_len(1 << 30)).expect("the file is made");
     let missing = folder.path().join("missing");
     let cases: [(PathBuf, PathBuf, &str); 6] = [
         (one.chain(), other.key(), "the private key does not match the certificate"),
@@ -96,18 +99,18 @@ fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
                 .arg(&chain)
                 .arg("--tls-key")
                 .arg(&key);
-            let (code, _, log) = run_to_end(&mut command).expect("an end");
+            let (code, _, log) = run_to_end(&mut command).expect("the process ends");
             assert_eq!(code, Some(78), "{log}");
             assert!(log.contains(reason) && log.lines().count() == 1, "{log}");
         }
     }
-    let (code, _, log) =
-        run_to_end(&mut command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"])).expect("an end");
+    let (code, _, log) = run_to_end(&mut command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"]))
+        .expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("LoadCredential=tls.crt") && log.contains("--tls-cert"), "{log}");
     let mut credentials = command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"]);
-    credentials.env("CREDENTIALS_DIRECTORY", one.chain().parent().expect("a folder"));
-    let (code, said, log) = run_to_end(&mut credentials).expect("an end");
+    credentials.env("CREDENTIALS_DIRECTORY", one.chain().parent().expect("the path has a parent"));
+    let (code, said, log) = run_to_end(&mut credentials).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
     assert!(said.starts_with("ready to serve on https("), "{said}");
 }
@@ -118,11 +121,12 @@ fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
 fn metrics_are_labelled_by_route_template_and_not_by_path() {
     let service = start(&[]);
     block_on(async {
-        let mut connection = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+        let mut connection =
+            Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
         for path in ["/", "/", "/sleep?duration=1ms", "/made-up/1", "/made-up/2"] {
-            connection.ask(&get(path)).await.expect("an answer");
+            connection.ask(&get(path)).await.expect("the server answers");
         }
-        connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("an answer");
+        connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("the server answers");
         // A client has its answer before the service knows that it has.
         let lines = [
             "outlive_connections{stage=\"waiting\"} 1",
@@ -162,11 +166,11 @@ fn an_idle_listener_reserves_no_connection_slot() {
         let (http, https) = (Target::Tcp(service.http), https(&service, "http/1.1"));
         for target in [&http, &http, &https, &https, &http] {
             let ask = async {
-                let mut only = Connection::open(target).await.expect("a connection");
-                only.ask(&get("/")).await.expect("an answer").status
+                let mut only = Connection::open(target).await.expect("the connection opens");
+                only.ask(&get("/")).await.expect("the server answers").status
             };
             let status = tokio::time::timeout(TEST_TIMEOUT, ask).await;
-            assert_eq!(status.expect("served"), 200);
+            assert_eq!(status.expect("the request is served"), 200);
         }
     });
 }
@@ -176,11 +180,11 @@ fn the_admin_listener_reports_the_accept_queue_at_max_connections() {
     let service = start(&["--max-connections", "1"]);
     block_on(async {
         let target = Target::Tcp(service.http);
-        let mut only = Connection::open(&target).await.expect("a connection");
-        only.ask(&get("/")).await.expect("an answer");
+        let mut only = Connection::open(&target).await.expect("the connection opens");
+        only.ask(&get("/")).await.expect("the server answers");
         let _waiting = [
-            Connection::open(&target).await.expect("queued"),
-            Connection::open(&target).await.expect("queued"),
+            Connection::open(&target).await.expect("the connection is queued"),
+            Connection::open(&target).await.expect("the connection is queued"),
         ];
         let line = format!("outlive_accept_queue_length{{listener=\"http({})\"}} 2", service.http.port());
         metrics_with(&service, &[&line]).await;
@@ -191,14 +195,14 @@ fn the_admin_listener_reports_the_accept_queue_at_max_connections() {
 fn readyz_fails_from_the_beginning_of_a_drain_and_healthz_does_not() {
     let mut service = start(&["--drain-delay", "1min"]);
     block_on(async {
-        let mut admin = Connection::open(&service.admin()).await.expect("the admin listener");
-        assert_eq!(admin.ask(&get("/readyz")).await.expect("an answer").status, 200);
+        let mut admin = Connection::open(&service.admin()).await.expect("the admin listener accepts");
+        assert_eq!(admin.ask(&get("/readyz")).await.expect("the server answers").status, 200);
         terminate(&mut service);
         let mut refused = false;
         while !refused {
-            refused = admin.ask(&get("/readyz")).await.expect("an answer").status == 503;
+            refused = admin.ask(&get("/readyz")).await.expect("the server answers").status == 503;
         }
-        assert_eq!(admin.ask(&get("/healthz")).await.expect("an answer").status, 200);
+        assert_eq!(admin.ask(&get("/healthz")).await.expect("the server answers").status, 200);
     });
 }
 
@@ -207,22 +211,22 @@ fn the_port_accepts_during_the_drain_delay_and_is_closed_after_it() {
     let mut service = start(&["--drain-delay", "5s"]);
     block_on(async {
         let target = Target::Tcp(service.http);
-        let mut before = Connection::open(&target).await.expect("a connection");
-        before.ask(&get("/")).await.expect("an answer");
+        let mut before = Connection::open(&target).await.expect("the connection opens");
+        before.ask(&get("/")).await.expect("the server answers");
         let begun = Instant::now();
         terminate(&mut service);
         // Business as usual, for connections old and new.
-        let mut fresh = Connection::open(&target).await.expect("the port is open");
-        assert!(!fresh.ask(&get("/")).await.expect("an answer").closes());
-        assert!(!before.ask(&get("/")).await.expect("an answer").closes());
+        let mut fresh = Connection::open(&target).await.expect("the port accepts");
+        assert!(!fresh.ask(&get("/")).await.expect("the server answers").closes());
+        assert!(!before.ask(&get("/")).await.expect("the server answers").closes());
         // Then the end: told with the next answer, and the port is closed.
         let mut told = false;
         while !told {
-            told = before.ask(&get("/sleep?duration=10ms")).await.expect("an answer").closes();
+            told = before.ask(&get("/sleep?duration=10ms")).await.expect("the server answers").closes();
         }
         assert!(begun.elapsed() >= Duration::from_secs(5), "{:?}", begun.elapsed());
         wait_until("a closed port", || std::net::TcpStream::connect(service.http).is_err());
-        assert!(fresh.ask(&get("/")).await.expect("an answer").closes());
+        assert!(fresh.ask(&get("/")).await.expect("the server answers").closes());
     });
     end(service);
 }
@@ -241,16 +245,16 @@ fn a_second_stop_signal_ends_the_drain_delay() {
 fn an_https_connection_gets_connection_close_during_a_drain() {
     let mut service = start(&[]);
     block_on(async {
-        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
-        let mut busy = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        busy.send(&get("/sleep?duration=5s")).await.expect("sent");
+        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        assert!(!idle.ask(&get("/")).await.expect("the server answers").closes());
+        let mut busy = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        busy.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
         wait_for_in_flight(&service).await;
         terminate(&mut service);
-        assert!(busy.answer().await.expect("an answer").closes());
-        assert!(idle.ask(&get("/")).await.expect("an answer").closes());
+        assert!(busy.answer().await.expect("the server answers").closes());
+        assert!(idle.ask(&get("/")).await.expect("the server answers").closes());
         // Both ends say goodbye: a TLS client can tell this from a connection cut short.
-        assert_eq!(idle.read_more().await.expect("close_notify"), 0);
+        assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     end(service);
 }
@@ -259,9 +263,9 @@ fn an_https_connection_gets_connection_close_during_a_drain() {
 fn an_idle_https_connection_is_closed_with_close_notify() {
     let mut service = start(&["--idle-timeout", "3s"]);
     block_on(async {
-        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        idle.ask(&get("/")).await.expect("an answer");
-        assert_eq!(idle.read_more().await.expect("close_notify"), 0);
+        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        idle.ask(&get("/")).await.expect("the server answers");
+        assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     terminate(&mut service);
     end(service);
@@ -271,13 +275,13 @@ fn an_idle_https_connection_is_closed_with_close_notify() {
 fn an_http2_connection_gets_goaway_during_a_drain_and_its_stream_finishes() {
     let mut service = start(&[]);
     block_on(async {
-        let mut idle = Http2::open(&https(&service, "h2")).await.expect("a connection");
-        assert_eq!(idle.get("/").await.expect("an answer").expect("sent").0, 200);
-        let mut busy = Http2::open(&https(&service, "h2")).await.expect("a connection");
+        let mut idle = Http2::open(&https(&service, "h2")).await.expect("the connection opens");
+        assert_eq!(idle.get("/").await.expect("the server answers").expect("no GOAWAY arrives").0, 200);
+        let mut busy = Http2::open(&https(&service, "h2")).await.expect("the connection opens");
         let answer = tokio::spawn(async move { busy.get("/sleep?duration=5s").await });
         wait_for_in_flight(&service).await;
         terminate(&mut service);
-        let answer = answer.await.expect("a task").expect("an answer");
+        let answer = answer.await.expect("the task does not panic").expect("the server answers");
         assert_eq!(answer, Some((200, "slept 5s\n".to_owned())));
         while !idle.is_over().await {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -290,19 +294,20 @@ fn an_http2_connection_gets_goaway_during_a_drain_and_its_stream_finishes() {
 fn survives_a_reload(flags: &[&str]) -> bool {
     let mut service = start(flags);
     let (next, outcome) = block_on(async {
-        let mut connection = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        assert!(!connection.ask(&get("/")).await.expect("an answer").closes());
+        let mut connection =
+            Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        assert!(!connection.ask(&get("/")).await.expect("the server answers").closes());
         service.process.signal(Signal::HUP);
-        let next = service.notifications.wait_for("MAINPID=").expect("a successor");
+        let next = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         // The old process may still have been asked.
         loop {
-            let answer = connection.ask(&get("/")).await.expect("an answer");
+            let answer = connection.ask(&get("/")).await.expect("the server answers");
             if answer.closes() || answer.text().contains("generation 2") {
                 break (next, !answer.closes());
             }
         }
     });
-    testkit::process::terminate(next.trim_start_matches("MAINPID=")).expect("it runs");
+    testkit::process::terminate(next.trim_start_matches("MAINPID=")).expect("the process runs");
     end(service);
     outcome
 }
@@ -317,7 +322,7 @@ fn tls_connections_are_handed_over_unless_tls_handover_is_no() {
 fn a_tls_connection_without_a_handshake_does_not_delay_the_exit() {
     let mut service = start(&["--drain-timeout", "2s"]);
     block_on(async {
-        let silent = TcpStream::connect(service.https).await.expect("a connection");
+        let silent = TcpStream::connect(service.https).await.expect("the connection opens");
         terminate(&mut service);
         end(service);
         drop(silent);
@@ -328,31 +333,32 @@ fn a_tls_connection_without_a_handshake_does_not_delay_the_exit() {
 fn counters_continue_in_the_successors() {
     let service = start(&["--drain-timeout", "1s"]);
     block_on(async {
-        let mut idle = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+        let mut idle = Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
         let mut handed_over = 0;
         for round in 1..=2 {
             let pid = pid_of(&mut idle).await;
-            let mut endless = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
-            endless.send(&get("/sleep?duration=1h")).await.expect("sent");
+            let mut endless =
+                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
+            endless.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
             wait_for_in_flight(&service).await;
-            kill_process(pid, Signal::HUP).expect("it runs");
+            kill_process(pid, Signal::HUP).expect("the process runs");
             endless.answer().await.expect_err("cut off");
             // Beside the idle one there may be those that have just asked for metrics.
             let text = metrics_with(&service, &[&format!("outlive_requests_cut_off_total {round}")]).await;
             let line =
                 text.lines().find_map(|line| line.strip_prefix("outlive_connections_handed_over_total "));
-            let total: u64 = line.expect("a line").parse().expect("a number");
+            let total: u64 = line.expect("the line is present").parse().expect("a valid number");
             assert!(total > handed_over, "{text}");
             handed_over = total;
         }
-        kill_process(pid_of(&mut idle).await, Signal::KILL).expect("it runs");
+        kill_process(pid_of(&mut idle).await, Signal::KILL).expect("the process runs");
     });
     end(service);
 }
 
 /// Of the process that answers.
 async fn pid_of(connection: &mut Connection) -> Pid {
-    let text = connection.ask(&get("/")).await.expect("an answer").text();
+    let text = connection.ask(&get("/")).await.expect("the server answers").text();
     let pid = text.strip_prefix("pid ").and_then(|rest| rest.split(',').next()?.parse().ok());
     pid.and_then(Pid::from_raw).expect(&text)
 }
@@ -366,10 +372,10 @@ fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
     block_on(async {
         let mut acknowledged: Vec<u32> = Vec::new();
         for round in 0..3 {
-            let service = houses.last_mut().expect("a service");
+            let service = houses.last_mut().expect("the service starts");
             let (mut socket, _) = tokio_tungstenite::connect_async(format!("ws://{}/socket", service.http))
                 .await
-                .expect("a socket");
+                .expect("the socket is made");
             let mut sent = acknowledged.len();
             let until = messages.min((round + 1) * messages / 3 + 50);
             let closed = loop {
@@ -385,10 +391,15 @@ fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
                     }
                     service.process.signal(Signal::TERM);
                 }
-                match socket.next().await.expect("a message before the end").expect("a clean end") {
-                    Message::Text(text) => acknowledged.push(text.parse().expect("a number")),
+                match socket
+                    .next()
+                    .await
+                    .expect("a message arrives before the end")
+                    .expect("the stream ends cleanly")
+                {
+                    Message::Text(text) => acknowledged.push(text.parse().expect("a valid number")),
                     Message::Close(frame) => {
-                        let code = frame.expect("a reason").code;
+                        let code = frame.expect("the close frame has a reason").code;
                         assert_eq!(code, CloseCode::Restart);
                         break false;
                     }
@@ -402,7 +413,7 @@ fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
             }
         }
         // What was not acknowledged was sent again: nothing is missing, nothing came twice.
-        let all: Vec<u32> = (0..u32::try_from(messages).expect("few")).collect();
+        let all: Vec<u32> = (0..u32::try_from(messages).expect("a small number")).collect();
         assert_eq!(acknowledged, all);
     });
 }
@@ -413,18 +424,19 @@ fn an_event_stream_resumes_after_its_last_event_in_the_next_process() {
         let mut seen: Vec<u64> = Vec::new();
         for _ in 0..2 {
             let mut service = start(&[]);
-            let mut connection = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+            let mut connection =
+                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
             let last = seen.last().map_or_else(String::new, |id| format!("last-event-id: {id}\r\n"));
             let request = format!("GET /events HTTP/1.1\r\nhost: x\r\n{last}\r\n");
-            connection.send(request.as_bytes()).await.expect("sent");
-            assert_eq!(connection.head().await.expect("a head").status, 200);
+            connection.send(request.as_bytes()).await.expect("the bytes are sent");
+            assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
             let count = |bytes: &[u8]| String::from_utf8_lossy(bytes).matches("id: ").count();
             while count(connection.unread()) < 2 {
-                assert!(connection.read_more().await.expect("events") > 0);
+                assert!(connection.read_more().await.expect("events arrive") > 0);
             }
             terminate(&mut service);
             while !connection.unread().ends_with(b"0\r\n\r\n") {
-                assert!(connection.read_more().await.expect("a clean end") > 0);
+                assert!(connection.read_more().await.expect("the stream ends cleanly") > 0);
             }
             let text = String::from_utf8_lossy(connection.unread()).into_owned();
             seen.extend(

@@ -16,21 +16,21 @@ use testkit::{TEST_TIMEOUT, block_on};
 use crate::app_binary;
 
 fn start() -> Service {
-    Service::start_with_store(app_binary(), &[]).expect("a service")
+    Service::start_with_store(app_binary(), &[]).expect("the service starts")
 }
 
 /// SIGTERM, and the next process when this one has ended.
 fn restart(service: Service) -> Service {
     service.signal(Signal::TERM);
-    service.restart(app_binary()).expect("the next service")
+    service.restart(app_binary()).expect("the next process starts")
 }
 
 /// Who answers on this connection, and that it stays open.
 async fn generation(connection: &mut Connection) -> String {
-    let answer = connection.ask(&get("/")).await.expect("an answer");
+    let answer = connection.ask(&get("/")).await.expect("the server answers");
     assert!(!answer.closes(), "told to close");
     let text = answer.text();
-    text.split(", ").nth(1).expect("a generation").to_owned()
+    text.split(", ").nth(1).expect("the response names a generation").to_owned()
 }
 
 #[test]
@@ -68,12 +68,12 @@ fn a_half_read_request_is_answered_by_the_next_process() {
                 generation(&mut connection).await;
             }
             for piece in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
-                connection.send(piece.as_bytes()).await.expect("sent");
+                connection.send(piece.as_bytes()).await.expect("the bytes are sent");
                 generation(&mut service.connect().await).await;
             }
             let _service = restart(service);
-            connection.send(b"\n\r\n").await.expect("sent");
-            let answer = connection.answer().await.expect("an answer");
+            connection.send(b"\n\r\n").await.expect("the bytes are sent");
+            let answer = connection.answer().await.expect("the server answers");
             assert!(answer.text().contains("generation 2"), "{}", answer.text());
             assert_eq!(generation(&mut connection).await, "generation 2");
         });
@@ -85,11 +85,11 @@ fn a_half_sent_http2_preface_is_completed_in_the_next_process() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"PRI * HTTP/2.0\r\n").await.expect("sent");
+        connection.send(b"PRI * HTTP/2.0\r\n").await.expect("the bytes are sent");
         generation(&mut service.connect().await).await;
         let _service = restart(service);
-        connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
-        assert_eq!(connection.take(9).await.expect("a frame")[3], 4, "SETTINGS");
+        connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("the bytes are sent");
+        assert_eq!(connection.take(9).await.expect("a frame arrives")[3], 4, "SETTINGS");
     });
 }
 
@@ -98,10 +98,10 @@ fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_is_hand
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/sleep?duration=5s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
-        let answer = connection.answer().await.expect("the answer");
+        let answer = connection.answer().await.expect("the server answers");
         assert_eq!((answer.status, answer.closes()), (200, false));
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
@@ -116,16 +116,16 @@ fn bodies_in_flight_finish_in_the_old_process_and_their_connection_is_handed_ove
         let mut service = start();
         block_on(async {
             let mut connection = service.connect().await;
-            connection.send(head.as_bytes()).await.expect("sent");
-            service.wait_for_in_flight(1).expect("in flight");
+            connection.send(head.as_bytes()).await.expect("the bytes are sent");
+            service.wait_for_in_flight(1).expect("the request is in flight");
             service.signal(Signal::TERM);
-            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
             let chunked = head.contains("chunked");
             let rest = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
-            connection.send(rest.as_bytes()).await.expect("sent");
-            let answer = connection.answer().await.expect("the answer");
+            connection.send(rest.as_bytes()).await.expect("the bytes are sent");
+            let answer = connection.answer().await.expect("the server answers");
             assert_eq!((answer.text().as_str(), answer.closes()), ("0123456789", false));
-            let _service = service.restart(app_binary()).expect("the next service");
+            let _service = service.restart(app_binary()).expect("the next process starts");
             assert_eq!(generation(&mut connection).await, "generation 2");
         });
     }
@@ -137,13 +137,13 @@ fn a_request_with_100_continue_finishes_in_the_old_process() {
     block_on(async {
         let mut connection = service.connect().await;
         let head = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n";
-        connection.send(head).await.expect("sent");
-        assert_eq!(connection.head().await.expect("a head").status, 100);
+        connection.send(head).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 100);
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        connection.send(b"hello").await.expect("sent");
-        assert_eq!(connection.answer().await.expect("an answer").text(), "hello");
-        let _service = service.restart(app_binary()).expect("the next service");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        connection.send(b"hello").await.expect("the bytes are sent");
+        assert_eq!(connection.answer().await.expect("the server answers").text(), "hello");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
@@ -154,17 +154,17 @@ fn pipelined_requests_are_answered_in_order_across_a_restart() {
     block_on(async {
         let mut connection = service.connect().await;
         let first: Vec<u8> = [get("/sleep?duration=5s"), get("/sleep?duration=1ms")].concat();
-        connection.send(&first).await.expect("sent");
+        connection.send(&first).await.expect("the bytes are sent");
         // The last of these is cut off, in the middle of its head.
-        connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
         connection
             .send(&[b"st: x\r\n\r\n".to_vec(), get("/sleep?duration=3ms")].concat())
             .await
-            .expect("sent");
+            .expect("the bytes are sent");
         for duration in ["5s", "1ms", "2ms", "3ms"] {
-            let answer = connection.answer().await.expect("an answer");
+            let answer = connection.answer().await.expect("the server answers");
             assert_eq!(answer.text(), format!("slept {duration}\n"));
         }
         assert_eq!(generation(&mut connection).await, "generation 2");
@@ -173,8 +173,9 @@ fn pipelined_requests_are_answered_in_order_across_a_restart() {
 
 #[test]
 fn a_unix_socket_connection_survives_a_restart() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let service = Service::start_on_path(app_binary(), &folder.path().join("http.sock")).expect("a service");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let service =
+        Service::start_on_path(app_binary(), &folder.path().join("http.sock")).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
         generation(&mut connection).await;
@@ -190,16 +191,16 @@ fn connections_without_keep_alive_are_not_handed_over() {
         let mut last = service.connect().await;
         last.send(b"GET /sleep?duration=5s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             .await
-            .expect("sent");
+            .expect("the bytes are sent");
         let mut old = service.connect().await;
-        old.send(b"GET /sleep?duration=5s HTTP/1.0\r\n\r\n").await.expect("sent");
-        service.wait_for_in_flight(2).expect("in flight");
+        old.send(b"GET /sleep?duration=5s HTTP/1.0\r\n\r\n").await.expect("the bytes are sent");
+        service.wait_for_in_flight(2).expect("the request is in flight");
         service.signal(Signal::TERM);
         for connection in [&mut last, &mut old] {
-            assert_eq!(connection.answer().await.expect("the answer").text(), "slept 5s\n");
-            assert_eq!(connection.read_more().await.expect("an end"), 0);
+            assert_eq!(connection.answer().await.expect("the server answers").text(), "slept 5s\n");
+            assert_eq!(connection.read_more().await.expect("the connection ends"), 0);
         }
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(
             status.success()
                 && log.contains("handed over 0 connections; 2 requests in flight finished, 0 cut off"),
@@ -212,23 +213,26 @@ fn connections_without_keep_alive_are_not_handed_over() {
 #[test]
 fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
-        let mut service = start(app_binary(), &["--body-limit", "1KiB"]).expect("a service");
+        let mut service = start(app_binary(), &["--body-limit", "1KiB"]).expect("the service starts");
         block_on(async {
             let mut connection = service.connect().await;
             connection
                 .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
                 .await
-                .expect("sent");
-            assert_eq!(connection.answer().await.expect("an answer").status, 413);
+                .expect("the bytes are sent");
+            assert_eq!(connection.answer().await.expect("the server answers").status, 413);
             service.signal(Signal::TERM);
-            service.notifications.wait_for("STOPPING=1").expect("stopping");
+            service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
             for _ in 0..10 {
-                connection.send(&[b'x'; 10_000]).await.expect("read, and not reset");
+                connection
+                    .send(&[b'x'; 10_000])
+                    .await
+                    .expect("the bytes are read and the connection is not reset");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            assert_eq!(connection.read_more().await.expect("an end, and no reset"), 0);
+            assert_eq!(connection.read_more().await.expect("the connection ends without a reset"), 0);
         });
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success() && log.contains(" 0 cut off"), "{log}");
     }
 }
@@ -237,12 +241,13 @@ fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
 fn an_http2_connection_survives_restarts() {
     let mut service = start();
     block_on(async {
-        let mut connection = Http2::open(&service.target).await.expect("a connection");
+        let mut connection = Http2::open(&service.target).await.expect("the connection opens");
         for generation in 1..10 {
-            let (status, text) = connection.get("/").await.expect("an answer").expect("no GOAWAY");
+            let (status, text) =
+                connection.get("/").await.expect("the server answers").expect("no GOAWAY arrives");
             assert!(status == 200 && text.contains(&format!("generation {generation},")), "{text}");
             service.signal(Signal::TERM);
-            service = service.restart(app_binary()).expect("the next process");
+            service = service.restart(app_binary()).expect("the next process starts");
         }
         assert!(!connection.is_over().await);
     });
@@ -256,17 +261,20 @@ fn a_partial_http2_frame_is_completed_in_the_next_process() {
         let service = start();
         block_on(async {
             let mut connection = service.connect().await;
-            connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+            connection
+                .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+                .await
+                .expect("the bytes are sent");
             let mut kinds = Vec::new();
             // SETTINGS of both sides and what the connection may send: all is agreed upon.
             while kinds.len() < 3 {
                 kinds.push(http2_frame(&mut connection).await.0);
             }
-            connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
-            connection.send(&request[..cut]).await.expect("sent");
+            connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
+            connection.send(&request[..cut]).await.expect("the bytes are sent");
             service.signal(Signal::TERM);
-            let _next = service.restart(app_binary()).expect("the next process");
-            connection.send(&request[cut..]).await.expect("sent");
+            let _next = service.restart(app_binary()).expect("the next process starts");
+            connection.send(&request[cut..]).await.expect("the bytes are sent");
             let (kind, payload) = http2_frame(&mut connection).await;
             // HEADERS, with `:status 200` first.
             assert_eq!((kind, payload[0]), (1, 0x88), "cut at {cut}");
@@ -277,17 +285,17 @@ fn a_partial_http2_frame_is_completed_in_the_next_process() {
 /// New streams are served for as long as an old one is open, and GOAWAY comes while there is time to heed it.
 #[test]
 fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     // Half of it is enough for the slow stream to finish, on a slow machine too.
     let limit = Duration::from_secs(10);
     let flags = ["--drain-timeout", &humantime::format_duration(limit).to_string()];
-    let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("a service");
+    let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("the service starts");
     block_on(async {
-        let mut connection = Http2::open(&service.target).await.expect("a connection");
-        let slow = connection.hold().await.expect("its answer begins");
+        let mut connection = Http2::open(&service.target).await.expect("the connection opens");
+        let slow = connection.hold().await.expect("the response begins");
         let begun = Instant::now();
         service.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         let mut answered = 0;
         loop {
             match connection.get("/").await {
@@ -301,55 +309,58 @@ fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_
         }
         let took = begun.elapsed();
         assert!(answered > 0 && took >= limit / 2, "{answered} in {took:?}");
-        assert_eq!(slow.release().await.expect("an answer"), b"0123456789");
-        service.process().wait().expect("the old process ends");
-        terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+        assert_eq!(slow.release().await.expect("the stream finishes"), b"0123456789");
+        service.process().wait().expect("the old process exits");
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
     });
 }
 
 /// The type of the next frame, and its payload.
 async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
-    let head = connection.take(9).await.expect("a frame");
+    let head = connection.take(9).await.expect("a frame arrives");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    (head[3], connection.take(length).await.expect("its payload"))
+    (head[3], connection.take(length).await.expect("the payload arrives"))
 }
 
 /// Nobody comes after it.
 #[test]
 fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
-    let service = Service::start(app_binary(), &[]).expect("a service");
+    let service = Service::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+        connection
+            .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+            .await
+            .expect("the bytes are sent");
         let mut goaways = 0;
         loop {
-            let head = connection.take(9).await.expect("a frame");
+            let head = connection.take(9).await.expect("a frame arrives");
             let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-            let payload = connection.take(length).await.expect("its payload");
+            let payload = connection.take(length).await.expect("the payload arrives");
             goaways += u32::from(head[3] == 7);
             match (head[3], head[4]) {
                 (4, 0) => {
-                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
+                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
                     service.signal(Signal::TERM);
                 }
                 // A PING, to know when we have heard of the end.
                 (6, 0) => {
                     let answer = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
-                    connection.send(&answer).await.expect("PING acknowledged");
+                    connection.send(&answer).await.expect("the acknowledgement is sent");
                 }
                 // The first lets streams begin that are on their way, the second is final.
                 (7, _) if goaways == 2 => break,
                 _ => {}
             }
         }
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success() && log.contains("0 cut off"), "{log}");
     });
 }
 
 async fn websocket(service: &Service) -> Connection {
     let mut connection = service.connect().await;
-    assert_eq!(connection.ask(WEBSOCKET).await.expect("an answer").status, 101);
+    assert_eq!(connection.ask(WEBSOCKET).await.expect("the server answers").status, 101);
     connection
 }
 
@@ -361,16 +372,16 @@ fn a_websocket_is_closed_with_1012_at_a_restart() {
         generation(&mut idle).await;
         let mut connection = websocket(&service).await;
         // "hi", masked with zeros.
-        connection.send(b"\x81\x82\0\0\0\0hi").await.expect("sent");
-        assert_eq!(connection.take(4).await.expect("the echo"), b"\x81\x02hi");
+        connection.send(b"\x81\x82\0\0\0\0hi").await.expect("the bytes are sent");
+        assert_eq!(connection.take(4).await.expect("the echo arrives"), b"\x81\x02hi");
         service.signal(Signal::TERM);
-        let close = connection.take(4).await.expect("a close frame");
+        let close = connection.take(4).await.expect("a close frame arrives");
         assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
         // Others go on meanwhile.
         assert_eq!(generation(&mut idle).await, "generation 1");
-        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("closed too");
-        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-        let service = service.restart(app_binary()).expect("the next service");
+        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("the close frame is sent");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        let service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut idle).await, "generation 2");
         drop(service);
     });
@@ -381,7 +392,7 @@ fn a_websocket_whose_client_is_silent_or_does_not_read_does_not_delay_the_exit()
     // What held up the end would do so for an hour.
     let mut service =
         Service::start_with_store(app_binary(), &["--drain-timeout", "1h", "--request-timeout", "1h"])
-            .expect("a service");
+            .expect("the service starts");
     block_on(async {
         let mut silent = websocket(&service).await;
         let mut full = websocket(&service).await;
@@ -389,8 +400,11 @@ fn a_websocket_whose_client_is_silent_or_does_not_read_does_not_delay_the_exit()
         let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
         while tokio::time::timeout(Duration::from_secs(1), full.send(&message)).await.is_ok() {}
         service.signal(Signal::TERM);
-        assert!(service.process().ends_within(TEST_TIMEOUT).expect("a look"), "it waits for a peer");
-        assert_eq!(silent.take(2).await.expect("a close frame")[0], 0x88);
+        assert!(
+            service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+            "it waits for a peer"
+        );
+        assert_eq!(silent.take(2).await.expect("a close frame arrives")[0], 0x88);
     });
 }
 
@@ -399,16 +413,16 @@ fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/events")).await.expect("sent");
-        assert_eq!(connection.head().await.expect("a head").status, 200);
-        connection.read_more().await.expect("an event");
+        connection.send(&get("/events")).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
+        connection.read_more().await.expect("an event arrives");
         service.signal(Signal::TERM);
         while !connection.unread().ends_with(b"0\r\n\r\n") {
-            assert!(connection.read_more().await.expect("the end of the stream") > 0, "closed");
+            assert!(connection.read_more().await.expect("the end of the stream arrives") > 0, "closed");
         }
         let whole = connection.unread().len();
-        connection.take(whole).await.expect("read");
-        let _service = service.restart(app_binary()).expect("the next service");
+        connection.take(whole).await.expect("the bytes are read");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
@@ -418,17 +432,17 @@ fn new_requests_are_served_while_a_slow_request_finishes() {
     let mut service = start();
     block_on(async {
         let mut slow = service.connect().await;
-        slow.hold().await.expect("in flight");
+        slow.hold().await.expect("the request is in flight");
         let mut kept = service.connect().await;
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         // All of this happens before the slow request can end.
         for _ in 0..20 {
             assert_eq!(generation(&mut kept).await, "generation 1");
             assert_eq!(generation(&mut service.connect().await).await, "generation 1");
         }
-        slow.release().await.expect("the answer");
-        let _service = service.restart(app_binary()).expect("the next service");
+        slow.release().await.expect("the request finishes");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut slow).await, "generation 2");
         assert_eq!(generation(&mut kept).await, "generation 2");
     });
@@ -441,18 +455,18 @@ fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
     let mut service = start();
     block_on(async {
         let mut first = service.connect().await;
-        first.hold().await.expect("in flight");
+        first.hold().await.expect("the request is in flight");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         let mut second = service.connect().await;
-        second.hold().await.expect("in flight");
-        first.release().await.expect("the answer");
+        second.hold().await.expect("the request is in flight");
+        first.release().await.expect("the request finishes");
         // All of this happens before the second one can end, whose drain is not over for 30 s.
         for _ in 0..30 {
             assert_eq!(generation(&mut first).await, "generation 1");
         }
-        second.release().await.expect("the answer");
-        let _service = service.restart(app_binary()).expect("the next service");
+        second.release().await.expect("the request finishes");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut first).await, "generation 2");
         assert_eq!(generation(&mut second).await, "generation 2");
     });
@@ -460,13 +474,14 @@ fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
 
 #[test]
 fn at_the_drain_timeout_quiescent_connections_are_handed_over_and_others_are_cut_off() {
-    let mut service = Service::start_with_store(app_binary(), &["--drain-timeout", "1s"]).expect("a service");
+    let mut service =
+        Service::start_with_store(app_binary(), &["--drain-timeout", "1s"]).expect("the service starts");
     block_on(async {
         let mut slow = service.connect().await;
         let mut idle = service.connect().await;
         generation(&mut idle).await;
-        slow.send(&get("/sleep?duration=20s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        slow.send(&get("/sleep?duration=20s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
         assert!(slow.answer().await.is_err());
         assert_eq!(generation(&mut idle).await, "generation 2");
@@ -484,12 +499,12 @@ fn a_client_that_disconnects_between_two_processes_is_noticed() {
         service.signal(Signal::TERM);
         // Parked for sure: the process has ended.
         let mut service = service;
-        service.process().wait().expect("an end");
+        service.process().wait().expect("the process ends");
         drop(leaves);
-        let mut service = service.restart(app_binary()).expect("the next service");
+        let mut service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut stays).await, "generation 2");
         let line = ": 1 connections, 0 in flight";
-        service.notifications.wait_for_status(line).expect("one connection");
+        service.notifications.wait_for_status(line).expect("the status counts one connection");
     });
 }
 
@@ -505,22 +520,23 @@ fn a_restart_logs_what_was_handed_over_and_taken_over() {
         }
         service.signal(Signal::TERM);
         let mut service = service;
-        service.process().wait().expect("an end");
+        service.process().wait().expect("the process ends");
         let log = service.process().child().stderr.take();
         let mut said = String::new();
-        std::io::Read::read_to_string(&mut log.expect("piped"), &mut said).expect("text");
+        std::io::Read::read_to_string(&mut log.expect("the output is piped"), &mut said)
+            .expect("valid UTF-8");
         assert!(
             said.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
             "{said}"
         );
-        let mut service = service.restart(app_binary()).expect("the next service");
-        service.notifications.wait_for("FDSTOREREMOVE=1").expect("taken out of the store");
+        let mut service = service.restart(app_binary()).expect("the next process starts");
+        service.notifications.wait_for("FDSTOREREMOVE=1").expect("FDSTOREREMOVE=1 is sent");
         for connection in &mut connections {
             assert_eq!(generation(connection).await, "generation 2");
         }
         service.signal(Signal::TERM);
-        service.notifications.wait_for("STOPPING=1").expect("stopping");
-        let (_, said) = service.end().expect("an end");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        let (_, said) = service.end().expect("the process ends");
         assert!(said.contains("took over 300 connections, "), "{said}");
         assert!(said.contains(" ms after the predecessor's last response"), "{said}");
     });
@@ -533,16 +549,16 @@ fn a_handover_channel_that_the_store_lost_is_logged() {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
         let mut slow = service.connect().await;
-        slow.send(&get("/sleep?duration=5s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        slow.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         // The store loses the channel: whatever is sent now goes nowhere.
         drop(service.notifications.take_stored());
-        assert!(!slow.answer().await.expect("the answer").closes());
-        let answer = idle.ask(&get("/")).await.expect("an answer");
+        assert!(!slow.answer().await.expect("the server answers").closes());
+        let answer = idle.ask(&get("/")).await.expect("the server answers");
         assert!(answer.text().contains("generation 1"), "{}", answer.text());
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success(), "{log}");
         assert!(
             log.contains("systemd closed the handover channel") && log.contains("handed over 0 connections"),
@@ -555,15 +571,15 @@ fn a_handover_channel_that_the_store_lost_is_logged() {
 
 /// A channel with one message in it, and these fds.
 fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
-    let (write, read) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a pair");
-    frames::send(&write, message, fds).expect("sent");
+    let (write, read) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .expect("the socket pair is made");
+    frames::send(&write, message, fds).expect("the bytes are sent");
     read
 }
 
 #[test]
 fn an_invalid_handover_frame_closes_only_its_own_connections() {
-    let null = std::fs::File::open("/dev/null").expect("a file");
+    let null = std::fs::File::open("/dev/null").expect("the file opens");
     let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
         (frame_of(3, CONNECTIONS, 1, ""), "unsupported frame version 3: this binary supports 1 to 2"),
@@ -578,20 +594,19 @@ fn an_invalid_handover_frame_closes_only_its_own_connections() {
         (b"x".to_vec(), "not a handover frame"),
         (vec![0xff; 60_000], "not a handover frame"),
     ] {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let target = Target::Tcp(listener.local_addr().expect("an address"));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+        let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
         block_on(async {
-            let mut client = Connection::open(&target).await.expect("a connection");
-            let (connection, _) = listener.accept().expect("accepted");
+            let mut client = Connection::open(&target).await.expect("the connection opens");
+            let (connection, _) = listener.accept().expect("the connection is accepted");
             let channel = channel_with(&message, &[null.as_fd(), connection.as_fd()]);
             drop(connection);
-            let mut service =
-                Service::start_with_channel(app_binary(), channel).expect("it starts all the same");
-            assert_eq!(client.read_more().await.expect("closed, not reset"), 0);
+            let mut service = Service::start_with_channel(app_binary(), channel).expect("the service starts");
+            assert_eq!(client.read_more().await.expect("the connection is closed, not reset"), 0);
             generation(&mut service.connect().await).await;
             service.signal(Signal::TERM);
-            service.process().wait().expect("an end");
-            let (_, log) = service.end().expect("an end");
+            service.process().wait().expect("the process ends");
+            let (_, log) = service.end().expect("the process ends");
             assert!(log.contains(expected), "{expected:?} is not in {log}");
             assert_eq!(log.matches("of the predecessor").count(), 1, "{log}");
         });
@@ -602,36 +617,37 @@ fn an_invalid_handover_frame_closes_only_its_own_connections() {
 #[test]
 fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
     let name_and_unread = |unread: &str| {
-        let lengths = [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("short").to_le_bytes()];
+        let lengths =
+            [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("a short length").to_le_bytes()];
         [&lengths.concat()[..], b"http", unread.as_bytes()].concat()
     };
     let record = |kind: u16, more: &[u8]| {
         let body = [&kind.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
-        [&u32::try_from(body.len()).expect("short").to_le_bytes()[..], &body].concat()
+        [&u32::try_from(body.len()).expect("a short length").to_le_bytes()[..], &body].concat()
     };
     let records = [record(0, b""), record(99, b"what only it understands"), record(0, b"and more")].concat();
-    let mut file = tempfile::tempfile().expect("a file");
-    std::io::Write::write_all(&mut file, &records).expect("written");
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let target = Target::Tcp(listener.local_addr().expect("an address"));
+    let mut file = tempfile::tempfile().expect("a temporary file is made");
+    std::io::Write::write_all(&mut file, &records).expect("the file is written");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
     block_on(async {
         let (mut clients, mut accepted) = (Vec::new(), Vec::new());
         for _ in 0..3 {
-            clients.push(Connection::open(&target).await.expect("a connection"));
-            accepted.push(listener.accept().expect("accepted").0);
+            clients.push(Connection::open(&target).await.expect("the connection opens"));
+            accepted.push(listener.accept().expect("the connection is accepted").0);
         }
         let fds: Vec<_> = std::iter::once(file.as_fd()).chain(accepted.iter().map(AsFd::as_fd)).collect();
         let channel = channel_with(&frame_of(2, CONNECTIONS, 3, ""), &fds);
         drop(accepted);
-        let service = Service::start_with_channel(app_binary(), channel).expect("a service");
+        let service = Service::start_with_channel(app_binary(), channel).expect("the service starts");
         let [first, unknown, last] = &mut clients[..] else { panic!("three") };
         for known in [first, last] {
-            known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
-            assert!(known.answer().await.expect("an answer").text().contains("generation 8"));
+            known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("the bytes are sent");
+            assert!(known.answer().await.expect("the server answers").text().contains("generation 8"));
         }
-        assert_eq!(unknown.read_more().await.expect("closed, not reset"), 0);
+        assert_eq!(unknown.read_more().await.expect("the connection is closed, not reset"), 0);
         service.signal(Signal::TERM);
-        let (_, log) = service.end().expect("an end");
+        let (_, log) = service.end().expect("the process ends");
         assert!(
             log.contains("closed 1 of the predecessor's connections: unsupported connection type 99"),
             "{log}"
@@ -641,14 +657,14 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
 
 #[test]
 fn a_stored_fd_that_is_not_a_channel_does_not_prevent_a_start() {
-    let (read, _write) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let service = Service::start_with_channel(app_binary(), read.into()).expect("it starts all the same");
+    let (read, _write) = std::os::unix::net::UnixStream::pair().expect("the socket pair is made");
+    let service = Service::start_with_channel(app_binary(), read.into()).expect("the service starts");
     block_on(async { generation(&mut service.connect().await).await });
 }
 
 /// A frame of HTTP/2 that is no longer than 255 bytes.
 fn http2(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("a short payload");
+    let length = u8::try_from(payload.len()).expect("the payload is short");
     [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
 }
 
@@ -657,7 +673,7 @@ async fn http2_until(connection: &mut Connection, wanted: impl Fn(&[u8]) -> bool
     loop {
         let head = connection.take(9).await.expect("the frame arrives");
         let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-        connection.take(length).await.expect("its payload arrives");
+        connection.take(length).await.expect("the payload arrives");
         if wanted(&head) {
             return;
         }
@@ -717,9 +733,10 @@ fn reload_leaves_http2_connections_as_strict_as_fresh_ones() {
             [http2(1, 4, 5, b"\x83\x86\x84\x41\x01x\x0f\x0d\x015"), http2(0, 1, 5, b"body")].concat(),
         ),
     ];
-    let mut service = TlsService::start(app_binary(), &[]).expect("a service");
+    let mut service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
-        let targets = [Target::Tcp(service.http), service.https(&["h2"]).expect("a client")];
+        let targets =
+            [Target::Tcp(service.http), service.https(&["h2"]).expect("the TLS client is configured")];
         let mut moved = Vec::new();
         for target in &targets {
             for _ in &probes {
@@ -727,17 +744,19 @@ fn reload_leaves_http2_connections_as_strict_as_fresh_ones() {
             }
         }
         service.process.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
-        service.process.wait().expect("the old process ends");
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+        service.process.wait().expect("the old process exits");
         let mut moved = moved.into_iter();
         for target in &targets {
             for (name, probe) in &probes {
                 let fresh = http2_reaction(answered_on_stream_1(target).await, probe).await;
-                let moved = http2_reaction(moved.next().expect("one for each probe"), probe).await;
+                let moved =
+                    http2_reaction(moved.next().expect("there is one connection for each probe"), probe)
+                        .await;
                 assert!(!fresh.is_empty(), "{name}");
                 assert_eq!(moved, fresh, "{name}");
             }
         }
-        terminate(main.trim_start_matches("MAINPID=")).expect("the successor ends");
+        terminate(main.trim_start_matches("MAINPID=")).expect("the successor exits");
     });
 }
