@@ -1,4 +1,4 @@
-//! What the binary promises to whoever starts it, with no systemd around.
+//! The command line, environment, notifications, limits and exit codes of the binary, without systemd.
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -24,8 +24,7 @@ fn assert_success(service: Service) -> String {
     log
 }
 
-/// Starts the binary as `command` has it, and expects it to refuse: its exit code, and one line that
-/// says all of `words`.
+/// Runs `command` and expects an error: exit code `code`, and a single line on standard error that contains all of `words`.
 fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
     let (exit, _, log) = run_to_end(command).expect("the process ends");
     assert_eq!(exit, Some(code), "{log}");
@@ -35,8 +34,9 @@ fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
     }
 }
 
-/// The binary with `socket` as fd 0, `LISTEN_FDS_FIRST_FD=0`, and further variables.
-fn given(socket: impl Into<Stdio>, variables: &[(&str, &str)]) -> Command {
+/// The binary with `socket` as an inherited fd. It is fd 0 and not 3, because `Command` can pass stdin without unsafe code;
+/// listenfd reads the number from `LISTEN_FDS_FIRST_FD`.
+fn inheriting(socket: impl Into<Stdio>, variables: &[(&str, &str)]) -> Command {
     let mut command = command(app_binary(), &[]);
     command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").stdin(socket);
     command.envs(variables.iter().copied());
@@ -51,7 +51,7 @@ fn listener() -> TcpListener {
     TcpListener::bind("127.0.0.1:0").expect("a free port is bound")
 }
 
-// ---- a life ----
+// ---- start and stop ----
 
 #[test]
 fn the_service_sends_ready_answers_sends_stopping_and_exits_with_0() {
@@ -64,9 +64,9 @@ fn the_service_sends_ready_answers_sends_stopping_and_exits_with_0() {
     });
     service.signal(Signal::TERM);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
-    let said = service.notifications.said();
-    let ready = said.iter().position(|line| line == "READY=1");
-    assert!(ready < said.iter().position(|line| line == "STOPPING=1"), "{said:?}");
+    let sent = service.notifications.said();
+    let ready = sent.iter().position(|line| line == "READY=1");
+    assert!(ready < sent.iter().position(|line| line == "STOPPING=1"), "{sent:?}");
     assert_success(service);
 }
 
@@ -85,14 +85,14 @@ fn sigterm_right_after_the_socket_listens_exits_cleanly() {
     let mut process = command(app_binary(), &["--listen", path.to_str().expect("the path is valid UTF-8")]);
     let mut process = Process::spawn(process.stderr(Stdio::null())).expect("the wait succeeds");
     let deadline = Instant::now() + TEST_TIMEOUT;
-    // No pause between two looks: it would miss the moment.
+    // Connects without pauses, because the signal must arrive right after the socket listens, before the start is complete.
     while UnixStream::connect(&path).is_err() {
-        assert!(Instant::now() < deadline, "nobody listens");
+        assert!(Instant::now() < deadline, "the socket does not listen in time");
     }
     process.signal(Signal::TERM);
     let status = process.wait().expect("the process ends");
     assert!(status.success(), "{status}");
-    assert!(!path.exists(), "it was left behind");
+    assert!(!path.exists(), "the socket file was not removed");
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn the_service_answers_under_systemd_socket_activate() {
     let mut command = Command::new("systemd-socket-activate");
     command.arg(format!("--listen=127.0.0.1:{port}")).arg(app_binary()).stderr(Stdio::piped());
     let mut process = Process::spawn(&mut command).expect("systemd-socket-activate starts");
-    // It says so once it listens; until then a connection would be refused.
+    // systemd-socket-activate prints this line once it listens. A connection before that would be refused.
     let mut line = String::new();
     let mut stderr = std::io::BufReader::new(process.child().stderr.take().expect("the output is piped"));
     std::io::BufRead::read_line(&mut stderr, &mut line).expect("the line is present");
@@ -132,7 +132,7 @@ fn status_names_listeners_connections_and_requests() {
 fn watchdog_notifications_are_sent_at_half_of_the_watchdog_time() {
     let listener = listener();
     let notifications = Notifications::new().expect("the socket is made");
-    let mut command = given(fd(listener), &[("WATCHDOG_USEC", "200000")]);
+    let mut command = inheriting(fd(listener), &[("WATCHDOG_USEC", "200000")]);
     command.env("NOTIFY_SOCKET", notifications.path());
     let begun = Instant::now();
     let _process = Process::spawn(&mut command).expect("the service starts");
@@ -155,7 +155,7 @@ fn a_request_in_flight_finishes_after_sigterm() {
         service.signal(Signal::TERM);
         let answer = connection.answer().await.expect("the server answers");
         assert_eq!(answer.text(), "slept 5s\n");
-        assert!(answer.closes(), "nobody goes on with this connection");
+        assert!(answer.closes(), "no process continues this connection, so it must be closed");
     });
     assert_success(service);
 }
@@ -204,7 +204,7 @@ fn idle_and_fresh_connections_get_one_more_response_after_sigterm() {
 fn a_drain_answers_connections_queued_on_a_port_that_the_service_bound() {
     let address = free_address().to_string();
     let mut notifications = Notifications::new().expect("the socket is made");
-    // One connection at a time: the others wait in the queue.
+    // With a limit of one connection, the others stay in the accept queue.
     let mut command = command(app_binary(), &["--listen", &address, "--max-connections", "1"]);
     command.env("NOTIFY_SOCKET", notifications.path());
     let mut process = Process::spawn(&mut command).expect("the service starts");
@@ -256,11 +256,11 @@ fn a_drain_reports_the_time_left_and_extends_the_stop_timeout() {
             let left = left.and_then(|left| left.strip_suffix(" s left")).expect(&line);
             left.parse::<u32>().expect("a number of seconds")
         });
-        // Not by one each time, because the service may have been kept waiting.
+        // The steps may be larger than one second, because a busy machine delays the status messages.
         assert!(left.is_sorted_by(|one, next| one >= next) && left[4] < left[0], "{left:?}");
-        let said = service.notifications.said();
-        let extended = said.iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
-        assert!(extended >= 4, "{said:?}");
+        let sent = service.notifications.said();
+        let extended = sent.iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
+        assert!(extended >= 4, "{sent:?}");
         service.signal(Signal::TERM);
     });
     assert_success(service);
@@ -289,12 +289,12 @@ fn a_second_stop_signal_ends_the_drain_at_once() {
 fn an_incomplete_head_is_answered_with_408() {
     let service = start(&["--head-timeout", "300ms"]);
     block_on(async {
-        for some in ["G", "PRI * HTTP/2.0\r\n", "GET / HTTP/1.1\r\nhost: x\r\n"] {
+        for part in ["G", "PRI * HTTP/2.0\r\n", "GET / HTTP/1.1\r\nhost: x\r\n"] {
             let mut connection = service.connect().await;
-            connection.send(some.as_bytes()).await.expect("the bytes are sent");
+            connection.send(part.as_bytes()).await.expect("the bytes are sent");
             let answer = connection.answer().await.expect("the server answers");
-            assert_eq!(answer.status, 408, "{some:?}");
-            assert_eq!(connection.read_more().await.expect("the connection ends"), 0, "{some:?}");
+            assert_eq!(answer.status, 408, "{part:?}");
+            assert_eq!(connection.read_more().await.expect("the connection ends"), 0, "{part:?}");
         }
     });
 }
@@ -316,11 +316,11 @@ fn a_client_that_does_not_read_its_response_is_cut_off() {
     let service = start(&["--request-timeout", "2s", "--body-limit", "1GiB"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
-        // Echoed back and never read: the buffers between fill up, and writing stalls.
+        // The service echoes the body and the client never reads it, so the socket buffers fill and the service cannot write.
         let sent = tokio::time::timeout(TEST_TIMEOUT, connection.send(&post("/echo", 64 << 20))).await;
         assert!(
             sent.expect("the connection ends within the time limit of the test").is_err(),
-            "cut off while sending"
+            "the connection must be cut off while the client sends"
         );
         service.signal(Signal::TERM);
         assert_success(service)
@@ -334,10 +334,10 @@ fn a_websocket_whose_client_does_not_read_is_cut_off() {
     block_on(async {
         let mut connection = service.connect().await;
         assert_eq!(connection.ask(WEBSOCKET).await.expect("the server answers").status, 101);
-        // Its echoes pile up, until the service takes no more.
+        // The client reads no echo, so the buffers fill until the service stops reading.
         let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
-        let cut_off = async { while connection.send(&message).await.is_ok() {} };
-        tokio::time::timeout(TEST_TIMEOUT, cut_off).await.expect("the connection is cut off");
+        let send_until_closed = async { while connection.send(&message).await.is_ok() {} };
+        tokio::time::timeout(TEST_TIMEOUT, send_until_closed).await.expect("the connection is cut off");
     });
 }
 
@@ -350,11 +350,11 @@ fn a_client_that_stalls_in_its_request_body_is_cut_off() {
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf ")
             .await
             .expect("the bytes are sent");
-        // What was sent comes back; the end of the answer does not.
+        // The echo of the first half arrives, but the response cannot end.
         let answer = tokio::time::timeout(TEST_TIMEOUT, connection.answer()).await;
         assert!(
             answer.expect("the connection ends within the time limit of the test").is_err(),
-            "cut off while reading"
+            "the connection must be cut off inside the response"
         );
         assert_eq!(connection.read_more().await.expect("the connection ends"), 0);
     });
@@ -427,7 +427,7 @@ fn running_out_of_file_descriptors_loses_no_connection() {
             connection.send(&get("/")).await.expect("the bytes are sent");
             connections.push(connection);
         }
-        // The first ones hold all the fds; each that goes makes room for one that waits.
+        // The first connections use all file descriptors. Each one that closes frees one for a connection in the queue.
         for mut connection in connections {
             assert_eq!(connection.answer().await.expect("the server answers").status, 200);
         }
@@ -440,7 +440,10 @@ fn running_out_of_file_descriptors_loses_no_connection() {
     assert!(status.success(), "{log}");
     assert!(log.contains("could not accept"), "{log}");
     let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a small number");
-    assert!(log.matches("could not accept").count() < seconds + 2, "once a second at the most: {log}");
+    assert!(
+        log.matches("could not accept").count() < seconds + 2,
+        "expected at most one message per second: {log}"
+    );
 }
 
 // ---- protocols ----
@@ -450,9 +453,9 @@ fn an_http2_preface_in_several_segments_is_recognized() {
     let service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        for piece in ["P", "RI * HTTP/2.0\r\n", "\r\nSM\r\n\r", "\n", "\0\0\0\x04\0\0\0\0\0"] {
-            connection.send(piece.as_bytes()).await.expect("the bytes are sent");
-            // Another client's turn: by then the piece has been looked at.
+        for segment in ["P", "RI * HTTP/2.0\r\n", "\r\nSM\r\n\r", "\n", "\0\0\0\x04\0\0\0\0\0"] {
+            connection.send(segment.as_bytes()).await.expect("the bytes are sent");
+            // The service handles the segment before it answers this other client.
             service.connect().await.ask(&get("/")).await.expect("the server answers");
         }
         let settings = connection.take(9).await.expect("a frame arrives");
@@ -491,7 +494,7 @@ fn a_handler_is_dropped_when_its_client_disconnects() {
 fn a_client_that_closes_its_sending_side_is_answered() {
     let service = start(&[]);
     let mut client = std::net::TcpStream::connect(service.address()).expect("the connection opens");
-    // Held back, so that its end comes with it.
+    // MSG_MORE delays the request, so that it arrives together with the FIN.
     rustix::net::send(&client, &get("/"), SendFlags::MORE).expect("the bytes are sent");
     client.shutdown(std::net::Shutdown::Write).expect("the sending side is closed");
     let mut answer = String::new();
@@ -575,7 +578,7 @@ fn ipv4_ipv6_and_unix_listeners_are_served_at_once() {
     });
     process.signal(Signal::TERM);
     assert!(process.wait().expect("the process ends").success());
-    assert!(!path.exists(), "a socket file that it made is removed");
+    assert!(!path.exists(), "the service must remove the socket file that it made");
 }
 
 #[test]
@@ -615,19 +618,23 @@ fn sockets_from_server_starter_are_served() {
 fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
     let words = ["LISTEN_FDS: fd 0", "not a listening stream socket"];
     let udp = UdpSocket::bind("127.0.0.1:0").expect("the socket is made");
-    assert_refused(&mut given(fd(udp), &[]), 78, &words);
+    assert_refused(&mut inheriting(fd(udp), &[]), 78, &words);
     let (stream, _other) = UnixStream::pair().expect("the socket pair is made");
-    assert_refused(&mut given(fd(stream), &[]), 78, &words);
+    assert_refused(&mut inheriting(fd(stream), &[]), 78, &words);
     let listener = listener();
     let connected = std::net::TcpStream::connect(listener.local_addr().expect("the socket has an address"))
         .expect("the connection opens");
-    assert_refused(&mut given(fd(connected), &[]), 78, &words);
-    assert_refused(&mut given(std::fs::File::open("/dev/null").expect("the file opens"), &[]), 78, &words);
+    assert_refused(&mut inheriting(fd(connected), &[]), 78, &words);
+    assert_refused(
+        &mut inheriting(std::fs::File::open("/dev/null").expect("the file opens"), &[]),
+        78,
+        &words,
+    );
 }
 
 #[test]
 fn a_closed_fd_is_refused_by_its_number() {
-    let mut command = given(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
     assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not a listening"]);
 }
 
@@ -642,7 +649,7 @@ fn invalid_variables_are_refused_by_their_names() {
         ("LISTEN_FDNAMES", "http:admin"),
         ("SERVER_STARTER_GENERATION", "x"),
     ] {
-        assert_refused(&mut given(fd(listener()), &[(name, value)]), 78, &[name]);
+        assert_refused(&mut inheriting(fd(listener()), &[(name, value)]), 78, &[name]);
     }
     for value in ["8080", "127.0.0.1:80=", "127.0.0.1:80=x", "80=1", "80=200", ";", "80=5;80=5"] {
         let mut command = command(app_binary(), &[]);
@@ -657,13 +664,13 @@ fn invalid_variables_are_refused_by_their_names() {
 
 #[test]
 fn an_invalid_number_is_quoted_in_the_error() {
-    let mut command = given(fd(listener()), &[("LISTEN_FDS", "two")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "two")]);
     assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
 }
 
 #[test]
 fn sockets_of_another_process_are_refused_and_the_error_names_the_wrapper() {
-    let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_PID", "1")]);
     assert_refused(&mut command, 78, &["LISTEN_PID=1", "not the pid of this process", "`exec`", "--listen"]);
 }
 
@@ -687,7 +694,7 @@ fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
 #[test]
 fn check_with_listen_ignores_sockets_of_another_process() {
     let port = free_address().port();
-    let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_PID", "1")]);
     command.args(["check", "--listen", &format!("127.0.0.1:{port}")]);
     let (code, output, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
@@ -729,7 +736,8 @@ fn an_address_in_use_is_refused_with_exit_code_69() {
 
 #[test]
 fn check_prints_the_listeners_and_exits_with_0() {
-    let (code, output, log) = run_to_end(given(fd(listener()), &[]).arg("check")).expect("the process ends");
+    let (code, output, log) =
+        run_to_end(inheriting(fd(listener()), &[]).arg("check")).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
     assert!(output.starts_with("ready to serve on http("), "{output}");
 }

@@ -1,4 +1,5 @@
-//! What idle connections cost, and that nobody notices how little: those that say nothing for a while sleep.
+//! Parked connections: the service drops the task and the buffers of a connection that is idle for two seconds. These tests
+//! check that clients cannot notice it, and how little memory a parked connection takes.
 
 use std::time::Duration;
 
@@ -12,10 +13,11 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::app_binary;
 
-/// By when an idle connection sleeps.
-const ASLEEP: Duration = Duration::from_secs(3);
+/// After this time without a request a connection is parked.
+const PARKED: Duration = Duration::from_secs(3);
 
-/// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
+/// The clients pause for different times around the two seconds, so that their requests arrive before, while and after the
+/// connection is parked. Some connections have had no request before.
 #[test]
 fn requests_on_parked_and_parking_connections_are_answered() {
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
@@ -25,7 +27,7 @@ fn requests_on_parked_and_parking_connections_are_answered() {
             let mut client = Client::open(&service, usize::try_from(number).expect("a small number")).await;
             clients.spawn(async move {
                 for round in 0..4 {
-                    // 0.7 s to 3.1 s, in steps that no other has.
+                    // 0.7 s to 3.1 s, different for each client and round.
                     sleep(Duration::from_millis(700 + (number * 6 + round * 613) % 2400)).await;
                     client.is_answered().await;
                 }
@@ -45,21 +47,21 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
         for kind in 0..4 {
             clients.push((Client::open(&service, kind).await, Client::open(&service, kind).await));
         }
-        for (left_alone, woken) in &mut clients {
-            left_alone.is_answered().await;
-            woken.is_answered().await;
+        for (unused, used) in &mut clients {
+            unused.is_answered().await;
+            used.is_answered().await;
         }
         let begun = Instant::now();
-        // Asleep each time, and each time long before the limit.
+        // Each pause is long enough to be parked, and far below the idle timeout.
         while begun.elapsed() < LIMIT {
-            sleep(ASLEEP).await;
-            for (_, woken) in &mut clients {
-                woken.is_answered().await;
+            sleep(PARKED).await;
+            for (_, used) in &mut clients {
+                used.is_answered().await;
             }
         }
-        for (left_alone, _) in clients {
+        for (unused, _) in clients {
             let ended = async {
-                match left_alone {
+                match unused {
                     Client::Http1(mut connection) => {
                         connection.read_more().await.expect("the connection ends") == 0
                     }
@@ -78,20 +80,20 @@ fn parked_connections_survive_two_restarts() {
         let mut connections = Vec::new();
         for number in 0..10 {
             let mut connection = service.connect().await;
-            // Some have never said anything.
+            // The others have never sent a request.
             if number % 2 == 0 {
                 assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
             }
             connections.push(connection);
         }
         for generation in 2..4 {
-            sleep(ASLEEP).await;
+            sleep(PARKED).await;
             service.signal(Signal::TERM);
             service = service.restart(app_binary()).expect("the next process starts");
-            let said = format!("generation {generation},");
+            let expected = format!("generation {generation},");
             for connection in &mut connections {
                 let answer = connection.ask(&get("/")).await.expect("the server answers").text();
-                assert!(answer.contains(&said), "{answer}");
+                assert!(answer.contains(&expected), "{answer}");
             }
         }
     });
@@ -103,7 +105,7 @@ fn without_a_store_a_parked_connection_gets_connection_close() {
     block_on(async {
         let mut connection = service.connect().await;
         connection.ask(&get("/")).await.expect("the server answers");
-        sleep(ASLEEP).await;
+        sleep(PARKED).await;
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         assert!(!service.process().ends_within(Duration::from_millis(500)).expect("the wait succeeds"));
@@ -131,15 +133,15 @@ fn parked_connections_are_counted_as_parked() {
                 metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
             line.parse::<u32>().expect("a valid number")
         };
-        let asleep = async {
+        let all_parked = async {
             while (count("parked").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(TEST_TIMEOUT, asleep).await.expect("all connections are parked");
-        // A client has its answer a moment before the service counts its connection as waiting, and on a slow machine
-        // the first of them is asleep again before the last one is answered.
-        let awake = async {
+        timeout(TEST_TIMEOUT, all_parked).await.expect("all connections are parked");
+        // Repeated, because a client receives its response before the service counts its connection as waiting, and on a
+        // slow machine the first connection is parked again before the last one is answered.
+        let none_parked = async {
             loop {
                 for client in &mut clients {
                     client.is_answered().await;
@@ -149,11 +151,11 @@ fn parked_connections_are_counted_as_parked() {
                 }
             }
         };
-        timeout(TEST_TIMEOUT, awake).await.expect("no connection is parked");
+        timeout(TEST_TIMEOUT, none_parked).await.expect("no connection is parked");
     });
 }
 
-/// Bytes that the process has in memory.
+/// Resident memory of the process in bytes.
 fn resident(service: &TlsService) -> u64 {
     let path = format!("/proc/{}/status", service.process.pid().as_raw_nonzero());
     let status = std::fs::read_to_string(path).expect("the process runs");
@@ -161,12 +163,12 @@ fn resident(service: &TlsService) -> u64 {
     line.trim().trim_end_matches(" kB").parse::<u64>().expect("a valid number") * 1024
 }
 
-/// `bench/README.md` has the figures; this is what no change may break.
+/// The bound is loose, so that the test does not depend on the machine; bench/README.md has the measured figures.
 #[test]
 fn idle_connections_take_little_memory_again_after_a_burst() {
     const COUNT: u64 = 4_000;
-    /// 1 kB each, and 14 kB each before they sleep.
-    const LITTLE: u64 = 4_000;
+    /// Bytes for each connection: a parked one takes about 1 kB, an idle one that is not parked 14 kB.
+    const LIMIT: u64 = 4_000;
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
     setrlimit(Resource::Nofile, limit).expect("the limit of open files is raised");
@@ -189,16 +191,16 @@ fn idle_connections_take_little_memory_again_after_a_burst() {
             for connection in &mut connections {
                 connection.send(&get("/")).await.expect("the bytes are sent");
             }
-            // The first may be asleep again when the last one is answered.
-            let mut awake = each();
+            // Sampled during the round, because the first connections may be parked again before the last one is answered.
+            let mut active = each();
             for (number, connection) in connections.iter_mut().enumerate() {
                 assert_eq!(connection.answer().await.expect("the server answers").status, 200);
                 if number % 100 == 0 {
-                    awake = awake.max(each());
+                    active = active.max(each());
                 }
             }
-            assert!(awake > LITTLE, "they are awake: {awake}");
-            wait_until("memory goes back to the system", || each() < LITTLE);
+            assert!(active > LIMIT, "the connections were never active: {active} bytes each");
+            wait_until("the memory is returned to the system", || each() < LIMIT);
         }
     });
 }

@@ -1,4 +1,4 @@
-//! What is spoken at each listener, with clients that nobody here wrote: curl, openssl, a WebSocket client.
+//! Names of listeners, and what is specific to each: TLS, the admin routes, WebSockets and event streams.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ fn terminate(service: &mut TlsService) {
     service.terminate().expect("the service begins to stop");
 }
 
-/// Expects a clean end.
+/// Waits until the service exits, and expects exit code 0.
 fn end(mut service: TlsService) {
     assert!(service.process.wait().expect("the process ends").success());
 }
@@ -37,7 +37,7 @@ async fn metrics(service: &TlsService) -> String {
     admin.ask(&get("/metrics")).await.expect("the server answers").text()
 }
 
-/// What the metrics are once these lines are among them.
+/// Polls the metrics until they contain all of `lines`, and returns them.
 async fn metrics_with(service: &TlsService, lines: &[&str]) -> String {
     let deadline = Instant::now() + TEST_TIMEOUT;
     loop {
@@ -45,12 +45,12 @@ async fn metrics_with(service: &TlsService, lines: &[&str]) -> String {
         if lines.iter().all(|line| text.lines().any(|found| found == *line)) {
             return text;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {lines:?}: {text}");
+        assert!(Instant::now() < deadline, "no {lines:?} in time: {text}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// Waits until a request is being answered, besides the one that asks.
+/// Waits until one request is in flight besides the request for the metrics.
 async fn wait_for_in_flight(service: &TlsService) {
     metrics_with(service, &["http_requests_in_flight 2"]).await;
 }
@@ -60,10 +60,10 @@ async fn wait_for_in_flight(service: &TlsService) {
 #[test]
 fn a_listener_with_an_unknown_name_is_refused() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
-    let mut given = command(app_binary(), &[]);
-    given.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
-    given.stdin(std::os::fd::OwnedFd::from(listener));
-    let (code, _, log) = run_to_end(&mut given).expect("the process ends");
+    let mut command_with_fd = command(app_binary(), &[]);
+    command_with_fd.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
+    command_with_fd.stdin(std::os::fd::OwnedFd::from(listener));
+    let (code, _, log) = run_to_end(&mut command_with_fd).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("fd 0 (web)") && log.contains("invalid listener name \"web\""), "{log}");
     let (code, _, log) =
@@ -110,9 +110,9 @@ fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
     assert!(log.contains("LoadCredential=tls.crt") && log.contains("--tls-cert"), "{log}");
     let mut credentials = command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"]);
     credentials.env("CREDENTIALS_DIRECTORY", one.chain().parent().expect("the path has a parent"));
-    let (code, said, log) = run_to_end(&mut credentials).expect("the process ends");
+    let (code, output, log) = run_to_end(&mut credentials).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert!(said.starts_with("ready to serve on https("), "{said}");
+    assert!(output.starts_with("ready to serve on https("), "{output}");
 }
 
 // ---- admin ----
@@ -127,7 +127,7 @@ fn metrics_are_labelled_by_route_template_and_not_by_path() {
             connection.ask(&get(path)).await.expect("the server answers");
         }
         connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("the server answers");
-        // A client has its answer before the service knows that it has.
+        // The client receives a response before the service counts it, so the test waits for the final counts.
         let lines = [
             "outlive_connections{stage=\"waiting\"} 1",
             "outlive_connections{stage=\"in_flight\"} 1",
@@ -215,14 +215,14 @@ fn the_port_accepts_during_the_drain_delay_and_is_closed_after_it() {
         before.ask(&get("/")).await.expect("the server answers");
         let begun = Instant::now();
         terminate(&mut service);
-        // Business as usual, for connections old and new.
+        // During the delay both old and new connections are served without Connection: close.
         let mut fresh = Connection::open(&target).await.expect("the port accepts");
         assert!(!fresh.ask(&get("/")).await.expect("the server answers").closes());
         assert!(!before.ask(&get("/")).await.expect("the server answers").closes());
-        // Then the end: told with the next answer, and the port is closed.
-        let mut told = false;
-        while !told {
-            told = before.ask(&get("/sleep?duration=10ms")).await.expect("the server answers").closes();
+        // After the delay the next response has Connection: close, and the port is closed.
+        let mut closes = false;
+        while !closes {
+            closes = before.ask(&get("/sleep?duration=10ms")).await.expect("the server answers").closes();
         }
         assert!(begun.elapsed() >= Duration::from_secs(5), "{:?}", begun.elapsed());
         wait_until("a closed port", || std::net::TcpStream::connect(service.http).is_err());
@@ -239,7 +239,7 @@ fn a_second_stop_signal_ends_the_drain_delay() {
     end(service);
 }
 
-// ---- the end, behind TLS ----
+// ---- drain over TLS ----
 
 #[test]
 fn an_https_connection_gets_connection_close_during_a_drain() {
@@ -253,7 +253,7 @@ fn an_https_connection_gets_connection_close_during_a_drain() {
         terminate(&mut service);
         assert!(busy.answer().await.expect("the server answers").closes());
         assert!(idle.ask(&get("/")).await.expect("the server answers").closes());
-        // Both ends say goodbye: a TLS client can tell this from a connection cut short.
+        // The service sends close_notify, so that the client can distinguish this from truncation (RFC 8446 section 6.1).
         assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     end(service);
@@ -290,7 +290,7 @@ fn an_http2_connection_gets_goaway_during_a_drain_and_its_stream_finishes() {
     end(service);
 }
 
-/// Whether the next process answers on the same connection after a reload; else it is told to close.
+/// Whether a TLS connection is handed over at a reload. If not, its next response has Connection: close.
 fn survives_a_reload(flags: &[&str]) -> bool {
     let mut service = start(flags);
     let (next, outcome) = block_on(async {
@@ -299,7 +299,7 @@ fn survives_a_reload(flags: &[&str]) -> bool {
         assert!(!connection.ask(&get("/")).await.expect("the server answers").closes());
         service.process.signal(Signal::HUP);
         let next = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
-        // The old process may still have been asked.
+        // The old process may answer the first requests, before it hands the connection over.
         loop {
             let answer = connection.ask(&get("/")).await.expect("the server answers");
             if answer.closes() || answer.text().contains("generation 2") {
@@ -343,7 +343,7 @@ fn counters_continue_in_the_successors() {
             wait_for_in_flight(&service).await;
             kill_process(pid, Signal::HUP).expect("the process runs");
             endless.answer().await.expect_err("cut off");
-            // Beside the idle one there may be those that have just asked for metrics.
+            // Not an exact number, because connections that requested metrics may be handed over too.
             let text = metrics_with(&service, &[&format!("outlive_requests_cut_off_total {round}")]).await;
             let line =
                 text.lines().find_map(|line| line.strip_prefix("outlive_connections_handed_over_total "));
@@ -356,7 +356,7 @@ fn counters_continue_in_the_successors() {
     end(service);
 }
 
-/// Of the process that answers.
+/// The pid of the process that answers on `connection`.
 async fn pid_of(connection: &mut Connection) -> Pid {
     let text = connection.ask(&get("/")).await.expect("the server answers").text();
     let pid = text.strip_prefix("pid ").and_then(|rest| rest.split(',').next()?.parse().ok());
@@ -368,19 +368,19 @@ async fn pid_of(connection: &mut Connection) -> Pid {
 #[test]
 fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
     let messages = 300;
-    let mut houses = vec![start(&[])];
+    let mut services = vec![start(&[])];
     block_on(async {
         let mut acknowledged: Vec<u32> = Vec::new();
         for round in 0..3 {
-            let service = houses.last_mut().expect("the service starts");
+            let service = services.last_mut().expect("the service starts");
             let (mut socket, _) = tokio_tungstenite::connect_async(format!("ws://{}/socket", service.http))
                 .await
-                .expect("the socket is made");
+                .expect("the WebSocket opens");
             let mut sent = acknowledged.len();
             let until = messages.min((round + 1) * messages / 3 + 50);
-            let closed = loop {
+            let is_done = loop {
                 if sent < until && sent < acknowledged.len() + 10 {
-                    // A refusal shows in what is read next.
+                    // A failed send is not an error: the reason is in the next message that is read.
                     let _ = socket.send(Message::text(sent.to_string())).await;
                     sent += 1;
                     continue;
@@ -406,13 +406,13 @@ fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
                     other => panic!("{other:?}"),
                 }
             };
-            if !closed {
-                // To the end: the server waits for our half.
+            if !is_done {
+                // The client reads to the end, because the server waits for the client's side of the close.
                 while socket.next().await.is_some_and(|message| message.is_ok()) {}
-                houses.push(start(&[]));
+                services.push(start(&[]));
             }
         }
-        // What was not acknowledged was sent again: nothing is missing, nothing came twice.
+        // Messages without an acknowledgement were sent again, so the sequence has no gap and no duplicate.
         let all: Vec<u32> = (0..u32::try_from(messages).expect("a small number")).collect();
         assert_eq!(acknowledged, all);
     });

@@ -1,4 +1,5 @@
-//! Reload with no systemd around: what the old process does when a successor comes, well or badly.
+//! Reloads without systemd. The tests use a real successor, a real successor whose messages they delay (`Delayed`), or they
+//! play the successor themselves on the takeover socket, with valid and invalid messages.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -31,10 +32,10 @@ fn start(flags: &[&str]) -> (Service, TempDir) {
     (service, folder)
 }
 
-/// Runs the takeover command, as ExecReload= does; gives its exit code and what it and the successor
-/// wrote to standard error.
+/// Runs the takeover command as ExecReload= does. Returns its exit code, and what it and the successor wrote to standard
+/// error.
 fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, String) {
-    // No pipe: the successor keeps it.
+    // A file and not a pipe, because the successor inherits standard error and would keep a pipe open.
     let mut log = tempfile::NamedTempFile::new().expect("a temporary file is made");
     let mut command = command(app_binary(), &[&["takeover"], flags].concat());
     command.env("RUNTIME_DIRECTORY", folder).env("NOTIFY_SOCKET", notifications);
@@ -46,10 +47,10 @@ fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, 
     (status.code(), text)
 }
 
-/// Who answers on this connection: its pid and generation.
-async fn who(connection: &mut Connection) -> (i32, u64) {
+/// Sends a request, and returns the pid and the generation of the process that answers.
+async fn process_on(connection: &mut Connection) -> (i32, u64) {
     let answer = connection.ask(&get("/")).await.expect("the server answers");
-    assert!(!answer.closes(), "told to close");
+    assert!(!answer.closes(), "the response has Connection: close");
     let text = answer.text();
     let number = |after: &str| {
         let rest = text.split(after).nth(1).expect("a valid number");
@@ -61,7 +62,7 @@ async fn who(connection: &mut Connection) -> (i32, u64) {
     )
 }
 
-/// Ends a successor, which is nobody's child.
+/// Kills a successor. The test cannot wait for it, because it is not a child of the test.
 fn end(pid: i32) {
     kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::KILL).expect("the process runs");
 }
@@ -73,23 +74,23 @@ fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() 
     block_on(async {
         let mut idle = service.connect().await;
         let mut slow = service.connect().await;
-        assert_eq!(who(&mut idle).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut idle).await, (service.pid(), 1));
         slow.hold().await.expect("the request is in flight");
-        // It does not wait for the slow request, which cannot end meanwhile.
+        // The reload must not wait for the slow request, which ends only at `release` below.
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, generation) = who(&mut idle).await;
+        let (pid, generation) = process_on(&mut idle).await;
         assert!(pid != service.pid() && generation == 2, "pid {pid}, generation {generation}");
-        assert_eq!(who(&mut service.connect().await).await, (pid, 2));
+        assert_eq!(process_on(&mut service.connect().await).await, (pid, 2));
         slow.release().await.expect("the request finishes");
-        assert_eq!(who(&mut slow).await, (pid, 2));
-        let said = service.notifications.said().to_vec();
+        assert_eq!(process_on(&mut slow).await, (pid, 2));
+        let before = service.notifications.said().len();
         service.notifications.wait_for(&format!("MAINPID={pid}")).expect("MAINPID= is sent");
-        let main = service.notifications.said()[said.len()..].to_vec();
-        let at = |line: &str| main.iter().position(|said| said.starts_with(line));
+        let sent = service.notifications.said()[before..].to_vec();
+        let at = |prefix: &str| sent.iter().position(|line| line.starts_with(prefix));
         assert!(
             at("RELOADING=1") < at("MONOTONIC_USEC=") && at("MONOTONIC_USEC=") < at("MAINPID="),
-            "{main:?}"
+            "{sent:?}"
         );
         service.notifications.wait_for("BARRIER=1").expect("BARRIER=1 is sent");
         let (status, log) = service.end().expect("the process ends");
@@ -107,13 +108,13 @@ fn a_connection_survives_four_reloads() {
     let path = service.notifications.path();
     block_on(async {
         let mut connection = service.connect().await;
-        let mut pids = vec![who(&mut connection).await.0];
+        let mut pids = vec![process_on(&mut connection).await.0];
         for generation in 2..=5 {
             let (code, log) = reload(folder.path(), &path, &[]);
             assert_eq!(code, Some(0), "{log}");
-            // The old process answers a request that comes before it has handed the connection over.
+            // The old process answers requests that arrive before it has handed the connection over.
             let pid = loop {
-                let (pid, at) = who(&mut connection).await;
+                let (pid, at) = process_on(&mut connection).await;
                 if at == generation {
                     break pid;
                 }
@@ -126,15 +127,15 @@ fn a_connection_survives_four_reloads() {
     });
 }
 
-/// A service that binds a path itself, and listens there.
+/// Starts a service that binds a Unix socket itself (--listen), and waits until it answers.
 fn listen_at(path: &Path, flags: &[&str], log: Stdio) -> (Process, Target) {
     let listen = ["--listen", path.to_str().expect("the path is valid UTF-8")];
     let mut command = command(app_binary(), &[&listen, flags].concat());
     let process = Process::spawn(command.stderr(log)).expect("the service starts");
     wait_until("it listens", || UnixStream::connect(path).is_ok());
     let target = Target::Unix(path.to_owned());
-    // And serves: it listens before it has read all its files.
-    block_on(async { who(&mut Connection::open(&target).await.expect("the service listens")).await });
+    // Listening is not enough: the service binds the socket before its start is complete.
+    block_on(async { process_on(&mut Connection::open(&target).await.expect("the service listens")).await });
     (process, target)
 }
 
@@ -149,13 +150,13 @@ fn a_failed_reload_keeps_the_socket_file_of_the_old_process() {
     let log = tempfile::NamedTempFile::new().expect("a temporary file is made");
     let (mut process, target) = listen_at(&path, &flags, log.reopen().expect("the file opens").into());
     std::fs::remove_file(&key).expect("the file is removed");
-    let said = |what: &str| std::fs::read_to_string(log.path()).expect("valid UTF-8").matches(what).count();
+    let count = |what: &str| std::fs::read_to_string(log.path()).expect("valid UTF-8").matches(what).count();
     for failed in 1..=2 {
         process.signal(Signal::HUP);
-        wait_until("the successor fails", || said("reload failed: ") == failed);
+        wait_until("the successor fails", || count("reload failed: ") == failed);
         block_on(async {
             let mut connection = Connection::open(&target).await.expect("the socket file accepts");
-            assert_eq!(who(&mut connection).await, (process.pid().as_raw_nonzero().get(), 1));
+            assert_eq!(process_on(&mut connection).await, (process.pid().as_raw_nonzero().get(), 1));
         });
     }
     process.signal(Signal::TERM);
@@ -169,16 +170,19 @@ fn reloads_on_a_bound_path_refuse_no_connection_and_the_last_process_removes_the
     let path = folder.path().join("http.sock");
     let (mut first, target) = listen_at(&path, &[], Stdio::null());
     let running = Load::connection_per_request(&target).start(|| {});
-    let answers =
-        || block_on(async { who(&mut Connection::open(&target).await.expect("the service listens")).await });
+    let answers = || {
+        block_on(async {
+            process_on(&mut Connection::open(&target).await.expect("the service listens")).await
+        })
+    };
     let mut pid = answers().0;
     for generation in 2..=10 {
         kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::HUP).expect("the process runs");
-        // Of one answer: for a moment both accept, and the old one answers what it has accepted.
+        // Pid and generation come from one response, because for a moment both processes accept connections.
         wait_until("the next process", || {
-            let (its_pid, its_generation) = answers();
-            pid = its_pid;
-            its_generation == generation
+            let (current_pid, current_generation) = answers();
+            pid = current_pid;
+            current_generation == generation
         });
     }
     let report = running.stop();
@@ -195,15 +199,15 @@ fn sighup_reloads_without_systemd_and_keeps_the_socket_file() {
     let (mut process, target) = listen_at(&path, &[], Stdio::null());
     block_on(async {
         let mut connection = Connection::open(&target).await.expect("the connection opens");
-        let (first, _) = who(&mut connection).await;
+        let (first, _) = process_on(&mut connection).await;
         process.signal(Signal::HUP);
         assert!(process.wait().expect("the process ends").success());
-        let (second, generation) = who(&mut connection).await;
+        let (second, generation) = process_on(&mut connection).await;
         assert!(second != first && generation == 2);
-        assert!(path.exists(), "the successor listens there");
+        assert!(path.exists(), "the socket file must stay for the successor");
         let mut fresh = Connection::open(&target).await.expect("the connection opens");
-        assert_eq!(who(&mut fresh).await, (second, 2));
-        // The successor removes it at its own end.
+        assert_eq!(process_on(&mut fresh).await, (second, 2));
+        // The successor inherited the duty to remove the socket file, and removes it when it exits.
         kill_process(Pid::from_raw(second).expect("a valid pid"), Signal::TERM).expect("the process runs");
         fresh.ask(&get("/")).await.expect("the server answers once more");
         connection.ask(&get("/")).await.expect("the server answers once more");
@@ -219,7 +223,7 @@ fn an_option_value_takeover_is_not_removed_as_the_subcommand() {
         let path = service.notifications.path();
         let (code, log) = reload(folder.path(), &path, &["--log", "takeover"]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, _) = who(&mut connection).await;
+        let (pid, _) = process_on(&mut connection).await;
         let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("the process runs");
         assert!(line.ends_with("--log\0takeover\0") && !line.contains("\0takeover\0--log"), "{line:?}");
         service.process().wait().expect("the process ends");
@@ -241,7 +245,7 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
             assert!(code != Some(0) && log.contains(reason), "{code:?}: {log}");
             let status = service.notifications.wait_for_status(reason).expect("the status is sent");
             assert!(status.contains("last reload failed: "), "{status}");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1));
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
         }
     });
 }
@@ -249,7 +253,7 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
 #[test]
 fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
-    // The service is called by a path where a release will be that hangs.
+    // The service is started through a symbolic link, which a binary that hangs replaces below.
     let path = folder.path().join("service");
     std::os::unix::fs::symlink(app_binary(), &path).expect("the symbolic link is made");
     let binary = path.display().to_string();
@@ -266,7 +270,7 @@ fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
             service.signal(Signal::HUP);
             service.notifications.wait_for("READY=1").expect("READY=1 follows the failed reload");
         }
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
     });
     service.signal(Signal::TERM);
     let (_, log) = service.end().expect("the process ends");
@@ -283,18 +287,18 @@ fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
     assert!(code == Some(78) && log.contains("RuntimeDirectory="), "{code:?}: {log}");
 }
 
-// ---- whoever knocks may say anything ----
+// ---- messages on the takeover socket ----
 
-fn send_message(channel: &OwnedFd, kind: u16, text: &str) {
-    frames::send(channel, &frame(kind, 0, text), &[]).expect("the bytes are sent");
+fn send_message(channel: &OwnedFd, message_type: u16, text: &str) {
+    frames::send(channel, &frame(message_type, 0, text), &[]).expect("the bytes are sent");
 }
 
-/// How many bytes a channel holds that were not read.
+/// The number of bytes in the receive queue of a channel.
 fn unread(channel: &OwnedFd) -> u64 {
     rustix::io::ioctl_fionread(channel).expect("the channel is a socket")
 }
 
-/// A process that may be taken for a successor, and killed as one.
+/// A process whose pid the test sends as the successor's, because the service may kill that pid.
 fn stand_in() -> Process {
     Process::spawn(Command::new("sleep").arg("1000")).expect("sleep starts")
 }
@@ -303,8 +307,8 @@ fn pid_of(process: &Process) -> String {
     process.pid().as_raw_nonzero().to_string()
 }
 
-/// A successor that could serve, and has been told to.
-fn be_told_to_commit(folder: &Path, successor: &Process) -> OwnedFd {
+/// Plays a successor on the takeover socket until the service sends Commit.
+fn play_until_commit(folder: &Path, successor: &Process) -> OwnedFd {
     let channel = connect_takeover_socket(folder);
     send_message(&channel, HELLO, &pid_of(successor));
     send_message(&channel, GO, "");
@@ -327,9 +331,9 @@ fn an_incomplete_takeover_dialogue_changes_nothing() {
     let (mut service, folder) = start(&[]);
     let successor = stand_in();
     let me = pid_of(&successor);
-    // What is said before hanging up.
-    let talks: [&[(u16, &str)]; 9] = [
-        // Nobody's successor: whoever is named there could be killed.
+    // The messages that are sent before the connection is closed.
+    let dialogues: [&[(u16, &str)]; 9] = [
+        // Pid 0 and 1 are not successors. The service must not accept them, because it would kill the pid it was given.
         &[(HELLO, "0"), (GO, "")],
         &[(HELLO, "1"), (GO, "")],
         &[],
@@ -342,34 +346,35 @@ fn an_incomplete_takeover_dialogue_changes_nothing() {
     ];
     block_on(async {
         let mut connection = service.connect().await;
-        for talk in talks {
+        for dialogue in dialogues {
             let channel = connect_takeover_socket(folder.path());
-            for (kind, text) in talk {
-                // It may have been hung up on in the middle.
-                let _ = frames::send(&channel, &frame(*kind, 0, text), &[]);
+            for (message_type, text) in dialogue {
+                // The service may have closed the connection at an earlier message.
+                let _ = frames::send(&channel, &frame(*message_type, 0, text), &[]);
             }
             drop(channel);
             service.notifications.wait_for("STATUS=serving").expect("the status is sent");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1), "{talk:?}");
-            assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1), "{talk:?}");
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1), "{dialogue:?}");
+            assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1), "{dialogue:?}");
         }
     });
     service.signal(Signal::TERM);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
-    let said = service.notifications.said();
-    assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
+    let sent = service.notifications.said();
+    assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
 }
 
-/// Systemd would kill a main process that is another's child without a drain.
+/// Go says that the intermediate process of the launch has exited, so that systemd is the parent of the successor. systemd
+/// kills a main process that is not its child at the next stop, without a drain.
 #[test]
-fn listeners_are_sent_only_after_the_launcher_has_exited() {
+fn listeners_are_sent_only_after_go() {
     let (_service, folder) = start(&[]);
     let channel = connect_takeover_socket(folder.path());
     send_message(&channel, HELLO, &std::process::id().to_string());
     set_socket_timeout(&channel, Timeout::Recv, Some(Duration::from_millis(300)))
         .expect("the time limit is set");
     let early = recv(&channel, &mut [0; 1024], RecvFlags::empty());
-    assert_eq!(early.expect_err("a word too early"), rustix::io::Errno::AGAIN);
+    assert_eq!(early.expect_err("no message arrives before Go"), rustix::io::Errno::AGAIN);
     send_message(&channel, GO, "");
     assert_eq!(recv_message(&channel).expect("a message arrives").0, LISTENERS);
 }
@@ -380,15 +385,15 @@ fn a_successor_that_closes_the_channel_at_commit_is_killed_and_the_old_process_s
     block_on(async {
         let mut connection = service.connect().await;
         let mut successor = stand_in();
-        let channel = be_told_to_commit(folder.path(), &successor);
+        let channel = play_until_commit(folder.path(), &successor);
         drop(channel);
-        // It may only have closed the channel, and be serving.
+        // The service kills it, because a successor that closed only the channel could still be serving.
         assert_eq!(successor.wait().expect("the process ends").signal(), Some(9));
         service.notifications.wait_for("RELOADING=1").expect("RELOADING=1 is sent");
         service.notifications.wait_for("READY=1").expect("READY=1 is sent again");
         let status = service.notifications.wait_for("STATUS=serving").expect("the status is sent");
         assert!(status.contains("last reload failed: the successor exited unexpectedly"), "{status}");
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
     });
 }
 
@@ -403,30 +408,34 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
             connections.push(connection);
         }
         let successor = stand_in();
-        let channel = be_told_to_commit(folder.path(), &successor);
+        let channel = play_until_commit(folder.path(), &successor);
         send_message(&channel, ACCEPTING, "");
-        // One by one they come to rest, with a frame each: more than a channel takes that nobody reads.
+        // Each response makes one connection quiescent, and the service sends it in a message of its own. Nothing reads the
+        // channel, so it is full before the last connection.
         let mut is_full = false;
         for connection in &mut connections {
             let (before, begun) = (unread(&channel), Instant::now());
             connection.release().await.expect("the request finishes");
             while !is_full && unread(&channel) == before {
-                // A frame takes a millisecond.
+                // A message arrives within a millisecond, so after two seconds the channel is full.
                 is_full = begun.elapsed() > Duration::from_secs(2);
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
-        assert!(is_full, "the channel takes {} bytes", unread(&channel));
-        assert!(service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"), "it waits for ever");
+        assert!(is_full, "the channel is not full with {} bytes", unread(&channel));
+        assert!(
+            service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+            "the old process waits for the successor"
+        );
         drop(channel);
     });
     let (_, log) = service.end().expect("the process ends");
     assert!(log.contains("could not hand over connections; they will be closed"), "{log}");
 }
 
-// ---- a real successor, late at each step ----
+// ---- a real successor, delayed at each step ----
 
-/// A real successor, which hears of the old process, and is heard, only what is passed on.
+/// A real successor behind a proxy: the test relays its messages to and from the old process, and can delay each of them.
 struct Delayed {
     predecessor: OwnedFd,
     channel: OwnedFd,
@@ -434,7 +443,7 @@ struct Delayed {
 }
 
 impl Delayed {
-    /// Starts one for the service of `folder`.
+    /// Starts a successor for the service whose runtime directory is `folder`.
     fn start(folder: &Path) -> Self {
         let predecessor = connect_takeover_socket(folder);
         let (channel, theirs) =
@@ -452,10 +461,10 @@ impl Delayed {
         Self { predecessor, channel, successor }
     }
 
-    /// Passes on all that is said up to a word of this kind, which is held back.
-    fn hold(folder: &Path, kind: u16) -> (Self, Held) {
+    /// Relays all messages before the first one of `message_type`, and returns that one without relaying it.
+    fn hold(folder: &Path, message_type: u16) -> (Self, Held) {
         let delayed = Self::start(folder);
-        for (said, is_of_successor) in [
+        for (expected, is_of_successor) in [
             (HELLO, true),
             (LISTENERS, false),
             (READY, true),
@@ -469,19 +478,19 @@ impl Delayed {
                 (&delayed.predecessor, &delayed.channel)
             };
             let (message, fds) = frames::receive(from).expect("a message arrives");
-            assert_eq!(frames::read(&message).expect("a valid frame").0, said);
+            assert_eq!(frames::read(&message).expect("a valid frame").0, expected);
             let held = Held { message, fds, is_of_successor };
-            if said == kind {
+            if expected == message_type {
                 return (delayed, held);
             }
             held.pass(to).expect("the bytes are sent");
         }
-        unreachable!("{kind} is said in a takeover");
+        unreachable!("{message_type} is not a message of a takeover");
     }
 
-    /// Passes on what was held back, and all that is said after it, until both have hung up.
-    fn go_on(&self, held: &Held) {
-        // Whoever it is for may have given up.
+    /// Relays the delayed message and all later ones, until both sides have closed their connections.
+    fn resume(&self, held: &Held) {
+        // The receiver may have closed its connection.
         let _ = held.pass(if held.is_of_successor { &self.predecessor } else { &self.channel });
         std::thread::scope(|scope| {
             for (from, to) in [(&self.channel, &self.predecessor), (&self.predecessor, &self.channel)] {
@@ -489,7 +498,7 @@ impl Delayed {
                     loop {
                         match frames::receive(from) {
                             Ok((message, fds)) if !message.is_empty() => {
-                                // Whoever it is for may be gone.
+                                // The receiver may have closed its connection.
                                 let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
                                 let _ = frames::send(to, &message, &fds);
                             }
@@ -502,16 +511,16 @@ impl Delayed {
         });
     }
 
-    /// What the successor has reported to whoever waits for it.
+    /// The outcome that the successor has written to standard output, which the takeover command reads in a real reload.
     fn outcome(mut self) -> String {
-        let mut said = String::new();
+        let mut outcome = String::new();
         let mut stdout = self.successor.child().stdout.take().expect("the output is piped");
-        std::io::Read::read_to_string(&mut stdout, &mut said).expect("valid UTF-8");
-        said
+        std::io::Read::read_to_string(&mut stdout, &mut outcome).expect("valid UTF-8");
+        outcome
     }
 }
 
-/// One message that was not passed on yet.
+/// A message that was not relayed yet.
 struct Held {
     message: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -535,33 +544,34 @@ fn a_successor_that_is_late_with_ready_fails_the_reload() {
         drop(held);
         shutdown(&late.channel, Shutdown::Both).expect("the channel is shut down");
         assert!(!late.successor.wait().expect("the process ends").success());
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
-        assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
         assert!(!late.outcome().contains("ok"));
     });
 }
 
-/// The old process may not be heard, or the successor may not: it makes no difference to those who are left.
+/// Either Commit does not reach the successor, or its answer does not reach the old process. The old process cannot
+/// distinguish the two, so it must kill the successor in both cases; otherwise two processes could serve.
 #[test]
 fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_continues() {
-    for kind in [COMMIT, ACCEPTING] {
+    for message_type in [COMMIT, ACCEPTING] {
         let (mut service, folder) = start(&[]);
         block_on(async {
             let mut connection = service.connect().await;
-            let (mut late, _held) = Delayed::hold(folder.path(), kind);
+            let (mut late, _held) = Delayed::hold(folder.path(), message_type);
             let status = late.successor.wait().expect("the process ends");
             assert_eq!(status.signal(), Some(9), "{status}");
             let reason = "last reload failed: the successor did not answer Commit in time";
             service.notifications.wait_for_status(reason).expect("the status is sent");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1));
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
             for _ in 0..20 {
-                assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+                assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
             }
-            assert_eq!(late.outcome(), "", "it did not take itself for the main process");
+            assert_eq!(late.outcome(), "", "the successor must not report success");
         });
-        let said = service.notifications.said();
-        assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
-        // It can be succeeded all the same.
+        let sent = service.notifications.said();
+        assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
+        // The next reload succeeds.
         let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
         assert_eq!(code, Some(0), "{log}");
         service.notifications.wait_for("MAINPID=").expect("a successor takes over");
@@ -572,21 +582,21 @@ fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_cont
 
 #[test]
 fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connections() {
-    for kind in [COMMIT, ACCEPTING, MAIN] {
-        // A successor is ready in this time, and the old process waits longer for an answer to Commit (5 s).
+    for message_type in [COMMIT, ACCEPTING, MAIN] {
+        // The takeover timeout applies until Ready. For the answer to Commit the old process waits 5 s, which is longer.
         let ready_by = Duration::from_secs(3);
         let flags = ["--takeover-timeout", &humantime::format_duration(ready_by).to_string()];
         let (service, folder) = start(&flags);
         block_on(async {
             let mut connection = service.connect().await;
-            who(&mut connection).await;
-            let over = tokio::time::Instant::now() + ready_by;
-            let (late, held) = Delayed::hold(folder.path(), kind);
-            // Longer than a successor has to be ready: that time is over, and means nothing any more.
-            tokio::time::sleep_until(over + Duration::from_millis(200)).await;
-            late.go_on(&held);
+            process_on(&mut connection).await;
+            let timeout = tokio::time::Instant::now() + ready_by;
+            let (late, held) = Delayed::hold(folder.path(), message_type);
+            // The takeover timeout has passed, but it no longer applies, because the successor was ready before.
+            tokio::time::sleep_until(timeout + Duration::from_millis(200)).await;
+            late.resume(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
-            assert_eq!(who(&mut connection).await, (pid, 2));
+            assert_eq!(process_on(&mut connection).await, (pid, 2));
             assert_eq!(late.outcome(), "ok\n");
             let (status, log) = service.end().expect("the process ends");
             assert!(status.success() && log.contains("handed over 1 connections"), "{log}");
@@ -594,23 +604,23 @@ fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connectio
     }
 }
 
-/// A service manager tells both processes of the end.
+/// systemd sends SIGTERM to all processes of the unit, so to both.
 #[test]
 fn sigterm_to_both_processes_during_a_reload_stops_both() {
-    for kind in [READY, COMMIT, ACCEPTING, MAIN] {
+    for message_type in [READY, COMMIT, ACCEPTING, MAIN] {
         let (mut service, folder) = start(&[]);
         block_on(async {
             let mut connection = service.connect().await;
             connection.send(&get("/sleep?duration=2s")).await.expect("the bytes are sent");
             service.wait_for_in_flight(1).expect("the request is in flight");
-            let (late, held) = Delayed::hold(folder.path(), kind);
+            let (late, held) = Delayed::hold(folder.path(), message_type);
             service.signal(Signal::TERM);
             late.successor.signal(Signal::TERM);
-            if kind == READY {
+            if message_type == READY {
                 service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
             }
             let passing = std::thread::spawn(move || {
-                late.go_on(&held);
+                late.resume(&held);
                 late
             });
             let mut answer = connection.answer().await.expect("the server answers");
@@ -618,11 +628,11 @@ fn sigterm_to_both_processes_during_a_reload_stops_both() {
             if !answer.closes() {
                 answer = connection.ask(&get("/")).await.expect("the server answers");
             }
-            assert!(answer.closes(), "told to close by whoever answers last");
+            assert!(answer.closes(), "the last response must have Connection: close");
             let mut late = passing.join().expect("the thread passes on the messages");
             assert!(
                 late.successor.ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
-                "the successor serves on"
+                "the successor keeps running"
             );
             let (status, log) = service.end().expect("the process ends");
             assert!(status.success() && log.contains(" 0 cut off"), "{log}");
@@ -630,7 +640,7 @@ fn sigterm_to_both_processes_during_a_reload_stops_both() {
     }
 }
 
-/// Without a service manager, only the old process gets the signal.
+/// Without a service manager only the old process receives the signal, and it must stop the successor that it has started.
 #[test]
 fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -644,12 +654,16 @@ fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
     wait_until("it listens", || folder.path().join("takeover").exists());
     let (mut late, held) = Delayed::hold(folder.path(), ACCEPTING);
     process.signal(Signal::TERM);
-    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come after the reload.
-    let said = || std::fs::read_to_string(&log).expect("the log can be read");
-    wait_until("the signal is taken", || said().contains("stop signal received during a reload"));
-    late.go_on(&held);
+    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come after
+    // the reload.
+    let logged = || std::fs::read_to_string(&log).expect("the log can be read");
+    wait_until("the signal is received", || logged().contains("stop signal received during a reload"));
+    late.resume(&held);
     assert!(process.wait().expect("the process ends").success());
-    assert!(late.successor.ends_within(TEST_TIMEOUT).expect("the wait succeeds"), "the successor serves on");
+    assert!(
+        late.successor.ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+        "the successor keeps running"
+    );
 }
 
 #[test]
@@ -662,28 +676,28 @@ fn an_invalid_message_closes_the_takeover_connection() {
             let channel = connect_takeover_socket(folder.path());
             frames::send(&channel, &message, &[fd, fd]).expect("the bytes are sent");
             assert_eq!(recv_message(&channel), None);
-            assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+            assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
         }
     });
 }
 
 #[test]
 fn a_stalled_takeover_times_out_and_others_are_refused_meanwhile() {
-    // Long enough for what happens meanwhile.
+    // Long enough for the two refused takeovers before the stalled one times out.
     let (service, folder) = start(&["--takeover-timeout", "10s"]);
     let path = service.notifications.path();
     block_on(async {
         let mut connection = service.connect().await;
-        let stalls = connect_takeover_socket(folder.path());
+        let stalled = connect_takeover_socket(folder.path());
         let (code, log) = reload(folder.path(), &path, &[]);
         assert!(code != Some(0) && log.contains("another reload is in progress"), "{code:?}: {log}");
         let second = connect_takeover_socket(folder.path());
         assert_eq!(recv_message(&second), Some((REFUSED, "another reload is in progress".into())));
-        assert_eq!(recv_message(&stalls), None, "hung up on at the limit");
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(recv_message(&stalled), None, "the stalled connection must be closed at the timeout");
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, _) = who(&mut connection).await;
+        let (pid, _) = process_on(&mut connection).await;
         assert_ne!(pid, service.pid());
         end(pid);
     });

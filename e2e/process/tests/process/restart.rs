@@ -1,5 +1,5 @@
-//! How connections come to rest and go on in the next process, with no systemd around: the tests pass
-//! the stored channel on themselves.
+//! Restarts without systemd: how connections become quiescent, are handed over, and continue in the next process. The tests
+//! play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next process.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -19,16 +19,16 @@ fn start() -> Service {
     Service::start_with_store(app_binary(), &[]).expect("the service starts")
 }
 
-/// SIGTERM, and the next process when this one has ended.
+/// Sends SIGTERM, waits until the process exits, and starts the next one.
 fn restart(service: Service) -> Service {
     service.signal(Signal::TERM);
     service.restart(app_binary()).expect("the next process starts")
 }
 
-/// Who answers on this connection, and that it stays open.
+/// Sends a request, checks that the connection stays open, and returns "generation N" of the process that answers.
 async fn generation(connection: &mut Connection) -> String {
     let answer = connection.ask(&get("/")).await.expect("the server answers");
-    assert!(!answer.closes(), "told to close");
+    assert!(!answer.closes(), "the response has Connection: close");
     let text = answer.text();
     text.split(", ").nth(1).expect("the response names a generation").to_owned()
 }
@@ -50,7 +50,7 @@ fn a_fresh_connection_is_answered_by_the_next_process() {
     let service = start();
     block_on(async {
         let mut fresh = service.connect().await;
-        // Another one answered: the fresh one before it has been accepted.
+        // A response on a later connection shows that the service has accepted the first one.
         generation(&mut service.connect().await).await;
         let service = restart(service);
         assert_eq!(generation(&mut fresh).await, "generation 2");
@@ -67,8 +67,8 @@ fn a_half_read_request_is_answered_by_the_next_process() {
             if !first_request {
                 generation(&mut connection).await;
             }
-            for piece in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
-                connection.send(piece.as_bytes()).await.expect("the bytes are sent");
+            for part in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
+                connection.send(part.as_bytes()).await.expect("the bytes are sent");
                 generation(&mut service.connect().await).await;
             }
             let _service = restart(service);
@@ -121,8 +121,8 @@ fn bodies_in_flight_finish_in_the_old_process_and_their_connection_is_handed_ove
             service.signal(Signal::TERM);
             service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
             let chunked = head.contains("chunked");
-            let rest = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
-            connection.send(rest.as_bytes()).await.expect("the bytes are sent");
+            let remaining = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
+            connection.send(remaining.as_bytes()).await.expect("the bytes are sent");
             let answer = connection.answer().await.expect("the server answers");
             assert_eq!((answer.text().as_str(), answer.closes()), ("0123456789", false));
             let _service = service.restart(app_binary()).expect("the next process starts");
@@ -155,7 +155,7 @@ fn pipelined_requests_are_answered_in_order_across_a_restart() {
         let mut connection = service.connect().await;
         let first: Vec<u8> = [get("/sleep?duration=5s"), get("/sleep?duration=1ms")].concat();
         connection.send(&first).await.expect("the bytes are sent");
-        // The last of these is cut off, in the middle of its head.
+        // The third request is incomplete: its head ends after the restart.
         connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("the bytes are sent");
         service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
@@ -209,7 +209,7 @@ fn connections_without_keep_alive_are_not_handed_over() {
     });
 }
 
-/// The end of the process with bytes unread would reset the connection under its answer.
+/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section 9.6).
 #[test]
 fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
@@ -255,7 +255,7 @@ fn an_http2_connection_survives_restarts() {
 
 #[test]
 fn a_partial_http2_frame_is_completed_in_the_next_process() {
-    // The headers begin with the size of the table that they are encoded with: none, as the server has asked.
+    // HEADERS for GET /. The block begins with a table size update to 0 (RFC 7541 section 6.3), as the server's SETTINGS ask.
     let request = [&[0, 0, 7, 1, 5, 0, 0, 0, 1], &[0x20, 0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
     for cut in [1, 8, 9, 12, request.len() - 1] {
         let service = start();
@@ -265,28 +265,28 @@ fn a_partial_http2_frame_is_completed_in_the_next_process() {
                 .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
                 .await
                 .expect("the bytes are sent");
-            let mut kinds = Vec::new();
-            // SETTINGS of both sides and what the connection may send: all is agreed upon.
-            while kinds.len() < 3 {
-                kinds.push(http2_frame(&mut connection).await.0);
+            // The server sends SETTINGS, the acknowledgement of the client's SETTINGS, and a WINDOW_UPDATE.
+            for _ in 0..3 {
+                http2_frame(&mut connection).await;
             }
             connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
             connection.send(&request[..cut]).await.expect("the bytes are sent");
             service.signal(Signal::TERM);
             let _next = service.restart(app_binary()).expect("the next process starts");
             connection.send(&request[cut..]).await.expect("the bytes are sent");
-            let (kind, payload) = http2_frame(&mut connection).await;
-            // HEADERS, with `:status 200` first.
-            assert_eq!((kind, payload[0]), (1, 0x88), "cut at {cut}");
+            let (frame_type, payload) = http2_frame(&mut connection).await;
+            // HEADERS, whose first field is `:status 200`.
+            assert_eq!((frame_type, payload[0]), (1, 0x88), "cut at {cut}");
         });
     }
 }
 
-/// New streams are served for as long as an old one is open, and GOAWAY comes while there is time to heed it.
+/// New streams are served while an older one is open. GOAWAY is sent at half of the timeout, so that the client still has
+/// time to finish its streams.
 #[test]
 fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
-    // Half of it is enough for the slow stream to finish, on a slow machine too.
+    // Half of it must be enough for the slow stream to finish, on a slow machine too.
     let limit = Duration::from_secs(10);
     let flags = ["--drain-timeout", &humantime::format_duration(limit).to_string()];
     let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("the service starts");
@@ -301,7 +301,7 @@ fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_
             match connection.get("/").await {
                 Ok(Some((status, _))) => assert_eq!(status, 200),
                 Ok(None) => break,
-                // GOAWAY came while it was about to send.
+                // GOAWAY arrived while the client was about to send the request.
                 Err(error) if error.to_string().contains("not a result of an error") => break,
                 Err(error) => panic!("{error:#}"),
             }
@@ -315,14 +315,14 @@ fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_
     });
 }
 
-/// The type of the next frame, and its payload.
+/// Reads the next frame, and returns its type and payload.
 async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
     let head = connection.take(9).await.expect("a frame arrives");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
     (head[3], connection.take(length).await.expect("the payload arrives"))
 }
 
-/// Nobody comes after it.
+/// Without a store there is no next process, so the connection cannot be handed over.
 #[test]
 fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
     let service = Service::start(app_binary(), &[]).expect("the service starts");
@@ -343,12 +343,13 @@ fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
                     connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
                     service.signal(Signal::TERM);
                 }
-                // A PING, to know when we have heard of the end.
+                // The server sends a PING after the first GOAWAY, and the final GOAWAY after the answer.
                 (6, 0) => {
                     let answer = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
                     connection.send(&answer).await.expect("the acknowledgement is sent");
                 }
-                // The first lets streams begin that are on their way, the second is final.
+                // The first GOAWAY still admits streams that are on their way, the second one does not (RFC 9113
+                // section 6.8).
                 (7, _) if goaways == 2 => break,
                 _ => {}
             }
@@ -371,13 +372,13 @@ fn a_websocket_is_closed_with_1012_at_a_restart() {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
         let mut connection = websocket(&service).await;
-        // "hi", masked with zeros.
+        // A text frame with "hi", masked with zeros.
         connection.send(b"\x81\x82\0\0\0\0hi").await.expect("the bytes are sent");
         assert_eq!(connection.take(4).await.expect("the echo arrives"), b"\x81\x02hi");
         service.signal(Signal::TERM);
         let close = connection.take(4).await.expect("a close frame arrives");
         assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
-        // Others go on meanwhile.
+        // Other connections are served while the WebSocket closes.
         assert_eq!(generation(&mut idle).await, "generation 1");
         connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("the close frame is sent");
         service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
@@ -389,20 +390,20 @@ fn a_websocket_is_closed_with_1012_at_a_restart() {
 
 #[test]
 fn a_websocket_whose_client_is_silent_or_does_not_read_does_not_delay_the_exit() {
-    // What held up the end would do so for an hour.
+    // With these limits a WebSocket that delayed the exit would delay it for an hour.
     let mut service =
         Service::start_with_store(app_binary(), &["--drain-timeout", "1h", "--request-timeout", "1h"])
             .expect("the service starts");
     block_on(async {
         let mut silent = websocket(&service).await;
         let mut full = websocket(&service).await;
-        // Echoes that nobody reads, until the service can send no more and so reads no more.
+        // The client reads no echo, so the buffers fill until the service can neither send nor read.
         let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
         while tokio::time::timeout(Duration::from_secs(1), full.send(&message)).await.is_ok() {}
         service.signal(Signal::TERM);
         assert!(
             service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
-            "it waits for a peer"
+            "the process waits for a client"
         );
         assert_eq!(silent.take(2).await.expect("a close frame arrives")[0], 0x88);
     });
@@ -420,8 +421,8 @@ fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
         while !connection.unread().ends_with(b"0\r\n\r\n") {
             assert!(connection.read_more().await.expect("the end of the stream arrives") > 0, "closed");
         }
-        let whole = connection.unread().len();
-        connection.take(whole).await.expect("the bytes are read");
+        let length = connection.unread().len();
+        connection.take(length).await.expect("the bytes are read");
         let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
@@ -436,7 +437,7 @@ fn new_requests_are_served_while_a_slow_request_finishes() {
         let mut kept = service.connect().await;
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
-        // All of this happens before the slow request can end.
+        // The slow request cannot end before `release` below.
         for _ in 0..20 {
             assert_eq!(generation(&mut kept).await, "generation 1");
             assert_eq!(generation(&mut service.connect().await).await, "generation 1");
@@ -448,8 +449,8 @@ fn new_requests_are_served_while_a_slow_request_finishes() {
     });
 }
 
-/// The old process asks all to rest when the first slow request is done, finds the second under way, and
-/// serves on.
+/// When the first slow request has ended, the drain tries to hold new requests, finds the second slow request in flight, and
+/// serves new requests again.
 #[test]
 fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
     let mut service = start();
@@ -461,7 +462,7 @@ fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
         let mut second = service.connect().await;
         second.hold().await.expect("the request is in flight");
         first.release().await.expect("the request finishes");
-        // All of this happens before the second one can end, whose drain is not over for 30 s.
+        // The second request cannot end before `release` below, and the drain timeout is 30 s.
         for _ in 0..30 {
             assert_eq!(generation(&mut first).await, "generation 1");
         }
@@ -497,7 +498,7 @@ fn a_client_that_disconnects_between_two_processes_is_noticed() {
         generation(&mut leaves).await;
         generation(&mut stays).await;
         service.signal(Signal::TERM);
-        // Parked for sure: the process has ended.
+        // The connection is in the store, because the process has exited.
         let mut service = service;
         service.process().wait().expect("the process ends");
         drop(leaves);
@@ -522,12 +523,12 @@ fn a_restart_logs_what_was_handed_over_and_taken_over() {
         let mut service = service;
         service.process().wait().expect("the process ends");
         let log = service.process().child().stderr.take();
-        let mut said = String::new();
-        std::io::Read::read_to_string(&mut log.expect("the output is piped"), &mut said)
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut log.expect("the output is piped"), &mut text)
             .expect("valid UTF-8");
         assert!(
-            said.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
-            "{said}"
+            text.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
+            "{text}"
         );
         let mut service = service.restart(app_binary()).expect("the next process starts");
         service.notifications.wait_for("FDSTOREREMOVE=1").expect("FDSTOREREMOVE=1 is sent");
@@ -536,9 +537,9 @@ fn a_restart_logs_what_was_handed_over_and_taken_over() {
         }
         service.signal(Signal::TERM);
         service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
-        let (_, said) = service.end().expect("the process ends");
-        assert!(said.contains("took over 300 connections, "), "{said}");
-        assert!(said.contains(" ms after the predecessor's last response"), "{said}");
+        let (_, text) = service.end().expect("the process ends");
+        assert!(text.contains("took over 300 connections, "), "{text}");
+        assert!(text.contains(" ms after the predecessor's last response"), "{text}");
     });
 }
 
@@ -553,7 +554,7 @@ fn a_handover_channel_that_the_store_lost_is_logged() {
         service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
         service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
-        // The store loses the channel: whatever is sent now goes nowhere.
+        // The store closes the channel, so nothing that the service sends afterwards can arrive.
         drop(service.notifications.take_stored());
         assert!(!slow.answer().await.expect("the server answers").closes());
         let answer = idle.ask(&get("/")).await.expect("the server answers");
@@ -567,9 +568,9 @@ fn a_handover_channel_that_the_store_lost_is_logged() {
     });
 }
 
-// ---- what comes out of the store may be anything ----
+// ---- invalid content of the store ----
 
-/// A channel with one message in it, and these fds.
+/// The reading end of a handover channel that holds one message with `fds`.
 fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
     let (write, read) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
         .expect("the socket pair is made");
@@ -613,7 +614,7 @@ fn an_invalid_handover_frame_closes_only_its_own_connections() {
     }
 }
 
-/// The release after this one may have been here, and may have gone again.
+/// After a downgrade the store can hold frames and connection types of a later release.
 #[test]
 fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
     let name_and_unread = |unread: &str| {
@@ -621,8 +622,8 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
             [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("a short length").to_le_bytes()];
         [&lengths.concat()[..], b"http", unread.as_bytes()].concat()
     };
-    let record = |kind: u16, more: &[u8]| {
-        let body = [&kind.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
+    let record = |connection_type: u16, more: &[u8]| {
+        let body = [&connection_type.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
         [&u32::try_from(body.len()).expect("a short length").to_le_bytes()[..], &body].concat()
     };
     let records = [record(0, b""), record(99, b"what only it understands"), record(0, b"and more")].concat();
@@ -662,13 +663,13 @@ fn a_stored_fd_that_is_not_a_channel_does_not_prevent_a_start() {
     block_on(async { generation(&mut service.connect().await).await });
 }
 
-/// A frame of HTTP/2 that is no longer than 255 bytes.
-fn http2(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+/// An HTTP/2 frame whose payload is at most 255 bytes.
+fn http2(frame_type: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
     let length = u8::try_from(payload.len()).expect("the payload is short");
-    [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+    [&[0, 0, length, frame_type, flags, 0, 0, 0, stream], payload].concat()
 }
 
-/// Reads frames up to one that is as `wanted`.
+/// Reads frames up to the first one whose header is `wanted`.
 async fn http2_until(connection: &mut Connection, wanted: impl Fn(&[u8]) -> bool) {
     loop {
         let head = connection.take(9).await.expect("the frame arrives");
@@ -680,7 +681,7 @@ async fn http2_until(connection: &mut Connection, wanted: impl Fn(&[u8]) -> bool
     }
 }
 
-/// An HTTP/2 connection on which stream 1 has been answered.
+/// Opens an HTTP/2 connection and waits for the whole response on stream 1.
 async fn answered_on_stream_1(target: &Target) -> Connection {
     let mut connection = Connection::open(target).await.expect("the server accepts");
     let preface = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &http2(4, 0, 0, b"")].concat();
@@ -692,18 +693,19 @@ async fn answered_on_stream_1(target: &Target) -> Connection {
     connection
 }
 
-/// GOAWAY and RST_STREAM with their payloads, and which streams are answered, up to the end.
+/// Sends `probe`, and returns GOAWAY and RST_STREAM with their payloads, and the streams that are answered, until the server
+/// closes the connection.
 async fn http2_reaction(mut connection: Connection, probe: &[u8]) -> Vec<(u8, u8, Vec<u8>)> {
-    // A client that says goodbye is closed once all is answered.
-    let goodbye = http2(7, 0, 0, &[0; 8]);
-    let _ = connection.send(&[probe, &goodbye].concat()).await;
+    // After GOAWAY of the client the server closes the connection once all streams are answered.
+    let goaway = http2(7, 0, 0, &[0; 8]);
+    let _ = connection.send(&[probe, &goaway].concat()).await;
     let mut reaction = Vec::new();
     while let Ok(head) = connection.take(9).await {
         let length = usize::from(head[1]) << 8 | usize::from(head[2]);
         let Ok(payload) = connection.take(length).await else { break };
         match head[3] {
             3 | 7 => reaction.push((head[3], head[8], payload)),
-            // The text of the answer names the process.
+            // The payload of DATA is left out, because it names the process.
             0 | 1 if head[4] & 1 == 1 => reaction.push((0, head[8], Vec::new())),
             _ => {}
         }
@@ -737,24 +739,26 @@ fn reload_leaves_http2_connections_as_strict_as_fresh_ones() {
     block_on(async {
         let targets =
             [Target::Tcp(service.http), service.https(&["h2"]).expect("the TLS client is configured")];
-        let mut moved = Vec::new();
+        let mut handed_over = Vec::new();
         for target in &targets {
             for _ in &probes {
-                moved.push(answered_on_stream_1(target).await);
+                handed_over.push(answered_on_stream_1(target).await);
             }
         }
         service.process.signal(Signal::HUP);
         let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         service.process.wait().expect("the old process exits");
-        let mut moved = moved.into_iter();
+        let mut handed_over = handed_over.into_iter();
         for target in &targets {
             for (name, probe) in &probes {
                 let fresh = http2_reaction(answered_on_stream_1(target).await, probe).await;
-                let moved =
-                    http2_reaction(moved.next().expect("there is one connection for each probe"), probe)
-                        .await;
+                let reaction = http2_reaction(
+                    handed_over.next().expect("there is one connection for each probe"),
+                    probe,
+                )
+                .await;
                 assert!(!fresh.is_empty(), "{name}");
-                assert_eq!(moved, fresh, "{name}");
+                assert_eq!(reaction, fresh, "{name}");
             }
         }
         terminate(main.trim_start_matches("MAINPID=")).expect("the successor exits");
