@@ -1,4 +1,4 @@
-//! A gRPC client over reloads of the example.
+//! Reloads of the example under the gRPC client of tonic.
 
 use rustix::process::Signal;
 use testkit::process::{signal, terminate};
@@ -7,7 +7,8 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// One channel of a real client, which calls all the time and never again; a stream ends with its process.
+/// Eight tasks call on one channel without retries. At each reload the open stream of the old process must end with
+/// UNAVAILABLE, and no call may fail.
 #[test]
 fn a_grpc_client_loses_no_call_over_reloads() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -46,10 +47,10 @@ fn a_grpc_client_loses_no_call_over_reloads() {
             }
             let next = tokio::task::block_in_place(|| service.notifications.wait_for("MAINPID="));
             main = Some(next.expect("a successor takes over").trim_start_matches("MAINPID=").to_owned());
-            let end = stream.message().await.expect_err("its process ends");
+            let end = stream.message().await.expect_err("the stream ends at the reload");
             assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
         }
-        // Each caller is answered once more after the last reload.
+        // Each task calls once more after the last reload.
         stop.cancel();
         callers.join_all().await;
         terminate(&main.expect("at least one reload was done")).expect("the process runs");

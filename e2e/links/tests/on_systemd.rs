@@ -1,14 +1,15 @@
-//! The link shortener with its database, on real systemds: this machine's and 257.
+//! The link shortener with PostgreSQL, on this machine's systemd and on systemd 257.
 
 use testkit::client::{Answer, Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
 use testkit::{on_each_systemd, this_package, wait_until};
 
-/// Of each verb, under load.
+/// Number of restarts and of reloads under load.
 const TIMES: usize = 10;
 
-/// A database server as Debian packages it, without Debian's wrapper for several of them.
+/// A unit for the PostgreSQL of Debian. Debian's own units start a wrapper for several clusters, which needs files in
+/// /etc that the container does not have.
 const POSTGRESQL: &str = r#"
 [Service]
 Type=notify
@@ -31,7 +32,7 @@ on_each_systemd! {
 
 fn boot(systemd: Systemd) -> Container {
     let container = Container::boot(systemd, this_package!()).expect("the container boots");
-    // Users that systemd makes are known by name (nss-systemd(8)), as on an installed machine.
+    // Names of dynamic users need nss-systemd(8). The container has an empty /etc, so it must be enabled here.
     container
         .write("etc/nsswitch.conf", "passwd: files systemd\ngroup: files systemd\n")
         .expect("the file is written");
@@ -57,7 +58,7 @@ fn add(container: &Container, json: &str) -> Answer {
     ask(container, format!("{head}\r\ncontent-length: {}\r\n\r\n{json}", json.len()).as_bytes())
 }
 
-/// The clicks of a link, as the page shows them.
+/// The number of clicks of a link on the HTML page.
 fn clicks(container: &Container, code: &str) -> u64 {
     let page = ask(container, &get("/")).text();
     let row = page
@@ -86,7 +87,7 @@ fn clicks_in_the_database_equal_redirects_over_restarts_and_reloads(systemd: Sys
     running.wait_for(1000);
     let report = running.stop();
     assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-    // The last process has not ended: it adds its own within a second.
+    // The current process adds its clicks within a second.
     wait_until("the last clicks", || clicks(&container, "here") >= report.answered);
     container.systemctl("restart").expect("the restart succeeds");
     assert_eq!(clicks(&container, "here"), report.answered);
@@ -122,7 +123,7 @@ fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     assert_eq!(container.show("MainPID").expect("the unit has a main process"), pid);
     let reason = "could not reach the database at /run/postgresql (--database-url)";
     assert!(container.show("StatusText").expect("the unit has a status").contains(reason));
-    // Back, without a hand: the same process, and the click that waited.
+    // The same process recovers without a restart, and writes the click that it kept in memory.
     database(&container, "start");
     wait_until("the check succeeds", || from_admin("/readyz") == "ready\ndatabase: ok\n");
     assert_eq!(ask(&container, &get("/here")).status, 307);
@@ -130,7 +131,7 @@ fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     container.systemctl("reload").expect("the reload succeeds");
     assert_ne!(container.show("MainPID").expect("the unit has a main process"), pid);
 
-    // A start fails in one line; the port stays open, and who came waits.
+    // A failed start logs one line. The port stays open, and a client that connects waits for a successful start.
     database(&container, "stop");
     container.systemctl("restart").expect_err("it cannot start");
     let lines = container.journal(&["-u", "links.service", "-p", "err"]).expect("the journal can be read");

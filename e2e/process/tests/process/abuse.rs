@@ -1,5 +1,6 @@
-//! Attacks on a listener: wrong protocols, slow or oversized heads, silent connections, HTTP/2 floods. Each attack must be
-//! refused within its limit, while well-behaved clients of the same service are served as usual (`beside_normal_clients`).
+//! Attacks on a listener: wrong protocols, slow or oversized heads, silent connections, HTTP/2 floods. Each attack must
+//! be refused within its limit, while well-behaved clients of the same service are served as usual
+//! (`beside_normal_clients`).
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -15,8 +16,8 @@ use tokio::task::JoinSet;
 
 use crate::app_binary;
 
-/// The 99th percentile of the latency of well-behaved clients must be below this, in a debug build. A slow or busy machine
-/// delays all clients, so `SLOWER` times the latency at a second service that is not attacked is allowed too.
+/// The 99th percentile of the latency of well-behaved clients must be below this, in a debug build. A slow or busy
+/// machine delays all clients, so `SLOWER` times the latency at a second service that is not attacked is allowed too.
 const NORMAL_LIMIT: Duration = Duration::from_millis(250);
 const SLOWER: u32 = 5;
 /// Requests of well-behaved clients during an attack. Fewer would not give a 99th percentile.

@@ -24,7 +24,8 @@ fn assert_success(service: Service) -> String {
     log
 }
 
-/// Runs `command` and expects an error: exit code `code`, and a single line on standard error that contains all of `words`.
+/// Runs `command` and expects an error: exit code `code`, and a single line on standard error that contains all of
+/// `words`.
 fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
     let (exit, _, log) = run_to_end(command).expect("the process ends");
     assert_eq!(exit, Some(code), "{log}");
@@ -34,8 +35,8 @@ fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
     }
 }
 
-/// The binary with `socket` as an inherited fd. It is fd 0 and not 3, because `Command` can pass stdin without unsafe code;
-/// listenfd reads the number from `LISTEN_FDS_FIRST_FD`.
+/// The binary with `socket` as an inherited fd. It is fd 0 and not 3, because `Command` can pass stdin without unsafe
+/// code; listenfd reads the number from `LISTEN_FDS_FIRST_FD`.
 fn inheriting(socket: impl Into<Stdio>, variables: &[(&str, &str)]) -> Command {
     let mut command = command(app_binary(), &[]);
     command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").stdin(socket);
@@ -85,7 +86,8 @@ fn sigterm_right_after_the_socket_listens_exits_cleanly() {
     let mut process = command(app_binary(), &["--listen", path.to_str().expect("the path is valid UTF-8")]);
     let mut process = Process::spawn(process.stderr(Stdio::null())).expect("the wait succeeds");
     let deadline = Instant::now() + TEST_TIMEOUT;
-    // Connects without pauses, because the signal must arrive right after the socket listens, before the start is complete.
+    // Connects without pauses, because the signal must arrive right after the socket listens, before the start is
+    // complete.
     while UnixStream::connect(&path).is_err() {
         assert!(Instant::now() < deadline, "the socket does not listen in time");
     }
@@ -316,7 +318,8 @@ fn a_client_that_does_not_read_its_response_is_cut_off() {
     let service = start(&["--request-timeout", "2s", "--body-limit", "1GiB"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
-        // The service echoes the body and the client never reads it, so the socket buffers fill and the service cannot write.
+        // The service echoes the body and the client never reads it, so the socket buffers fill and the service cannot
+        // write.
         let sent = tokio::time::timeout(TEST_TIMEOUT, connection.send(&post("/echo", 64 << 20))).await;
         assert!(
             sent.expect("the connection ends within the time limit of the test").is_err(),

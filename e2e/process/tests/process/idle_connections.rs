@@ -1,5 +1,5 @@
-//! Parked connections: the service drops the task and the buffers of a connection that is idle for two seconds. These tests
-//! check that clients cannot notice it, and how little memory a parked connection takes.
+//! Parked connections: the service drops the task and the buffers of a connection that is idle for two seconds. These
+//! tests check that clients cannot notice it, and how little memory a parked connection takes.
 
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use crate::app_binary;
 /// After this time without a request a connection is parked.
 const PARKED: Duration = Duration::from_secs(3);
 
-/// The clients pause for different times around the two seconds, so that their requests arrive before, while and after the
-/// connection is parked. Some connections have had no request before.
+/// The clients pause for different times around the two seconds, so that their requests arrive before, while and after
+/// the connection is parked. Some connections have had no request before.
 #[test]
 fn requests_on_parked_and_parking_connections_are_answered() {
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
@@ -139,8 +139,8 @@ fn parked_connections_are_counted_as_parked() {
             }
         };
         timeout(TEST_TIMEOUT, all_parked).await.expect("all connections are parked");
-        // Repeated, because a client receives its response before the service counts its connection as waiting, and on a
-        // slow machine the first connection is parked again before the last one is answered.
+        // Repeated, because a client receives its response before the service counts its connection as waiting, and on
+        // a slow machine the first connection is parked again before the last one is answered.
         let none_parked = async {
             loop {
                 for client in &mut clients {
@@ -191,7 +191,8 @@ fn idle_connections_take_little_memory_again_after_a_burst() {
             for connection in &mut connections {
                 connection.send(&get("/")).await.expect("the bytes are sent");
             }
-            // Sampled during the round, because the first connections may be parked again before the last one is answered.
+            // Sampled during the round, because the first connections may be parked again before the last one is
+            // answered.
             let mut active = each();
             for (number, connection) in connections.iter_mut().enumerate() {
                 assert_eq!(connection.answer().await.expect("the server answers").status, 200);

@@ -253,7 +253,8 @@ fn an_https_connection_gets_connection_close_during_a_drain() {
         terminate(&mut service);
         assert!(busy.answer().await.expect("the server answers").closes());
         assert!(idle.ask(&get("/")).await.expect("the server answers").closes());
-        // The service sends close_notify, so that the client can distinguish this from truncation (RFC 8446 section 6.1).
+        // The service sends close_notify, so that the client can distinguish this from truncation (RFC 8446 section
+        // 6.1).
         assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     end(service);

@@ -1,5 +1,5 @@
-//! Reloads without systemd. The tests use a real successor, a real successor whose messages they delay (`Delayed`), or they
-//! play the successor themselves on the takeover socket, with valid and invalid messages.
+//! Reloads without systemd. The tests use a real successor, a real successor whose messages they delay (`Delayed`), or
+//! they play the successor themselves on the takeover socket, with valid and invalid messages.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -32,8 +32,8 @@ fn start(flags: &[&str]) -> (Service, TempDir) {
     (service, folder)
 }
 
-/// Runs the takeover command as ExecReload= does. Returns its exit code, and what it and the successor wrote to standard
-/// error.
+/// Runs the takeover command as ExecReload= does. Returns its exit code, and what it and the successor wrote to
+/// standard error.
 fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, String) {
     // A file and not a pipe, because the successor inherits standard error and would keep a pipe open.
     let mut log = tempfile::NamedTempFile::new().expect("a temporary file is made");
@@ -364,8 +364,8 @@ fn an_incomplete_takeover_dialogue_changes_nothing() {
     assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
 }
 
-/// Go says that the intermediate process of the launch has exited, so that systemd is the parent of the successor. systemd
-/// kills a main process that is not its child at the next stop, without a drain.
+/// Go says that the intermediate process of the launch has exited, so that systemd is the parent of the successor.
+/// systemd kills a main process that is not its child at the next stop, without a drain.
 #[test]
 fn listeners_are_sent_only_after_go() {
     let (_service, folder) = start(&[]);
@@ -410,8 +410,8 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
         let successor = stand_in();
         let channel = play_until_commit(folder.path(), &successor);
         send_message(&channel, ACCEPTING, "");
-        // Each response makes one connection quiescent, and the service sends it in a message of its own. Nothing reads the
-        // channel, so it is full before the last connection.
+        // Each response makes one connection quiescent, and the service sends it in a message of its own. Nothing reads
+        // the channel, so it is full before the last connection.
         let mut is_full = false;
         for connection in &mut connections {
             let (before, begun) = (unread(&channel), Instant::now());
@@ -435,7 +435,8 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
 
 // ---- a real successor, delayed at each step ----
 
-/// A real successor behind a proxy: the test relays its messages to and from the old process, and can delay each of them.
+/// A real successor behind a proxy: the test relays its messages to and from the old process, and can delay each of
+/// them.
 struct Delayed {
     predecessor: OwnedFd,
     channel: OwnedFd,
@@ -511,7 +512,8 @@ impl Delayed {
         });
     }
 
-    /// The outcome that the successor has written to standard output, which the takeover command reads in a real reload.
+    /// The outcome that the successor has written to standard output, which the takeover command reads in a real
+    /// reload.
     fn outcome(mut self) -> String {
         let mut outcome = String::new();
         let mut stdout = self.successor.child().stdout.take().expect("the output is piped");
@@ -583,7 +585,8 @@ fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_cont
 #[test]
 fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connections() {
     for message_type in [COMMIT, ACCEPTING, MAIN] {
-        // The takeover timeout applies until Ready. For the answer to Commit the old process waits 5 s, which is longer.
+        // The takeover timeout applies until Ready. For the answer to Commit the old process waits 5 s, which is
+        // longer.
         let ready_by = Duration::from_secs(3);
         let flags = ["--takeover-timeout", &humantime::format_duration(ready_by).to_string()];
         let (service, folder) = start(&flags);
@@ -640,7 +643,8 @@ fn sigterm_to_both_processes_during_a_reload_stops_both() {
     }
 }
 
-/// Without a service manager only the old process receives the signal, and it must stop the successor that it has started.
+/// Without a service manager only the old process receives the signal, and it must stop the successor that it has
+/// started.
 #[test]
 fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -654,8 +658,8 @@ fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
     wait_until("it listens", || folder.path().join("takeover").exists());
     let (mut late, held) = Delayed::hold(folder.path(), ACCEPTING);
     process.signal(Signal::TERM);
-    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come after
-    // the reload.
+    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come
+    // after the reload.
     let logged = || std::fs::read_to_string(&log).expect("the log can be read");
     wait_until("the signal is received", || logged().contains("stop signal received during a reload"));
     late.resume(&held);

@@ -1,5 +1,6 @@
-//! Restarts without systemd: how connections become quiescent, are handed over, and continue in the next process. The tests
-//! play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next process.
+//! Restarts without systemd: how connections become quiescent, are handed over, and continue in the next process. The
+//! tests play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next
+//! process.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -209,7 +210,8 @@ fn connections_without_keep_alive_are_not_handed_over() {
     });
 }
 
-/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section 9.6).
+/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section
+/// 9.6).
 #[test]
 fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
@@ -255,7 +257,8 @@ fn an_http2_connection_survives_restarts() {
 
 #[test]
 fn a_partial_http2_frame_is_completed_in_the_next_process() {
-    // HEADERS for GET /. The block begins with a table size update to 0 (RFC 7541 section 6.3), as the server's SETTINGS ask.
+    // HEADERS for GET /. The block begins with a table size update to 0 (RFC 7541 section 6.3), as the server's
+    // SETTINGS ask.
     let request = [&[0, 0, 7, 1, 5, 0, 0, 0, 1], &[0x20, 0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
     for cut in [1, 8, 9, 12, request.len() - 1] {
         let service = start();
@@ -281,8 +284,8 @@ fn a_partial_http2_frame_is_completed_in_the_next_process() {
     }
 }
 
-/// New streams are served while an older one is open. GOAWAY is sent at half of the timeout, so that the client still has
-/// time to finish its streams.
+/// New streams are served while an older one is open. GOAWAY is sent at half of the timeout, so that the client still
+/// has time to finish its streams.
 #[test]
 fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -449,8 +452,8 @@ fn new_requests_are_served_while_a_slow_request_finishes() {
     });
 }
 
-/// When the first slow request has ended, the drain tries to hold new requests, finds the second slow request in flight, and
-/// serves new requests again.
+/// When the first slow request has ended, the drain tries to hold new requests, finds the second slow request in
+/// flight, and serves new requests again.
 #[test]
 fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
     let mut service = start();
@@ -693,8 +696,8 @@ async fn answered_on_stream_1(target: &Target) -> Connection {
     connection
 }
 
-/// Sends `probe`, and returns GOAWAY and RST_STREAM with their payloads, and the streams that are answered, until the server
-/// closes the connection.
+/// Sends `probe`, and returns GOAWAY and RST_STREAM with their payloads, and the streams that are answered, until the
+/// server closes the connection.
 async fn http2_reaction(mut connection: Connection, probe: &[u8]) -> Vec<(u8, u8, Vec<u8>)> {
     // After GOAWAY of the client the server closes the connection once all streams are answered.
     let goaway = http2(7, 0, 0, &[0; 8]);
