@@ -27,7 +27,7 @@ impl Cost {
     pub fn name(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
-            Self::CrashedProcess => "the crashed process's own",
+            Self::CrashedProcess => "requests and connections of the crashed process",
         }
     }
 }
