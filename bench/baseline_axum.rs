@@ -1,4 +1,5 @@
-//! The template that everybody writes, with the routes of ours: what the benchmark compares with.
+//! The baseline of the comparison: `axum::serve` with graceful shutdown under a socket unit, as in common tutorials,
+//! with the routes that the load needs.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -21,11 +22,11 @@ use tokio_rustls::server::TlsStream;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let (pid, since) = (std::process::id(), std::time::SystemTime::now());
-    let who = async move || {
+    let identity = async move || {
         let since = humantime::format_rfc3339_seconds(since);
         format!("pid {pid}, generation 1, since {since}\n")
     };
-    let router = Router::new().route("/", get(who)).route("/echo", post(async |body: String| body));
+    let router = Router::new().route("/", get(identity)).route("/echo", post(async |body: String| body));
     let mut passed = ListenFd::from_env();
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
     let secure = names.split(':').position(|name| name == "https");
@@ -37,11 +38,12 @@ async fn main() -> anyhow::Result<()> {
         TcpListener::bind("127.0.0.1:8081").await?
     };
     let mut terminate = signal(SignalKind::terminate())?;
-    let (tell, told) = tokio::sync::watch::channel(());
+    // Both servers need the signal, so a channel passes it on.
+    let (stop, stopped) = tokio::sync::watch::channel(());
     let terminated = move || {
-        let mut told = told.clone();
+        let mut stopped = stopped.clone();
         async move {
-            let _ = told.changed().await;
+            let _ = stopped.changed().await;
         }
     };
     let secure = match secure.map(|index| passed.take_tcp_listener(index)).transpose()?.flatten() {
@@ -53,7 +55,7 @@ async fn main() -> anyhow::Result<()> {
     let secure = secure.map(|secure| secure.with_graceful_shutdown(terminated()));
     let terminate = async move {
         terminate.recv().await;
-        let _ = tell.send(());
+        let _ = stop.send(());
         Ok(())
     };
     let secure = async {
@@ -66,7 +68,8 @@ async fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// TLS with HTTP/2, handshakes one after the other.
+/// A listener with TLS and HTTP/2. It performs one handshake at a time, so the comparison must not measure new TLS
+/// connections under load.
 struct Secure {
     listener: TcpListener,
     acceptor: TlsAcceptor,

@@ -1,4 +1,4 @@
-// Go's net/http with Server.Shutdown under start_server, as the write-ups on graceful restarts have it.
+// Go net/http with Server.Shutdown under start_server, as common articles on graceful restarts recommend.
 package main
 
 import (
@@ -21,7 +21,7 @@ func main() {
 		fmt.Fprintf(w, "pid %d, generation 1, since %s\n", os.Getpid(), since)
 	})
 	http.HandleFunc("/echo", func(w http.ResponseWriter, r *http.Request) {
-		// All of it first: what is not read when the answer begins is not read at all.
+		// Reads the whole body first, because net/http stops reading it once the response begins.
 		body, _ := io.ReadAll(r.Body)
 		w.Write(body)
 	})
@@ -43,7 +43,8 @@ func main() {
 	<-ended
 }
 
-// 127.0.0.1:8080=3 from start_server, and ;127.0.0.1:8443=4 for TLS; or an address to bind.
+// listen returns the sockets of start_server, as in 127.0.0.1:8080=3;127.0.0.1:8443=4 (the second one is for TLS).
+// Without start_server it binds the address in the first argument.
 func listen() (plain, secure net.Listener) {
 	ports, found := os.LookupEnv("SERVER_STARTER_PORT")
 	if !found {

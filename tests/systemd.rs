@@ -6,12 +6,12 @@ use testkit::load::Load;
 use testkit::this_package;
 
 #[test]
-fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
-    let container = Container::boot(Systemd::Host, this_package!()).expect("a container");
+fn restarts_and_reloads_lose_no_request_and_no_connection() {
+    let container = Container::boot(Systemd::Host, this_package!()).expect("the container boots");
     // The first request after boot starts the service.
     container.inside(|| async {
-        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+        let mut connection = Connection::open(&Container::target()).await.expect("the port accepts");
+        assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
     });
     // Fifty connections that never retry.
     let running = Load::paced(&Container::target()).start(container.enter());

@@ -1,4 +1,4 @@
-//! The picture: the latency of every request over a few restarts, one panel a server.
+//! The picture restarts.svg: the latency of every request during a few restarts, with one panel for each server.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -11,24 +11,24 @@ use crate::servers::{BARE_RESTARTED, GO_HUNG_UP, OURS_RELOADED, OURS_RESTARTED};
 use testkit::svg;
 
 const TITLE: &str = "Restarted each second under load: answered in blue, lost in red";
-/// What is shown, of the servers' first load.
+/// The servers that are shown, under the first load.
 const PANELS: [&str; 4] = [OURS_RESTARTED, OURS_RELOADED, BARE_RESTARTED, GO_HUNG_UP];
-/// So much of it, from its second second on.
+/// The part of the load that is shown. The first second is skipped, because the clients connect then.
 const SHOWN: Duration = Duration::from_secs(5);
 const SKIPPED: Duration = Duration::from_secs(1);
 
-/// The field of a panel: columns of time, rows of latency, two to a factor of ten.
+/// The grid of a panel: columns of time, and rows of latency with two rows for each power of ten.
 const COLUMNS: usize = 125;
 const ROWS: usize = 10;
-/// The lower edge of the field, in milliseconds.
+/// The latency at the lower edge of the grid, in milliseconds.
 const FASTEST: f64 = 0.01;
-/// A gap between two requests that is drawn as a pause, in microseconds.
+/// A time without requests that is labelled as a pause, in microseconds.
 const PAUSE: u32 = 20_000;
 
 const LEFT: usize = 90;
 const TOP: usize = 56;
 const PANEL: usize = 176;
-/// Of a cell.
+/// Width and height of a cell of the grid.
 const CELL: (usize, usize) = (6, 12);
 
 const STYLE: &str = ".r{fill:#d02020;font-weight:bold}.g{stroke-dasharray:3 3}.f{fill:#8881}.l{fill:#d02020}\
@@ -51,7 +51,7 @@ pub fn draw(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
     svg::end(svg, path)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "places on paper")]
+#[expect(clippy::cast_precision_loss, reason = "coordinates of a picture")]
 fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
     let (width, height) = (COLUMNS * CELL.0, ROWS * CELL.1);
     let lost = strip.report.lost();
@@ -71,7 +71,7 @@ fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
         Some(at.as_secs_f64() / SHOWN.as_secs_f64() * width as f64)
     };
     let micros = |at: &Duration| u32::try_from(at.as_micros()).unwrap_or(u32::MAX);
-    for x in strip.told.iter().filter_map(|at| place(micros(at))) {
+    for x in strip.restarts.iter().filter_map(|at| place(micros(at))) {
         write!(svg, "<path class=\"g\" d=\"M{x:.0} 0v{height}\"/>")?;
     }
     svg.push_str(&cells(strip, place));
@@ -83,12 +83,12 @@ fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
             write!(svg, "<text class=\"m\" x=\"{x:.0}\" y=\"{}\">{millis} ms</text>", height + 15)?;
         }
     }
-    // Those of each restart together, and counted: none of them may hide.
-    for (number, told) in strip.told.iter().enumerate() {
-        let end = strip.told.get(number + 1).map_or(u32::MAX, micros);
-        let is_here = |at: u32| at < end && (number == 0 || at >= micros(told));
+    // One circle with the count for each restart. Single marks would hide each other.
+    for (number, restart) in strip.restarts.iter().enumerate() {
+        let end = strip.restarts.get(number + 1).map_or(u32::MAX, micros);
+        let is_here = |at: u32| at < end && (number == 0 || at >= micros(restart));
         let lost = strip.report.samples.iter().filter(|sample| sample.is_lost && is_here(sample.at)).count();
-        if let Some(x) = place(micros(told)).filter(|_| lost > 0) {
+        if let Some(x) = place(micros(restart)).filter(|_| lost > 0) {
             write!(
                 svg,
                 "<circle class=\"l\" cx=\"{x:.0}\" cy=\"30\" r=\"17\"/><text class=\"m w\" x=\"{x:.0}\" y=\"36\">{lost}</text>"
@@ -99,12 +99,13 @@ fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
     Ok(())
 }
 
-/// Answered requests, by how large a share of those of their column each cell has: one path for each of four shades.
+/// Answered requests as four shades, by the share that a cell has of the requests of its column. Each shade is one SVG
+/// path, which keeps the file small.
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "places on paper"
+    reason = "coordinates of a picture"
 )]
 fn cells(strip: &Strip, place: impl Fn(u32) -> Option<f64>) -> String {
     let mut counts = vec![[0_u32; ROWS]; COLUMNS];

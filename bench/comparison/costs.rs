@@ -1,4 +1,4 @@
-//! What each server costs: time to start, memory, and what systemd adds.
+//! Start time, memory and binary size of each server, and how much of a restart's pause systemd and the sandbox take.
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
@@ -32,14 +32,14 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
         }));
     }
     costs.insert("processes".into(), each.into());
-    progress.set_message("what the sandbox costs");
+    progress.set_message("pause of a restart with and without the sandbox");
     costs.insert("pause".into(), pauses(extent)?);
     Ok(costs.into())
 }
 
 // ---- processes ----
 
-/// A server on a socket passed to it, ready; and how many milliseconds it took from exec.
+/// Starts a server on an inherited socket. Returns it once it is ready, with the milliseconds from exec to READY=1.
 fn start(binary: &Path) -> Result<(Process, SocketAddr, f64)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
@@ -62,7 +62,7 @@ fn exec_to_ready(binary: &Path) -> Result<f64> {
     start(binary).map(|(_, _, millis)| millis)
 }
 
-/// Resident kB, once it has answered.
+/// Resident memory in kB after one request.
 fn resident(binary: &Path) -> Result<u64> {
     let (process, address, _) = start(binary)?;
     testkit::block_on(async { Connection::open(&Target::Tcp(address)).await?.ask(&get("/")).await })?;
@@ -73,8 +73,8 @@ fn resident(binary: &Path) -> Result<u64> {
 
 // ---- systemd ----
 
-/// How long a restart leaves a unit not active: ours, `sleep` in the same sandbox, and `sleep` with each group
-/// of the sandbox's lines alone. Milliseconds.
+/// For how many milliseconds a unit is inactive during a restart: this service, `sleep` in the same sandbox, and
+/// `sleep` with each group of the sandbox alone. `sleep` has no start of its own, so its pause is the part of systemd.
 fn pauses(extent: &Extent) -> Result<Value> {
     let container = boot(Path::new(OURS))?;
     let groups = sandbox();
@@ -94,7 +94,7 @@ fn pauses(extent: &Extent) -> Result<Value> {
         for ((unit, _), pauses) in units.iter().zip(&mut pauses) {
             let unit = format!("{unit}.service");
             container.run(&["systemctl", "restart", &unit])?;
-            // The first round only starts them.
+            // The first round starts the units, so it is not measured.
             if round > 0 {
                 pauses.push(pause(&container, &unit)?);
             }
@@ -115,7 +115,7 @@ fn pauses(extent: &Extent) -> Result<Value> {
     }))
 }
 
-/// The groups of lines of the unit that harden, by the comment that heads each.
+/// The groups of sandbox settings in the unit file, each with the first line of its comment as the name.
 fn sandbox() -> Vec<(&'static str, Vec<&'static str>)> {
     let paragraphs = UNIT.split("\n\n").skip_while(|paragraph| !paragraph.contains("PrivateNetwork="));
     paragraphs

@@ -1,4 +1,5 @@
-//! What idle connections cost: memory, a restart and a reload with many of them, and the answer that wakes one.
+//! The costs of idle connections: memory, restarts and reloads with many of them, and the latency of the request that
+//! ends the idle time.
 
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
@@ -23,17 +24,17 @@ use crate::costs::{median, round};
 use crate::servers::{OURS, Peers, boot};
 use crate::throughput::{Cores, on};
 
-/// Memory that has not changed for this long goes nowhere any more.
+/// If the resident memory has not changed for this time, it is final.
 const SETTLED: Duration = Duration::from_secs(3);
-/// After this long a connection of ours sleeps.
-const ASLEEP: Duration = Duration::from_secs(4);
-/// What each process logs when it has taken all connections over (`outlive/src/log.rs`).
+/// After this time without a request this service has parked a connection.
+const PARKED: Duration = Duration::from_secs(4);
+/// The message that each process logs when it has taken over all connections (`outlive/src/observe/log.rs`).
 const TOOK_OVER: &str = "MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
 
 pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Value> {
     progress.set_message("memory of idle connections");
     let memory = memory(peers, extent)?;
-    progress.set_message("answers to those that wake");
+    progress.set_message("latency after an idle time");
     let woken = woken(peers, extent)?;
     progress.set_message("restarts with idle connections");
     Ok(json!({ "memory": memory, "woken": woken, "moves": moves(extent)? }))
@@ -41,7 +42,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
 
 // ---- memory ----
 
-/// What a connection was used for before it was left idle.
+/// How a connection was used before it became idle.
 #[derive(Clone, Copy)]
 enum Use {
     Nothing,
@@ -105,7 +106,7 @@ fn memory(peers: &Peers, extent: &Extent) -> Result<Value> {
                 open.ask().await?;
                 anyhow::Ok(open)
             });
-            // All at once.
+            // All at once, so that the server needs buffers for all of them at the same time.
             let open = futures_util::future::try_join_all(all).await?;
             let burst = server_of.settled().await?;
             drop(open);
@@ -117,20 +118,20 @@ fn memory(peers: &Peers, extent: &Extent) -> Result<Value> {
             "server": server,
             "connections": format!("{count}, {label}"),
             "resident bytes each": each(idle),
-            "after all were asked at once": each(burst),
+            "after one request on all at once": each(burst),
         }));
     }
     Ok(rows.into())
 }
 
-/// A server, and how much of it is in memory.
+/// A running server whose memory is measured.
 struct Resident {
     process: Process,
     target: Target,
 }
 
 impl Resident {
-    /// On a socket that is passed to it, ready.
+    /// Starts a server on an inherited socket, and waits until it is ready.
     fn start(
         binary: &Path,
         used: Use,
@@ -167,14 +168,15 @@ impl Resident {
         Ok(Self { process, target })
     }
 
+    /// Resident memory in kB.
     fn kilobytes(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.process.pid().as_raw_nonzero());
         let status = std::fs::read_to_string(path)?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-        line.trim().trim_end_matches(" kB").parse().context("a number")
+        line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
     }
 
-    /// Once it changes no more; within 10 s, after which it is what it is.
+    /// Resident memory in kB once it is stable, or after 10 s.
     async fn settled(&self) -> Result<u64> {
         let (begun, mut changed) = (Instant::now(), Instant::now());
         let mut last = self.kilobytes()?;
@@ -189,10 +191,11 @@ impl Resident {
     }
 }
 
-// ---- waking ----
+// ---- latency after an idle time ----
 
-/// How long answers take, one at a time, on connections that were idle, and on the same at once again; with a core for
-/// each end: where both share one, whoever sleeps hands it to the other, which is faster than a core that must wake.
+/// Latency of requests on connections that were idle, and of a second request right after, one at a time. Server and
+/// client have a core each. On a shared core the scheduler switches directly between them, which is faster than the
+/// wakeup of an idle core and would hide the difference.
 fn woken(peers: &Peers, extent: &Extent) -> Result<Value> {
     let on_a_core_of_its_own = || {
         let mut client = CpuSet::new();
@@ -200,14 +203,14 @@ fn woken(peers: &Peers, extent: &Extent) -> Result<Value> {
         sched_setaffinity(None, &client)?;
         ask_the_idle(peers, extent)
     };
-    std::thread::scope(|scope| scope.spawn(on_a_core_of_its_own).join().expect("no panic"))
+    std::thread::scope(|scope| scope.spawn(on_a_core_of_its_own).join().expect("the thread does not panic"))
 }
 
 fn ask_the_idle(peers: &Peers, extent: &Extent) -> Result<Value> {
     let servers = [("this service", Path::new(OURS)), ("bare axum::serve", peers.bare())];
     let folder = tempfile::tempdir()?;
     let certificate = Certificate::new()?;
-    // Of each server, by round: p50 and p99 of both.
+    // For each server: p50 of the first and second request, then p99 of both, with one value for each round.
     let mut took = [const { [const { Vec::new() }; 4] }; 2];
     testkit::block_on(async {
         let mut running = Vec::new();
@@ -220,7 +223,7 @@ fn ask_the_idle(peers: &Peers, extent: &Extent) -> Result<Value> {
             running.push((server, open));
         }
         for round in 0..extent.wakes {
-            tokio::time::sleep(ASLEEP).await;
+            tokio::time::sleep(PARKED).await;
             for place in [round % 2, (round + 1) % 2] {
                 for again in 0..2 {
                     let mut times = Vec::with_capacity(extent.woken);
@@ -240,8 +243,8 @@ fn ask_the_idle(peers: &Peers, extent: &Extent) -> Result<Value> {
         let [idle, again, idle_tail, again_tail] = took.map(median);
         json!({
             "server": server,
-            "p50 idle": idle, "p50 at once": again,
-            "p99 idle": idle_tail, "p99 at once": again_tail,
+            "p50 idle": idle, "p50 second request": again,
+            "p99 idle": idle_tail, "p99 second request": again_tail,
         })
     });
     Ok(rows.collect())
@@ -252,10 +255,10 @@ fn percentile(values: &mut [f64], percent: usize) -> f64 {
     round(values[(values.len() - 1) * percent / 100])
 }
 
-// ---- moves ----
+// ---- restarts and reloads ----
 
-/// Restarts and reloads beside so many idle connections: how long each takes, from a settled state; and what a load of
-/// 50 busy connections waits at the longest.
+/// Restarts and reloads with idle connections: their duration, and the longest wait of a load on 50 further
+/// connections.
 fn moves(extent: &Extent) -> Result<Value> {
     let container = &boot(Path::new(OURS))?;
     container.systemctl("start")?;
@@ -266,7 +269,7 @@ fn moves(extent: &Extent) -> Result<Value> {
             for _ in 0..count {
                 idle.push(Open::new(&Container::target(), Use::Http1).await?);
             }
-            tokio::time::sleep(ASLEEP).await;
+            tokio::time::sleep(PARKED).await;
             let mut row = json!({ "idle connections": count });
             for verb in ["restart", "reload"] {
                 let millis =
@@ -276,7 +279,7 @@ fn moves(extent: &Extent) -> Result<Value> {
                     (0..extent.starts).map(|_| longest_wait(container, verb)).collect::<Result<_>>()?;
                 row[format!("{verb}: longest wait ms")] = json!(median(waits));
             }
-            // All are there still.
+            // Checks that no idle connection was closed.
             for connection in &mut idle {
                 connection.ask().await?;
             }
@@ -286,14 +289,15 @@ fn moves(extent: &Extent) -> Result<Value> {
         for verb in ["restart", "reload"] {
             let of = |row: &Value| row[format!("{verb} ms")].as_f64().context("milliseconds");
             let ratio = of(&row)? / of(&first)?;
-            row[format!("{verb}, of none")] = json!(round(ratio));
+            row[format!("{verb}, relative to none")] = json!(round(ratio));
         }
         rows.push(row);
     }
     Ok(rows.into())
 }
 
-/// Milliseconds.
+/// The duration of a restart or reload in milliseconds. Waits until all connections are taken over, so that the next
+/// one starts from the same state.
 fn settled_move(container: &Container, verb: &str) -> Result<f64> {
     let taken = || container.journal(&[TOOK_OVER]).map(|entries| entries.len());
     let before = taken()?;
@@ -304,7 +308,7 @@ fn settled_move(container: &Container, verb: &str) -> Result<f64> {
     Ok(took.as_secs_f64() * 1000.0)
 }
 
-/// Milliseconds.
+/// The longest wait of a client during one restart or reload, in milliseconds.
 fn longest_wait(container: &Container, verb: &str) -> Result<f64> {
     let running = Load::paced(&Container::target()).start(container.enter());
     std::thread::sleep(Duration::from_millis(200));

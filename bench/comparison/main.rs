@@ -1,6 +1,7 @@
-//! The comparison: servers restarted each second under load from clients that never retry, side by side; then
-//! what each costs. `make bench` prints a table, and writes `target/bench/result.json` and
-//! `target/bench/restarts.svg` and `growth.svg`.
+//! The comparison with other servers. `restarts.rs` restarts each server every second under load from clients that
+//! never retry, and `upgrades.rs` does the same with Debian packages. `throughput.rs`, `idle.rs` and `costs.rs` measure
+//! without restarts. `make bench` prints the tables, and writes `result.json`, `restarts.svg` and `growth.svg` to
+//! `target/bench`.
 
 mod chart;
 mod costs;
@@ -20,19 +21,19 @@ use indicatif::{ProgressBar, ProgressStyle};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use serde_json::json;
 
-/// How much is done of each.
+/// The extent of each measurement.
 pub struct Extent {
-    /// Under each load.
+    /// Duration of each load.
     pub load: Duration,
-    /// Runs of each server whose throughput is measured, and how long each takes.
+    /// Rounds of the throughput measurement for each server, and the duration of one.
     pub rounds: usize,
     pub round: Duration,
-    /// Connections of a load that grows.
+    /// Numbers of connections for the throughput by connections.
     pub growth: &'static [usize],
-    /// Starts of each kind that is timed.
+    /// Repetitions of each start, restart, reload and upgrade that is timed.
     pub starts: usize,
     pub idle_connections: &'static [usize],
-    /// Connections that are woken, and how often.
+    /// Connections in the measurement of requests after an idle time, and its rounds.
     pub woken: usize,
     pub wakes: usize,
 }
@@ -58,15 +59,15 @@ const QUICK: Extent = Extent {
     wakes: 1,
 };
 
-/// For ten thousand connections, on both ends.
+/// Raises the limit of open files, because server and client have up to 18,000 connections each.
 fn raise_limits() {
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    // Where that is refused, opening them says so.
+    // Not an error here: without the limit, opening the connections fails with the reason.
     let _ = setrlimit(Resource::Nofile, limit);
 }
 
-#[expect(clippy::print_stdout, reason = "the result")]
+#[expect(clippy::print_stdout, reason = "the result goes to standard output")]
 fn main() -> Result<()> {
     let flag = |name: &str| std::env::args().any(|argument| argument == name);
     let extent = if flag("--quick") { QUICK } else { FULL };

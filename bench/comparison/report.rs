@@ -1,4 +1,4 @@
-//! The result as tables: for the terminal, and for the benchmark's README.
+//! The result as Markdown tables, for the terminal and for bench/README.md.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -27,12 +27,12 @@ pub fn machine() -> Result<String> {
     ))
 }
 
-/// Markdown, which reads well on a terminal too.
+/// All tables as Markdown, which is readable on a terminal too.
 pub fn table(result: &Value) -> String {
     let mut text = String::new();
     let _ = writeln!(
         text,
-        "`{}` on {}; {} s under each load, started anew each second.\n",
+        "`{}` on {}; {} s under each load, one restart or reload per second.\n",
         plain(&result["command"]),
         plain(&result["machine"]),
         plain(&result["seconds under each load"]),
@@ -56,43 +56,46 @@ pub fn table(result: &Value) -> String {
     );
     titled_rows(
         &mut text,
-        "Upgrades of a Debian package, one after the other; bare axum::serve as cargo-deb packages it by default.",
+        "Upgrades of a Debian package, one after the other; the package of bare axum::serve has the defaults of cargo-deb.",
         &result["upgrades"],
         &["package", "load", "upgrades", "answered", "lost", "connections closed", "longest ms"]
             .map(str::to_owned),
     );
     let throughput = &result["throughput"];
-    let of = |ratio: &str| ["server", "requests a second", ratio, "half of the rounds"].map(str::to_owned);
+    let of = |ratio: &str| {
+        ["server", "requests per second", ratio, "middle half of the rounds"].map(str::to_owned)
+    };
     titled_rows(
         &mut text,
-        "By wrk on 64 connections, servers and client on the same cores; ratios of the same rounds.",
+        "Throughput measured by wrk on 64 connections, server and client on the same cores; ratios of the same rounds.",
         &throughput["beside"],
-        &of("of bare axum::serve"),
+        &of("relative to bare axum::serve"),
     );
     titled_rows(
         &mut text,
-        "The server on one core and the client on another, requests a second by the number of connections.",
+        "Requests per second by the number of connections, the server on one core and the client on another.",
         &throughput["growth"],
         &columns_of(&throughput["growth"]),
     );
     let idle = &result["idle"];
     titled_rows(
         &mut text,
-        "Memory of idle connections, within 10 s.",
+        "Memory of idle connections, measured once it is stable or after 10 s.",
         &idle["memory"],
-        &["server", "connections", "resident bytes each", "after all were asked at once"].map(str::to_owned),
+        &["server", "connections", "resident bytes each", "after one request on all at once"]
+            .map(str::to_owned),
     );
     titled_rows(
         &mut text,
-        "Restarts and reloads beside idle connections, and what 50 busy ones wait at the longest then; medians.",
+        "Restarts and reloads with idle connections, and the longest wait on 50 busy connections meanwhile; medians.",
         &idle["moves"],
         &MOVES.map(str::to_owned),
     );
     titled_rows(
         &mut text,
-        "Answers on connections that were idle for 4 s, when ours sleep, and on the same at once again, with a core for each end; medians of rounds, in microseconds.",
+        "Latency of a request after 4 s without one (this service has parked the connection), and of a second request right after; one core each for server and client; medians of rounds, in microseconds.",
         &idle["woken"],
-        &["server", "p50 idle", "p50 at once", "p99 idle", "p99 at once"].map(str::to_owned),
+        &["server", "p50 idle", "p50 second request", "p99 idle", "p99 second request"].map(str::to_owned),
     );
     let costs = &result["costs"];
     rows(
@@ -109,13 +112,13 @@ pub fn table(result: &Value) -> String {
     ] {
         let _ = writeln!(
             text,
-            "- a restart leaves not active, {}: {} ms",
+            "- inactive during a restart, {}: {} ms",
             name.trim_end_matches(" ms"),
             plain(&pause[name])
         );
     }
     for (heading, value) in pause["each group of the sandbox's lines ms"].as_object().into_iter().flatten() {
-        let _ = writeln!(text, "- of that, \"{heading}\" alone costs {} ms", plain(value));
+        let _ = writeln!(text, "- of that, \"{heading}\" alone: {} ms", plain(value));
     }
     for left_out in result["left out"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "- left out: {}", plain(left_out));
@@ -123,18 +126,18 @@ pub fn table(result: &Value) -> String {
     text
 }
 
-/// The columns of the idle connections' table.
+/// The columns of the table of restarts and reloads with idle connections.
 const MOVES: [&str; 7] = [
     "idle connections",
     "restart ms",
-    "restart, of none",
+    "restart, relative to none",
     "restart: longest wait ms",
     "reload ms",
-    "reload, of none",
+    "reload, relative to none",
     "reload: longest wait ms",
 ];
 
-/// Those of the first row, the number of connections first, and then ours.
+/// The columns of the first row: the number of connections, then this service, then the others.
 fn columns_of(rows: &Value) -> Vec<String> {
     let mut columns: Vec<String> =
         rows[0].as_object().into_iter().flatten().map(|(key, _)| key.clone()).collect();
@@ -168,7 +171,7 @@ fn plain(value: &Value) -> String {
     }
 }
 
-/// Puts the table into its README, and the pictures beside the benchmark.
+/// Replaces the tables in bench/README.md, and copies the pictures to bench/.
 pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
     for picture in pictures {
         let name = picture.file_name().context("a name")?;
@@ -179,6 +182,6 @@ pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
     let (before, rest) = text.split_once(BEGIN).with_context(|| format!("no {BEGIN} in the README"))?;
     let (_, after) = rest.split_once(END).with_context(|| format!("no {END} in the README"))?;
     let picture = "![Latency of every request over time](restarts.svg)\n\n\
-        ![Requests a second by the number of connections](growth.svg)";
+        ![Requests per second by the number of connections](growth.svg)";
     Ok(std::fs::write(path, format!("{before}{BEGIN}\n\n{picture}\n\n{table}\n{END}{after}"))?)
 }

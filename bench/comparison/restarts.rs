@@ -1,4 +1,4 @@
-//! Each server started anew each second, under each load.
+//! Restarts or reloads each server once per second, under each load.
 
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use testkit::load::{Connections, Load, Report};
 use crate::Extent;
 use crate::servers::{Contender, Peers, Server};
 
-/// How often.
+/// Time between two restarts.
 const INTERVAL: Duration = Duration::from_secs(1);
-/// What may come in the place of an answer when a server closes a connection or a port; any other loss would
-/// be a fault of the client, or a wrong answer.
+/// The errors that a client can see when a server closes a connection or a port. Any other loss would be a fault of the
+/// client or a wrong response, and would make the figures doubtful.
 const EXPLAINED: [&str; 7] = [
     "closed before the answer (0 bytes of it came)",
     "closed inside an answer",
@@ -22,26 +22,26 @@ const EXPLAINED: [&str; 7] = [
     "could not send",
     "Connection refused",
     "Connection reset by peer",
-    // GOAWAY, with a request that was on its way.
+    // GOAWAY arrived while a request was on its way.
     "connection error received: not a result of an error",
 ];
 
 type MakeLoad = fn(&Target) -> Load;
 const LOADS: [(&str, MakeLoad); 4] = [
     ("10 keep-alive connections", Load::saturating),
-    ("one connection a request", Load::connection_per_request),
+    ("one connection per request", Load::connection_per_request),
     ("POST of 1 KiB", Load::post),
     ("HTTP/2 over TLS", Load::http2),
 ];
 
-/// What one server did under one load.
+/// The result of one server under one load.
 pub struct Strip {
     pub server: &'static str,
     pub load: &'static str,
     keeps_connections: bool,
     pub report: Report,
-    /// When it was told to start anew, from the beginning of the load.
-    pub told: Vec<Duration>,
+    /// Times of the restarts since the beginning of the load.
+    pub restarts: Vec<Duration>,
     took: Vec<Duration>,
 }
 
@@ -73,17 +73,17 @@ fn under(
     let keeps_connections = load.connections != Connections::OneEach;
     let running = load.start(server.enter());
     let begun = running.begun;
-    let (mut told, mut took) = (Vec::new(), Vec::new());
+    let (mut restarts, mut took) = (Vec::new(), Vec::new());
     while begun.elapsed() + INTERVAL / 2 < extent.load {
         std::thread::sleep(INTERVAL / 2);
-        told.push(begun.elapsed());
-        took.extend(server.start_anew()?);
-        let next = INTERVAL * u32::try_from(told.len())?;
+        restarts.push(begun.elapsed());
+        took.extend(server.restart()?);
+        let next = INTERVAL * u32::try_from(restarts.len())?;
         std::thread::sleep(next.saturating_sub(begun.elapsed()));
     }
     let report = running.stop();
     let server = contender.label;
-    Ok(Strip { server, load: label, keeps_connections, report, told, took })
+    Ok(Strip { server, load: label, keeps_connections, report, restarts, took })
 }
 
 impl Strip {
@@ -96,7 +96,7 @@ impl Strip {
         json!({
             "server": self.server,
             "load": self.load,
-            "starts": self.told.len(),
+            "starts": self.restarts.len(),
             "answered": report.answered,
             "lost": report.lost(),
             "lost by kind": report.lost,
@@ -109,7 +109,7 @@ impl Strip {
         })
     }
 
-    /// A loss that nothing here explains makes all the figures doubtful.
+    /// Returns an error if a loss is not in `EXPLAINED`.
     pub fn assert_explained(&self) -> Result<()> {
         for kind in self.report.lost.keys() {
             if !EXPLAINED.iter().any(|known| kind.contains(known)) {

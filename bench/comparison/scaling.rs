@@ -1,4 +1,4 @@
-//! The second picture: requests a second by the number of connections, a line for each server.
+//! The picture growth.svg: requests per second by the number of connections, with a line for each server.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -9,22 +9,22 @@ use serde_json::Value;
 use testkit::svg;
 
 const HEIGHT: usize = 420;
-/// The field of the lines.
+/// The edges of the plot area.
 const LEFT: f64 = 70.0;
 const RIGHT: f64 = 680.0;
 const TOP: f64 = 66.0;
 const BOTTOM: f64 = 372.0;
-/// Between two labels at the lines' ends.
+/// Minimum distance between two labels at the ends of lines.
 const LINE: f64 = 20.0;
-/// Requests a second, between two lines of the grid.
+/// Requests per second between two grid lines.
 const STEP: f64 = 50_000.0;
 
-/// Ours is the thick one.
+/// The line of this service is thick.
 const STYLE: &str = "polyline{fill:none;stroke-width:2}.c0{stroke:#265ca0;stroke-width:5}.c1{stroke:#c8641e}\
     .c2{stroke:#2a8a57}.c3{stroke:#888}@media(prefers-color-scheme:dark){.c0{stroke:#6aa9f7}}";
-const TITLE: &str = "Requests a second on one core, by the number of connections";
+const TITLE: &str = "Requests per second on one core, by the number of connections";
 
-/// `rows`: one for each number of connections, with a column for each server.
+/// Draws `rows`, which has one row for each number of connections and one column for each server.
 pub fn draw(rows: &Value, path: &Path) -> Result<()> {
     let rows = rows.as_array().context("rows")?;
     let counts: Vec<f64> = rows.iter().filter_map(|row| row["connections"].as_f64()).collect();
@@ -55,10 +55,12 @@ pub fn draw(rows: &Value, path: &Path) -> Result<()> {
         let x = x(*count);
         write!(svg, "<text class=\"m\" x=\"{x:.0}\" y=\"{:.0}\">{count}</text>", BOTTOM + 24.0)?;
     }
-    // From above, so that labels which would lie on each other can be moved down.
+    // From the highest line down, so that a label that would cover the previous one can be moved down.
     let mut lines: Vec<(usize, &String, Vec<f64>)> =
         servers.into_iter().enumerate().map(|(number, server)| (number, server, rates(server))).collect();
-    lines.sort_by(|(_, _, one), (_, _, other)| other.last().partial_cmp(&one.last()).expect("numbers"));
+    lines.sort_by(|(_, _, one), (_, _, other)| {
+        other.last().partial_cmp(&one.last()).expect("the rates are comparable")
+    });
     let mut label = 0.0;
     for (number, server, rates) in lines {
         let points: Vec<String> = counts

@@ -1,4 +1,4 @@
-//! The servers that are compared, and how each is told to start anew.
+//! The servers that are compared, and how each of them is restarted or reloaded.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -14,22 +14,22 @@ use testkit::container::{Container, Package, Systemd};
 use testkit::process::Process;
 use testkit::service::command;
 
-/// The package in the root workspace.
+/// The package of this service in the root workspace.
 pub const NAME: &str = "app";
 /// The root of the repository.
 pub const FOLDER: &str = testkit::binaries::ROOT;
 /// The release binary, which `make bench` builds first.
 pub const OURS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/app");
 
-// Those that the picture shows.
+// The labels of the servers that the picture shows.
 pub const OURS_RESTARTED: &str = "this service, systemctl restart";
 pub const OURS_RELOADED: &str = "this service, systemctl reload";
 pub const BARE_RESTARTED: &str = "bare axum::serve, systemctl restart";
 pub const GO_HUNG_UP: &str = "Go net/http under start_server, HUP";
 
-/// What is there to compare with.
+/// The other servers, as far as they are installed.
 pub struct Peers {
-    /// `axum::serve`, under the name of ours, so that the same units start it.
+    /// The baseline, copied to a file with the name of this service, so that the same units start it.
     bare: PathBuf,
     go: Option<PathBuf>,
     has_start_server: bool,
@@ -56,7 +56,7 @@ impl Peers {
 
     pub fn left_out(&self) -> Vec<&'static str> {
         [
-            (self.go.is_some(), "Go's net/http: no go here"),
+            (self.go.is_some(), "Go net/http: go is not installed"),
             (self.has_start_server, "start_server is not installed (libserver-starter-perl)"),
             (self.has_wrk, "throughput: wrk is not installed"),
             (self.has_nginx, "nginx is not installed"),
@@ -126,7 +126,7 @@ pub struct Contender {
 }
 
 impl Contender {
-    /// Whether it speaks TLS here; ours asks for a socket's name, which start_server does not give.
+    /// Whether TLS is measured. This service needs the name of a socket to serve TLS, and start_server passes no names.
     pub fn has_tls(&self) -> bool {
         self.binary != Path::new(OURS) || self.verb != Verb::Hangup
     }
@@ -165,18 +165,18 @@ impl Contender {
     }
 }
 
-/// A systemd with `binary` as the service.
+/// Boots systemd in a container, with `binary` as the service.
 pub fn boot(binary: &Path) -> Result<Container> {
     let binary = binary.to_str().context("a path")?;
     Container::boot(Systemd::Host, Package { name: NAME, binary, folder: FOLDER })
 }
 
-/// Waits until a server that was just started listens.
+/// Waits until a server listens on `address`.
 pub fn wait_for(address: SocketAddr) {
     testkit::wait_until("a server", || std::net::TcpStream::connect(address).is_ok());
 }
 
-/// A server that runs.
+/// A running server.
 pub struct Server {
     kind: Kind,
     pub target: Target,
@@ -191,8 +191,9 @@ enum Kind {
 }
 
 impl Server {
-    /// Tells it to start anew; gives how long that took, where whoever is told says when it is done.
-    pub fn start_anew(&self) -> Result<Option<Duration>> {
+    /// Restarts or reloads the server. Returns the duration under systemd; start_server does not report when it is
+    /// done.
+    pub fn restart(&self) -> Result<Option<Duration>> {
         let begun = Instant::now();
         match &self.kind {
             Kind::Container(container) => {
@@ -210,7 +211,7 @@ impl Server {
         Ok(Target::Tls(self.tls, self.certificate.client(&["h2"])?))
     }
 
-    /// What a load's thread does first.
+    /// A function that the thread of a load runs first: it enters the network namespace of the container.
     pub fn enter(&self) -> Box<dyn FnOnce() + Send> {
         match &self.kind {
             Kind::Container(container) => Box::new(container.enter()),

@@ -15,9 +15,10 @@ use crate::Extent;
 use crate::costs::median;
 use crate::servers::{OURS, Peers, wait_for};
 
-/// Connections of the load, where it is not said.
+/// Connections of the load on shared cores.
 const CONNECTIONS: usize = 64;
-/// A server on a port of its own, and what came of it.
+
+/// A server with its port, and its requests per second in each round.
 struct Contender {
     label: String,
     port: u16,
@@ -25,12 +26,13 @@ struct Contender {
     rates: Vec<f64>,
 }
 
-/// Who runs where.
+/// On which cores server and client run.
 #[derive(Clone, Copy)]
 pub enum Cores {
-    /// Servers and client as the kernel likes.
+    /// The scheduler decides.
     Shared,
-    /// The server on the first, the client on the second: the figure is the server's.
+    /// The server on the first core, the client on the second, so that the client takes no processor time from the
+    /// server.
     OneEach,
 }
 
@@ -41,7 +43,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
     progress.set_message("throughput");
     let mut beside = contenders(peers, Cores::Shared)?;
     measure(&mut beside, extent, extent.rounds, CONNECTIONS, Cores::Shared)?;
-    let beside = ratios(&beside, 1, "of bare axum::serve");
+    let beside = ratios(&beside, 1, "relative to bare axum::serve");
 
     let mut growth = Vec::new();
     for &connections in extent.growth {
@@ -76,7 +78,7 @@ fn contenders(peers: &Peers, cores: Cores) -> Result<Vec<Contender>> {
     let free = || testkit::free_address().port();
     let mut all = vec![Contender::ours("this service", Path::new(OURS), cores)];
     let port = free();
-    // It binds nothing itself but its default port: systemd-socket-activate gives it its own.
+    // The baseline has no option for its port, so systemd-socket-activate passes it a socket.
     let mut bare = command("systemd-socket-activate", &[&format!("--listen={}", address(port))]);
     bare.arg(peers.bare());
     all.push(Contender { port, ..Contender::new("bare axum::serve", &bare, cores) });
@@ -93,7 +95,7 @@ fn contenders(peers: &Peers, cores: Cores) -> Result<Vec<Contender>> {
     Ok(all)
 }
 
-/// The same command on one core.
+/// `command` on core `core`, unless the cores are shared.
 pub fn on(cores: Cores, core: &str, command: &Command) -> Command {
     let mut pinned = match cores {
         Cores::Shared => Command::new(command.get_program()),
@@ -107,7 +109,7 @@ pub fn on(cores: Cores, core: &str, command: &Command) -> Command {
     pinned
 }
 
-/// With a process for each core, as the others have a thread.
+/// nginx with one worker process for each core, as the other servers have one thread for each core.
 fn nginx(folder: &Path, port: u16, cores: Cores) -> Result<Command> {
     let path = folder.join("nginx.conf");
     let workers = match cores {
@@ -127,7 +129,7 @@ fn nginx(folder: &Path, port: u16, cores: Cores) -> Result<Command> {
     Ok(nginx)
 }
 
-/// The servers in turn, so often.
+/// Runs the servers in turn for `rounds` rounds, so that a disturbance of the machine affects all of them.
 fn measure(
     contenders: &mut [Contender],
     extent: &Extent,
@@ -146,7 +148,8 @@ fn measure(
     Ok(())
 }
 
-/// With how much of the one at `base` each did, in the same round: what else the machine does then slows both.
+/// The ratio of each server to the one at index `base`. Ratios are taken within a round, because other work on the
+/// machine slows both servers then.
 fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
     let figures = contenders.iter().map(|Contender { label, rates, .. }| {
         let base = &contenders[base].rates;
@@ -155,9 +158,9 @@ fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
         let (low, high) = (ratios[ratios.len() / 4], ratios[ratios.len() * 3 / 4]);
         json!({
             "server": label,
-            "requests a second": median(rates.clone()).round(),
+            "requests per second": median(rates.clone()).round(),
             column: median(ratios),
-            "half of the rounds": format!("{low:.2} to {high:.2}"),
+            "middle half of the rounds": format!("{low:.2} to {high:.2}"),
         })
     });
     figures.collect()

@@ -1,4 +1,5 @@
-//! Upgrades of a Debian package under load: ours, and bare `axum::serve` as cargo-deb packages it by default.
+//! Upgrades of a Debian package under load: this service, and bare `axum::serve` in a package with the defaults of
+//! cargo-deb.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -28,7 +29,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
             ("10 keep-alive connections, flat out", Load::saturating as fn(&Target) -> Load),
             ("50 connections, 5 ms between requests", Load::paced),
             ("the same, sending blindly", Load::paced_blind),
-            ("one connection a request", Load::connection_per_request),
+            ("one connection per request", Load::connection_per_request),
         ] {
             progress.set_message(format!("upgrades of {label}: {load}"));
             let package = Package { name, binary: OURS, folder: FOLDER };
@@ -50,7 +51,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
                 install(2 - u32::try_from(upgrade % 2)?)?;
             }
             let report = running.stop();
-            // Of what was made, all but those that would have done had to be made because another was closed.
+            // Each connection beyond those that the load asked for replaced one that was closed.
             let closed = is_kept.then(|| report.connections.saturating_sub(report.asked_for));
             rows.push(json!({
                 "package": label, "load": load, "upgrades": extent.starts, "answered": report.answered,
@@ -63,14 +64,14 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
     Ok(rows.into())
 }
 
-/// Two releases of each.
+/// Builds two releases of both packages.
 fn build(folder: &Path) -> Result<()> {
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").unwrap_or_default());
     run(&mut make(FOLDER, &["deb", "SYSTEMD=252", &format!("BINARY={OURS}")]))?;
     fs::copy(made(Path::new(FOLDER), NAME, "deb")?, folder.join(format!("{NAME}-1.deb")))?;
     let mut baseline = Command::new("cargo");
     baseline.args(["deb", "--no-build", "--package", "bench", "--output"]).arg(folder.join("baseline-1.deb"));
-    // In e2e, whose workspace this is, cargo-deb finds the build folder.
+    // In the folder e2e, because cargo-deb finds the build folder of the workspace only from there.
     run(baseline.current_dir(Path::new(FOLDER).join("e2e")).env("PATH", path))?;
     for name in [NAME, "baseline"] {
         let release = |number: u32| folder.join(format!("{name}-{number}.deb"));

@@ -13,34 +13,35 @@ use testkit::{block_on, wait_until};
 /// Built by `make test`: cargo builds them beside all of a package's tests only, and not beside one that is asked for by
 /// its name. `cargo build --workspace --examples` does too.
 fn example(name: &str) -> String {
-    let test = std::env::current_exe().expect("a path");
-    let path: PathBuf = test.ancestors().nth(2).expect("target/debug").join("examples").join(name);
-    path.to_str().expect("text").to_owned()
+    let test = std::env::current_exe().expect("the path of the test binary is known");
+    let path: PathBuf =
+        test.ancestors().nth(2).expect("the test binary is in target/debug/deps").join("examples").join(name);
+    path.to_str().expect("the path is valid UTF-8").to_owned()
 }
 
 async fn visit(connection: &mut Connection) {
-    assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+    assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
 }
 
 #[test]
-fn the_smallest_service_outlives_a_restart() {
+fn the_minimal_example_keeps_its_connection_over_a_restart() {
     let binary = example("minimal");
-    let service = Service::start_with_store(&binary, &[]).expect("a service");
+    let service = Service::start_with_store(&binary, &[]).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
         visit(&mut connection).await;
         service.signal(Signal::TERM);
-        let _next = service.restart(&binary).expect("the next process");
-        assert_eq!(connection.ask(&get("/")).await.expect("an answer").text(), "hello\n");
+        let _next = service.restart(&binary).expect("the next process starts");
+        assert_eq!(connection.ask(&get("/")).await.expect("the server answers").text(), "hello\n");
     });
 }
 
 #[test]
 fn a_background_task_loses_nothing_over_restarts() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let (binary, file) = (example("state"), folder.path().join("visits"));
-    let flags = ["--file", file.to_str().expect("text")];
-    let mut service = Service::start_with_store(&binary, &flags).expect("a service");
+    let flags = ["--file", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start_with_store(&binary, &flags).expect("the service starts");
     let service = block_on(async {
         let mut connection = service.connect().await;
         for _ in 0..5 {
@@ -48,36 +49,36 @@ fn a_background_task_loses_nothing_over_restarts() {
                 visit(&mut connection).await;
             }
             service.signal(Signal::TERM);
-            service = service.restart(&binary).expect("the next process");
+            service = service.restart(&binary).expect("the next process starts");
         }
         service
     });
     service.signal(Signal::TERM);
-    let (status, log) = service.end().expect("an end");
+    let (status, log) = service.end().expect("the process ends");
     assert!(status.success() && log.contains("all visits are counted"), "{log}");
-    assert_eq!(std::fs::read_to_string(&file).expect("a count"), "500");
+    assert_eq!(std::fs::read_to_string(&file).expect("the count is present"), "500");
 }
 
 /// Two processes live side by side then: the second task waits for the first.
 #[test]
-fn a_task_that_runs_alone_loses_nothing_over_reloads() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn an_exclusive_task_loses_nothing_over_reloads() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let (binary, file) = (example("state"), folder.path().join("visits"));
-    let flags = ["--file", file.to_str().expect("text")];
-    let mut service = Service::start_in(&binary, &flags, folder.path()).expect("a service");
+    let flags = ["--file", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start_in(&binary, &flags, folder.path()).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
         for _ in 0..100 {
             visit(&mut connection).await;
         }
         service.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         for _ in 0..100 {
             visit(&mut connection).await;
         }
-        service.process().wait().expect("the old process ends");
-        terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
-        while !connection.ask(&get("/")).await.expect("an answer").closes() {}
+        service.process().wait().expect("the old process exits");
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+        while !connection.ask(&get("/")).await.expect("the server answers").closes() {}
     });
     wait_until("the count", || {
         std::fs::read_to_string(&file).is_ok_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 201))
@@ -85,16 +86,17 @@ fn a_task_that_runs_alone_loses_nothing_over_reloads() {
 }
 
 #[test]
-fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn an_error_in_start_is_reported_in_one_line_by_check_too() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("visits");
-    std::fs::write(&file, "many").expect("written");
-    let file = file.to_str().expect("text");
+    std::fs::write(&file, "many").expect("the file is written");
+    let file = file.to_str().expect("the path is valid UTF-8");
     let address = testkit::free_address().to_string();
     for arguments in
         [&["--listen", &address, "--file", file][..], &["check", "--listen", &address, "--file", file]]
     {
-        let (code, said, log) = run_to_end(&mut command(&example("state"), arguments)).expect("an end");
+        let (code, said, log) =
+            run_to_end(&mut command(&example("state"), arguments)).expect("the process ends");
         assert_eq!((code, said.as_str()), (Some(69), ""), "{log}");
         let expected =
             format!("state: invalid content of {file}: expected a number: invalid digit found in string\n");
@@ -103,55 +105,56 @@ fn a_start_that_fails_is_one_line_and_check_finds_it_first() {
 }
 
 #[test]
-fn a_start_that_fails_at_a_reload_leaves_the_old_process_serving_and_its_story_is_told() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn an_error_in_start_at_a_reload_is_reported_and_the_old_process_keeps_serving() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("visits");
-    let flags = ["--file", file.to_str().expect("text")];
-    let mut service = Service::start_in(&example("state"), &flags, folder.path()).expect("a service");
+    let flags = ["--file", file.to_str().expect("the path is valid UTF-8")];
+    let mut service =
+        Service::start_in(&example("state"), &flags, folder.path()).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
         visit(&mut connection).await;
         wait_until("the count", || file.exists());
-        std::fs::write(&file, "many").expect("written");
+        std::fs::write(&file, "many").expect("the file is written");
         service.signal(Signal::HUP);
         let reason = "expected a number: invalid digit found in string";
-        service.notifications.wait_for_status(reason).expect("a status");
+        service.notifications.wait_for_status(reason).expect("the status is sent");
         visit(&mut connection).await;
     });
 }
 
 #[test]
-fn a_task_that_fails_drains_the_service_and_ends_it_with_its_name() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn a_failed_background_task_drains_the_service_and_is_named_in_the_log() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("visits");
-    let flags = ["--file", file.to_str().expect("text")];
-    let mut service = Service::start(&example("state"), &flags).expect("a service");
+    let flags = ["--file", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start(&example("state"), &flags).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
-        std::fs::write(&file, "many").expect("written");
+        std::fs::write(&file, "many").expect("the file is written");
         visit(&mut connection).await;
-        service.notifications.wait_for("STOPPING=1").expect("the end begins");
-        while !connection.ask(&get("/")).await.expect("an answer").closes() {}
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        while !connection.ask(&get("/")).await.expect("the server answers").closes() {}
     });
-    let (status, log) = service.end().expect("an end");
+    let (status, log) = service.end().expect("the process ends");
     assert_eq!(status.code(), Some(70), "{log}");
     assert!(log.contains("the service stops because the background task \"count visits\" ended"), "{log}");
 }
 
 #[test]
-fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn a_failed_readiness_check_is_named_by_readyz_and_affects_no_request() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("visits");
-    let flags = ["--file", file.to_str().expect("text")];
-    let service = TlsService::start(&example("state"), &flags).expect("a service");
+    let flags = ["--file", file.to_str().expect("the path is valid UTF-8")];
+    let service = TlsService::start(&example("state"), &flags).expect("the service starts");
     block_on(async {
         let ready = async || {
-            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
-            admin.ask(&get("/readyz")).await.expect("an answer")
+            let mut admin = Connection::open(&service.admin()).await.expect("the connection opens");
+            admin.ask(&get("/readyz")).await.expect("the server answers")
         };
         let answer = ready().await;
         assert_eq!((answer.status, answer.text().as_str()), (200, "ready\nfile: ok\n"));
-        std::fs::write(&file, "many").expect("written");
+        std::fs::write(&file, "many").expect("the file is written");
         let refused = loop {
             let answer = ready().await;
             if answer.status != 200 {
@@ -164,8 +167,8 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
             "{}",
             refused.text()
         );
-        visit(&mut Connection::open(&Target::Tcp(service.http)).await.expect("a connection")).await;
-        std::fs::remove_file(&file).expect("removed");
+        visit(&mut Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens")).await;
+        std::fs::remove_file(&file).expect("the file is removed");
         while ready().await.status != 200 {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -173,46 +176,49 @@ fn a_check_that_says_no_is_named_by_readyz_and_disturbs_nobody() {
 }
 
 #[test]
-fn a_signal_while_it_starts_ends_it_well() {
+fn sigterm_during_start_exits_cleanly() {
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
-    let mut process = Process::spawn(&mut command).expect("a service");
-    let mut stderr = process.child().stderr.take().expect("piped");
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    let mut stderr = process.child().stderr.take().expect("the output is piped");
     let mut line = [0; 8];
-    std::io::Read::read_exact(&mut stderr, &mut line).expect("it has begun to start");
+    std::io::Read::read_exact(&mut stderr, &mut line).expect("the start begins");
     process.signal(Signal::TERM);
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }
 
 #[test]
-fn a_hangup_while_it_starts_is_a_reload_after_the_start() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn sighup_during_start_reloads_after_the_start() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("file");
     let address = testkit::free_address().to_string();
-    let flags = ["--when", "start", "--until", file.to_str().expect("text"), "--listen", &address];
-    let log = tempfile::NamedTempFile::new().expect("a file");
+    let flags =
+        ["--when", "start", "--until", file.to_str().expect("the path is valid UTF-8"), "--listen", &address];
+    let log = tempfile::NamedTempFile::new().expect("a temporary file is made");
     let mut command = command(&example("slow"), &flags);
-    let mut process = Process::spawn(command.stderr(log.reopen().expect("a file"))).expect("a service");
-    let said = || std::fs::read_to_string(log.path()).expect("text");
+    let mut process =
+        Process::spawn(command.stderr(log.reopen().expect("the file opens"))).expect("the service starts");
+    let said = || std::fs::read_to_string(log.path()).expect("valid UTF-8");
     wait_until("it starts", || said().contains("waiting for the file"));
     process.signal(Signal::HUP);
-    std::fs::write(&file, "").expect("written");
+    std::fs::write(&file, "").expect("the file is written");
     wait_until("a successor", || said().contains("has taken over as pid "));
     let said = said();
     let pid = said.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
-    assert!(process.wait().expect("an end").success());
-    terminate(pid.expect("a pid")).expect("it runs");
+    assert!(process.wait().expect("the process ends").success());
+    terminate(pid.expect("a valid pid")).expect("the process runs");
 }
 
 /// `systemctl restart` soon after a reload: systemd tells all processes of the unit to end, the old one too.
 #[test]
-fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn sigterm_after_a_reload_cuts_off_no_background_task_of_the_old_process() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("file");
-    let flags = ["--when", "end", "--until", file.to_str().expect("text")];
-    let mut service = Service::start_in(&example("slow"), &flags, folder.path()).expect("a service");
-    let stderr = service.process().child().stderr.take().expect("piped");
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    let flags = ["--when", "end", "--until", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start_in(&example("slow"), &flags, folder.path()).expect("the service starts");
+    let stderr = service.process().child().stderr.take().expect("the output is piped");
+    let mut lines =
+        std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("valid UTF-8"));
     let mut begun = 0;
     let mut wait_for = |wanted: &str| {
         for line in lines.by_ref() {
@@ -225,51 +231,55 @@ fn a_signal_that_is_meant_for_the_successor_too_cuts_no_background_task_off() {
         panic!("waited in vain: {wanted}");
     };
     service.signal(Signal::HUP);
-    let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+    let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
     wait_for("waiting for the file");
     service.signal(Signal::TERM);
     let begun = wait_for("stop signal ignored: already shutting down");
     assert_eq!(begun, 1, "the successor's task waits for the old one");
-    std::fs::write(&file, "").expect("written");
+    std::fs::write(&file, "").expect("the file is written");
     // Each process has a queue for its log, so this line may overtake the last one of the old process.
     assert_eq!(wait_for("the task has begun"), 2);
-    assert!(service.process().wait().expect("an end").success());
-    terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+    assert!(service.process().wait().expect("the process ends").success());
+    terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
 }
 
 #[test]
-fn a_second_signal_cuts_a_background_task_off() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn a_second_stop_signal_cuts_off_background_tasks() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("file");
-    let flags = ["--when", "end", "--until", file.to_str().expect("text")];
-    let mut service = Service::start(&example("slow"), &flags).expect("a service");
-    let stderr = service.process().child().stderr.take().expect("piped");
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    let flags = ["--when", "end", "--until", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start(&example("slow"), &flags).expect("the service starts");
+    let stderr = service.process().child().stderr.take().expect("the output is piped");
+    let mut lines =
+        std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("valid UTF-8"));
     service.signal(Signal::TERM);
-    lines.find(|line| line.contains("waiting for the file")).expect("it ends");
+    lines.find(|line| line.contains("waiting for the file")).expect("the task waits at the end");
     service.signal(Signal::TERM);
-    lines.find(|line| line.contains("another stop signal: cutting off background tasks")).expect("cut off");
-    assert!(service.process().wait().expect("an end").success());
+    lines
+        .find(|line| line.contains("another stop signal: cutting off background tasks"))
+        .expect("the task is cut off");
+    assert!(service.process().wait().expect("the process ends").success());
 }
 
 #[test]
-fn a_start_that_never_returns_is_given_up_at_its_limit() {
+fn a_start_that_never_returns_fails_at_the_start_timeout() {
     let address = testkit::free_address().to_string();
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &address, "--start-timeout", "200ms"]);
-    let (code, _, log) = run_to_end(&mut command).expect("an end");
+    let (code, _, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(69), "{log}");
     assert!(log.contains("slow: startup took longer than 200ms (--start-timeout)"), "{log}");
 }
 
 #[test]
-fn a_start_that_takes_long_asks_for_more_time() {
-    let mut notifications = Notifications::new().expect("a socket");
+fn a_slow_start_extends_the_start_timeout() {
+    let mut notifications = Notifications::new().expect("the socket is made");
     let mut command =
         command(&example("slow"), &["--when", "start", "--listen", &testkit::free_address().to_string()]);
-    let process = Process::spawn(command.env("NOTIFY_SOCKET", notifications.path())).expect("a service");
+    let process =
+        Process::spawn(command.env("NOTIFY_SOCKET", notifications.path())).expect("the service starts");
     for _ in 0..2 {
-        notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("more time");
+        notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("EXTEND_TIMEOUT_USEC= is sent");
     }
     process.signal(Signal::TERM);
     assert!(!notifications.said().iter().any(|line| line == "READY=1"));
@@ -277,13 +287,19 @@ fn a_start_that_takes_long_asks_for_more_time() {
 
 /// As `WatchdogSec=` has it; systemd then kills the process (on_systemd: `a_hung_service_is_restarted_by_the_watchdog`).
 #[test]
-fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let file = folder.path().join("file");
     let address = testkit::free_address();
-    let flags =
-        ["--when", "request", "--until", file.to_str().expect("text"), "--listen", &address.to_string()];
-    let mut notifications = Notifications::new().expect("a socket");
+    let flags = [
+        "--when",
+        "request",
+        "--until",
+        file.to_str().expect("the path is valid UTF-8"),
+        "--listen",
+        &address.to_string(),
+    ];
+    let mut notifications = Notifications::new().expect("the socket is made");
     let mut command = command(&example("slow"), &flags);
     let watchdog = Duration::from_millis(200);
     command
@@ -291,31 +307,34 @@ fn the_watchdog_is_not_fed_while_handlers_block_all_worker_threads() {
         // With two, a blocked one can keep the other from hearing of the second request.
         .env("TOKIO_WORKER_THREADS", "1")
         .env("WATCHDOG_USEC", watchdog.as_micros().to_string());
-    let mut process = Process::spawn(&mut command).expect("a service");
-    notifications.wait_for("WATCHDOG=1").expect("it is fed");
-    let stderr = process.child().stderr.take().expect("piped");
-    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("text"));
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("WATCHDOG=1").expect("WATCHDOG=1 is sent");
+    let stderr = process.child().stderr.take().expect("the output is piped");
+    let mut lines =
+        std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("valid UTF-8"));
     block_on(async {
         let target = Target::Tcp(address);
-        let mut client = Connection::open(&target).await.expect("it listens");
-        client.send(&get("/")).await.expect("sent");
-        lines.find(|line| line.contains("waiting for the file")).expect("the worker is blocked");
+        let mut client = Connection::open(&target).await.expect("the service listens");
+        client.send(&get("/")).await.expect("the bytes are sent");
+        lines
+            .find(|line| line.contains("waiting for the file"))
+            .expect("the handler blocks its worker thread");
         // What was sent before it was blocked.
         for _ in 0..3 {
             let _ = notifications.wait_for_at_most("WATCHDOG=1", watchdog);
         }
         assert!(notifications.wait_for_at_most("WATCHDOG=1", watchdog * 10).is_err(), "it is not fed");
-        std::fs::write(&file, "").expect("written");
-        notifications.wait_for("WATCHDOG=1").expect("it is fed again");
-        assert_eq!(client.answer().await.expect("an answer").text(), "hello\n");
+        std::fs::write(&file, "").expect("the file is written");
+        notifications.wait_for("WATCHDOG=1").expect("WATCHDOG=1 is sent again");
+        assert_eq!(client.answer().await.expect("the server answers").text(), "hello\n");
     });
 }
 
 #[test]
-fn a_panic_in_a_start_is_a_start_that_failed() {
+fn a_panic_in_start_fails_the_start() {
     let address = testkit::free_address().to_string();
     let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
-    let (code, _, log) = run_to_end(&mut command).expect("an end");
+    let (code, _, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(70), "{log}");
     assert!(log.contains("slow: startup failed: panicked: on purpose"), "{log}");
 }

@@ -25,7 +25,9 @@ fn layer(folder: &str) -> usize {
 
 /// The Rust files in `folder` and below it.
 fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
-    let entries = std::fs::read_dir(folder).expect("a folder").map(|entry| entry.expect("an entry").path());
+    let entries = std::fs::read_dir(folder)
+        .expect("the folder can be read")
+        .map(|entry| entry.expect("the entry can be read").path());
     entries
         .flat_map(|path| if path.is_dir() { sources(&path) } else { vec![path] })
         .filter(|path| path.extension().is_some_and(|extension| extension == "rs"))
@@ -34,7 +36,7 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
 
 /// Whether a file holds tests only, which may use every folder.
 fn is_of_tests(path: &Path) -> bool {
-    let stem = path.file_stem().expect("a name").to_string_lossy();
+    let stem = path.file_stem().expect("the file has a name").to_string_lossy();
     stem == "tests" || stem == "models" || stem.ends_with("_tests")
 }
 
@@ -43,14 +45,20 @@ fn folders_name_only_folders_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut paths = 0;
     for path in sources(&root) {
-        let inside = path.strip_prefix(&root).expect("inside");
+        let inside = path.strip_prefix(&root).expect("the file is in src");
         if inside.components().count() == 1 || is_of_tests(inside) {
             continue;
         }
-        let own = inside.components().next().expect("a folder").as_os_str().to_string_lossy().into_owned();
-        let text = std::fs::read_to_string(&path).expect("text");
+        let own = inside
+            .components()
+            .next()
+            .expect("the path begins with a folder")
+            .as_os_str()
+            .to_string_lossy()
+            .into_owned();
+        let text = std::fs::read_to_string(&path).expect("valid UTF-8");
         // Tests at the end of a file may use every folder.
-        let code = text.split("\nmod tests {").next().expect("a first part");
+        let code = text.split("\nmod tests {").next().expect("split gives at least one part");
         let lines = code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
         for (number, line) in lines {
             for rest in line.split("crate::").skip(1) {

@@ -1,6 +1,7 @@
-//! A gRPC service beside routes of its own, on one listener: the standard health service (`grpc.health.v1`), whose
-//! `Watch` goes on for as long as the process does.
-//! `cargo run -p grpc` in `e2e`, `grpcurl -plaintext localhost:8080 grpc.health.v1.Health/Check`
+//! An example of a gRPC service beside other routes on the same listener: the standard health service
+//! (`grpc.health.v1`), with a stream that lasts as long as the process.
+//!
+//! In the folder `e2e`: `cargo run -p grpc`, then `grpcurl -plaintext localhost:8080 grpc.health.v1.Health/Check`.
 
 use std::process::ExitCode;
 
@@ -21,7 +22,8 @@ struct Config {}
 
 const SERVING: HealthCheckResponse = HealthCheckResponse { status: ServingStatus::Serving as i32 };
 
-/// What `tonic` makes a server of; yours is made from your `.proto` file.
+/// The implementation of the health service. For a service of your own, tonic-build generates the trait from a `.proto`
+/// file.
 struct Service {
     shutdown: CancellationToken,
 }
@@ -34,7 +36,8 @@ impl Health for Service {
 
     type WatchStream = BoxStream<'static, Result<HealthCheckResponse, Status>>;
 
-    /// A stream that goes on for ever is to end when the process does: its client comes back, to the next one.
+    /// The stream ends at the shutdown, because a response that never ends would be cut off at the drain limit. The
+    /// status UNAVAILABLE makes the client call again, and the next process answers.
     async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
         let shutdown = self.shutdown.clone();
         let first = stream::once(async { Ok(SERVING) });

@@ -1,4 +1,4 @@
-//! A gRPC client over reloads of the example.
+//! Reloads of the example under the gRPC client of tonic.
 
 use rustix::process::Signal;
 use testkit::process::{signal, terminate};
@@ -7,16 +7,18 @@ use tonic_health::pb::HealthCheckRequest;
 use tonic_health::pb::health_check_response::ServingStatus;
 use tonic_health::pb::health_client::HealthClient;
 
-/// One channel of a real client, which calls all the time and never again; a stream ends with its process.
+/// Eight tasks call on one channel without retries. At each reload the open stream of the old process must end with
+/// UNAVAILABLE, and no call may fail.
 #[test]
 fn a_grpc_client_loses_no_call_over_reloads() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let mut service = Service::start_in(env!("CARGO_BIN_EXE_grpc"), &[], folder.path()).expect("a service");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let mut service =
+        Service::start_in(env!("CARGO_BIN_EXE_grpc"), &[], folder.path()).expect("the service starts");
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
-    runtime.expect("a runtime").block_on(async {
+    runtime.expect("the runtime starts").block_on(async {
         let address = format!("http://{}", service.address());
-        let endpoint = tonic::transport::Endpoint::from_shared(address).expect("an address");
-        let client = HealthClient::new(endpoint.connect().await.expect("it listens"));
+        let endpoint = tonic::transport::Endpoint::from_shared(address).expect("a valid address");
+        let client = HealthClient::new(endpoint.connect().await.expect("the service listens"));
         let stop = tokio_util::sync::CancellationToken::new();
         let mut callers = tokio::task::JoinSet::new();
         for _ in 0..8 {
@@ -24,7 +26,8 @@ fn a_grpc_client_loses_no_call_over_reloads() {
             callers.spawn(async move {
                 loop {
                     let is_last = stop.is_cancelled();
-                    let answer = client.check(HealthCheckRequest::default()).await.expect("an answer");
+                    let answer =
+                        client.check(HealthCheckRequest::default()).await.expect("the server answers");
                     assert_eq!(answer.into_inner().status(), ServingStatus::Serving);
                     if is_last {
                         return;
@@ -35,21 +38,21 @@ fn a_grpc_client_loses_no_call_over_reloads() {
         let mut main: Option<String> = None;
         for _ in 0..3 {
             let mut watcher = client.clone();
-            let stream = watcher.watch(HealthCheckRequest::default()).await.expect("a stream");
+            let stream = watcher.watch(HealthCheckRequest::default()).await.expect("the stream opens");
             let mut stream = stream.into_inner();
-            stream.message().await.expect("no error").expect("the status now");
+            stream.message().await.expect("the stream has no error").expect("the current status arrives");
             match &main {
                 None => service.signal(Signal::HUP),
-                Some(main) => signal(main, Signal::HUP).expect("it runs"),
+                Some(main) => signal(main, Signal::HUP).expect("the process runs"),
             }
             let next = tokio::task::block_in_place(|| service.notifications.wait_for("MAINPID="));
-            main = Some(next.expect("a successor").trim_start_matches("MAINPID=").to_owned());
-            let end = stream.message().await.expect_err("its process ends");
+            main = Some(next.expect("a successor takes over").trim_start_matches("MAINPID=").to_owned());
+            let end = stream.message().await.expect_err("the stream ends at the reload");
             assert_eq!(end.code(), tonic::Code::Unavailable, "{end}");
         }
-        // Each caller is answered once more after the last reload.
+        // Each task calls once more after the last reload.
         stop.cancel();
         callers.join_all().await;
-        terminate(&main.expect("reloaded")).expect("it runs");
+        terminate(&main.expect("at least one reload was done")).expect("the process runs");
     });
 }

@@ -1,4 +1,4 @@
-//! The configuration of the service, how it starts, and its routes.
+//! The configuration of the service, its start and its routes. `docs/recipes/application.md` quotes `start`.
 
 use axum::extract::{Path, State};
 use axum::http::{StatusCode, header};
@@ -16,11 +16,11 @@ use url::Url;
 use crate::clicks::Clicks;
 use crate::store::Store;
 
-/// Letters and digits of a code that nobody chose.
+/// Number of letters and digits of a code that the service chooses.
 const CODE_LENGTH: usize = 7;
-/// Letters and digits of a code, at most.
+/// Maximum number of letters and digits of a code.
 const CODE_LIMIT: usize = 32;
-/// Bytes of a link, at most.
+/// Maximum length of a link in bytes.
 const URL_LIMIT: usize = 2048;
 
 /// A link shortener on PostgreSQL.
@@ -65,7 +65,7 @@ fn routes(app: App) -> Router {
         .with_state(app)
 }
 
-/// The links that are followed most.
+/// An HTML page with the links that were followed most.
 async fn page(State(app): State<App>) -> Result<Markup, Refusal> {
     let links = app.store.most_followed().await?;
     Ok(html! {
@@ -96,7 +96,7 @@ async fn page(State(app): State<App>) -> Result<Markup, Refusal> {
 #[derive(Deserialize)]
 struct NewLink {
     url: String,
-    /// Chosen by us where it is not by them.
+    /// If it is missing, the service chooses a code.
     code: Option<String>,
 }
 
@@ -105,7 +105,8 @@ struct Added {
     code: String,
 }
 
-/// Makes a link: `{"url": "https://example.org/"}`, with a `"code"` of letters and digits if one is wanted.
+/// Adds a link. The body is JSON, such as `{"url": "https://example.org/", "code": "example"}`; `code` is optional and
+/// consists of letters and digits.
 async fn add(State(app): State<App>, Json(link): Json<NewLink>) -> Result<Response, Refusal> {
     let url = Url::parse(&link.url)
         .ok()
@@ -124,7 +125,7 @@ async fn add(State(app): State<App>, Json(link): Json<NewLink>) -> Result<Respon
 }
 
 fn is_code(code: &str) -> bool {
-    // "links" is where they are made.
+    // /links is the route that adds links, so a link with this code could never be followed.
     (1..=CODE_LIMIT).contains(&code.len())
         && code.bytes().all(|byte| byte.is_ascii_alphanumeric())
         && code != "links"
@@ -136,7 +137,7 @@ async fn follow(State(app): State<App>, Path(code): Path<String>) -> Result<Redi
     Ok(Redirect::temporary(&url))
 }
 
-/// Why a request is not done.
+/// Why a request is refused; the response is 422, 409, 404 or 503.
 enum Refusal {
     Link,
     Code,

@@ -1,5 +1,6 @@
-//! Clicks, counted in memory and added to the database each second, and once more at the end: none is lost, and
-//! none is counted twice.
+//! Counts clicks in memory, and adds them to the database each second and once more when the process ends. A restart or
+//! reload loses no click and counts none twice, because the task gets its shutdown signal after the last response, and
+//! because each batch has an id under which the database adds it only once.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,12 +11,12 @@ use tokio_util::sync::CancellationToken;
 
 use crate::store::Store;
 
-/// Between two flushes; a crash costs the clicks of this time.
+/// Time between two flushes. A crash loses the clicks that were counted since the last one.
 const FLUSH_INTERVAL: Duration = Duration::from_secs(1);
-/// At the end, for a database that is away.
+/// How often the last flush is tried again if the database is not available.
 const LAST_TRIES: u32 = 2;
 
-/// Clicks by code; no more entries than there are links.
+/// Number of clicks for each code. It cannot have more entries than there are links.
 pub type Counts = HashMap<String, i64>;
 
 /// Clicks that are not in the database yet.
@@ -45,7 +46,8 @@ impl Clicks {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Until `end`, which comes after the last answer of this process. While the database is away, clicks wait.
+    /// Writes the clicks to the database until `end` is cancelled, which happens after the last response of this
+    /// process. While the database is not available, clicks stay in memory.
     pub async fn flush(self, end: CancellationToken) -> anyhow::Result<()> {
         let mut batch = None;
         while end.run_until_cancelled(tokio::time::sleep(FLUSH_INTERVAL)).await.is_some() {
@@ -67,8 +69,8 @@ impl Clicks {
         Ok(())
     }
 
-    /// A batch of which it is not known whether it was added is tried again as it was: under its number it counts
-    /// once.
+    /// If an error leaves open whether the batch was added, `batch` keeps it with its id for the next call. A new batch
+    /// would count these clicks twice.
     async fn flush_once(&self, batch: &mut Option<Batch>) -> anyhow::Result<()> {
         if batch.is_none() {
             let counts = std::mem::take(&mut *self.counts());
@@ -82,7 +84,7 @@ impl Clicks {
     }
 }
 
-/// Clicks on their way into the database.
+/// Clicks that are being added to the database.
 struct Batch {
     id: i64,
     counts: Counts,

@@ -1,4 +1,5 @@
-//! The service begins in `app.rs`; all the rest of its life is the library's.
+//! A link shortener on PostgreSQL. `app.rs` has the configuration, the start and the routes; `outlive::run` does
+//! everything else, from the command line to the handover of connections.
 
 mod app;
 mod clicks;

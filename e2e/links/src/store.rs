@@ -1,4 +1,4 @@
-//! The database.
+//! The PostgreSQL database: its connections, its migrations and all queries.
 
 use std::time::Duration;
 
@@ -8,12 +8,12 @@ use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
 use crate::clicks::Counts;
 
-/// To get a connection: a request that waits for the database longer is answered 503.
+/// How long a request waits for a database connection before it is answered with 503.
 const ACQUIRE_LIMIT: Duration = Duration::from_secs(3);
-/// At a reload two processes have as many each, beside each other.
+/// During a reload two processes run, so the server must allow twice as many.
 const MAX_CONNECTIONS: u32 = 10;
-/// Two of them run at a reload, and a release may be rolled back: each migration leaves what the release before
-/// it needs, and what a later one has added disturbs nobody.
+/// During a reload two releases use the tables, and a release may be rolled back. So a migration must not remove
+/// anything that the previous release needs, and `ignore_missing` accepts migrations of a later release.
 static MIGRATIONS: Migrator = Migrator { ignore_missing: true, ..sqlx::migrate!() };
 
 #[derive(Clone)]
@@ -21,7 +21,7 @@ pub struct Store {
     pool: PgPool,
 }
 
-/// A link, and how often it was followed.
+/// A link, and the number of its clicks.
 pub struct Link {
     pub code: String,
     pub url: String,
@@ -29,7 +29,7 @@ pub struct Link {
 }
 
 impl Store {
-    /// Connects, and brings the tables to the form that this release needs.
+    /// Connects, and migrates the tables to the form that this release needs.
     pub async fn open(database: &PgConnectOptions) -> anyhow::Result<Self> {
         let place = match database.get_socket() {
             Some(folder) => folder.display().to_string(),
@@ -38,7 +38,7 @@ impl Store {
         let pool = PgPoolOptions::new()
             .max_connections(MAX_CONNECTIONS)
             .acquire_timeout(ACQUIRE_LIMIT)
-            // Not that a table is there already.
+            // Without this, PostgreSQL reports on each start that the migrations table exists already.
             .connect_with(database.clone().options([("client_min_messages", "warning")]))
             .await
             .with_context(|| format!("could not reach the database at {place} (--database-url)"))?;
@@ -62,7 +62,7 @@ impl Store {
         }
     }
 
-    /// Gives false where there is a link of that code.
+    /// Returns false if the code is in use already.
     pub async fn add(&self, code: &str, url: &str) -> sqlx::Result<bool> {
         let done = sqlx::query("insert into links (code, url) values ($1, $2) on conflict do nothing")
             .bind(code)
@@ -79,7 +79,7 @@ impl Store {
             .await
     }
 
-    /// The ten that are followed most.
+    /// The ten links with the most clicks.
     pub async fn most_followed(&self) -> sqlx::Result<Vec<Link>> {
         let rows: Vec<(String, String, i64)> =
             sqlx::query_as("select code, url, clicks from links order by clicks desc, code limit 10")
@@ -88,7 +88,7 @@ impl Store {
         Ok(rows.into_iter().map(|(code, url, clicks)| Link { code, url, clicks }).collect())
     }
 
-    /// Adds `counts`, once for each `id`, however often it is asked to.
+    /// Adds `counts`. Further calls with the same `id` add nothing, so that a call can be repeated after any error.
     pub async fn add_clicks(&self, id: i64, counts: &Counts) -> anyhow::Result<()> {
         let (codes, counts): (Vec<&str>, Vec<i64>) =
             counts.iter().map(|(code, count)| (code.as_str(), *count)).unzip();

@@ -1,14 +1,15 @@
-//! The link shortener with its database, on real systemds: this machine's and 257.
+//! The link shortener with PostgreSQL, on this machine's systemd and on systemd 257.
 
 use testkit::client::{Answer, Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
 use testkit::{on_each_systemd, this_package, wait_until};
 
-/// Of each verb, under load.
+/// Number of restarts and of reloads under load.
 const TIMES: usize = 10;
 
-/// A database server as Debian packages it, without Debian's wrapper for several of them.
+/// A unit for the PostgreSQL of Debian. Debian's own units start a wrapper for several clusters, which needs files in
+/// /etc that the container does not have.
 const POSTGRESQL: &str = r#"
 [Service]
 Type=notify
@@ -24,17 +25,19 @@ ExecStartPost=/bin/sh -c 'psql --quiet -d postgres -c "create role links login" 
 "#;
 
 on_each_systemd! {
-    the_clicks_in_the_database_are_the_redirects_that_clients_got
-    while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well
-    the_unit_is_sound_and_safe
+    clicks_in_the_database_equal_redirects_over_restarts_and_reloads
+    the_service_recovers_after_the_database_was_unavailable
+    the_unit_passes_systemd_analyze
 }
 
 fn boot(systemd: Systemd) -> Container {
-    let container = Container::boot(systemd, this_package!()).expect("a container");
-    // Users that systemd makes are known by name (nss-systemd(8)), as on an installed machine.
-    container.write("etc/nsswitch.conf", "passwd: files systemd\ngroup: files systemd\n").expect("written");
-    container.write("etc/systemd/system/postgresql.service", POSTGRESQL).expect("written");
-    container.run(&["systemctl", "daemon-reload"]).expect("a new unit");
+    let container = Container::boot(systemd, this_package!()).expect("the container boots");
+    // Names of dynamic users need nss-systemd(8). The container has an empty /etc, so it must be enabled here.
+    container
+        .write("etc/nsswitch.conf", "passwd: files systemd\ngroup: files systemd\n")
+        .expect("the file is written");
+    container.write("etc/systemd/system/postgresql.service", POSTGRESQL).expect("the file is written");
+    container.run(&["systemctl", "daemon-reload"]).expect("systemd loads the new unit");
     database(&container, "start");
     container
 }
@@ -45,8 +48,8 @@ fn database(container: &Container, verb: &str) {
 
 fn ask(container: &Container, request: &[u8]) -> Answer {
     container.inside(|| async {
-        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        connection.ask(request).await.expect("an answer")
+        let mut connection = Connection::open(&Container::target()).await.expect("the port accepts");
+        connection.ask(request).await.expect("the server answers")
     })
 }
 
@@ -55,19 +58,22 @@ fn add(container: &Container, json: &str) -> Answer {
     ask(container, format!("{head}\r\ncontent-length: {}\r\n\r\n{json}", json.len()).as_bytes())
 }
 
-/// The clicks of a link, as the page shows them.
+/// The number of clicks of a link on the HTML page.
 fn clicks(container: &Container, code: &str) -> u64 {
     let page = ask(container, &get("/")).text();
-    let row = page.split("<tr>").find(|row| row.contains(&format!("\"/{code}\""))).expect("the link's row");
+    let row = page
+        .split("<tr>")
+        .find(|row| row.contains(&format!("\"/{code}\"")))
+        .expect("the page has a row for the link");
     row.rsplit("<td>")
         .next()
         .and_then(|cell| cell.split('<').next())
-        .expect("a cell")
+        .expect("the row has cells")
         .parse()
-        .expect("a number")
+        .expect("a valid number")
 }
 
-fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: Systemd) {
+fn clicks_in_the_database_equal_redirects_over_restarts_and_reloads(systemd: Systemd) {
     let container = boot(systemd);
     let answer = add(&container, r#"{"url": "https://example.org/?a=1&b=<b>", "code": "here"}"#);
     assert_eq!((answer.status, answer.header("location")), (201, Some("/here")), "{}", answer.text());
@@ -81,28 +87,28 @@ fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: System
     running.wait_for(1000);
     let report = running.stop();
     assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-    // The last process has not ended: it adds its own within a second.
+    // The current process adds its clicks within a second.
     wait_until("the last clicks", || clicks(&container, "here") >= report.answered);
-    container.systemctl("restart").expect("a restart");
+    container.systemctl("restart").expect("the restart succeeds");
     assert_eq!(clicks(&container, "here"), report.answered);
     let page = ask(&container, b"GET / HTTP/1.1\r\nhost: test\r\naccept-encoding: gzip\r\n\r\n");
     assert_eq!(page.header("content-encoding"), Some("gzip"));
     assert!(ask(&container, &get("/")).text().contains("?a=1&amp;b=%3Cb%3E"));
 }
 
-fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(systemd: Systemd) {
+fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     let container = boot(systemd);
     let admin = "[Socket]\nListenStream=/run/admin.sock\nFileDescriptorName=admin\nService=links.service\n";
-    container.write("etc/systemd/system/links-admin.socket", admin).expect("written");
-    container.run(&["systemctl", "daemon-reload"]).expect("a new unit");
-    container.run(&["systemctl", "start", "links-admin.socket"]).expect("a second socket");
+    container.write("etc/systemd/system/links-admin.socket", admin).expect("the file is written");
+    container.run(&["systemctl", "daemon-reload"]).expect("systemd loads the new unit");
+    container.run(&["systemctl", "start", "links-admin.socket"]).expect("the admin socket starts");
     assert_eq!(add(&container, r#"{"url": "https://example.org/", "code": "here"}"#).status, 201);
-    let pid = container.show("MainPID").expect("a pid");
+    let pid = container.show("MainPID").expect("the unit has a main process");
     let admin = Target::Unix(container.path("run/admin.sock"));
     let from_admin = |path: &str| {
         testkit::block_on(async {
-            let mut connection = Connection::open(&admin).await.expect("it listens");
-            connection.ask(&get(path)).await.expect("an answer").text()
+            let mut connection = Connection::open(&admin).await.expect("the service listens");
+            connection.ask(&get(path)).await.expect("the server answers").text()
         })
     };
     assert_eq!(from_admin("/readyz"), "ready\ndatabase: ok\n");
@@ -114,21 +120,21 @@ fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(sys
     assert_eq!(ask(&container, &get("/here")).status, 503);
     let refused = container.systemctl("reload").expect_err("it cannot start");
     assert!(format!("{refused:#}").contains("Job for links.service failed"), "{refused:#}");
-    assert_eq!(container.show("MainPID").expect("a pid"), pid);
+    assert_eq!(container.show("MainPID").expect("the unit has a main process"), pid);
     let reason = "could not reach the database at /run/postgresql (--database-url)";
-    assert!(container.show("StatusText").expect("a status").contains(reason));
-    // Back, without a hand: the same process, and the click that waited.
+    assert!(container.show("StatusText").expect("the unit has a status").contains(reason));
+    // The same process recovers without a restart, and writes the click that it kept in memory.
     database(&container, "start");
     wait_until("the check succeeds", || from_admin("/readyz") == "ready\ndatabase: ok\n");
     assert_eq!(ask(&container, &get("/here")).status, 307);
     wait_until("both clicks", || clicks(&container, "here") == 2);
-    container.systemctl("reload").expect("a reload");
-    assert_ne!(container.show("MainPID").expect("a pid"), pid);
+    container.systemctl("reload").expect("the reload succeeds");
+    assert_ne!(container.show("MainPID").expect("the unit has a main process"), pid);
 
-    // A start fails in one line; the port stays open, and who came waits.
+    // A failed start logs one line. The port stays open, and a client that connects waits for a successful start.
     database(&container, "stop");
     container.systemctl("restart").expect_err("it cannot start");
-    let lines = container.journal(&["-u", "links.service", "-p", "err"]).expect("the journal");
+    let lines = container.journal(&["-u", "links.service", "-p", "err"]).expect("the journal can be read");
     let lines: Vec<&str> = lines.iter().filter_map(|entry| entry["MESSAGE"].as_str()).collect();
     assert!(lines.iter().any(|line| line.contains(reason)), "{lines:?}");
     assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:?}");
@@ -136,20 +142,22 @@ fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(sys
         let waits = scope.spawn(|| ask(&container, &get("/here")).status);
         container.until("NRestarts", |count| count != "0");
         database(&container, "start");
-        waits.join().expect("an answer")
+        waits.join().expect("the server answers")
     });
     assert_eq!(waits, 307);
     wait_until("three clicks", || clicks(&container, "here") == 3);
 }
 
-fn the_unit_is_sound_and_safe(systemd: Systemd) {
+fn the_unit_passes_systemd_analyze(systemd: Systemd) {
     let container = boot(systemd);
     let units = ["links.service", "links.socket"].map(|unit| format!("/usr/local/lib/systemd/system/{unit}"));
-    let said =
-        container.command(&["systemd-analyze", "verify", &units[0], &units[1]]).output().expect("it runs");
+    let said = container
+        .command(&["systemd-analyze", "verify", &units[0], &units[1]])
+        .output()
+        .expect("the command runs");
     let said = String::from_utf8_lossy(&said.stderr).into_owned();
     assert!(!said.contains("/links."), "{said}");
     container
         .run(&["systemd-analyze", "security", "--threshold=5", "--no-pager", "links.service"])
-        .expect("within the threshold");
+        .expect("the exposure is below the threshold");
 }

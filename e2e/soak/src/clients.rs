@@ -1,4 +1,4 @@
-//! Clients that never retry, each of its own kind, for as long as the soak takes.
+//! The clients of the soak. They never retry, and report each lost request and each closed connection to `Record`.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -14,76 +14,77 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use crate::record::{Complaint, Record};
 
-/// No answer within this is a lost request.
+/// A request without a response in this time is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// Between two messages of a WebSocket.
+/// Pause between two messages on a WebSocket.
 const MESSAGE_PAUSE: Duration = Duration::from_millis(20);
 
 /// How a client uses connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Use {
-    /// One for all requests; before each it is seen whether the server has closed it.
+    /// One for all requests. Before each request the client checks whether the server has closed it.
     Kept,
-    /// One for all requests, sent blindly.
+    /// One for all requests, without that check: a request on a connection that was just closed is lost.
     Blind,
-    /// One a request.
+    /// One for each request.
     OneEach,
     Http2,
 }
 
-/// Some clients that do the same.
-struct Kind {
+/// A number of clients with the same behaviour.
+struct Group {
     name: &'static str,
     count: usize,
     target: Target,
     connection: Use,
-    /// The path, and how long a body is sent to it.
     path: &'static str,
+    /// Length of the request body in bytes.
     body: usize,
-    think: Duration,
+    /// Pause after each request.
+    pause: Duration,
 }
 
-/// All of them.
-pub struct Clients(Vec<Kind>);
+/// All clients except the WebSockets and event streams, which `run` adds.
+pub struct Clients(Vec<Group>);
 
 impl Clients {
     pub fn new(plain: SocketAddr, https: &Target, https_h2: &Target) -> Self {
         let plain = Target::Tcp(plain);
-        let kind = |name, count, target: &Target, connection, think| {
-            let think = Duration::from_millis(think);
-            Kind { name, count, target: target.clone(), connection, path: "/", body: 0, think }
+        let group = |name, count, target: &Target, connection, pause| {
+            let pause = Duration::from_millis(pause);
+            Group { name, count, target: target.clone(), connection, path: "/", body: 0, pause }
         };
         Self(vec![
-            kind("flat out", 4, &plain, Use::Kept, 0),
-            kind("thinking", 20, &plain, Use::Kept, 5),
-            kind("blind", 20, &plain, Use::Blind, 5),
-            kind("one each", 5, &plain, Use::OneEach, 2),
-            Kind { path: "/echo", body: 20_000, ..kind("POST of 20 kB", 5, &plain, Use::Kept, 5) },
-            kind("HTTP/2", 4, &plain, Use::Http2, 2),
-            kind("TLS", 5, https, Use::Kept, 5),
-            kind("HTTP/2 over TLS", 4, https_h2, Use::Http2, 5),
+            group("flat out", 4, &plain, Use::Kept, 0),
+            group("thinking", 20, &plain, Use::Kept, 5),
+            group("blind", 20, &plain, Use::Blind, 5),
+            group("one each", 5, &plain, Use::OneEach, 2),
+            Group { path: "/echo", body: 20_000, ..group("POST of 20 kB", 5, &plain, Use::Kept, 5) },
+            group("HTTP/2", 4, &plain, Use::Http2, 2),
+            group("TLS", 5, https, Use::Kept, 5),
+            group("HTTP/2 over TLS", 4, https_h2, Use::Http2, 5),
         ])
     }
 
-    /// Those that are asked for an answer after each event.
+    /// The number of clients that must receive responses after each event.
     pub fn count(&self) -> usize {
-        self.0.iter().map(|kind| kind.count).sum()
+        self.0.iter().map(|group| group.count).sum()
     }
 
-    /// Runs all of them until they are told to stop.
+    /// Runs all clients until `Record::stop`.
     pub async fn run(self, record: Arc<Record>) {
         let mut clients = JoinSet::new();
         let mut number = 0;
-        if let Some(Target::Tcp(address)) = self.0.first().map(|kind| kind.target.clone()) {
+        if let Some(Target::Tcp(address)) = self.0.first().map(|group| group.target.clone()) {
             for _ in 0..2 {
                 clients.spawn(websocket(address, record.clone()));
                 clients.spawn(events(address, record.clone()));
             }
         }
-        for kind in self.0 {
-            let kind = Arc::new(kind);
-            for _ in 0..kind.count {
-                clients.spawn(Client::new(kind.clone(), number, record.clone()).run());
+        for group in self.0 {
+            let group = Arc::new(group);
+            for _ in 0..group.count {
+                clients.spawn(Client::new(group.clone(), number, record.clone()).run());
                 number += 1;
             }
         }
@@ -92,7 +93,7 @@ impl Clients {
 }
 
 struct Client {
-    kind: Arc<Kind>,
+    group: Arc<Group>,
     number: usize,
     record: Arc<Record>,
     request: Vec<u8>,
@@ -101,19 +102,19 @@ struct Client {
 }
 
 impl Client {
-    fn new(kind: Arc<Kind>, number: usize, record: Arc<Record>) -> Self {
-        let request = if kind.body > 0 { post(kind.path, kind.body) } else { get(kind.path) };
-        let request = if kind.connection == Use::OneEach {
+    fn new(group: Arc<Group>, number: usize, record: Arc<Record>) -> Self {
+        let request = if group.body > 0 { post(group.path, group.body) } else { get(group.path) };
+        let request = if group.connection == Use::OneEach {
             b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n".to_vec()
         } else {
             request
         };
-        Self { kind, number, record, request, http1: None, http2: None }
+        Self { group, number, record, request, http1: None, http2: None }
     }
 
     async fn run(mut self) {
         while !self.record.is_stopped() {
-            if self.kind.connection == Use::Kept
+            if self.group.connection == Use::Kept
                 && self.http1.as_mut().is_some_and(Connection::is_closed_by_server)
             {
                 self.complain(Complaint::Closed, "between two requests");
@@ -123,45 +124,45 @@ impl Client {
             match timeout(ANSWER_LIMIT, self.ask()).await {
                 Ok(Ok(())) => self.record.answered(begun.elapsed()),
                 Ok(Err(error)) => self.fail(self.record.event(), format!("{error:#}")),
-                // It is of the event that it began in.
+                // A lost request counts for the event that was under way when it was sent.
                 Err(_) => self.fail(event, format!("no answer within {ANSWER_LIMIT:?}")),
             }
             self.record.done(self.number);
-            if !self.kind.think.is_zero() {
-                sleep(self.kind.think).await;
+            if !self.group.pause.is_zero() {
+                sleep(self.group.pause).await;
             }
         }
     }
 
     fn complain(&self, complaint: Complaint, what: &str) {
-        self.record.complain(self.record.event(), complaint, self.kind.name, what.to_owned());
+        self.record.complain(self.record.event(), complaint, self.group.name, what.to_owned());
     }
 
     fn fail(&mut self, event: usize, what: String) {
         (self.http1, self.http2) = (None, None);
-        self.record.complain(event, Complaint::Lost, self.kind.name, what);
+        self.record.complain(event, Complaint::Lost, self.group.name, what);
     }
 
     async fn ask(&mut self) -> Result<()> {
-        if self.kind.connection == Use::Http2 {
+        if self.group.connection == Use::Http2 {
             return self.ask_http2().await;
         }
         let connection = match &mut self.http1 {
             Some(connection) => connection,
-            none => none.insert(Connection::open(&self.kind.target).await.context("could not connect")?),
+            none => none.insert(Connection::open(&self.group.target).await.context("could not connect")?),
         };
         let answer = connection.ask(&self.request).await?;
         ensure!(answer.status == 200, "status {}", answer.status);
-        let is_right = if self.kind.body > 0 {
-            answer.body.len() == self.kind.body && self.request.ends_with(&answer.body)
+        let is_right = if self.group.body > 0 {
+            answer.body.len() == self.group.body && self.request.ends_with(&answer.body)
         } else {
             answer.body.starts_with(b"pid ")
         };
         ensure!(is_right, "a wrong answer");
         if answer.closes() {
             self.http1 = None;
-            if self.kind.connection != Use::OneEach {
-                self.complain(Complaint::Closed, "an answer said so");
+            if self.group.connection != Use::OneEach {
+                self.complain(Complaint::Closed, "Connection: close");
             }
         }
         Ok(())
@@ -171,9 +172,9 @@ impl Client {
         loop {
             let connection = match &mut self.http2 {
                 Some(connection) => connection,
-                none => none.insert(Http2::open(&self.kind.target).await.context("could not connect")?),
+                none => none.insert(Http2::open(&self.group.target).await.context("could not connect")?),
             };
-            match connection.get(self.kind.path).await? {
+            match connection.get(self.group.path).await? {
                 Some((200, text)) if text.starts_with("pid ") => return Ok(()),
                 Some((status, _)) => bail!("a wrong answer, status {status}"),
                 None => {
@@ -185,7 +186,8 @@ impl Client {
     }
 }
 
-/// Each message comes back, until the server says 1012: then the client comes back.
+/// Sends messages and expects each echo. The server may close the WebSocket only with 1012 (Service Restart), after
+/// which the client reconnects.
 async fn websocket(address: SocketAddr, record: Arc<Record>) {
     while !record.is_stopped() {
         if let Err(error) = timeout(ANSWER_LIMIT, converse(address, &record)).await.unwrap_or(Ok(())) {
@@ -201,7 +203,7 @@ async fn converse(address: SocketAddr, record: &Record) -> Result<()> {
             break;
         }
         let text = number.to_string();
-        // One that is closing refuses it; why, is still to be read.
+        // A failed send is not an error: the reason is in the close frame that is read next.
         let _ = socket.send(Message::text(text.as_str())).await;
         match socket.next().await {
             Some(Ok(Message::Text(back))) if back.as_str() == text => {}
@@ -209,14 +211,15 @@ async fn converse(address: SocketAddr, record: &Record) -> Result<()> {
                 while let Some(Ok(_)) = socket.next().await {}
                 return Ok(());
             }
-            other => bail!("not 1012, but {other:?}"),
+            other => bail!("expected an echo or 1012, got {other:?}"),
         }
         sleep(MESSAGE_PAUSE).await;
     }
     Ok(())
 }
 
-/// Event after event, over as many connections as it takes, each of which ends with its last chunk.
+/// Reads an event stream and expects no gap and no duplicate. Each response must end with its last chunk, after which
+/// the client resumes with Last-Event-ID.
 async fn events(address: SocketAddr, record: Arc<Record>) {
     let mut last = None;
     while !record.is_stopped() {
@@ -236,13 +239,13 @@ async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) ->
     let mut read = 0;
     loop {
         let text = String::from_utf8_lossy(connection.unread()).into_owned();
-        // Whole ones.
+        // Only complete events, because the last one may have arrived in part.
         let end = text.rfind("\n\n").map_or(read, |end| end + 2);
         for id in text.get(read..end).unwrap_or_default().lines().filter_map(|line| line.strip_prefix("id: "))
         {
             let id: u64 = id.trim().parse()?;
             let wanted = last.map_or(0, |last| last + 1);
-            ensure!(id == wanted, "event {id}, where {wanted} was to come");
+            ensure!(id == wanted, "expected event {wanted}, got {id}");
             *last = Some(id);
         }
         read = end.max(read);
@@ -252,7 +255,7 @@ async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) ->
         if record.is_stopped() {
             return Ok(());
         }
-        let more = timeout(ANSWER_LIMIT, connection.read_more()).await.context("no event")??;
-        ensure!(more > 0, "it ended without its last chunk");
+        let more = timeout(ANSWER_LIMIT, connection.read_more()).await.context("no event in time")??;
+        ensure!(more > 0, "the stream ended without its last chunk");
     }
 }

@@ -1,4 +1,5 @@
-//! What is done to the service, and what each of it may cost: one table.
+//! The events of the soak, and which losses each of them may cause (`EVENTS`). `Scene` is the container in which they
+//! run.
 
 use std::fs;
 use std::path::PathBuf;
@@ -12,36 +13,38 @@ use testkit::release::Release;
 
 use crate::random::Random;
 
-/// What clients may complain of.
+/// Which losses an event may cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cost {
-    /// No request, no connection.
+    /// No lost request and no closed connection.
     Nothing,
-    /// What the crashed process was at work on, and its connections; the port stays open.
-    ItsOwn,
+    /// Requests in flight and connections of the process that crashed. New connections must still be accepted and
+    /// answered.
+    CrashedProcess,
 }
 
 impl Cost {
     pub fn name(self) -> &'static str {
         match self {
             Self::Nothing => "nothing",
-            Self::ItsOwn => "the crashed process's own",
+            Self::CrashedProcess => "requests and connections of the crashed process",
         }
     }
 }
 
-/// A verb or a fault.
+/// A restart, a reload or a fault.
 pub struct Event {
     pub name: &'static str,
     pub cost: Cost,
-    /// How often it is drawn, beside the others.
+    /// Relative probability of the event.
     pub weight: u32,
     run: fn(&Scene, &mut Random) -> Result<()>,
 }
 
-/// How long a successor may take to be ready, for releases that never are.
+/// `--takeover-timeout` of the service. It is short, because events with a release that never becomes ready wait for
+/// it.
 pub const TAKEOVER_TIMEOUT: &str = "1s";
-/// No event takes longer.
+/// Time limit of one event.
 const LIMIT: Duration = Duration::from_secs(30);
 
 pub const EVENTS: &[Event] = &[
@@ -52,7 +55,7 @@ pub const EVENTS: &[Event] = &[
         verbs.rotate_left(random.below(2));
         let children = verbs.map(|verb| scene.begin(&["systemctl", verb, &scene.unit]));
         for child in children {
-            // The second may take the first one's place in systemd's queue.
+            // The exit codes are ignored, because the second job may replace the first one in systemd's queue.
             child?.wait()?;
         }
         Ok(())
@@ -68,7 +71,7 @@ pub const EVENTS: &[Event] = &[
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 100);
         scene.run(&["systemctl", "daemon-reexec"])?;
-        // The connection that it was asked through is gone; what it does goes on.
+        // systemctl loses its connection to PID 1 and fails, but the reload itself continues.
         let _ = finish(reload);
         Ok(())
     }),
@@ -82,7 +85,7 @@ pub const EVENTS: &[Event] = &[
     event("a release that is killed at its start", Cost::Nothing, 2, |scene, _| {
         scene.failing_reload("kill -KILL $$")
     }),
-    event("a release that dies after READY=1", Cost::ItsOwn, 2, |scene, random| {
+    event("a release that dies after READY=1", Cost::CrashedProcess, 2, |scene, random| {
         let after = 0.1 + 0.05 * f64::from(u32::try_from(random.below(6))?);
         scene.put_bad(&format!(
             "(sleep {after}; kill -ABRT $$) <&- >&- 2>&- & exec -a \"$0\" /usr/local/lib/good \"$@\""
@@ -96,7 +99,7 @@ pub const EVENTS: &[Event] = &[
             Ok(now != main && !before.contains(&now) && scene.is_good(now))
         })
     }),
-    event("KILL of the successor", Cost::ItsOwn, 6, |scene, random| {
+    event("KILL of the successor", Cost::CrashedProcess, 6, |scene, random| {
         let before = scene.processes()?;
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 120);
@@ -106,14 +109,14 @@ pub const EVENTS: &[Event] = &[
         let _ = finish(reload);
         Ok(())
     }),
-    event("KILL of the predecessor after the takeover", Cost::ItsOwn, 3, |scene, random| {
+    event("KILL of the predecessor after the takeover", Cost::CrashedProcess, 3, |scene, random| {
         let main = scene.main()?;
         scene.verb("reload")?;
         scene.pause(random, 5);
         let _ = kill_process(main, Signal::KILL);
         Ok(())
     }),
-    event("KILL of the main process", Cost::ItsOwn, 2, |scene, _| {
+    event("KILL of the main process", Cost::CrashedProcess, 2, |scene, _| {
         let main = scene.main()?;
         kill_process(main, Signal::KILL)?;
         scene.until("another main process", || Ok(scene.main()? != main))
@@ -128,7 +131,7 @@ pub const EVENTS: &[Event] = &[
         let main = scene.main()?;
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 100);
-        // It may have gone already.
+        // The old process may have exited already.
         let is_stopped = kill_process(main, Signal::STOP).is_ok();
         scene.pause(random, 300);
         if is_stopped {
@@ -167,7 +170,7 @@ pub const EVENTS: &[Event] = &[
     }),
     event("the runtime directory removed", Cost::Nothing, 1, |scene, _| {
         scene.run(&["rm", "-r", &format!("/run/{}", scene.name)])?;
-        ensure!(scene.verb("reload").is_err(), "a reload without a takeover socket says so");
+        ensure!(scene.verb("reload").is_err(), "the reload succeeded without a takeover socket");
         scene.verb("restart")?;
         scene.verb("reload")
     }),
@@ -205,24 +208,24 @@ impl Event {
     }
 }
 
-/// Waits for a command that may fail.
+/// Waits for a command. Events whose command may fail ignore the result.
 fn finish(mut command: Child) -> Result<()> {
-    ensure!(command.wait()?.success(), "it failed");
+    ensure!(command.wait()?.success(), "the command failed");
     Ok(())
 }
 
-/// Where it happens.
+/// The container with the service in which the events run.
 pub struct Scene {
     pub container: Container,
     name: String,
     unit: String,
     good: Release,
-    /// The service's control group, as seen from here.
+    /// `cgroup.procs` of the service, as a path outside the container.
     processes: PathBuf,
 }
 
 impl Scene {
-    /// Of a service that runs.
+    /// The service must be active, because its control group exists only then.
     pub fn new(container: Container, name: &str) -> Result<Self> {
         let group = container.show("ControlGroup")?;
         let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/systemd", "sys/fs/cgroup/unified"];
@@ -248,8 +251,8 @@ impl Scene {
         Ok(command.spawn()?)
     }
 
-    /// Up to so many milliseconds.
-    #[expect(clippy::unused_self, reason = "it reads as what happens there")]
+    /// Sleeps for a random time of at most `limit` milliseconds.
+    #[expect(clippy::unused_self, reason = "it reads like the other steps of an event")]
     fn pause(&self, random: &mut Random, limit: usize) {
         let micros = random.below(limit * 1000);
         std::thread::sleep(Duration::from_micros(micros as u64));
@@ -272,7 +275,7 @@ impl Scene {
                     &self.unit,
                 ]);
                 bail!(
-                    "waited in vain: {what} ({now:?})\n{}",
+                    "timed out waiting for {what} ({now:?})\n{}",
                     state.unwrap_or_else(|error| format!("{error:#}"))
                 );
             }
@@ -280,54 +283,55 @@ impl Scene {
         }
     }
 
-    /// Waits until the service is active, and has no job left.
+    /// Waits until the service is active and systemd has no job for it.
     fn settle(&self) -> Result<()> {
         let properties = "ActiveState,SubState,Job";
         self.until("the service to be active", || {
             let shown = self.container.run(&["systemctl", "show", "--property", properties, &self.unit])?;
             let has = |wanted: &str| shown.lines().any(|line| line == wanted);
-            let is_at_work =
+            let has_job =
                 shown.lines().any(|line| line.starts_with("Job=") && !["Job=", "Job=0"].contains(&line));
-            ensure!(has("ActiveState=active") && has("SubState=running") && !is_at_work, "{shown}");
+            ensure!(has("ActiveState=active") && has("SubState=running") && !has_job, "{shown}");
             Ok(self.main().is_ok())
         })
     }
 
-    /// The service's processes.
+    /// The processes of the service, with their pids outside the container.
     pub fn processes(&self) -> Result<Vec<Pid>> {
         let text = fs::read_to_string(&self.processes)?;
         Ok(text.lines().filter_map(|line| Pid::from_raw(line.parse().ok()?)).collect())
     }
 
-    /// The main process, seen from here.
+    /// The main process, with its pid outside the container. systemd reports the inner pid, which `NSpid:` maps
+    /// (proc(5)).
     pub fn main(&self) -> Result<Pid> {
         let inside = self.container.show("MainPID")?;
-        let is_it = |pid: &Pid| {
+        let is_main = |pid: &Pid| {
             let status =
                 fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
             let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
             numbers.split_whitespace().last() == Some(inside.as_str())
         };
-        self.processes()?.into_iter().find(is_it).context("no main process")
+        self.processes()?.into_iter().find(is_main).context("no main process")
     }
 
-    /// Who is about to take over, and was not there `before`.
+    /// The successor of the running reload, which is not among the processes in `before`.
     fn successor(&self, before: &[Pid]) -> Result<Option<Pid>> {
-        let is_one = |pid: &Pid| {
+        let is_successor = |pid: &Pid| {
             let environment = fs::read(format!("/proc/{}/environ", pid.as_raw_nonzero())).unwrap_or_default();
             !before.contains(pid)
                 && environment.split(|byte| *byte == 0).any(|variable| variable == b"TAKEOVER_ROLE=successor")
         };
-        Ok(self.processes()?.into_iter().find(is_one))
+        Ok(self.processes()?.into_iter().find(is_successor))
     }
 
-    /// Whether its file is the good release's.
+    /// Whether the process runs the good release, not a script around it.
     fn is_good(&self, pid: Pid) -> bool {
         let file = fs::read_link(format!("/proc/{}/exe", pid.as_raw_nonzero())).unwrap_or_default();
         file.ends_with(&self.name)
     }
 
-    /// Puts a release in place whose successor does `instead` of serving.
+    /// Installs a release whose successor runs the shell commands `instead` of serving.
     fn put_bad(&self, instead: &str) -> Result<()> {
         self.container.replace_binary(Release::bad_successor(&self.container, instead)?.path())
     }
@@ -336,19 +340,19 @@ impl Scene {
         self.container.replace_binary(self.good.path())
     }
 
-    /// A reload to a release that does not come to serve: it fails, and the old one stays.
+    /// Reloads to a release whose successor never serves. The reload must fail, and the old process must stay.
     fn failing_reload(&self, instead: &str) -> Result<()> {
         let main = self.main()?;
         self.put_bad(instead)?;
         let failed = self.verb("reload").is_err();
         self.put_good()?;
-        ensure!(failed, "such a release does not take over");
-        ensure!(self.main()? == main, "the old process serves on");
+        ensure!(failed, "the reload to a bad release succeeded");
+        ensure!(self.main()? == main, "the old process was replaced");
         Ok(())
     }
 }
 
-/// As `proc(5)` shows it.
+/// The limit of open files of another process, from /proc/PID/limits (proc(5)).
 fn fd_limit(pid: Pid) -> Result<Rlimit> {
     let limits = fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero()))?;
     let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;

@@ -1,6 +1,8 @@
-//! The soak: verbs and faults at random, under clients of every kind that never retry, for as long as is asked for.
-//! `make soak TIME=10m` prints a table of what each event cost, and writes it to `target/soak/`, with a picture.
-//! What an event costs beyond what its line in the table of `faults.rs` allows ends the soak.
+//! A soak test: restarts, reloads and faults in random order, under clients that never retry, on each systemd.
+//!
+//! `faults.rs` has the table of events, and which losses each event may cause. `clients.rs` has the clients, which
+//! report to `record.rs`. The soak stops at the first loss that the table does not allow. `make soak TIME=10m` prints a
+//! table of the losses and waits for each event, and writes it to `target/soak/` with a picture (`report.rs`).
 
 mod clients;
 mod faults;
@@ -28,23 +30,23 @@ use random::Random;
 use record::{Complaint, Record, Seen};
 use report::Line;
 
-/// The package in the root workspace.
+/// The package of the service in the root workspace.
 const NAME: &str = "app";
-/// For every client to be answered after an event.
+/// Time limit in which each client must receive responses after an event.
 const ANSWERED_WITHIN: Duration = Duration::from_secs(45);
 
-/// Verbs and faults at random, under load.
+/// Restarts, reloads and faults in random order under load.
 #[derive(Parser)]
 struct Flags {
-    /// For how long, on each systemd.
+    /// Duration on each systemd.
     #[arg(long, default_value = "10m", value_parser = humantime::parse_duration)]
     time: Duration,
-    /// What is drawn; the same seed draws the same.
+    /// Seed of the order of events; the same seed repeats the order. [default: the current time]
     #[arg(long)]
     seed: Option<u64>,
 }
 
-#[expect(clippy::print_stdout, reason = "the report")]
+#[expect(clippy::print_stdout, reason = "the report goes to standard output")]
 fn main() -> Result<()> {
     let flags = Flags::parse();
     ensure!(rustix::process::geteuid().is_root(), "systemd is booted in containers, as root");
@@ -65,7 +67,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// The release of the service: it is what people run.
+/// The release build, because that is what is deployed.
 fn binary() -> PathBuf {
     Path::new(ROOT).join("target/release").join(NAME)
 }
@@ -86,11 +88,11 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     let https_h2 = Target::Tls(at(8443), certificate.client(&["h2"])?);
     let clients = Clients::new(at(8080), &https, &https_h2);
     let record = Arc::new(Record::new(clients.count()));
-    let (enter, told) = (scene.container.enter(), record.clone());
+    let (enter, shared) = (scene.container.enter(), record.clone());
     let load = std::thread::spawn(move || {
         enter();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-        runtime.expect("a runtime").block_on(clients.run(told));
+        runtime.expect("the runtime starts").block_on(clients.run(shared));
     });
     let result = events(&scene, &record, name, seed, time);
     record.stop();
@@ -98,9 +100,10 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     result
 }
 
-/// What a restart leaves as it was: fds of the main process and of PID 1, entries in the store, processes, failed units.
+/// Resources that a soak must not leak: fds of the main process and of PID 1, entries in the file descriptor store,
+/// processes of the unit, failed units.
 #[derive(Debug, PartialEq, Eq)]
-struct Held {
+struct Resources {
     fds: usize,
     fds_of_pid_1: usize,
     stored: String,
@@ -108,11 +111,12 @@ struct Held {
     failed: String,
 }
 
-impl Held {
+impl Resources {
+    /// Restarts the service, and returns its resources and the resident memory of the new process in kB.
     fn measure(scene: &Scene) -> Result<(Self, u64)> {
         let Scene { container, .. } = scene;
         container.systemctl("restart")?;
-        // The former process has its last second.
+        // The old process may still be exiting.
         let deadline = Instant::now() + Duration::from_secs(10);
         while scene.processes()?.len() > 1 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(10));
@@ -122,23 +126,24 @@ impl Held {
         let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("its memory")?;
         let resident = resident.trim().trim_end_matches(" kB").parse()?;
         let failed = container.run(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"])?;
-        let held = Self {
+        let resources = Self {
             fds: fs::read_dir(format!("/proc/{main}/fd"))?.count(),
             fds_of_pid_1: fs::read_dir(container.path("proc/1/fd"))?.count(),
             stored: container.show("NFileDescriptorStore")?,
             processes: scene.processes()?.len(),
             failed,
         };
-        Ok((held, resident))
+        Ok((resources, resident))
     }
 
-    /// Asked for until it is as `before`: clients come and go, and PID 1 holds some fds for a moment.
-    fn comes_back(scene: &Scene, before: &Self, resident_before: u64) -> Result<u64> {
+    /// Measures until the resources are as `before`, at most ten times, because clients connect and disconnect
+    /// meanwhile and PID 1 keeps some fds open for a moment. Returns the resident memory in kB.
+    fn wait_until_as(scene: &Scene, before: &Self, resident_before: u64) -> Result<u64> {
         let mut tries = 0;
         loop {
             tries += 1;
             let (now, resident) = Self::measure(scene)?;
-            // One connection a request: some are open at any moment.
+            // Six more fds are allowed, because the clients with one connection per request have some open at any time.
             let is_back = now.fds <= before.fds + 6
                 && now.fds_of_pid_1 <= before.fds_of_pid_1
                 && (&now.stored, now.processes, &now.failed)
@@ -155,10 +160,10 @@ impl Held {
 fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {
     let mut lines: Vec<Line> = EVENTS.iter().map(Line::new).collect();
     let mut random = Random::new(seed);
-    // Until all clients are there, and the first handover is over.
+    // Not measured: the clients connect, and the first handover allocates memory that later ones reuse.
     scene.container.systemctl("restart")?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
-    let (before, resident) = Held::measure(scene)?;
+    let (before, resident) = Resources::measure(scene)?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
 
     let progress = ProgressBar::new(time.as_secs());
@@ -180,13 +185,13 @@ fn events(scene: &Scene, record: &Record, name: &str, seed: u64, time: Duration)
         lines[drawn].add(&cost, at.elapsed());
     }
     progress.finish_and_clear();
-    let after = Held::comes_back(scene, &before, resident)?;
+    let after = Resources::wait_until_as(scene, &before, resident)?;
     allow(None, &record.end_event(ANSWERED_WITHIN)?)?;
     eprintln!("{name}: at the end as at the beginning: {before:?}; {resident} kB resident, then {after} kB");
     Ok(lines)
 }
 
-/// An event, by its weight.
+/// The index of a random event. The probability of each is proportional to its weight.
 fn draw(random: &mut Random) -> usize {
     let all: u32 = EVENTS.iter().map(|event| event.weight).sum();
     let mut left = u32::try_from(random.below(all as usize)).unwrap_or_default();
@@ -196,13 +201,13 @@ fn draw(random: &mut Random) -> usize {
         }
         left -= event.weight;
     }
-    unreachable!("it is below their sum")
+    unreachable!("the number is below the sum of the weights")
 }
 
-/// Whether what was seen is what the event may cost.
+/// Returns an error if the clients saw a loss that `event` must not cause. Without an event no loss is allowed.
 fn allow(event: Option<&Event>, seen: &Seen) -> Result<()> {
     let is_allowed = |(_, _, what): &(Complaint, &str, String)| match event.map(|event| event.cost) {
-        Some(Cost::ItsOwn) => !what.contains("refused") && !what.contains("no answer within"),
+        Some(Cost::CrashedProcess) => !what.contains("refused") && !what.contains("no answer within"),
         _ => false,
     };
     let beyond: Vec<_> = seen.complaints.iter().filter(|(complaint, _)| !is_allowed(complaint)).collect();

@@ -1,4 +1,5 @@
-//! What the clients saw, by the event that was under way: a verb or a fault.
+//! What the clients saw during each event. All clients write to one `Record`; the main thread ends events with
+//! `Record::end_event`.
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -8,37 +9,40 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 
-/// What a client had to complain of.
+/// A loss that a client saw.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Complaint {
-    /// No whole, right answer to a request.
+    /// A request without a complete and correct response.
     Lost,
-    /// A connection closed that was kept.
+    /// A keep-alive connection that the server closed.
     Closed,
 }
 
-/// What happened while one event was under way, and until all clients had been answered after it.
+/// What happened during one event, and until all clients had received responses after it.
 #[derive(Clone, Debug, Default)]
 pub struct Seen {
     pub answered: u64,
+    /// The longest wait for a response.
     pub longest: Duration,
     pub complaints: BTreeMap<(Complaint, &'static str, String), u64>,
 }
 
 impl Seen {
     pub fn count(&self, complaint: Complaint) -> u64 {
-        self.complaints.iter().filter(|((kind, ..), _)| *kind == complaint).map(|(_, count)| count).sum()
+        self.complaints.iter().filter(|((seen, ..), _)| *seen == complaint).map(|(_, count)| count).sum()
     }
 }
 
-/// Where the clients write.
+/// Counters that the clients write to. The atomics count for the current event, and `seen` has one entry for each
+/// event.
 pub struct Record {
     stop: AtomicBool,
     event: AtomicUsize,
     answered: AtomicU64,
+    /// In microseconds.
     longest: AtomicU64,
     seen: Mutex<Vec<Seen>>,
-    /// Requests that each client has done with, well or badly.
+    /// For each client, the number of requests that have ended, with or without a response.
     rounds: Vec<AtomicU64>,
 }
 
@@ -62,7 +66,7 @@ impl Record {
         self.stop.load(Relaxed)
     }
 
-    /// The event that is under way.
+    /// The number of the current event.
     pub fn event(&self) -> usize {
         self.event.load(Relaxed)
     }
@@ -73,7 +77,7 @@ impl Record {
     }
 
     pub fn complain(&self, event: usize, complaint: Complaint, client: &'static str, what: String) {
-        let mut seen = self.seen.lock().expect("no client panics here");
+        let mut seen = self.seen.lock().expect("no client panics while it holds the lock");
         *seen[event].complaints.entry((complaint, client, what)).or_default() += 1;
     }
 
@@ -81,11 +85,11 @@ impl Record {
         self.rounds[client].fetch_add(1, Relaxed);
     }
 
-    /// Ends the event that is under way, once each client has had an answer to a request that it sent after this was
-    /// called: what it complains of then is of the next. Gives what was seen.
+    /// Waits until each client has finished a request that it sent after this call, so that a late effect of the event
+    /// is not counted for the next one. Then ends the event, and returns what the clients saw.
     pub fn end_event(&self, limit: Duration) -> Result<Seen> {
         let begun = Instant::now();
-        // The second to end from here on was sent after here.
+        // The first request that ends may have been sent before this call, the second one was sent after it.
         let wanted: Vec<u64> = self.rounds.iter().map(|rounds| rounds.load(Relaxed) + 2).collect();
         loop {
             let late =
@@ -97,7 +101,7 @@ impl Record {
             ensure!(begun.elapsed() < limit, "{late} clients were not answered within {limit:?}");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let mut seen = self.seen.lock().expect("no client panics here");
+        let mut seen = self.seen.lock().expect("no client panics while it holds the lock");
         let event = self.event();
         seen.push(Seen::default());
         self.event.store(event + 1, Relaxed);

@@ -1,4 +1,4 @@
-//! What each event cost, as a table and as a picture.
+//! The report: losses and waits for each event, as a Markdown table and as an SVG picture.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -10,14 +10,14 @@ use crate::faults::{Cost, Event};
 use crate::record::{Complaint, Seen};
 use testkit::svg;
 
-/// All times that one event happened.
+/// All occurrences of one event.
 pub struct Line {
     name: &'static str,
     cost: Cost,
     answered: u64,
     lost: u64,
     closed: u64,
-    /// The longest that a client waited for an answer, each time.
+    /// For each occurrence, the longest wait of any client for a response.
     longest: Vec<Duration>,
     took: Duration,
 }
@@ -44,7 +44,7 @@ impl Line {
     }
 }
 
-/// Lost and closed are sums over all times.
+/// The columns lost and closed are sums over all occurrences.
 pub fn table(name: &str, seed: u64, time: Duration, lines: &[Line]) -> String {
     let sum = |value: fn(&Line) -> u64| lines.iter().map(value).sum::<u64>();
     let (events, answered) = (sum(|line| line.longest.len() as u64), sum(|line| line.answered));
@@ -77,12 +77,12 @@ pub fn table(name: &str, seed: u64, time: Duration, lines: &[Line]) -> String {
 const TOP: usize = 56;
 const LEFT: usize = 400;
 const ROW: usize = 24;
-/// What is shown of the times that clients waited, in milliseconds: three powers of ten.
+/// The scale of the picture is logarithmic. It begins at `SHORTEST` milliseconds and spans `DECADES` powers of ten.
 const SHORTEST: f64 = 1.0;
 const DECADES: f64 = 5.0;
 
-/// A row for each event, with a mark for each time: how long the client waited that waited longest.
-#[expect(clippy::cast_precision_loss, reason = "places on paper")]
+/// Draws a row for each event, with a mark at the longest wait of each occurrence.
+#[expect(clippy::cast_precision_loss, reason = "coordinates of a picture")]
 pub fn draw(name: &str, lines: &[Line], path: &Path) -> Result<()> {
     let height = TOP + ROW * (lines.len() + 2);
     let style = ".n{font-size:15px}.r{fill:#d02020}path.a{stroke:#265ca0;stroke-width:2;opacity:.35}";

@@ -1,4 +1,4 @@
-//! What the binary promises to whoever starts it, with no systemd around.
+//! The command line, environment, notifications, limits and exit codes of the binary, without systemd.
 
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,19 +15,19 @@ use testkit::{TEST_TIMEOUT, block_on, free_address};
 use crate::{NAME, app_binary};
 
 fn start(flags: &[&str]) -> Service {
-    Service::start(app_binary(), flags).expect("a service")
+    Service::start(app_binary(), flags).expect("the service starts")
 }
 
 fn assert_success(service: Service) -> String {
-    let (status, log) = service.end().expect("an end");
+    let (status, log) = service.end().expect("the process ends");
     assert!(status.success(), "{status}: {log}");
     log
 }
 
-/// Starts the binary as `command` has it, and expects it to refuse: its exit code, and one line that
-/// says all of `words`.
+/// Runs `command` and expects an error: exit code `code`, and a single line on standard error that contains all of
+/// `words`.
 fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
-    let (exit, _, log) = run_to_end(command).expect("an end");
+    let (exit, _, log) = run_to_end(command).expect("the process ends");
     assert_eq!(exit, Some(code), "{log}");
     assert_eq!(log.lines().count(), 1, "{log}");
     for word in words {
@@ -35,8 +35,9 @@ fn assert_refused(command: &mut Command, code: i32, words: &[&str]) {
     }
 }
 
-/// The binary with `socket` as fd 0, `LISTEN_FDS_FIRST_FD=0`, and further variables.
-fn given(socket: impl Into<Stdio>, variables: &[(&str, &str)]) -> Command {
+/// The binary with `socket` as an inherited fd. It is fd 0 and not 3, because `Command` can pass stdin without unsafe
+/// code; listenfd reads the number from `LISTEN_FDS_FIRST_FD`.
+fn inheriting(socket: impl Into<Stdio>, variables: &[(&str, &str)]) -> Command {
     let mut command = command(app_binary(), &[]);
     command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").stdin(socket);
     command.envs(variables.iter().copied());
@@ -48,97 +49,98 @@ fn fd(socket: impl Into<std::os::fd::OwnedFd>) -> std::os::fd::OwnedFd {
 }
 
 fn listener() -> TcpListener {
-    TcpListener::bind("127.0.0.1:0").expect("a port")
+    TcpListener::bind("127.0.0.1:0").expect("a free port is bound")
 }
 
-// ---- a life ----
+// ---- start and stop ----
 
 #[test]
-fn a_life_is_ready_200_stopping_exit_0() {
+fn the_service_sends_ready_answers_sends_stopping_and_exits_with_0() {
     let mut service = start(&[]);
     block_on(async {
-        let answer = service.connect().await.ask(&get("/")).await.expect("an answer");
+        let answer = service.connect().await.ask(&get("/")).await.expect("the server answers");
         assert_eq!(answer.status, 200);
         assert!(answer.text().contains("generation 1"), "{}", answer.text());
         assert!(answer.header("x-request-id").is_some());
     });
     service.signal(Signal::TERM);
-    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-    let said = service.notifications.said();
-    let ready = said.iter().position(|line| line == "READY=1");
-    assert!(ready < said.iter().position(|line| line == "STOPPING=1"), "{said:?}");
+    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+    let sent = service.notifications.said();
+    let ready = sent.iter().position(|line| line == "READY=1");
+    assert!(ready < sent.iter().position(|line| line == "STOPPING=1"), "{sent:?}");
     assert_success(service);
 }
 
 #[test]
-fn interrupt_drains_as_terminate_does() {
+fn sigint_drains_like_sigterm() {
     let mut service = start(&[]);
     service.signal(Signal::INT);
-    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
+    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
     assert_success(service);
 }
 
 #[test]
-fn a_signal_that_comes_as_soon_as_the_port_is_seen_ends_it_well() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn sigterm_right_after_the_socket_listens_exits_cleanly() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
-    let mut process = command(app_binary(), &["--listen", path.to_str().expect("text")]);
-    let mut process = Process::spawn(process.stderr(Stdio::null())).expect("a process");
+    let mut process = command(app_binary(), &["--listen", path.to_str().expect("the path is valid UTF-8")]);
+    let mut process = Process::spawn(process.stderr(Stdio::null())).expect("the wait succeeds");
     let deadline = Instant::now() + TEST_TIMEOUT;
-    // No pause between two looks: it would miss the moment.
+    // Connects without pauses, because the signal must arrive right after the socket listens, before the start is
+    // complete.
     while UnixStream::connect(&path).is_err() {
-        assert!(Instant::now() < deadline, "nobody listens");
+        assert!(Instant::now() < deadline, "the socket does not listen in time");
     }
     process.signal(Signal::TERM);
-    let status = process.wait().expect("an end");
+    let status = process.wait().expect("the process ends");
     assert!(status.success(), "{status}");
-    assert!(!path.exists(), "it was left behind");
+    assert!(!path.exists(), "the socket file was not removed");
 }
 
 #[test]
-fn systemd_socket_activate_can_start_it() {
+fn the_service_answers_under_systemd_socket_activate() {
     let port = free_address().port();
     let mut command = Command::new("systemd-socket-activate");
     command.arg(format!("--listen=127.0.0.1:{port}")).arg(app_binary()).stderr(Stdio::piped());
-    let mut process = Process::spawn(&mut command).expect("systemd-socket-activate");
-    // It says so once it listens; until then a connection would be refused.
+    let mut process = Process::spawn(&mut command).expect("systemd-socket-activate starts");
+    // systemd-socket-activate prints this line once it listens. A connection before that would be refused.
     let mut line = String::new();
-    let mut stderr = std::io::BufReader::new(process.child().stderr.take().expect("piped"));
-    std::io::BufRead::read_line(&mut stderr, &mut line).expect("a line");
+    let mut stderr = std::io::BufReader::new(process.child().stderr.take().expect("the output is piped"));
+    std::io::BufRead::read_line(&mut stderr, &mut line).expect("the line is present");
     assert!(line.contains("Listening"), "{line}");
     block_on(async {
         let target = Target::Tcp(([127, 0, 0, 1], port).into());
-        let mut connection = Connection::open(&target).await.expect("a connection");
-        assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+        let mut connection = Connection::open(&target).await.expect("the connection opens");
+        assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
     });
     process.signal(Signal::TERM);
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }
 
 #[test]
-fn status_is_what_a_person_wants_to_read() {
+fn status_names_listeners_connections_and_requests() {
     let mut service = start(&["--request-timeout", "1h"]);
     let port = service.address().port();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.ask(&get("/")).await.expect("an answer");
-        connection.send(&get("/sleep?duration=1h")).await.expect("sent");
+        connection.ask(&get("/")).await.expect("the server answers");
+        connection.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
         let wanted = format!("STATUS=serving on http({port}): 1 connections, 1 in flight, 1 answered");
-        service.notifications.wait_for(&wanted).expect("that status");
+        service.notifications.wait_for(&wanted).expect("the status is sent");
     });
 }
 
 #[test]
-fn the_watchdog_is_fed_at_half_its_time() {
+fn watchdog_notifications_are_sent_at_half_of_the_watchdog_time() {
     let listener = listener();
-    let notifications = Notifications::new().expect("a socket");
-    let mut command = given(fd(listener), &[("WATCHDOG_USEC", "200000")]);
+    let notifications = Notifications::new().expect("the socket is made");
+    let mut command = inheriting(fd(listener), &[("WATCHDOG_USEC", "200000")]);
     command.env("NOTIFY_SOCKET", notifications.path());
     let begun = Instant::now();
-    let _process = Process::spawn(&mut command).expect("a service");
+    let _process = Process::spawn(&mut command).expect("the service starts");
     let mut notifications = notifications;
     for _ in 0..5 {
-        notifications.wait_for("WATCHDOG=1").expect("fed");
+        notifications.wait_for("WATCHDOG=1").expect("WATCHDOG=1 is sent");
     }
     assert!(begun.elapsed() >= Duration::from_millis(300), "{:?}", begun.elapsed());
 }
@@ -146,53 +148,53 @@ fn the_watchdog_is_fed_at_half_its_time() {
 // ---- the drain ----
 
 #[test]
-fn a_request_in_flight_finishes_after_the_signal() {
+fn a_request_in_flight_finishes_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/sleep?duration=5s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
-        let answer = connection.answer().await.expect("the answer");
+        let answer = connection.answer().await.expect("the server answers");
         assert_eq!(answer.text(), "slept 5s\n");
-        assert!(answer.closes(), "nobody goes on with this connection");
+        assert!(answer.closes(), "no process continues this connection, so it must be closed");
     });
     assert_success(service);
 }
 
 #[test]
-fn a_body_that_is_on_its_way_arrives_after_the_signal() {
+fn a_request_body_in_flight_is_read_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
         connection
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
             .await
-            .expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+            .expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-        connection.send(b"56789").await.expect("sent");
-        assert_eq!(connection.answer().await.expect("the answer").text(), "0123456789");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        connection.send(b"56789").await.expect("the bytes are sent");
+        assert_eq!(connection.answer().await.expect("the server answers").text(), "0123456789");
     });
     assert_success(service);
 }
 
 #[test]
-fn idle_and_fresh_connections_may_ask_once_more_after_the_signal() {
+fn idle_and_fresh_connections_get_one_more_response_after_sigterm() {
     let mut service = start(&[]);
     block_on(async {
         let mut idle = service.connect().await;
-        idle.ask(&get("/")).await.expect("an answer");
+        idle.ask(&get("/")).await.expect("the server answers");
         let mut fresh = service.connect().await;
         let mut half = service.connect().await;
-        half.send(b"GET / HTTP/1.1\r\nho").await.expect("sent");
+        half.send(b"GET / HTTP/1.1\r\nho").await.expect("the bytes are sent");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         for (connection, request) in
             [(&mut idle, get("/")), (&mut fresh, get("/")), (&mut half, b"st: x\r\n\r\n".to_vec())]
         {
-            let answer = connection.ask(&request).await.expect("an answer");
+            let answer = connection.ask(&request).await.expect("the server answers");
             assert_eq!(answer.status, 200);
             assert!(answer.closes());
         }
@@ -201,38 +203,38 @@ fn idle_and_fresh_connections_may_ask_once_more_after_the_signal() {
 }
 
 #[test]
-fn what_waits_in_the_queue_of_a_port_that_nobody_else_holds_is_answered() {
+fn a_drain_answers_connections_queued_on_a_port_that_the_service_bound() {
     let address = free_address().to_string();
-    let mut notifications = Notifications::new().expect("a socket");
-    // One connection at a time: the others wait in the queue.
+    let mut notifications = Notifications::new().expect("the socket is made");
+    // With a limit of one connection, the others stay in the accept queue.
     let mut command = command(app_binary(), &["--listen", &address, "--max-connections", "1"]);
     command.env("NOTIFY_SOCKET", notifications.path());
-    let mut process = Process::spawn(&mut command).expect("a service");
-    notifications.wait_for("READY=1").expect("READY=1");
-    let target = Target::Tcp(address.parse().expect("an address"));
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
+    let target = Target::Tcp(address.parse().expect("a valid address"));
     block_on(async {
-        let mut first = Connection::open(&target).await.expect("a connection");
-        first.ask(&get("/")).await.expect("an answer");
-        let mut queued = Connection::open(&target).await.expect("a place in the queue");
-        queued.send(&get("/")).await.expect("sent");
+        let mut first = Connection::open(&target).await.expect("the connection opens");
+        first.ask(&get("/")).await.expect("the server answers");
+        let mut queued = Connection::open(&target).await.expect("the connection is queued");
+        queued.send(&get("/")).await.expect("the bytes are sent");
         process.signal(Signal::TERM);
-        notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-        assert_eq!(queued.answer().await.expect("an answer").status, 200);
-        first.ask(&get("/")).await.expect("one more answer");
+        notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        assert_eq!(queued.answer().await.expect("the server answers").status, 200);
+        first.ask(&get("/")).await.expect("the server answers once more");
     });
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }
 
 #[test]
-fn a_half_sent_request_cannot_outlive_the_drain_limit() {
+fn a_half_sent_request_is_cut_off_at_the_drain_timeout() {
     let mut service = start(&["--drain-timeout", "1s"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
         connection
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234")
             .await
-            .expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+            .expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let begun = Instant::now();
         service.signal(Signal::TERM);
         let log = assert_success(service);
@@ -243,39 +245,39 @@ fn a_half_sent_request_cannot_outlive_the_drain_limit() {
 }
 
 #[test]
-fn the_drain_counts_down_and_asks_for_the_time_it_takes() {
+fn a_drain_reports_the_time_left_and_extends_the_stop_timeout() {
     let mut service = start(&["--drain-timeout", "1h", "--request-timeout", "1h"]);
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/sleep?duration=1h")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
         let left = [(); 5].map(|()| {
-            let line = service.notifications.wait_for("STATUS=draining: ").expect("a countdown");
+            let line = service.notifications.wait_for("STATUS=draining: ").expect("the countdown is sent");
             let left = line.strip_prefix("STATUS=draining: 1 in flight on 1 connections, ");
             let left = left.and_then(|left| left.strip_suffix(" s left")).expect(&line);
-            left.parse::<u32>().expect("seconds")
+            left.parse::<u32>().expect("a number of seconds")
         });
-        // Not by one each time, because the service may have been kept waiting.
+        // The steps may be larger than one second, because a busy machine delays the status messages.
         assert!(left.is_sorted_by(|one, next| one >= next) && left[4] < left[0], "{left:?}");
-        let said = service.notifications.said();
-        let extended = said.iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
-        assert!(extended >= 4, "{said:?}");
+        let sent = service.notifications.said();
+        let extended = sent.iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
+        assert!(extended >= 4, "{sent:?}");
         service.signal(Signal::TERM);
     });
     assert_success(service);
 }
 
 #[test]
-fn a_second_signal_ends_the_drain_at_once() {
+fn a_second_stop_signal_ends_the_drain_at_once() {
     for signal in [Signal::TERM, Signal::INT] {
         let mut service = start(&["--drain-timeout", "1h"]);
         let log = block_on(async {
             let mut connection = service.connect().await;
-            connection.send(&get("/sleep?duration=20s")).await.expect("sent");
-            service.wait_for_in_flight(1).expect("in flight");
+            connection.send(&get("/sleep?duration=20s")).await.expect("the bytes are sent");
+            service.wait_for_in_flight(1).expect("the request is in flight");
             service.signal(Signal::TERM);
-            service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
+            service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
             service.signal(signal);
             assert_success(service)
         });
@@ -286,39 +288,43 @@ fn a_second_signal_ends_the_drain_at_once() {
 // ---- limits ----
 
 #[test]
-fn a_head_that_does_not_come_is_answered_with_408() {
+fn an_incomplete_head_is_answered_with_408() {
     let service = start(&["--head-timeout", "300ms"]);
     block_on(async {
-        for some in ["G", "PRI * HTTP/2.0\r\n", "GET / HTTP/1.1\r\nhost: x\r\n"] {
+        for part in ["G", "PRI * HTTP/2.0\r\n", "GET / HTTP/1.1\r\nhost: x\r\n"] {
             let mut connection = service.connect().await;
-            connection.send(some.as_bytes()).await.expect("sent");
-            let answer = connection.answer().await.expect("an answer");
-            assert_eq!(answer.status, 408, "{some:?}");
-            assert_eq!(connection.read_more().await.expect("the end"), 0, "{some:?}");
+            connection.send(part.as_bytes()).await.expect("the bytes are sent");
+            let answer = connection.answer().await.expect("the server answers");
+            assert_eq!(answer.status, 408, "{part:?}");
+            assert_eq!(connection.read_more().await.expect("the connection ends"), 0, "{part:?}");
         }
     });
 }
 
 #[test]
-fn a_connection_with_no_request_is_closed_after_the_idle_limit() {
+fn a_connection_without_requests_is_closed_at_the_idle_timeout() {
     let service = start(&["--idle-timeout", "2s"]);
     block_on(async {
         let mut fresh = service.connect().await;
-        assert_eq!(fresh.read_more().await.expect("the end"), 0);
+        assert_eq!(fresh.read_more().await.expect("the connection ends"), 0);
         let mut idle = service.connect().await;
-        idle.ask(&get("/sleep?duration=3s")).await.expect("longer than the limit, and in flight");
-        assert_eq!(idle.read_more().await.expect("the end"), 0);
+        idle.ask(&get("/sleep?duration=3s")).await.expect("a request in flight has no idle limit");
+        assert_eq!(idle.read_more().await.expect("the connection ends"), 0);
     });
 }
 
 #[test]
-fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
+fn a_client_that_does_not_read_its_response_is_cut_off() {
     let service = start(&["--request-timeout", "2s", "--body-limit", "1GiB"]);
     let log = block_on(async {
         let mut connection = service.connect().await;
-        // Echoed back and never read: the buffers between fill up, and writing stalls.
+        // The service echoes the body and the client never reads it, so the socket buffers fill and the service cannot
+        // write.
         let sent = tokio::time::timeout(TEST_TIMEOUT, connection.send(&post("/echo", 64 << 20))).await;
-        assert!(sent.expect("not stuck for ever").is_err(), "cut off while sending");
+        assert!(
+            sent.expect("the connection ends within the time limit of the test").is_err(),
+            "the connection must be cut off while the client sends"
+        );
         service.signal(Signal::TERM);
         assert_success(service)
     });
@@ -326,31 +332,34 @@ fn a_peer_that_takes_nothing_of_its_answer_is_cut_off() {
 }
 
 #[test]
-fn a_websocket_whose_peer_takes_nothing_is_cut_off() {
+fn a_websocket_whose_client_does_not_read_is_cut_off() {
     let service = start(&["--request-timeout", "2s"]);
     block_on(async {
         let mut connection = service.connect().await;
-        assert_eq!(connection.ask(WEBSOCKET).await.expect("an answer").status, 101);
-        // Its echoes pile up, until the service takes no more.
+        assert_eq!(connection.ask(WEBSOCKET).await.expect("the server answers").status, 101);
+        // The client reads no echo, so the buffers fill until the service stops reading.
         let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
-        let cut_off = async { while connection.send(&message).await.is_ok() {} };
-        tokio::time::timeout(TEST_TIMEOUT, cut_off).await.expect("cut off");
+        let send_until_closed = async { while connection.send(&message).await.is_ok() {} };
+        tokio::time::timeout(TEST_TIMEOUT, send_until_closed).await.expect("the connection is cut off");
     });
 }
 
 #[test]
-fn a_client_that_stalls_in_its_body_is_cut_off() {
+fn a_client_that_stalls_in_its_request_body_is_cut_off() {
     let service = start(&["--request-timeout", "2s"]);
     block_on(async {
         let mut connection = service.connect().await;
         connection
             .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf ")
             .await
-            .expect("sent");
-        // What was sent comes back; the end of the answer does not.
+            .expect("the bytes are sent");
+        // The echo of the first half arrives, but the response cannot end.
         let answer = tokio::time::timeout(TEST_TIMEOUT, connection.answer()).await;
-        assert!(answer.expect("not stuck for ever").is_err(), "cut off while reading");
-        assert_eq!(connection.read_more().await.expect("the end"), 0);
+        assert!(
+            answer.expect("the connection ends within the time limit of the test").is_err(),
+            "the connection must be cut off inside the response"
+        );
+        assert_eq!(connection.read_more().await.expect("the connection ends"), 0);
     });
 }
 
@@ -360,14 +369,14 @@ fn connections_above_the_limit_wait_and_are_not_dropped() {
     block_on(async {
         let mut first = service.connect().await;
         let mut second = service.connect().await;
-        first.ask(&get("/")).await.expect("an answer");
-        second.ask(&get("/")).await.expect("an answer");
+        first.ask(&get("/")).await.expect("the server answers");
+        second.ask(&get("/")).await.expect("the server answers");
         let mut third = service.connect().await;
-        third.send(&get("/")).await.expect("sent");
+        third.send(&get("/")).await.expect("the bytes are sent");
         let early = tokio::time::timeout(Duration::from_millis(300), third.answer()).await;
         assert!(early.is_err(), "served above the limit: {early:?}");
         drop(first);
-        assert_eq!(third.answer().await.expect("an answer").status, 200);
+        assert_eq!(third.answer().await.expect("the server answers").status, 200);
     });
 }
 
@@ -375,18 +384,19 @@ fn connections_above_the_limit_wait_and_are_not_dropped() {
 fn a_body_above_the_limit_is_refused_with_413() {
     let service = start(&["--body-limit", "1KiB"]);
     block_on(async {
-        let answer = service.connect().await.ask(&post("/echo", 1025)).await.expect("an answer");
+        let answer = service.connect().await.ask(&post("/echo", 1025)).await.expect("the server answers");
         assert_eq!(answer.status, 413);
-        let answer = service.connect().await.ask(&post("/echo", 1024)).await.expect("an answer");
+        let answer = service.connect().await.ask(&post("/echo", 1024)).await.expect("the server answers");
         assert_eq!((answer.status, answer.body.len()), (200, 1024));
     });
 }
 
 #[test]
-fn an_answer_that_does_not_begin_in_time_is_a_503() {
+fn a_response_that_does_not_begin_in_time_is_replaced_by_503() {
     let service = start(&["--request-timeout", "300ms"]);
     block_on(async {
-        let answer = service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("an answer");
+        let answer =
+            service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("the server answers");
         assert_eq!(answer.status, 503);
     });
 }
@@ -397,108 +407,112 @@ fn a_head_above_64_kib_is_refused_with_431() {
     block_on(async {
         let mut connection = service.connect().await;
         let request = format!("GET / HTTP/1.1\r\nhost: x\r\nx: {}\r\n\r\n", "y".repeat(70_000));
-        assert_eq!(connection.ask(request.as_bytes()).await.expect("an answer").status, 431);
+        assert_eq!(connection.ask(request.as_bytes()).await.expect("the server answers").status, 431);
     });
 }
 
 #[test]
-fn running_out_of_fds_costs_no_connection() {
+fn running_out_of_file_descriptors_loses_no_connection() {
     let listener = listener();
-    let target = Target::Tcp(listener.local_addr().expect("an address"));
-    let mut notifications = Notifications::new().expect("a socket");
+    let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
+    let mut notifications = Notifications::new().expect("the socket is made");
     let mut command = Command::new("prlimit");
     command.args(["--nofile=24:24", app_binary()]);
     command.envs([("LISTEN_FDS", "1"), ("LISTEN_FDS_FIRST_FD", "0")]);
     command.env("NOTIFY_SOCKET", notifications.path()).stdin(fd(listener)).stderr(Stdio::piped());
     let begun = Instant::now();
-    let mut process = Process::spawn(&mut command).expect("a service");
-    notifications.wait_for("READY=1").expect("READY=1");
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
     block_on(async {
         let mut connections = Vec::new();
         for _ in 0..40 {
-            let mut connection = Connection::open(&target).await.expect("a place in the queue");
-            connection.send(&get("/")).await.expect("sent");
+            let mut connection = Connection::open(&target).await.expect("the connection is queued");
+            connection.send(&get("/")).await.expect("the bytes are sent");
             connections.push(connection);
         }
-        // The first ones hold all the fds; each that goes makes room for one that waits.
+        // The first connections use all file descriptors. Each one that closes frees one for a connection in the queue.
         for mut connection in connections {
-            assert_eq!(connection.answer().await.expect("an answer").status, 200);
+            assert_eq!(connection.answer().await.expect("the server answers").status, 200);
         }
     });
     process.signal(Signal::TERM);
-    let status = process.wait().expect("an end");
+    let status = process.wait().expect("the process ends");
     let mut log = String::new();
-    let mut stderr = process.child().stderr.take().expect("piped");
-    std::io::Read::read_to_string(&mut stderr, &mut log).expect("text");
+    let mut stderr = process.child().stderr.take().expect("the output is piped");
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("valid UTF-8");
     assert!(status.success(), "{log}");
     assert!(log.contains("could not accept"), "{log}");
-    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("few");
-    assert!(log.matches("could not accept").count() < seconds + 2, "once a second at the most: {log}");
+    let seconds = usize::try_from(begun.elapsed().as_secs()).expect("a small number");
+    assert!(
+        log.matches("could not accept").count() < seconds + 2,
+        "expected at most one message per second: {log}"
+    );
 }
 
 // ---- protocols ----
 
 #[test]
-fn a_preface_cut_into_pieces_is_still_http_2() {
+fn an_http2_preface_in_several_segments_is_recognized() {
     let service = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
-        for piece in ["P", "RI * HTTP/2.0\r\n", "\r\nSM\r\n\r", "\n", "\0\0\0\x04\0\0\0\0\0"] {
-            connection.send(piece.as_bytes()).await.expect("sent");
-            // Another client's turn: by then the piece has been looked at.
-            service.connect().await.ask(&get("/")).await.expect("an answer");
+        for segment in ["P", "RI * HTTP/2.0\r\n", "\r\nSM\r\n\r", "\n", "\0\0\0\x04\0\0\0\0\0"] {
+            connection.send(segment.as_bytes()).await.expect("the bytes are sent");
+            // The service handles the segment before it answers this other client.
+            service.connect().await.ask(&get("/")).await.expect("the server answers");
         }
-        let settings = connection.take(9).await.expect("a frame");
+        let settings = connection.take(9).await.expect("a frame arrives");
         assert_eq!(settings[3], 4, "a SETTINGS frame: {settings:?}");
     });
 }
 
 #[test]
-fn a_peer_that_stops_in_the_middle_of_a_preface_is_not_waited_for() {
+fn end_of_input_inside_an_http2_preface_closes_the_connection() {
     let service = start(&["--head-timeout", "1h"]);
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"PRI * HT").await.expect("sent");
-        connection.finish_sending().await.expect("finished");
-        while connection.read_more().await.expect("an end, not a reset") > 0 {}
+        connection.send(b"PRI * HT").await.expect("the bytes are sent");
+        connection.finish_sending().await.expect("the sending side is closed");
+        while connection.read_more().await.expect("the connection ends without a reset") > 0 {}
     });
     service.signal(Signal::TERM);
     assert_success(service);
 }
 
 #[test]
-fn a_handler_whose_client_has_gone_stops() {
+fn a_handler_is_dropped_when_its_client_disconnects() {
     let mut service = start(&["--request-timeout", "1h"]);
     block_on(async {
         let mut client = service.connect().await;
-        client.send(&get("/sleep?duration=1h")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        client.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         drop(client);
-        service.wait_for_in_flight(0).expect("in flight");
+        service.wait_for_in_flight(0).expect("no request is in flight");
     });
     service.signal(Signal::TERM);
     assert_success(service);
 }
 
 #[test]
-fn a_client_that_has_said_all_is_answered() {
+fn a_client_that_closes_its_sending_side_is_answered() {
     let service = start(&[]);
-    let mut client = std::net::TcpStream::connect(service.address()).expect("a connection");
-    // Held back, so that its end comes with it.
-    rustix::net::send(&client, &get("/"), SendFlags::MORE).expect("sent");
-    client.shutdown(std::net::Shutdown::Write).expect("finished");
+    let mut client = std::net::TcpStream::connect(service.address()).expect("the connection opens");
+    // MSG_MORE delays the request, so that it arrives together with the FIN.
+    rustix::net::send(&client, &get("/"), SendFlags::MORE).expect("the bytes are sent");
+    client.shutdown(std::net::Shutdown::Write).expect("the sending side is closed");
     let mut answer = String::new();
-    std::io::Read::read_to_string(&mut client, &mut answer).expect("an answer");
+    std::io::Read::read_to_string(&mut client, &mut answer).expect("the server answers");
     assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer:?}");
 }
 
 #[test]
-fn a_request_that_fails_is_named_in_the_log_unasked() {
+fn a_failed_request_is_logged_by_default() {
     let service = start(&["--request-timeout", "100ms"]);
     let id = block_on(async {
-        let answer = service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("an answer");
+        let answer =
+            service.connect().await.ask(&get("/sleep?duration=10s")).await.expect("the server answers");
         assert_eq!(answer.status, 503);
-        answer.header("x-request-id").expect("an id").to_owned()
+        answer.header("x-request-id").expect("the response has a request id").to_owned()
     });
     service.signal(Signal::TERM);
     let log = assert_success(service);
@@ -514,9 +528,12 @@ fn pipelined_requests_are_answered_in_order() {
     block_on(async {
         let mut connection = service.connect().await;
         let requests: Vec<u8> = (1..=3).flat_map(|n| get(&format!("/sleep?duration={n}ms"))).collect();
-        connection.send(&requests).await.expect("sent");
+        connection.send(&requests).await.expect("the bytes are sent");
         for n in 1..=3 {
-            assert_eq!(connection.answer().await.expect("an answer").text(), format!("slept {n}ms\n"));
+            assert_eq!(
+                connection.answer().await.expect("the server answers").text(),
+                format!("slept {n}ms\n")
+            );
         }
     });
 }
@@ -527,26 +544,26 @@ fn expect_100_continue_is_answered_before_the_body() {
     block_on(async {
         let mut connection = service.connect().await;
         let head = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n";
-        connection.send(head).await.expect("sent");
-        assert_eq!(connection.head().await.expect("a head").status, 100);
-        connection.send(b"hello").await.expect("sent");
-        assert_eq!(connection.answer().await.expect("an answer").text(), "hello");
+        connection.send(head).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 100);
+        connection.send(b"hello").await.expect("the bytes are sent");
+        assert_eq!(connection.answer().await.expect("the server answers").text(), "hello");
     });
 }
 
 // ---- sockets ----
 
 #[test]
-fn many_listeners_of_all_kinds_are_served_at_once() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn ipv4_ipv6_and_unix_listeners_are_served_at_once() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
     let ports = [free_address().port(), free_address().port()];
     let listen = format!("127.0.0.1:{},[::1]:{},{}", ports[0], ports[1], path.display());
-    let mut notifications = Notifications::new().expect("a socket");
+    let mut notifications = Notifications::new().expect("the socket is made");
     let mut command = command(app_binary(), &["--listen", &listen]);
     command.env("NOTIFY_SOCKET", notifications.path());
-    let mut process = Process::spawn(&mut command).expect("a service");
-    notifications.wait_for("READY=1").expect("READY=1");
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
     let targets = [
         Target::Tcp(([127, 0, 0, 1], ports[0]).into()),
         Target::Tcp((std::net::Ipv6Addr::LOCALHOST, ports[1]).into()),
@@ -554,70 +571,78 @@ fn many_listeners_of_all_kinds_are_served_at_once() {
     ];
     block_on(async {
         for target in &targets {
-            let mut connection = Connection::open(target).await.expect("a connection");
-            assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200, "{target:?}");
+            let mut connection = Connection::open(target).await.expect("the connection opens");
+            assert_eq!(
+                connection.ask(&get("/")).await.expect("the server answers").status,
+                200,
+                "{target:?}"
+            );
         }
     });
     process.signal(Signal::TERM);
-    assert!(process.wait().expect("an end").success());
-    assert!(!path.exists(), "a socket file that it made is removed");
+    assert!(process.wait().expect("the process ends").success());
+    assert!(!path.exists(), "the service must remove the socket file that it made");
 }
 
 #[test]
 fn a_stale_socket_file_is_replaced_and_a_live_one_is_not() {
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
-    drop(UnixListener::bind(&path).expect("a socket"));
+    drop(UnixListener::bind(&path).expect("the socket is made"));
     let listen = path.display().to_string();
     let (code, output, log) =
-        run_to_end(&mut command(app_binary(), &["check", "--listen", &listen])).expect("an end");
+        run_to_end(&mut command(app_binary(), &["check", "--listen", &listen])).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
     assert!(output.contains(&listen), "{output}");
-    let _live = UnixListener::bind(&path).expect("a socket");
+    let _live = UnixListener::bind(&path).expect("the socket is made");
     assert_refused(&mut command(app_binary(), &["--listen", &listen]), 69, &[&listen, "in use"]);
 }
 
 #[test]
 fn sockets_from_server_starter_are_served() {
     let listener = listener();
-    let target = Target::Tcp(listener.local_addr().expect("an address"));
+    let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
     let mut command = Command::new("sh");
     command.args(["-c", "exec 5<&0; exec \"$0\"", app_binary()]).stdin(fd(listener));
     command.env("SERVER_STARTER_PORT", "127.0.0.1:80=5").env("SERVER_STARTER_GENERATION", "41");
-    let mut process = Process::spawn(&mut command).expect("a service");
+    let mut process = Process::spawn(&mut command).expect("the service starts");
     block_on(async {
-        let mut connection = Connection::open(&target).await.expect("a connection");
-        let answer = connection.ask(&get("/")).await.expect("an answer");
+        let mut connection = Connection::open(&target).await.expect("the connection opens");
+        let answer = connection.ask(&get("/")).await.expect("the server answers");
         assert!(answer.text().contains("generation 41"), "{}", answer.text());
     });
     process.signal(Signal::TERM);
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }
 
 // ---- bad input ----
 
 #[test]
-fn what_is_passed_and_does_not_listen_is_refused_by_its_number() {
+fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
     let words = ["LISTEN_FDS: fd 0", "not a listening stream socket"];
-    let udp = UdpSocket::bind("127.0.0.1:0").expect("a socket");
-    assert_refused(&mut given(fd(udp), &[]), 78, &words);
-    let (stream, _other) = UnixStream::pair().expect("a pair");
-    assert_refused(&mut given(fd(stream), &[]), 78, &words);
+    let udp = UdpSocket::bind("127.0.0.1:0").expect("the socket is made");
+    assert_refused(&mut inheriting(fd(udp), &[]), 78, &words);
+    let (stream, _other) = UnixStream::pair().expect("the socket pair is made");
+    assert_refused(&mut inheriting(fd(stream), &[]), 78, &words);
     let listener = listener();
-    let connected =
-        std::net::TcpStream::connect(listener.local_addr().expect("an address")).expect("connected");
-    assert_refused(&mut given(fd(connected), &[]), 78, &words);
-    assert_refused(&mut given(std::fs::File::open("/dev/null").expect("a file"), &[]), 78, &words);
+    let connected = std::net::TcpStream::connect(listener.local_addr().expect("the socket has an address"))
+        .expect("the connection opens");
+    assert_refused(&mut inheriting(fd(connected), &[]), 78, &words);
+    assert_refused(
+        &mut inheriting(std::fs::File::open("/dev/null").expect("the file opens"), &[]),
+        78,
+        &words,
+    );
 }
 
 #[test]
-fn an_fd_that_is_not_there_is_refused_by_its_number() {
-    let mut command = given(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
+fn a_closed_fd_is_refused_by_its_number() {
+    let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
     assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not a listening"]);
 }
 
 #[test]
-fn variables_that_make_no_sense_are_refused_by_their_name() {
+fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
         ("LISTEN_FDS", "-1"),
@@ -627,7 +652,7 @@ fn variables_that_make_no_sense_are_refused_by_their_name() {
         ("LISTEN_FDNAMES", "http:admin"),
         ("SERVER_STARTER_GENERATION", "x"),
     ] {
-        assert_refused(&mut given(fd(listener()), &[(name, value)]), 78, &[name]);
+        assert_refused(&mut inheriting(fd(listener()), &[(name, value)]), 78, &[name]);
     }
     for value in ["8080", "127.0.0.1:80=", "127.0.0.1:80=x", "80=1", "80=200", ";", "80=5;80=5"] {
         let mut command = command(app_binary(), &[]);
@@ -641,21 +666,21 @@ fn variables_that_make_no_sense_are_refused_by_their_name() {
 }
 
 #[test]
-fn a_variable_that_is_no_number_is_quoted_in_the_error() {
-    let mut command = given(fd(listener()), &[("LISTEN_FDS", "two")]);
+fn an_invalid_number_is_quoted_in_the_error() {
+    let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "two")]);
     assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
 }
 
 #[test]
 fn sockets_of_another_process_are_refused_and_the_error_names_the_wrapper() {
-    let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_PID", "1")]);
     assert_refused(&mut command, 78, &["LISTEN_PID=1", "not the pid of this process", "`exec`", "--listen"]);
 }
 
 #[test]
 fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
-    let notifications = Notifications::new().expect("a socket");
-    let path = notifications.path().to_str().expect("a path of text").to_owned();
+    let notifications = Notifications::new().expect("the socket is made");
+    let path = notifications.path().to_str().expect("the path is valid UTF-8").to_owned();
     let remedy = format!("systemctl restart {NAME}.socket");
     for (name, value) in
         [("NOTIFY_SOCKET", path.as_str()), ("INVOCATION_ID", "0123456789abcdef0123456789abcdef")]
@@ -670,17 +695,17 @@ fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
 }
 
 #[test]
-fn sockets_meant_for_another_process_are_left_alone() {
+fn check_with_listen_ignores_sockets_of_another_process() {
     let port = free_address().port();
-    let mut command = given(fd(listener()), &[("LISTEN_PID", "1")]);
+    let mut command = inheriting(fd(listener()), &[("LISTEN_PID", "1")]);
     command.args(["check", "--listen", &format!("127.0.0.1:{port}")]);
-    let (code, output, log) = run_to_end(&mut command).expect("an end");
+    let (code, output, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
     assert_eq!(output, format!("ready to serve on http({port})\n"));
 }
 
 #[test]
-fn flags_and_their_variables_are_refused_by_their_name() {
+fn invalid_options_and_their_variables_are_refused_by_their_names() {
     for (flag, value) in [
         ("--listen", "localhost"),
         ("--drain-timeout", "soon"),
@@ -699,22 +724,23 @@ fn flags_and_their_variables_are_refused_by_their_name() {
 }
 
 #[test]
-fn more_listeners_than_a_successor_can_be_given_are_refused() {
+fn more_listeners_than_a_reload_can_pass_are_refused() {
     let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"].repeat(252));
     assert_refused(&mut command, 78, &["too many listeners", "252", "ListenStream="]);
 }
 
 #[test]
-fn an_address_in_use_is_refused_by_its_number() {
+fn an_address_in_use_is_refused_with_exit_code_69() {
     let listener = listener();
-    let address = listener.local_addr().expect("an address").to_string();
+    let address = listener.local_addr().expect("the socket has an address").to_string();
     assert_refused(&mut command(app_binary(), &["--listen", &address]), 69, &[&address, "in use"]);
     assert_refused(&mut command(app_binary(), &["check", "--listen", &address]), 69, &[&address, "in use"]);
 }
 
 #[test]
-fn check_does_all_but_serve() {
-    let (code, output, log) = run_to_end(given(fd(listener()), &[]).arg("check")).expect("an end");
+fn check_prints_the_listeners_and_exits_with_0() {
+    let (code, output, log) =
+        run_to_end(inheriting(fd(listener()), &[]).arg("check")).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
     assert!(output.starts_with("ready to serve on http("), "{output}");
 }

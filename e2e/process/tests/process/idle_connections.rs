@@ -1,4 +1,5 @@
-//! What idle connections cost, and that nobody notices how little: those that say nothing for a while sleep.
+//! Parked connections: the service drops the task and the buffers of a connection that is idle for two seconds. These
+//! tests check that clients cannot notice it, and how little memory a parked connection takes.
 
 use std::time::Duration;
 
@@ -12,20 +13,21 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::app_binary;
 
-/// By when an idle connection sleeps.
-const ASLEEP: Duration = Duration::from_secs(3);
+/// After this time without a request a connection is parked.
+const PARKED: Duration = Duration::from_secs(3);
 
-/// Each asks again after another time; some have said nothing before, some are asleep, some just about to be.
+/// The clients pause for different times around the two seconds, so that their requests arrive before, while and after
+/// the connection is parked. Some connections have had no request before.
 #[test]
-fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+fn requests_on_parked_and_parking_connections_are_answered() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = JoinSet::new();
         for number in 0..400_u64 {
-            let mut client = Client::open(&service, usize::try_from(number).expect("small")).await;
+            let mut client = Client::open(&service, usize::try_from(number).expect("a small number")).await;
             clients.spawn(async move {
                 for round in 0..4 {
-                    // 0.7 s to 3.1 s, in steps that no other has.
+                    // 0.7 s to 3.1 s, different for each client and round.
                     sleep(Duration::from_millis(700 + (number * 6 + round * 613) % 2400)).await;
                     client.is_answered().await;
                 }
@@ -36,84 +38,86 @@ fn a_request_is_answered_whenever_it_comes_to_a_connection_that_falls_asleep() {
 }
 
 #[test]
-fn a_connection_that_sleeps_is_closed_at_the_idle_limit_and_one_that_is_woken_is_not() {
+fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     const LIMIT: Duration = Duration::from_secs(8);
     let limit = humantime::format_duration(LIMIT).to_string();
-    let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("a service");
+    let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
         for kind in 0..4 {
             clients.push((Client::open(&service, kind).await, Client::open(&service, kind).await));
         }
-        for (left_alone, woken) in &mut clients {
-            left_alone.is_answered().await;
-            woken.is_answered().await;
+        for (unused, used) in &mut clients {
+            unused.is_answered().await;
+            used.is_answered().await;
         }
         let begun = Instant::now();
-        // Asleep each time, and each time long before the limit.
+        // Each pause is long enough to be parked, and far below the idle timeout.
         while begun.elapsed() < LIMIT {
-            sleep(ASLEEP).await;
-            for (_, woken) in &mut clients {
-                woken.is_answered().await;
+            sleep(PARKED).await;
+            for (_, used) in &mut clients {
+                used.is_answered().await;
             }
         }
-        for (left_alone, _) in clients {
+        for (unused, _) in clients {
             let ended = async {
-                match left_alone {
-                    Client::Http1(mut connection) => connection.read_more().await.expect("the end") == 0,
+                match unused {
+                    Client::Http1(mut connection) => {
+                        connection.read_more().await.expect("the connection ends") == 0
+                    }
                     Client::Http2(mut connection) => connection.is_over().await,
                 }
             };
-            assert!(timeout(TEST_TIMEOUT, ended).await.expect("in time"));
+            assert!(timeout(TEST_TIMEOUT, ended).await.expect("the connection ends in time"));
         }
     });
 }
 
 #[test]
-fn a_connection_that_sleeps_goes_on_in_the_next_process_and_the_next() {
-    let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
+fn parked_connections_survive_two_restarts() {
+    let mut service = Service::start_with_store(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connections = Vec::new();
         for number in 0..10 {
             let mut connection = service.connect().await;
-            // Some have never said anything.
+            // The others have never sent a request.
             if number % 2 == 0 {
-                assert_eq!(connection.ask(&get("/")).await.expect("an answer").status, 200);
+                assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
             }
             connections.push(connection);
         }
         for generation in 2..4 {
-            sleep(ASLEEP).await;
+            sleep(PARKED).await;
             service.signal(Signal::TERM);
-            service = service.restart(app_binary()).expect("the next service");
-            let said = format!("generation {generation},");
+            service = service.restart(app_binary()).expect("the next process starts");
+            let expected = format!("generation {generation},");
             for connection in &mut connections {
-                let answer = connection.ask(&get("/")).await.expect("an answer").text();
-                assert!(answer.contains(&said), "{answer}");
+                let answer = connection.ask(&get("/")).await.expect("the server answers").text();
+                assert!(answer.contains(&expected), "{answer}");
             }
         }
     });
 }
 
 #[test]
-fn a_connection_that_sleeps_is_told_to_close_where_nobody_comes_after() {
-    let mut service = Service::start(app_binary(), &[]).expect("a service");
+fn without_a_store_a_parked_connection_gets_connection_close() {
+    let mut service = Service::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
-        connection.ask(&get("/")).await.expect("an answer");
-        sleep(ASLEEP).await;
+        connection.ask(&get("/")).await.expect("the server answers");
+        sleep(PARKED).await;
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("a process"));
-        assert!(connection.ask(&get("/")).await.expect("an answer").closes());
-        let (status, _) = service.end().expect("an end");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        assert!(!service.process().ends_within(Duration::from_millis(500)).expect("the wait succeeds"));
+        assert!(connection.ask(&get("/")).await.expect("the server answers").closes());
+        let (status, _) = service.end().expect("the process ends");
         assert!(status.success(), "{status}");
     });
 }
 
 #[test]
-fn connections_that_sleep_are_counted_as_such() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+fn parked_connections_are_counted_as_parked() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
         for kind in 0..4 {
@@ -122,21 +126,22 @@ fn connections_that_sleep_are_counted_as_such() {
             clients.push(client);
         }
         let count = async |stage: &str| {
-            let mut admin = Connection::open(&service.admin()).await.expect("a connection");
-            let metrics = admin.ask(&get("/metrics")).await.expect("an answer").text();
+            let mut admin = Connection::open(&service.admin()).await.expect("the connection opens");
+            let metrics = admin.ask(&get("/metrics")).await.expect("the server answers").text();
             let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
-            let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("a count");
-            line.parse::<u32>().expect("a number")
+            let line =
+                metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
+            line.parse::<u32>().expect("a valid number")
         };
-        let asleep = async {
+        let all_parked = async {
             while (count("parked").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
-        timeout(TEST_TIMEOUT, asleep).await.expect("all sleep");
-        // A client has its answer a moment before the service counts its connection as waiting, and on a slow machine
-        // the first of them is asleep again before the last one is answered.
-        let awake = async {
+        timeout(TEST_TIMEOUT, all_parked).await.expect("all connections are parked");
+        // Repeated, because a client receives its response before the service counts its connection as waiting, and on
+        // a slow machine the first connection is parked again before the last one is answered.
+        let none_parked = async {
             loop {
                 for client in &mut clients {
                     client.is_answered().await;
@@ -146,51 +151,57 @@ fn connections_that_sleep_are_counted_as_such() {
                 }
             }
         };
-        timeout(TEST_TIMEOUT, awake).await.expect("none sleeps");
+        timeout(TEST_TIMEOUT, none_parked).await.expect("no connection is parked");
     });
 }
 
-/// Bytes that the process has in memory.
+/// Resident memory of the process in bytes.
 fn resident(service: &TlsService) -> u64 {
     let path = format!("/proc/{}/status", service.process.pid().as_raw_nonzero());
-    let status = std::fs::read_to_string(path).expect("it runs");
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS");
-    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") * 1024
+    let status = std::fs::read_to_string(path).expect("the process runs");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS is present");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a valid number") * 1024
 }
 
-/// `bench/README.md` has the figures; this is what no change may break.
+/// The bound is loose, so that the test does not depend on the machine; bench/README.md has the measured figures.
 #[test]
-fn idle_connections_take_little_memory_and_a_burst_gives_back_what_it_took() {
+fn idle_connections_take_little_memory_again_after_a_burst() {
     const COUNT: u64 = 4_000;
-    /// 1 kB each, and 14 kB each before they sleep.
-    const LITTLE: u64 = 4_000;
+    /// Bytes for each connection: a parked one takes about 1 kB, an idle one that is not parked 14 kB.
+    const LIMIT: u64 = 4_000;
     let mut limit = getrlimit(Resource::Nofile);
     limit.current = limit.maximum;
-    setrlimit(Resource::Nofile, limit).expect("more files");
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+    setrlimit(Resource::Nofile, limit).expect("the limit of open files is raised");
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let target = Target::Tcp(service.http);
-        Connection::open(&target).await.expect("a connection").ask(&get("/")).await.expect("an answer");
+        Connection::open(&target)
+            .await
+            .expect("the connection opens")
+            .ask(&get("/"))
+            .await
+            .expect("the server answers");
         let alone = resident(&service);
         let each = || resident(&service).saturating_sub(alone) / COUNT;
         let mut connections = Vec::new();
         for _ in 0..COUNT {
-            connections.push(Connection::open(&target).await.expect("a connection"));
+            connections.push(Connection::open(&target).await.expect("the connection opens"));
         }
         for _ in 0..2 {
             for connection in &mut connections {
-                connection.send(&get("/")).await.expect("sent");
+                connection.send(&get("/")).await.expect("the bytes are sent");
             }
-            // The first may be asleep again when the last one is answered.
-            let mut awake = each();
+            // Sampled during the round, because the first connections may be parked again before the last one is
+            // answered.
+            let mut active = each();
             for (number, connection) in connections.iter_mut().enumerate() {
-                assert_eq!(connection.answer().await.expect("an answer").status, 200);
+                assert_eq!(connection.answer().await.expect("the server answers").status, 200);
                 if number % 100 == 0 {
-                    awake = awake.max(each());
+                    active = active.max(each());
                 }
             }
-            assert!(awake > LITTLE, "they are awake: {awake}");
-            wait_until("memory goes back to the system", || each() < LITTLE);
+            assert!(active > LIMIT, "the connections were never active: {active} bytes each");
+            wait_until("the memory is returned to the system", || each() < LIMIT);
         }
     });
 }

@@ -1,4 +1,4 @@
-//! What is spoken at each listener, with clients that nobody here wrote: curl, openssl, a WebSocket client.
+//! Names of listeners, and what is specific to each: TLS, the admin routes, WebSockets and event streams.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -16,28 +16,28 @@ use tokio_tungstenite::tungstenite::{Message, protocol::frame::coding::CloseCode
 use crate::app_binary;
 
 fn start(flags: &[&str]) -> TlsService {
-    TlsService::start(app_binary(), flags).expect("a service")
+    TlsService::start(app_binary(), flags).expect("the service starts")
 }
 
 fn https(service: &TlsService, protocol: &str) -> Target {
-    service.https(&[protocol]).expect("a client")
+    service.https(&[protocol]).expect("the TLS client is configured")
 }
 
 fn terminate(service: &mut TlsService) {
-    service.terminate().expect("stopping");
+    service.terminate().expect("the service begins to stop");
 }
 
-/// Expects a clean end.
+/// Waits until the service exits, and expects exit code 0.
 fn end(mut service: TlsService) {
-    assert!(service.process.wait().expect("an end").success());
+    assert!(service.process.wait().expect("the process ends").success());
 }
 
 async fn metrics(service: &TlsService) -> String {
-    let mut admin = Connection::open(&service.admin()).await.expect("the admin listener");
-    admin.ask(&get("/metrics")).await.expect("an answer").text()
+    let mut admin = Connection::open(&service.admin()).await.expect("the admin listener accepts");
+    admin.ask(&get("/metrics")).await.expect("the server answers").text()
 }
 
-/// What the metrics are once these lines are among them.
+/// Polls the metrics until they contain all of `lines`, and returns them.
 async fn metrics_with(service: &TlsService, lines: &[&str]) -> String {
     let deadline = Instant::now() + TEST_TIMEOUT;
     loop {
@@ -45,12 +45,12 @@ async fn metrics_with(service: &TlsService, lines: &[&str]) -> String {
         if lines.iter().all(|line| text.lines().any(|found| found == *line)) {
             return text;
         }
-        assert!(Instant::now() < deadline, "waited in vain for {lines:?}: {text}");
+        assert!(Instant::now() < deadline, "no {lines:?} in time: {text}");
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 
-/// Waits until a request is being answered, besides the one that asks.
+/// Waits until one request is in flight besides the request for the metrics.
 async fn wait_for_in_flight(service: &TlsService) {
     metrics_with(service, &["http_requests_in_flight 2"]).await;
 }
@@ -58,26 +58,29 @@ async fn wait_for_in_flight(service: &TlsService) {
 // ---- names ----
 
 #[test]
-fn a_listener_with_a_name_that_says_nothing_is_refused() {
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let mut given = command(app_binary(), &[]);
-    given.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
-    given.stdin(std::os::fd::OwnedFd::from(listener));
-    let (code, _, log) = run_to_end(&mut given).expect("an end");
+fn a_listener_with_an_unknown_name_is_refused() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let mut command_with_fd = command(app_binary(), &[]);
+    command_with_fd.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
+    command_with_fd.stdin(std::os::fd::OwnedFd::from(listener));
+    let (code, _, log) = run_to_end(&mut command_with_fd).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("fd 0 (web)") && log.contains("invalid listener name \"web\""), "{log}");
     let (code, _, log) =
-        run_to_end(&mut command(app_binary(), &["--listen", "web=127.0.0.1:0"])).expect("an end");
+        run_to_end(&mut command(app_binary(), &["--listen", "web=127.0.0.1:0"])).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("--listen") && log.contains("invalid listener name"), "{log}");
 }
 
 #[test]
-fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
-    let (one, other) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
-    let folder = tempfile::tempdir().expect("a folder");
+fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
+    let (one, other) = (
+        Certificate::new().expect("the certificate is made"),
+        Certificate::new().expect("the certificate is made"),
+    );
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let huge = folder.path().join("huge");
-    std::fs::File::create(&huge).and_then(|file| file.set_len(1 << 30)).expect("a file");
+    std::fs::File::create(&huge).and_then(|file| file.set_len(1 << 30)).expect("the file is made");
     let missing = folder.path().join("missing");
     let cases: [(PathBuf, PathBuf, &str); 6] = [
         (one.chain(), other.key(), "the private key does not match the certificate"),
@@ -96,34 +99,35 @@ fn a_certificate_that_cannot_be_used_is_one_line_and_check_finds_it_first() {
                 .arg(&chain)
                 .arg("--tls-key")
                 .arg(&key);
-            let (code, _, log) = run_to_end(&mut command).expect("an end");
+            let (code, _, log) = run_to_end(&mut command).expect("the process ends");
             assert_eq!(code, Some(78), "{log}");
             assert!(log.contains(reason) && log.lines().count() == 1, "{log}");
         }
     }
-    let (code, _, log) =
-        run_to_end(&mut command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"])).expect("an end");
+    let (code, _, log) = run_to_end(&mut command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"]))
+        .expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
     assert!(log.contains("LoadCredential=tls.crt") && log.contains("--tls-cert"), "{log}");
     let mut credentials = command(app_binary(), &["check", "--listen", "https=127.0.0.1:0"]);
-    credentials.env("CREDENTIALS_DIRECTORY", one.chain().parent().expect("a folder"));
-    let (code, said, log) = run_to_end(&mut credentials).expect("an end");
+    credentials.env("CREDENTIALS_DIRECTORY", one.chain().parent().expect("the path has a parent"));
+    let (code, output, log) = run_to_end(&mut credentials).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert!(said.starts_with("ready to serve on https("), "{said}");
+    assert!(output.starts_with("ready to serve on https("), "{output}");
 }
 
 // ---- admin ----
 
 #[test]
-fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
+fn metrics_are_labelled_by_route_template_and_not_by_path() {
     let service = start(&[]);
     block_on(async {
-        let mut connection = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+        let mut connection =
+            Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
         for path in ["/", "/", "/sleep?duration=1ms", "/made-up/1", "/made-up/2"] {
-            connection.ask(&get(path)).await.expect("an answer");
+            connection.ask(&get(path)).await.expect("the server answers");
         }
-        connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("an answer");
-        // A client has its answer before the service knows that it has.
+        connection.ask(b"BREW / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("the server answers");
+        // The client receives a response before the service counts it, so the test waits for the final counts.
         let lines = [
             "outlive_connections{stage=\"waiting\"} 1",
             "outlive_connections{stage=\"in_flight\"} 1",
@@ -156,31 +160,31 @@ fn metrics_count_by_route_template_and_not_by_what_clients_make_up() {
 }
 
 #[test]
-fn an_idle_door_keeps_no_slot_from_another() {
+fn an_idle_listener_reserves_no_connection_slot() {
     let service = start(&["--max-connections", "1"]);
     block_on(async {
         let (http, https) = (Target::Tcp(service.http), https(&service, "http/1.1"));
         for target in [&http, &http, &https, &https, &http] {
             let ask = async {
-                let mut only = Connection::open(target).await.expect("a connection");
-                only.ask(&get("/")).await.expect("an answer").status
+                let mut only = Connection::open(target).await.expect("the connection opens");
+                only.ask(&get("/")).await.expect("the server answers").status
             };
             let status = tokio::time::timeout(TEST_TIMEOUT, ask).await;
-            assert_eq!(status.expect("served"), 200);
+            assert_eq!(status.expect("the request is served"), 200);
         }
     });
 }
 
 #[test]
-fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
+fn the_admin_listener_reports_the_accept_queue_at_max_connections() {
     let service = start(&["--max-connections", "1"]);
     block_on(async {
         let target = Target::Tcp(service.http);
-        let mut only = Connection::open(&target).await.expect("a connection");
-        only.ask(&get("/")).await.expect("an answer");
+        let mut only = Connection::open(&target).await.expect("the connection opens");
+        only.ask(&get("/")).await.expect("the server answers");
         let _waiting = [
-            Connection::open(&target).await.expect("queued"),
-            Connection::open(&target).await.expect("queued"),
+            Connection::open(&target).await.expect("the connection is queued"),
+            Connection::open(&target).await.expect("the connection is queued"),
         ];
         let line = format!("outlive_accept_queue_length{{listener=\"http({})\"}} 2", service.http.port());
         metrics_with(&service, &[&line]).await;
@@ -188,96 +192,97 @@ fn the_admin_door_is_open_and_shows_the_queue_when_the_house_is_full() {
 }
 
 #[test]
-fn readyz_says_no_from_the_beginning_of_a_drain_and_healthz_does_not() {
+fn readyz_fails_from_the_beginning_of_a_drain_and_healthz_does_not() {
     let mut service = start(&["--drain-delay", "1min"]);
     block_on(async {
-        let mut admin = Connection::open(&service.admin()).await.expect("the admin listener");
-        assert_eq!(admin.ask(&get("/readyz")).await.expect("an answer").status, 200);
+        let mut admin = Connection::open(&service.admin()).await.expect("the admin listener accepts");
+        assert_eq!(admin.ask(&get("/readyz")).await.expect("the server answers").status, 200);
         terminate(&mut service);
         let mut refused = false;
         while !refused {
-            refused = admin.ask(&get("/readyz")).await.expect("an answer").status == 503;
+            refused = admin.ask(&get("/readyz")).await.expect("the server answers").status == 503;
         }
-        assert_eq!(admin.ask(&get("/healthz")).await.expect("an answer").status, 200);
+        assert_eq!(admin.ask(&get("/healthz")).await.expect("the server answers").status, 200);
     });
 }
 
 #[test]
-fn the_drain_delay_goes_on_accepting_and_then_closes_the_port() {
+fn the_port_accepts_during_the_drain_delay_and_is_closed_after_it() {
     let mut service = start(&["--drain-delay", "5s"]);
     block_on(async {
         let target = Target::Tcp(service.http);
-        let mut before = Connection::open(&target).await.expect("a connection");
-        before.ask(&get("/")).await.expect("an answer");
+        let mut before = Connection::open(&target).await.expect("the connection opens");
+        before.ask(&get("/")).await.expect("the server answers");
         let begun = Instant::now();
         terminate(&mut service);
-        // Business as usual, for connections old and new.
-        let mut fresh = Connection::open(&target).await.expect("the port is open");
-        assert!(!fresh.ask(&get("/")).await.expect("an answer").closes());
-        assert!(!before.ask(&get("/")).await.expect("an answer").closes());
-        // Then the end: told with the next answer, and the port is closed.
-        let mut told = false;
-        while !told {
-            told = before.ask(&get("/sleep?duration=10ms")).await.expect("an answer").closes();
+        // During the delay both old and new connections are served without Connection: close.
+        let mut fresh = Connection::open(&target).await.expect("the port accepts");
+        assert!(!fresh.ask(&get("/")).await.expect("the server answers").closes());
+        assert!(!before.ask(&get("/")).await.expect("the server answers").closes());
+        // After the delay the next response has Connection: close, and the port is closed.
+        let mut closes = false;
+        while !closes {
+            closes = before.ask(&get("/sleep?duration=10ms")).await.expect("the server answers").closes();
         }
         assert!(begun.elapsed() >= Duration::from_secs(5), "{:?}", begun.elapsed());
         wait_until("a closed port", || std::net::TcpStream::connect(service.http).is_err());
-        assert!(fresh.ask(&get("/")).await.expect("an answer").closes());
+        assert!(fresh.ask(&get("/")).await.expect("the server answers").closes());
     });
     end(service);
 }
 
 #[test]
-fn a_second_signal_ends_the_drain_delay() {
+fn a_second_stop_signal_ends_the_drain_delay() {
     let mut service = start(&["--drain-delay", "10min"]);
     terminate(&mut service);
     service.process.signal(Signal::TERM);
     end(service);
 }
 
-// ---- the end, behind TLS ----
+// ---- drain over TLS ----
 
 #[test]
-fn an_https_connection_is_told_to_close_with_its_next_answer() {
+fn an_https_connection_gets_connection_close_during_a_drain() {
     let mut service = start(&[]);
     block_on(async {
-        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
-        let mut busy = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        busy.send(&get("/sleep?duration=5s")).await.expect("sent");
+        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        assert!(!idle.ask(&get("/")).await.expect("the server answers").closes());
+        let mut busy = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        busy.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
         wait_for_in_flight(&service).await;
         terminate(&mut service);
-        assert!(busy.answer().await.expect("an answer").closes());
-        assert!(idle.ask(&get("/")).await.expect("an answer").closes());
-        // Both ends say goodbye: a TLS client can tell this from a connection cut short.
-        assert_eq!(idle.read_more().await.expect("close_notify"), 0);
+        assert!(busy.answer().await.expect("the server answers").closes());
+        assert!(idle.ask(&get("/")).await.expect("the server answers").closes());
+        // The service sends close_notify, so that the client can distinguish this from truncation (RFC 8446 section
+        // 6.1).
+        assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     end(service);
 }
 
 #[test]
-fn an_https_connection_that_idles_too_long_is_taken_leave_of() {
+fn an_idle_https_connection_is_closed_with_close_notify() {
     let mut service = start(&["--idle-timeout", "3s"]);
     block_on(async {
-        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        idle.ask(&get("/")).await.expect("an answer");
-        assert_eq!(idle.read_more().await.expect("close_notify"), 0);
+        let mut idle = Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        idle.ask(&get("/")).await.expect("the server answers");
+        assert_eq!(idle.read_more().await.expect("close_notify arrives"), 0);
     });
     terminate(&mut service);
     end(service);
 }
 
 #[test]
-fn http2_gets_goaway_and_its_stream_finishes() {
+fn an_http2_connection_gets_goaway_during_a_drain_and_its_stream_finishes() {
     let mut service = start(&[]);
     block_on(async {
-        let mut idle = Http2::open(&https(&service, "h2")).await.expect("a connection");
-        assert_eq!(idle.get("/").await.expect("an answer").expect("sent").0, 200);
-        let mut busy = Http2::open(&https(&service, "h2")).await.expect("a connection");
+        let mut idle = Http2::open(&https(&service, "h2")).await.expect("the connection opens");
+        assert_eq!(idle.get("/").await.expect("the server answers").expect("no GOAWAY arrives").0, 200);
+        let mut busy = Http2::open(&https(&service, "h2")).await.expect("the connection opens");
         let answer = tokio::spawn(async move { busy.get("/sleep?duration=5s").await });
         wait_for_in_flight(&service).await;
         terminate(&mut service);
-        let answer = answer.await.expect("a task").expect("an answer");
+        let answer = answer.await.expect("the task does not panic").expect("the server answers");
         assert_eq!(answer, Some((200, "slept 5s\n".to_owned())));
         while !idle.is_over().await {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -286,38 +291,39 @@ fn http2_gets_goaway_and_its_stream_finishes() {
     end(service);
 }
 
-/// Whether the next process answers on the same connection after a reload; else it is told to close.
-fn goes_on_after_a_reload(flags: &[&str]) -> bool {
+/// Whether a TLS connection is handed over at a reload. If not, its next response has Connection: close.
+fn survives_a_reload(flags: &[&str]) -> bool {
     let mut service = start(flags);
     let (next, outcome) = block_on(async {
-        let mut connection = Connection::open(&https(&service, "http/1.1")).await.expect("a connection");
-        assert!(!connection.ask(&get("/")).await.expect("an answer").closes());
+        let mut connection =
+            Connection::open(&https(&service, "http/1.1")).await.expect("the connection opens");
+        assert!(!connection.ask(&get("/")).await.expect("the server answers").closes());
         service.process.signal(Signal::HUP);
-        let next = service.notifications.wait_for("MAINPID=").expect("a successor");
-        // The old process may still have been asked.
+        let next = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+        // The old process may answer the first requests, before it hands the connection over.
         loop {
-            let answer = connection.ask(&get("/")).await.expect("an answer");
+            let answer = connection.ask(&get("/")).await.expect("the server answers");
             if answer.closes() || answer.text().contains("generation 2") {
                 break (next, !answer.closes());
             }
         }
     });
-    testkit::process::terminate(next.trim_start_matches("MAINPID=")).expect("it runs");
+    testkit::process::terminate(next.trim_start_matches("MAINPID=")).expect("the process runs");
     end(service);
     outcome
 }
 
 #[test]
-fn the_keys_of_a_tls_connection_stay_where_they_are_if_that_is_wanted() {
-    assert!(goes_on_after_a_reload(&[]));
-    assert!(!goes_on_after_a_reload(&["--tls-handover", "no"]));
+fn tls_connections_are_handed_over_unless_tls_handover_is_no() {
+    assert!(survives_a_reload(&[]));
+    assert!(!survives_a_reload(&["--tls-handover", "no"]));
 }
 
 #[test]
-fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
+fn a_tls_connection_without_a_handshake_does_not_delay_the_exit() {
     let mut service = start(&["--drain-timeout", "2s"]);
     block_on(async {
-        let silent = TcpStream::connect(service.https).await.expect("a connection");
+        let silent = TcpStream::connect(service.https).await.expect("the connection opens");
         terminate(&mut service);
         end(service);
         drop(silent);
@@ -325,34 +331,35 @@ fn a_tls_connection_that_has_not_begun_does_not_hold_up_the_end() {
 }
 
 #[test]
-fn what_a_process_counts_at_its_end_its_successors_tell() {
+fn counters_continue_in_the_successors() {
     let service = start(&["--drain-timeout", "1s"]);
     block_on(async {
-        let mut idle = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+        let mut idle = Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
         let mut handed_over = 0;
         for round in 1..=2 {
             let pid = pid_of(&mut idle).await;
-            let mut endless = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
-            endless.send(&get("/sleep?duration=1h")).await.expect("sent");
+            let mut endless =
+                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
+            endless.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
             wait_for_in_flight(&service).await;
-            kill_process(pid, Signal::HUP).expect("it runs");
+            kill_process(pid, Signal::HUP).expect("the process runs");
             endless.answer().await.expect_err("cut off");
-            // Beside the idle one there may be those that have just asked for metrics.
+            // Not an exact number, because connections that requested metrics may be handed over too.
             let text = metrics_with(&service, &[&format!("outlive_requests_cut_off_total {round}")]).await;
             let line =
                 text.lines().find_map(|line| line.strip_prefix("outlive_connections_handed_over_total "));
-            let total: u64 = line.expect("a line").parse().expect("a number");
+            let total: u64 = line.expect("the line is present").parse().expect("a valid number");
             assert!(total > handed_over, "{text}");
             handed_over = total;
         }
-        kill_process(pid_of(&mut idle).await, Signal::KILL).expect("it runs");
+        kill_process(pid_of(&mut idle).await, Signal::KILL).expect("the process runs");
     });
     end(service);
 }
 
-/// Of the process that answers.
+/// The pid of the process that answers on `connection`.
 async fn pid_of(connection: &mut Connection) -> Pid {
-    let text = connection.ask(&get("/")).await.expect("an answer").text();
+    let text = connection.ask(&get("/")).await.expect("the server answers").text();
     let pid = text.strip_prefix("pid ").and_then(|rest| rest.split(',').next()?.parse().ok());
     pid.and_then(Pid::from_raw).expect(&text)
 }
@@ -360,21 +367,21 @@ async fn pid_of(connection: &mut Connection) -> Pid {
 // ---- WebSocket and event streams ----
 
 #[test]
-fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
+fn a_websocket_client_that_reconnects_loses_no_acknowledged_message() {
     let messages = 300;
-    let mut houses = vec![start(&[])];
+    let mut services = vec![start(&[])];
     block_on(async {
         let mut acknowledged: Vec<u32> = Vec::new();
         for round in 0..3 {
-            let service = houses.last_mut().expect("a service");
+            let service = services.last_mut().expect("the service starts");
             let (mut socket, _) = tokio_tungstenite::connect_async(format!("ws://{}/socket", service.http))
                 .await
-                .expect("a socket");
+                .expect("the WebSocket opens");
             let mut sent = acknowledged.len();
             let until = messages.min((round + 1) * messages / 3 + 50);
-            let closed = loop {
+            let is_done = loop {
                 if sent < until && sent < acknowledged.len() + 10 {
-                    // A refusal shows in what is read next.
+                    // A failed send is not an error: the reason is in the next message that is read.
                     let _ = socket.send(Message::text(sent.to_string())).await;
                     sent += 1;
                     continue;
@@ -385,46 +392,52 @@ fn a_websocket_client_that_comes_back_loses_no_message_that_was_acknowledged() {
                     }
                     service.process.signal(Signal::TERM);
                 }
-                match socket.next().await.expect("a message before the end").expect("a clean end") {
-                    Message::Text(text) => acknowledged.push(text.parse().expect("a number")),
+                match socket
+                    .next()
+                    .await
+                    .expect("a message arrives before the end")
+                    .expect("the stream ends cleanly")
+                {
+                    Message::Text(text) => acknowledged.push(text.parse().expect("a valid number")),
                     Message::Close(frame) => {
-                        let code = frame.expect("a reason").code;
+                        let code = frame.expect("the close frame has a reason").code;
                         assert_eq!(code, CloseCode::Restart);
                         break false;
                     }
                     other => panic!("{other:?}"),
                 }
             };
-            if !closed {
-                // To the end: the server waits for our half.
+            if !is_done {
+                // The client reads to the end, because the server waits for the client's side of the close.
                 while socket.next().await.is_some_and(|message| message.is_ok()) {}
-                houses.push(start(&[]));
+                services.push(start(&[]));
             }
         }
-        // What was not acknowledged was sent again: nothing is missing, nothing came twice.
-        let all: Vec<u32> = (0..u32::try_from(messages).expect("few")).collect();
+        // Messages without an acknowledgement were sent again, so the sequence has no gap and no duplicate.
+        let all: Vec<u32> = (0..u32::try_from(messages).expect("a small number")).collect();
         assert_eq!(acknowledged, all);
     });
 }
 
 #[test]
-fn an_event_stream_goes_on_where_it_was_in_the_next_process() {
+fn an_event_stream_resumes_after_its_last_event_in_the_next_process() {
     block_on(async {
         let mut seen: Vec<u64> = Vec::new();
         for _ in 0..2 {
             let mut service = start(&[]);
-            let mut connection = Connection::open(&Target::Tcp(service.http)).await.expect("a connection");
+            let mut connection =
+                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
             let last = seen.last().map_or_else(String::new, |id| format!("last-event-id: {id}\r\n"));
             let request = format!("GET /events HTTP/1.1\r\nhost: x\r\n{last}\r\n");
-            connection.send(request.as_bytes()).await.expect("sent");
-            assert_eq!(connection.head().await.expect("a head").status, 200);
+            connection.send(request.as_bytes()).await.expect("the bytes are sent");
+            assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
             let count = |bytes: &[u8]| String::from_utf8_lossy(bytes).matches("id: ").count();
             while count(connection.unread()) < 2 {
-                assert!(connection.read_more().await.expect("events") > 0);
+                assert!(connection.read_more().await.expect("events arrive") > 0);
             }
             terminate(&mut service);
             while !connection.unread().ends_with(b"0\r\n\r\n") {
-                assert!(connection.read_more().await.expect("a clean end") > 0);
+                assert!(connection.read_more().await.expect("the stream ends cleanly") > 0);
             }
             let text = String::from_utf8_lossy(connection.unread()).into_owned();
             seen.extend(

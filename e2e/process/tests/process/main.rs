@@ -1,6 +1,7 @@
-//! The debug binary without systemd and without root: options and limits, listeners, restarts and reloads.
+//! Tests of the debug binary without systemd and without root: options and limits, listeners, restarts and reloads.
 //!
-//! One test binary, so that tests that wait for something wait at the same time.
+//! They form one test binary, because cargo runs test binaries one after the other. Most of these tests wait for
+//! timeouts, and only tests of the same binary can wait at the same time.
 
 mod abuse;
 mod cli_and_limits;
@@ -9,7 +10,7 @@ mod listeners;
 mod reload;
 mod restart;
 
-/// The package in the root workspace.
+/// The package of the binary in the root workspace.
 const NAME: &str = "app";
 
 fn app_binary() -> &'static str {

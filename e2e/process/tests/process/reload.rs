@@ -1,4 +1,5 @@
-//! Reload with no systemd around: what the old process does when a successor comes, well or badly.
+//! Reloads without systemd. The tests use a real successor, a real successor whose messages they delay (`Delayed`), or
+//! they play the successor themselves on the takeover socket, with valid and invalid messages.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -26,69 +27,73 @@ use testkit::{TEST_TIMEOUT, block_on, wait_until};
 use crate::app_binary;
 
 fn start(flags: &[&str]) -> (Service, TempDir) {
-    let folder = tempfile::tempdir().expect("a folder");
-    let service = Service::start_in(app_binary(), flags, folder.path()).expect("a service");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let service = Service::start_in(app_binary(), flags, folder.path()).expect("the service starts");
     (service, folder)
 }
 
-/// Runs the takeover command, as ExecReload= does; gives its exit code and what it and the successor
-/// wrote to standard error.
+/// Runs the takeover command as ExecReload= does. Returns its exit code, and what it and the successor wrote to
+/// standard error.
 fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, String) {
-    // No pipe: the successor keeps it.
-    let mut log = tempfile::NamedTempFile::new().expect("a file");
+    // A file and not a pipe, because the successor inherits standard error and would keep a pipe open.
+    let mut log = tempfile::NamedTempFile::new().expect("a temporary file is made");
     let mut command = command(app_binary(), &[&["takeover"], flags].concat());
     command.env("RUNTIME_DIRECTORY", folder).env("NOTIFY_SOCKET", notifications);
-    command.stderr(log.reopen().expect("a file"));
-    let status = Process::spawn(&mut command).and_then(|mut process| process.wait()).expect("an end");
+    command.stderr(log.reopen().expect("the file opens"));
+    let status =
+        Process::spawn(&mut command).and_then(|mut process| process.wait()).expect("the process ends");
     let mut text = String::new();
-    std::io::Read::read_to_string(&mut log, &mut text).expect("text");
+    std::io::Read::read_to_string(&mut log, &mut text).expect("valid UTF-8");
     (status.code(), text)
 }
 
-/// Who answers on this connection: its pid and generation.
-async fn who(connection: &mut Connection) -> (i32, u64) {
-    let answer = connection.ask(&get("/")).await.expect("an answer");
-    assert!(!answer.closes(), "told to close");
+/// Sends a request, and returns the pid and the generation of the process that answers.
+async fn process_on(connection: &mut Connection) -> (i32, u64) {
+    let answer = connection.ask(&get("/")).await.expect("the server answers");
+    assert!(!answer.closes(), "the response has Connection: close");
     let text = answer.text();
     let number = |after: &str| {
-        let rest = text.split(after).nth(1).expect("a number");
-        rest.split(|c: char| !c.is_ascii_digit()).next().expect("a number").to_owned()
+        let rest = text.split(after).nth(1).expect("a valid number");
+        rest.split(|c: char| !c.is_ascii_digit()).next().expect("a valid number").to_owned()
     };
-    (number("pid ").parse().expect("a pid"), number("generation ").parse().expect("a generation"))
+    (
+        number("pid ").parse().expect("a valid pid"),
+        number("generation ").parse().expect("the response names a generation"),
+    )
 }
 
-/// Ends a successor, which is nobody's child.
+/// Kills a successor. The test cannot wait for it, because it is not a child of the test.
 fn end(pid: i32) {
-    kill_process(Pid::from_raw(pid).expect("a pid"), Signal::KILL).expect("it runs");
+    kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::KILL).expect("the process runs");
 }
 
 #[test]
-fn a_successor_takes_the_listeners_and_connections_over_and_the_old_process_ends() {
+fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() {
     let (mut service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
         let mut idle = service.connect().await;
         let mut slow = service.connect().await;
-        assert_eq!(who(&mut idle).await, (service.pid(), 1));
-        slow.hold().await.expect("in flight");
-        // It does not wait for the slow request, which cannot end meanwhile.
+        assert_eq!(process_on(&mut idle).await, (service.pid(), 1));
+        slow.hold().await.expect("the request is in flight");
+        // The reload must not wait for the slow request, which ends only at `release` below.
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, generation) = who(&mut idle).await;
+        let (pid, generation) = process_on(&mut idle).await;
         assert!(pid != service.pid() && generation == 2, "pid {pid}, generation {generation}");
-        assert_eq!(who(&mut service.connect().await).await, (pid, 2));
-        slow.release().await.expect("the answer");
-        assert_eq!(who(&mut slow).await, (pid, 2));
-        let said = service.notifications.said().to_vec();
-        service.notifications.wait_for(&format!("MAINPID={pid}")).expect("the main process");
-        let main = service.notifications.said()[said.len()..].to_vec();
-        let at = |line: &str| main.iter().position(|said| said.starts_with(line));
+        assert_eq!(process_on(&mut service.connect().await).await, (pid, 2));
+        slow.release().await.expect("the request finishes");
+        assert_eq!(process_on(&mut slow).await, (pid, 2));
+        let before = service.notifications.said().len();
+        service.notifications.wait_for(&format!("MAINPID={pid}")).expect("MAINPID= is sent");
+        let sent = service.notifications.said()[before..].to_vec();
+        let at = |prefix: &str| sent.iter().position(|line| line.starts_with(prefix));
         assert!(
             at("RELOADING=1") < at("MONOTONIC_USEC=") && at("MONOTONIC_USEC=") < at("MAINPID="),
-            "{main:?}"
+            "{sent:?}"
         );
-        service.notifications.wait_for("BARRIER=1").expect("a barrier");
-        let (status, log) = service.end().expect("an end");
+        service.notifications.wait_for("BARRIER=1").expect("BARRIER=1 is sent");
+        let (status, log) = service.end().expect("the process ends");
         assert!(
             status.success() && log.contains("handed over 2 connections; 1 requests in flight finished"),
             "{log}"
@@ -98,18 +103,18 @@ fn a_successor_takes_the_listeners_and_connections_over_and_the_old_process_ends
 }
 
 #[test]
-fn a_successor_can_be_succeeded_in_turn() {
+fn a_connection_survives_four_reloads() {
     let (service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
         let mut connection = service.connect().await;
-        let mut pids = vec![who(&mut connection).await.0];
+        let mut pids = vec![process_on(&mut connection).await.0];
         for generation in 2..=5 {
             let (code, log) = reload(folder.path(), &path, &[]);
             assert_eq!(code, Some(0), "{log}");
-            // The old process answers a request that comes before it has handed the connection over.
+            // The old process answers requests that arrive before it has handed the connection over.
             let pid = loop {
-                let (pid, at) = who(&mut connection).await;
+                let (pid, at) = process_on(&mut connection).await;
                 if at == generation {
                     break pid;
                 }
@@ -118,112 +123,116 @@ fn a_successor_can_be_succeeded_in_turn() {
             assert!(!pids.contains(&pid), "pid {pid}, generation {generation}");
             pids.push(pid);
         }
-        end(*pids.last().expect("the last"));
+        end(*pids.last().expect("at least one pid"));
     });
 }
 
-/// A service that binds a path itself, and listens there.
+/// Starts a service that binds a Unix socket itself (--listen), and waits until it answers.
 fn listen_at(path: &Path, flags: &[&str], log: Stdio) -> (Process, Target) {
-    let listen = ["--listen", path.to_str().expect("a path")];
+    let listen = ["--listen", path.to_str().expect("the path is valid UTF-8")];
     let mut command = command(app_binary(), &[&listen, flags].concat());
-    let process = Process::spawn(command.stderr(log)).expect("a service");
+    let process = Process::spawn(command.stderr(log)).expect("the service starts");
     wait_until("it listens", || UnixStream::connect(path).is_ok());
     let target = Target::Unix(path.to_owned());
-    // And serves: it listens before it has read all its files.
-    block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
+    // Listening is not enough: the service binds the socket before its start is complete.
+    block_on(async { process_on(&mut Connection::open(&target).await.expect("the service listens")).await });
     (process, target)
 }
 
 #[test]
-fn a_successor_that_fails_leaves_the_socket_file_to_the_process_that_serves_on() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn a_failed_reload_keeps_the_socket_file_of_the_old_process() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("the certificate is made");
     let https = format!("https={}", testkit::free_address());
     let [chain, key] = [certificate.chain(), certificate.key()].map(|file| file.display().to_string());
     let flags = ["--listen", &https, "--tls-cert", &chain, "--tls-key", &key];
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    let (mut process, target) = listen_at(&path, &flags, log.reopen().expect("a file").into());
-    std::fs::remove_file(&key).expect("removed");
-    let said = |what: &str| std::fs::read_to_string(log.path()).expect("text").matches(what).count();
+    let log = tempfile::NamedTempFile::new().expect("a temporary file is made");
+    let (mut process, target) = listen_at(&path, &flags, log.reopen().expect("the file opens").into());
+    std::fs::remove_file(&key).expect("the file is removed");
+    let count = |what: &str| std::fs::read_to_string(log.path()).expect("valid UTF-8").matches(what).count();
     for failed in 1..=2 {
         process.signal(Signal::HUP);
-        wait_until("the successor fails", || said("reload failed: ") == failed);
+        wait_until("the successor fails", || count("reload failed: ") == failed);
         block_on(async {
-            let mut connection = Connection::open(&target).await.expect("the path is there");
-            assert_eq!(who(&mut connection).await, (process.pid().as_raw_nonzero().get(), 1));
+            let mut connection = Connection::open(&target).await.expect("the socket file accepts");
+            assert_eq!(process_on(&mut connection).await, (process.pid().as_raw_nonzero().get(), 1));
         });
     }
     process.signal(Signal::TERM);
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
     assert!(!path.exists());
 }
 
 #[test]
-fn reloads_of_a_service_that_bound_its_path_refuse_nobody_and_the_last_one_removes_the_file() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn reloads_on_a_bound_path_refuse_no_connection_and_the_last_process_removes_the_file() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
     let (mut first, target) = listen_at(&path, &[], Stdio::null());
     let running = Load::connection_per_request(&target).start(|| {});
-    let answers = || block_on(async { who(&mut Connection::open(&target).await.expect("it listens")).await });
+    let answers = || {
+        block_on(async {
+            process_on(&mut Connection::open(&target).await.expect("the service listens")).await
+        })
+    };
     let mut pid = answers().0;
     for generation in 2..=10 {
-        kill_process(Pid::from_raw(pid).expect("a pid"), Signal::HUP).expect("it runs");
-        // Of one answer: for a moment both accept, and the old one answers what it has accepted.
+        kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::HUP).expect("the process runs");
+        // Pid and generation come from one response, because for a moment both processes accept connections.
         wait_until("the next process", || {
-            let (its_pid, its_generation) = answers();
-            pid = its_pid;
-            its_generation == generation
+            let (current_pid, current_generation) = answers();
+            pid = current_pid;
+            current_generation == generation
         });
     }
     let report = running.stop();
-    kill_process(Pid::from_raw(pid).expect("a pid"), Signal::TERM).expect("it runs");
+    kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::TERM).expect("the process runs");
     wait_until("the file is removed", || !path.exists());
-    assert!(first.wait().expect("an end").success());
+    assert!(first.wait().expect("the process ends").success());
     assert!(report.lost() == 0 && report.answered > 9, "{report}");
 }
 
 #[test]
-fn hangup_is_a_reload_without_systemd_and_a_socket_file_stays() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn sighup_reloads_without_systemd_and_keeps_the_socket_file() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let path = folder.path().join("http.sock");
     let (mut process, target) = listen_at(&path, &[], Stdio::null());
     block_on(async {
-        let mut connection = Connection::open(&target).await.expect("a connection");
-        let (first, _) = who(&mut connection).await;
+        let mut connection = Connection::open(&target).await.expect("the connection opens");
+        let (first, _) = process_on(&mut connection).await;
         process.signal(Signal::HUP);
-        assert!(process.wait().expect("an end").success());
-        let (second, generation) = who(&mut connection).await;
+        assert!(process.wait().expect("the process ends").success());
+        let (second, generation) = process_on(&mut connection).await;
         assert!(second != first && generation == 2);
-        assert!(path.exists(), "the successor listens there");
-        let mut fresh = Connection::open(&target).await.expect("a connection");
-        assert_eq!(who(&mut fresh).await, (second, 2));
-        // The successor removes it at its own end.
-        kill_process(Pid::from_raw(second).expect("a pid"), Signal::TERM).expect("it runs");
-        fresh.ask(&get("/")).await.expect("one more answer");
-        connection.ask(&get("/")).await.expect("one more answer");
+        assert!(path.exists(), "the socket file must stay for the successor");
+        let mut fresh = Connection::open(&target).await.expect("the connection opens");
+        assert_eq!(process_on(&mut fresh).await, (second, 2));
+        // The successor inherited the duty to remove the socket file, and removes it when it exits.
+        kill_process(Pid::from_raw(second).expect("a valid pid"), Signal::TERM).expect("the process runs");
+        fresh.ask(&get("/")).await.expect("the server answers once more");
+        connection.ask(&get("/")).await.expect("the server answers once more");
         wait_until("the file is removed", || !path.exists());
     });
 }
 
 #[test]
-fn a_flag_whose_value_is_takeover_keeps_it() {
+fn an_option_value_takeover_is_not_removed_as_the_subcommand() {
     let (mut service, folder) = start(&["--log", "takeover"]);
     block_on(async {
         let mut connection = service.connect().await;
         let path = service.notifications.path();
         let (code, log) = reload(folder.path(), &path, &["--log", "takeover"]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, _) = who(&mut connection).await;
-        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("it runs");
+        let (pid, _) = process_on(&mut connection).await;
+        let line = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).expect("the process runs");
         assert!(line.ends_with("--log\0takeover\0") && !line.contains("\0takeover\0--log"), "{line:?}");
-        service.process().wait().expect("an end");
+        service.process().wait().expect("the process ends");
         end(pid);
     });
 }
 
 #[test]
-fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
+fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
     let (mut service, folder) = start(&[]);
     let path = service.notifications.path();
     block_on(async {
@@ -234,96 +243,97 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_reason_is_told() {
         ] {
             let (code, log) = reload(folder.path(), &path, &flags);
             assert!(code != Some(0) && log.contains(reason), "{code:?}: {log}");
-            let status = service.notifications.wait_for_status(reason).expect("a status");
+            let status = service.notifications.wait_for_status(reason).expect("the status is sent");
             assert!(status.contains("last reload failed: "), "{status}");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1));
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
         }
     });
 }
 
 #[test]
-fn a_release_that_does_nothing_at_all_is_given_up() {
-    let folder = tempfile::tempdir().expect("a folder");
-    // The service is called by a path where a release will be that hangs.
+fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    // The service is started through a symbolic link, which a binary that hangs replaces below.
     let path = folder.path().join("service");
-    std::os::unix::fs::symlink(app_binary(), &path).expect("a link");
+    std::os::unix::fs::symlink(app_binary(), &path).expect("the symbolic link is made");
     let binary = path.display().to_string();
     let service = Service::start_in(&binary, &["--takeover-timeout", "500ms"], folder.path());
-    let mut service = service.expect("a service");
+    let mut service = service.expect("the service starts");
     let hangs = folder.path().join("hangs");
-    std::fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").expect("written");
-    std::fs::set_permissions(&hangs, std::fs::Permissions::from_mode(0o755)).expect("executable");
-    std::fs::rename(&hangs, &path).expect("in its place");
+    std::fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").expect("the file is written");
+    std::fs::set_permissions(&hangs, std::fs::Permissions::from_mode(0o755))
+        .expect("the file is made executable");
+    std::fs::rename(&hangs, &path).expect("the file is renamed");
     block_on(async {
         let mut connection = service.connect().await;
         for _ in 0..2 {
             service.signal(Signal::HUP);
-            service.notifications.wait_for("READY=1").expect("given up");
+            service.notifications.wait_for("READY=1").expect("READY=1 follows the failed reload");
         }
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
     });
     service.signal(Signal::TERM);
-    let (_, log) = service.end().expect("an end");
+    let (_, log) = service.end().expect("the process ends");
     assert_eq!(log.matches("reload failed: could not start a successor").count(), 2, "{log}");
 }
 
 #[test]
-fn a_takeover_with_nobody_there_or_no_folder_says_so() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let nowhere = folder.path().join("notify");
     let (code, log) = reload(folder.path(), &nowhere, &[]);
     assert!(code == Some(69) && log.contains("no running service listens on"), "{code:?}: {log}");
-    let (code, _, log) = run_to_end(&mut command(app_binary(), &["takeover"])).expect("an end");
+    let (code, _, log) = run_to_end(&mut command(app_binary(), &["takeover"])).expect("the process ends");
     assert!(code == Some(78) && log.contains("RuntimeDirectory="), "{code:?}: {log}");
 }
 
-// ---- whoever knocks may say anything ----
+// ---- messages on the takeover socket ----
 
-fn send_message(channel: &OwnedFd, kind: u16, text: &str) {
-    frames::send(channel, &frame(kind, 0, text), &[]).expect("sent");
+fn send_message(channel: &OwnedFd, message_type: u16, text: &str) {
+    frames::send(channel, &frame(message_type, 0, text), &[]).expect("the bytes are sent");
 }
 
-/// How many bytes a channel holds that were not read.
+/// The number of bytes in the receive queue of a channel.
 fn unread(channel: &OwnedFd) -> u64 {
-    rustix::io::ioctl_fionread(channel).expect("a socket")
+    rustix::io::ioctl_fionread(channel).expect("the channel is a socket")
 }
 
-/// A process that may be taken for a successor, and killed as one.
+/// A process whose pid the test sends as the successor's, because the service may kill that pid.
 fn stand_in() -> Process {
-    Process::spawn(Command::new("sleep").arg("1000")).expect("sleep")
+    Process::spawn(Command::new("sleep").arg("1000")).expect("sleep starts")
 }
 
 fn pid_of(process: &Process) -> String {
     process.pid().as_raw_nonzero().to_string()
 }
 
-/// A successor that could serve, and has been told to.
-fn be_told_to_commit(folder: &Path, successor: &Process) -> OwnedFd {
+/// Plays a successor on the takeover socket until the service sends Commit.
+fn play_until_commit(folder: &Path, successor: &Process) -> OwnedFd {
     let channel = connect_takeover_socket(folder);
     send_message(&channel, HELLO, &pid_of(successor));
     send_message(&channel, GO, "");
-    assert_eq!(recv_message(&channel).expect("a word").0, LISTENERS);
+    assert_eq!(recv_message(&channel).expect("a message arrives").0, LISTENERS);
     send_message(&channel, READY, "");
-    assert_eq!(recv_message(&channel).expect("a word").0, COMMIT);
+    assert_eq!(recv_message(&channel).expect("a message arrives").0, COMMIT);
     channel
 }
 
 #[test]
-fn the_takeover_socket_is_for_its_owner_alone() {
+fn the_takeover_socket_is_accessible_only_to_its_owner() {
     let (_service, folder) = start(&[]);
-    let metadata = folder.path().join("takeover").metadata().expect("it is there");
+    let metadata = folder.path().join("takeover").metadata().expect("the takeover socket exists");
     assert_eq!(metadata.permissions().mode() & 0o777, 0o600);
     assert_eq!(metadata.uid(), rustix::process::geteuid().as_raw());
 }
 
 #[test]
-fn a_half_told_takeover_changes_nothing() {
+fn an_incomplete_takeover_dialogue_changes_nothing() {
     let (mut service, folder) = start(&[]);
     let successor = stand_in();
     let me = pid_of(&successor);
-    // What is said before hanging up.
-    let talks: [&[(u16, &str)]; 9] = [
-        // Nobody's successor: whoever is named there could be killed.
+    // The messages that are sent before the connection is closed.
+    let dialogues: [&[(u16, &str)]; 9] = [
+        // Pid 0 and 1 are not successors. The service must not accept them, because it would kill the pid it was given.
         &[(HELLO, "0"), (GO, "")],
         &[(HELLO, "1"), (GO, "")],
         &[],
@@ -336,90 +346,97 @@ fn a_half_told_takeover_changes_nothing() {
     ];
     block_on(async {
         let mut connection = service.connect().await;
-        for talk in talks {
+        for dialogue in dialogues {
             let channel = connect_takeover_socket(folder.path());
-            for (kind, text) in talk {
-                // It may have been hung up on in the middle.
-                let _ = frames::send(&channel, &frame(*kind, 0, text), &[]);
+            for (message_type, text) in dialogue {
+                // The service may have closed the connection at an earlier message.
+                let _ = frames::send(&channel, &frame(*message_type, 0, text), &[]);
             }
             drop(channel);
-            service.notifications.wait_for("STATUS=serving").expect("a status");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1), "{talk:?}");
-            assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1), "{talk:?}");
+            service.notifications.wait_for("STATUS=serving").expect("the status is sent");
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1), "{dialogue:?}");
+            assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1), "{dialogue:?}");
         }
     });
     service.signal(Signal::TERM);
-    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-    let said = service.notifications.said();
-    assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
+    service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+    let sent = service.notifications.said();
+    assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
 }
 
-/// Systemd would kill a main process that is another's child without a drain.
+/// Go says that the intermediate process of the launch has exited, so that systemd is the parent of the successor.
+/// systemd kills a main process that is not its child at the next stop, without a drain.
 #[test]
-fn nothing_is_passed_on_before_the_successor_is_nobodys_child() {
+fn listeners_are_sent_only_after_go() {
     let (_service, folder) = start(&[]);
     let channel = connect_takeover_socket(folder.path());
     send_message(&channel, HELLO, &std::process::id().to_string());
-    set_socket_timeout(&channel, Timeout::Recv, Some(Duration::from_millis(300))).expect("a time limit");
+    set_socket_timeout(&channel, Timeout::Recv, Some(Duration::from_millis(300)))
+        .expect("the time limit is set");
     let early = recv(&channel, &mut [0; 1024], RecvFlags::empty());
-    assert_eq!(early.expect_err("a word too early"), rustix::io::Errno::AGAIN);
+    assert_eq!(early.expect_err("no message arrives before Go"), rustix::io::Errno::AGAIN);
     send_message(&channel, GO, "");
-    assert_eq!(recv_message(&channel).expect("a word").0, LISTENERS);
+    assert_eq!(recv_message(&channel).expect("a message arrives").0, LISTENERS);
 }
 
 #[test]
-fn a_successor_that_dies_between_ready_and_commit_leaves_the_old_process_serving() {
+fn a_successor_that_closes_the_channel_at_commit_is_killed_and_the_old_process_serves() {
     let (mut service, folder) = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
         let mut successor = stand_in();
-        let channel = be_told_to_commit(folder.path(), &successor);
+        let channel = play_until_commit(folder.path(), &successor);
         drop(channel);
-        // It may only have closed the channel, and be serving.
-        assert_eq!(successor.wait().expect("an end").signal(), Some(9));
-        service.notifications.wait_for("RELOADING=1").expect("reloading");
-        service.notifications.wait_for("READY=1").expect("and ready again");
-        let status = service.notifications.wait_for("STATUS=serving").expect("a status");
+        // The service kills it, because a successor that closed only the channel could still be serving.
+        assert_eq!(successor.wait().expect("the process ends").signal(), Some(9));
+        service.notifications.wait_for("RELOADING=1").expect("RELOADING=1 is sent");
+        service.notifications.wait_for("READY=1").expect("READY=1 is sent again");
+        let status = service.notifications.wait_for("STATUS=serving").expect("the status is sent");
         assert!(status.contains("last reload failed: the successor exited unexpectedly"), "{status}");
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
     });
 }
 
 #[test]
-fn a_successor_that_hangs_does_not_keep_the_old_process_beyond_the_drain_limit() {
+fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drain_timeout() {
     let (mut service, folder) = start(&["--drain-timeout", "15s"]);
     block_on(async {
         let mut connections = Vec::new();
         for _ in 0..450 {
             let mut connection = service.connect().await;
-            connection.hold().await.expect("in flight");
+            connection.hold().await.expect("the request is in flight");
             connections.push(connection);
         }
         let successor = stand_in();
-        let channel = be_told_to_commit(folder.path(), &successor);
+        let channel = play_until_commit(folder.path(), &successor);
         send_message(&channel, ACCEPTING, "");
-        // One by one they come to rest, with a frame each: more than a channel takes that nobody reads.
+        // Each response makes one connection quiescent, and the service sends it in a message of its own. Nothing reads
+        // the channel, so it is full before the last connection.
         let mut is_full = false;
         for connection in &mut connections {
             let (before, begun) = (unread(&channel), Instant::now());
-            connection.release().await.expect("the answer");
+            connection.release().await.expect("the request finishes");
             while !is_full && unread(&channel) == before {
-                // A frame takes a millisecond.
+                // A message arrives within a millisecond, so after two seconds the channel is full.
                 is_full = begun.elapsed() > Duration::from_secs(2);
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
         }
-        assert!(is_full, "the channel takes {} bytes", unread(&channel));
-        assert!(service.process().ends_within(TEST_TIMEOUT).expect("a look"), "it waits for ever");
+        assert!(is_full, "the channel is not full with {} bytes", unread(&channel));
+        assert!(
+            service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+            "the old process waits for the successor"
+        );
         drop(channel);
     });
-    let (_, log) = service.end().expect("an end");
+    let (_, log) = service.end().expect("the process ends");
     assert!(log.contains("could not hand over connections; they will be closed"), "{log}");
 }
 
-// ---- a real successor, late at each step ----
+// ---- a real successor, delayed at each step ----
 
-/// A real successor, which hears of the old process, and is heard, only what is passed on.
+/// A real successor behind a proxy: the test relays its messages to and from the old process, and can delay each of
+/// them.
 struct Delayed {
     predecessor: OwnedFd,
     channel: OwnedFd,
@@ -427,28 +444,28 @@ struct Delayed {
 }
 
 impl Delayed {
-    /// Starts one for the service of `folder`.
+    /// Starts a successor for the service whose runtime directory is `folder`.
     fn start(folder: &Path) -> Self {
         let predecessor = connect_takeover_socket(folder);
         let (channel, theirs) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-                .expect("a pair");
+                .expect("the socket pair is made");
         let mut command = command(app_binary(), &[]);
         command.env("TAKEOVER_ROLE", "successor").env("RUNTIME_DIRECTORY", folder);
         command.stdin(theirs).stdout(Stdio::piped()).stderr(Stdio::null());
-        let successor = Process::spawn(&mut command).expect("a successor");
+        let successor = Process::spawn(&mut command).expect("the successor starts");
         drop(command);
         for end in [&predecessor, &channel] {
-            set_socket_timeout(end, Timeout::Recv, Some(TEST_TIMEOUT)).expect("a time limit");
+            set_socket_timeout(end, Timeout::Recv, Some(TEST_TIMEOUT)).expect("the time limit is set");
         }
         send_message(&predecessor, GO, "");
         Self { predecessor, channel, successor }
     }
 
-    /// Passes on all that is said up to a word of this kind, which is held back.
-    fn hold(folder: &Path, kind: u16) -> (Self, Held) {
+    /// Relays all messages before the first one of `message_type`, and returns that one without relaying it.
+    fn hold(folder: &Path, message_type: u16) -> (Self, Held) {
         let delayed = Self::start(folder);
-        for (said, is_of_successor) in [
+        for (expected, is_of_successor) in [
             (HELLO, true),
             (LISTENERS, false),
             (READY, true),
@@ -461,20 +478,20 @@ impl Delayed {
             } else {
                 (&delayed.predecessor, &delayed.channel)
             };
-            let (message, fds) = frames::receive(from).expect("a word");
-            assert_eq!(frames::read(&message).expect("a frame").0, said);
+            let (message, fds) = frames::receive(from).expect("a message arrives");
+            assert_eq!(frames::read(&message).expect("a valid frame").0, expected);
             let held = Held { message, fds, is_of_successor };
-            if said == kind {
+            if expected == message_type {
                 return (delayed, held);
             }
-            held.pass(to).expect("sent");
+            held.pass(to).expect("the bytes are sent");
         }
-        unreachable!("{kind} is said in a takeover");
+        unreachable!("{message_type} is not a message of a takeover");
     }
 
-    /// Passes on what was held back, and all that is said after it, until both have hung up.
-    fn go_on(&self, held: &Held) {
-        // Whoever it is for may have given up.
+    /// Relays the delayed message and all later ones, until both sides have closed their connections.
+    fn resume(&self, held: &Held) {
+        // The receiver may have closed its connection.
         let _ = held.pass(if held.is_of_successor { &self.predecessor } else { &self.channel });
         std::thread::scope(|scope| {
             for (from, to) in [(&self.channel, &self.predecessor), (&self.predecessor, &self.channel)] {
@@ -482,7 +499,7 @@ impl Delayed {
                     loop {
                         match frames::receive(from) {
                             Ok((message, fds)) if !message.is_empty() => {
-                                // Whoever it is for may be gone.
+                                // The receiver may have closed its connection.
                                 let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
                                 let _ = frames::send(to, &message, &fds);
                             }
@@ -495,16 +512,17 @@ impl Delayed {
         });
     }
 
-    /// What the successor has reported to whoever waits for it.
+    /// The outcome that the successor has written to standard output, which the takeover command reads in a real
+    /// reload.
     fn outcome(mut self) -> String {
-        let mut said = String::new();
-        let mut stdout = self.successor.child().stdout.take().expect("piped");
-        std::io::Read::read_to_string(&mut stdout, &mut said).expect("text");
-        said
+        let mut outcome = String::new();
+        let mut stdout = self.successor.child().stdout.take().expect("the output is piped");
+        std::io::Read::read_to_string(&mut stdout, &mut outcome).expect("valid UTF-8");
+        outcome
     }
 }
 
-/// One message that was not passed on yet.
+/// A message that was not relayed yet.
 struct Held {
     message: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -519,175 +537,185 @@ impl Held {
 }
 
 #[test]
-fn a_successor_that_is_late_with_ready_leaves_the_old_process_alone() {
+fn a_successor_that_is_late_with_ready_fails_the_reload() {
     let (mut service, folder) = start(&["--takeover-timeout", "5s"]);
     block_on(async {
         let mut connection = service.connect().await;
         let (mut late, held) = Delayed::hold(folder.path(), READY);
-        service.notifications.wait_for("READY=1").expect("given up");
+        service.notifications.wait_for("READY=1").expect("READY=1 follows the failed reload");
         drop(held);
-        shutdown(&late.channel, Shutdown::Both).expect("hung up on");
-        assert!(!late.successor.wait().expect("an end").success());
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
-        assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+        shutdown(&late.channel, Shutdown::Both).expect("the channel is shut down");
+        assert!(!late.successor.wait().expect("the process ends").success());
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
+        assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
         assert!(!late.outcome().contains("ok"));
     });
 }
 
-/// The old process may not be heard, or the successor may not: it makes no difference to those who are left.
+/// Either Commit does not reach the successor, or its answer does not reach the old process. The old process cannot
+/// distinguish the two, so it must kill the successor in both cases; otherwise two processes could serve.
 #[test]
-fn a_successor_that_does_not_answer_commit_is_no_more_before_the_old_process_goes_on() {
-    for kind in [COMMIT, ACCEPTING] {
+fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_continues() {
+    for message_type in [COMMIT, ACCEPTING] {
         let (mut service, folder) = start(&[]);
         block_on(async {
             let mut connection = service.connect().await;
-            let (mut late, _held) = Delayed::hold(folder.path(), kind);
-            let status = late.successor.wait().expect("an end");
+            let (mut late, _held) = Delayed::hold(folder.path(), message_type);
+            let status = late.successor.wait().expect("the process ends");
             assert_eq!(status.signal(), Some(9), "{status}");
             let reason = "last reload failed: the successor did not answer Commit in time";
-            service.notifications.wait_for_status(reason).expect("that status");
-            assert_eq!(who(&mut connection).await, (service.pid(), 1));
+            service.notifications.wait_for_status(reason).expect("the status is sent");
+            assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
             for _ in 0..20 {
-                assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+                assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
             }
-            assert_eq!(late.outcome(), "", "it did not take itself for the main process");
+            assert_eq!(late.outcome(), "", "the successor must not report success");
         });
-        let said = service.notifications.said();
-        assert!(!said.iter().any(|line| line.starts_with("MAINPID=")), "{said:?}");
-        // It can be succeeded all the same.
+        let sent = service.notifications.said();
+        assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
+        // The next reload succeeds.
         let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
         assert_eq!(code, Some(0), "{log}");
-        service.notifications.wait_for("MAINPID=").expect("a successor");
+        service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         let pid = service.notifications.said().iter().rev().find_map(|line| line.strip_prefix("MAINPID="));
-        end(pid.expect("its pid").parse().expect("a number"));
+        end(pid.expect("MAINPID= names a pid").parse().expect("a valid number"));
     }
 }
 
 #[test]
-fn a_successor_that_answers_late_in_time_has_the_connections_and_the_old_process_ends() {
-    for kind in [COMMIT, ACCEPTING, MAIN] {
-        // A successor is ready in this time, and the old process waits longer for an answer to Commit (5 s).
+fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connections() {
+    for message_type in [COMMIT, ACCEPTING, MAIN] {
+        // The takeover timeout applies until Ready. For the answer to Commit the old process waits 5 s, which is
+        // longer.
         let ready_by = Duration::from_secs(3);
         let flags = ["--takeover-timeout", &humantime::format_duration(ready_by).to_string()];
         let (service, folder) = start(&flags);
         block_on(async {
             let mut connection = service.connect().await;
-            who(&mut connection).await;
-            let over = tokio::time::Instant::now() + ready_by;
-            let (late, held) = Delayed::hold(folder.path(), kind);
-            // Longer than a successor has to be ready: that time is over, and means nothing any more.
-            tokio::time::sleep_until(over + Duration::from_millis(200)).await;
-            late.go_on(&held);
+            process_on(&mut connection).await;
+            let timeout = tokio::time::Instant::now() + ready_by;
+            let (late, held) = Delayed::hold(folder.path(), message_type);
+            // The takeover timeout has passed, but it no longer applies, because the successor was ready before.
+            tokio::time::sleep_until(timeout + Duration::from_millis(200)).await;
+            late.resume(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
-            assert_eq!(who(&mut connection).await, (pid, 2));
+            assert_eq!(process_on(&mut connection).await, (pid, 2));
             assert_eq!(late.outcome(), "ok\n");
-            let (status, log) = service.end().expect("an end");
+            let (status, log) = service.end().expect("the process ends");
             assert!(status.success() && log.contains("handed over 1 connections"), "{log}");
         });
     }
 }
 
-/// A service manager tells both processes of the end.
+/// systemd sends SIGTERM to all processes of the unit, so to both.
 #[test]
-fn a_stop_while_the_successor_is_late_is_a_stop_of_the_service() {
-    for kind in [READY, COMMIT, ACCEPTING, MAIN] {
+fn sigterm_to_both_processes_during_a_reload_stops_both() {
+    for message_type in [READY, COMMIT, ACCEPTING, MAIN] {
         let (mut service, folder) = start(&[]);
         block_on(async {
             let mut connection = service.connect().await;
-            connection.send(&get("/sleep?duration=2s")).await.expect("sent");
-            service.wait_for_in_flight(1).expect("in flight");
-            let (late, held) = Delayed::hold(folder.path(), kind);
+            connection.send(&get("/sleep?duration=2s")).await.expect("the bytes are sent");
+            service.wait_for_in_flight(1).expect("the request is in flight");
+            let (late, held) = Delayed::hold(folder.path(), message_type);
             service.signal(Signal::TERM);
             late.successor.signal(Signal::TERM);
-            if kind == READY {
-                service.notifications.wait_for("STOPPING=1").expect("the old process ends");
+            if message_type == READY {
+                service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
             }
             let passing = std::thread::spawn(move || {
-                late.go_on(&held);
+                late.resume(&held);
                 late
             });
-            let mut answer = connection.answer().await.expect("the answer");
+            let mut answer = connection.answer().await.expect("the server answers");
             assert_eq!(answer.text(), "slept 2s\n");
             if !answer.closes() {
-                answer = connection.ask(&get("/")).await.expect("an answer");
+                answer = connection.ask(&get("/")).await.expect("the server answers");
             }
-            assert!(answer.closes(), "told to close by whoever answers last");
-            let mut late = passing.join().expect("passed on");
-            assert!(late.successor.ends_within(TEST_TIMEOUT).expect("a look"), "the successor serves on");
-            let (status, log) = service.end().expect("an end");
+            assert!(answer.closes(), "the last response must have Connection: close");
+            let mut late = passing.join().expect("the thread passes on the messages");
+            assert!(
+                late.successor.ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+                "the successor keeps running"
+            );
+            let (status, log) = service.end().expect("the process ends");
             assert!(status.success() && log.contains(" 0 cut off"), "{log}");
         });
     }
 }
 
-/// Without a service manager, only the old process gets the signal.
+/// Without a service manager only the old process receives the signal, and it must stop the successor that it has
+/// started.
 #[test]
-fn a_stop_of_the_old_process_before_it_is_succeeded_stops_its_successor_too() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn sigterm_to_the_old_process_during_a_reload_stops_the_successor_too() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
     let log = folder.path().join("log");
     let address = testkit::free_address();
     let mut command = command(app_binary(), &["--listen", &address.to_string()]);
     command.env("RUNTIME_DIRECTORY", folder.path());
-    command.stderr(std::fs::File::create(&log).expect("a log"));
+    command.stderr(std::fs::File::create(&log).expect("the log file is made"));
     let mut process = Process::spawn(&mut command);
-    let process = process.as_mut().expect("a service");
+    let process = process.as_mut().expect("the service starts");
     wait_until("it listens", || folder.path().join("takeover").exists());
     let (mut late, held) = Delayed::hold(folder.path(), ACCEPTING);
     process.signal(Signal::TERM);
-    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come after the reload.
-    let said = || std::fs::read_to_string(&log).expect("the log");
-    wait_until("the signal is taken", || said().contains("stop signal received during a reload"));
-    late.go_on(&held);
-    assert!(process.wait().expect("an end").success());
-    assert!(late.successor.ends_within(TEST_TIMEOUT).expect("a look"), "the successor serves on");
+    // The old process must have seen the signal before the successor's answer arrives, otherwise the stop may come
+    // after the reload.
+    let logged = || std::fs::read_to_string(&log).expect("the log can be read");
+    wait_until("the signal is received", || logged().contains("stop signal received during a reload"));
+    late.resume(&held);
+    assert!(process.wait().expect("the process ends").success());
+    assert!(
+        late.successor.ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+        "the successor keeps running"
+    );
 }
 
 #[test]
-fn garbage_is_hung_up_on() {
+fn an_invalid_message_closes_the_takeover_connection() {
     let (service, folder) = start(&[]);
-    let null = std::fs::File::open("/dev/null").expect("a file");
+    let null = std::fs::File::open("/dev/null").expect("the file opens");
     let fd = null.as_fd();
     block_on(async {
         for message in [b"x".to_vec(), vec![0xff; 60_000], frame(99, 0, ""), frame(HELLO, 200, "")] {
             let channel = connect_takeover_socket(folder.path());
-            frames::send(&channel, &message, &[fd, fd]).expect("sent");
+            frames::send(&channel, &message, &[fd, fd]).expect("the bytes are sent");
             assert_eq!(recv_message(&channel), None);
-            assert_eq!(who(&mut service.connect().await).await, (service.pid(), 1));
+            assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
         }
     });
 }
 
 #[test]
-fn one_that_stalls_is_timed_out_and_others_are_refused_meanwhile() {
-    // Long enough for what happens meanwhile.
+fn a_stalled_takeover_times_out_and_others_are_refused_meanwhile() {
+    // Long enough for the two refused takeovers before the stalled one times out.
     let (service, folder) = start(&["--takeover-timeout", "10s"]);
     let path = service.notifications.path();
     block_on(async {
         let mut connection = service.connect().await;
-        let stalls = connect_takeover_socket(folder.path());
+        let stalled = connect_takeover_socket(folder.path());
         let (code, log) = reload(folder.path(), &path, &[]);
         assert!(code != Some(0) && log.contains("another reload is in progress"), "{code:?}: {log}");
         let second = connect_takeover_socket(folder.path());
         assert_eq!(recv_message(&second), Some((REFUSED, "another reload is in progress".into())));
-        assert_eq!(recv_message(&stalls), None, "hung up on at the limit");
-        assert_eq!(who(&mut connection).await, (service.pid(), 1));
+        assert_eq!(recv_message(&stalled), None, "the stalled connection must be closed at the timeout");
+        assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, _) = who(&mut connection).await;
+        let (pid, _) = process_on(&mut connection).await;
         assert_ne!(pid, service.pid());
         end(pid);
     });
 }
 
 #[test]
-fn the_end_of_the_old_process_during_a_takeover_ends_the_takeover() {
+fn sigterm_during_a_takeover_ends_the_takeover() {
     let (service, folder) = start(&[]);
     let channel = connect_takeover_socket(folder.path());
     send_message(&channel, HELLO, &std::process::id().to_string());
     send_message(&channel, GO, "");
-    assert_eq!(recv_message(&channel).expect("a word").0, LISTENERS);
+    assert_eq!(recv_message(&channel).expect("a message arrives").0, LISTENERS);
     service.signal(Signal::TERM);
     assert_eq!(recv_message(&channel), None);
-    let (status, log) = service.end().expect("an end");
+    let (status, log) = service.end().expect("the process ends");
     assert!(status.success(), "{log}");
 }

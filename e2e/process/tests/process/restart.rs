@@ -1,5 +1,6 @@
-//! How connections come to rest and go on in the next process, with no systemd around: the tests pass
-//! the stored channel on themselves.
+//! Restarts without systemd: how connections become quiescent, are handed over, and continue in the next process. The
+//! tests play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next
+//! process.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -16,25 +17,25 @@ use testkit::{TEST_TIMEOUT, block_on};
 use crate::app_binary;
 
 fn start() -> Service {
-    Service::start_with_store(app_binary(), &[]).expect("a service")
+    Service::start_with_store(app_binary(), &[]).expect("the service starts")
 }
 
-/// SIGTERM, and the next process when this one has ended.
+/// Sends SIGTERM, waits until the process exits, and starts the next one.
 fn restart(service: Service) -> Service {
     service.signal(Signal::TERM);
-    service.restart(app_binary()).expect("the next service")
+    service.restart(app_binary()).expect("the next process starts")
 }
 
-/// Who answers on this connection, and that it stays open.
+/// Sends a request, checks that the connection stays open, and returns "generation N" of the process that answers.
 async fn generation(connection: &mut Connection) -> String {
-    let answer = connection.ask(&get("/")).await.expect("an answer");
-    assert!(!answer.closes(), "told to close");
+    let answer = connection.ask(&get("/")).await.expect("the server answers");
+    assert!(!answer.closes(), "the response has Connection: close");
     let text = answer.text();
-    text.split(", ").nth(1).expect("a generation").to_owned()
+    text.split(", ").nth(1).expect("the response names a generation").to_owned()
 }
 
 #[test]
-fn an_idle_connection_goes_on_in_the_next_process_and_the_next() {
+fn an_idle_connection_survives_restarts() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
@@ -50,7 +51,7 @@ fn a_fresh_connection_is_answered_by_the_next_process() {
     let service = start();
     block_on(async {
         let mut fresh = service.connect().await;
-        // Another one answered: the fresh one before it has been accepted.
+        // A response on a later connection shows that the service has accepted the first one.
         generation(&mut service.connect().await).await;
         let service = restart(service);
         assert_eq!(generation(&mut fresh).await, "generation 2");
@@ -67,13 +68,13 @@ fn a_half_read_request_is_answered_by_the_next_process() {
             if !first_request {
                 generation(&mut connection).await;
             }
-            for piece in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
-                connection.send(piece.as_bytes()).await.expect("sent");
+            for part in ["GE", "T / HTTP/1.1\r\nho", "st: x\r"] {
+                connection.send(part.as_bytes()).await.expect("the bytes are sent");
                 generation(&mut service.connect().await).await;
             }
             let _service = restart(service);
-            connection.send(b"\n\r\n").await.expect("sent");
-            let answer = connection.answer().await.expect("an answer");
+            connection.send(b"\n\r\n").await.expect("the bytes are sent");
+            let answer = connection.answer().await.expect("the server answers");
             assert!(answer.text().contains("generation 2"), "{}", answer.text());
             assert_eq!(generation(&mut connection).await, "generation 2");
         });
@@ -81,34 +82,34 @@ fn a_half_read_request_is_answered_by_the_next_process() {
 }
 
 #[test]
-fn a_half_sent_http_2_preface_is_completed_in_the_next_process() {
+fn a_half_sent_http2_preface_is_completed_in_the_next_process() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"PRI * HTTP/2.0\r\n").await.expect("sent");
+        connection.send(b"PRI * HTTP/2.0\r\n").await.expect("the bytes are sent");
         generation(&mut service.connect().await).await;
         let _service = restart(service);
-        connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
-        assert_eq!(connection.take(9).await.expect("a frame")[3], 4, "SETTINGS");
+        connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("the bytes are sent");
+        assert_eq!(connection.take(9).await.expect("a frame arrives")[3], 4, "SETTINGS");
     });
 }
 
 #[test]
-fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_goes_on() {
+fn a_request_in_flight_is_answered_by_the_old_process_and_its_connection_is_handed_over() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/sleep?duration=5s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
-        let answer = connection.answer().await.expect("the answer");
+        let answer = connection.answer().await.expect("the server answers");
         assert_eq!((answer.status, answer.closes()), (200, false));
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
 
 #[test]
-fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_goes_on() {
+fn bodies_in_flight_finish_in_the_old_process_and_their_connection_is_handed_over() {
     for head in [
         "POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\n01234",
         "POST /echo HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n5\r\n01234\r\n",
@@ -116,55 +117,55 @@ fn a_body_on_its_way_in_and_out_finishes_in_the_old_process_and_its_connection_g
         let mut service = start();
         block_on(async {
             let mut connection = service.connect().await;
-            connection.send(head.as_bytes()).await.expect("sent");
-            service.wait_for_in_flight(1).expect("in flight");
+            connection.send(head.as_bytes()).await.expect("the bytes are sent");
+            service.wait_for_in_flight(1).expect("the request is in flight");
             service.signal(Signal::TERM);
-            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+            service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
             let chunked = head.contains("chunked");
-            let rest = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
-            connection.send(rest.as_bytes()).await.expect("sent");
-            let answer = connection.answer().await.expect("the answer");
+            let remaining = if chunked { "5\r\n56789\r\n0\r\n\r\n" } else { "56789" };
+            connection.send(remaining.as_bytes()).await.expect("the bytes are sent");
+            let answer = connection.answer().await.expect("the server answers");
             assert_eq!((answer.text().as_str(), answer.closes()), ("0123456789", false));
-            let _service = service.restart(app_binary()).expect("the next service");
+            let _service = service.restart(app_binary()).expect("the next process starts");
             assert_eq!(generation(&mut connection).await, "generation 2");
         });
     }
 }
 
 #[test]
-fn a_client_that_waits_for_100_continue_gets_it_from_the_old_process() {
+fn a_request_with_100_continue_finishes_in_the_old_process() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
         let head = b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\nexpect: 100-continue\r\n\r\n";
-        connection.send(head).await.expect("sent");
-        assert_eq!(connection.head().await.expect("a head").status, 100);
+        connection.send(head).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 100);
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        connection.send(b"hello").await.expect("sent");
-        assert_eq!(connection.answer().await.expect("an answer").text(), "hello");
-        let _service = service.restart(app_binary()).expect("the next service");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        connection.send(b"hello").await.expect("the bytes are sent");
+        assert_eq!(connection.answer().await.expect("the server answers").text(), "hello");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
 
 #[test]
-fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
+fn pipelined_requests_are_answered_in_order_across_a_restart() {
     let mut service = start();
     block_on(async {
         let mut connection = service.connect().await;
         let first: Vec<u8> = [get("/sleep?duration=5s"), get("/sleep?duration=1ms")].concat();
-        connection.send(&first).await.expect("sent");
-        // The last of these is cut off, in the middle of its head.
-        connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        connection.send(&first).await.expect("the bytes are sent");
+        // The third request is incomplete: its head ends after the restart.
+        connection.send(b"GET /sleep?duration=2ms HTTP/1.1\r\nho").await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
         connection
             .send(&[b"st: x\r\n\r\n".to_vec(), get("/sleep?duration=3ms")].concat())
             .await
-            .expect("sent");
+            .expect("the bytes are sent");
         for duration in ["5s", "1ms", "2ms", "3ms"] {
-            let answer = connection.answer().await.expect("an answer");
+            let answer = connection.answer().await.expect("the server answers");
             assert_eq!(answer.text(), format!("slept {duration}\n"));
         }
         assert_eq!(generation(&mut connection).await, "generation 2");
@@ -172,9 +173,10 @@ fn pipelined_requests_are_answered_in_order_by_whoever_is_there() {
 }
 
 #[test]
-fn a_connection_on_a_unix_socket_goes_on() {
-    let folder = tempfile::tempdir().expect("a folder");
-    let service = Service::start_on_path(app_binary(), &folder.path().join("http.sock")).expect("a service");
+fn a_unix_socket_connection_survives_a_restart() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let service =
+        Service::start_on_path(app_binary(), &folder.path().join("http.sock")).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
         generation(&mut connection).await;
@@ -184,22 +186,22 @@ fn a_connection_on_a_unix_socket_goes_on() {
 }
 
 #[test]
-fn connections_that_end_are_not_handed_over() {
+fn connections_without_keep_alive_are_not_handed_over() {
     let mut service = start();
     block_on(async {
         let mut last = service.connect().await;
         last.send(b"GET /sleep?duration=5s HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
             .await
-            .expect("sent");
+            .expect("the bytes are sent");
         let mut old = service.connect().await;
-        old.send(b"GET /sleep?duration=5s HTTP/1.0\r\n\r\n").await.expect("sent");
-        service.wait_for_in_flight(2).expect("in flight");
+        old.send(b"GET /sleep?duration=5s HTTP/1.0\r\n\r\n").await.expect("the bytes are sent");
+        service.wait_for_in_flight(2).expect("the request is in flight");
         service.signal(Signal::TERM);
         for connection in [&mut last, &mut old] {
-            assert_eq!(connection.answer().await.expect("the answer").text(), "slept 5s\n");
-            assert_eq!(connection.read_more().await.expect("an end"), 0);
+            assert_eq!(connection.answer().await.expect("the server answers").text(), "slept 5s\n");
+            assert_eq!(connection.read_more().await.expect("the connection ends"), 0);
         }
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(
             status.success()
                 && log.contains("handed over 0 connections; 2 requests in flight finished, 0 cut off"),
@@ -208,92 +210,101 @@ fn connections_that_end_are_not_handed_over() {
     });
 }
 
-/// The end of the process with bytes unread would reset the connection under its answer.
+/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section
+/// 9.6).
 #[test]
-fn a_peer_that_still_sends_gets_its_last_answer_whole() {
+fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
-        let mut service = start(app_binary(), &["--body-limit", "1KiB"]).expect("a service");
+        let mut service = start(app_binary(), &["--body-limit", "1KiB"]).expect("the service starts");
         block_on(async {
             let mut connection = service.connect().await;
             connection
                 .send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\n")
                 .await
-                .expect("sent");
-            assert_eq!(connection.answer().await.expect("an answer").status, 413);
+                .expect("the bytes are sent");
+            assert_eq!(connection.answer().await.expect("the server answers").status, 413);
             service.signal(Signal::TERM);
-            service.notifications.wait_for("STOPPING=1").expect("stopping");
+            service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
             for _ in 0..10 {
-                connection.send(&[b'x'; 10_000]).await.expect("read, and not reset");
+                connection
+                    .send(&[b'x'; 10_000])
+                    .await
+                    .expect("the bytes are read and the connection is not reset");
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
-            assert_eq!(connection.read_more().await.expect("an end, and no reset"), 0);
+            assert_eq!(connection.read_more().await.expect("the connection ends without a reset"), 0);
         });
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success() && log.contains(" 0 cut off"), "{log}");
     }
 }
 
 #[test]
-fn an_http_2_connection_goes_on_in_the_next_process() {
+fn an_http2_connection_survives_restarts() {
     let mut service = start();
     block_on(async {
-        let mut connection = Http2::open(&service.target).await.expect("a connection");
+        let mut connection = Http2::open(&service.target).await.expect("the connection opens");
         for generation in 1..10 {
-            let (status, text) = connection.get("/").await.expect("an answer").expect("no GOAWAY");
+            let (status, text) =
+                connection.get("/").await.expect("the server answers").expect("no GOAWAY arrives");
             assert!(status == 200 && text.contains(&format!("generation {generation},")), "{text}");
             service.signal(Signal::TERM);
-            service = service.restart(app_binary()).expect("the next process");
+            service = service.restart(app_binary()).expect("the next process starts");
         }
         assert!(!connection.is_over().await);
     });
 }
 
 #[test]
-fn half_a_frame_of_http_2_is_made_whole_by_the_next_process() {
-    // The headers begin with the size of the table that they are encoded with: none, as the server has asked.
+fn a_partial_http2_frame_is_completed_in_the_next_process() {
+    // HEADERS for GET /. The block begins with a table size update to 0 (RFC 7541 section 6.3), as the server's
+    // SETTINGS ask.
     let request = [&[0, 0, 7, 1, 5, 0, 0, 0, 1], &[0x20, 0x82, 0x86, 0x84, 0x41, 1, b'x'][..]].concat();
     for cut in [1, 8, 9, 12, request.len() - 1] {
         let service = start();
         block_on(async {
             let mut connection = service.connect().await;
-            connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
-            let mut kinds = Vec::new();
-            // SETTINGS of both sides and what the connection may send: all is agreed upon.
-            while kinds.len() < 3 {
-                kinds.push(http2_frame(&mut connection).await.0);
+            connection
+                .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+                .await
+                .expect("the bytes are sent");
+            // The server sends SETTINGS, the acknowledgement of the client's SETTINGS, and a WINDOW_UPDATE.
+            for _ in 0..3 {
+                http2_frame(&mut connection).await;
             }
-            connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
-            connection.send(&request[..cut]).await.expect("sent");
+            connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
+            connection.send(&request[..cut]).await.expect("the bytes are sent");
             service.signal(Signal::TERM);
-            let _next = service.restart(app_binary()).expect("the next process");
-            connection.send(&request[cut..]).await.expect("sent");
-            let (kind, payload) = http2_frame(&mut connection).await;
-            // HEADERS, with `:status 200` first.
-            assert_eq!((kind, payload[0]), (1, 0x88), "cut at {cut}");
+            let _next = service.restart(app_binary()).expect("the next process starts");
+            connection.send(&request[cut..]).await.expect("the bytes are sent");
+            let (frame_type, payload) = http2_frame(&mut connection).await;
+            // HEADERS, whose first field is `:status 200`.
+            assert_eq!((frame_type, payload[0]), (1, 0x88), "cut at {cut}");
         });
     }
 }
 
-/// New streams are served for as long as an old one is open, and GOAWAY comes while there is time to heed it.
+/// New streams are served while an older one is open. GOAWAY is sent at half of the timeout, so that the client still
+/// has time to finish its streams.
 #[test]
-fn an_http_2_connection_that_is_never_quiet_gets_goaway_at_half_of_the_drain_limit() {
-    let folder = tempfile::tempdir().expect("a folder");
-    // Half of it is enough for the slow stream to finish, on a slow machine too.
+fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    // Half of it must be enough for the slow stream to finish, on a slow machine too.
     let limit = Duration::from_secs(10);
     let flags = ["--drain-timeout", &humantime::format_duration(limit).to_string()];
-    let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("a service");
+    let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("the service starts");
     block_on(async {
-        let mut connection = Http2::open(&service.target).await.expect("a connection");
-        let slow = connection.hold().await.expect("its answer begins");
+        let mut connection = Http2::open(&service.target).await.expect("the connection opens");
+        let slow = connection.hold().await.expect("the response begins");
         let begun = Instant::now();
         service.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
         let mut answered = 0;
         loop {
             match connection.get("/").await {
                 Ok(Some((status, _))) => assert_eq!(status, 200),
                 Ok(None) => break,
-                // GOAWAY came while it was about to send.
+                // GOAWAY arrived while the client was about to send the request.
                 Err(error) if error.to_string().contains("not a result of an error") => break,
                 Err(error) => panic!("{error:#}"),
             }
@@ -301,172 +312,180 @@ fn an_http_2_connection_that_is_never_quiet_gets_goaway_at_half_of_the_drain_lim
         }
         let took = begun.elapsed();
         assert!(answered > 0 && took >= limit / 2, "{answered} in {took:?}");
-        assert_eq!(slow.release().await.expect("an answer"), b"0123456789");
-        service.process().wait().expect("the old process ends");
-        terminate(main.trim_start_matches("MAINPID=")).expect("it runs");
+        assert_eq!(slow.release().await.expect("the stream finishes"), b"0123456789");
+        service.process().wait().expect("the old process exits");
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
     });
 }
 
-/// The type of the next frame, and its payload.
+/// Reads the next frame, and returns its type and payload.
 async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
-    let head = connection.take(9).await.expect("a frame");
+    let head = connection.take(9).await.expect("a frame arrives");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    (head[3], connection.take(length).await.expect("its payload"))
+    (head[3], connection.take(length).await.expect("the payload arrives"))
 }
 
-/// Nobody comes after it.
+/// Without a store there is no next process, so the connection cannot be handed over.
 #[test]
-fn an_idle_http_2_connection_without_a_store_gets_goaway_at_once() {
-    let service = Service::start(app_binary(), &[]).expect("a service");
+fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
+    let service = Service::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("sent");
+        connection
+            .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
+            .await
+            .expect("the bytes are sent");
         let mut goaways = 0;
         loop {
-            let head = connection.take(9).await.expect("a frame");
+            let head = connection.take(9).await.expect("a frame arrives");
             let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-            let payload = connection.take(length).await.expect("its payload");
+            let payload = connection.take(length).await.expect("the payload arrives");
             goaways += u32::from(head[3] == 7);
             match (head[3], head[4]) {
                 (4, 0) => {
-                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("SETTINGS acknowledged");
+                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
                     service.signal(Signal::TERM);
                 }
-                // A PING, to know when we have heard of the end.
+                // The server sends a PING after the first GOAWAY, and the final GOAWAY after the answer.
                 (6, 0) => {
                     let answer = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
-                    connection.send(&answer).await.expect("PING acknowledged");
+                    connection.send(&answer).await.expect("the acknowledgement is sent");
                 }
-                // The first lets streams begin that are on their way, the second is final.
+                // The first GOAWAY still admits streams that are on their way, the second one does not (RFC 9113
+                // section 6.8).
                 (7, _) if goaways == 2 => break,
                 _ => {}
             }
         }
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success() && log.contains("0 cut off"), "{log}");
     });
 }
 
 async fn websocket(service: &Service) -> Connection {
     let mut connection = service.connect().await;
-    assert_eq!(connection.ask(WEBSOCKET).await.expect("an answer").status, 101);
+    assert_eq!(connection.ask(WEBSOCKET).await.expect("the server answers").status, 101);
     connection
 }
 
 #[test]
-fn a_websocket_is_told_to_come_back_and_ends() {
+fn a_websocket_is_closed_with_1012_at_a_restart() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
         let mut connection = websocket(&service).await;
-        // "hi", masked with zeros.
-        connection.send(b"\x81\x82\0\0\0\0hi").await.expect("sent");
-        assert_eq!(connection.take(4).await.expect("the echo"), b"\x81\x02hi");
+        // A text frame with "hi", masked with zeros.
+        connection.send(b"\x81\x82\0\0\0\0hi").await.expect("the bytes are sent");
+        assert_eq!(connection.take(4).await.expect("the echo arrives"), b"\x81\x02hi");
         service.signal(Signal::TERM);
-        let close = connection.take(4).await.expect("a close frame");
+        let close = connection.take(4).await.expect("a close frame arrives");
         assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
-        // Others go on meanwhile.
+        // Other connections are served while the WebSocket closes.
         assert_eq!(generation(&mut idle).await, "generation 1");
-        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("closed too");
-        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1");
-        let service = service.restart(app_binary()).expect("the next service");
+        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("the close frame is sent");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        let service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut idle).await, "generation 2");
         drop(service);
     });
 }
 
 #[test]
-fn a_websocket_whose_peer_is_silent_or_takes_nothing_does_not_hold_up_the_end() {
-    // What held up the end would do so for an hour.
+fn a_websocket_whose_client_is_silent_or_does_not_read_does_not_delay_the_exit() {
+    // With these limits a WebSocket that delayed the exit would delay it for an hour.
     let mut service =
         Service::start_with_store(app_binary(), &["--drain-timeout", "1h", "--request-timeout", "1h"])
-            .expect("a service");
+            .expect("the service starts");
     block_on(async {
         let mut silent = websocket(&service).await;
         let mut full = websocket(&service).await;
-        // Echoes that nobody reads, until the service can send no more and so reads no more.
+        // The client reads no echo, so the buffers fill until the service can neither send nor read.
         let message = [&b"\x82\xfe\x10\0\0\0\0\0"[..], &[0; 4096]].concat();
         while tokio::time::timeout(Duration::from_secs(1), full.send(&message)).await.is_ok() {}
         service.signal(Signal::TERM);
-        assert!(service.process().ends_within(TEST_TIMEOUT).expect("a look"), "it waits for a peer");
-        assert_eq!(silent.take(2).await.expect("a close frame")[0], 0x88);
+        assert!(
+            service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds"),
+            "the process waits for a client"
+        );
+        assert_eq!(silent.take(2).await.expect("a close frame arrives")[0], 0x88);
     });
 }
 
 #[test]
-fn an_event_stream_ends_and_its_connection_goes_on() {
+fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;
-        connection.send(&get("/events")).await.expect("sent");
-        assert_eq!(connection.head().await.expect("a head").status, 200);
-        connection.read_more().await.expect("an event");
+        connection.send(&get("/events")).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
+        connection.read_more().await.expect("an event arrives");
         service.signal(Signal::TERM);
         while !connection.unread().ends_with(b"0\r\n\r\n") {
-            assert!(connection.read_more().await.expect("the end of the stream") > 0, "closed");
+            assert!(connection.read_more().await.expect("the end of the stream arrives") > 0, "closed");
         }
-        let whole = connection.unread().len();
-        connection.take(whole).await.expect("read");
-        let _service = service.restart(app_binary()).expect("the next service");
+        let length = connection.unread().len();
+        connection.take(length).await.expect("the bytes are read");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
 
 #[test]
-fn others_are_served_while_a_slow_request_finishes() {
+fn new_requests_are_served_while_a_slow_request_finishes() {
     let mut service = start();
     block_on(async {
         let mut slow = service.connect().await;
-        slow.hold().await.expect("in flight");
+        slow.hold().await.expect("the request is in flight");
         let mut kept = service.connect().await;
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        // All of this happens before the slow request can end.
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        // The slow request cannot end before `release` below.
         for _ in 0..20 {
             assert_eq!(generation(&mut kept).await, "generation 1");
             assert_eq!(generation(&mut service.connect().await).await, "generation 1");
         }
-        slow.release().await.expect("the answer");
-        let _service = service.restart(app_binary()).expect("the next service");
+        slow.release().await.expect("the request finishes");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut slow).await, "generation 2");
         assert_eq!(generation(&mut kept).await, "generation 2");
     });
 }
 
-/// The old process asks all to rest when the first slow request is done, finds the second under way, and
-/// serves on.
+/// When the first slow request has ended, the drain tries to hold new requests, finds the second slow request in
+/// flight, and serves new requests again.
 #[test]
-fn a_slow_request_that_came_after_the_signal_makes_nobody_wait() {
+fn a_slow_request_that_arrives_during_the_drain_delays_no_other_request() {
     let mut service = start();
     block_on(async {
         let mut first = service.connect().await;
-        first.hold().await.expect("in flight");
+        first.hold().await.expect("the request is in flight");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
         let mut second = service.connect().await;
-        second.hold().await.expect("in flight");
-        first.release().await.expect("the answer");
-        // All of this happens before the second one can end, whose drain is not over for 30 s.
+        second.hold().await.expect("the request is in flight");
+        first.release().await.expect("the request finishes");
+        // The second request cannot end before `release` below, and the drain timeout is 30 s.
         for _ in 0..30 {
             assert_eq!(generation(&mut first).await, "generation 1");
         }
-        second.release().await.expect("the answer");
-        let _service = service.restart(app_binary()).expect("the next service");
+        second.release().await.expect("the request finishes");
+        let _service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut first).await, "generation 2");
         assert_eq!(generation(&mut second).await, "generation 2");
     });
 }
 
 #[test]
-fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
-    let mut service = Service::start_with_store(app_binary(), &["--drain-timeout", "1s"]).expect("a service");
+fn at_the_drain_timeout_quiescent_connections_are_handed_over_and_others_are_cut_off() {
+    let mut service =
+        Service::start_with_store(app_binary(), &["--drain-timeout", "1s"]).expect("the service starts");
     block_on(async {
         let mut slow = service.connect().await;
         let mut idle = service.connect().await;
         generation(&mut idle).await;
-        slow.send(&get("/sleep?duration=20s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        slow.send(&get("/sleep?duration=20s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         let _service = restart(service);
         assert!(slow.answer().await.is_err());
         assert_eq!(generation(&mut idle).await, "generation 2");
@@ -474,7 +493,7 @@ fn at_the_limit_what_rests_is_handed_over_and_what_does_not_is_cut_off() {
 }
 
 #[test]
-fn a_client_that_left_while_parked_is_noticed() {
+fn a_client_that_disconnects_between_two_processes_is_noticed() {
     let service = start();
     block_on(async {
         let mut stays = service.connect().await;
@@ -482,19 +501,19 @@ fn a_client_that_left_while_parked_is_noticed() {
         generation(&mut leaves).await;
         generation(&mut stays).await;
         service.signal(Signal::TERM);
-        // Parked for sure: the process has ended.
+        // The connection is in the store, because the process has exited.
         let mut service = service;
-        service.process().wait().expect("an end");
+        service.process().wait().expect("the process ends");
         drop(leaves);
-        let mut service = service.restart(app_binary()).expect("the next service");
+        let mut service = service.restart(app_binary()).expect("the next process starts");
         assert_eq!(generation(&mut stays).await, "generation 2");
         let line = ": 1 connections, 0 in flight";
-        service.notifications.wait_for_status(line).expect("one connection");
+        service.notifications.wait_for_status(line).expect("the status counts one connection");
     });
 }
 
 #[test]
-fn both_ends_say_what_they_did() {
+fn a_restart_logs_what_was_handed_over_and_taken_over() {
     let service = start();
     block_on(async {
         let mut connections = Vec::new();
@@ -505,44 +524,45 @@ fn both_ends_say_what_they_did() {
         }
         service.signal(Signal::TERM);
         let mut service = service;
-        service.process().wait().expect("an end");
+        service.process().wait().expect("the process ends");
         let log = service.process().child().stderr.take();
-        let mut said = String::new();
-        std::io::Read::read_to_string(&mut log.expect("piped"), &mut said).expect("text");
+        let mut text = String::new();
+        std::io::Read::read_to_string(&mut log.expect("the output is piped"), &mut text)
+            .expect("valid UTF-8");
         assert!(
-            said.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
-            "{said}"
+            text.contains("handed over 300 connections; 0 requests in flight finished, 0 cut off, in "),
+            "{text}"
         );
-        let mut service = service.restart(app_binary()).expect("the next service");
-        service.notifications.wait_for("FDSTOREREMOVE=1").expect("taken out of the store");
+        let mut service = service.restart(app_binary()).expect("the next process starts");
+        service.notifications.wait_for("FDSTOREREMOVE=1").expect("FDSTOREREMOVE=1 is sent");
         for connection in &mut connections {
             assert_eq!(generation(connection).await, "generation 2");
         }
         service.signal(Signal::TERM);
-        service.notifications.wait_for("STOPPING=1").expect("stopping");
-        let (_, said) = service.end().expect("an end");
-        assert!(said.contains("took over 300 connections, "), "{said}");
-        assert!(said.contains(" ms after the predecessor's last response"), "{said}");
+        service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
+        let (_, text) = service.end().expect("the process ends");
+        assert!(text.contains("took over 300 connections, "), "{text}");
+        assert!(text.contains(" ms after the predecessor's last response"), "{text}");
     });
 }
 
 #[test]
-fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
+fn a_handover_channel_that_the_store_lost_is_logged() {
     let mut service = start();
     block_on(async {
         let mut idle = service.connect().await;
         generation(&mut idle).await;
         let mut slow = service.connect().await;
-        slow.send(&get("/sleep?duration=5s")).await.expect("sent");
-        service.wait_for_in_flight(1).expect("in flight");
+        slow.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        service.wait_for_in_flight(1).expect("the request is in flight");
         service.signal(Signal::TERM);
-        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("under way");
-        // The store loses the channel: whatever is sent now goes nowhere.
+        service.notifications.wait_for("EXTEND_TIMEOUT_USEC=").expect("the drain begins");
+        // The store closes the channel, so nothing that the service sends afterwards can arrive.
         drop(service.notifications.take_stored());
-        assert!(!slow.answer().await.expect("the answer").closes());
-        let answer = idle.ask(&get("/")).await.expect("an answer");
+        assert!(!slow.answer().await.expect("the server answers").closes());
+        let answer = idle.ask(&get("/")).await.expect("the server answers");
         assert!(answer.text().contains("generation 1"), "{}", answer.text());
-        let (status, log) = service.end().expect("an end");
+        let (status, log) = service.end().expect("the process ends");
         assert!(status.success(), "{log}");
         assert!(
             log.contains("systemd closed the handover channel") && log.contains("handed over 0 connections"),
@@ -551,19 +571,19 @@ fn what_the_store_does_not_keep_is_told_to_close_and_counted() {
     });
 }
 
-// ---- what comes out of the store may be anything ----
+// ---- invalid content of the store ----
 
-/// A channel with one message in it, and these fds.
+/// The reading end of a handover channel that holds one message with `fds`.
 fn channel_with(message: &[u8], fds: &[BorrowedFd<'_>]) -> OwnedFd {
-    let (write, read) =
-        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("a pair");
-    frames::send(&write, message, fds).expect("sent");
+    let (write, read) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+        .expect("the socket pair is made");
+    frames::send(&write, message, fds).expect("the bytes are sent");
     read
 }
 
 #[test]
-fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
-    let null = std::fs::File::open("/dev/null").expect("a file");
+fn an_invalid_handover_frame_closes_only_its_own_connections() {
+    let null = std::fs::File::open("/dev/null").expect("the file opens");
     let good = frame(CONNECTIONS, 1, "");
     for (message, expected) in [
         (frame_of(3, CONNECTIONS, 1, ""), "unsupported frame version 3: this binary supports 1 to 2"),
@@ -578,60 +598,60 @@ fn a_frame_that_makes_no_sense_costs_its_connections_and_nothing_else() {
         (b"x".to_vec(), "not a handover frame"),
         (vec![0xff; 60_000], "not a handover frame"),
     ] {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-        let target = Target::Tcp(listener.local_addr().expect("an address"));
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+        let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
         block_on(async {
-            let mut client = Connection::open(&target).await.expect("a connection");
-            let (connection, _) = listener.accept().expect("accepted");
+            let mut client = Connection::open(&target).await.expect("the connection opens");
+            let (connection, _) = listener.accept().expect("the connection is accepted");
             let channel = channel_with(&message, &[null.as_fd(), connection.as_fd()]);
             drop(connection);
-            let mut service =
-                Service::start_with_channel(app_binary(), channel).expect("it starts all the same");
-            assert_eq!(client.read_more().await.expect("closed, not reset"), 0);
+            let mut service = Service::start_with_channel(app_binary(), channel).expect("the service starts");
+            assert_eq!(client.read_more().await.expect("the connection is closed, not reset"), 0);
             generation(&mut service.connect().await).await;
             service.signal(Signal::TERM);
-            service.process().wait().expect("an end");
-            let (_, log) = service.end().expect("an end");
+            service.process().wait().expect("the process ends");
+            let (_, log) = service.end().expect("the process ends");
             assert!(log.contains(expected), "{expected:?} is not in {log}");
             assert_eq!(log.matches("of the predecessor").count(), 1, "{log}");
         });
     }
 }
 
-/// The release after this one may have been here, and may have gone again.
+/// After a downgrade the store can hold frames and connection types of a later release.
 #[test]
-fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_knows() {
+fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
     let name_and_unread = |unread: &str| {
-        let lengths = [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("short").to_le_bytes()];
+        let lengths =
+            [&4_u16.to_le_bytes()[..], &u32::try_from(unread.len()).expect("a short length").to_le_bytes()];
         [&lengths.concat()[..], b"http", unread.as_bytes()].concat()
     };
-    let record = |kind: u16, more: &[u8]| {
-        let body = [&kind.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
-        [&u32::try_from(body.len()).expect("short").to_le_bytes()[..], &body].concat()
+    let record = |connection_type: u16, more: &[u8]| {
+        let body = [&connection_type.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
+        [&u32::try_from(body.len()).expect("a short length").to_le_bytes()[..], &body].concat()
     };
     let records = [record(0, b""), record(99, b"what only it understands"), record(0, b"and more")].concat();
-    let mut file = tempfile::tempfile().expect("a file");
-    std::io::Write::write_all(&mut file, &records).expect("written");
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let target = Target::Tcp(listener.local_addr().expect("an address"));
+    let mut file = tempfile::tempfile().expect("a temporary file is made");
+    std::io::Write::write_all(&mut file, &records).expect("the file is written");
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
     block_on(async {
         let (mut clients, mut accepted) = (Vec::new(), Vec::new());
         for _ in 0..3 {
-            clients.push(Connection::open(&target).await.expect("a connection"));
-            accepted.push(listener.accept().expect("accepted").0);
+            clients.push(Connection::open(&target).await.expect("the connection opens"));
+            accepted.push(listener.accept().expect("the connection is accepted").0);
         }
         let fds: Vec<_> = std::iter::once(file.as_fd()).chain(accepted.iter().map(AsFd::as_fd)).collect();
         let channel = channel_with(&frame_of(2, CONNECTIONS, 3, ""), &fds);
         drop(accepted);
-        let service = Service::start_with_channel(app_binary(), channel).expect("a service");
+        let service = Service::start_with_channel(app_binary(), channel).expect("the service starts");
         let [first, unknown, last] = &mut clients[..] else { panic!("three") };
         for known in [first, last] {
-            known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("sent");
-            assert!(known.answer().await.expect("an answer").text().contains("generation 8"));
+            known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("the bytes are sent");
+            assert!(known.answer().await.expect("the server answers").text().contains("generation 8"));
         }
-        assert_eq!(unknown.read_more().await.expect("closed, not reset"), 0);
+        assert_eq!(unknown.read_more().await.expect("the connection is closed, not reset"), 0);
         service.signal(Signal::TERM);
-        let (_, log) = service.end().expect("an end");
+        let (_, log) = service.end().expect("the process ends");
         assert!(
             log.contains("closed 1 of the predecessor's connections: unsupported connection type 99"),
             "{log}"
@@ -640,31 +660,31 @@ fn connections_that_the_next_release_left_go_on_but_for_those_that_it_alone_know
 }
 
 #[test]
-fn something_else_in_the_place_of_a_channel_does_not_stop_a_start() {
-    let (read, _write) = std::os::unix::net::UnixStream::pair().expect("a pair");
-    let service = Service::start_with_channel(app_binary(), read.into()).expect("it starts all the same");
+fn a_stored_fd_that_is_not_a_channel_does_not_prevent_a_start() {
+    let (read, _write) = std::os::unix::net::UnixStream::pair().expect("the socket pair is made");
+    let service = Service::start_with_channel(app_binary(), read.into()).expect("the service starts");
     block_on(async { generation(&mut service.connect().await).await });
 }
 
-/// A frame of HTTP/2 that is no longer than 255 bytes.
-fn http2(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("a short payload");
-    [&[0, 0, length, kind, flags, 0, 0, 0, stream], payload].concat()
+/// An HTTP/2 frame whose payload is at most 255 bytes.
+fn http2(frame_type: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = u8::try_from(payload.len()).expect("the payload is short");
+    [&[0, 0, length, frame_type, flags, 0, 0, 0, stream], payload].concat()
 }
 
-/// Reads frames up to one that is as `wanted`.
+/// Reads frames up to the first one whose header is `wanted`.
 async fn http2_until(connection: &mut Connection, wanted: impl Fn(&[u8]) -> bool) {
     loop {
         let head = connection.take(9).await.expect("the frame arrives");
         let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-        connection.take(length).await.expect("its payload arrives");
+        connection.take(length).await.expect("the payload arrives");
         if wanted(&head) {
             return;
         }
     }
 }
 
-/// An HTTP/2 connection on which stream 1 has been answered.
+/// Opens an HTTP/2 connection and waits for the whole response on stream 1.
 async fn answered_on_stream_1(target: &Target) -> Connection {
     let mut connection = Connection::open(target).await.expect("the server accepts");
     let preface = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &http2(4, 0, 0, b"")].concat();
@@ -676,18 +696,19 @@ async fn answered_on_stream_1(target: &Target) -> Connection {
     connection
 }
 
-/// GOAWAY and RST_STREAM with their payloads, and which streams are answered, up to the end.
+/// Sends `probe`, and returns GOAWAY and RST_STREAM with their payloads, and the streams that are answered, until the
+/// server closes the connection.
 async fn http2_reaction(mut connection: Connection, probe: &[u8]) -> Vec<(u8, u8, Vec<u8>)> {
-    // A client that says goodbye is closed once all is answered.
-    let goodbye = http2(7, 0, 0, &[0; 8]);
-    let _ = connection.send(&[probe, &goodbye].concat()).await;
+    // After GOAWAY of the client the server closes the connection once all streams are answered.
+    let goaway = http2(7, 0, 0, &[0; 8]);
+    let _ = connection.send(&[probe, &goaway].concat()).await;
     let mut reaction = Vec::new();
     while let Ok(head) = connection.take(9).await {
         let length = usize::from(head[1]) << 8 | usize::from(head[2]);
         let Ok(payload) = connection.take(length).await else { break };
         match head[3] {
             3 | 7 => reaction.push((head[3], head[8], payload)),
-            // The text of the answer names the process.
+            // The payload of DATA is left out, because it names the process.
             0 | 1 if head[4] & 1 == 1 => reaction.push((0, head[8], Vec::new())),
             _ => {}
         }
@@ -717,27 +738,32 @@ fn reload_leaves_http2_connections_as_strict_as_fresh_ones() {
             [http2(1, 4, 5, b"\x83\x86\x84\x41\x01x\x0f\x0d\x015"), http2(0, 1, 5, b"body")].concat(),
         ),
     ];
-    let mut service = TlsService::start(app_binary(), &[]).expect("a service");
+    let mut service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
-        let targets = [Target::Tcp(service.http), service.https(&["h2"]).expect("a client")];
-        let mut moved = Vec::new();
+        let targets =
+            [Target::Tcp(service.http), service.https(&["h2"]).expect("the TLS client is configured")];
+        let mut handed_over = Vec::new();
         for target in &targets {
             for _ in &probes {
-                moved.push(answered_on_stream_1(target).await);
+                handed_over.push(answered_on_stream_1(target).await);
             }
         }
         service.process.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor");
-        service.process.wait().expect("the old process ends");
-        let mut moved = moved.into_iter();
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+        service.process.wait().expect("the old process exits");
+        let mut handed_over = handed_over.into_iter();
         for target in &targets {
             for (name, probe) in &probes {
                 let fresh = http2_reaction(answered_on_stream_1(target).await, probe).await;
-                let moved = http2_reaction(moved.next().expect("one for each probe"), probe).await;
+                let reaction = http2_reaction(
+                    handed_over.next().expect("there is one connection for each probe"),
+                    probe,
+                )
+                .await;
                 assert!(!fresh.is_empty(), "{name}");
-                assert_eq!(moved, fresh, "{name}");
+                assert_eq!(reaction, fresh, "{name}");
             }
         }
-        terminate(main.trim_start_matches("MAINPID=")).expect("the successor ends");
+        terminate(main.trim_start_matches("MAINPID=")).expect("the successor exits");
     });
 }
