@@ -265,8 +265,8 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Quiescing);
         let mut idle = server.take_parked();
         loop {
-            // Connections that were busy until now go first, because their clients are likely to send the next request
-            // soon. The connections that were parked follow in portions of one message.
+            // Connections that become quiescent go first, otherwise they would wait until all parked connections have
+            // been sent. The parked ones follow in portions of one message.
             let mut connections = take_all(quiescent);
             if connections.is_empty() {
                 connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
