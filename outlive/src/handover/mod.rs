@@ -58,7 +58,6 @@ impl Origin {
         Self { generation, rested_at: monotonic_now() }
     }
 
-    /// How long ago the sender had sent its last response.
     pub fn pause(&self) -> Duration {
         Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
     }
@@ -120,7 +119,6 @@ pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
     vec![(channel.as_fd(), record)]
 }
 
-/// Encodes connections as records.
 pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
     let pack = |connection: &Connection| SocketRecord {
         listener: connection.listener.to_string(),

@@ -289,9 +289,8 @@ mod tests {
         let overflow = Overflow::default();
         overflow.keep(channel, ChannelLocation::Store);
         assert_eq!(overflow.len(), 3);
-        assert!(
-            matches!(rotate_once(&overflow, LITTLE), (adopted, finished, Some(3)) if adopted.is_empty() && finished.is_empty())
-        );
+        let (adopted, finished, waiting) = rotate_once(&overflow, LITTLE);
+        assert_eq!((adopted.len(), finished.len(), waiting), (0, 0, Some(3)));
         clients[1].write_all(b"GET").expect("could not send");
         let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(2)));

@@ -87,7 +87,6 @@ impl FdStore {
         left
     }
 
-    /// Sends the TLS session ticket keys to the store.
     pub fn put_tickets(&self, origin: Origin, keys: Secret) {
         let packed = pack_tickets(keys);
         let sent =

@@ -305,12 +305,10 @@ impl Entry {
 
     // ---- events that the connection's IO reports ----
 
-    /// Bytes have arrived.
     pub fn received(&self) {
         self.apply(Event::Received);
     }
 
-    /// hyper has bytes to send.
     pub fn writing(&self) {
         if self.state().is_flushed() {
             self.apply(Event::Writing);
@@ -366,7 +364,6 @@ impl Entry {
         lock(&self.tracked).push(request);
     }
 
-    /// Whether one of the first `count` requests is tracked, so still in flight.
     fn has_tracked_before(&self, count: u64) -> bool {
         lock(&self.tracked).iter().any(|request| request.number < count)
     }

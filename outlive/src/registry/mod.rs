@@ -241,7 +241,6 @@ impl Registry {
         self.limits
     }
 
-    /// How often the time limits are checked.
     pub fn interval(&self) -> Duration {
         self.limits.interval()
     }
@@ -307,7 +306,6 @@ impl Registry {
         self.phase_word.now().keeps_http2_and_tls()
     }
 
-    /// Waits until `wanted` returns true for the phase.
     pub async fn wait_for_phase(&self, wanted: impl Fn(Phase) -> bool) {
         self.wait_until(|| wanted(self.phase())).await;
     }
@@ -406,7 +404,6 @@ impl Registry {
         all
     }
 
-    /// When the newest request in flight began.
     pub fn last_request(&self) -> Option<Instant> {
         self.entries().iter().filter_map(|entry| entry.last_request()).max()
     }

@@ -22,11 +22,9 @@ pub enum PendingCount {
     Unanswered = 1 << 32,
 }
 
-/// The bits of the phase.
 const PHASE: u64 = 0b111;
 /// The bit for [`super::Registry::keep_http2_and_tls`].
 const KEEPS_HTTP2_AND_TLS: u64 = 0b1000;
-/// The bits of the three counts.
 const COUNTS: u64 = !0b1111;
 const ARRIVING: u64 = (PendingCount::Accepting as u64 - 1) & COUNTS;
 
@@ -48,7 +46,6 @@ impl Snapshot {
         self.0 & ARRIVING != 0
     }
 
-    /// Whether all three counts are 0.
     pub fn is_drained(self) -> bool {
         self.0 & COUNTS == 0
     }
@@ -65,7 +62,6 @@ impl PhaseWord {
         Snapshot(self.0.load(Acquire))
     }
 
-    /// Adds one.
     pub fn acquire(&self, one: PendingCount) {
         self.0.fetch_add(one as u64, AcqRel);
     }

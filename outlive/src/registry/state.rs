@@ -40,7 +40,6 @@ pub enum Stage {
     Discarding,
     /// The last bytes are sent, and the peer has `Limits::close` to close the connection too.
     Closing,
-    /// The connection has left the registry.
     Closed,
 }
 
@@ -95,7 +94,6 @@ pub enum Event {
     DriverPolled,
     /// The poll has returned, so the task can compare the counts of the state.
     DriverReturned,
-    /// Bytes have arrived.
     Received,
     RequestBegins,
     /// hyper has the last byte of the response, or the request was dropped.
@@ -180,7 +178,6 @@ impl State {
         self.in_flight > 0
     }
 
-    /// How many requests have begun and not ended.
     pub fn in_flight(self) -> u32 {
         self.in_flight
     }
@@ -202,7 +199,6 @@ impl State {
         self.closes_after_response
     }
 
-    /// Whether the peer may still be sending a body that no handler reads.
     pub fn has_left_body(self) -> bool {
         self.has_left_body
     }

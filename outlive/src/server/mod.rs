@@ -135,7 +135,6 @@ impl Server {
         }
     }
 
-    /// Registers a connection that has no driver.
     #[cfg(test)]
     pub fn registered(&self, peer: Peer) -> Registration {
         self.registry.register(peer, None)
@@ -186,7 +185,6 @@ impl Server {
         }
     }
 
-    /// The connections for which this process has no file descriptors.
     pub fn overflow(&self) -> &Overflow {
         &self.overflow
     }
@@ -204,7 +202,6 @@ impl Server {
         }
     }
 
-    /// Takes all parked connections, for the next process.
     pub fn take_parked(&self) -> Vec<Connection> {
         self.parked.take_all()
     }

@@ -171,7 +171,6 @@ pub fn run_intermediate(program: &Program) -> Result<()> {
     Ok(())
 }
 
-/// A successor that has been started.
 pub struct Launched {
     outcome: File,
     successor: Option<ProcessHandle>,

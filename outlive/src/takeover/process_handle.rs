@@ -33,7 +33,6 @@ impl ProcessHandle {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Sends SIGTERM.
     pub(super) fn terminate(&self) {
         // An error means that the process has exited already.
         let _ = pidfd_send_signal(&self.handle, Signal::TERM);
