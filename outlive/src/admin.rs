@@ -71,6 +71,7 @@ impl Admin {
         metrics::GENERATION.set(i64::try_from(self.process.generation).unwrap_or(i64::MAX));
         // Not by the clock on the wall, which may be set.
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
+        metrics::process::look();
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
         {
             // One that has not counted yet is there all the same.
