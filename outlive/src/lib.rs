@@ -3,7 +3,6 @@
 mod admin;
 mod adopter;
 mod agreement;
-#[cfg(feature = "jemalloc")]
 mod allocator;
 mod cli;
 mod config;

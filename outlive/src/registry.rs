@@ -136,6 +136,8 @@ struct Connections {
     open: HashMap<u64, Arc<Entry>, BuildHasherDefault<DefaultHasher>>,
     /// Requests answered on those that are closed.
     answered: u64,
+    /// How many were open at the same time, at the most, since `Registry::fewer_awake` was last true.
+    most: usize,
 }
 
 /// Sums over all open connections.
@@ -178,6 +180,7 @@ impl Registry {
         let registration = Registration::new(self, id, peer, slot, since);
         self.tally.add(Outstanding::Unanswered);
         connections.open.insert(id, registration.entry.clone());
+        connections.most = connections.most.max(connections.open.len());
         registration
     }
 
@@ -236,6 +239,18 @@ impl Registry {
 
     pub fn asleep(&self) -> usize {
         self.asleep.load(Relaxed)
+    }
+
+    /// Whether there are at least `enough` fewer open connections, without the parked ones, than at the highest point since
+    /// this was last true.
+    #[cfg(not(feature = "jemalloc"))]
+    pub fn fewer_awake(&self, enough: usize) -> bool {
+        let mut connections = lock(&self.connections);
+        let is_enough = connections.most - connections.open.len() >= enough;
+        if is_enough {
+            connections.most = connections.open.len();
+        }
+        is_enough
     }
 
     fn set_now(&self, now: u64) {
@@ -425,11 +440,29 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn a_connection_that_closes_while_they_are_summed_up_counts_once() {
+    fn registry() -> Arc<Registry> {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
-        let registry = Registry::new(limits, CancellationToken::new());
+        Registry::new(limits, CancellationToken::new())
+    }
+
+    #[test]
+    #[cfg(not(feature = "jemalloc"))]
+    fn a_drop_of_open_connections_is_reported_once_even_if_the_peak_was_short() {
+        let registry = registry();
+        let mut open: Vec<_> = (0..10).map(|_| registry.register(Peer::Unix, None)).collect();
+        assert!(!registry.fewer_awake(1));
+        open.truncate(6);
+        assert!(!registry.fewer_awake(5));
+        open.truncate(5);
+        assert!(registry.fewer_awake(5) && !registry.fewer_awake(1));
+        drop((0..5).map(|_| registry.register(Peer::Unix, None)).collect::<Vec<_>>());
+        assert!(registry.fewer_awake(5) && !registry.fewer_awake(1));
+    }
+
+    #[test]
+    fn a_connection_that_closes_while_they_are_summed_up_counts_once() {
+        let registry = registry();
         let (begun, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -17,7 +17,6 @@ use tracing::info;
 
 use crate::admin::{self, Admin};
 use crate::adopter::Adopter;
-#[cfg(feature = "jemalloc")]
 use crate::allocator;
 use crate::cli::{self, CommandLine};
 use crate::config::{Command, Config};
@@ -198,8 +197,6 @@ where
     // Before the log, which starts a thread.
     rlimit::make_room(line.config.max_connections);
     let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
-    #[cfg(feature = "jemalloc")]
-    allocator::give_memory_back();
     let runtime = tokio::runtime::Runtime::new().context("could not start the runtime")?;
     let served = runtime.block_on(serve(line, start, process, inherited, program, predecessor, logging));
     // What still runs has had its time.
@@ -254,7 +251,8 @@ where
         rest_limit: config.drain_timeout / 2,
     };
     let (server, mut rested) = Server::new(services, registry.clone(), config.max_connections, queues)?;
-    tokio::spawn(registry.watch());
+    tokio::spawn(registry.clone().watch());
+    allocator::give_memory_back(registry.clone());
 
     let names: Vec<_> = listeners.iter().map(|listener| listener.name.clone()).collect();
     let example = listeners.iter().find_map(Listener::try_it);
