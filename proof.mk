@@ -91,19 +91,19 @@ SEED :=
 .PHONY: soak
 soak: TIME := 10m
 soak: root tools target/systemd-257 target/systemd-252 $(BINARY)
-	cargo bench --bench soak -- --time $(TIME) $(if $(SEED),--seed $(SEED))
+	cargo bench --features jemalloc --bench soak -- --time $(TIME) $(if $(SEED),--seed $(SEED))
 
 # Binaries that show by what they lack what it costs: `LEFT_OUT` of outlive/src/requests.rs.
 WITHOUT := $(addprefix target/bench/without-,ids metrics limits spans all)
 $(WITHOUT): target/bench/without-%: $(shell find outlive/src src -name '*.rs') Cargo.lock
-	OUTLIVE_LEAVES_OUT=$* cargo build --quiet --release --target-dir target/bench/build
+	OUTLIVE_LEAVES_OUT=$* cargo build --quiet --release --features jemalloc --target-dir target/bench/build
 	cp target/bench/build/release/$(PACKAGE) $@
 
 # Restarts under load, beside other servers; BENCH=--quick takes three minutes.
 .PHONY: bench bench-readme
 bench: root tools target/systemd-252 cargo-deb $(if $(filter --quick,$(BENCH)),,$(WITHOUT))
-	cargo build --release --example bare
-	cargo bench --bench experiment -- $(BENCH)
+	cargo build --release --features jemalloc --example bare
+	cargo bench --features jemalloc --bench experiment -- $(BENCH)
 bench-readme:
 	$(MAKE) bench BENCH=--readme
 

@@ -69,7 +69,7 @@ fn main() -> Result<()> {
 
 /// The release of the service: it is what people run.
 fn binary() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/release").join(env!("CARGO_PKG_NAME"))
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("target/production").join(env!("CARGO_PKG_NAME"))
 }
 
 fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {
