@@ -18,12 +18,14 @@ VARIABLE = $(shell echo '$(PACKAGE)' | tr a-z- A-Z_)
 PREFIX ?= /usr/local
 DESTDIR ?=
 TARGET ?= target
-BINARY ?= $(TARGET)/release/$(PACKAGE)
+BINARY ?= $(TARGET)/production/$(PACKAGE)
 UNITS := $(wildcard systemd/$(PACKAGE)*.service systemd/$(PACKAGE)*.socket)
 # The version on the machine that is installed to, because some drop-ins need a newer one.
 SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 TOO_NEW := $(if $(shell [ "$(SYSTEMD)" -ge 254 ] 2>/dev/null && echo yes),,%/backoff.conf)
 DROPINS := $(filter-out $(TOO_NEW),$(wildcard systemd/$(PACKAGE).service.d/*.conf))
+# Without the feature log-control (packages.mk) the binary does not own the D-Bus name that the drop-in announces.
+INSTALLED_DROPINS = $(if $(LOG_CONTROL),$(DROPINS),$(filter-out %/log-control.conf,$(DROPINS)))
 TRIPLE = $(shell rustc -vV | sed -n 's/^host: //p')
 UNITDIR = $(DESTDIR)$(PREFIX)/lib/systemd/system
 INSTALL_TOOL := CARGO_PROFILE_DEV_DEBUG=0 cargo install --quiet --locked --debug --root target/tools
@@ -44,18 +46,20 @@ dev:
 
 .PHONY: static
 static:
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --target $(TRIPLE)
+	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --features jemalloc --target $(TRIPLE)
 	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
-# Built again if a source is newer, because otherwise an old binary would be installed.
-$(TARGET)/release/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -name '*.rs')
-	cargo build --release
+# Built again if a source is newer, because otherwise an old binary would be installed. Copied, because `make run` builds a
+# binary without jemalloc in the place where cargo puts this one.
+$(TARGET)/production/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -name '*.rs')
+	cargo build --release --features jemalloc
+	install -D -t $(@D) $(TARGET)/release/$(PACKAGE)
 
 .PHONY: install
 install: $(BINARY)
 	install -D $(BINARY) $(DESTDIR)$(PREFIX)/bin/$(PACKAGE)
 	install -D -m 644 -t $(UNITDIR) $(UNITS)
-	$(if $(DROPINS),install -D -m 644 -t $(UNITDIR)/$(PACKAGE).service.d $(DROPINS))
+	$(if $(INSTALLED_DROPINS),install -D -m 644 -t $(UNITDIR)/$(PACKAGE).service.d $(INSTALLED_DROPINS))
 
 # systemd/user.conf resets the lines that the systemd of a user may not apply.
 USERDIR = $(or $(XDG_CONFIG_HOME),$(HOME)/.config)/systemd/user
@@ -63,7 +67,7 @@ USERDIR = $(or $(XDG_CONFIG_HOME),$(HOME)/.config)/systemd/user
 install-user: $(BINARY)
 	install -D $(BINARY) $(HOME)/.local/bin/$(PACKAGE)
 	install -D -m 644 -t $(USERDIR) $(UNITS)
-	install -D -m 644 -t $(USERDIR)/$(PACKAGE).service.d $(DROPINS) systemd/user.conf
+	install -D -m 644 -t $(USERDIR)/$(PACKAGE).service.d $(INSTALLED_DROPINS) systemd/user.conf
 
 .PHONY: uninstall
 uninstall:

@@ -19,7 +19,7 @@ pub const NAME: &str = "app";
 /// The root of the repository.
 pub const FOLDER: &str = testkit::binaries::ROOT;
 /// The release binary, which `make bench` builds first.
-pub const OURS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/app");
+pub const OURS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/production/app");
 
 // The labels of the servers that the picture shows.
 pub const OURS_RESTARTED: &str = "this service, systemctl restart";

@@ -1,6 +1,9 @@
 # What a package installs. Its units are for the systemd of the machine that builds it: some lines are for newer ones.
 PACKAGES := target/packages
 FILES := $(PACKAGES)/files
+# Not empty if the binary was built with the feature log-control. Otherwise nothing takes the D-Bus name, so the files for
+# it are not installed. Evaluated in recipes, after the binary was built.
+LOG_CONTROL = $(shell grep -lsF org.freedesktop.LogControl1 $(BINARY))
 .PHONY: package-files
 package-files: $(BINARY)
 	rm -rf $(FILES)
@@ -8,8 +11,8 @@ package-files: $(BINARY)
 	strip --strip-unneeded --remove-section=.comment --remove-section=.note $(FILES)/usr/bin/$(PACKAGE)
 	cargo build --quiet --workspace --example documents
 	$${CARGO_TARGET_DIR:-target}/debug/examples/documents $(FILES)
-	install -D -m 644 -t $(FILES)/usr/share/dbus-1/system.d packaging/local.$(PACKAGE).conf
-	install -D -m 644 packaging/sysusers.conf $(FILES)/usr/lib/sysusers.d/$(PACKAGE).conf
+	$(if $(LOG_CONTROL),install -D -m 644 -t $(FILES)/usr/share/dbus-1/system.d packaging/local.$(PACKAGE).conf)
+	$(if $(LOG_CONTROL),install -D -m 644 packaging/sysusers.conf $(FILES)/usr/lib/sysusers.d/$(PACKAGE).conf)
 	install -D -m 644 packaging/changelog $(FILES)/usr/share/doc/$(PACKAGE)/changelog
 	mkdir -p $(addprefix $(PACKAGES)/,deb rpm)
 	cd outlive/packaging && for script in deb/* rpm/*; do \

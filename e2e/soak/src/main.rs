@@ -69,7 +69,7 @@ fn main() -> Result<()> {
 
 /// The release build, because that is what is deployed.
 fn binary() -> PathBuf {
-    Path::new(ROOT).join("target/release").join(NAME)
+    Path::new(ROOT).join("target/production").join(NAME)
 }
 
 fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {

@@ -23,7 +23,7 @@ on_each_systemd! {
 fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let container = Container::boot(systemd, root_package("app")).expect("a container");
+    let container = Container::boot(systemd, root_package("app", "")).expect("a container");
     container.ask("/");
     (container, alone)
 }

@@ -74,6 +74,7 @@ impl Admin {
         metrics::GENERATION.set(i64::try_from(self.process.generation).unwrap_or(i64::MAX));
         // The clock of the registry is monotonic; the time of day may be set.
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
+        metrics::process::look();
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
         {
             // Registers it, so that it is shown with 0 before the first event.

@@ -29,15 +29,13 @@ use crate::lifecycle::serve::Serving;
 use crate::listeners::{self, Inherited, Listener, SocketFiles};
 use crate::observe::log::{self, message_id};
 use crate::observe::status::{ManagerRole, Status};
-#[cfg(feature = "jemalloc")]
-use crate::os::allocator;
 use crate::os::exit::{Failure, Result};
 use crate::os::rlimit;
 use crate::os::signals::Signals;
 use crate::os::systemd;
 use crate::registry::Registry;
 use crate::requests::Routes;
-use crate::server::{Acceptor, Queues, Server};
+use crate::server::{Acceptor, Queues, Server, allocator};
 use crate::takeover::{Adopter, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket};
 use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::stream::Connection;
@@ -65,8 +63,6 @@ impl<C> Boot<C> {
         // Before `log::init`, which starts a thread.
         rlimit::make_room(line.config.max_connections);
         let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
-        #[cfg(feature = "jemalloc")]
-        allocator::give_memory_back();
         Ok(Self { line, inherited, program, role, process, logging })
     }
 }
@@ -142,7 +138,8 @@ impl Started {
             quiesce_limit: config.drain_timeout / 2,
         };
         let (server, quiescent) = Server::new(services, registry.clone(), config.max_connections, queues)?;
-        tokio::spawn(registry.watch());
+        tokio::spawn(registry.clone().watch());
+        allocator::return_memory(registry);
         let names = listeners.iter().map(|listener| listener.name.clone()).collect();
         let example = listeners.iter().find_map(Listener::try_it);
         let acceptors = listeners.into_iter().map(Acceptor::new).collect::<anyhow::Result<Vec<_>>>()?;

@@ -21,6 +21,9 @@ macro_rules! metric {
     };
 }
 
+// After the macro, which it uses.
+pub mod process;
+
 pub static IN_FLIGHT: LazyLock<IntGauge> =
     metric!(register_int_gauge, "http_requests_in_flight", "Requests in flight.");
 pub static CONNECTIONS: LazyLock<IntGaugeVec> =

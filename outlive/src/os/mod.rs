@@ -1,8 +1,6 @@
 //! The interfaces of the kernel and of the service manager: messages to systemd (`systemd.rs`), signals, limits,
 //! credentials, exit codes. All `unsafe` code of the library is in `sys.rs`. Nothing here depends on connections.
 
-#[cfg(feature = "jemalloc")]
-pub mod allocator;
 pub mod credentials;
 pub mod exit;
 pub mod lock;

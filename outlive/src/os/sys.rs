@@ -102,6 +102,18 @@ pub fn give_memory_back() -> io::Result<()> {
     if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
 }
 
+/// Gives the free pages of the C library's heap back to the system (`malloc_trim(3)`). Other C libraries than glibc
+/// cannot.
+#[cfg(not(feature = "jemalloc"))]
+#[cfg_attr(target_env = "gnu", expect(unsafe_code, reason = "no safe crate trims the heap"))]
+pub fn trim_heap() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: it may be called at any time, by any thread (MT-Safe), and moves no memory that is in use.
+    unsafe {
+        libc::malloc_trim(0);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, TcpStream};

@@ -161,6 +161,8 @@ struct Connections {
     open: HashMap<u64, Arc<Entry>, BuildHasherDefault<DefaultHasher>>,
     /// How many requests were answered on connections that are closed.
     answered: u64,
+    /// The highest number of open connections since [`Registry::active_has_dropped_by`] last returned true.
+    most: usize,
 }
 
 /// Sums over all connections.
@@ -207,6 +209,7 @@ impl Registry {
         let registration = Registration::new(self, id, peer, slot, since);
         self.phase_word.acquire(PendingCount::Unanswered);
         connections.open.insert(id, registration.entry.clone());
+        connections.most = connections.most.max(connections.open.len());
         registration
     }
 
@@ -266,6 +269,18 @@ impl Registry {
 
     pub fn parked(&self) -> usize {
         self.parked.load(Relaxed)
+    }
+
+    /// Whether there are at least `enough` fewer active connections than at the highest point since this last returned
+    /// true.
+    #[cfg(not(feature = "jemalloc"))]
+    pub fn active_has_dropped_by(&self, enough: usize) -> bool {
+        let mut connections = lock(&self.connections);
+        let has_dropped = connections.most - connections.open.len() >= enough;
+        if has_dropped {
+            connections.most = connections.open.len();
+        }
+        has_dropped
     }
 
     fn set_now(&self, now: u64) {
@@ -465,11 +480,29 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn requests_of_a_connection_that_closes_during_counts_are_counted_once() {
+    fn registry() -> Arc<Registry> {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
-        let registry = Registry::new(limits, CancellationToken::new());
+        Registry::new(limits, CancellationToken::new())
+    }
+
+    #[test]
+    #[cfg(not(feature = "jemalloc"))]
+    fn drop_of_active_connections_is_reported_once_even_after_a_short_peak() {
+        let registry = registry();
+        let mut open: Vec<_> = (0..10).map(|_| registry.register(Peer::Unix, None)).collect();
+        assert!(!registry.active_has_dropped_by(1));
+        open.truncate(6);
+        assert!(!registry.active_has_dropped_by(5));
+        open.truncate(5);
+        assert!(registry.active_has_dropped_by(5) && !registry.active_has_dropped_by(1));
+        drop((0..5).map(|_| registry.register(Peer::Unix, None)).collect::<Vec<_>>());
+        assert!(registry.active_has_dropped_by(5) && !registry.active_has_dropped_by(1));
+    }
+
+    #[test]
+    fn requests_of_a_connection_that_closes_during_counts_are_counted_once() {
+        let registry = registry();
         let (begun, is_over) = (AtomicU64::new(0), AtomicBool::new(false));
         std::thread::scope(|scope| {
             scope.spawn(|| {

@@ -5,6 +5,7 @@
 //! to the drain, which hands it over (`lifecycle/drain.rs`). [`Server::adopt`] continues connections of the predecessor
 //! (`takeover/adopter.rs`).
 
+pub mod allocator;
 mod parked;
 
 use std::io;

@@ -13,12 +13,13 @@ use crate::process::without_cargo;
 pub const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
 /// The package `name` of the root workspace, with its binary: the debug one, or under `cargo test --release` the release.
-pub fn root_package(name: &'static str) -> Package<'static> {
+/// It is built with `features`, separated by commas, as in `outlive/log-control`.
+pub fn root_package(name: &'static str, features: &str) -> Package<'static> {
     static BINARY: OnceLock<String> = OnceLock::new();
     // With the same features as `cargo test --workspace`: cargo unifies those of dev-dependencies only if it builds
     // something that needs them, such as the examples, and would otherwise compile most dependencies once more.
     let profile = if cfg!(debug_assertions) { "dev" } else { "release" };
-    let arguments = ["--workspace", "--bins", "--examples", "--profile", profile];
+    let arguments = ["--workspace", "--bins", "--examples", "--profile", profile, "--features", features];
     let binary = BINARY.get_or_init(|| build(Path::new(ROOT), &arguments, name));
     Package { name, binary, folder: ROOT }
 }

@@ -14,5 +14,5 @@ mod restart;
 const NAME: &str = "app";
 
 fn app_binary() -> &'static str {
-    testkit::binaries::root_package(NAME).binary
+    testkit::binaries::root_package(NAME, "").binary
 }

@@ -32,7 +32,8 @@ const NAME: &str = "app";
 const FOLDER: &str = testkit::binaries::ROOT;
 
 fn app_package() -> Package<'static> {
-    root_package(NAME)
+    // The tests of `systemctl service-log-level` need the feature, which the template leaves out.
+    root_package(NAME, "outlive/log-control")
 }
 
 fn app_binary() -> &'static str {

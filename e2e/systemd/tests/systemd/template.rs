@@ -225,6 +225,18 @@ fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
 }
 
 #[test]
+fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
+    for (binary, owns_name) in [(app_binary(), true), ("/bin/true", false)] {
+        let folder = tempfile::tempdir().expect("a folder");
+        let mut make = make(FOLDER, &["install", &format!("BINARY={binary}"), "SYSTEMD=257"]);
+        run(make.arg(format!("DESTDIR={}", folder.path().display())));
+        let drop_ins = run(Command::new("find").args([".", "-path", "*.d/*"]).current_dir(&folder));
+        assert_eq!(drop_ins.contains("log-control.conf"), owns_name, "{binary}: {drop_ins}");
+        assert!(drop_ins.contains("backoff.conf"), "{binary}: {drop_ins}");
+    }
+}
+
+#[test]
 fn uninstall_removes_all_that_install_brought() {
     let folder = tempfile::tempdir().expect("a folder");
     let make = |goal: &str| {
