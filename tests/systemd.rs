@@ -19,5 +19,5 @@ fn it_boots_answers_and_loses_nothing_over_restarts_and_reloads() {
         container.systemctl(verb).expect(verb);
     }
     let report = running.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }

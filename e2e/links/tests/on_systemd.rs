@@ -80,7 +80,7 @@ fn the_clicks_in_the_database_are_the_redirects_that_clients_got(systemd: System
     }
     running.wait_for(1000);
     let report = running.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     // The last process has not ended: it adds its own within a second.
     wait_until("the last clicks", || clicks(&container, "here") >= report.answered);
     container.systemctl("restart").expect("a restart");
@@ -134,7 +134,7 @@ fn while_the_database_is_away_nothing_breaks_and_when_it_is_back_all_is_well(sys
     assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:?}");
     let waits = std::thread::scope(|scope| {
         let waits = scope.spawn(|| ask(&container, &get("/here")).status);
-        container.until("NRestarts", |count| count != "0");
+        container.wait_for_property("NRestarts", |count| count != "0");
         database(&container, "start");
         waits.join().expect("an answer")
     });

@@ -9,21 +9,21 @@ use testkit::client::Connection;
 use testkit::container::{Container, Systemd};
 use testkit::load::{Connections, Load, Report, Running, Sample};
 use testkit::on_each_systemd;
-use testkit::verbs::times;
+use testkit::verbs::iterations;
 
 on_each_systemd! {
-    reloads_under_ten_connections_flat_out_lose_nothing
-    reloads_under_fifty_thinking_connections_lose_nothing
-    reloads_under_fifty_blind_connections_lose_nothing
-    reloads_under_one_connection_a_request_lose_nothing
-    reloads_under_posts_lose_nothing
-    restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start
+    reloads_under_saturating_load_lose_and_delay_no_request
+    reloads_under_paced_load_lose_and_delay_no_request
+    reloads_under_paced_blind_load_lose_and_delay_no_request
+    reloads_under_one_connection_per_request_lose_and_delay_no_request
+    reloads_under_post_requests_lose_and_delay_no_request
+    restart_beside_a_slow_request_delays_others_by_one_start_only
 }
 
 fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
     static ALONE: Mutex<()> = Mutex::new(());
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let container = Container::boot(systemd, root_package("app")).expect("a container");
+    let container = Container::boot(systemd, root_package("app")).expect("the container boots");
     container.ask("/");
     (container, alone)
 }
@@ -58,7 +58,7 @@ fn longest_in(report: &Report, windows: &[Window]) -> Vec<Duration> {
 fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], report: &Report) {
     eprintln!("{report}; the waits {measured:.1?}, compared with {compared:.1?}");
     let middle = |waits: &[Duration]| waits[waits.len() / 2];
-    let slow = *compared.last().expect("a wait") * 4;
+    let slow = *compared.last().expect("a wait was measured") * 4;
     let (median, last) = (middle(measured), measured.len() - 1);
     assert!(
         median < limit.max(middle(compared) * 2),
@@ -76,17 +76,17 @@ fn reload_under(systemd: Systemd, load: Load) {
     let one_each = load.connections == Connections::OneEach;
     let running = load.start(container.enter());
     let (mut reloads, mut starts) = (Vec::new(), Vec::new());
-    for _ in 0..times() {
+    for _ in 0..iterations() {
         reloads.push(window(&running, || {
-            container.systemctl("reload").expect("a reload");
+            container.systemctl("reload").expect("the reload succeeds");
         }));
         starts.push(window(&running, || {
-            container.run(&["systemctl", "start", "neighbour.service"]).expect("a start");
+            container.run(&["systemctl", "start", "neighbour.service"]).expect("the start succeeds");
         }));
     }
     let report = running.stop();
     assert_eq!(report.lost(), 0, "{report}");
-    let wanted = if one_each { report.answered } else { report.asked_for };
+    let wanted = if one_each { report.answered } else { report.clients };
     assert_eq!(report.connections, wanted, "{report}");
     let [reloads, starts] = [reloads, starts].map(|windows| longest_in(&report, &windows));
     assert_short(Duration::from_millis(100), &reloads, &starts, &report);
@@ -95,7 +95,7 @@ fn reload_under(systemd: Systemd, load: Load) {
 /// A unit that starts something in the sandbox of the service.
 fn install_neighbour(container: &Container) {
     let unit = format!("{ROOT}/systemd/{}", container.unit("service"));
-    let unit = std::fs::read_to_string(unit).expect("the unit");
+    let unit = std::fs::read_to_string(unit).expect("the unit file is readable");
     let of_the_service =
         ["Type=", "Notify", "Exec", "Restart", "Watchdog", "Requires=", "After=", "FileDescriptor"];
     let unit = unit.replace("[Service]", "[Service]\nType=oneshot\nExecStart=/bin/true");
@@ -105,58 +105,60 @@ fn install_neighbour(container: &Container) {
             || line.ends_with("oneshot")
     };
     let neighbour: Vec<&str> = unit.lines().filter(is_ours).collect();
-    container.write("etc/systemd/system/neighbour.service", &neighbour.join("\n")).expect("written");
-    container.run(&["systemctl", "daemon-reload"]).expect("loaded");
+    container
+        .write("etc/systemd/system/neighbour.service", &neighbour.join("\n"))
+        .expect("the file is written");
+    container.run(&["systemctl", "daemon-reload"]).expect("the units are loaded");
 }
 
-fn reloads_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
+fn reloads_under_saturating_load_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::saturating(&Container::target()));
 }
 
-fn reloads_under_fifty_thinking_connections_lose_nothing(systemd: Systemd) {
+fn reloads_under_paced_load_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::paced(&Container::target()));
 }
 
-fn reloads_under_fifty_blind_connections_lose_nothing(systemd: Systemd) {
+fn reloads_under_paced_blind_load_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::paced_blind(&Container::target()));
 }
 
-fn reloads_under_one_connection_a_request_lose_nothing(systemd: Systemd) {
+fn reloads_under_one_connection_per_request_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::connection_per_request(&Container::target()));
 }
 
-fn reloads_under_posts_lose_nothing(systemd: Systemd) {
+fn reloads_under_post_requests_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::post(&Container::target()));
 }
 
 /// They are served until the slow request has its answer, and then wait for the start: about as long as at a restart with
 /// no slow request.
-fn restarts_with_a_slow_request_in_flight_make_others_wait_for_one_start(systemd: Systemd) {
+fn restart_beside_a_slow_request_delays_others_by_one_start_only(systemd: Systemd) {
     let (container, _alone) = serving(systemd);
     let running = Load::paced(&Container::target()).start(container.enter());
     let (mut beside, mut alone) = (Vec::new(), Vec::new());
     for _ in 0..5 {
         alone.push(window(&running, || {
-            container.systemctl("restart").expect("a restart");
+            container.systemctl("restart").expect("the restart succeeds");
         }));
         let restart_beside_a_slow_request = async || {
             let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
-            slow.hold().await.expect("in flight");
-            let before = container.show("MainPID").expect("a pid");
+            slow.hold().await.expect("the request is in flight");
+            let before = container.show("MainPID").expect("systemctl show succeeds");
             container
                 .run(&["systemctl", "restart", "--no-block", &container.unit("service")])
-                .expect("begun");
-            container.until("ActiveState", |state| state == "deactivating");
+                .expect("the job is queued");
+            container.wait_for_property("ActiveState", |state| state == "deactivating");
             // Each of the others several times.
             running.wait_for(running.ended() + 200);
-            slow.release().await.expect("the answer");
-            container.until("ActiveState", |state| state == "active");
-            assert_ne!(container.show("MainPID").expect("a pid"), before);
+            slow.release().await.expect("the request is answered");
+            container.wait_for_property("ActiveState", |state| state == "active");
+            assert_ne!(container.show("MainPID").expect("systemctl show succeeds"), before);
         };
         beside.push(window(&running, || container.inside(restart_beside_a_slow_request)));
     }
     let report = running.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     let [beside, alone] = [beside, alone].map(|windows| longest_in(&report, &windows));
     assert_short(Duration::from_millis(250), &beside, &alone, &report);
 }

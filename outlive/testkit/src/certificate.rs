@@ -32,7 +32,7 @@ impl Certificate {
             .arg("-out")
             .arg(certificate.chain())
             .output()
-            .context("openssl")?;
+            .context("could not run openssl")?;
         ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
         Ok(certificate)
     }

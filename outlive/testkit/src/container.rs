@@ -213,8 +213,8 @@ impl Container {
     }
 
     /// Waits until a property of the service is as `wanted`.
-    pub fn until(&self, property: &str, wanted: impl Fn(&str) -> bool) {
-        crate::wait_until(property, || wanted(&self.show(property).expect("a property")));
+    pub fn wait_for_property(&self, property: &str, wanted: impl Fn(&str) -> bool) {
+        crate::wait_until(property, || wanted(&self.show(property).expect("systemctl show succeeds")));
     }
 
     /// The journal's entries that match, each with its fields.
@@ -233,17 +233,18 @@ impl Container {
     }
 
     /// Puts a certificate where the service finds its credentials.
-    pub fn give_certificate(&self, certificate: &Certificate) -> Result<()> {
+    pub fn install_certificate(&self, certificate: &Certificate) -> Result<()> {
         for path in [certificate.chain(), certificate.key()] {
-            let file = path.file_name().and_then(|name| name.to_str()).context("a name")?;
+            let file =
+                path.file_name().and_then(|name| name.to_str()).context("the path has no file name")?;
             self.write(&format!("etc/{}/{file}", self.name), &fs::read_to_string(&path)?)?;
         }
         Ok(())
     }
 
     /// The TLS socket, a certificate, and the lines of the unit that go with them, which are comments as shipped.
-    pub fn speak_tls(&self, certificate: &Certificate) -> Result<()> {
-        self.give_certificate(certificate)?;
+    pub fn enable_tls(&self, certificate: &Certificate) -> Result<()> {
+        self.install_certificate(certificate)?;
         let unit = self.stage.path().join("usr/local/lib/systemd/system").join(self.unit("service"));
         let unit = fs::read_to_string(&unit).with_context(|| format!("{}", unit.display()))?;
         let commented = unit.lines().filter_map(|line| line.strip_prefix("#LoadCredential="));
@@ -262,7 +263,7 @@ impl Container {
     /// Writes a file inside; the path is from its root.
     pub fn write(&self, path: &str, text: &str) -> Result<()> {
         let path = self.path(path);
-        fs::create_dir_all(path.parent().context("a folder")?)?;
+        fs::create_dir_all(path.parent().context("the path has no parent folder")?)?;
         fs::write(&path, text).with_context(|| format!("{}", path.display()))
     }
 
@@ -289,7 +290,8 @@ impl Container {
         move || {
             let network = fs::File::open(network).expect("the container runs");
             let network = std::os::fd::AsFd::as_fd(&network);
-            move_into_link_name_space(network, Some(LinkNameSpaceType::Network)).expect("root");
+            move_into_link_name_space(network, Some(LinkNameSpaceType::Network))
+                .expect("the test runs as root");
         }
     }
 
@@ -309,7 +311,7 @@ impl Container {
     pub fn ask(&self, path: &str) -> String {
         self.inside(|| async {
             let mut connection = Connection::open(&Self::target()).await.expect("the port is open");
-            connection.ask(&get(path)).await.expect("an answer").text()
+            connection.ask(&get(path)).await.expect("the request is answered").text()
         })
     }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 use anyhow::{Context, Result, ensure};
 
 /// What `make deb` or `make rpm` has made in `folder`.
-pub fn made(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
+pub fn built_package(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
     let is_it = |file: &PathBuf| {
         let file = file.file_name().unwrap_or_default().to_string_lossy();
         file.strip_prefix(name).is_some_and(|rest| rest.starts_with(['_', '-']))

@@ -68,14 +68,15 @@ pub fn receive(channel: impl AsFd) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
 pub fn connect_takeover_socket(folder: &Path) -> OwnedFd {
     let path = folder.join("takeover");
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-    let socket = socket.expect("a socket");
-    connect(&socket, &SocketAddrUnix::new(&path).expect("a path")).expect("it listens");
+    let socket = socket.expect("the socket is created");
+    connect(&socket, &SocketAddrUnix::new(&path).expect("the path is short enough"))
+        .expect("the service listens");
     socket
 }
 
 /// The type and text of the next frame; `None` if the other end has closed the channel.
 pub fn recv_message(channel: &OwnedFd) -> Option<(u16, String)> {
     let mut message = [0; 1024];
-    let (length, _) = recv(channel, &mut message, RecvFlags::empty()).expect("a message or the end");
-    (length > 0).then(|| read(&message[..length]).expect("a frame"))
+    let (length, _) = recv(channel, &mut message, RecvFlags::empty()).expect("the channel is readable");
+    (length > 0).then(|| read(&message[..length]).expect("the message is a frame"))
 }

@@ -72,8 +72,10 @@ pub fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("a runtime")
-        .block_on(async { tokio::time::timeout(TEST_TIMEOUT * 5, work).await.expect("done in time") })
+        .expect("the runtime is built")
+        .block_on(async {
+            tokio::time::timeout(TEST_TIMEOUT * 5, work).await.expect("the work ends within the limit")
+        })
 }
 
 /// An address for a server that binds it itself. Its port is below those that connections are given
@@ -84,7 +86,7 @@ pub fn free_address() -> SocketAddr {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let next = std::process::id().wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
-        let port = u16::try_from(FIRST + next % COUNT).expect("a port");
+        let port = u16::try_from(FIRST + next % COUNT).expect("the port fits into 16 bits");
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         if TcpListener::bind(address).is_ok() {
             return address;

@@ -115,7 +115,7 @@ impl Load {
         for _ in 0..self.clients {
             clients.spawn(self.clone().client(start, progress.clone()));
         }
-        let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
+        let mut report = Report { clients: self.clients as u64, ..Report::default() };
         for each in clients.join_all().await {
             report.add(each);
         }
@@ -252,7 +252,7 @@ impl Running {
     /// Lets each client finish its request and ask once more: what was done before has left each of them served.
     pub fn stop(self) -> Report {
         self.progress.stopped.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the load ran")
+        self.thread.join().expect("the thread does not panic")
     }
 
     fn until(&self, what: &str, is_so: impl Fn(&Progress) -> bool) {
@@ -270,7 +270,7 @@ pub struct Report {
     /// Connections made.
     pub connections: u64,
     /// Connections that would have done.
-    pub asked_for: u64,
+    pub clients: u64,
     /// Connections that an answer said to close.
     pub told_to_close: u64,
     /// Connections found closed between two requests.
@@ -298,7 +298,7 @@ impl Report {
             *self.lost.entry(kind).or_default() += count;
         }
         self.connections += other.connections;
-        self.asked_for += other.asked_for;
+        self.clients += other.clients;
         self.told_to_close += other.told_to_close;
         self.closed_idle += other.closed_idle;
         self.longest = self.longest.max(other.longest);
@@ -342,7 +342,7 @@ impl fmt::Display for Report {
             self.answered,
             self.lost(),
             self.connections,
-            self.asked_for,
+            self.clients,
             self.told_to_close,
             self.closed_idle,
             self.longest.as_millis()

@@ -42,7 +42,7 @@ impl Process {
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("the process is there");
+        kill_process(self.pid(), signal).expect("the process has not been waited for");
     }
 
     /// Waits for the process to end by itself.
@@ -81,7 +81,7 @@ pub fn terminate(pid: &str) -> Result<()> {
 
 /// Signals a process that is nobody's child; `pid` as text.
 pub fn signal(pid: &str, signal: Signal) -> Result<()> {
-    let pid = Pid::from_raw(pid.parse()?).context("a pid")?;
+    let pid = Pid::from_raw(pid.parse()?).context("not a pid")?;
     Ok(kill_process(pid, signal)?)
 }
 

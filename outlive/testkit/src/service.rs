@@ -195,7 +195,7 @@ pub fn run_to_end(command: &mut Command) -> Result<(Option<i32>, String, String)
 fn read_all(from: Option<impl Read>) -> String {
     let mut text = String::new();
     if let Some(mut from) = from {
-        from.read_to_string(&mut text).expect("text");
+        from.read_to_string(&mut text).expect("the file is readable");
     }
     text
 }

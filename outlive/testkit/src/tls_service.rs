@@ -68,9 +68,9 @@ pub enum Client {
 impl Client {
     pub async fn open(service: &TlsService, kind: usize) -> Self {
         let plain = Target::Tcp(service.http);
-        let tls = |protocol| service.https(&[protocol]).expect("a certificate");
-        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("it listens"));
-        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("it listens"));
+        let tls = |protocol| service.https(&[protocol]).expect("the client configuration is valid");
+        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("the service listens"));
+        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("the service listens"));
         match kind % 4 {
             0 => http1(plain).await,
             1 => http2(plain).await,
@@ -81,8 +81,17 @@ impl Client {
 
     pub async fn is_answered(&mut self) {
         let status = match self {
-            Self::Http1(connection) => connection.ask(&get("/")).await.expect("an answer").status,
-            Self::Http2(connection) => connection.get("/").await.expect("an answer").expect("no GOAWAY").0,
+            Self::Http1(connection) => {
+                connection.ask(&get("/")).await.expect("the request is answered").status
+            }
+            Self::Http2(connection) => {
+                connection
+                    .get("/")
+                    .await
+                    .expect("the request is answered")
+                    .expect("the server sends no GOAWAY")
+                    .0
+            }
         };
         assert_eq!(status, 200);
     }

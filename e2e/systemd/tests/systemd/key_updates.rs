@@ -26,11 +26,11 @@ const VERBS: [Option<&str>; 6] =
 const PARTS: [&str; 3] = ["GET / HT", "TP/1.1\r\nho", "st: x\r\n\r\n"];
 
 fn boot(systemd: Systemd) -> (Container, Certificate) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    container.speak_tls(&certificate).expect("a certificate");
-    container.start_socket("admin").expect("a socket");
-    container.systemctl("start").expect("a start");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.enable_tls(&certificate).expect("TLS is enabled");
+    container.start_socket("admin").expect("the socket unit starts");
+    container.systemctl("start").expect("the start succeeds");
     (container, certificate)
 }
 
@@ -39,7 +39,7 @@ fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> 
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     wait_until("the connection is parked", || {
         let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
-        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl").stdout;
+        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl runs").stdout;
         String::from_utf8_lossy(&metrics).contains("\noutlive_connections{stage=\"parked\"} 1\n")
     });
     let Some(verb) = verb else { return generation };
@@ -49,7 +49,7 @@ fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> 
 
 fn requests_with_key_updates_of_rustls_are_answered_on_parked_and_moved_connections(systemd: Systemd) {
     let (container, certificate) = boot(systemd);
-    let client = certificate.client(&["http/1.1"]).expect("a client");
+    let client = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
     container.inside(|| async {
         let target = Target::Tls(([127, 0, 0, 1], 8443).into(), client);
         let mut connection = Connection::open(&target).await.expect("the port is open");
@@ -57,10 +57,10 @@ fn requests_with_key_updates_of_rustls_are_answered_on_parked_and_moved_connecti
         // The first request finds rustls, before the connection was ever parked.
         for number in 0..=VERBS.len() {
             for part in PARTS {
-                connection.update_keys().expect("a KeyUpdate");
-                connection.send(part.as_bytes()).await.expect("sent");
+                connection.update_keys().expect("the keys are updated");
+                connection.send(part.as_bytes()).await.expect("the bytes are sent");
             }
-            let answer = connection.answer().await.expect("an answer");
+            let answer = connection.answer().await.expect("the request is answered");
             let text = answer.text();
             assert!(text.contains(&format!("generation {generation},")) && !answer.closes(), "{text}");
             if let Some(verb) = VERBS.get(number) {
@@ -81,14 +81,17 @@ impl OpenSsl {
         let script = "exec openssl s_client -connect 127.0.0.1:8443 -tls1_3 2>&1";
         let mut command = container.outside(&["sh", "-c", script]);
         let mut process =
-            Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped())).expect("openssl");
-        let mut output = process.child().stdout.take().expect("a pipe");
+            Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped())).expect("openssl runs");
+        let mut output = process.child().stdout.take().expect("the stream is piped");
         let said = Arc::new(Mutex::new(String::new()));
         let saying = said.clone();
         std::thread::spawn(move || {
             let mut buffer = [0; 4096];
             while let Ok(length @ 1..) = output.read(&mut buffer) {
-                saying.lock().expect("no panic").push_str(&String::from_utf8_lossy(&buffer[..length]));
+                saying
+                    .lock()
+                    .expect("the lock is not poisoned")
+                    .push_str(&String::from_utf8_lossy(&buffer[..length]));
             }
         });
         Self { process, said }
@@ -96,13 +99,13 @@ impl OpenSsl {
 
     /// Sends what it reads at once: a command has to be the beginning of that.
     fn send(&mut self, text: &str) {
-        let input = self.process.child().stdin.as_mut().expect("a pipe");
-        input.write_all(text.as_bytes()).expect("it runs");
-        wait_until("openssl has read it", || ioctl_fionread(&*input).expect("a pipe") == 0);
+        let input = self.process.child().stdin.as_mut().expect("the stream is piped");
+        input.write_all(text.as_bytes()).expect("the process runs");
+        wait_until("openssl has read it", || ioctl_fionread(&*input).expect("the ioctl succeeds") == 0);
     }
 
     fn wait_for(&self, what: &str, times: usize) {
-        let count = || self.said.lock().expect("no panic").matches(what).count();
+        let count = || self.said.lock().expect("the lock is not poisoned").matches(what).count();
         let wait = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             wait_until(what, || count() >= times);
         }));
@@ -110,7 +113,7 @@ impl OpenSsl {
             wait.is_ok(),
             "{what}, {} of {times} times: {}",
             count(),
-            self.said.lock().expect("no panic")
+            self.said.lock().expect("the lock is not poisoned")
         );
     }
 }

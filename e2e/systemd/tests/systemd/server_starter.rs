@@ -35,12 +35,12 @@ fn generation(target: &Target) -> Option<u64> {
 fn start(flag: &str, target: &Target, log: Stdio) -> Process {
     let mut start_server = command("start_server", &[flag, "--interval=1", "--", app_binary()]);
     start_server.stdout(Stdio::null()).stderr(log);
-    let start_server = Process::spawn(&mut start_server).expect("start_server");
+    let start_server = Process::spawn(&mut start_server).expect("start_server starts");
     wait_until("the first process", || generation(target).is_some());
     start_server
 }
 
-fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
+fn hang_up_repeatedly_under(flag: &str, target: &Target, load: Load) {
     let mut start_server = start(flag, target, Stdio::null());
     assert_eq!(generation(target), Some(1));
     let one_each = load.connections == Connections::OneEach;
@@ -56,63 +56,63 @@ fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
     assert_eq!(report.closed_idle, 0, "each is told: {report}");
     assert!(one_each || report.told_to_close >= TIMES, "{report}");
     start_server.signal(Signal::TERM);
-    assert!(start_server.wait().expect("an end").success());
+    assert!(start_server.wait().expect("the process ends").success());
 }
 
 fn on_a_port(load: impl FnOnce(&Target) -> Load) {
     let address = free_address();
     let target = Target::Tcp(address);
-    hang_up_each_second_under(&format!("--port={address}"), &target, load(&target));
+    hang_up_repeatedly_under(&format!("--port={address}"), &target, load(&target));
 }
 
 #[test]
-fn ten_connections_flat_out_lose_nothing() {
+fn hangups_under_saturating_load_lose_no_request() {
     on_a_port(Load::saturating);
 }
 
 #[test]
-fn fifty_thinking_connections_lose_nothing() {
+fn hangups_under_paced_load_lose_no_request() {
     on_a_port(Load::paced);
 }
 
 #[test]
-fn fifty_blind_connections_lose_nothing() {
+fn hangups_under_paced_blind_load_lose_no_request() {
     on_a_port(Load::paced_blind);
 }
 
 #[test]
-fn one_connection_a_request_loses_nothing() {
+fn hangups_under_one_connection_per_request_lose_no_request() {
     on_a_port(Load::connection_per_request);
 }
 
 #[test]
-fn a_unix_path_loses_nothing() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn hangups_of_a_unix_socket_service_lose_no_request() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let path = folder.path().join("http.sock");
     let target = Target::Unix(path.clone());
-    hang_up_each_second_under(&format!("--path={}", path.display()), &target, Load::paced(&target));
+    hang_up_repeatedly_under(&format!("--path={}", path.display()), &target, Load::paced(&target));
 }
 
 #[test]
-fn an_idle_connection_is_answered_once_more_by_the_old_process() {
+fn idle_connection_gets_one_more_response_from_the_old_process() {
     let address = free_address();
     let target = Target::Tcp(address);
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    let stderr = log.reopen().expect("a file").into();
+    let log = tempfile::NamedTempFile::new().expect("the file is created");
+    let stderr = log.reopen().expect("the file is created").into();
     let mut start_server = start(&format!("--port={address}"), &target, stderr);
     block_on(async {
-        let mut idle = Connection::open(&target).await.expect("a connection");
-        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
+        let mut idle = Connection::open(&target).await.expect("the connection is established");
+        assert!(!idle.ask(&get("/")).await.expect("the request is answered").closes());
         start_server.signal(Signal::HUP);
         // The next one serves, and the old one was told to end.
         wait_until("the end of the old process begins", || {
-            std::fs::read_to_string(log.path()).expect("text").contains("draining: ")
+            std::fs::read_to_string(log.path()).expect("the file is readable").contains("draining: ")
         });
-        let answer = idle.ask(&get("/")).await.expect("an answer");
+        let answer = idle.ask(&get("/")).await.expect("the request is answered");
         assert!(answer.closes() && answer.text().contains("generation 1,"), "{}", answer.text());
     });
     // With that it has nobody left to wait for.
     wait_until("the end of the old process", || children(&start_server) == 1);
     start_server.signal(Signal::TERM);
-    assert!(start_server.wait().expect("an end").success());
+    assert!(start_server.wait().expect("the process ends").success());
 }

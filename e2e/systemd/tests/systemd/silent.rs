@@ -23,8 +23,8 @@ const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 on_each_systemd! {
-    a_restart_tells_silent_http2_clients_and_does_not_wait_for_them
-    a_reload_tells_silent_http2_clients_and_does_not_wait_for_them
+    restart_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them
+    reload_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them
 }
 
 /// What a client has done when it falls silent.
@@ -50,22 +50,22 @@ impl Silence {
         let get = frame(HEADERS, END_STREAM | END_HEADERS, 1, GET);
         match self {
             Self::Connected => {}
-            Self::HalfPreface => connection.send(&PREFACE[..10]).await.expect("sent"),
+            Self::HalfPreface => connection.send(&PREFACE[..10]).await.expect("the bytes are sent"),
             Self::Preface => {
-                connection.send(PREFACE).await.expect("sent");
+                connection.send(PREFACE).await.expect("the bytes are sent");
                 until(connection, |frame| frame.kind == SETTINGS).await;
             }
             Self::Unacknowledged => {
-                connection.send(&[hello, get].concat()).await.expect("sent");
+                connection.send(&[hello, get].concat()).await.expect("the bytes are sent");
                 until(connection, Frame::ends_stream).await;
             }
             Self::HalfHeaders => {
-                connection.send(&hello).await.expect("sent");
+                connection.send(&hello).await.expect("the bytes are sent");
                 until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
                 let acknowledged = frame(SETTINGS, END_STREAM, 0, b"");
                 let half = frame(HEADERS, END_STREAM, 3, GET);
                 // In one piece, so that a server that has answered the one has read the other.
-                connection.send(&[acknowledged, get, half].concat()).await.expect("sent");
+                connection.send(&[acknowledged, get, half].concat()).await.expect("the bytes are sent");
                 until(connection, Frame::ends_stream).await;
             }
         }
@@ -109,24 +109,26 @@ impl Frame {
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("a short frame");
+    let length = u8::try_from(payload.len()).expect("the payload is short");
     [&[0, 0, length, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
 /// The next frame; none at the end of the stream.
 async fn next(connection: &mut Connection) -> Option<Frame> {
-    if connection.unread().is_empty() && connection.read_more().await.expect("an orderly end") == 0 {
+    if connection.unread().is_empty()
+        && connection.read_more().await.expect("the connection is not reset") == 0
+    {
         return None;
     }
-    let head = connection.take(9).await.expect("a frame");
+    let head = connection.take(9).await.expect("the message is a frame");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    let payload = connection.take(length).await.expect("its payload");
+    let payload = connection.take(length).await.expect("the payload follows");
     Some(Frame { kind: head[3], flags: head[4], payload })
 }
 
 async fn until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
     loop {
-        let frame = next(connection).await.expect("more frames");
+        let frame = next(connection).await.expect("another frame follows");
         assert_ne!(frame.kind, GOAWAY);
         if wanted(&frame) {
             return;
@@ -139,7 +141,7 @@ async fn goaways(connection: &mut Connection) -> Vec<u32> {
     let mut named = Vec::new();
     while let Some(frame) = next(connection).await {
         if frame.kind == GOAWAY {
-            let (stream, error) = frame.payload.split_first_chunk().expect("a stream");
+            let (stream, error) = frame.payload.split_first_chunk().expect("the payload has a stream id");
             assert_eq!(error, [0; 4], "NO_ERROR");
             named.push(u32::from_be_bytes(*stream));
         }
@@ -148,25 +150,28 @@ async fn goaways(connection: &mut Connection) -> Vec<u32> {
 }
 
 /// Does `systemctl VERB` beside silent clients, until the old process has ended.
-fn tell_silent_clients(systemd: Systemd, verb: &str) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container =
-        Container::boot(systemd, Package { binary: app_binary(), ..app_package() }).expect("a container");
-    container.speak_tls(&certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
-    let tls = Target::Tls(([127, 0, 0, 1], 8443).into(), certificate.client(&["h2"]).expect("a client"));
+fn check_silent_clients(systemd: Systemd, verb: &str) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
+        .expect("the container boots");
+    container.enable_tls(&certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
+    let tls = Target::Tls(
+        ([127, 0, 0, 1], 8443).into(),
+        certificate.client(&["h2"]).expect("the client configuration is valid"),
+    );
     container.inside(async || {
-        let mut polite = Http2::open(&tls).await.expect("a connection");
-        polite.get("/").await.expect("an answer").expect("no GOAWAY");
+        let mut polite = Http2::open(&tls).await.expect("the connection is established");
+        polite.get("/").await.expect("the request is answered").expect("the server sends no GOAWAY");
         let mut clients = Vec::new();
         for silence in Silence::ALL {
             for (is_tls, target) in [(false, &Container::target()), (true, &tls)] {
-                let mut connection = Connection::open(target).await.expect("a connection");
+                let mut connection = Connection::open(target).await.expect("the connection is established");
                 silence.begin(&mut connection).await;
                 clients.push((silence, is_tls, connection));
             }
         }
-        let old = container.show("MainPID").expect("a process");
+        let old = container.show("MainPID").expect("systemctl show succeeds");
         let old = container.path("proc").join(old);
         let begun = Instant::now();
         container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
@@ -176,22 +181,23 @@ fn tell_silent_clients(systemd: Systemd, verb: &str) {
         assert!(took < SOON, "{took:?}");
         for (silence, is_tls, mut connection) in clients {
             if silence.moves(is_tls) {
-                connection.send(&silence.rest()).await.expect("sent");
+                connection.send(&silence.rest()).await.expect("the bytes are sent");
                 until(&mut connection, Frame::ends_stream).await;
                 continue;
             }
             let named = goaways(&mut connection).await;
             assert_eq!(named.last(), Some(&silence.last_stream()), "{silence:?}, TLS: {is_tls}: {named:?}");
         }
-        let answer = polite.get("/").await.expect("an answer").expect("no GOAWAY");
+        let answer =
+            polite.get("/").await.expect("the request is answered").expect("the server sends no GOAWAY");
         assert_eq!(answer.0, 200);
     });
 }
 
-fn a_restart_tells_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
-    tell_silent_clients(systemd, "restart");
+fn restart_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
+    check_silent_clients(systemd, "restart");
 }
 
-fn a_reload_tells_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
-    tell_silent_clients(systemd, "reload");
+fn reload_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
+    check_silent_clients(systemd, "reload");
 }

@@ -23,9 +23,9 @@ use crate::{NAME, app_binary};
 
 on_each_systemd! {
     a_stopped_journald_holds_up_no_request
-    restarts_and_reloads_while_journald_is_stopped_lose_nothing
-    a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain
-    a_stopped_pid_1_holds_up_no_request
+    restarts_and_reloads_while_journald_is_stopped_lose_no_request
+    drain_report_is_logged_if_journald_resumes_during_the_drain
+    a_stopped_pid_1_delays_no_request
 }
 
 const EACH_REQUEST: &str = "info,request=debug";
@@ -38,7 +38,7 @@ const WATCHDOG: Duration = Duration::from_secs(10);
 fn boot_logging_each_request(systemd: Systemd) -> Container {
     let container = boot(systemd);
     variables(&container, &[("LOG", EACH_REQUEST)]);
-    container.start_socket("admin").expect("a socket");
+    container.start_socket("admin").expect("the socket unit starts");
     container.ask("/");
     container
 }
@@ -46,7 +46,7 @@ fn boot_logging_each_request(systemd: Systemd) -> Container {
 fn signal_journald(container: &Container, signal: &str) {
     let signal = format!("--signal={signal}");
     let kill = ["systemctl", "kill", "--kill-whom=main", &signal, "systemd-journald.service"];
-    container.run(&kill).expect("sent");
+    container.run(&kill).expect("the signal is sent");
 }
 
 /// How many log messages the service has dropped.
@@ -69,19 +69,19 @@ fn stall_journald(container: &Container) {
 
 fn assert_nothing_lost(report: &Report) {
     eprintln!("{report}");
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
 /// The entries in which the service says how many messages it has dropped.
 fn reports_of_dropped(container: &Container) -> Vec<Value> {
-    let mut entries = container.journal(&["-t", NAME]).expect("a journal");
+    let mut entries = container.journal(&["-t", NAME]).expect("journalctl succeeds");
     entries.retain(|entry| text(entry, "MESSAGE").contains("log messages were dropped"));
     entries
 }
 
 fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
     let container = boot_logging_each_request(systemd);
-    let pid = container.show("MainPID").expect("a pid");
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
     {
         let _alone = exclusive_cpu();
         let running = Load::saturating(&Container::target()).start(container.enter());
@@ -100,25 +100,26 @@ fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
     assert_eq!(text(&reports[0], "DROPPED"), dropped(&container).to_string(), "{reports:?}");
     assert_eq!(text(&reports[0], "PRIORITY"), "4", "{reports:?}");
     // What waited says when it was logged.
-    let waited = container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered"]).expect("a journal");
+    let waited =
+        container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered"]).expect("journalctl succeeds");
     assert!(waited.iter().any(|entry| text(entry, "LOGGED_AT").starts_with("20")), "{:?}", waited.last());
     // What comes after it is logged as before.
     container.ask("/?after");
     wait_until("the journal has the request", || {
         let last = container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered", "-n", "1"]);
-        last.expect("a journal").iter().all(|entry| entry.get("LOGGED_AT").is_none())
+        last.expect("journalctl succeeds").iter().all(|entry| entry.get("LOGGED_AT").is_none())
     });
-    assert_eq!(container.show("MainPID").expect("a pid"), pid);
-    assert_eq!(container.show("NRestarts").expect("a count"), "0");
+    assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid);
+    assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
 /// Whether the service manager is told of the service while journald is stopped.
 fn reported_while_stopped(container: &Container, pid: &str) -> bool {
-    let status = container.show("StatusText").expect("a status");
-    container.show("MainPID").expect("a pid") == *pid && status.starts_with("serving on ")
+    let status = container.show("StatusText").expect("systemctl show succeeds");
+    container.show("MainPID").expect("systemctl show succeeds") == *pid && status.starts_with("serving on ")
 }
 
-fn restarts_and_reloads_while_journald_is_stopped_lose_nothing(systemd: Systemd) {
+fn restarts_and_reloads_while_journald_is_stopped_lose_no_request(systemd: Systemd) {
     let container = boot_logging_each_request(systemd);
     let _alone = exclusive_cpu();
     stall_journald(&container);
@@ -133,13 +134,13 @@ fn restarts_and_reloads_while_journald_is_stopped_lose_nothing(systemd: Systemd)
     signal_journald(&container, "CONT");
     wait_until("the last process's first entry", || {
         let started = container.journal(&["MESSAGE_ID=c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "GENERATION=5"]);
-        !started.expect("a journal").is_empty()
+        !started.expect("journalctl succeeds").is_empty()
     });
 }
 
-fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Systemd) {
+fn drain_report_is_logged_if_journald_resumes_during_the_drain(systemd: Systemd) {
     let container = boot_logging_each_request(systemd);
-    let main = container.show("MainPID").expect("a pid");
+    let main = container.show("MainPID").expect("systemctl show succeeds");
     let pid = format!("_PID={main}");
     {
         let _alone = exclusive_cpu();
@@ -147,23 +148,25 @@ fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Syst
     }
     let entries = |id: &str| {
         let id = format!("MESSAGE_ID={id}");
-        container.journal(&[&pid, &id]).expect("a journal")
+        container.journal(&[&pid, &id]).expect("journalctl succeeds")
     };
     container.inside(|| async {
         let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
-        slow.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na").await.expect("sent");
-        container.until("StatusText", |status| status.contains("1 in flight"));
+        slow.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na")
+            .await
+            .expect("the bytes are sent");
+        container.wait_for_property("StatusText", |status| status.contains("1 in flight"));
         container
             .run(&["systemctl", "restart", "--no-block", &container.unit("service")])
-            .expect("a restart");
-        container.until("StatusText", |status| status.starts_with("draining: "));
+            .expect("the restart succeeds");
+        container.wait_for_property("StatusText", |status| status.starts_with("draining: "));
         signal_journald(&container, "CONT");
         wait_until("the beginning of the drain", || !entries("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22").is_empty());
-        slow.send(b"b").await.expect("sent");
-        assert_eq!(slow.answer().await.expect("an answer").text(), "ab");
+        slow.send(b"b").await.expect("the bytes are sent");
+        assert_eq!(slow.answer().await.expect("the request is answered").text(), "ab");
         // Until it ends, the old process may still answer.
-        container.until("MainPID", |now| now != main && now != "0");
-        let next = slow.ask(&get("/")).await.expect("the same connection goes on").text();
+        container.wait_for_property("MainPID", |now| now != main && now != "0");
+        let next = slow.ask(&get("/")).await.expect("the connection is still open").text();
         assert!(next.contains("generation 2"), "{next}");
     });
     wait_until("the end of the drain", || {
@@ -175,9 +178,9 @@ fn a_journald_that_is_back_during_a_drain_has_the_end_of_the_drain(systemd: Syst
     assert_eq!(reports_of_dropped(&container).len(), 1);
 }
 
-fn a_stopped_pid_1_holds_up_no_request(systemd: Systemd) {
+fn a_stopped_pid_1_delays_no_request(systemd: Systemd) {
     let container = boot_logging_each_request(systemd);
-    let pid = container.show("MainPID").expect("a pid");
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
     let _alone = exclusive_cpu();
     let running = Load::paced(&Container::target()).start(container.enter());
     container.signal_pid_1(Signal::STOP);
@@ -192,32 +195,35 @@ fn a_stopped_pid_1_holds_up_no_request(systemd: Systemd) {
     // It is told how the service is doing, as before.
     let answered =
         |status: &str| status.split(", ").last().and_then(|count| count.split(' ').next()?.parse().ok());
-    container
-        .until("StatusText", |status| answered(status).is_some_and(|count: u64| count >= report.answered));
-    assert_eq!(container.show("MainPID").expect("a pid"), pid);
-    assert_eq!(container.show("NRestarts").expect("a count"), "0");
+    container.wait_for_property("StatusText", |status| {
+        answered(status).is_some_and(|count: u64| count >= report.answered)
+    });
+    assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid);
+    assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
 /// On cgroups of version 2, which this machine need not have.
 #[test]
-fn a_service_that_is_frozen_for_longer_than_the_watchdog_allows_goes_on_with_its_connections() {
+fn service_frozen_longer_than_the_watchdog_time_keeps_its_connections() {
     let container = boot(Systemd::V257);
     let service = container.unit("service");
     container.inside(|| async {
         let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
-        let before = idle.ask(&get("/")).await.expect("an answer").text();
+        let before = idle.ask(&get("/")).await.expect("the request is answered").text();
         let mut busy = Connection::open(&Container::target()).await.expect("the port is open");
-        busy.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na").await.expect("sent");
-        container.until("StatusText", |status| status.contains("1 in flight"));
-        container.run(&["systemctl", "freeze", &service]).expect("frozen");
+        busy.send(b"POST /echo HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\na")
+            .await
+            .expect("the bytes are sent");
+        container.wait_for_property("StatusText", |status| status.contains("1 in flight"));
+        container.run(&["systemctl", "freeze", &service]).expect("the service is frozen");
         std::thread::sleep(WATCHDOG * 2);
-        assert_eq!(container.show("FreezerState").expect("a state"), "frozen");
-        container.run(&["systemctl", "thaw", &service]).expect("thawed");
-        busy.send(b"b").await.expect("sent");
-        assert_eq!(busy.answer().await.expect("an answer").text(), "ab");
-        assert_eq!(idle.ask(&get("/")).await.expect("an answer").text(), before);
+        assert_eq!(container.show("FreezerState").expect("systemctl show succeeds"), "frozen");
+        container.run(&["systemctl", "thaw", &service]).expect("the service is thawed");
+        busy.send(b"b").await.expect("the bytes are sent");
+        assert_eq!(busy.answer().await.expect("the request is answered").text(), "ab");
+        assert_eq!(idle.ask(&get("/")).await.expect("the request is answered").text(), before);
     });
-    assert_eq!(container.show("NRestarts").expect("a count"), "0");
+    assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
 /// Asks again and again for a while; each request is answered.
@@ -234,8 +240,8 @@ fn fill_notify_socket(path: &Path) {
     // No more than the kernel lets wait there (net.unix.max_dgram_qlen).
     for _ in 0..100_000 {
         // A socket for each, because a sender has a limit of its own.
-        let socket = UnixDatagram::unbound().expect("a socket");
-        socket.set_nonblocking(true).expect("set");
+        let socket = UnixDatagram::unbound().expect("the socket is created");
+        socket.set_nonblocking(true).expect("the socket is made non-blocking");
         if socket.send_to(b"STATUS=not of this service", path).is_err() {
             return;
         }
@@ -244,30 +250,30 @@ fn fill_notify_socket(path: &Path) {
 }
 
 #[test]
-fn a_service_manager_that_never_reads_holds_up_neither_requests_nor_the_end() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn unread_notify_socket_delays_neither_requests_nor_the_exit() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let path = folder.path().join("notify");
-    let _unread = UnixDatagram::bind(&path).expect("a socket");
+    let _unread = UnixDatagram::bind(&path).expect("the socket is created");
     fill_notify_socket(&path);
     let address = testkit::free_address();
     let mut command = command(app_binary(), &["--listen", &address.to_string()]);
     let mut process = Process::spawn(command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "100000"));
-    let process = process.as_mut().expect("a service");
+    let process = process.as_mut().expect("the service starts");
     wait_until("it listens", || TcpStream::connect(address).is_ok());
     block_on(async {
-        let mut connection = Connection::open(&Target::Tcp(address)).await.expect("it listens");
+        let mut connection = Connection::open(&Target::Tcp(address)).await.expect("the service listens");
         // Longer than a status line and the watchdog have to be sent again and again.
         for _ in 0..40 {
-            connection.ask(&get("/sleep?duration=100ms")).await.expect("an answer");
+            connection.ask(&get("/sleep?duration=100ms")).await.expect("the request is answered");
         }
         let request = b"POST /echo HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 1\r\n\r\n";
-        connection.send(request).await.expect("sent");
-        assert_eq!(connection.head().await.expect("it is in flight").status, 100);
+        connection.send(request).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("the request is in flight").status, 100);
         process.signal(Signal::TERM);
-        connection.send(b"a").await.expect("sent");
-        assert_eq!(connection.answer().await.expect("an answer").text(), "a");
+        connection.send(b"a").await.expect("the bytes are sent");
+        assert_eq!(connection.answer().await.expect("the request is answered").text(), "a");
     });
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }
 
 /// Serves requests, each of which is logged to a standard error that is not read, until messages are dropped; gives
@@ -282,28 +288,28 @@ fn drop_messages(http: &Target, admin: &Target) -> u64 {
 
 fn metrics_of(admin: &Target) -> u64 {
     block_on(async {
-        let mut connection = Connection::open(admin).await.expect("it listens");
-        count_of_dropped(&connection.ask(&get("/metrics")).await.expect("an answer").text())
+        let mut connection = Connection::open(admin).await.expect("the service listens");
+        count_of_dropped(&connection.ask(&get("/metrics")).await.expect("the request is answered").text())
     })
 }
 
 #[test]
-fn a_pipe_that_is_never_read_holds_up_neither_requests_nor_the_end() {
-    let mut service = TlsService::start(app_binary(), &["--log", EACH_REQUEST]).expect("a service");
+fn unread_stderr_pipe_delays_neither_requests_nor_the_exit() {
+    let mut service = TlsService::start(app_binary(), &["--log", EACH_REQUEST]).expect("the service starts");
     drop_messages(&Target::Tcp(service.http), &service.admin());
-    service.terminate().expect("it ends");
-    assert!(service.process.wait().expect("an end").success());
+    service.terminate().expect("the drain begins");
+    assert!(service.process.wait().expect("the process ends").success());
 }
 
 #[test]
-fn a_pipe_that_is_read_late_has_whole_lines_and_the_number_of_those_dropped() {
-    let mut service = TlsService::start(app_binary(), &["--log", EACH_REQUEST]).expect("a service");
+fn stderr_pipe_read_late_has_complete_lines_and_the_number_of_dropped_ones() {
+    let mut service = TlsService::start(app_binary(), &["--log", EACH_REQUEST]).expect("the service starts");
     drop_messages(&Target::Tcp(service.http), &service.admin());
-    let stderr = service.process.child().stderr.take().expect("piped");
-    let mut lines = BufReader::new(stderr).lines().map(|line| line.expect("text"));
+    let stderr = service.process.child().stderr.take().expect("the stream is piped");
+    let mut lines = BufReader::new(stderr).lines().map(|line| line.expect("the text is UTF-8"));
     let mut read = Vec::new();
     let report = loop {
-        let line = lines.next().expect("it runs");
+        let line = lines.next().expect("the process runs");
         if line.contains("log messages were dropped") {
             break line;
         }
@@ -311,10 +317,10 @@ fn a_pipe_that_is_read_late_has_whole_lines_and_the_number_of_those_dropped() {
     };
     let dropped = metrics_of(&service.admin());
     assert!(report.contains(&format!(" {dropped} log messages were dropped")), "{dropped}: {report}");
-    service.terminate().expect("it ends");
+    service.terminate().expect("the drain begins");
     let rest: Vec<_> = lines.collect();
-    assert!(service.process.wait().expect("an end").success());
-    let last = rest.last().expect("lines");
+    assert!(service.process.wait().expect("the process ends").success());
+    let last = rest.last().expect("the log has lines");
     assert!(last.contains("handed over 0 connections"), "{last}");
     assert!(!rest.iter().any(|line| line.contains("were dropped")), "one report: {rest:?}");
     // Not always the first: requests are served from READY=1 on, just before it.
@@ -326,32 +332,32 @@ fn a_pipe_that_is_read_late_has_whole_lines_and_the_number_of_those_dropped() {
 }
 
 #[test]
-fn a_start_that_fails_ends_where_its_standard_error_is_not_read() {
+fn failed_start_exits_while_its_stderr_pipe_is_full() {
     let (_unread, full) = full_pipe();
     let mut command = command(app_binary(), &["--idle-timeout", "soon"]);
-    let mut process = Process::spawn(command.stderr(full)).expect("a process");
-    assert_eq!(process.wait().expect("an end").code(), Some(78));
+    let mut process = Process::spawn(command.stderr(full)).expect("the process starts");
+    assert_eq!(process.wait().expect("the process ends").code(), Some(78));
 }
 
 /// A pipe into which nothing fits.
 fn full_pipe() -> (std::io::PipeReader, PipeWriter) {
-    let (reader, mut writer) = std::io::pipe().expect("a pipe");
-    rustix::io::ioctl_fionbio(&writer, true).expect("set");
+    let (reader, mut writer) = std::io::pipe().expect("the pipe is created");
+    rustix::io::ioctl_fionbio(&writer, true).expect("the ioctl succeeds");
     while writer.write(&[b'x'; 4096]).is_ok() {}
-    rustix::io::ioctl_fionbio(&writer, false).expect("set");
+    rustix::io::ioctl_fionbio(&writer, false).expect("the ioctl succeeds");
     (reader, writer)
 }
 
 #[test]
-fn the_last_line_of_a_start_that_fails_is_written_to_a_non_blocking_pipe() {
+fn failed_start_writes_its_error_to_a_non_blocking_pipe() {
     // Each pipe end inherits it: a parent that reads and writes without waiting.
-    let (reader, writer) = std::io::pipe().expect("a pipe");
-    rustix::io::ioctl_fionbio(&writer, true).expect("set");
+    let (reader, writer) = std::io::pipe().expect("the pipe is created");
+    rustix::io::ioctl_fionbio(&writer, true).expect("the ioctl succeeds");
     let mut command = command(app_binary(), &["--idle-timeout", "soon"]);
-    let mut process = Process::spawn(command.stderr(writer)).expect("a process");
+    let mut process = Process::spawn(command.stderr(writer)).expect("the process starts");
     drop(command);
-    assert_eq!(process.wait().expect("an end").code(), Some(78));
-    let said = std::io::read_to_string(reader).expect("text");
+    assert_eq!(process.wait().expect("the process ends").code(), Some(78));
+    let said = std::io::read_to_string(reader).expect("the file is readable");
     assert!(said.starts_with(&format!("{NAME}: invalid value 'soon' for '--idle-timeout")), "{said}");
 }
 
@@ -359,8 +365,8 @@ const CTRL_S: &[u8] = b"\x13";
 const CTRL_Q: &[u8] = b"\x11";
 
 #[test]
-fn a_stopped_terminal_holds_up_no_request() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn stopped_terminal_delays_no_request() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let address = testkit::free_address();
     let admin = folder.path().join("admin.sock");
     // script(1) gives it a terminal; where that ends early, the service ends too.
@@ -370,23 +376,23 @@ fn a_stopped_terminal_holds_up_no_request() {
         admin.display()
     );
     let mut script = command("script", &["--quiet", "--return", "--command", &run, "/dev/null"]);
-    let mut process = Process::spawn(script.stdin(Stdio::piped())).expect("script(1)");
-    let mut keys: ChildStdin = process.child().stdin.take().expect("piped");
-    let shown = BufReader::new(process.child().stdout.take().expect("piped"));
-    let mut shown = shown.lines().map(|line| line.expect("text"));
+    let mut process = Process::spawn(script.stdin(Stdio::piped())).expect("script(1) starts");
+    let mut keys: ChildStdin = process.child().stdin.take().expect("the stream is piped");
+    let shown = BufReader::new(process.child().stdout.take().expect("the stream is piped"));
+    let mut shown = shown.lines().map(|line| line.expect("the text is UTF-8"));
     assert!(shown.any(|line| line.contains("serving on ")));
     let (http, admin) = (Target::Tcp(address), Target::Unix(admin));
-    keys.write_all(CTRL_S).expect("typed");
+    keys.write_all(CTRL_S).expect("the key is sent");
     drop_messages(&http, &admin);
-    keys.write_all(CTRL_Q).expect("typed");
-    let report = shown.find(|line| line.contains("log messages were dropped")).expect("a report");
+    keys.write_all(CTRL_Q).expect("the key is sent");
+    let report = shown.find(|line| line.contains("log messages were dropped")).expect("the report is logged");
     assert!(report.contains(&format!(" {} log messages", metrics_of(&admin))), "{report}");
     let pid = block_on(async {
-        let mut connection = Connection::open(&http).await.expect("it listens");
-        connection.ask(&get("/")).await.expect("an answer").text()
+        let mut connection = Connection::open(&http).await.expect("the service listens");
+        connection.ask(&get("/")).await.expect("the request is answered").text()
     });
-    let pid = pid.trim_start_matches("pid ").split(',').next().expect("a pid");
-    terminate(pid).expect("it runs");
+    let pid = pid.trim_start_matches("pid ").split(',').next().expect("the value is a pid");
+    terminate(pid).expect("the process runs");
     assert!(shown.any(|line| line.contains("handed over 0 connections")));
-    assert!(process.wait().expect("an end").success());
+    assert!(process.wait().expect("the process ends").success());
 }

@@ -16,7 +16,7 @@ const NEW_NAME: &str = "shop-front";
 const COMPILED: Duration = Duration::from_secs(900);
 
 fn run(command: &mut Command) -> String {
-    let output = command.output().expect("started");
+    let output = command.output().expect("the command runs");
     let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(output.status.success(), "{command:?}: {said}");
     said
@@ -40,15 +40,15 @@ fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
 }
 
 #[test]
-fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn copy_is_small_and_does_not_contain_the_old_name() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let copied = folder.path().join("copy");
     copy(&copied);
     // `app.rs` and `app::` are the service's own file, not the package; the library has an example of that name.
     let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
     let mut grep = Command::new("grep");
     let found = grep.args(["-rnP", "--exclude-dir=outlive", &words, "."]).current_dir(&copied).output();
-    assert_eq!(String::from_utf8_lossy(&found.expect("grep").stdout), "");
+    assert_eq!(String::from_utf8_lossy(&found.expect("grep runs").stdout), "");
     for kind in ["service", "socket"] {
         assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
         assert!(!copied.join(format!("systemd/{NAME}.{kind}")).exists());
@@ -58,12 +58,12 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
         "-c",
         "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
     ]);
-    let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("a number");
+    let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("the value is a number");
     assert!(lines < 700, "{lines} lines");
 }
 
 #[test]
-fn code_in_the_documents_is_code_of_the_examples() {
+fn code_in_documents_is_taken_from_examples() {
     let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
     for (document, example) in [
         ("README.md", "outlive/examples/minimal.rs"),
@@ -79,12 +79,12 @@ fn code_in_the_documents_is_code_of_the_examples() {
 }
 
 #[test]
-fn each_test_that_the_security_document_names_is_there() {
-    let read = |path: &Path| std::fs::read_to_string(path).expect("a file");
+fn each_test_named_in_security_md_exists() {
+    let read = |path: &Path| std::fs::read_to_string(path).expect("the file is readable");
     let folders = ["e2e/process/tests/process", "e2e/systemd/tests/systemd", "e2e/systemd/tests"];
     let sources: String = folders
         .iter()
-        .flat_map(|folder| std::fs::read_dir(Path::new(FOLDER).join(folder)).expect("the tests"))
+        .flat_map(|folder| std::fs::read_dir(Path::new(FOLDER).join(folder)).expect("the folder is readable"))
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.is_file())
         .map(|path| read(&path))
@@ -111,7 +111,7 @@ fn in_copy(copied: &Path, command: &[&str]) -> Command {
 }
 
 #[test]
-fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library() {
+fn copy_passes_test_and_check_before_and_after_make_update() {
     let (copied, _alone) = copy_to_compile();
     let make = |goal: &[&str]| run(&mut in_copy(&copied, &[&["make", "--silent"], goal].concat()));
     let sh = |script: &str| run(&mut in_copy(&copied, &["sh", "-ec", script]));
@@ -125,7 +125,7 @@ fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library(
     );
     sh(&format!("sed -i 's/^WatchdogSec=.*/WatchdogSec=20s/' systemd/{NEW_NAME}.service"));
     let mut dirty = in_copy(&copied, &["make", "--silent", "update", &format!("FROM={FOLDER}")]);
-    let refused = dirty.output().expect("make");
+    let refused = dirty.output().expect("make runs");
     assert!(!refused.status.success(), "a tree with changes is left alone");
     sh("git -c user.name=x -c user.email=x commit --quiet --all --message=mine");
     // An older library, as this repository's had been.
@@ -147,10 +147,10 @@ fn make_dev_reloads_after_a_change_and_keeps_connections() {
     run(&mut in_copy(&copied, &["cargo", "build"]));
     let mut make = make(&copied, &["dev", &format!("DEV={address}")]);
     make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target"));
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    make.stderr(log.reopen().expect("a file"));
-    let mut make = Process::spawn(&mut make).expect("make dev");
-    let log = || std::fs::read_to_string(log.path()).expect("text");
+    let log = tempfile::NamedTempFile::new().expect("the file is created");
+    make.stderr(log.reopen().expect("the file is created"));
+    let mut make = Process::spawn(&mut make).expect("make dev starts");
+    let log = || std::fs::read_to_string(log.path()).expect("the file is readable");
     let target = Target::Tcp(address);
     let mut kept = None;
     testkit::wait_until_within(COMPILED, "the first start", || {
@@ -159,8 +159,9 @@ fn make_dev_reloads_after_a_change_and_keeps_connections() {
     });
     drop(kept);
     // The connection belongs to this runtime, so all requests are sent on it.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let mut kept = runtime.block_on(Connection::open(&target)).expect("it listens");
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("the runtime is built");
+    let mut kept = runtime.block_on(Connection::open(&target)).expect("the service listens");
     let mut answer = || {
         let answer = runtime.block_on(kept.ask(&get("/"))).expect("the connection is still open");
         assert!(!answer.closes(), "the connection may be used again");
@@ -168,10 +169,10 @@ fn make_dev_reloads_after_a_change_and_keeps_connections() {
     };
     assert!(answer().starts_with("pid "));
     let routes = copied.join("src/app.rs");
-    let source = std::fs::read_to_string(&routes).expect("the routes");
+    let source = std::fs::read_to_string(&routes).expect("the file is readable");
     let write = |to: &str| {
         testkit::wait_until("the sources are watched", || is_watched(&make));
-        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("written");
+        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("the file is written");
     };
     // A build that fails leaves the old process.
     write("PID {pid");
@@ -190,14 +191,15 @@ fn make_dev_reloads_after_a_change_and_keeps_connections() {
     assert!(changed.contains("generation 2,"), "a reload, and no restart: {changed}");
     // The end of `make dev` ends the service too.
     make.signal(Signal::TERM);
-    assert!(!make.wait().expect("it ends").success());
+    assert!(!make.wait().expect("the process ends").success());
     testkit::wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
 }
 
 /// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed before.
 fn is_watched(make: &Process) -> bool {
     let group = make.pid().as_raw_nonzero().to_string();
-    let processes = std::fs::read_dir("/proc").expect("processes").flatten().map(|entry| entry.path());
+    let processes =
+        std::fs::read_dir("/proc").expect("the folder is readable").flatten().map(|entry| entry.path());
     processes.into_iter().any(|process| {
         // A process may end while it is looked at.
         let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
@@ -214,19 +216,19 @@ fn is_watched(make: &Process) -> bool {
 }
 
 #[test]
-fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
+fn invalid_name_or_folder_is_refused_by_make_new() {
     for (name, folder) in
         [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
     {
         let mut make = make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]);
-        let refused = make.output().expect("make");
+        let refused = make.output().expect("make runs");
         assert!(!refused.status.success(), "NAME={name} DIR={folder}");
     }
 }
 
 #[test]
-fn uninstall_removes_all_that_install_brought() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn uninstall_removes_each_installed_file() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let make = |goal: &str| {
         let mut make = make(FOLDER, &[goal, "PREFIX=/usr"]);
         make.arg(format!("DESTDIR={}", folder.path().display()));

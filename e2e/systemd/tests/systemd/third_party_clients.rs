@@ -27,20 +27,20 @@ const LIMIT: &str = "300";
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections
-    nghttp_gets_all_that_it_asked_for
+    nghttp_receives_all_responses
     go_keeps_its_connections
     httpx_keeps_its_connection
     grpcio_keeps_its_channel
 }
 
 fn boot(systemd: Systemd, binary: &str) -> Container {
-    Container::boot(systemd, Package { binary, ..app_package() }).expect("a container")
+    Container::boot(systemd, Package { binary, ..app_package() }).expect("the container boots")
 }
 
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = boot(systemd, app_binary());
-    container.speak_tls(certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
+    container.enable_tls(certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
     container
 }
 
@@ -60,28 +60,28 @@ impl Client {
         let name = command.join(" ");
         let mut command = container.outside(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut process = Process::spawn(&mut command).expect("a client");
+        let mut process = Process::spawn(&mut command).expect("the client starts");
         let child = process.child();
         let stdin = child.stdin.take();
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let mut stderr = child.stderr.take().expect("piped");
+        let stdout = BufReader::new(child.stdout.take().expect("the stream is piped"));
+        let mut stderr = child.stderr.take().expect("the stream is piped");
         let (tell, lines) = channel();
         std::thread::spawn(move || {
             for line in stdout.lines() {
                 // Nobody listens any more after a test has failed.
-                let _ = tell.send(line.expect("text"));
+                let _ = tell.send(line.expect("the text is UTF-8"));
             }
         });
         let complaints = std::thread::spawn(move || {
             let mut text = Vec::new();
-            stderr.read_to_end(&mut text).expect("read");
+            stderr.read_to_end(&mut text).expect("the output is readable");
             String::from_utf8_lossy(&text).into_owned()
         });
         Self { name, process, stdin, lines, heard: Vec::new(), complaints }
     }
 
     fn runs(&mut self) -> bool {
-        !self.process.ends_within(Duration::ZERO).expect("a look")
+        !self.process.ends_within(Duration::ZERO).expect("the process can be polled")
     }
 
     /// Waits until it has written so many lines that are `wanted`.
@@ -96,7 +96,7 @@ impl Client {
     /// Waits until a request that begins now is answered; of a client that takes such a question.
     fn is_answered(&mut self) {
         let before = self.heard.iter().filter(|line| *line == "answered").count();
-        self.stdin.as_mut().expect("open").write_all(b"\n").expect("it listens");
+        self.stdin.as_mut().expect("the socket is active").write_all(b"\n").expect("the service listens");
         self.wait_for("answered", before + 1);
     }
 
@@ -105,7 +105,8 @@ impl Client {
         drop(self.stdin.take());
         let status = self.process.wait().unwrap_or_else(|error| panic!("{}: {error:#}", self.name));
         self.heard.extend(self.lines.iter());
-        let (said, complaints) = (self.heard.join("\n"), self.complaints.join().expect("text"));
+        let (said, complaints) =
+            (self.heard.join("\n"), self.complaints.join().expect("the thread does not panic"));
         assert!(complaints.is_empty() && !said.is_empty(), "{}: {status}: {said}{complaints}", self.name);
         said
     }
@@ -114,9 +115,9 @@ impl Client {
     fn counted(self) -> Vec<u64> {
         let name = self.name.clone();
         let said = self.said();
-        let last = said.lines().next_back().expect("a line");
+        let last = said.lines().next_back().expect("a line is printed");
         eprintln!("{name}: {last}");
-        last.split_whitespace().map(|number| number.parse().expect("a number")).collect()
+        last.split_whitespace().map(|number| number.parse().expect("the value is a number")).collect()
     }
 }
 
@@ -137,7 +138,7 @@ fn under(container: &Container, clients: &mut [Client], mut look: impl FnMut(&mu
 /// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again, and
 /// for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends well.
 /// They are at work when there are so many connections to both ports.
-fn over_runs(
+fn restart_during_runs(
     container: &Container,
     wanted: usize,
     connected: usize,
@@ -169,10 +170,10 @@ fn over_runs(
 /// They never connect again: with a connection that ended all its requests would fail. Many streams on each, with
 /// windows of 64 KiB and of 16 MiB; answers, and bodies that are sent back; in the clear and over TLS.
 fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let body = container.path("run/body");
-    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("written");
+    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("the file is written");
     let data = format!("--data={}", body.display());
     let (echo, tls_echo) = (format!("{PLAIN}/echo"), format!("{TLS}/echo"));
     let loads: [&[&str]; 6] = [
@@ -191,14 +192,19 @@ fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
         let duration = format!("--duration={seconds}");
         let many = format!("{TLS}/sleep?duration=5ms&n=[1-{}]", requests(seconds));
         let curl = ["curl", "--silent", "--max-time", "120", "--output", "/dev/null", "--write-out"];
-        let what = ["%{response_code} %{num_connects}\n", &many, "--cacert", chain.to_str().expect("a path")];
+        let what = [
+            "%{response_code} %{num_connects}\n",
+            &many,
+            "--cacert",
+            chain.to_str().expect("the path is UTF-8"),
+        ];
         let loads = loads.map(|load| [&["h2load", &duration], load].concat());
         let curls = versions.map(|version| [&curl, &what[..], version].concat());
         loads.iter().chain(&curls).map(|command| Client::start(&container, command)).collect()
     };
     // More connections than the runs of one that is never told to close.
     let mut connected_again = 0;
-    over_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
+    restart_during_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
         let curls = clients.split_off(loads.len());
         for load in clients {
             let said = load.said();
@@ -223,8 +229,8 @@ fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
 }
 
 /// A hundred streams at once on each connection: they are in flight when the reload begins and when the restart does.
-fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+fn nghttp_receives_all_responses(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let start = |seconds: u64| {
         let client = |origin: &str| {
@@ -236,7 +242,7 @@ fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
         };
         [PLAIN, TLS].map(client).into()
     };
-    over_runs(&container, 2, 2, start, |_, clients| {
+    restart_during_runs(&container, 2, 2, start, |_, clients| {
         for client in clients {
             let said = client.said();
             let is_answer = |line: &&str| line.contains(" 200 ") && line.contains("/sleep?");
@@ -247,11 +253,12 @@ fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
 
 /// net/http, of a Go that keeps to what it has acknowledged (RFC 7541 section 4.2, 1.20 on); over TLS.
 fn go_keeps_its_connections(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let (client, chain) = (Path::new(FOLDER).join("target/tools/bin/go-client"), certificate.chain());
     assert!(client.is_file(), "{}: make target/tools/bin/go-client", client.display());
-    let (client, chain) = (client.to_str().expect("a path"), chain.to_str().expect("a path"));
+    let (client, chain) =
+        (client.to_str().expect("the path is UTF-8"), chain.to_str().expect("the path is UTF-8"));
     let url = format!("{TLS}/echo");
     let mut clients = ["HTTP/1.1", "HTTP/2.0"]
         .map(|protocol| Client::start(&container, &[client, &url, LIMIT, protocol, chain]));
@@ -267,10 +274,10 @@ fn go_keeps_its_connections(systemd: Systemd) {
 }
 
 fn httpx_keeps_its_connection(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let (script, chain) = (format!("{FOLDER}/e2e/systemd/clients/httpx-client.py"), certificate.chain());
-    let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("a path"));
+    let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("the path is UTF-8"));
     let mut clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
         Client::start(&container, &["/usr/bin/python3", &script, &url, LIMIT, protocol, chain])
     });
@@ -287,9 +294,9 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     let mut build = Command::new(env!("CARGO"));
     build.args(["build", "--quiet", "--workspace", "--example", "grpc"]).current_dir(FOLDER);
     without_cargo(&mut build);
-    assert!(build.status().expect("cargo").success());
+    assert!(build.status().expect("cargo runs").success());
     let examples = Path::new(app_binary()).with_file_name("examples");
-    let container = boot(systemd, examples.join("grpc").to_str().expect("a path"));
+    let container = boot(systemd, examples.join("grpc").to_str().expect("the path is UTF-8"));
     let Target::Tcp(address) = Container::target() else { panic!("TCP") };
     let script = format!("{FOLDER}/e2e/systemd/clients/grpcio-client.py");
     let mut clients =
@@ -315,7 +322,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
 /// The clients' ends of the established connections to a port (proc(5)).
 pub fn connections(container: &Container, port: u16) -> Vec<String> {
     const ESTABLISHED: &str = "01";
-    let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the kernel's tables");
+    let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the tables are readable");
     let rows = tables.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
     let port = format!(":{port:04X}");
     rows.filter(|row| row[2].ends_with(&port) && row[3] == ESTABLISHED).map(|row| row[1].to_owned()).collect()

@@ -11,8 +11,8 @@ use crate::{NAME, app_package};
 
 on_each_systemd! {
     declined_upgrades_keep_their_connections_over_parking_restart_and_reload
-    an_upgrade_that_a_slow_route_declines_after_the_drain_began_keeps_its_connection
-    curl_that_offers_http_2_with_each_request_keeps_its_connection_over_a_restart
+    upgrade_declined_by_a_slow_route_during_a_drain_keeps_its_connection
+    curl_offering_h2c_keeps_its_connection_over_restart_and_reload
 }
 
 fn with_upgrade(line: &str, headers: &str) -> Vec<u8> {
@@ -40,15 +40,15 @@ fn declined() -> Vec<Vec<u8>> {
 }
 
 fn declined_upgrades_keep_their_connections_over_parking_restart_and_reload(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    container.start_socket("admin").expect("a socket");
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.start_socket("admin").expect("the socket unit starts");
     container.inside(|| async {
         let mut connections = Vec::new();
         for request in declined() {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-            connection.send(&request).await.expect("sent");
+            connection.send(&request).await.expect("the bytes are sent");
             for _ in 0..request.windows(4).filter(|four| four == b"\r\n\r\n").count() {
-                let answer = connection.answer().await.expect("an answer");
+                let answer = connection.answer().await.expect("the request is answered");
                 assert!(answer.status != 101 && !answer.closes(), "{}", answer.status);
             }
             connections.push((request, connection));
@@ -56,7 +56,7 @@ fn declined_upgrades_keep_their_connections_over_parking_restart_and_reload(syst
         let count = connections.len();
         for verb in ["restart", "reload", "reload", "restart"] {
             wait_until_parked(&container, count);
-            container.systemctl(verb).expect("the verb");
+            container.systemctl(verb).expect("systemctl succeeds");
             for (request, connection) in &mut connections {
                 let what = String::from_utf8_lossy(request).into_owned();
                 let answer =
@@ -71,41 +71,44 @@ fn wait_until_parked(container: &Container, count: usize) {
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     wait_until("the connections are parked", || {
         let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
-        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl").stdout;
+        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl runs").stdout;
         String::from_utf8_lossy(&metrics)
             .contains(&format!("\noutlive_connections{{stage=\"parked\"}} {count}\n"))
     });
 }
 
-fn an_upgrade_that_a_slow_route_declines_after_the_drain_began_keeps_its_connection(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
+fn upgrade_declined_by_a_slow_route_during_a_drain_keeps_its_connection(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.ask("/");
     for verb in ["restart", "reload"] {
         container.inside(|| async {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
             let headers = "connection: upgrade\r\nupgrade: websocket\r\n";
-            connection.send(&with_upgrade("GET /sleep?duration=1s", headers)).await.expect("sent");
-            container.systemctl(verb).expect("the verb");
-            let answer = connection.answer().await.expect("an answer");
+            connection
+                .send(&with_upgrade("GET /sleep?duration=1s", headers))
+                .await
+                .expect("the bytes are sent");
+            container.systemctl(verb).expect("systemctl succeeds");
+            let answer = connection.answer().await.expect("the request is answered");
             assert!(answer.status == 200 && !answer.closes(), "{}", answer.status);
-            let answer = connection.ask(&get("/")).await.expect("an answer of the next process");
+            let answer = connection.ask(&get("/")).await.expect("the next process answers");
             assert!(answer.status == 200 && !answer.closes(), "{}", answer.status);
         });
     }
 }
 
-fn curl_that_offers_http_2_with_each_request_keeps_its_connection_over_a_restart(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
+fn curl_offering_h2c_keeps_its_connection_over_restart_and_reload(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.ask("/");
     let sleep = "http://127.0.0.1:8080/sleep?duration=1s";
     let mut curl =
         container.outside(&["curl", "--http2", "--silent", "--show-error", "--fail", "--max-time", "120"]);
     let curl = curl.args(["--write-out", "\nconnects %{num_connects}\n", sleep, sleep, sleep]);
-    let curl = curl.stdout(Stdio::piped()).spawn().expect("curl");
+    let curl = curl.stdout(Stdio::piped()).spawn().expect("curl runs");
     for verb in ["restart", "reload"] {
-        container.systemctl(verb).expect("the verb");
+        container.systemctl(verb).expect("systemctl succeeds");
     }
-    let output = curl.wait_with_output().expect("curl's end");
+    let output = curl.wait_with_output().expect("curl ends");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}");
     let connects: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("connects ")).collect();
