@@ -1,4 +1,5 @@
-//! Binaries for tests in other packages than theirs: cargo sets `CARGO_BIN_EXE_...` only for the tests of the same package.
+//! Binaries of other packages. Cargo sets `CARGO_BIN_EXE_...` only for tests of the same package, so these are built
+//! here.
 
 use std::path::Path;
 use std::process::Command;
@@ -12,7 +13,7 @@ use crate::process::without_cargo;
 /// The root of the repository, whose workspace has the service.
 pub const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
 
-/// The package `name` of the root workspace, with its binary: the debug one, or under `cargo test --release` the release.
+/// The package `name` of the root workspace with its binary, of the debug or the release profile like the test itself.
 pub fn root_package(name: &'static str) -> Package<'static> {
     static BINARY: OnceLock<String> = OnceLock::new();
     // With the same features as `cargo test --workspace`: cargo unifies those of dev-dependencies only if it builds
@@ -23,8 +24,8 @@ pub fn root_package(name: &'static str) -> Package<'static> {
     Package { name, binary, folder: ROOT }
 }
 
-/// Runs `cargo build` in `folder`, so that no test uses a binary that is older than its sources; gives the path of the
-/// executable `name`.
+/// Runs `cargo build` in `folder` and returns the path of the executable `name`. It always runs, because otherwise a
+/// test could use a binary that is older than its sources.
 pub fn build(folder: &Path, arguments: &[&str], name: &str) -> String {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
