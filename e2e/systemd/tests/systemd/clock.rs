@@ -1,4 +1,4 @@
-//! The clock on the wall, set an hour forth and back: no time limit goes by it.
+//! The wall clock is set an hour forward and back while the service runs. No time limit may depend on it.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -14,10 +14,11 @@ use testkit::tls_service::{Client, TlsService};
 
 use crate::{NAME, app_binary};
 
-/// Nearly: the tests take some time.
+/// A little less than an hour, because the test itself takes time.
 const HOUR: Duration = Duration::from_secs(3540);
 
-/// A clock that the service alone goes by, since there is one for all that runs on a machine (`libfaketime`).
+/// A wall clock for the service alone, by `libfaketime`. Setting the clock of the machine would affect everything on
+/// it.
 struct Clock {
     folder: TempDir,
 }
@@ -39,7 +40,7 @@ impl Clock {
         clock
     }
 
-    /// The service, by this clock.
+    /// A script that starts the service with this clock.
     fn binary(&self) -> String {
         self.folder.path().join(NAME).to_str().expect("the path is UTF-8").to_owned()
     }
@@ -55,7 +56,7 @@ impl Clock {
     }
 }
 
-/// How far the clock that an answer was given by is from ours.
+/// How far the clock of the service is ahead of ours, according to the `date` of a response.
 async fn clock_lead(connection: &mut Connection) -> Duration {
     let answer = connection.ask(&get("/")).await.expect("the request is answered");
     let date = httpdate::parse_http_date(answer.header("date").expect("the date is valid"))
@@ -66,7 +67,7 @@ async fn clock_lead(connection: &mut Connection) -> Duration {
 #[test]
 fn setting_the_clock_closes_no_connection_and_cuts_off_no_request() {
     let clock = Clock::new();
-    // Far above what a round takes on a slow machine, and far below the hour.
+    // Far longer than a round takes on a slow machine, and far shorter than the hour.
     let limits = ["--idle-timeout", "10min", "--request-timeout", "10min"];
     let service = TlsService::start(&clock.binary(), &limits).expect("the service starts");
     block_on(async {

@@ -1,4 +1,4 @@
-//! curl and openssl as clients, without systemd.
+//! curl and openssl as clients of the binary, without systemd.
 
 use std::process::{Command, Stdio};
 
@@ -9,7 +9,7 @@ use testkit::tls_service::TlsService;
 
 use crate::app_binary;
 
-/// What curl prints, or its exit code.
+/// The standard output of curl, or its exit code.
 fn curl(arguments: &[&str]) -> Result<String, i32> {
     let output =
         Command::new("curl").args(["--silent", "--show-error", "--max-time", "120"]).args(arguments).output();
@@ -41,7 +41,7 @@ fn curl_is_answered_on_each_listener_in_each_protocol() {
     // Each listener has its own routes.
     assert_eq!(ask(&socket, "http://localhost/echo").as_deref(), Ok("1.1 404"));
     assert_eq!(ask(&[], &format!("{http}metrics")).as_deref(), Ok("1.1 404"));
-    // A certificate that nobody vouches for is not trusted: the handshake is a real one.
+    // Without --cacert curl refuses the certificate (exit code 60), so it did verify it above.
     assert_eq!(curl(&[&https]), Err(60));
 }
 
@@ -57,7 +57,7 @@ fn http_1_and_http_2_are_served_on_the_same_port() {
 #[test]
 fn too_large_a_head_is_refused_over_http_2() {
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
-    // curl itself sends no more than 64 KiB.
+    // Above the limit of HTTP/2 and below that of HTTP/1.1; curl itself sends no header above 64 KiB.
     let large = "x".repeat(40 * 1024);
     for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
         let output = Command::new("curl")

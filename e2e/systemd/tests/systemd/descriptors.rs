@@ -21,8 +21,8 @@ const CONNECTIONS: usize = 700;
 /// A limit below half their number. The idle limit is shorter than by default, because connections that wait get their
 /// descriptor only when adopted ones end.
 const FEW: &str = "[Service]\nLimitNOFILE=300\nEnvironment=APP_IDLE_TIMEOUT=15s\n";
-/// A limit above their number, but not by as much as the process needs besides. Below it, the kernel would refuse to pass
-/// on all of them at the next restart.
+/// A limit above their number, but not by as much as the process needs besides. Below it, the kernel would refuse to
+/// pass on all of them at the next restart.
 const NEARLY_ENOUGH: &str = "[Service]\nLimitNOFILE=760\n";
 
 /// Boots a service with a user of its own. The kernel counts the descriptors on their way per user, also across

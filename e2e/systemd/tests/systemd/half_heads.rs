@@ -1,5 +1,5 @@
-//! A client that sends the beginning of its next request together with a request, and the rest much later: the connection
-//! is parked or moves meanwhile.
+//! A client that sends a request together with the beginning of the next one, and the remainder much later. In between,
+//! the connection is parked or handed over, so the bytes that were already read have to be kept.
 
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
@@ -13,7 +13,7 @@ on_each_systemd! {
     request_over_tls_split_by_a_handover_is_answered
 }
 
-/// Longer than an idle connection stays unparked, which is 1.5 s and a look at the clock.
+/// Longer than the time after which an idle connection is parked: 1.5 s, and the interval of the registry's checks.
 const IDLE: std::time::Duration = std::time::Duration::from_secs(3);
 
 fn assert_split_request_is_answered(container: &Container, target: &Target) {

@@ -1,4 +1,4 @@
-//! More than the one service of a machine: instances of it, and a user's own.
+//! Instances of the service on one machine, and the service of a user without root.
 
 use std::net::SocketAddr;
 
@@ -29,7 +29,7 @@ fn ask(container: &Container, port: u16) -> String {
     })
 }
 
-/// Under a load on each port nothing is lost, and no connection closed.
+/// Does `work` under a load on each port, and asserts that no request is lost and no connection closed.
 fn assert_no_client_impact(container: &Container, ports: &[u16], work: impl FnOnce()) {
     let loads: Vec<_> =
         ports.iter().map(|&port| Load::paced(&target(port)).start(container.enter())).collect();
@@ -70,7 +70,7 @@ fn restarting_an_instance_does_not_affect_the_others(systemd: Systemd) {
     });
     assert_eq!(others, [pid(&format!("{NAME}.service")), pid(&instance(8082))]);
     assert!(ask(&container, 8081).contains("generation 11,"));
-    // Each has the variables of all, and its own.
+    // Each instance has the variables of all instances and those of its own file.
     for (port, nap) in [(8080, "3ms"), (8081, "2ms"), (8082, "3ms")] {
         let slept = container.inside(|| async move {
             let mut connection = Connection::open(&target(port)).await.expect("the port is open");
@@ -94,7 +94,7 @@ fn user_service_restarts_and_reloads_without_loss(systemd: Systemd) {
         |command: &str| container.run(&["sh", "-ec", command]).unwrap_or_else(|error| panic!("{error:#}"));
     run("useradd --create-home somebody");
     run("cp -r /packages/.config /packages/.local /home/somebody && chown -R somebody: /home/somebody");
-    // What `loginctl enable-linger` has systemd do at boot.
+    // As systemd does at boot after `loginctl enable-linger`.
     run("systemctl start user@$(id -u somebody).service");
     let user = |command: &str| {
         let systemctl = format!("XDG_RUNTIME_DIR=/run/user/$(id -u) systemctl --user {command}");
@@ -108,9 +108,9 @@ fn user_service_restarts_and_reloads_without_loss(systemd: Systemd) {
         }
     });
     assert!(ask(&container, 8080).contains("generation 11"));
-    // It complains of nothing that a user's systemd would not let it do.
+    // No warning about a setting of the unit that the systemd of a user cannot apply.
     let unit = format!("_SYSTEMD_USER_UNIT={NAME}.service");
     assert!(!container.journal(&[&unit]).expect("journalctl succeeds").is_empty());
-    let complaints = container.journal(&[&unit, "PRIORITY=3", "PRIORITY=4"]).expect("journalctl succeeds");
-    assert!(complaints.is_empty(), "{complaints:?}");
+    let warnings = container.journal(&[&unit, "PRIORITY=3", "PRIORITY=4"]).expect("journalctl succeeds");
+    assert!(warnings.is_empty(), "{warnings:?}");
 }

@@ -1,4 +1,4 @@
-//! The JDK's HttpClient, as its users run it, over restarts and reloads on real systemds.
+//! The HttpClient of the JDK with its default settings, over restarts and reloads on real systemds.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{ChildStdin, ChildStdout, Stdio};
@@ -14,10 +14,10 @@ use crate::{FOLDER, app_binary, app_package};
 
 const PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
-/// Two for each thread of the client, far less than one for each verb: connections that are closed and opened again
-/// between two looks would be more.
+/// Two for each thread of the client, and far fewer than one for each verb. If connections were closed and opened again
+/// between two checks, there would be more.
 const CONNECTIONS_LIMIT: usize = 8;
-/// Requests of each of its threads between two verbs.
+/// The number of requests of each thread of the client between two verbs.
 const REQUESTS: u32 = 20;
 
 on_each_systemd! {
@@ -25,7 +25,7 @@ on_each_systemd! {
     java_offering_h2c_keeps_its_connections_and_loses_no_request
 }
 
-/// A client that runs. Its standard input ends with it, so it ends with its owner.
+/// A running client. It exits when its standard input is closed, so when this is dropped.
 struct Java {
     _process: Process,
     input: ChildStdin,
@@ -43,7 +43,7 @@ impl Java {
         Self { _process: process, input, output }
     }
 
-    /// The requests answered and lost so far, once each thread has had `more`.
+    /// Waits until each thread has sent `more` requests; returns the numbers of answered and lost requests so far.
     fn after(&mut self, more: u32) -> (u64, u64) {
         writeln!(self.input, "{more}").expect("the process runs");
         let line = self.output.next().expect("the process runs").expect("a line is printed");
@@ -52,8 +52,8 @@ impl Java {
     }
 }
 
-/// JDK 17 drops every request in flight when GOAWAY comes, whatever stream it names (JDK-8335181): all that helps is not
-/// to send it.
+/// JDK 17 drops all requests in flight when it receives GOAWAY, whichever stream id it contains (JDK-8335181), so the
+/// service must not send it.
 fn java_keeps_its_http2_connections_and_loses_no_request(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
@@ -66,7 +66,7 @@ fn java_keeps_its_http2_connections_and_loses_no_request(systemd: Systemd) {
     assert_connections_are_kept(&container, java, TLS_PORT);
 }
 
-/// The service declines each of these upgrades.
+/// Over plain HTTP the client offers h2c with each request, and the service declines each of these upgrades.
 fn java_offering_h2c_keeps_its_connections_and_loses_no_request(systemd: Systemd) {
     let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
         .expect("the container boots");
@@ -75,8 +75,9 @@ fn java_offering_h2c_keeps_its_connections_and_loses_no_request(systemd: Systemd
     assert_connections_are_kept(&container, java, PORT);
 }
 
-/// Restarts and then reloads the service under a client: no request is lost, and no connection is closed. The client may
-/// open another one, because a thread of it can ask before the connection of its last request is back in the pool.
+/// Restarts and then reloads the service under a client, and asserts that no request is lost and no connection closed.
+/// The client may open another connection, because a thread can send a request before the connection of its last one is
+/// back in the pool.
 fn assert_connections_are_kept(container: &Container, mut java: Java, port: u16) {
     java.after(REQUESTS);
     let mut before = connections(container, port);

@@ -1,4 +1,5 @@
-//! What `systemctl` promises, on real systemds: this machine's, 257 and the newest, each test in a container of its own.
+//! What `systemctl` promises, on real systemds: this machine's, 257 and the newest, each test in a container of its
+//! own.
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};

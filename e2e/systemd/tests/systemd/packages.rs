@@ -430,8 +430,8 @@ fn upgrade_during_a_reload_loses_no_request(systemd: Systemd) {
 fn upgrade_keeps_stopped_disabled_and_masked_units_as_they_are(systemd: Systemd) {
     let [socket, service] = ["socket", "service"].map(|kind| format!("{NAME}.{kind}"));
     let container = serving(systemd);
-    // With a unit that is masked while it runs systemd forgets NotifyAccess=, refuses the service's messages, and ends it
-    // when the watchdog's time is over. Here it is to run for as long as the test takes.
+    // With a unit that is masked while it runs systemd forgets NotifyAccess=, refuses the service's messages, and ends
+    // it when the watchdog's time is over. Here it is to run for as long as the test takes.
     container
         .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=0\n")
         .expect("the drop-in is written");

@@ -120,8 +120,8 @@ fn varnish_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
-    // No requests with bodies: where an answer comes before Caddy has seen the end of the request's body, as it can from
-    // /echo, Caddy closes the connection to the service after it, also without any restart.
+    // No requests with bodies: where an answer comes before Caddy has seen the end of the request's body, as it can
+    // from /echo, Caddy closes the connection to the service after it, also without any restart.
     run_behind_proxy(
         &["caddy", "run", "--adapter", "caddyfile", "--config", "/run/peer"],
         "{
@@ -140,8 +140,8 @@ fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
     );
 }
 
-/// Runs a proxy between the service and two loads, one that sends blindly and a `second` one: no request is lost, and no
-/// connection is closed, reset or opened.
+/// Runs a proxy between the service and two loads, one that sends blindly and a `second` one: no request is lost, and
+/// no connection is closed, reset or opened.
 fn run_behind_proxy(command: &[&str], config: &str, second: fn(&Target) -> Load) {
     let container = boot();
     container.write("run/peer", &format!("{config}\n")).expect("the file is written");

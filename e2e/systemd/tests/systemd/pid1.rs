@@ -1,4 +1,5 @@
-//! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
+//! The static binary as PID 1 of a container whose file system has no other file, as `FROM scratch` gives it; and the
+//! recipes for containers.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -12,7 +13,7 @@ use testkit::{block_on, wait_until};
 
 use crate::{FOLDER, NAME, app_binary};
 
-/// A container of one process.
+/// A container made with unshare(1), with the service as its only process.
 struct Container {
     unshare: Process,
     target: Target,
@@ -22,11 +23,11 @@ struct Container {
 
 impl Container {
     fn start() -> Self {
-        // Two at once would install it in each other's way.
+        // Once, because two builds at the same time would write the same file.
         static MADE: Once = Once::new();
         MADE.call_once(|| {
             let mut build = make(FOLDER, &["static"]);
-            // What is tested is that it needs nothing beside it: how fast it is does not matter.
+            // The test only shows that the binary needs no other file, so it is built without expensive optimizations.
             build
                 .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
                 .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
@@ -53,12 +54,12 @@ impl Container {
         container
     }
 
-    /// What it has written to standard error so far.
+    /// The standard error so far.
     fn said(&self) -> String {
         std::fs::read_to_string(self.log.path()).expect("the file is readable")
     }
 
-    /// A signal to PID 1.
+    /// Sends a signal to PID 1 of the container.
     fn signal(&self, signal: Signal) {
         let parent = self.unshare.pid().as_raw_nonzero();
         let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))
@@ -67,7 +68,7 @@ impl Container {
         kill_process(child, signal).expect("the process runs");
     }
 
-    /// Expects it to end by itself, and well; gives what it said.
+    /// Waits until the service exits with success; returns its standard error.
     fn end(mut self) -> String {
         let status = self.unshare.wait().expect("the process ends");
         let log = self.said();
@@ -127,7 +128,7 @@ pub fn recipe(name: &str, language: &str) -> String {
     block.unwrap_or_else(|| panic!("{} has no block in {language}", path.display())).to_owned()
 }
 
-/// What stands between `before` and the next blank or brace.
+/// The word after `before`, up to the next blank or brace.
 fn value(text: &str, before: &str) -> String {
     let rest = text.split(before).nth(1).expect(before);
     rest.split([' ', '\n', '}']).find(|word| !word.is_empty()).expect(before).to_owned()
@@ -140,7 +141,7 @@ fn container_recipes_use_options_that_the_binary_accepts() {
     let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
     let listen = value(&file, &variable);
     let mut check = command(app_binary(), &["check"]);
-    // Any ports will do for a check, and these may be taken.
+    // Port 0, because the ports of the recipe may be in use on this machine.
     check.env(variable.trim_end_matches('='), listen.replace(":8080", ":0").replace(":9090", ":0"));
     let prefix = variable.trim_end_matches("LISTEN=");
     let time = |name: &str| {
@@ -160,7 +161,8 @@ fn container_recipes_use_options_that_the_binary_accepts() {
     assert!(said.contains("http(") && said.contains("admin("), "{said}");
     let grace: u64 =
         value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("the value is in seconds");
-    // A request that arrives at the end of the first limit has a whole one of its own.
+    // Twice the drain timeout, because a request that arrives at the end of the first period has a whole one of its
+    // own.
     let [(_, _, delay), (_, _, limit)] = &times;
     assert!(grace > delay.as_secs() + 2 * limit.as_secs(), "{deployment}");
     let admin = listen.rsplit(':').next().expect("the port is known");

@@ -1,4 +1,5 @@
-//! A change of the port, as docs/recipes/change-port.md describes it, and a service that systemd starts without a socket.
+//! A change of the port with the commands of docs/recipes/change-port.md, and a service that systemd starts without a
+//! socket.
 
 use std::net::SocketAddr;
 
@@ -22,7 +23,7 @@ fn target(port: u16) -> Target {
     Target::Tcp(SocketAddr::from(([127, 0, 0, 1], port)))
 }
 
-/// The commands of the recipe, in their order.
+/// The three blocks of commands of the recipe, in their order.
 fn commands() -> [&'static str; 3] {
     let recipe = include_str!("../../../../docs/recipes/change-port.md");
     let blocks: Vec<_> = recipe.split("```").skip(1).step_by(2).collect();
@@ -31,7 +32,7 @@ fn commands() -> [&'static str; 3] {
 }
 
 fn run(container: &Container, commands: &str) {
-    // The indentation of a list item would end up in the files.
+    // Without the indentation of the list item, which would end up in the files that the commands write.
     let commands: Vec<_> = commands.lines().map(str::trim_start).collect();
     container.run(&["sh", "-ec", &commands.join("\n")]).unwrap_or_else(|error| panic!("{error:#}"));
 }
@@ -49,7 +50,7 @@ fn loads(container: &Container, port: u16) -> [Running; 2] {
         .map(|load| load.start(container.enter()))
 }
 
-/// Stops loads of which no request may be lost and no kept connection closed.
+/// Stops the loads, and asserts that no request was lost and no kept connection closed.
 fn stop(loads: [Running; 2]) {
     let [kept, one_each] = loads.map(Running::stop);
     assert_eq!((kept.lost(), kept.connections), (0, kept.clients), "{kept}");

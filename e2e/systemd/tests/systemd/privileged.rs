@@ -1,4 +1,4 @@
-//! The binary without systemd, where the test itself needs root.
+//! Tests of the binary without systemd that need root.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -12,8 +12,8 @@ use testkit::wait_until;
 
 use crate::app_binary;
 
-/// A shell below a unit, such as a terminal or a CI runner, has `INVOCATION_ID` too. The process runs in a network
-/// namespace of its own, because the default port may be taken on this machine.
+/// A shell below a unit, such as a terminal or a CI runner, has `INVOCATION_ID` too, so the variable does not mean that
+/// systemd passes sockets. The process has its own network namespace, because the default port may be in use.
 #[test]
 fn start_from_a_shell_below_a_unit_listens_on_the_default_address() {
     let mut command = command("unshare", &["--net", app_binary()]);
@@ -34,7 +34,7 @@ fn takeover_connection_of_another_user_is_rejected() {
     let nobody = 65_534;
     std::os::unix::fs::chown(folder.path(), Some(nobody), Some(nobody)).expect("the test runs as root");
     let readable = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755));
-    // A copy where that user can reach it.
+    // A copy that this user can read.
     let binary = folder.path().join("copy");
     std::fs::copy(app_binary(), &binary).expect("the file is copied");
     readable(folder.path()).and_then(|()| readable(&binary)).expect("the mode is set");

@@ -1,4 +1,4 @@
-//! Restarts and reloads while slow requests overlap, so that at no moment none is in flight.
+//! Restarts and reloads while slow requests overlap, so that at any moment at least one is in flight.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ on_each_systemd! {
     reload_cuts_off_no_overlapping_slow_request
 }
 
-/// Requests take a third of it, so on a machine that is slow three times over they still take less.
+/// Three times as long as a request takes, so that a request on a slow machine still takes less.
 const DRAIN_TIMEOUT: &str = "[Service]\nEnvironment=APP_DRAIN_TIMEOUT=6s\n";
 
 /// Clients that each have a slow request in flight nearly all the time.
@@ -33,7 +33,7 @@ fn overlapping(connections: Connections) -> Load {
 fn assert_no_request_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
     let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.add_to_unit("service", "drain", DRAIN_TIMEOUT).expect("the drop-in is written");
-    // A request for which the first process starts.
+    // Starts the first process.
     container.ask("/");
     let loads: Vec<_> = (0..4)
         // Each load starts when the one before it has been answered once, so their requests overlap.

@@ -1,5 +1,5 @@
-//! What a service reports to may stop reading: journald, PID 1, the reader of a pipe, a terminal. Clients are served
-//! all the while, and what could not be logged is counted.
+//! The reader of logs and notifications may stop reading: journald, PID 1, the reader of a pipe, a terminal. The
+//! service keeps answering, and counts the log messages that it drops.
 
 use std::io::{BufRead, BufReader, PipeWriter, Write};
 use std::net::TcpStream;
@@ -29,12 +29,12 @@ on_each_systemd! {
 }
 
 const EACH_REQUEST: &str = "info,request=debug";
-/// More than a restart of the kernel's or journald's buffers could explain.
+/// A number of dropped messages that shows that the drops continue, and are not only a few while a buffer is full.
 const MANY: u64 = 1000;
-/// Of the unit as shipped.
+/// `WatchdogSec=` of the unit as shipped.
 const WATCHDOG: Duration = Duration::from_secs(10);
 
-/// A container whose service logs each request and says how many log messages it has dropped.
+/// A container whose service logs each request, and exports on the admin socket how many log messages it has dropped.
 fn boot_logging_each_request(systemd: Systemd) -> Container {
     let container = boot(systemd);
     variables(&container, &[("LOG", EACH_REQUEST)]);
@@ -49,7 +49,7 @@ fn signal_journald(container: &Container, signal: &str) {
     container.run(&kill).expect("the signal is sent");
 }
 
-/// How many log messages the service has dropped.
+/// The number of log messages that the service has dropped.
 fn dropped(container: &Container) -> u64 {
     count_of_dropped(&ask_admin(container, "/metrics"))
 }
@@ -63,7 +63,7 @@ fn count_of_dropped(metrics: &str) -> u64 {
 fn stall_journald(container: &Container) {
     signal_journald(container, "STOP");
     let running = Load::saturating(&Container::target()).start(container.enter());
-    wait_until("dropped messages", || dropped(container) > 0);
+    wait_until("the service drops messages", || dropped(container) > 0);
     assert_nothing_lost(&running.stop());
 }
 
@@ -72,7 +72,7 @@ fn assert_nothing_lost(report: &Report) {
     assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// The entries in which the service says how many messages it has dropped.
+/// The journal entries with which the service reports how many messages it has dropped.
 fn reports_of_dropped(container: &Container) -> Vec<Value> {
     let mut entries = container.journal(&["-t", NAME]).expect("journalctl succeeds");
     entries.retain(|entry| text(entry, "MESSAGE").contains("log messages were dropped"));
@@ -94,16 +94,16 @@ fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
     }
     assert!(reported_while_stopped(&container, &pid));
     signal_journald(&container, "CONT");
-    wait_until("a report", || !reports_of_dropped(&container).is_empty());
+    wait_until("the drops are reported", || !reports_of_dropped(&container).is_empty());
     let reports = reports_of_dropped(&container);
     assert_eq!(reports.len(), 1, "{reports:?}");
     assert_eq!(text(&reports[0], "DROPPED"), dropped(&container).to_string(), "{reports:?}");
     assert_eq!(text(&reports[0], "PRIORITY"), "4", "{reports:?}");
-    // What waited says when it was logged.
+    // Entries that waited in the queue have the time at which they were logged.
     let waited =
         container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered"]).expect("journalctl succeeds");
     assert!(waited.iter().any(|entry| text(entry, "LOGGED_AT").starts_with("20")), "{:?}", waited.last());
-    // What comes after it is logged as before.
+    // Later requests are logged without delay again, so without that field.
     container.ask("/?after");
     wait_until("the journal has the request", || {
         let last = container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered", "-n", "1"]);
@@ -113,7 +113,7 @@ fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
     assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
-/// Whether the service manager is told of the service while journald is stopped.
+/// Whether systemd receives the status of the service while journald is stopped.
 fn reported_while_stopped(container: &Container, pid: &str) -> bool {
     let status = container.show("StatusText").expect("systemctl show succeeds");
     container.show("MainPID").expect("systemctl show succeeds") == *pid && status.starts_with("serving on ")
@@ -132,7 +132,7 @@ fn restarts_and_reloads_while_journald_is_stopped_lose_no_request(systemd: Syste
     assert_nothing_lost(&running.stop());
     assert!(container.ask("/").contains("generation 5"));
     signal_journald(&container, "CONT");
-    wait_until("the last process's first entry", || {
+    wait_until("the last process logs that it serves", || {
         let started = container.journal(&["MESSAGE_ID=c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "GENERATION=5"]);
         !started.expect("journalctl succeeds").is_empty()
     });
@@ -161,15 +161,15 @@ fn drain_report_is_logged_if_journald_resumes_during_the_drain(systemd: Systemd)
             .expect("the restart succeeds");
         container.wait_for_property("StatusText", |status| status.starts_with("draining: "));
         signal_journald(&container, "CONT");
-        wait_until("the beginning of the drain", || !entries("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22").is_empty());
+        wait_until("the drain is logged", || !entries("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22").is_empty());
         slow.send(b"b").await.expect("the bytes are sent");
         assert_eq!(slow.answer().await.expect("the request is answered").text(), "ab");
-        // Until it ends, the old process may still answer.
+        // The old process can still answer until it exits.
         container.wait_for_property("MainPID", |now| now != main && now != "0");
         let next = slow.ask(&get("/")).await.expect("the connection is still open").text();
         assert!(next.contains("generation 2"), "{next}");
     });
-    wait_until("the end of the drain", || {
+    wait_until("the end of the drain is logged", || {
         entries("a81d6e0b9c3f47d5886e2b4f7c0d9e33").iter().any(|entry| {
             let message = text(entry, "MESSAGE");
             message.starts_with("handed over 1 connections; 1 requests in flight finished, 0 cut off")
@@ -185,14 +185,14 @@ fn a_stopped_pid_1_delays_no_request(systemd: Systemd) {
     let running = Load::paced(&Container::target()).start(container.enter());
     container.signal_pid_1(Signal::STOP);
     ask_for(&container, WATCHDOG);
-    // By now a message for the watchdog waits for PID 1, which reads it before it looks at the watchdog's time. From now
-    // on it takes no message.
+    // By now a WATCHDOG=1 waits for PID 1, which reads it before it checks the watchdog when it continues. From here on
+    // the socket is full, so further messages fail.
     fill_notify_socket(&container.path("run/systemd/notify"));
     ask_for(&container, WATCHDOG);
     container.signal_pid_1(Signal::CONT);
     let report = running.stop();
     assert_nothing_lost(&report);
-    // It is told how the service is doing, as before.
+    // The status is current again.
     let answered =
         |status: &str| status.split(", ").last().and_then(|count| count.split(' ').next()?.parse().ok());
     container.wait_for_property("StatusText", |status| {
@@ -202,7 +202,7 @@ fn a_stopped_pid_1_delays_no_request(systemd: Systemd) {
     assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
-/// On cgroups of version 2, which this machine need not have.
+/// Only on systemd 257, because freezing needs cgroups of version 2, which this machine need not have.
 #[test]
 fn service_frozen_longer_than_the_watchdog_time_keeps_its_connections() {
     let container = boot(Systemd::V257);
@@ -226,7 +226,7 @@ fn service_frozen_longer_than_the_watchdog_time_keeps_its_connections() {
     assert_eq!(container.show("NRestarts").expect("systemctl show succeeds"), "0");
 }
 
-/// Asks again and again for a while; each request is answered.
+/// Sends requests for `time`; each has to be answered.
 fn ask_for(container: &Container, time: Duration) {
     let begun = Instant::now();
     while begun.elapsed() < time {
@@ -235,18 +235,18 @@ fn ask_for(container: &Container, time: Duration) {
     }
 }
 
-/// Fills the socket that a service manager reads messages from.
+/// Fills the socket on which a service manager receives notifications.
 fn fill_notify_socket(path: &Path) {
-    // No more than the kernel lets wait there (net.unix.max_dgram_qlen).
+    // Far above the number of messages that the kernel queues there (net.unix.max_dgram_qlen).
     for _ in 0..100_000 {
-        // A socket for each, because a sender has a limit of its own.
+        // A new socket for each message, because the send buffer of one socket is limited too.
         let socket = UnixDatagram::unbound().expect("the socket is created");
         socket.set_nonblocking(true).expect("the socket is made non-blocking");
         if socket.send_to(b"STATUS=not of this service", path).is_err() {
             return;
         }
     }
-    panic!("{} does not fill", path.display());
+    panic!("{} accepts any number of messages", path.display());
 }
 
 #[test]
@@ -262,7 +262,7 @@ fn unread_notify_socket_delays_neither_requests_nor_the_exit() {
     wait_until("it listens", || TcpStream::connect(address).is_ok());
     block_on(async {
         let mut connection = Connection::open(&Target::Tcp(address)).await.expect("the service listens");
-        // Longer than a status line and the watchdog have to be sent again and again.
+        // Long enough that the status and WATCHDOG=1 are due many times.
         for _ in 0..40 {
             connection.ask(&get("/sleep?duration=100ms")).await.expect("the request is answered");
         }
@@ -276,17 +276,16 @@ fn unread_notify_socket_delays_neither_requests_nor_the_exit() {
     assert!(process.wait().expect("the process ends").success());
 }
 
-/// Serves requests, each of which is logged to a standard error that is not read, until messages are dropped; gives
-/// their number.
+/// Sends requests to a service whose log is not read until it drops messages; returns the number of dropped ones.
 fn drop_messages(http: &Target, admin: &Target) -> u64 {
     let _alone = exclusive_cpu();
     let running = Load::saturating(http).start(|| ());
-    wait_until("dropped messages", || metrics_of(admin) > MANY);
+    wait_until("the service drops messages", || dropped_of(admin) > MANY);
     assert_nothing_lost(&running.stop());
-    metrics_of(admin)
+    dropped_of(admin)
 }
 
-fn metrics_of(admin: &Target) -> u64 {
+fn dropped_of(admin: &Target) -> u64 {
     block_on(async {
         let mut connection = Connection::open(admin).await.expect("the service listens");
         count_of_dropped(&connection.ask(&get("/metrics")).await.expect("the request is answered").text())
@@ -315,7 +314,7 @@ fn stderr_pipe_read_late_has_complete_lines_and_the_number_of_dropped_ones() {
         }
         read.push(line);
     };
-    let dropped = metrics_of(&service.admin());
+    let dropped = dropped_of(&service.admin());
     assert!(report.contains(&format!(" {dropped} log messages were dropped")), "{dropped}: {report}");
     service.terminate().expect("the drain begins");
     let rest: Vec<_> = lines.collect();
@@ -323,9 +322,9 @@ fn stderr_pipe_read_late_has_complete_lines_and_the_number_of_dropped_ones() {
     let last = rest.last().expect("the log has lines");
     assert!(last.contains("handed over 0 connections"), "{last}");
     assert!(!rest.iter().any(|line| line.contains("were dropped")), "one report: {rest:?}");
-    // Not always the first: requests are served from READY=1 on, just before it.
+    // It need not be the first line, because requests are served from just before READY=1.
     assert!(read.iter().any(|line| line.contains("serving on ")), "{:?}", read.first());
-    // A line that was cut would have another's beginning inside it, or no level.
+    // A truncated line would contain the beginning of another one, or no level.
     for line in read.iter().chain(&rest) {
         assert_eq!(line.matches("Z  INFO ").count() + line.matches("Z DEBUG ").count(), 1, "{line:?}");
     }
@@ -339,7 +338,7 @@ fn failed_start_exits_while_its_stderr_pipe_is_full() {
     assert_eq!(process.wait().expect("the process ends").code(), Some(78));
 }
 
-/// A pipe into which nothing fits.
+/// A pipe whose buffer is full.
 fn full_pipe() -> (std::io::PipeReader, PipeWriter) {
     let (reader, mut writer) = std::io::pipe().expect("the pipe is created");
     rustix::io::ioctl_fionbio(&writer, true).expect("the ioctl succeeds");
@@ -350,15 +349,15 @@ fn full_pipe() -> (std::io::PipeReader, PipeWriter) {
 
 #[test]
 fn failed_start_writes_its_error_to_a_non_blocking_pipe() {
-    // Each pipe end inherits it: a parent that reads and writes without waiting.
+    // O_NONBLOCK belongs to the open file, so the process inherits it from a parent that uses non-blocking IO.
     let (reader, writer) = std::io::pipe().expect("the pipe is created");
     rustix::io::ioctl_fionbio(&writer, true).expect("the ioctl succeeds");
     let mut command = command(app_binary(), &["--idle-timeout", "soon"]);
     let mut process = Process::spawn(command.stderr(writer)).expect("the process starts");
     drop(command);
     assert_eq!(process.wait().expect("the process ends").code(), Some(78));
-    let said = std::io::read_to_string(reader).expect("the file is readable");
-    assert!(said.starts_with(&format!("{NAME}: invalid value 'soon' for '--idle-timeout")), "{said}");
+    let error = std::io::read_to_string(reader).expect("the file is readable");
+    assert!(error.starts_with(&format!("{NAME}: invalid value 'soon' for '--idle-timeout")), "{error}");
 }
 
 const CTRL_S: &[u8] = b"\x13";
@@ -369,7 +368,7 @@ fn stopped_terminal_delays_no_request() {
     let folder = tempfile::tempdir().expect("the folder is created");
     let address = testkit::free_address();
     let admin = folder.path().join("admin.sock");
-    // script(1) gives it a terminal; where that ends early, the service ends too.
+    // script(1) gives the service a terminal. setpriv ends the service if script ends early.
     let run = format!(
         "exec setpriv --pdeathsig KILL {} --log {EACH_REQUEST} --listen {address} --listen admin={}",
         app_binary(),
@@ -386,7 +385,7 @@ fn stopped_terminal_delays_no_request() {
     drop_messages(&http, &admin);
     keys.write_all(CTRL_Q).expect("the key is sent");
     let report = shown.find(|line| line.contains("log messages were dropped")).expect("the report is logged");
-    assert!(report.contains(&format!(" {} log messages", metrics_of(&admin))), "{report}");
+    assert!(report.contains(&format!(" {} log messages", dropped_of(&admin))), "{report}");
     let pid = block_on(async {
         let mut connection = Connection::open(&http).await.expect("the service listens");
         connection.ask(&get("/")).await.expect("the request is answered").text()

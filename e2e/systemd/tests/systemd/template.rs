@@ -195,7 +195,8 @@ fn make_dev_reloads_after_a_change_and_keeps_connections() {
     testkit::wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
 }
 
-/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed before.
+/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed
+/// before.
 fn is_watched(make: &Process) -> bool {
     let group = make.pid().as_raw_nonzero().to_string();
     let processes =

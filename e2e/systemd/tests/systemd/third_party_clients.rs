@@ -135,9 +135,9 @@ fn under(container: &Container, clients: &mut [Client], mut look: impl FnMut(&mu
     }
 }
 
-/// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again, and
-/// for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends well.
-/// They are at work when there are so many connections to both ports.
+/// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again,
+/// and for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends
+/// well. They are at work when there are so many connections to both ports.
 fn restart_during_runs(
     container: &Container,
     wanted: usize,

@@ -1,5 +1,5 @@
-//! Requests that offer an upgrade which the route does not grant (RFC 9110 section 7.8), on real systemds: the connection
-//! is kept like any other.
+//! Requests that offer an upgrade which the route does not grant (RFC 9110 section 7.8), on real systemds. Their
+//! connections are parked and handed over like any other.
 
 use std::process::Stdio;
 
@@ -19,7 +19,7 @@ fn with_upgrade(line: &str, headers: &str) -> Vec<u8> {
     format!("{line} HTTP/1.1\r\nhost: test\r\n{headers}\r\n").into_bytes()
 }
 
-/// Requests of which none is granted its upgrade, each on a connection of its own.
+/// The requests; the service grants none of these upgrades. Each is sent on a connection of its own.
 fn declined() -> Vec<Vec<u8>> {
     let websocket =
         "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n";
@@ -34,7 +34,7 @@ fn declined() -> Vec<Vec<u8>> {
         with_upgrade("GET /", &long),
         with_upgrade("GET /", "upgrade: h2c\r\n"),
         b"CONNECT test:80 HTTP/1.1\r\nhost: test:80\r\n\r\n".to_vec(),
-        // Two at once.
+        // Two pipelined requests.
         [with_upgrade("GET /", h2c), with_upgrade("GET /", h2c)].concat(),
     ]
 }
