@@ -1,5 +1,5 @@
-//! How long a request waits at the most while `systemctl` restarts or reloads the service: each test has the machine to
-//! itself.
+//! The longest time that a request waits while `systemctl` restarts or reloads the service. A test binary of its own,
+//! because other tests would take processor time and change the result; a lock keeps these tests apart.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -28,10 +28,10 @@ fn serving(systemd: Systemd) -> (Container, MutexGuard<'static, ()>) {
     (container, alone)
 }
 
-/// Times from the beginning of a load: between the two something was done.
+/// The beginning and the end of an action, counted from the beginning of the load.
 type Window = (Duration, Duration);
 
-/// Does `work`, and gives the time until the load has been served for a while after it.
+/// Does `work`, and returns the time from its beginning until 100 more requests have ended after it.
 fn window(running: &Running, work: impl FnOnce()) -> Window {
     let begun = running.begun.elapsed();
     work();
@@ -39,7 +39,7 @@ fn window(running: &Running, work: impl FnOnce()) -> Window {
     (begun, running.begun.elapsed())
 }
 
-/// The longest that a request waited in each of these windows, the shortest of them first.
+/// The longest wait of a request in each of these windows, in ascending order.
 fn longest_in(report: &Report, windows: &[Window]) -> Vec<Duration> {
     let micros = |micros: u32| Duration::from_micros(micros.into());
     let longest = |&(begun, ended): &Window| {
@@ -52,9 +52,9 @@ fn longest_in(report: &Report, windows: &[Window]) -> Vec<Duration> {
     all
 }
 
-/// All waits of `measured` but one are below `limit`, and that one is below four times as much: anything may keep a busy
-/// machine from its work once. Where the machine is slow as a whole, the waits of `compared`, measured in the same run,
-/// are the limit instead: the median is no more than twice theirs, and the others no more than four times their longest.
+/// Asserts that all of the waits `measured` but one are below `limit`, and that one below four times `limit`, because
+/// on a busy machine any process may be delayed once. If the machine as a whole is slow, the limit follows the waits
+/// `compared`, measured in the same run: the median may be twice theirs, and the others four times their longest.
 fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], report: &Report) {
     eprintln!("{report}; the waits {measured:.1?}, compared with {compared:.1?}");
     let middle = |waits: &[Duration]| waits[waits.len() / 2];
@@ -68,8 +68,8 @@ fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], r
     assert!(measured[last.saturating_sub(1)] < limit.max(slow), "several of {measured:.1?}: {compared:.1?}");
 }
 
-/// No request waits for 100 ms; or, on a slow machine, not much longer than one does while systemd starts something else,
-/// in the same sandbox and as often.
+/// Asserts that no request waits for 100 ms during a reload or, on a slow machine, not much longer than while systemd
+/// starts another unit in the same sandbox.
 fn reload_under(systemd: Systemd, load: Load) {
     let (container, _alone) = serving(systemd);
     install_neighbour(&container);
@@ -92,7 +92,7 @@ fn reload_under(systemd: Systemd, load: Load) {
     assert_short(Duration::from_millis(100), &reloads, &starts, &report);
 }
 
-/// A unit that starts something in the sandbox of the service.
+/// Installs a unit that runs /bin/true in the same sandbox as the service.
 fn install_neighbour(container: &Container) {
     let unit = format!("{ROOT}/systemd/{}", container.unit("service"));
     let unit = std::fs::read_to_string(unit).expect("the unit file is readable");
@@ -131,8 +131,8 @@ fn reloads_under_post_requests_lose_and_delay_no_request(systemd: Systemd) {
     reload_under(systemd, Load::post(&Container::target()));
 }
 
-/// They are served until the slow request has its answer, and then wait for the start: about as long as at a restart with
-/// no slow request.
+/// Other requests are served until the slow one is answered, and then wait for the start of the next process, about as
+/// long as at a restart without a slow request.
 fn restart_beside_a_slow_request_delays_others_by_one_start_only(systemd: Systemd) {
     let (container, _alone) = serving(systemd);
     let running = Load::paced(&Container::target()).start(container.enter());
@@ -149,7 +149,7 @@ fn restart_beside_a_slow_request_delays_others_by_one_start_only(systemd: System
                 .run(&["systemctl", "restart", "--no-block", &container.unit("service")])
                 .expect("the job is queued");
             container.wait_for_property("ActiveState", |state| state == "deactivating");
-            // Each of the others several times.
+            // Enough that each of the other clients is served several times.
             running.wait_for(running.ended() + 200);
             slow.release().await.expect("the request is answered");
             container.wait_for_property("ActiveState", |state| state == "active");

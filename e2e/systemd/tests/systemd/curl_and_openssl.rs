@@ -112,8 +112,8 @@ fn openssl_connects_with_tls_1_2_and_1_3_but_not_1_1() {
     };
     for (version, name) in [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")] {
         let output = shake(version);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success() && said.contains(name), "{said}");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && text.contains(name), "{text}");
     }
     assert!(!shake("-tls1_1").status.success());
 }

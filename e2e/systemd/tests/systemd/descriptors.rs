@@ -18,15 +18,15 @@ on_each_systemd! {
 
 const CONNECTIONS: usize = 700;
 
-/// A limit below half their number. The idle limit is shorter than by default, because connections that wait get their
-/// descriptor only when adopted ones end.
+/// A limit below half the number of connections. The idle timeout is shorter than by default, because waiting
+/// connections get a descriptor only when adopted ones are closed.
 const FEW: &str = "[Service]\nLimitNOFILE=300\nEnvironment=APP_IDLE_TIMEOUT=15s\n";
-/// A limit above their number, but not by as much as the process needs besides. Below it, the kernel would refuse to
-/// pass on all of them at the next restart.
+/// A limit above the number of connections, but by less than what the process needs besides, so that some have to wait.
+/// Below the number of connections, the kernel would refuse to pass all of them on at the next restart.
 const NEARLY_ENOUGH: &str = "[Service]\nLimitNOFILE=760\n";
 
-/// Boots a service with a user of its own. The kernel counts the descriptors on their way per user, also across
-/// containers, so a service of another test with the same user would change the outcome.
+/// Boots a service with a user of its own. The kernel limits the number of descriptors in flight per user (unix(7)),
+/// also across containers, so a service of another test with the same user would change the result.
 fn boot(systemd: Systemd) -> Container {
     static BOOTED: AtomicU32 = AtomicU32::new(0);
     let container = Container::boot(systemd, app_package()).expect("the container boots");
@@ -47,7 +47,7 @@ async fn open_idle() -> Vec<Connection> {
     connections
 }
 
-/// Asks on all of `connections` at once; gives how many of them the server ended with its answer.
+/// Sends a request on all of `connections` at once; returns how many of them the server closes after its response.
 async fn ask_all(connections: &mut [Connection]) -> usize {
     let answers = join_all(connections.iter_mut().rev().map(async |connection| {
         let answer = connection.ask(&get("/")).await.expect("the request is answered");
@@ -57,7 +57,7 @@ async fn ask_all(connections: &mut [Connection]) -> usize {
     answers.await.into_iter().filter(|closes| *closes).count()
 }
 
-/// The messages of the service so far.
+/// The log messages of the service so far.
 fn messages(container: &Container) -> Vec<String> {
     let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
     entries.iter().filter_map(|entry| Some(entry["MESSAGE"].as_str()?.to_owned())).collect()
@@ -85,7 +85,7 @@ fn assert_each_connection_is_answered_after(systemd: Systemd, verb: &str) {
         assert_eq!(adopted + waiting, CONNECTIONS, "{message}");
         wait_for_message(&container, &format!("handed over {CONNECTIONS} connections"));
         let ended = ask_all(&mut connections).await;
-        assert!(ended <= waiting, "{ended} of {waiting} that waited were ended");
+        assert!(ended <= waiting, "{ended} connections were closed, and only {waiting} waited");
         let message = wait_for_message(&container, "no connection waits for file descriptors anymore");
         assert!(message.ends_with(&format!(" {ended} closed after a response")), "{message}: {ended}");
         let closed = messages(&container)

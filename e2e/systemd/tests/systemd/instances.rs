@@ -92,13 +92,13 @@ fn user_service_restarts_and_reloads_without_loss(systemd: Systemd) {
     let container = Container::boot_debian(systemd, app_package(), home.path()).expect("the container boots");
     let run =
         |command: &str| container.run(&["sh", "-ec", command]).unwrap_or_else(|error| panic!("{error:#}"));
-    run("useradd --create-home somebody");
-    run("cp -r /packages/.config /packages/.local /home/somebody && chown -R somebody: /home/somebody");
+    run("useradd --create-home tester");
+    run("cp -r /packages/.config /packages/.local /home/tester && chown -R tester: /home/tester");
     // As systemd does at boot after `loginctl enable-linger`.
-    run("systemctl start user@$(id -u somebody).service");
+    run("systemctl start user@$(id -u tester).service");
     let user = |command: &str| {
         let systemctl = format!("XDG_RUNTIME_DIR=/run/user/$(id -u) systemctl --user {command}");
-        run(&format!("runuser -u somebody -- sh -ec '{systemctl}'"))
+        run(&format!("runuser -u tester -- sh -ec '{systemctl}'"))
     };
     user(&format!("enable --now {NAME}.socket"));
     assert!(ask(&container, 8080).contains("generation 1"));

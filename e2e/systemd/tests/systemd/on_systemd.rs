@@ -1,5 +1,5 @@
-//! What `systemctl` promises, on real systemds: this machine's, 257 and the newest, each test in a container of its
-//! own.
+//! start, stop, restart and reload of `systemctl` on real systemds: this machine's, 257 and the newest. Each test has a
+//! container of its own.
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -62,7 +62,7 @@ on_each_systemd_and_unstable! {
     counters_of_the_drain_are_exported_by_the_next_process
 }
 
-// What takes systemd 254, which this machine need not have.
+// Tests that need systemd 254, which this machine need not have.
 on_one! { from_254_on_systemd_257 V257
     failing_release_is_restarted_with_increasing_delays
     preserved_store_keeps_connections_over_stop_and_start
@@ -74,7 +74,7 @@ on_one! { from_254_on_systemd_unstable Unstable
 
 fn failing_release_is_restarted_with_increasing_delays(systemd: Systemd) {
     let container = boot(systemd);
-    // Both kinds of it: one that is there, and none.
+    // A binary that fails, and a missing one.
     for bad in [Some(Release::script("exit 1").expect("the release is created")), None] {
         match bad {
             Some(bad) => container.replace_binary(bad.path()).expect("the binary is replaced"),
@@ -98,7 +98,7 @@ fn failing_release_is_restarted_with_increasing_delays(systemd: Systemd) {
                 .expect("the socket is active"),
             "active\n"
         );
-        // Whoever mends it need not wait.
+        // After stop and reset-failed the next start does not wait for the delay.
         container.systemctl("stop").expect("the stop succeeds");
         container
             .run(&["systemctl", "reset-failed", &container.unit("service")])
@@ -122,7 +122,7 @@ fn preserved_store_keeps_connections_over_stop_and_start(systemd: Systemd) {
     });
 }
 
-/// Whether a service is tried less and less often (`RestartSteps=`), and its store can outlive a stop
+/// Whether the systemd increases the delay between restarts (`RestartSteps=`), and can keep the store over a stop
 /// (`FileDescriptorStorePreserve=`).
 fn has_254(systemd: Systemd) -> bool {
     systemd.version(app_package()).expect("the version is known") >= 254
@@ -141,11 +141,11 @@ fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
         text.starts_with(&format!("pid {},", container.show("MainPID").expect("systemctl show succeeds"))),
         "{text}"
     );
-    // The first answer can come before the first status has been read.
+    // The first response can arrive before systemd has read the first status.
     container.wait_for_property("StatusText", |status| status.starts_with("serving on http(8080): "));
 }
 
-/// Which generation answers on this connection.
+/// The generation of the process that answers on this connection.
 async fn generation(connection: &mut Connection) -> u64 {
     let text = connection.ask(&get("/")).await.expect("the request is answered").text();
     let number = text.split("generation ").nth(1).and_then(|rest| rest.split(',').next());
@@ -212,12 +212,15 @@ fn crash_loses_only_the_requests_of_its_process(systemd: Systemd) {
         let restarts = crash.to_string();
         container.wait_for_property("NRestarts", |count| count == restarts);
         container.ask("/");
-        // More than what the crash has cost.
+        // Enough responses that the load has recovered from the crash.
         running.wait_for(running.ended() + 30);
     }
     let report = running.stop();
     eprintln!("{report}");
-    assert!(report.lost() <= report.clients * crashes, "more than was in flight: {report}");
+    assert!(
+        report.lost() <= report.clients * crashes,
+        "more requests were lost than were in flight: {report}"
+    );
     assert!(report.lost.keys().all(|kind| !kind.contains("refused")), "the port was closed: {report}");
     assert!(report.answered > report.lost(), "{report}");
 }
@@ -234,12 +237,12 @@ fn hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
         .expect("the signal is sent");
     let state =
         || std::fs::read_to_string(container.path(&format!("proc/{pid}/stat"))).expect("the process exists");
-    wait_until("it is stopped", || state().contains(") T "));
+    wait_until("the process is stopped", || state().contains(") T "));
     let after = container.ask("/");
-    assert_ne!(before, after, "another process answers");
-    let timeouts = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
-    let said = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
-    assert!(timeouts.iter().any(said), "systemd says why");
+    assert_ne!(before, after, "the same process still answers");
+    let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
+    let is_timeout = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
+    assert!(entries.iter().any(is_timeout), "systemd logs the watchdog timeout");
 }
 
 fn port_stays_open_while_the_service_fails_to_start(systemd: Systemd) {
@@ -252,7 +255,7 @@ fn port_stays_open_while_the_service_fails_to_start(systemd: Systemd) {
     let text = container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         connection.send(&get("/")).await.expect("the bytes are sent");
-        // From 254 on it is tried less and less often.
+        // Fewer from 254 on, because there the delay between restarts increases.
         let restarts = if has_254(systemd) { 9 } else { 50 };
         container.wait_for_property("NRestarts", |count| {
             count.parse::<u32>().expect("the value is a number") >= restarts
@@ -280,16 +283,16 @@ fn missing_binary_is_logged_and_the_port_stays_open(systemd: Systemd) {
         container.wait_for_property("NRestarts", |count| {
             count.parse::<u32>().expect("the value is a number") >= 5
         });
-        let said = format!("ExecStart={NAME} (code=exited, status=203/EXEC)");
-        wait_until("the status says what is wrong", || {
+        let error = format!("ExecStart={NAME} (code=exited, status=203/EXEC)");
+        wait_until("the status names the error", || {
             let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
-            String::from_utf8_lossy(&status.expect("systemctl runs").stdout).contains(&said)
+            String::from_utf8_lossy(&status.expect("systemctl runs").stdout).contains(&error)
         });
-        // By a process that has gone when journald looks whose it was: not always under `-u`.
+        // Not with `-u`, because the process that logs it may have exited before journald looks up its unit.
         let named = |entry: &Value| text(entry, "MESSAGE").contains("locate executable");
         assert!(container.journal(&["-b"]).expect("journalctl succeeds").iter().any(named));
         if has_254(systemd) {
-            // Less and less often; on 252 it is tried every 100 ms.
+            // The delay increases; on 252 it stays at 100 ms.
             let next = container.show("RestartUSecNext").expect("systemctl show succeeds");
             assert_ne!(next, container.show("RestartUSec").expect("systemctl show succeeds"), "{next}");
         }
@@ -304,7 +307,7 @@ fn missing_binary_is_logged_and_the_port_stays_open(systemd: Systemd) {
 
 fn port_stays_open_over_forty_failed_socket_activations(systemd: Systemd) {
     let container = boot(systemd);
-    // Nothing but the socket starts it then.
+    // With Restart=no only the socket unit starts the service.
     container.add_to_unit("service", "restart", "[Service]\nRestart=no\n").expect("the drop-in is written");
     let (good, bad) = (
         Release::copy_of(&container).expect("the release is created"),
@@ -319,7 +322,7 @@ fn port_stays_open_over_forty_failed_socket_activations(systemd: Systemd) {
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         connection.send(&get("/")).await.expect("the bytes are sent");
-        wait_until("it was started forty times", || starts() >= 40);
+        wait_until("the service was started forty times", || starts() >= 40);
         container.replace_binary(good.path()).expect("the binary is replaced");
         let answer = connection.answer().await.expect("the request that waited is answered");
         assert!(answer.text().contains("pid "), "{}", answer.text());
@@ -372,13 +375,13 @@ fn installed_units_pass_systemd_analyze(systemd: Systemd) {
         .command(&["systemd-analyze", "verify", &service, &container.unit("socket")])
         .output()
         .expect("systemd-analyze runs");
-    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
-    assert!(verified.status.success() && !said.contains(NAME), "{said}");
-    // Fails, and says what, where the exposure is above 0.5.
+    let output = String::from_utf8_lossy(&verified.stderr).into_owned();
+    assert!(verified.status.success() && !output.contains(NAME), "{output}");
+    // The command fails and prints the reasons if the exposure is above 0.5 (of 10; the threshold is in tenths).
     container
         .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
         .expect("the exposure is at most 0.5");
-    // What the unit's own comments promise of its numbers.
+    // The relations of the limits that the comments of the unit state.
     let number = |property: &str| {
         container
             .show(property)
@@ -386,33 +389,33 @@ fn installed_units_pass_systemd_analyze(systemd: Systemd) {
             .parse::<u64>()
             .expect("the value is a number")
     };
-    assert!(number("LimitNOFILE") > 20_000, "above --max-connections");
+    assert!(number("LimitNOFILE") > 20_000, "it has to be above --max-connections");
     assert_ne!(container.show("WatchdogUSec").expect("systemctl show succeeds"), "0");
     assert_eq!(
         container.show("TimeoutStopUSec").expect("systemctl show succeeds"),
         "1min 15s",
-        "above twice --drain-timeout"
+        "it has to be above twice --drain-timeout"
     );
     assert_eq!(
         container.show("OOMPolicy").expect("systemctl show succeeds"),
         "continue",
-        "a successor's end is not that of all"
+        "an OOM kill of one process must not end the others"
     );
     assert_eq!(
         container.show("TimeoutStartUSec").expect("systemctl show succeeds"),
         "45s",
-        "above --takeover-timeout"
+        "it has to be above --takeover-timeout"
     );
 }
 
 fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
-    // This process holds the clients' ends.
+    // This process has the clients' ends of all connections.
     let mut fds = getrlimit(Resource::Nofile);
     fds.current = fds.maximum;
     setrlimit(Resource::Nofile, fds).expect("the limit is below the hard limit");
     let container = boot(systemd);
     container.ask("/");
-    // The fastest of three: what other tests do meanwhile is not to be measured.
+    // The fastest of three, because other tests run at the same time and slow some of them down.
     let restart = |connections: usize| {
         let has_them = format!(": {connections} connections, 0 in flight");
         let took = (0..3).map(|_| {
@@ -429,7 +432,7 @@ fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
         let mut connections = Vec::new();
         for number in 0..10_000 {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-            // Every other one has been used.
+            // Half of them have never sent a request.
             if number % 2 == 0 {
                 generation(&mut connection).await;
             }
@@ -444,7 +447,7 @@ fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
     });
     eprintln!("a restart: {without:?} with no connection, {with:?} with 10,000 idle ones");
     assert_eq!(container.show("NFileDescriptorStore").expect("systemctl show succeeds"), "0");
-    assert!(with < without * 4, "{with:?} is far from {without:?}");
+    assert!(with < without * 4, "{with:?} is more than four times {without:?}");
 }
 
 fn stored_connections_survive_five_failed_starts(systemd: Systemd) {
@@ -507,8 +510,8 @@ fn fifty_restarts_leak_no_descriptors_or_memory(systemd: Systemd) {
             "fds of the service, of PID 1, stored, resident kB: {before:?}, 50 restarts later {after:?}"
         );
         assert_eq!(before.2, after.2);
-        // Both hold some for a moment: PID 1 the one that it was just asked through, and a service those that it is
-        // starting with.
+        // Both have additional ones for a moment: PID 1 the connection of the last systemctl, and the service those of
+        // its start.
         wait_until("PID 1 holds no more fds than before", || count("proc/1/fd") <= before.1);
         wait_until("the service holds no more fds than before", || measure().0 <= before.0);
         assert!(after.3 < before.3 * 3 / 2, "{} kB, before {} kB", after.3, before.3);
@@ -540,7 +543,7 @@ fn restart_without_a_store_closes_connections_and_loses_no_request(systemd: Syst
     eprintln!("{restarts} restarts without a store: {report}");
     assert_eq!(report.lost(), 0, "{report}");
     assert!(report.told_to_close >= report.clients, "{report}");
-    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert_eq!(report.closed_idle, 0, "a connection was closed without notice: {report}");
 }
 
 fn handover_is_logged_by_both_processes(systemd: Systemd) {
@@ -589,13 +592,13 @@ fn reload_applies_the_new_binary_environment_and_options(systemd: Systemd) {
     );
     container.add_to_unit("service", "flags", &lines).expect("the drop-in is written");
     container.systemctl("reload").expect("the reload succeeds");
-    // All of it holds at once, when systemctl returns.
+    // Everything new applies as soon as systemctl returns.
     let pid = container.show("MainPID").expect("systemctl show succeeds");
     let text = container.ask("/");
     assert!(text.starts_with(&format!("pid {pid}, generation 2,")), "{text}");
     let runs = std::fs::metadata(container.path(&format!("proc/{pid}/exe"))).expect("the process runs");
     let installed = std::fs::metadata(container.binary()).expect("the process exists");
-    assert_eq!(runs.ino(), installed.ino(), "the new binary runs");
+    assert_eq!(runs.ino(), installed.ino(), "the new binary does not run");
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         assert_eq!(
@@ -609,18 +612,18 @@ fn reload_applies_the_new_binary_environment_and_options(systemd: Systemd) {
 
 fn failed_reload_keeps_the_old_process_and_loses_no_request(systemd: Systemd) {
     let container = boot(systemd);
-    // Short, because one release hangs; long enough for a good one.
+    // Short, because one release hangs until it, and long enough for a good release.
     variables(&container, &[("TAKEOVER_TIMEOUT", "10s")]);
     container.ask("/");
     let pid = container.show("MainPID").expect("systemctl show succeeds");
     let good = Release::copy_of(&container).expect("the release is created");
-    // Not many: a hanging release takes long to be given up.
+    // Only 10 clients, because the hanging release makes the load run for long.
     let running = Load { clients: 10, ..Load::paced(&Container::target()) }.start(container.enter());
     for (release, reason) in [
-        // The takeover command itself fails: systemd says so.
+        // The takeover command itself fails, and systemd logs how.
         (Release::script("exit 1").expect("the release is created"), "status=1/FAILURE"),
         (Release::script("kill -KILL $$").expect("the release is created"), "status=9/KILL"),
-        // The command is a good one; the successor dies, or hangs.
+        // The takeover command works, but the successor exits or hangs.
         (
             Release::bad_successor(&container, "exit 3").expect("the release is created"),
             "the successor exited unexpectedly",
@@ -640,7 +643,7 @@ fn failed_reload_keeps_the_old_process_and_loses_no_request(systemd: Systemd) {
             journal.iter().any(|entry| text(entry, "MESSAGE").contains(reason))
         });
     }
-    // Its own line, in the journal and in the status.
+    // The successor's own error is in the status.
     container.replace_binary(good.path()).expect("the binary is replaced");
     variables(&container, &[("IDLE_TIMEOUT", "soon")]);
     container.systemctl("reload").expect_err("a bad configuration does not take over");
@@ -655,19 +658,19 @@ fn failed_reload_keeps_the_old_process_and_loses_no_request(systemd: Systemd) {
     assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// A request that is in flight until it is released, on a connection of its own.
+/// A connection with a request that is in flight until it is released.
 async fn held_request() -> Connection {
     let mut held = Connection::open(&Container::target()).await.expect("the port is open");
     held.hold().await.expect("the request is in flight");
     held
 }
 
-/// Does `systemctl VERB`, and releases a request in flight once systemd has begun to stop the service; waits until the
-/// service is in this state.
+/// Runs `systemctl VERB`, releases a request in flight once systemd has begun to stop the service, and waits until the
+/// service is in the given state.
 async fn release_during(container: &Container, verb: &str, held: &mut Connection, state: &str) {
     container.run(&["systemctl", verb, "--no-block", &container.unit("service")]).expect("the job is queued");
     container.wait_for_property("ActiveState", |state| state == "deactivating");
-    held.release().await.unwrap_or_else(|error| panic!("not drained by a {verb}: {error:#}"));
+    held.release().await.unwrap_or_else(|error| panic!("the request was cut off by a {verb}: {error:#}"));
     container.wait_for_property("ActiveState", |now| now == state);
 }
 
@@ -689,10 +692,10 @@ fn restart_during_the_drain_of_a_reload_finishes_the_request_in_flight(systemd: 
     container.ask("/");
     container.inside(|| async {
         let mut held = held_request().await;
-        // It does not wait for the request in flight, which cannot end meanwhile.
+        // The reload returns although the request is in flight; the old process drains beside the new one.
         container.systemctl("reload").expect("the reload succeeds");
         release_during(&container, "restart", &mut held, "active").await;
-        assert_eq!(generation(&mut held).await, 3, "its connection went all the way");
+        assert_eq!(generation(&mut held).await, 3, "the connection was not handed over twice");
     });
 }
 
@@ -705,7 +708,7 @@ fn stop_during_a_reload_finishes_the_request_in_flight(systemd: Systemd) {
         container.replace_binary(hangs.path()).expect("the binary is replaced");
         let name = container.unit("service");
         container.run(&["systemctl", "reload", "--no-block", &name]).expect("the job is queued");
-        // Before that, systemd is still at work on the sandbox of ExecReload=, and nobody of ours is there.
+        // Before that, systemd may still set up the sandbox of ExecReload=, and the reload has not reached the service.
         wait_until("the successor runs", || {
             let mut all =
                 std::fs::read_dir(container.path("proc")).expect("the folder is readable").flatten();
@@ -713,23 +716,23 @@ fn stop_during_a_reload_finishes_the_request_in_flight(systemd: Systemd) {
                 std::fs::read(one.path().join("cmdline")).is_ok_and(|line| line == b"sleep\x001000\0")
             })
         });
-        // Failed, because of the reload.
+        // "failed", because the reload failed.
         release_during(&container, "stop", &mut held, "failed").await;
     });
     let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
-    let said = |words: &str| entries.iter().filter(|entry| text(entry, "MESSAGE").contains(words)).count();
-    assert_eq!(said(&format!("{NAME}: reload failed: the service is being stopped")), 1);
-    assert_eq!(said("code=killed"), 0);
+    let count = |words: &str| entries.iter().filter(|entry| text(entry, "MESSAGE").contains(words)).count();
+    assert_eq!(count(&format!("{NAME}: reload failed: the service is being stopped")), 1);
+    assert_eq!(count("code=killed"), 0);
 }
 
 fn systemd_ignores_no_line_of_the_units(systemd: Systemd) {
     let container = boot(systemd);
-    // They are read once more, because at boot systemd reads them before the journal is there.
-    container.run(&["systemctl", "daemon-reload"]).expect("the output is readable");
+    // daemon-reload reads the units once more, because at boot systemd reads them before journald runs.
+    container.run(&["systemctl", "daemon-reload"]).expect("the units are loaded");
     container.ask("/");
     let entries = container.journal(&["_PID=1"]).expect("journalctl succeeds");
-    // The file is named only where one of its lines is the reason. systemd 262 also ignores, and logs, that the service
-    // has no pids controller, as in a container on a host with the legacy cgroup layout.
+    // Only messages that name a file of the units are about their lines. systemd 262 also logs that it ignores a
+    // missing pids controller, as in a container on a host with the legacy cgroup layout.
     let unit = container.unit("service");
     let files = [format!("/{unit}:"), format!("/{unit}.d/")];
     let warnings: Vec<_> = entries
@@ -752,7 +755,7 @@ fn sighup_reloads_the_service(systemd: Systemd) {
         container.wait_for_property("MainPID", |main| main != pid);
         let mut answered_by = 1;
         while answered_by == 1 {
-            // The old process has not come to it yet.
+            // The old process still had the connection: it answers until it has handed it over.
             answered_by = generation(&mut connection).await;
         }
         assert_eq!(answered_by, 2);
@@ -773,7 +776,7 @@ fn random_reloads_and_restarts_lose_no_request(systemd: Systemd) {
     let mut random = seed;
     let running = Load::paced(&Container::target()).start(container.enter());
     for _ in 0..30 {
-        // A linear congruential generator is random enough.
+        // A linear congruential generator, with the seed in each failure message.
         random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         match (random >> 16) % if preserves { 4 } else { 3 } {
             0 | 1 => container.systemctl("reload").map(drop),
@@ -795,14 +798,18 @@ fn watchdog_supervises_the_successor(systemd: Systemd) {
     container.ask("/");
     container.systemctl("reload").expect("the reload succeeds");
     let pid = container.show("MainPID").expect("systemctl show succeeds");
-    // Fed for longer than it waits.
-    let fed = || {
+    // For longer than WatchdogSec=, so the successor is the process that sends WATCHDOG=1.
+    let last_ping = || {
         let time = container.show("WatchdogTimestampMonotonic").expect("systemctl show succeeds");
         Duration::from_micros(time.parse().expect("the value is a number"))
     };
-    let first = fed();
-    wait_until("the watchdog is fed", || fed() > first + Duration::from_secs(5));
-    assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid, "it feeds the watchdog");
+    let first = last_ping();
+    wait_until("the successor sends WATCHDOG=1", || last_ping() > first + Duration::from_secs(5));
+    assert_eq!(
+        container.show("MainPID").expect("systemctl show succeeds"),
+        pid,
+        "the successor was killed by the watchdog"
+    );
     container
         .run(&["systemctl", "kill", "--kill-whom=main", "--signal=STOP", &container.unit("service")])
         .expect("the signal is sent");
@@ -816,7 +823,7 @@ fn https(clients: Arc<ClientConfig>) -> Target {
     Target::Tls(([127, 0, 0, 1], 8443).into(), clients)
 }
 
-/// With the TLS socket, and the lines of the service that go with it.
+/// A container whose service serves TLS too.
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = boot(systemd);
     container.enable_tls(certificate).expect("TLS is enabled");
@@ -863,7 +870,8 @@ fn reloads_under_https_and_http2_close_no_connection(systemd: Systemd) {
     assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// A release before HTTP/2 and TLS connections could move does not say the word that tells that it takes them.
+/// The library looks for a certain text in the binary of the next release to see whether it adopts HTTP/2 and TLS
+/// connections. An older release does not contain it, so it must receive only HTTP/1.1 without TLS.
 fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
@@ -872,12 +880,16 @@ fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Syste
         https(certificate.client(&["h2"]).expect("the client configuration is valid")),
     );
     let mut binary = std::fs::read(container.binary()).expect("the binary is readable");
-    let word = b"takes-http2-and-tls";
-    let places: Vec<usize> =
-        binary.windows(word.len()).enumerate().filter(|(_, bytes)| bytes == word).map(|(at, _)| at).collect();
+    let marker = b"takes-http2-and-tls";
+    let places: Vec<usize> = binary
+        .windows(marker.len())
+        .enumerate()
+        .filter(|(_, bytes)| bytes == marker)
+        .map(|(at, _)| at)
+        .collect();
     assert!(!places.is_empty());
     for at in places {
-        binary[at..at + word.len()].copy_from_slice(b"takes-http/1.1-only");
+        binary[at..at + marker.len()].copy_from_slice(b"takes-http/1.1-only");
     }
     let mut older = tempfile::NamedTempFile::new().expect("the file is created");
     older.write_all(&binary).expect("the file is written");
@@ -885,12 +897,12 @@ fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Syste
     let newer = std::path::Path::new(app_binary());
     for verb in ["reload", "restart"] {
         let moving = Load { clients: 5, ..Load::saturating(&Container::target()) }.start(container.enter());
-        let ended = [
+        let closed = [
             Load { clients: 5, ..Load::http2(&https2) },
             Load { clients: 5, ..Load::paced(&https1) },
             Load { clients: 5, ..Load::http2(&Container::target()) },
         ];
-        let ended = ended.map(|load| load.start(container.enter()));
+        let closed = closed.map(|load| load.start(container.enter()));
         for number in 0..iterations() / 2 {
             container
                 .replace_binary(if number % 2 == 0 { older.path() } else { newer })
@@ -899,8 +911,8 @@ fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Syste
         }
         let report = moving.stop();
         assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
-        for ended in ended {
-            let report = ended.stop();
+        for load in closed {
+            let report = load.stop();
             eprintln!("{verb}: {report}");
             assert!(report.lost() == 0 && report.told_to_close > 0, "{report}");
         }
@@ -918,15 +930,15 @@ fn session_ticket_of_the_previous_process_is_accepted(systemd: Systemd) {
              openssl s_client -connect 127.0.0.1:8443 -tls1_3 -ign_eof {flag} {} 2>&1",
             session.display()
         );
-        let said = container.outside(&["sh", "-c", &script]).output().expect("openssl runs");
-        String::from_utf8_lossy(&said.stdout).into_owned()
+        let output = container.outside(&["sh", "-c", &script]).output().expect("openssl runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     };
     for verb in ["restart", "reload", "restart"] {
-        let said = connect("-sess_out");
-        assert!(said.contains("New, TLSv1.3") && said.contains("200 OK"), "{said}");
+        let output = connect("-sess_out");
+        assert!(output.contains("New, TLSv1.3") && output.contains("200 OK"), "{output}");
         container.systemctl(verb).expect(verb);
-        let said = connect("-sess_in");
-        assert!(said.contains("Reused, TLSv1.3") && said.contains("200 OK"), "after a {verb}: {said}");
+        let output = connect("-sess_in");
+        assert!(output.contains("Reused, TLSv1.3") && output.contains("200 OK"), "after a {verb}: {output}");
     }
 }
 
@@ -956,7 +968,7 @@ fn renewed_certificate_is_used_after_a_reload_with_files(systemd: Systemd) {
     renew(&container, "reload", &old, &new);
 }
 
-/// Renews the certificate and does `systemctl VERB`, under load: nothing is lost.
+/// Replaces the certificate and runs `systemctl VERB` under load, and asserts that no request is lost.
 fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate) {
     let of = |certificates: &[&Certificate]| {
         https(client_of(certificates, &["http/1.1"]).expect("the client configuration is valid"))
@@ -968,7 +980,7 @@ fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate
     assert!(handshake(old) && !handshake(new));
     let running = Load { clients: 10, ..Load::paced(&of(&[old, new])) }.start(container.enter());
     container.install_certificate(new).expect("the file is written");
-    assert!(handshake(old) && !handshake(new), "nothing changes before");
+    assert!(handshake(old) && !handshake(new), "the certificate changed before the verb");
     container.systemctl(verb).expect("systemctl succeeds");
     assert!(handshake(new) && !handshake(old));
     let report = running.stop();
@@ -979,15 +991,15 @@ fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate
 fn readyz_answers_503_during_a_drain_and_200_after_it(systemd: Systemd) {
     let container = boot(systemd);
     container.start_socket("admin").expect("the socket unit starts");
-    let readiness = || ask_admin(&container, "/readyz");
-    assert_eq!(readiness(), "ready\n200");
+    let readyz = || ask_admin(&container, "/readyz");
+    assert_eq!(readyz(), "ready\n200");
     container.inside(|| async {
         let mut held = held_request().await;
         let name = container.unit("service");
         container.run(&["systemctl", "restart", "--no-block", &name]).expect("the restart succeeds");
-        wait_until("a drain", || readiness() == "draining\n503");
+        wait_until("the service drains", || readyz() == "draining\n503");
         held.release().await.expect("the request is answered");
-        wait_until("the next process", || readiness() == "ready\n200");
+        wait_until("the next process is ready", || readyz() == "ready\n200");
         assert_eq!(generation(&mut held).await, 2);
     });
 }
@@ -1001,7 +1013,7 @@ fn counters_of_the_drain_are_exported_by_the_next_process(systemd: Systemd) {
         for last in 2..=3 {
             let mut endless = Connection::open(&Container::target()).await.expect("the port is open");
             endless.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
-            wait_until("a request in flight", || {
+            wait_until("the request is in flight", || {
                 ask_admin(&container, "/metrics").contains("\nhttp_requests_in_flight 2\n")
             });
             container.systemctl("restart").expect("the restart succeeds");
@@ -1014,7 +1026,7 @@ fn counters_of_the_drain_are_exported_by_the_next_process(systemd: Systemd) {
     assert!(metrics.contains("\noutlive_connections_taken_over_total 1\n"), "{metrics}");
 }
 
-/// What the admin socket answers, and its status.
+/// The body of a response of the admin socket, followed by its status.
 pub fn ask_admin(container: &Container, path: &str) -> String {
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "60", "--unix-socket"]);

@@ -1,5 +1,5 @@
-//! The life of a package, on real Debians: what an upgrade does to the clients of the service, and what is left when a
-//! package has gone.
+//! Install, upgrade, removal and purge of the package on real Debians, and of the rpm. Upgrades have no impact on
+//! clients of the service, and a purge leaves no file.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -38,12 +38,11 @@ on_each_debian! {
 
 #[test]
 fn lintian_reports_nothing() {
-    // Each exception, and why.
     let exceptions = [
-        // Whoever copies this has an address.
+        // The template has no address of a maintainer; a copy has one.
         "bogus-mail-host",
         "bogus-mail-host-in-debian-changelog",
-        // Debian's helpers know no takeover.
+        // Debian's helpers restart services and cannot reload them by takeover.
         "maintainer-script-calls-systemctl",
     ];
     let package = packages(Systemd::V252).join("one.deb");
@@ -55,7 +54,7 @@ fn lintian_reports_nothing() {
     assert!(output.status.success() && output.stdout.is_empty(), "{}", stdout_and_stderr(&output));
 }
 
-/// Debian has rpm too, though no system of Fedora's.
+/// With the rpm of Debian, because no system that is based on rpm is available to the tests.
 #[test]
 fn rpm_is_installed_upgraded_refused_and_removed_under_load() {
     let container =
@@ -65,30 +64,30 @@ fn rpm_is_installed_upgraded_refused_and_removed_under_load() {
             container.command(&[&["rpm", "--nodeps"], arguments].concat()).output().expect("rpm runs");
         (output.status.success(), stdout_and_stderr(&output))
     };
-    let (is_done, said) = rpm(&["--install", "/packages/one.rpm"]);
-    assert!(is_done, "{said}");
+    let (succeeded, output) = rpm(&["--install", "/packages/one.rpm"]);
+    assert!(succeeded, "{output}");
     let [socket, service] = ["socket", "service"].map(|kind| container.unit(kind));
-    assert_eq!(is(&container, "is-enabled", &socket), "enabled", "as presets say: {said}");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "enabled", "not as presets say: {output}");
     container.run(&["systemctl", "start", &socket]).expect("the socket starts");
     container.ask("/");
     let running = under_load(&container);
     let pid = main_pid(&container);
-    let (is_done, said) = rpm(&["--upgrade", "/packages/two.rpm"]);
-    assert!(is_done && main_pid(&container) != pid, "{said}");
+    let (succeeded, output) = rpm(&["--upgrade", "/packages/two.rpm"]);
+    assert!(succeeded && main_pid(&container) != pid, "{output}");
     assert_runs_installed_binary(&container);
     let pid = main_pid(&container);
-    let (_, said) = rpm(&["--upgrade", "/packages/broken.rpm"]);
-    assert!(said.contains("the new version failed to start; the old process keeps serving"), "{said}");
-    assert_eq!(main_pid(&container), pid, "{said}");
-    let (is_done, said) = rpm(&["--upgrade", "--oldpackage", "/packages/one.rpm"]);
-    assert!(is_done && main_pid(&container) != pid, "{said}");
+    let (_, output) = rpm(&["--upgrade", "/packages/broken.rpm"]);
+    assert!(output.contains("the new version failed to start; the old process keeps serving"), "{output}");
+    assert_eq!(main_pid(&container), pid, "{output}");
+    let (succeeded, output) = rpm(&["--upgrade", "--oldpackage", "/packages/one.rpm"]);
+    assert!(succeeded && main_pid(&container) != pid, "{output}");
     assert_runs_installed_binary(&container);
     assert_no_client_impact(running);
-    let (is_done, said) = rpm(&["--erase", NAME]);
-    assert!(is_done, "{said}");
-    assert_ne!(is(&container, "is-active", &service), "active");
+    let (succeeded, output) = rpm(&["--erase", NAME]);
+    assert!(succeeded, "{output}");
+    assert_ne!(unit_state(&container, "is-active", &service), "active");
     container.inside(|| async {
-        assert!(Connection::open(&Container::target()).await.is_err(), "the port is closed");
+        assert!(Connection::open(&Container::target()).await.is_err(), "the port is open");
     });
     let find = ["find", "/etc", "/usr", "/run", "-name", &format!("{NAME}*"), "!", "-name", "app.slice"];
     assert_eq!(container.run(&find).expect("the files are listed"), "");
@@ -96,8 +95,8 @@ fn rpm_is_installed_upgraded_refused_and_removed_under_load() {
 
 // ---- packages ----
 
-/// The folder of all releases: `one.deb`, and what follows it. Built once for the systemds before 254, which lack the
-/// drop-in, and once for all others.
+/// The folder of all releases: `one.deb` and later ones. They are built once without the drop-in that needs systemd
+/// 254, and once with it.
 fn packages(systemd: Systemd) -> &'static Path {
     static BUILT: OnceLock<[PathBuf; 2]> = OnceLock::new();
     let built = BUILT.get_or_init(|| ["252", "257"].map(build));
@@ -109,7 +108,7 @@ fn build(systemd: &str) -> PathBuf {
     let _ = fs::remove_dir_all(&folder);
     fs::create_dir_all(&folder).expect("the folder is created");
     let _alone = lock();
-    // Compression takes longer than all else.
+    // Without compression, which would take most of the time.
     make(&["deb", "DEB=--fast", &format!("SYSTEMD={systemd}")]);
     let package = built_package(Path::new(FOLDER), NAME, "deb").expect("the package is built");
     fs::copy(package, folder.join("one.deb")).expect("the file is copied");
@@ -153,7 +152,7 @@ fn build_rpms() -> PathBuf {
     folder
 }
 
-/// They are all made in one folder.
+/// A lock for `make deb` and `make rpm`, which write to the same folder.
 fn lock() -> MutexGuard<'static, ()> {
     static MAKING: Mutex<()> = Mutex::new(());
     MAKING.lock().unwrap_or_else(PoisonError::into_inner)
@@ -168,30 +167,30 @@ fn stdout_and_stderr(output: &Output) -> String {
     [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat()
 }
 
-// ---- a machine ----
+// ---- containers and loads ----
 
 fn boot(systemd: Systemd) -> Container {
     Container::boot_debian(systemd, app_package(), packages(systemd)).expect("the container boots")
 }
 
-/// What `dpkg` says, whether it does what it is told or not.
+/// Runs `dpkg`; returns whether it succeeded, and its output.
 fn dpkg(container: &Container, arguments: &[&str]) -> (bool, String) {
     let output = container.command(&[&["dpkg"], arguments].concat()).output().expect("dpkg runs");
     (output.status.success(), stdout_and_stderr(&output))
 }
 
 fn install(container: &Container, release: &str) -> String {
-    let (is_done, said) = dpkg(container, &["--install", &format!("/packages/{release}.deb")]);
-    assert!(is_done, "{release}: {said}");
-    said
+    let (succeeded, output) = dpkg(container, &["--install", &format!("/packages/{release}.deb")]);
+    assert!(succeeded, "{release}: {output}");
+    output
 }
 
-fn is(container: &Container, state: &str, unit: &str) -> String {
-    let output = container.command(&["systemctl", state, unit]).output().expect("systemctl runs");
+fn unit_state(container: &Container, verb: &str, unit: &str) -> String {
+    let output = container.command(&["systemctl", verb, unit]).output().expect("systemctl runs");
     String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }
 
-/// With the first release serving.
+/// A container in which the first release is installed and serves.
 fn serving(systemd: Systemd) -> Container {
     let container = boot(systemd);
     install(&container, "one");
@@ -203,15 +202,15 @@ fn main_pid(container: &Container) -> String {
     container.show("MainPID").expect("systemctl show succeeds")
 }
 
-/// As long as this is the same, nothing was started anew.
+/// The invocation id, which is the same as long as systemd has not started the service again.
 fn invocation(container: &Container) -> String {
     container.show("InvocationID").expect("systemctl show succeeds")
 }
 
-/// Loads at work, and the machine where they have it to themselves.
+/// Running loads, and the lock if they use all processor time.
 type UnderLoad = (Vec<Running>, Option<MutexGuard<'static, ()>>);
 
-/// All that a client can be, flat out.
+/// Clients of each kind, which together use all processor time.
 fn under_load(container: &Container) -> UnderLoad {
     let alone = exclusive_cpu();
     let target = Container::target();
@@ -224,7 +223,7 @@ fn under_load(container: &Container) -> UnderLoad {
     (loads.map(|load| load.start(container.enter())).into(), Some(alone))
 }
 
-/// Connections that are kept, by some clients that think.
+/// A few clients with kept connections and pauses.
 fn light_load(container: &Container) -> UnderLoad {
     let target = Container::target();
     let some = |load| Load { clients: 10, think: Duration::from_millis(20), ..load };
@@ -232,7 +231,7 @@ fn light_load(container: &Container) -> UnderLoad {
     (loads.map(|load| load.start(container.enter())).into(), None)
 }
 
-/// Nothing was lost, and no connection closed.
+/// Stops the loads, and asserts that no request was lost and no connection closed.
 fn assert_no_client_impact((running, _alone): UnderLoad) {
     for running in running {
         let is_kept = |report: &testkit::load::Report| report.connections == report.clients;
@@ -256,20 +255,20 @@ fn write_executable(container: &Container, path: &str, text: &str) {
     fs::set_permissions(container.path(path), PermissionsExt::from_mode(0o755)).expect("the mode is set");
 }
 
-// ---- the promises ----
+// ---- tests ----
 
 fn install_opens_the_port_and_the_first_request_starts_the_service(systemd: Systemd) {
     let container = boot(systemd);
-    let said = install(&container, "one");
+    let output = install(&container, "one");
     let [socket, service] = ["socket", "service"].map(|kind| container.unit(kind));
-    assert_eq!(is(&container, "is-enabled", &socket), "enabled", "{said}");
-    assert_eq!(is(&container, "is-active", &socket), "active", "{said}");
-    assert_eq!(is(&container, "is-active", &service), "inactive", "{said}");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "enabled", "{output}");
+    assert_eq!(unit_state(&container, "is-active", &socket), "active", "{output}");
+    assert_eq!(unit_state(&container, "is-active", &service), "inactive", "{output}");
     for other in ["tls", "admin"] {
-        assert_eq!(is(&container, "is-enabled", &format!("{NAME}-{other}.socket")), "disabled");
+        assert_eq!(unit_state(&container, "is-enabled", &format!("{NAME}-{other}.socket")), "disabled");
     }
     assert!(container.ask("/").contains("generation 1"));
-    // As a boot does it.
+    // As at boot.
     container.run(&["systemctl", "stop", &socket, &service]).expect("the units are stopped");
     container.run(&["systemctl", "restart", "sockets.target"]).expect("sockets.target restarts");
     assert!(container.ask("/").contains("generation 1"));
@@ -292,33 +291,33 @@ fn policy_rc_d_and_presets_are_respected(systemd: Systemd) {
     let container = boot(systemd);
     write_executable(&container, "usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n");
     install(&container, "one");
-    assert_eq!(is(&container, "is-enabled", &socket), "enabled");
-    assert_eq!(is(&container, "is-active", &socket), "inactive");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "enabled");
+    assert_eq!(unit_state(&container, "is-active", &socket), "inactive");
     container.run(&["systemctl", "start", &socket]).expect("the socket starts");
     container.ask("/");
     let pid = main_pid(&container);
     install(&container, "two");
-    assert_eq!(main_pid(&container), pid, "no reload either");
+    assert_eq!(main_pid(&container), pid, "the service was reloaded");
 
     let container = boot(systemd);
     container.write("etc/systemd/system-preset/00-none.preset", "disable *\n").expect("the file is written");
     install(&container, "one");
-    assert_eq!(is(&container, "is-enabled", &socket), "disabled");
-    assert_eq!(is(&container, "is-active", &socket), "inactive");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "disabled");
+    assert_eq!(unit_state(&container, "is-active", &socket), "inactive");
 }
 
 fn install_without_systemd_prints_nothing_about_systemd(systemd: Systemd) {
     let container = boot(systemd);
-    let mut said = String::new();
+    let mut output = String::new();
     for release in ["one", "two"] {
         let command = format!(
             "mount -t tmpfs none /run && mount --bind /dev/null /usr/bin/systemctl &&
              dpkg --install /packages/{release}.deb 2>&1"
         );
-        said += &container.run(&["unshare", "--mount", "sh", "-c", &command]).expect("dpkg succeeds");
+        output += &container.run(&["unshare", "--mount", "sh", "-c", &command]).expect("dpkg succeeds");
     }
     let unit_words = ["systemd", "systemctl", "reload", "warning", "error"];
-    assert!(unit_words.iter().all(|word| !said.contains(word)), "{said}");
+    assert!(unit_words.iter().all(|word| !output.contains(word)), "{output}");
     assert_eq!(container.run(&[NAME, "--version"]).expect("the process runs"), format!("{NAME} 0.1.0\n"));
 }
 
@@ -328,12 +327,12 @@ fn upgrades_and_a_downgrade_under_load_have_no_client_impact(systemd: Systemd) {
     let begun = invocation(&container);
     let mut pids = BTreeSet::from([main_pid(&container)]);
     for release in ["two", "three", "one", "two"] {
-        let said = install(&container, release);
-        assert!(pids.insert(main_pid(&container)), "no takeover: {said}");
-        assert!(!said.contains("unit files have changed"), "{said}");
+        let output = install(&container, release);
+        assert!(pids.insert(main_pid(&container)), "the upgrade did not take over: {output}");
+        assert!(!output.contains("unit files have changed"), "{output}");
         assert_runs_installed_binary(&container);
     }
-    assert_eq!(invocation(&container), begun, "reloaded, not restarted");
+    assert_eq!(invocation(&container), begun, "the service was restarted");
     assert_no_client_impact(running);
 }
 
@@ -341,11 +340,11 @@ fn upgrade_with_changed_units_prints_a_hint_and_does_not_restart(systemd: System
     let container = serving(systemd);
     let running = light_load(&container);
     let begun = invocation(&container);
-    let said = install(&container, "units");
-    let told: Vec<_> = said.lines().filter(|line| line.contains("unit files have changed")).collect();
-    assert!(matches!(told[..], [line] if line.contains(&format!("systemctl restart {NAME}"))), "{said}");
+    let output = install(&container, "units");
+    let hints: Vec<_> = output.lines().filter(|line| line.contains("unit files have changed")).collect();
+    assert!(matches!(hints[..], [line] if line.contains(&format!("systemctl restart {NAME}"))), "{output}");
     assert_eq!(container.show("NeedDaemonReload").expect("systemctl show succeeds"), "no");
-    assert_eq!(invocation(&container), begun, "reloaded, not restarted");
+    assert_eq!(invocation(&container), begun, "the service was restarted");
     assert_eq!(container.show("LimitCORE").expect("systemctl show succeeds"), "0");
     assert_no_client_impact(running);
 }
@@ -354,14 +353,14 @@ fn failed_upgrade_keeps_the_old_process_until_a_good_release(systemd: Systemd) {
     let container = serving(systemd);
     let running = light_load(&container);
     let pid = main_pid(&container);
-    let (is_done, said) = dpkg(&container, &["--install", "/packages/broken.deb"]);
+    let (succeeded, output) = dpkg(&container, &["--install", "/packages/broken.deb"]);
     assert!(
-        !is_done && said.contains("the new version failed to start; the old process keeps serving"),
-        "{said}"
+        !succeeded && output.contains("the new version failed to start; the old process keeps serving"),
+        "{output}"
     );
-    assert_eq!(main_pid(&container), pid, "{said}");
-    let (is_done, _) = dpkg(&container, &["--configure", "--pending"]);
-    assert!(!is_done, "it is as broken as before");
+    assert_eq!(main_pid(&container), pid, "{output}");
+    let (succeeded, _) = dpkg(&container, &["--configure", "--pending"]);
+    assert!(!succeeded, "the broken release was configured");
     install(&container, "cured");
     assert_ne!(main_pid(&container), pid);
     assert_runs_installed_binary(&container);
@@ -377,21 +376,21 @@ fn invalid_conffile_line_is_printed_and_configure_succeeds_after_the_fix(systemd
     container.write(&conffile, &format!("# one\n# two\n{variable}=soon\n")).expect("the file is written");
     let running = light_load(&container);
     let pid = main_pid(&container);
-    let (is_done, said) = dpkg(&container, &["--install", "/packages/two.deb"]);
-    assert!(!is_done, "{said}");
-    assert!(said.contains(&format!("/{conffile}:3:{variable}=soon")), "{said}");
-    assert!(said.contains("invalid value 'soon'"), "{said}");
+    let (succeeded, output) = dpkg(&container, &["--install", "/packages/two.deb"]);
+    assert!(!succeeded, "{output}");
+    assert!(output.contains(&format!("/{conffile}:3:{variable}=soon")), "{output}");
+    assert!(output.contains("invalid value 'soon'"), "{output}");
     assert_eq!(main_pid(&container), pid);
-    // What cannot be read is not passed over.
+    // A conffile that cannot be read is an error too.
     fs::remove_file(container.path(&conffile)).expect("the file is removed");
     fs::create_dir(container.path(&conffile)).expect("the folder is created");
-    let (is_done, said) = dpkg(&container, &["--configure", "--pending"]);
-    assert!(!is_done && said.contains(&format!("/{conffile}: ")), "{said}");
+    let (succeeded, output) = dpkg(&container, &["--configure", "--pending"]);
+    assert!(!succeeded && output.contains(&format!("/{conffile}: ")), "{output}");
     assert_eq!(main_pid(&container), pid);
     fs::remove_dir(container.path(&conffile)).expect("the folder is removed");
     container.write(&conffile, &format!("{variable}=5min\n")).expect("the file is written");
-    let (is_done, said) = dpkg(&container, &["--configure", "--pending"]);
-    assert!(is_done, "{said}");
+    let (succeeded, output) = dpkg(&container, &["--configure", "--pending"]);
+    assert!(succeeded, "{output}");
     assert_ne!(main_pid(&container), pid);
     assert_runs_installed_binary(&container);
     assert_no_client_impact(running);
@@ -404,8 +403,8 @@ fn upgrade_on_a_full_disk_keeps_the_old_process(systemd: Systemd) {
     let folder = "/usr/share/fish/vendor_completions.d";
     let fill = format!("mount -t tmpfs -o size=4k none {folder} && head -c 4096 /dev/zero >{folder}/full");
     container.run(&["sh", "-c", &fill]).expect("the file system is full");
-    let (is_done, said) = dpkg(&container, &["--install", "/packages/two.deb"]);
-    assert!(!is_done && said.contains("No space left"), "{said}");
+    let (succeeded, output) = dpkg(&container, &["--install", "/packages/two.deb"]);
+    assert!(!succeeded && output.contains("No space left"), "{output}");
     assert_eq!(main_pid(&container), pid);
     container.run(&["umount", folder]).expect("the file system is unmounted");
     install(&container, "two");
@@ -430,43 +429,46 @@ fn upgrade_during_a_reload_loses_no_request(systemd: Systemd) {
 fn upgrade_keeps_stopped_disabled_and_masked_units_as_they_are(systemd: Systemd) {
     let [socket, service] = ["socket", "service"].map(|kind| format!("{NAME}.{kind}"));
     let container = serving(systemd);
-    // With a unit that is masked while it runs systemd forgets NotifyAccess=, refuses the service's messages, and ends
-    // it when the watchdog's time is over. Here it is to run for as long as the test takes.
+    // When a unit is masked while it runs, systemd forgets NotifyAccess=, ignores the messages of the service, and
+    // kills it when WatchdogSec= has passed. Without the watchdog the service runs for as long as the test takes.
     container
         .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=0\n")
         .expect("the drop-in is written");
     let states = || {
         let units = [&socket, &service];
         [
-            units.map(|unit| is(&container, "is-active", unit)),
-            units.map(|unit| is(&container, "is-enabled", unit)),
+            units.map(|unit| unit_state(&container, "is-active", unit)),
+            units.map(|unit| unit_state(&container, "is-enabled", unit)),
         ]
     };
     let unchanged = |release: &str| {
         let before = states();
-        let said = install(&container, release);
+        let output = install(&container, release);
         assert_eq!(states(), before, "{release}");
-        said
+        output
     };
     container.run(&["systemctl", "stop", &service]).expect("the units are stopped");
     unchanged("two");
-    assert_eq!(is(&container, "is-active", &socket), "active");
+    assert_eq!(unit_state(&container, "is-active", &socket), "active");
     container.run(&["systemctl", "stop", &socket, &service]).expect("the units are stopped");
     unchanged("three");
     container.run(&["systemctl", "disable", &socket]).expect("the unit is disabled");
     unchanged("one");
-    assert_eq!(is(&container, "is-enabled", &socket), "disabled");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "disabled");
     container.run(&["systemctl", "enable", "--now", &socket]).expect("the unit is enabled");
     container.ask("/");
     let pid = main_pid(&container);
     container.run(&["systemctl", "mask", &service]).expect("the unit is masked");
-    let said = unchanged("two");
-    assert!(said.contains(&format!("{service} is masked, so it was not upgraded")), "{said}");
-    assert_eq!((is(&container, "is-enabled", &service), main_pid(&container)), ("masked".into(), pid));
+    let output = unchanged("two");
+    assert!(output.contains(&format!("{service} is masked, so it was not upgraded")), "{output}");
+    assert_eq!(
+        (unit_state(&container, "is-enabled", &service), main_pid(&container)),
+        ("masked".into(), pid)
+    );
     container.run(&["systemctl", "stop", &socket, &service]).expect("the units are stopped");
     container.run(&["systemctl", "mask", &socket]).expect("the unit is masked");
     unchanged("three");
-    assert_eq!(is(&container, "is-enabled", &socket), "masked");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "masked");
 }
 
 fn upgrade_reloads_the_instances(systemd: Systemd) {
@@ -491,54 +493,54 @@ fn upgraded_process_runs_the_installed_file(systemd: Systemd) {
     let container = serving(systemd);
     install(&container, "two");
     assert_runs_installed_binary(&container);
-    // What runs from a file that has gone: nothing of ours.
-    let said = container.run(&["needrestart", "-b", "-r", "l"]).expect("needrestart succeeds");
-    assert!(!said.contains(NAME), "{said}");
+    // needrestart lists processes whose files were replaced.
+    let output = container.run(&["needrestart", "-b", "-r", "l"]).expect("needrestart succeeds");
+    assert!(!output.contains(NAME), "{output}");
 }
 
 fn systemctl_sets_what_is_logged_and_a_reload_keeps_it(systemd: Systemd) {
     let container = serving(systemd);
     let service = container.unit("service");
-    let say = |what: &str| {
+    let get = |what: &str| {
         let output = container.command(&["systemctl", what, &service]).output().expect("systemctl runs");
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     };
     let set = |what: &str, to: &str| container.run(&["systemctl", what, &service, to]);
-    // The main process's, and no former one's.
-    let is = |level: &str, target: &str| {
-        wait_until("the bus has asked the main process", || {
+    // Waits until the main process owns the bus name, so that a former process cannot answer.
+    let assert_settings = |level: &str, target: &str| {
+        wait_until("the main process owns the bus name", || {
             let owner = container.run(&["busctl", "status", &format!("local.{NAME}")]).unwrap_or_default();
             owner.lines().any(|line| line == format!("PID={}", main_pid(&container)))
         });
-        assert_eq!((say("service-log-level"), say("service-log-target")), (level.into(), target.into()));
+        assert_eq!((get("service-log-level"), get("service-log-target")), (level.into(), target.into()));
     };
-    is("info", "journal");
+    assert_settings("info", "journal");
     set("service-log-level", "debug").expect("systemctl succeeds");
     set("service-log-target", "console").expect("systemctl succeeds");
-    is("debug", "console");
+    assert_settings("debug", "console");
     container.systemctl("reload").expect("the reload succeeds");
-    is("debug", "console");
+    assert_settings("debug", "console");
     let failed = set("service-log-level", "loud").expect_err("the level does not exist");
     assert!(failed.to_string().contains("loud"), "{failed}");
     set("service-log-target", "kmsg").expect_err("kmsg is not supported");
     set("service-log-target", "auto").expect("systemctl succeeds");
-    is("debug", "journal");
+    assert_settings("debug", "journal");
     let name = format!("local.{NAME}");
-    let by_nobody = ["runuser", "-u", "nobody", "--", "busctl", "set-property", &name];
+    let as_nobody = ["runuser", "-u", "nobody", "--", "busctl", "set-property", &name];
     let level = ["/org/freedesktop/LogControl1", "org.freedesktop.LogControl1", "LogLevel", "s", "info"];
     let denied =
-        container.run(&[&by_nobody[..], &level].concat()).expect_err("only root may set the property");
+        container.run(&[&as_nobody[..], &level].concat()).expect_err("only root may set the property");
     assert!(denied.to_string().contains("denied"), "{denied}");
-    // A start begins with what the configuration says; so does a reload where nothing was set.
+    // A start uses the configuration, and so does a reload if nothing was set over the bus.
     container.systemctl("restart").expect("the restart succeeds");
-    is("info", "journal");
+    assert_settings("info", "journal");
     let variable = format!("{}_LOG", NAME.to_uppercase().replace('-', "_"));
     container
         .write(&format!("etc/default/{NAME}"), &format!("{variable}=warn\n"))
         .expect("the file is written");
     container.systemctl("reload").expect("the reload succeeds");
-    is("warning", "journal");
-    // No bus: nothing is said of it.
+    assert_settings("warning", "journal");
+    // Without a bus the service starts too.
     container.run(&["systemctl", "stop", "dbus.socket", "dbus.service"]).expect("the units are stopped");
     container.systemctl("restart").expect("the restart succeeds");
     assert!(container.ask("/").contains("generation"));
@@ -572,23 +574,25 @@ fn removal_drains_and_purge_leaves_no_file(systemd: Systemd) {
         let mut slow = Connection::open(&Container::target()).await.expect("the port is open");
         slow.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
         container.wait_for_property("StatusText", |status| status.contains("1 in flight"));
-        let (is_done, said) = dpkg(&container, &["--remove", NAME]);
-        assert!(is_done, "{said}");
+        let (succeeded, output) = dpkg(&container, &["--remove", NAME]);
+        assert!(succeeded, "{output}");
         assert_eq!(slow.answer().await.expect("the request in flight is answered").text(), "slept 5s\n");
-        assert!(Connection::open(&Container::target()).await.is_err(), "the port is closed");
+        assert!(Connection::open(&Container::target()).await.is_err(), "the port is open");
     });
-    assert_ne!(is(&container, "is-active", &socket), "active");
-    assert!(container.path(&format!("etc/default/{NAME}")).exists(), "a removal keeps the configuration");
-    let (is_done, said) = dpkg(&container, &["--purge", NAME]);
-    assert!(is_done, "{said}");
-    wait_until("units are forgotten", || is(&container, "is-enabled", &socket) != "enabled");
-    // A user that was made stays, as Debian has it, and so do the copies that this makes of its lists.
+    assert_ne!(unit_state(&container, "is-active", &socket), "active");
+    assert!(container.path(&format!("etc/default/{NAME}")).exists(), "the removal removed the conffile");
+    let (succeeded, output) = dpkg(&container, &["--purge", NAME]);
+    assert!(succeeded, "{output}");
+    wait_until("systemd no longer knows the socket unit", || {
+        unit_state(&container, "is-enabled", &socket) != "enabled"
+    });
+    // A created system user stays, as is usual in Debian, and so do the backups of /etc/passwd and the like.
     let of_users =
         |file: &String| file.starts_with("/etc/") && (file.ends_with('-') || file.ends_with("/.pwd.lock"));
     let left: Vec<_> = files().difference(&before).filter(|file| !of_users(file)).cloned().collect();
     assert!(left.is_empty(), "{left:?}");
-    // It comes back as it came first.
+    // Another install has the same result as the first.
     install(&container, "two");
-    assert_eq!(is(&container, "is-enabled", &socket), "enabled");
+    assert_eq!(unit_state(&container, "is-enabled", &socket), "enabled");
     assert!(container.ask("/").contains("generation 1"));
 }

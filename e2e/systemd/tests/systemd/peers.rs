@@ -1,6 +1,6 @@
-//! Reverse proxies, a browser and Node, as Debian packages them, over restarts and reloads. Each runs in the service's
-//! container. It counts the requests that it loses itself. The kernel counts connections and resets, because a client
-//! that connects again, or sends a request again, could hide a loss.
+//! Reverse proxies, a browser and Node, as Debian packages them, over restarts and reloads. Each runs in the container
+//! of the service and counts the requests that it loses. The test reads connections and resets from the kernel, because
+//! a client that connects again, or sends a request again, could hide a loss.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -19,14 +19,14 @@ use crate::{app_package, third_party_clients};
 
 /// Where a proxy listens.
 const FRONT: ([u8; 4], u16) = ([127, 0, 0, 1], 8000);
-/// Where a test answers its script.
+/// Where the test serves the page of a browser, and receives the reports of a script.
 const TEST: ([u8; 4], u16) = ([127, 0, 0, 1], 9000);
-/// Connections that a proxy has to the service: more than its clients use at once, so that some of them are idle.
+/// Connections from a proxy to the service: more than its clients use at once, so that some of them are idle.
 const POOL: usize = 30;
 /// Connections of a script: as many as a browser opens to one origin over HTTP/1.1.
 const CONNECTIONS: usize = 6;
 
-// ---- in front ----
+// ---- reverse proxies ----
 
 #[test]
 fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
@@ -61,7 +61,7 @@ fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
-    // One thread, because each thread has a pool of its own. No connection is purged for having been idle.
+    // One thread, because each thread has its own pool. Without pool-purge-delay, haproxy would close idle connections.
     run_behind_proxy(
         &["haproxy", "-db", "-f", "/run/peer"],
         "global
@@ -82,7 +82,7 @@ fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn apache_in_front_loses_nothing_and_keeps_its_connections() {
-    // One process, because each process has a pool of its own.
+    // One process, because each process has its own pool.
     run_behind_proxy(
         &["apache2", "-D", "FOREGROUND", "-f", "/run/peer"],
         "LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
@@ -120,8 +120,8 @@ fn varnish_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
-    // No requests with bodies: where an answer comes before Caddy has seen the end of the request's body, as it can
-    // from /echo, Caddy closes the connection to the service after it, also without any restart.
+    // No requests with bodies, because Caddy closes the connection to the service if a response begins before Caddy has
+    // seen the end of the request body, as it can from /echo, also without any restart.
     run_behind_proxy(
         &["caddy", "run", "--adapter", "caddyfile", "--config", "/run/peer"],
         "{
@@ -140,8 +140,8 @@ fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
     );
 }
 
-/// Runs a proxy between the service and two loads, one that sends blindly and a `second` one: no request is lost, and
-/// no connection is closed, reset or opened.
+/// Runs a proxy between the service and two loads, a paced blind one and `second`. Asserts that no request is lost, and
+/// that no connection is closed, reset or opened besides those of the clients.
 fn run_behind_proxy(command: &[&str], config: &str, second: fn(&Target) -> Load) {
     let container = boot();
     container.write("run/peer", &format!("{config}\n")).expect("the file is written");
@@ -161,7 +161,7 @@ fn run_behind_proxy(command: &[&str], config: &str, second: fn(&Target) -> Load)
     for load in loads {
         let report = load.stop();
         eprintln!("{}: {report}", command[0]);
-        assert!(report.answered > u64::from(iterations()), "hardly a load: {report}");
+        assert!(report.answered > u64::from(iterations()), "the load was too small: {report}");
         assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     }
     assert_eq!(Kernel::of(&container), Kernel { accepted: before.accepted + clients, ..before });
@@ -216,15 +216,15 @@ fn a_websocket_in_chromium_is_closed_with_1012_and_connects_again() {
     assert_eq!(counts["errors"], 0, "{counts}");
 }
 
-/// The program that runs a script.
+/// The program that executes a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Engine {
     Node,
     Chromium,
 }
 
-/// Runs a script that sends requests until the test ends it: no request is lost, and no connection is closed, reset or
-/// opened.
+/// Runs a script that sends requests until the test ends it. Asserts that no request is lost, and that no connection is
+/// closed, reset or opened.
 fn run_requests(call: &str, engine: Engine) {
     let container = boot();
     let call = call.replace("CONNECTIONS", &CONNECTIONS.to_string());
@@ -253,10 +253,10 @@ fn run_requests(call: &str, engine: Engine) {
     eprintln!("{call} in {engine:?}: {counts}");
     assert_eq!(counts["lost"], json!([]), "{counts}");
     let answered = counts["answered"].as_u64().expect("the value is a number");
-    assert!(answered > u64::from(iterations()), "hardly a load: {counts}");
+    assert!(answered > u64::from(iterations()), "the load was too small: {counts}");
 }
 
-/// Runs a script in Chromium that reports each time it has connected, and does the next verb after each report. Gives
+/// Runs a script in Chromium that reports each time it has connected, and runs the next verb after each report. Returns
 /// the last counts.
 fn run_until_ended_each_time(call: &str) -> Value {
     let container = boot();
@@ -277,12 +277,13 @@ fn run_until_ended_each_time(call: &str) -> Value {
         }
     });
     eprintln!("{call}: {counts}");
-    // There may be more of both than verbs, because a process that ends can still accept the next connection.
+    // Both can exceed the number of verbs, because a process that is stopping can still accept the next connection.
     assert_eq!(count(&counts, "opened"), count(&counts, "ended") + 1, "{counts}");
     counts
 }
 
-/// A script that runs in the container, and the server of the test that gives it to a browser and takes its reports.
+/// A script that runs in the container, and the test's server, from which a browser loads the script and which receives
+/// its reports.
 struct Script {
     listener: TcpListener,
     page: String,
@@ -307,7 +308,7 @@ impl Script {
                     "--disable-component-update",
                     "--disable-sync",
                     "--user-data-dir=/run/chromium",
-                    // Without it the page, which the test serves, may not read what the service answers.
+                    // Otherwise the page, which has another origin, could not read the responses of the service.
                     "--disable-web-security",
                     "http://127.0.0.1:9000",
                 ],
@@ -318,7 +319,7 @@ impl Script {
         Self { listener, page }
     }
 
-    /// The script's next report, and the connection on which the script waits for the answer.
+    /// The next report of the script, and the connection on which the script waits for the response.
     async fn report(&self) -> (Value, BufReader<TcpStream>) {
         loop {
             let (stream, _) = self.listener.accept().await.expect("the connection is established");
@@ -353,7 +354,7 @@ async fn answer(mut stream: BufReader<TcpStream>, text: &str) {
     stream.write_all(format!("{head}\r\n\r\n{text}").as_bytes()).await.expect("the response is written");
 }
 
-// ---- both ----
+// ---- helpers for both ----
 
 fn boot() -> Container {
     let container = Container::boot(Systemd::V257, app_package()).expect("the container boots");

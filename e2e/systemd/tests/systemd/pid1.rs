@@ -50,12 +50,12 @@ impl Container {
         unshare.stderr(log.reopen().expect("the file is created"));
         let unshare = Process::spawn(&mut unshare).expect("unshare starts");
         let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
-        wait_until("the service", || std::net::TcpStream::connect(address).is_ok());
+        wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
         container
     }
 
     /// The standard error so far.
-    fn said(&self) -> String {
+    fn stderr(&self) -> String {
         std::fs::read_to_string(self.log.path()).expect("the file is readable")
     }
 
@@ -69,9 +69,9 @@ impl Container {
     }
 
     /// Waits until the service exits with success; returns its standard error.
-    fn end(mut self) -> String {
+    fn wait_for_exit(mut self) -> String {
         let status = self.unshare.wait().expect("the process ends");
-        let log = self.said();
+        let log = self.stderr();
         assert!(status.success(), "{status}: {log}");
         log
     }
@@ -90,7 +90,7 @@ fn static_binary_as_pid_1_finishes_the_request_in_flight() {
         assert_eq!(slow.answer().await.expect("the request is answered").text(), "slept 1s\n");
         assert!(other.ask(&get("/")).await.expect("the request is answered").closes());
     });
-    let log = container.end();
+    let log = container.wait_for_exit();
     assert!(log.contains("draining: ") && log.contains(" 0 cut off"), "{log}");
 }
 
@@ -113,9 +113,9 @@ fn sighup_to_pid_1_is_refused_and_the_service_keeps_serving() {
             connection.ask(&get("/")).await.expect("the request is answered").text().contains("generation 1")
         );
     });
-    wait_until("the hangup is refused", || container.said().contains("PID 1 of a container cannot reload"));
+    wait_until("SIGHUP is refused", || container.stderr().contains("PID 1 of a container cannot reload"));
     container.signal(Signal::INT);
-    container.end();
+    container.wait_for_exit();
 }
 
 // ---- docs/recipes ----
@@ -156,9 +156,9 @@ fn container_recipes_use_options_that_the_binary_accepts() {
     for (name, value, _) in &times {
         check.env(name, value);
     }
-    let (code, said, log) = run_to_end(&mut check).expect("the process ends");
+    let (code, stdout, log) = run_to_end(&mut check).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert!(said.contains("http(") && said.contains("admin("), "{said}");
+    assert!(stdout.contains("http(") && stdout.contains("admin("), "{stdout}");
     let grace: u64 =
         value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("the value is in seconds");
     // Twice the drain timeout, because a request that arrives at the end of the first period has a whole one of its

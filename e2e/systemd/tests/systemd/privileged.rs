@@ -31,19 +31,20 @@ fn start_from_a_shell_below_a_unit_listens_on_the_default_address() {
 #[test]
 fn takeover_connection_of_another_user_is_rejected() {
     let folder = tempfile::tempdir().expect("the folder is created");
-    let nobody = 65_534;
-    std::os::unix::fs::chown(folder.path(), Some(nobody), Some(nobody)).expect("the test runs as root");
+    let other_user = 65_534;
+    std::os::unix::fs::chown(folder.path(), Some(other_user), Some(other_user))
+        .expect("the test runs as root");
     let readable = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755));
     // A copy that this user can read.
     let binary = folder.path().join("copy");
     std::fs::copy(app_binary(), &binary).expect("the file is copied");
     readable(folder.path()).and_then(|()| readable(&binary)).expect("the mode is set");
-    let address = format!("unix:@stranger-{}", std::process::id());
+    let address = format!("unix:@rejected-{}", std::process::id());
     let mut command = Command::new("setpriv");
     command.args(["--reuid=65534", "--clear-groups"]).arg(&binary).args(["--listen", &address]);
     command.env("RUNTIME_DIRECTORY", folder.path()).stderr(Stdio::piped());
     let mut process = Process::spawn(&mut command).expect("the service starts");
-    wait_until("it listens", || folder.path().join("takeover").exists());
+    wait_until("the takeover socket exists", || folder.path().join("takeover").exists());
     let channel = connect_takeover_socket(folder.path());
     assert_eq!(recv_message(&channel), None);
     process.signal(Signal::TERM);

@@ -53,31 +53,31 @@ impl Silence {
             Self::HalfPreface => connection.send(&PREFACE[..10]).await.expect("the bytes are sent"),
             Self::Preface => {
                 connection.send(PREFACE).await.expect("the bytes are sent");
-                until(connection, |frame| frame.kind == SETTINGS).await;
+                read_until(connection, |frame| frame.kind == SETTINGS).await;
             }
             Self::Unacknowledged => {
                 connection.send(&[hello, get].concat()).await.expect("the bytes are sent");
-                until(connection, Frame::ends_stream).await;
+                read_until(connection, Frame::ends_stream).await;
             }
             Self::HalfHeaders => {
                 connection.send(&hello).await.expect("the bytes are sent");
-                until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
+                read_until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
                 let acknowledged = frame(SETTINGS, END_STREAM, 0, b"");
                 let half = frame(HEADERS, END_STREAM, 3, GET);
                 // In one write, so that a server that has answered stream 1 has also read the half block.
                 connection.send(&[acknowledged, get, half].concat()).await.expect("the bytes are sent");
-                until(connection, Frame::ends_stream).await;
+                read_until(connection, Frame::ends_stream).await;
             }
         }
     }
 
     /// Whether the connection can be handed over: without TLS nothing is consumed before the preface is complete.
-    fn moves(self, is_tls: bool) -> bool {
+    fn can_be_handed_over(self, is_tls: bool) -> bool {
         !is_tls && matches!(self, Self::Connected | Self::HalfPreface)
     }
 
     /// The remaining bytes of a request on a connection that was handed over.
-    fn rest(self) -> Vec<u8> {
+    fn remaining_bytes(self) -> Vec<u8> {
         let sent = if matches!(self, Self::HalfPreface) { 10 } else { 0 };
         let settings = frame(SETTINGS, 0, 0, b"");
         [&PREFACE[sent..], &settings, &frame(HEADERS, END_STREAM | END_HEADERS, 1, GET)].concat()
@@ -126,7 +126,7 @@ async fn next(connection: &mut Connection) -> Option<Frame> {
     Some(Frame { kind: head[3], flags: head[4], payload })
 }
 
-async fn until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
+async fn read_until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
     loop {
         let frame = next(connection).await.expect("another frame follows");
         assert_ne!(frame.kind, GOAWAY);
@@ -180,9 +180,9 @@ fn check_silent_clients(systemd: Systemd, verb: &str) {
         eprintln!("{verb}: the old process ended after {} ms", took.as_millis());
         assert!(took < SOON, "{took:?}");
         for (silence, is_tls, mut connection) in clients {
-            if silence.moves(is_tls) {
-                connection.send(&silence.rest()).await.expect("the bytes are sent");
-                until(&mut connection, Frame::ends_stream).await;
+            if silence.can_be_handed_over(is_tls) {
+                connection.send(&silence.remaining_bytes()).await.expect("the bytes are sent");
+                read_until(&mut connection, Frame::ends_stream).await;
                 continue;
             }
             let named = goaways(&mut connection).await;

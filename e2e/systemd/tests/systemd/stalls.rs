@@ -259,7 +259,7 @@ fn unread_notify_socket_delays_neither_requests_nor_the_exit() {
     let mut command = command(app_binary(), &["--listen", &address.to_string()]);
     let mut process = Process::spawn(command.env("NOTIFY_SOCKET", &path).env("WATCHDOG_USEC", "100000"));
     let process = process.as_mut().expect("the service starts");
-    wait_until("it listens", || TcpStream::connect(address).is_ok());
+    wait_until("the service listens", || TcpStream::connect(address).is_ok());
     block_on(async {
         let mut connection = Connection::open(&Target::Tcp(address)).await.expect("the service listens");
         // Long enough that the status and WATCHDOG=1 are due many times.
