@@ -1,11 +1,11 @@
-// The HttpClient of the JDK with its default settings. Four threads send one request after the other, alternating GET and
-// POST, until standard input ends.
+// The HttpClient of the JDK with its default settings. Four threads send one request after the other, alternating GET
+// and POST, until standard input ends.
 //
-// Each line of standard input is a number: as soon as each thread has sent that many more requests, a line with the numbers
-// of answered and lost requests so far is printed. Standard error has the reason of each loss.
+// Each line of standard input is a number: as soon as each thread has sent that many more requests, a line with the
+// numbers of answered and lost requests so far is printed. Standard error has the reason of each loss.
 //
-// A response of another version than VERSION counts as lost. With http:// each request offers `Upgrade: h2c`, because the
-// client prefers HTTP/2; a service that declines it answers with HTTP_1_1.
+// A response of another version than VERSION counts as lost. With http:// each request offers `Upgrade: h2c`, because
+// the client prefers HTTP/2; a service that declines it answers with HTTP_1_1.
 //
 // usage: java JavaClient.java URL VERSION [CHAIN]
 //        java JavaClient.java https://127.0.0.1:8443/ HTTP_2 tls.crt

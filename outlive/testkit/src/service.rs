@@ -123,8 +123,8 @@ impl Start {
         Self { command: command(binary, flags), flags: flags_of_next }
     }
 
-    /// Passes the socket as standard input and a channel as standard output, because a
-    /// `Command` of std passes no other file descriptors. `LISTEN_FDS_FIRST_FD=0` tells listenfd where they begin.
+    /// Passes the socket as standard input and a channel as standard output, because a `Command` of
+    /// std passes no other file descriptors. `LISTEN_FDS_FIRST_FD=0` tells listenfd where they begin.
     fn begin(
         mut self,
         listener: OwnedFd,

@@ -23,7 +23,7 @@ pub fn repeat_under_load(verb: &str, container: &Container, load: Load) -> Repor
     let iterations = iterations();
     for _ in 0..iterations {
         let (begun, ended) = (Instant::now(), running.ended());
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         slowest = slowest.max(begun.elapsed());
         // At least one request between two verbs, so that each process serves the load even on a slow machine.
         running.wait_for(ended + 1);

@@ -35,7 +35,7 @@ fn curl_is_answered_on_each_listener_in_each_protocol() {
     assert_eq!(ask(&["--http1.1"], &https).as_deref(), Ok("1.1 200"));
     assert_eq!(ask(&["--http2"], &https).as_deref(), Ok("2 200"));
     assert_eq!(ask(&["--no-alpn"], &https).as_deref(), Ok("1.1 200"));
-    let Target::Unix(admin) = service.admin() else { panic!("a path") };
+    let Target::Unix(admin) = service.admin() else { panic!("the admin listener is a Unix socket") };
     let socket = ["--unix-socket", admin.to_str().expect("the path is UTF-8")];
     assert_eq!(ask(&socket, "http://localhost/healthz").as_deref(), Ok("1.1 200"));
     // Each listener has its own routes.

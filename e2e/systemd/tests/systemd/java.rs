@@ -84,11 +84,11 @@ fn assert_connections_are_kept(container: &Container, mut java: Java, port: u16)
     assert!(!before.is_empty());
     for verb in ["restart", "reload"] {
         for _ in 0..iterations() {
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             java.after(REQUESTS);
             let after = connections(container, port);
             let closed: Vec<_> = before.iter().filter(|connection| !after.contains(connection)).collect();
-            assert!(closed.is_empty(), "closed at a {verb}: {closed:?} of {before:?}");
+            assert!(closed.is_empty(), "closed by a {verb}: {closed:?} of {before:?}");
             before = after;
         }
         let (answered, lost) = java.after(REQUESTS);

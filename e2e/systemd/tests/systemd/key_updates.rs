@@ -43,7 +43,7 @@ fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> 
         String::from_utf8_lossy(&metrics).contains("\noutlive_connections{stage=\"parked\"} 1\n")
     });
     let Some(verb) = verb else { return generation };
-    container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+    container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
     generation + 1
 }
 

@@ -242,7 +242,7 @@ fn hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
     assert_ne!(before, after, "the same process still answers");
     let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
     let is_timeout = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
-    assert!(entries.iter().any(is_timeout), "systemd logs the watchdog timeout");
+    assert!(entries.iter().any(is_timeout), "systemd logged no watchdog timeout");
 }
 
 fn port_stays_open_while_the_service_fails_to_start(systemd: Systemd) {
@@ -462,7 +462,7 @@ fn stored_connections_survive_five_failed_starts(systemd: Systemd) {
         assert_eq!(generation(&mut idle).await, 1);
         assert_eq!(generation(&mut waiting).await, 1);
         container.replace_binary(bad.path()).expect("the binary is replaced");
-        assert!(container.systemctl("restart").is_err(), "a bad release does not start");
+        assert!(container.systemctl("restart").is_err(), "the bad release started");
         waiting.send(&get("/")).await.expect("the bytes are sent");
         container.wait_for_property("NRestarts", |count| {
             count.parse::<u32>().expect("the value is a number") >= 5
@@ -524,7 +524,7 @@ fn stop_closes_idle_connections(systemd: Systemd) {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         generation(&mut connection).await;
         container.systemctl("stop").expect("the stop succeeds");
-        assert_eq!(connection.read_more().await.expect("closed, not reset"), 0);
+        assert_eq!(connection.read_more().await.expect("the connection is not reset"), 0);
     });
 }
 
@@ -907,7 +907,7 @@ fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Syste
             container
                 .replace_binary(if number % 2 == 0 { older.path() } else { newer })
                 .expect("the binary is replaced");
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         }
         let report = moving.stop();
         assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");

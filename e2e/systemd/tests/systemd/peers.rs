@@ -265,7 +265,7 @@ fn run_until_ended_each_time(call: &str) -> Value {
         let script = Script::start(&container, call, Engine::Chromium).await;
         for verb in verbs() {
             let (_, waiting) = script.report().await;
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             answer(waiting, "").await;
         }
         loop {
@@ -374,7 +374,7 @@ fn verbs() -> impl Iterator<Item = &'static str> {
 
 fn restart_and_reload(container: &Container) {
     for verb in verbs() {
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
     }
 }
 

@@ -36,7 +36,7 @@ fn start(flag: &str, target: &Target, log: Stdio) -> Process {
     let mut start_server = command("start_server", &[flag, "--interval=1", "--", app_binary()]);
     start_server.stdout(Stdio::null()).stderr(log);
     let start_server = Process::spawn(&mut start_server).expect("start_server starts");
-    wait_until("the first process", || generation(target).is_some());
+    wait_until("the first process answers", || generation(target).is_some());
     start_server
 }
 
@@ -49,7 +49,7 @@ fn hang_up_repeatedly_under(flag: &str, target: &Target, load: Load) {
         start_server.signal(Signal::HUP);
         // Both processes accept for a while, so one response of the next process does not show that the old one is
         // gone.
-        wait_until("the next process", || (0..10).all(|_| generation(target) == Some(next)));
+        wait_until("only the next process answers", || (0..10).all(|_| generation(target) == Some(next)));
     }
     let report = running.stop();
     eprintln!("{TIMES} times HUP: {report}");

@@ -174,7 +174,7 @@ fn check_silent_clients(systemd: Systemd, verb: &str) {
         let old = container.show("MainPID").expect("systemctl show succeeds");
         let old = container.path("proc").join(old);
         let begun = Instant::now();
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         wait_until("the old process exits", || !old.exists());
         let took = begun.elapsed();
         eprintln!("{verb}: the old process ended after {} ms", took.as_millis());

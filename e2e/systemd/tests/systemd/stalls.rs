@@ -29,7 +29,7 @@ on_each_systemd! {
 }
 
 const EACH_REQUEST: &str = "info,request=debug";
-/// A number of dropped messages that shows that the drops continue, and are not only a few while a buffer is full.
+/// More dropped messages than a restart of journald, or buffers of the kernel that are full for a moment, would explain.
 const MANY: u64 = 1000;
 /// `WatchdogSec=` of the unit as shipped.
 const WATCHDOG: Duration = Duration::from_secs(10);
@@ -87,7 +87,7 @@ fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
         let running = Load::saturating(&Container::target()).start(container.enter());
         signal_journald(&container, "STOP");
         let begun = Instant::now();
-        wait_until("many dropped messages, and more than the watchdog's time", || {
+        wait_until("the service drops many messages, for longer than WatchdogSec=", || {
             dropped(&container) > MANY && begun.elapsed() > WATCHDOG * 8 / 5
         });
         assert_nothing_lost(&running.stop());
@@ -105,7 +105,7 @@ fn a_stopped_journald_holds_up_no_request(systemd: Systemd) {
     assert!(waited.iter().any(|entry| text(entry, "LOGGED_AT").starts_with("20")), "{:?}", waited.last());
     // Later requests are logged without delay again, so without that field.
     container.ask("/?after");
-    wait_until("the journal has the request", || {
+    wait_until("the request is in the journal", || {
         let last = container.journal(&[&format!("_PID={pid}"), "MESSAGE=answered", "-n", "1"]);
         last.expect("journalctl succeeds").iter().all(|entry| entry.get("LOGGED_AT").is_none())
     });
@@ -126,7 +126,7 @@ fn restarts_and_reloads_while_journald_is_stopped_lose_no_request(systemd: Syste
     let running = Load::paced(&Container::target()).start(container.enter());
     for verb in ["restart", "reload", "restart", "reload"] {
         let begun = Instant::now();
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         eprintln!("{verb}: {} ms", begun.elapsed().as_millis());
     }
     assert_nothing_lost(&running.stop());
@@ -321,7 +321,10 @@ fn stderr_pipe_read_late_has_complete_lines_and_the_number_of_dropped_ones() {
     assert!(service.process.wait().expect("the process ends").success());
     let last = rest.last().expect("the log has lines");
     assert!(last.contains("handed over 0 connections"), "{last}");
-    assert!(!rest.iter().any(|line| line.contains("were dropped")), "one report: {rest:?}");
+    assert!(
+        !rest.iter().any(|line| line.contains("were dropped")),
+        "the drops were reported twice: {rest:?}"
+    );
     // It need not be the first line, because requests are served from just before READY=1.
     assert!(read.iter().any(|line| line.contains("serving on ")), "{:?}", read.first());
     // A truncated line would contain the beginning of another one, or no level.

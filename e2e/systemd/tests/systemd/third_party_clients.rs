@@ -132,7 +132,7 @@ fn reload_and_restart(
     for round in 1..=ROUNDS {
         // In a row, so that the restart ends a process that is still adopting connections of the reload.
         for verb in ["reload", "restart"] {
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         }
         // And a request while no process is being replaced.
         clients.iter_mut().for_each(Client::is_answered);
@@ -161,7 +161,7 @@ fn reload_and_restart_during_runs(
             // In a row, as in `reload_and_restart`.
             for verb in ["reload", "restart"] {
                 begun += usize::from(clients.iter_mut().all(Client::runs));
-                container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+                container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             }
         }
         check(seconds, clients);
@@ -270,7 +270,9 @@ fn go_keeps_its_connections(systemd: Systemd) {
         .map(|protocol| Client::start(&container, &[client, &url, LIMIT, protocol, chain]));
     reload_and_restart(&container, &mut clients, |_, _| {});
     for (client, connections) in clients.into_iter().zip([10, 1]) {
-        let [answered, lost, made, closed] = client.last_numbers()[..] else { panic!("four numbers") };
+        let [answered, lost, made, closed] = client.last_numbers()[..] else {
+            panic!("the last line has four numbers")
+        };
         // Ten goroutines, each answered in each of five rounds.
         assert!(
             answered > 50 && (lost, made) == (0, connections + closed),
@@ -289,7 +291,9 @@ fn httpx_keeps_its_connection(systemd: Systemd) {
     });
     reload_and_restart(&container, &mut clients, |_, _| {});
     for client in clients {
-        let [answered, lost, made] = client.last_numbers()[..] else { panic!("three numbers") };
+        let [answered, lost, made] = client.last_numbers()[..] else {
+            panic!("the last line has three numbers")
+        };
         // At least one request before the first round and one in each.
         assert!(answered > ROUNDS as u64 && (lost, made) == (0, 1), "{answered} {lost} {made}");
     }
@@ -303,7 +307,7 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     assert!(build.status().expect("cargo runs").success());
     let examples = Path::new(app_binary()).with_file_name("examples");
     let container = boot(systemd, examples.join("grpc").to_str().expect("the path is UTF-8"));
-    let Target::Tcp(address) = Container::target() else { panic!("TCP") };
+    let Target::Tcp(address) = Container::target() else { panic!("the target is a TCP port") };
     let script = format!("{FOLDER}/e2e/systemd/clients/grpcio-client.py");
     let mut clients =
         [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), LIMIT])];
@@ -317,7 +321,9 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
         clients[0].wait_for("watching", 1 + round);
     });
     let [client] = clients;
-    let [answered, lost, ended, broken] = client.last_numbers()[..] else { panic!("four numbers") };
+    let [answered, lost, ended, broken] = client.last_numbers()[..] else {
+        panic!("the last line has four numbers")
+    };
     let rounds = ROUNDS as u64;
     assert!(
         answered > rounds && ended >= rounds && (lost, broken) == (0, 0),
