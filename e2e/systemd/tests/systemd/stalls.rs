@@ -29,7 +29,7 @@ on_each_systemd! {
 }
 
 const EACH_REQUEST: &str = "info,request=debug";
-/// More dropped messages than a restart of journald, or buffers of the kernel that are full for a moment, would explain.
+/// More dropped messages than a restart of journald or a short congestion of its socket would explain.
 const MANY: u64 = 1000;
 /// `WatchdogSec=` of the unit as shipped.
 const WATCHDOG: Duration = Duration::from_secs(10);
