@@ -19,5 +19,5 @@ fn restarts_and_reloads_lose_no_request_and_no_connection() {
         container.systemctl(verb).expect(verb);
     }
     let report = running.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }

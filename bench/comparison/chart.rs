@@ -55,7 +55,7 @@ pub fn draw(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
 fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
     let (width, height) = (COLUMNS * CELL.0, ROWS * CELL.1);
     let lost = strip.report.lost();
-    let closed = strip.report.connections.saturating_sub(strip.report.asked_for);
+    let closed = strip.report.connections.saturating_sub(strip.report.clients);
     let class = if lost + closed > 0 { " class=\"r\"" } else { "" };
     write!(
         svg,

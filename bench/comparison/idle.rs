@@ -314,6 +314,6 @@ fn longest_wait(container: &Container, verb: &str) -> Result<f64> {
     std::thread::sleep(Duration::from_millis(200));
     settled_move(container, verb)?;
     let report = running.stop();
-    anyhow::ensure!(report.lost() == 0 && report.connections == report.asked_for, "{report}");
+    anyhow::ensure!(report.lost() == 0 && report.connections == report.clients, "{report}");
     Ok(report.longest.as_secs_f64() * 1000.0)
 }

@@ -90,7 +90,7 @@ impl Strip {
     pub fn figures(&self) -> Value {
         let millis = |time: Duration| (time.as_secs_f64() * 100_000.0).round() / 100.0;
         let report = &self.report;
-        let closed = report.connections.saturating_sub(report.asked_for);
+        let closed = report.connections.saturating_sub(report.clients);
         let mut took = self.took.clone();
         took.sort();
         json!({

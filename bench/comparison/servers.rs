@@ -153,7 +153,7 @@ impl Contender {
             });
         }
         let container = boot(&self.binary)?;
-        container.speak_tls(&certificate)?;
+        container.enable_tls(&certificate)?;
         container.systemctl("start")?;
         Ok(Server {
             kind: Kind::Container(container),

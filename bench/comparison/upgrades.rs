@@ -11,7 +11,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Package, Systemd};
-use testkit::debian::{append, later_release, made, run};
+use testkit::debian::{append, built_package, later_release, run};
 use testkit::load::{Connections, Load};
 use testkit::process::make;
 
@@ -52,7 +52,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
             }
             let report = running.stop();
             // Each connection beyond those that the load asked for replaced one that was closed.
-            let closed = is_kept.then(|| report.connections.saturating_sub(report.asked_for));
+            let closed = is_kept.then(|| report.connections.saturating_sub(report.clients));
             rows.push(json!({
                 "package": label, "load": load, "upgrades": extent.starts, "answered": report.answered,
                 "lost": report.lost(), "connections closed": closed,
@@ -68,7 +68,7 @@ pub fn measure(extent: &Extent, progress: &ProgressBar) -> Result<Value> {
 fn build(folder: &Path) -> Result<()> {
     let path = format!("{}:{FOLDER}/target/tools/bin", std::env::var("PATH").unwrap_or_default());
     run(&mut make(FOLDER, &["deb", "SYSTEMD=252", &format!("BINARY={OURS}")]))?;
-    fs::copy(made(Path::new(FOLDER), NAME, "deb")?, folder.join(format!("{NAME}-1.deb")))?;
+    fs::copy(built_package(Path::new(FOLDER), NAME, "deb")?, folder.join(format!("{NAME}-1.deb")))?;
     let mut baseline = Command::new("cargo");
     baseline.args(["deb", "--no-build", "--package", "bench", "--output"]).arg(folder.join("baseline-1.deb"));
     // In the folder e2e, because cargo-deb finds the build folder of the workspace only from there.

@@ -86,7 +86,7 @@ fn clicks_in_the_database_equal_redirects_over_restarts_and_reloads(systemd: Sys
     }
     running.wait_for(1000);
     let report = running.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     // The current process adds its clicks within a second.
     wait_until("the last clicks", || clicks(&container, "here") >= report.answered);
     container.systemctl("restart").expect("the restart succeeds");
@@ -140,7 +140,7 @@ fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:?}");
     let waits = std::thread::scope(|scope| {
         let waits = scope.spawn(|| ask(&container, &get("/here")).status);
-        container.until("NRestarts", |count| count != "0");
+        container.wait_for_property("NRestarts", |count| count != "0");
         database(&container, "start");
         waits.join().expect("the server answers")
     });

@@ -77,7 +77,7 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     let certificate = Certificate::new()?;
     let package = Package { name: NAME, binary: binary.to_str().context("a path")?, folder: ROOT };
     let container = Container::boot(systemd, package)?;
-    container.speak_tls(&certificate)?;
+    container.enable_tls(&certificate)?;
     let variable = format!("{}_TAKEOVER_TIMEOUT", package.name.to_uppercase().replace('-', "_"));
     container.write(&format!("etc/default/{}", package.name), &format!("{variable}={TAKEOVER_TIMEOUT}\n"))?;
     container.systemctl("start")?;

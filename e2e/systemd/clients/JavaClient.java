@@ -1,11 +1,11 @@
-// The JDK's HttpClient in its default settings: four threads, each one request after the other, a GET and then a POST.
-// They stop when standard input ends.
+// The HttpClient of the JDK with its default settings. Four threads send one request after the other, alternating GET
+// and POST, until standard input ends.
 //
-// A line on standard input is answered with a line as soon as each thread has had so many more requests: the requests
-// answered and the requests lost until then. Why one was lost is on standard error.
+// Each line of standard input is a number: as soon as each thread has sent that many more requests, a line with the
+// numbers of answered and lost requests so far is printed. Standard error has the reason of each loss.
 //
-// An answer of another version than VERSION counts as lost. With http:// each request offers `Upgrade: h2c`, as the
-// client prefers HTTP/2, and a service that declines it answers with HTTP_1_1.
+// A response of another version than VERSION counts as lost. With http:// each request offers `Upgrade: h2c`, because
+// the client prefers HTTP/2; a service that declines it answers with HTTP_1_1.
 //
 // usage: java JavaClient.java URL VERSION [CHAIN]
 //        java JavaClient.java https://127.0.0.1:8443/ HTTP_2 tls.crt
@@ -28,7 +28,7 @@ import javax.net.ssl.TrustManagerFactory;
 
 public class JavaClient {
     private static final int THREADS = 4;
-    /** Between two requests of a thread, because a connection with no pause between requests is a case of its own. */
+    /** The pause of a thread between two requests, because a connection without pauses is a case of its own. */
     private static final long PAUSE_MS = 2;
 
     private final HttpClient client;
@@ -90,7 +90,7 @@ public class JavaClient {
         }
     }
 
-    private void askOn(int thread) {
+    private void askRepeatedly(int thread) {
         try {
             for (boolean posts = false;; posts = !posts) {
                 ask(thread, posts);
@@ -101,7 +101,7 @@ public class JavaClient {
         }
     }
 
-    /** Waits until each thread has had so many requests more. */
+    /** Waits until each thread has sent so many more requests; returns the answered and the lost ones so far. */
     private synchronized String after(long more) throws InterruptedException {
         long[] wanted = done.clone();
         for (int thread = 0; thread < THREADS; thread++) {
@@ -114,11 +114,12 @@ public class JavaClient {
 
     public static void main(String[] arguments) throws Exception {
         JavaClient client = new JavaClient(arguments);
-        // The first alone, because each thread that finds no connection makes one. Over HTTP/2 all share this one.
+        // One request first, because each thread that finds no connection opens one. Over HTTP/2 all threads share this
+        // one.
         client.ask(0, true);
         for (int thread = 0; thread < THREADS; thread++) {
             int number = thread;
-            Thread asking = new Thread(() -> client.askOn(number));
+            Thread asking = new Thread(() -> client.askRepeatedly(number));
             asking.setDaemon(true);
             asking.start();
         }

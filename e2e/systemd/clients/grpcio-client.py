@@ -1,7 +1,7 @@
-"""grpcio: calls on one channel, one after the other, beside a stream that ends with each process and is asked for again,
-until standard input ends. For each line of standard input it writes "answered", as soon as a call that began since then
-was answered; for each stream "watching", once it has begun. At its end it prints a line: calls answered, calls lost,
-streams ended by their process, streams lost."""
+"""grpcio: calls on one channel, one after the other, and a stream, which each process ends and the client begins
+again, until standard input ends. For each line of standard input it prints "answered", as soon as a call that began
+after the line was answered, and "watching" for each stream that has begun. At its end it prints a line: calls
+answered, calls lost, streams ended by their process, streams lost."""
 
 import signal
 import sys
@@ -10,17 +10,17 @@ import threading
 import grpc
 
 address, limit = sys.argv[1], int(sys.argv[2])
-# A test that hangs does not leave this process behind.
+# So that a test that hangs does not leave this process behind.
 signal.alarm(limit)
 calls, streams = [0, 0], [0, 0]
-asked = told = 0
+asked = reported = 0
 ends = threading.Event()
-# The messages as bytes: an empty request, and `status: SERVING`.
+# The encoded response `status: SERVING`; the encoded request is empty.
 SERVING = b"\x08\x01"
 
 
-def say(*words):
-    # In one piece: both threads write.
+def write_line(*words):
+    # In one write, because both threads write.
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
 
@@ -32,20 +32,20 @@ def count(counts, good):
 def watch(channel):
     method = channel.unary_stream("/grpc.health.v1.Health/Watch")
     while not ends.is_set():
-        begun, said = False, None
+        begun, end = False, None
         try:
             for message in method(b"", timeout=limit):
                 begun = message == SERVING
                 if begun:
-                    say("watching")
+                    write_line("watching")
         except grpc.RpcError as error:
-            said = (error.code(), error.details())
+            end = (error.code(), error.details())
         if ends.is_set():
             return
-        good = begun and said == (grpc.StatusCode.UNAVAILABLE, "this process is shutting down: call again")
+        good = begun and end == (grpc.StatusCode.UNAVAILABLE, "this process is shutting down: call again")
         count(streams, good)
         if not good:
-            print("a stream ended:", said, file=sys.stderr)
+            print("a stream ended:", end, file=sys.stderr)
 
 
 def listen():
@@ -68,7 +68,7 @@ with grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as cha
             print(error.code(), error.details(), file=sys.stderr)
             good = False
         count(calls, good)
-        while good and told < until:
-            say("answered")
-            told += 1
-    say(*calls, *streams)
+        while good and reported < until:
+            write_line("answered")
+            reported += 1
+    write_line(*calls, *streams)

@@ -1,5 +1,6 @@
-"""httpx, one request after the other, until standard input ends. For each line of standard input it writes "answered",
-as soon as a request that began since then was answered. At its end it prints a line: answered, lost, connections made."""
+"""httpx, one request after the other, until standard input ends. For each line of standard input it prints "answered",
+as soon as a request that began after the line was answered. At its end it prints a line: answered, lost, connections
+opened."""
 
 import signal
 import sys
@@ -8,9 +9,9 @@ import threading
 import httpx
 
 url, limit, protocol, roots = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-# A test that hangs does not leave this process behind.
+# So that a test that hangs does not leave this process behind.
 signal.alarm(limit)
-answered = lost = made = asked = told = 0
+answered = lost = made = asked = reported = 0
 ends = False
 
 
@@ -40,7 +41,7 @@ with httpx.Client(
             print(repr(error), file=sys.stderr)
             good = False
         answered, lost = answered + good, lost + (not good)
-        while good and told < until:
+        while good and reported < until:
             print("answered", flush=True)
-            told += 1
+            reported += 1
 print(answered, lost, made)

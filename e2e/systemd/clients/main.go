@@ -1,10 +1,10 @@
-// Go's net/http: ten goroutines, each one request after the other, until standard input ends. For each line of standard
-// input it writes "answered", as soon as a request of each goroutine that began since then was answered. At its end it
-// prints a line: answered, lost, connections made, of these the ones that it closed though nobody had told it to.
+// Go's net/http: ten goroutines send one request after the other until standard input ends. For each line of standard
+// input it prints "answered", as soon as a request of each goroutine that began after the line was answered. At its end
+// it prints a line: answered, lost, connections opened, connections closed by net/http itself.
 //
-// net/http closes a connection of its own accord too, where its own writer was kept waiting for 50 ms
-// (`maxWriteWaitBeforeConnReuse` in its transport.go), and makes another without a word. Whatever ends a connection
-// else is the server's doing, and goes to stderr.
+// net/http closes a connection by itself if its writer had to wait for 50 ms (`maxWriteWaitBeforeConnReuse` in its
+// transport.go), and opens another one without an error. Every other end of a connection comes from the server, and is
+// reported on standard error.
 package main
 
 import (
@@ -27,7 +27,7 @@ import (
 
 var made, closed atomic.Int64
 
-// What net/http sees of a connection: of one with TLS, what is inside.
+// A connection whose end is watched: the TLS stream for HTTP/1.1, and the TCP stream below it for HTTP/2.
 type watched struct {
 	net.Conn
 	isClosed atomic.Bool
@@ -61,7 +61,7 @@ func main() {
 	roots := x509.NewCertPool()
 	roots.AppendCertsFromPEM(chain)
 	dial := func(ctx context.Context, network, address string) (net.Conn, error) {
-		// net/http speaks HTTP/2 on a *tls.Conn alone: there, what is under it is watched.
+		// net/http uses HTTP/2 only on a *tls.Conn, so there the connection below TLS is watched.
 		isHTTP2 := protocol == "HTTP/2.0"
 		config := &tls.Config{RootCAs: roots, ServerName: "localhost"}
 		if isHTTP2 {
@@ -77,7 +77,7 @@ func main() {
 		}
 		secured := tls.Client(connection, config)
 		if err := secured.HandshakeContext(ctx); err != nil {
-			fmt.Fprintln(os.Stderr, "no TLS:", err)
+			fmt.Fprintln(os.Stderr, "the TLS handshake failed:", err)
 			return nil, err
 		}
 		if isHTTP2 {
@@ -92,16 +92,16 @@ func main() {
 		MaxIdleConnsPerHost: 10,
 	}
 	client := &http.Client{Transport: transport}
-	// A test that hangs does not leave this process behind.
+	// So that a test that hangs does not leave this process behind.
 	time.AfterFunc(time.Duration(seconds)*time.Second, func() {
-		fmt.Fprintln(os.Stderr, "not told to end within", seconds, "s")
+		fmt.Fprintln(os.Stderr, "standard input did not end within", seconds, "s")
 		os.Exit(1)
 	})
 	var asked atomic.Int64
 	var ends atomic.Bool
 	var answered, lost atomic.Int64
 	ask := func() bool {
-		// A POST is not sent again by the client itself.
+		// A POST, because net/http does not retry it.
 		request, err := http.NewRequest("POST", url, nil)
 		if err != nil {
 			panic(err)
@@ -114,7 +114,7 @@ func main() {
 				err = errors.New(answer.Proto + " " + answer.Status)
 			}
 			if answer.Close {
-				fmt.Fprintln(os.Stderr, "the server ends a connection with its answer")
+				fmt.Fprintln(os.Stderr, "the server ends a connection with its response")
 			}
 		}
 		if err != nil {
@@ -125,16 +125,16 @@ func main() {
 		answered.Add(1)
 		return true
 	}
-	// What was asked before the last good answer of each goroutine began.
+	// until: the lines read before the last answered request of each goroutine began.
 	var mutex sync.Mutex
-	told, until := int64(0), make([]int64, 10)
+	reported, until := int64(0), make([]int64, 10)
 	note := func(number int, asked int64) {
 		mutex.Lock()
 		defer mutex.Unlock()
 		until[number] = asked
-		for told < slices.Min(until) {
+		for reported < slices.Min(until) {
 			fmt.Println("answered")
-			told++
+			reported++
 		}
 	}
 	go func() {
@@ -143,7 +143,7 @@ func main() {
 		}
 		ends.Store(true)
 	}()
-	// The first alone: whoever knows of no HTTP/2 connection yet makes one.
+	// One request first, because each goroutine that finds no HTTP/2 connection opens one.
 	ask()
 	var group sync.WaitGroup
 	for number := range until {

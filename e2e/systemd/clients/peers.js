@@ -1,10 +1,10 @@
-// What a client does in Node or in a browser while the service is restarted and reloaded. The test appends the call of
-// one of these functions.
+// Clients for Node or a browser, which run while the service is restarted and reloaded. The test appends a call of one
+// of these functions.
 
 const SERVICE = "127.0.0.1:8080";
 const TEST = "http://127.0.0.1:9000";
 
-// Sends a report to the test, and waits for its answer.
+// Sends a report to the test, and waits for the response.
 async function report(what) {
   const answer = await fetch(TEST, { method: "POST", body: JSON.stringify(what) });
   return answer.text();
@@ -16,7 +16,7 @@ async function byFetch(path, body) {
   return [answer.status, await answer.text()];
 }
 
-// For Node alone.
+// Only for Node.
 function byAgent() {
   const http = require("node:http");
   const agent = new http.Agent({ keepAlive: true });
@@ -34,7 +34,7 @@ function byAgent() {
   });
 }
 
-// Sends requests on so many connections until the test answers the second report. None is sent twice.
+// Sends requests on `clients` connections until the test answers the second report. Never sends a request twice.
 async function requests(clients, ask) {
   const counts = { answered: 0, lost: [] };
   const one = async (path, body, isRight) => {
@@ -49,12 +49,12 @@ async function requests(clients, ask) {
   const body = "x".repeat(1024);
   const all = (work) => Promise.all(Array.from({ length: clients }, work));
   do {
-    // At the same time, so that each takes a connection of its own.
+    // At the same time, so that each request needs its own connection.
     await all(() => one("/sleep?duration=300ms", undefined, (text) => text === "slept 300ms\n"));
   } while (await report("connected") === "again");
   let isOver = false;
-  // After each request, because Node frees a connection only after it has given the last of the answer: a request that
-  // followed at once would be sent on a new one.
+  // A pause after each request, because Node releases a connection only after it has delivered the end of the response.
+  // The next request, if sent at once, would open another connection.
   const pause = () => new Promise((resolve) => { setTimeout(resolve, 20); });
   const running = all(async () => {
     while (!isOver) {
@@ -70,7 +70,7 @@ async function requests(clients, ask) {
   await report(counts);
 }
 
-// An event stream, which the browser opens again when it has ended. Reports at the first event of each connection.
+// An event stream, which the browser opens again after its end. Reports the first event of each connection.
 function events() {
   const counts = { opened: 0, ended: 0, given_up: 0, events: 0, missed_or_repeated: 0 };
   let isFirst = false;
@@ -91,7 +91,7 @@ function events() {
   };
 }
 
-// A WebSocket, which is opened again as soon as it has been closed. Reports when its message has come back.
+// A WebSocket, which is opened again as soon as it is closed. Reports when its message was echoed.
 function webSockets() {
   const counts = { opened: 0, ended: 0, errors: 0, closed: {} };
   const open = () => {

@@ -1,4 +1,5 @@
-//! Binaries for tests in other packages than theirs: cargo sets `CARGO_BIN_EXE_...` only for the tests of the same package.
+//! Binaries of other packages. Cargo sets `CARGO_BIN_EXE_...` only for tests of the same package, so these are built
+//! here.
 
 use std::path::Path;
 use std::process::Command;
@@ -24,8 +25,8 @@ pub fn root_package(name: &'static str, features: &str) -> Package<'static> {
     Package { name, binary, folder: ROOT }
 }
 
-/// Runs `cargo build` in `folder`, so that no test uses a binary that is older than its sources; gives the path of the
-/// executable `name`.
+/// Runs `cargo build` in `folder` and returns the path of the executable `name`. It always runs, because otherwise a
+/// test could use a binary that is older than its sources.
 pub fn build(folder: &Path, arguments: &[&str], name: &str) -> String {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);

@@ -1,4 +1,4 @@
-//! A certificate of its own for each test.
+//! [`Certificate`]: a self-signed certificate for one test, and client configurations that trust it.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,13 +13,13 @@ use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 
-/// A certificate for `localhost` and 127.0.0.1, signed by itself.
+/// A self-signed certificate for `localhost` and 127.0.0.1, in a temporary folder.
 pub struct Certificate {
     folder: TempDir,
 }
 
 impl Certificate {
-    /// `openssl` makes it.
+    /// Creates a certificate with the command `openssl`.
     pub fn new() -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let certificate = Self { folder };
@@ -32,12 +32,12 @@ impl Certificate {
             .arg("-out")
             .arg(certificate.chain())
             .output()
-            .context("openssl")?;
+            .context("could not run openssl")?;
         ensure!(made.status.success(), "openssl: {}", String::from_utf8_lossy(&made.stderr));
         Ok(certificate)
     }
 
-    /// Both files, under the names that the service asks for.
+    /// The folder of both files, which have the names of the service's credentials.
     pub fn folder(&self) -> &Path {
         self.folder.path()
     }
@@ -50,12 +50,12 @@ impl Certificate {
         self.folder.path().join("tls.key")
     }
 
-    /// Whom a client trusts that trusts this certificate alone.
+    /// Roots of a client that trusts only this certificate.
     pub fn roots(&self) -> Result<RootCertStore> {
         roots_of(&[self])
     }
 
-    /// A client that trusts this certificate alone, and asks for these protocols (ALPN).
+    /// A client that trusts only this certificate, and offers these protocols (ALPN).
     pub fn client(&self, protocols: &[&str]) -> Result<Arc<ClientConfig>> {
         client_of(&[self], protocols)
     }
@@ -69,14 +69,14 @@ fn roots_of(certificates: &[&Certificate]) -> Result<RootCertStore> {
     Ok(roots)
 }
 
-/// A client that trusts these certificates, and asks for these protocols (ALPN).
+/// A client that trusts these certificates, and offers these protocols (ALPN).
 pub fn client_of(certificates: &[&Certificate], protocols: &[&str]) -> Result<Arc<ClientConfig>> {
     let mut client = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
         .with_safe_default_protocol_versions()?
         .with_root_certificates(roots_of(certificates)?)
         .with_no_client_auth();
     client.alpn_protocols = protocols.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-    // Each handshake shows the certificate.
+    // With resumption a handshake would not verify the certificate, and a renewed one would not be noticed.
     client.resumption = Resumption::disabled();
     Ok(Arc::new(client))
 }

@@ -1,4 +1,4 @@
-//! Clients that never retry: HTTP/1.1, which sees each byte, and HTTP/2.
+//! Clients that never retry: [`Connection`] for HTTP/1.1, which exposes each byte, and [`Http2`].
 
 use std::fmt;
 use std::future::poll_fn;
@@ -19,11 +19,12 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
 
+/// A listener to connect to.
 #[derive(Clone, Debug)]
 pub enum Target {
     Tcp(SocketAddr),
     Unix(PathBuf),
-    /// TLS, with whom the client trusts and what it speaks.
+    /// TLS, with the trusted roots and the ALPN protocols of the client.
     Tls(SocketAddr, Arc<ClientConfig>),
 }
 
@@ -46,11 +47,12 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
-/// What carries the bytes.
+/// The byte stream below HTTP.
 trait Duplex: AsyncRead + AsyncWrite + Send {
-    /// Asks the server for new keys and goes on with new ones: a KeyUpdate before what is sent next.
+    /// Updates the keys of both directions: the next write is preceded by a KeyUpdate that requests one from the
+    /// server.
     fn update_keys(self: Pin<&mut Self>) -> Result<()> {
-        bail!("this connection has no keys")
+        bail!("this connection does not use TLS")
     }
 }
 
@@ -63,7 +65,7 @@ impl Duplex for TlsStream<TcpStream> {
 }
 type Stream = Pin<Box<dyn Duplex>>;
 
-/// An answer, whole.
+/// A response; [`Connection::head`] leaves the body empty.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
@@ -76,7 +78,7 @@ impl Answer {
         self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
     }
 
-    /// Whether the server ends the connection with this answer.
+    /// Whether the server closes the connection after this response.
     pub fn closes(&self) -> bool {
         self.header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"))
     }
@@ -86,18 +88,19 @@ impl Answer {
     }
 }
 
-/// One connection, with what was read from it and belongs to later answers.
+/// One HTTP/1.1 connection.
 pub struct Connection {
     stream: Stream,
+    /// Bytes that were read and belong to later responses.
     buffer: Vec<u8>,
 }
 
-/// A request to speak WebSocket at /socket.
+/// A WebSocket handshake for /socket.
 pub const WEBSOCKET: &[u8] =
     b"GET /socket HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\
     sec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n";
 
-/// A request whose handler sends back what it has, and waits for `REST_OF_HELD`.
+/// A request whose handler echoes half of the body, and waits for `REST_OF_HELD`.
 const HELD: &[u8] = b"POST /echo HTTP/1.1\r\nhost: test\r\ncontent-length: 10\r\n\r\n01234";
 const REST_OF_HELD: &[u8] = b"56789";
 
@@ -121,30 +124,31 @@ impl Connection {
 
     pub async fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.stream.write_all(bytes).await?;
-        // TLS may hold it back.
+        // A TLS stream may buffer records until it is flushed.
         self.stream.flush().await
     }
 
-    /// TLS 1.3: goes on with new keys, and asks the server to do so.
+    /// TLS 1.3: sends a KeyUpdate before the next bytes, and requests one from the server.
     pub fn update_keys(&mut self) -> Result<()> {
         self.stream.as_mut().update_keys()
     }
 
-    /// Sends no more; still reads.
+    /// Closes the sending direction; responses can still be read.
     pub async fn finish_sending(&mut self) -> io::Result<()> {
         self.stream.shutdown().await
     }
 
+    /// Sends a request and reads the response.
     pub async fn ask(&mut self, request: &[u8]) -> Result<Answer> {
         self.send(request).await.context("could not send")?;
         self.answer().await
     }
 
-    /// The next answer, with its whole body.
+    /// Reads the next final response with its complete body.
     pub async fn answer(&mut self) -> Result<Answer> {
         let mut answer = loop {
             let mut answer = self.head().await?;
-            // 100 Continue and its like come before the answer.
+            // Informational responses such as 100 Continue precede the final one.
             if answer.status >= 200 || answer.status == 101 {
                 break answer;
             }
@@ -167,7 +171,7 @@ impl Connection {
         Ok(answer)
     }
 
-    /// The head of the next answer, of whatever status.
+    /// Reads the head of the next response, which may be an informational one.
     pub async fn head(&mut self) -> Result<Answer> {
         loop {
             let mut headers = [httparse::EMPTY_HEADER; 64];
@@ -190,16 +194,17 @@ impl Connection {
         }
     }
 
-    /// Reads what comes next; 0 at the end of the stream.
+    /// Reads more bytes into the buffer; returns their number, 0 at the end of the stream.
     pub async fn read_more(&mut self) -> Result<usize> {
         self.stream.read_buf(&mut self.buffer).await.context("reset before the answer")
     }
 
-    /// What was read and not taken yet.
+    /// The bytes that were read and not consumed.
     pub fn unread(&self) -> &[u8] {
         &self.buffer
     }
 
+    /// Consumes `length` bytes.
     pub async fn take(&mut self, length: usize) -> Result<Vec<u8>> {
         while self.buffer.len() < length {
             if self.read_more().await? == 0 {
@@ -231,8 +236,8 @@ impl Connection {
         }
     }
 
-    /// Begins a request that is in flight until `release`: a POST of which half of the body is missing. Gives the head
-    /// of the answer, which says that the handler has begun.
+    /// Begins a request that is in flight until [`release`](Self::release): a POST without the second half of its body.
+    /// Returns the head of the response, which shows that the handler has begun.
     pub async fn hold(&mut self) -> Result<Answer> {
         self.send(HELD).await.context("could not send")?;
         let head = self.head().await?;
@@ -240,7 +245,7 @@ impl Connection {
         Ok(head)
     }
 
-    /// Sends what `hold` has held back, and reads the answer to its end.
+    /// Sends the second half of the body that [`hold`](Self::hold) left out, and reads the response to its end.
     pub async fn release(&mut self) -> Result<()> {
         self.send(REST_OF_HELD).await.context("could not send")?;
         let body = self.chunks().await?;
@@ -248,7 +253,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Whether the server has closed this connection, as far as can be seen now.
+    /// Whether the server has closed this connection; does not wait.
     pub fn is_closed_by_server(&mut self) -> bool {
         let mut byte = [0];
         let mut into = ReadBuf::new(&mut byte);
@@ -269,7 +274,7 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// One HTTP/2 connection; a clone is the same.
+/// One HTTP/2 connection; clones share it.
 #[derive(Clone)]
 pub struct Http2 {
     sender: SendRequest<Bytes>,
@@ -278,17 +283,17 @@ pub struct Http2 {
 impl Http2 {
     pub async fn open(target: &Target) -> Result<Self> {
         let (sender, connection) = h2::client::handshake(target.connect().await?).await?;
-        // Its end shows in what the sender says.
+        // The sender reports errors of the connection, so the result of the driver is not needed.
         tokio::spawn(async move { drop(connection.await) });
         Ok(Self { sender })
     }
 
-    /// Whether the server has said GOAWAY, or the connection is closed.
+    /// Whether the server has sent GOAWAY, or the connection is closed.
     pub async fn is_over(&mut self) -> bool {
         poll_fn(|cx| self.sender.poll_ready(cx)).await.is_err()
     }
 
-    /// The status and body of a GET. None where nothing was sent, since the server had said GOAWAY.
+    /// The status and body of a GET; `None` if nothing was sent because the server had sent GOAWAY.
     pub async fn get(&mut self, path: &str) -> Result<Option<(u16, String)>> {
         self.ask(http::Method::GET, path, None).await
     }
@@ -298,8 +303,8 @@ impl Http2 {
         self.ask(http::Method::POST, path, Some(Bytes::from_static(body))).await
     }
 
-    /// Begins a request that is in flight until it is released: a POST of which half of the body is missing. Returns
-    /// when the answer has begun.
+    /// Begins a request that is in flight until it is released: a POST without the second half of its body. Returns
+    /// when the response has begun.
     pub async fn hold(&mut self) -> Result<HeldStream> {
         let request = http::Request::post("https://localhost/echo").body(())?;
         poll_fn(|cx| self.sender.poll_ready(cx)).await?;
@@ -338,14 +343,14 @@ impl Http2 {
     }
 }
 
-/// A request of HTTP/2 that is in flight until it is released.
+/// An HTTP/2 request that is in flight until it is released.
 pub struct HeldStream {
     sending: SendStream<Bytes>,
     body: RecvStream,
 }
 
 impl HeldStream {
-    /// Sends the second half of the body; gives that of the answer, whole.
+    /// Sends the second half of the body; returns the complete body of the response.
     pub async fn release(mut self) -> Result<Vec<u8>> {
         self.sending.send_data(Bytes::from_static(b"56789"), true)?;
         let mut all = Vec::new();

@@ -1,7 +1,8 @@
-//! A real systemd in a container of its own: booted in half a second, thrown away at the end.
+//! [`Container`]: a real systemd in a systemd-nspawn container, which boots in half a second and is removed with the
+//! test.
 //!
-//! The service is installed into it with `make install`, or it is a Debian for packages to be installed into; loopback
-//! inside is its only network.
+//! [`Container::boot`] installs the service into it with `make install`; [`Container::boot_debian`] boots a Debian into
+//! which a test installs packages. Loopback is its only network. Needs root.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -21,21 +22,21 @@ use crate::certificate::Certificate;
 use crate::client::{Connection, Target, get};
 use crate::process::{Notifications, Process, make};
 
-/// Whose systemd.
+/// The systemd that a container boots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Systemd {
-    /// This machine's, from its own /usr.
+    /// This machine's, from the host's `/usr`.
     Host,
-    /// 257, from a root that `make e2e-deps` makes: Debian 13.
+    /// 257 of Debian 13, from a root file system that `make e2e-deps` creates.
     V257,
-    /// 252, the same: Debian 12.
+    /// 252 of Debian 12, likewise.
     V252,
-    /// The newest, the same: Debian unstable's, whose version moves.
+    /// The newest: that of Debian unstable, likewise. Its version changes over time.
     Unstable,
 }
 
 impl Systemd {
-    /// The file system that it is booted from.
+    /// The root file system that the container boots from.
     fn root(self, package: Package<'_>) -> Result<PathBuf> {
         let name = match self {
             Self::Host => return Ok("/".into()),
@@ -45,32 +46,32 @@ impl Systemd {
         };
         let mut roots = Path::new(package.folder).ancestors().map(|folder| folder.join(name));
         let root = roots.find(|root| root.join("usr").is_dir());
-        root.with_context(|| format!("{name} is missing: make {name}"))
+        root.with_context(|| format!("{name} is missing: make e2e-deps creates it"))
     }
 
-    /// As `systemctl --version` in its file system says.
+    /// The version that `systemctl --version` prints in its root file system.
     pub fn version(self, package: Package<'_>) -> Result<u32> {
         needs_root()?;
         let root = self.root(package)?;
         let mut systemctl = Command::new("unshare");
         systemctl.arg(format!("--root={}", root.display())).args(["systemctl", "--version"]);
-        let said = String::from_utf8_lossy(&systemctl.output()?.stdout).into_owned();
+        let output = String::from_utf8_lossy(&systemctl.output()?.stdout).into_owned();
         let version =
-            said.strip_prefix("systemd ").and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
+            output.strip_prefix("systemd ").and_then(|rest| rest.split(|c: char| !c.is_ascii_digit()).next());
         let version = version.and_then(|version| version.parse().ok());
-        version.with_context(|| format!("systemctl --version in {}: {said:?}", root.display()))
+        version.with_context(|| format!("systemctl --version in {}: {output:?}", root.display()))
     }
 }
 
 fn needs_root() -> Result<()> {
     ensure!(
         rustix::process::geteuid().is_root(),
-        "a real systemd is booted in a container, and that takes root: sudo -E env PATH=\"$PATH\" make e2e"
+        "booting a systemd in a container needs root: sudo -E env PATH=\"$PATH\" make e2e"
     );
     Ok(())
 }
 
-/// The package whose test this stands in.
+/// The [`Package`](container::Package) of the crate whose test uses this macro.
 #[macro_export]
 macro_rules! this_package {
     () => {
@@ -82,20 +83,25 @@ macro_rules! this_package {
     };
 }
 
-/// What is to be installed.
+/// A package of the repository, as its Makefile installs it.
 #[derive(Clone, Copy, Debug)]
 pub struct Package<'a> {
+    /// The name of the package, of its binary and of its units.
     pub name: &'a str,
+    /// The path of the binary to install.
     pub binary: &'a str,
-    /// The folder of the Makefile; in it or above it stand the roots that it makes, such as `target/systemd-257`.
+    /// The folder of the Makefile. The root file systems, such as `target/systemd-257`, are in it or in a folder above
+    /// it.
     pub folder: &'a str,
 }
 
+/// A running container. Dropping it kills it; if the test has failed, the end of its journal is printed first.
 pub struct Container {
-    /// The container's PID 1, seen from here.
+    /// PID 1 of the container, as a pid of the host.
     leader: Pid,
     nspawn: Process,
-    /// Removed after the container has ended: fields are dropped in this order.
+    /// Declared after `nspawn`, because fields are dropped in this order and a cgroup can only be removed when it is
+    /// empty.
     _cgroups: Cgroups,
     stage: TempDir,
     name: String,
@@ -118,7 +124,7 @@ impl Container {
             .output()
             .context("systemctl enable")?;
         ensure!(enabled.status.success(), "systemctl enable: {}", String::from_utf8_lossy(&enabled.stderr));
-        // At its first boot a systemd enables whatever has an [Install] section, unless told not to.
+        // At its first boot systemd enables every unit that has an [Install] section, unless a preset disables it.
         let presets = stage.path().join("etc/systemd/system-preset");
         fs::create_dir_all(&presets)?;
         fs::write(presets.join("00-none.preset"), "disable *\n")?;
@@ -127,7 +133,7 @@ impl Container {
         Self::boot_with(systemd, package, stage, &folders)
     }
 
-    /// Boots a Debian, with nothing installed, in which `folder` is seen as `/packages`.
+    /// Boots a Debian without the service; `folder` is mounted as `/packages`.
     pub fn boot_debian(systemd: Systemd, package: Package<'_>, folder: &Path) -> Result<Self> {
         Self::boot_with(
             systemd,
@@ -157,13 +163,13 @@ impl Container {
         let leader = notifications.wait_for("X_NSPAWN_LEADER_PID=")?;
         let leader = leader.rsplit('=').next().and_then(|pid| pid.parse().ok()).and_then(Pid::from_raw);
         let leader = leader.context("the container's PID 1")?;
-        // Owned before the wait: if that fails, the container ends all the same.
+        // Built before the wait, so that a container that does not become ready is killed too.
         let container = Self { leader, nspawn, _cgroups: cgroups, stage, name: package.name.to_owned() };
         notifications.wait_for("READY=1")?;
         Ok(container)
     }
 
-    /// Runs a command inside; gives its standard output, or fails with its standard error.
+    /// Runs a command inside. Returns its standard output; the error contains both outputs.
     pub fn run(&self, command: &[&str]) -> Result<String> {
         let output = self.command(command).output()?;
         let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
@@ -173,7 +179,7 @@ impl Container {
         Ok(stdout)
     }
 
-    /// A command to be run inside.
+    /// A command that will run inside.
     pub fn command(&self, command: &[&str]) -> Command {
         let mut entered = Command::new("nsenter");
         entered
@@ -184,7 +190,7 @@ impl Container {
         entered
     }
 
-    /// A command of this machine's, to be run on the container's network.
+    /// A command with the host's file system and the network of the container.
     pub fn outside(&self, command: &[&str]) -> Command {
         let mut entered = Command::new("nsenter");
         let target = format!("--target={}", self.leader.as_raw_nonzero());
@@ -192,39 +198,40 @@ impl Container {
         entered
     }
 
-    /// Signals the container's PID 1, as the kernel of the machine may.
+    /// Sends a signal to PID 1 of the container. From inside, the kernel would ignore SIGSTOP and SIGKILL to PID 1.
     pub fn signal_pid_1(&self, signal: Signal) {
         kill_process(self.leader, signal).expect("the container runs");
     }
 
-    /// `systemctl VERB` the service.
+    /// Runs `systemctl VERB` on the service.
     pub fn systemctl(&self, verb: &str) -> Result<String> {
         self.run(&["systemctl", verb, &self.unit("service")])
     }
 
+    /// The name of a unit of the package: `service` or `socket`.
     pub fn unit(&self, kind: &str) -> String {
         format!("{}.{kind}", self.name)
     }
 
-    /// A property of the service.
+    /// A property of the service, as `systemctl show` prints it.
     pub fn show(&self, property: &str) -> Result<String> {
         let value = self.run(&["systemctl", "show", "-P", property, &self.unit("service")])?;
         Ok(value.trim().to_owned())
     }
 
-    /// Waits until a property of the service is as `wanted`.
-    pub fn until(&self, property: &str, wanted: impl Fn(&str) -> bool) {
-        crate::wait_until(property, || wanted(&self.show(property).expect("a property")));
+    /// Waits until `wanted` is true of a property of the service.
+    pub fn wait_for_property(&self, property: &str, wanted: impl Fn(&str) -> bool) {
+        crate::wait_until(property, || wanted(&self.show(property).expect("systemctl show succeeds")));
     }
 
-    /// The journal's entries that match, each with its fields.
+    /// The entries of the journal that match, after everything logged so far has been written.
     pub fn journal(&self, matches: &[&str]) -> Result<Vec<Value>> {
         self.run(&["journalctl", "--sync"])?;
         let entries = self.run(&[&["journalctl", "-o", "json"], matches].concat())?;
         entries.lines().map(|line| Ok(serde_json::from_str(line)?)).collect()
     }
 
-    /// Adds lines to a unit of the package: a drop-in, in force at once.
+    /// Adds the drop-in `name` to a unit of the package, and reloads systemd so that it takes effect.
     pub fn add_to_unit(&self, kind: &str, name: &str, lines: &str) -> Result<()> {
         let folder = format!("etc/systemd/system/{}.d", self.unit(kind));
         self.write(&format!("{folder}/{name}.conf"), lines)?;
@@ -232,18 +239,20 @@ impl Container {
         Ok(())
     }
 
-    /// Puts a certificate where the service finds its credentials.
-    pub fn give_certificate(&self, certificate: &Certificate) -> Result<()> {
+    /// Copies a certificate to where LoadCredential= of the unit reads it.
+    pub fn install_certificate(&self, certificate: &Certificate) -> Result<()> {
         for path in [certificate.chain(), certificate.key()] {
-            let file = path.file_name().and_then(|name| name.to_str()).context("a name")?;
+            let file =
+                path.file_name().and_then(|name| name.to_str()).context("the path has no file name")?;
             self.write(&format!("etc/{}/{file}", self.name), &fs::read_to_string(&path)?)?;
         }
         Ok(())
     }
 
-    /// The TLS socket, a certificate, and the lines of the unit that go with them, which are comments as shipped.
-    pub fn speak_tls(&self, certificate: &Certificate) -> Result<()> {
-        self.give_certificate(certificate)?;
+    /// Installs a certificate, enables the LoadCredential= lines that the installed unit has as comments, and starts
+    /// the TLS socket.
+    pub fn enable_tls(&self, certificate: &Certificate) -> Result<()> {
+        self.install_certificate(certificate)?;
         let unit = self.stage.path().join("usr/local/lib/systemd/system").join(self.unit("service"));
         let unit = fs::read_to_string(&unit).with_context(|| format!("{}", unit.display()))?;
         let commented = unit.lines().filter_map(|line| line.strip_prefix("#LoadCredential="));
@@ -253,47 +262,48 @@ impl Container {
         self.start_socket("tls")
     }
 
-    /// Starts a socket that the service has besides its first one.
+    /// Starts another socket unit of the service: `tls` or `admin`.
     pub fn start_socket(&self, kind: &str) -> Result<()> {
         self.run(&["systemctl", "start", &format!("{}-{kind}.socket", self.name)])?;
         Ok(())
     }
 
-    /// Writes a file inside; the path is from its root.
+    /// Writes a file inside; `path` is relative to the root of the container.
     pub fn write(&self, path: &str, text: &str) -> Result<()> {
         let path = self.path(path);
-        fs::create_dir_all(path.parent().context("a folder")?)?;
+        fs::create_dir_all(path.parent().context("the path has no parent folder")?)?;
         fs::write(&path, text).with_context(|| format!("{}", path.display()))
     }
 
-    /// A path inside, as seen from here.
+    /// A path inside, as a path of the host.
     pub fn path(&self, path: &str) -> PathBuf {
         Path::new("/proc").join(self.leader.as_raw_nonzero().to_string()).join("root").join(path)
     }
 
-    /// The installed binary, as seen from here.
+    /// The installed binary, as a path of the host.
     pub fn binary(&self) -> PathBuf {
         self.stage.path().join("usr/local/bin").join(&self.name)
     }
 
-    /// Puts another file in the place of the binary, as an upgrade does: the old one stays open where it runs.
+    /// Replaces the binary by renaming a copy over it, as an upgrade does: a running process keeps the old file.
     pub fn replace_binary(&self, with: &Path) -> Result<()> {
         let aside = self.binary().with_extension("new");
         fs::copy(with, &aside)?;
         Ok(fs::rename(&aside, self.binary())?)
     }
 
-    /// What a thread does first to use the container's network.
+    /// A function with which a thread moves into the network of the container.
     pub fn enter(&self) -> impl FnOnce() + Send + 'static {
         let network = format!("/proc/{}/ns/net", self.leader.as_raw_nonzero());
         move || {
             let network = fs::File::open(network).expect("the container runs");
             let network = std::os::fd::AsFd::as_fd(&network);
-            move_into_link_name_space(network, Some(LinkNameSpaceType::Network)).expect("root");
+            move_into_link_name_space(network, Some(LinkNameSpaceType::Network))
+                .expect("the test runs as root");
         }
     }
 
-    /// Does `work` in the container's network.
+    /// Runs `work` in the network of the container, on a thread of its own because a namespace belongs to a thread.
     pub fn inside<T: Send, F: Future<Output = T>>(&self, work: impl FnOnce() -> F + Send) -> T {
         let enter = self.enter();
         std::thread::scope(|scope| {
@@ -305,15 +315,15 @@ impl Container {
         })
     }
 
-    /// The text of the answer to one request, on a connection of its own.
+    /// The body of the response to a GET on a new connection.
     pub fn ask(&self, path: &str) -> String {
         self.inside(|| async {
             let mut connection = Connection::open(&Self::target()).await.expect("the port is open");
-            connection.ask(&get(path)).await.expect("an answer").text()
+            connection.ask(&get(path)).await.expect("the request is answered").text()
         })
     }
 
-    /// The socket that the unit as shipped listens on.
+    /// The address on which the socket unit as shipped listens.
     pub fn target() -> Target {
         Target::Tcp(SocketAddr::from(([127, 0, 0, 1], 8080)))
     }
@@ -327,7 +337,7 @@ impl Drop for Container {
                 .unwrap_or_default();
             eprintln!("---- the container's journal\n{journal}----");
         }
-        // Nothing inside is worth an orderly end, and with PID 1 the kernel ends all the others.
+        // No orderly shutdown, which would take seconds. When PID 1 ends, the kernel kills all other processes inside.
         let _ = kill_process(self.leader, Signal::KILL);
         let _ = self.nspawn.wait();
     }
@@ -336,7 +346,7 @@ impl Drop for Container {
 fn nspawn(systemd: Systemd, package: Package<'_>, cgroups: &Cgroups) -> Result<Command> {
     let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?.trim().replace('-', "");
     let mut command = Command::new("sh");
-    // Into its own cgroups first.
+    // The shell moves itself into the cgroups of the container before it becomes systemd-nspawn.
     command.args([
         "-c",
         "for file; do shift; [ \"$file\" = -- ] && break; echo $$ >\"$file\"; done; exec \"$@\"",
@@ -349,7 +359,8 @@ fn nspawn(systemd: Systemd, package: Package<'_>, cgroups: &Cgroups) -> Result<C
         command.arg("--volatile=yes");
     } else {
         command.arg("--volatile=overlay");
-        // Where the host has the legacy cgroup layout, systemd 257 and later would refuse it.
+        // On a host with the legacy cgroup layout nspawn would pass it on, and systemd 257 and later refuse to boot
+        // with it.
         command.env("SYSTEMD_NSPAWN_UNIFIED_HIERARCHY", "1");
     }
     command
@@ -363,7 +374,7 @@ fn nspawn(systemd: Systemd, package: Package<'_>, cgroups: &Cgroups) -> Result<C
     Ok(command)
 }
 
-/// Control groups for one container: two in the same would find each other's processes in theirs.
+/// Control groups of one container. Two containers in the same cgroup would see each other's processes as their own.
 struct Cgroups {
     name: String,
     folders: Vec<PathBuf>,
@@ -376,7 +387,7 @@ impl Cgroups {
         let mut cgroups = Self { name, folders: Vec::new() };
         for line in fs::read_to_string("/proc/self/cgroup")?.lines() {
             let (hierarchy, path) = line.rsplit_once(':').context("/proc/self/cgroup")?;
-            // The unified hierarchy and, on a host with the legacy layout, systemd's own.
+            // The unified hierarchy and, on a host with the legacy layout, that of systemd.
             let mounts: &[&str] = match hierarchy.split_once(':') {
                 Some(("0", "")) => &["/sys/fs/cgroup/unified", "/sys/fs/cgroup"],
                 Some((_, "name=systemd")) => &["/sys/fs/cgroup/systemd"],
@@ -406,7 +417,8 @@ fn remove_cgroup(folder: &Path) {
             remove_cgroup(&entry.path());
         }
     }
-    // The kernel empties a cgroup a moment after its last process has gone. No panic: this runs while a test ends.
+    // The kernel empties a cgroup a moment after its last process has ended. It does not panic, because a panic in a
+    // destructor of a failing test would abort all other tests.
     let deadline = Instant::now() + TEST_TIMEOUT;
     while let Err(error) = fs::remove_dir(folder) {
         if Instant::now() >= deadline {

@@ -1,4 +1,4 @@
-//! Debian packages, and later releases of them.
+//! Debian packages, and modified copies of them as later releases.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,8 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// What `make deb` or `make rpm` has made in `folder`.
-pub fn made(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
+/// The package `name` that `make deb` or `make rpm` built in the repository `folder`; `kind` is `deb` or `rpm`.
+pub fn built_package(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
     let is_it = |file: &PathBuf| {
         let file = file.file_name().unwrap_or_default().to_string_lossy();
         file.strip_prefix(name).is_some_and(|rest| rest.starts_with(['_', '-']))
@@ -21,7 +21,7 @@ pub fn made(folder: &Path, name: &str, kind: &str) -> Result<PathBuf> {
         .with_context(|| format!("no package in target/packages: make {kind}"))
 }
 
-/// A package like `first` but for its version, and what `change` does to its files.
+/// Copies the package `first` to `to` with another version, after `change` has modified its unpacked files.
 pub fn later_release(
     first: &Path,
     to: &Path,
@@ -41,16 +41,18 @@ pub fn later_release(
     run(build.args(["-Znone", "--root-owner-group", "--build"]).arg(root.path()).arg(to))
 }
 
-/// Another file, which does the same: what stands behind the end of a program is not loaded.
+/// Appends to a file. A binary still does the same, because the loader ignores bytes after the end of the ELF sections,
+/// but it is a different file, so an upgrade can be told from no upgrade.
 pub fn append(file: &Path, text: &str) -> Result<()> {
     let mut bytes = fs::read(file).with_context(|| format!("{}", file.display()))?;
     bytes.extend_from_slice(text.as_bytes());
     Ok(fs::write(file, bytes)?)
 }
 
+/// Runs a command; its error contains standard output and standard error.
 pub fn run(command: &mut Command) -> Result<()> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
-    let said = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
-    ensure!(output.status.success(), "{command:?}: {said}");
+    let text = [&output.stdout[..], &output.stderr].map(String::from_utf8_lossy).concat();
+    ensure!(output.status.success(), "{command:?}: {text}");
     Ok(())
 }

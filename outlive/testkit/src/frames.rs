@@ -1,5 +1,5 @@
-//! Frames of the handover channel as the tests write them, right and wrong: the layout stands in
-//! `src/handover/frame.rs`.
+//! Frames of the handover channel, valid and invalid, written without the library's own encoder so that the tests would
+//! notice a change of the format. The layout is described in `outlive/src/handover/frame.rs`.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -13,7 +13,7 @@ use rustix::net::{
     sendmsg, socket_with,
 };
 
-/// Kinds of frames.
+/// Message types, as in `MessageType` of `outlive/src/handover/frame.rs`.
 pub const CONNECTIONS: u16 = 0;
 pub const HELLO: u16 = 1;
 pub const GO: u16 = 2;
@@ -24,23 +24,24 @@ pub const ACCEPTING: u16 = 6;
 pub const MAIN: u16 = 7;
 pub const REFUSED: u16 = 8;
 
-/// A frame of version 1, from generation 7.
+/// A frame of version 1, from generation 7, for `sockets` file descriptors.
 pub fn frame(kind: u16, sockets: u16, text: &str) -> Vec<u8> {
     frame_of(1, kind, sockets, text)
 }
 
+/// As [`frame`], of any version.
 pub fn frame_of(version: u16, kind: u16, sockets: u16, text: &str) -> Vec<u8> {
     let numbers = [version.to_le_bytes(), kind.to_le_bytes(), sockets.to_le_bytes()].concat();
     [&b"hand"[..], &numbers, &7_u64.to_le_bytes(), &0_u64.to_le_bytes(), text.as_bytes()].concat()
 }
 
-/// What kind of frame a message is, and its text.
+/// The type and the text of a frame.
 pub fn read(message: &[u8]) -> Result<(u16, String)> {
-    ensure!(message.len() >= 26 && message.starts_with(b"hand"), "no frame: {message:?}");
+    ensure!(message.len() >= 26 && message.starts_with(b"hand"), "not a frame: {message:?}");
     Ok((u16::from_le_bytes([message[6], message[7]]), String::from_utf8_lossy(&message[26..]).into_owned()))
 }
 
-/// One message, with fds.
+/// Sends one message with file descriptors (`SCM_RIGHTS`).
 pub fn send(channel: impl AsFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Result<()> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -49,7 +50,7 @@ pub fn send(channel: impl AsFd, message: &[u8], fds: &[BorrowedFd<'_>]) -> Resul
     Ok(())
 }
 
-/// The next message, and the fds that came with it; empty at the end.
+/// Receives the next message with its file descriptors; both are empty if the other end has closed the channel.
 pub fn receive(channel: impl AsFd) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     let mut bytes = vec![0; 1024];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(253))];
@@ -64,18 +65,19 @@ pub fn receive(channel: impl AsFd) -> Result<(Vec<u8>, Vec<OwnedFd>)> {
     Ok((bytes, fds.flatten().collect()))
 }
 
-/// A connection to the takeover socket of the service whose runtime directory is `folder`.
+/// Connects to the takeover socket of the service whose runtime directory is `folder`.
 pub fn connect_takeover_socket(folder: &Path) -> OwnedFd {
     let path = folder.join("takeover");
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None);
-    let socket = socket.expect("a socket");
-    connect(&socket, &SocketAddrUnix::new(&path).expect("a path")).expect("it listens");
+    let socket = socket.expect("the socket is created");
+    connect(&socket, &SocketAddrUnix::new(&path).expect("the path is short enough"))
+        .expect("the service listens");
     socket
 }
 
 /// The type and text of the next frame; `None` if the other end has closed the channel.
 pub fn recv_message(channel: &OwnedFd) -> Option<(u16, String)> {
     let mut message = [0; 1024];
-    let (length, _) = recv(channel, &mut message, RecvFlags::empty()).expect("a message or the end");
-    (length > 0).then(|| read(&message[..length]).expect("a frame"))
+    let (length, _) = recv(channel, &mut message, RecvFlags::empty()).expect("the channel is readable");
+    (length > 0).then(|| read(&message[..length]).expect("the message is a frame"))
 }

@@ -1,4 +1,13 @@
-//! What the tests and the benchmark share.
+//! Helpers that the tests, the soak and the benchmarks share: systemds in containers, clients, loads.
+//!
+//! - [`container`] boots a real systemd with the service installed; [`service`] and [`tls_service`] start the binary
+//!   without systemd, with a socket passed to it or with listeners of its own.
+//! - [`client`] has clients for HTTP/1.1 and HTTP/2 that never retry; [`load`] runs many of them and reports lost
+//!   requests and closed connections; [`verbs`] restarts or reloads the service under a load.
+//! - [`binaries`], [`certificate`], [`debian`] and [`release`] make what is installed: the binary, a certificate,
+//!   packages, and bad releases.
+//! - [`frames`] writes frames of the handover channel, valid and invalid; [`process`] ends child processes with the
+//!   test.
 
 pub mod binaries;
 pub mod certificate;
@@ -19,7 +28,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Each promise, a function of a [`Systemd`](container::Systemd), as a test on each of them.
+/// Makes each function, which takes a [`Systemd`](container::Systemd), a test on this machine's systemd and on 257.
 #[macro_export]
 macro_rules! on_each_systemd {
     ($($promise:ident)*) => {
@@ -28,7 +37,8 @@ macro_rules! on_each_systemd {
     };
 }
 
-/// The same where a promise depends on what systemd does itself: on Debian unstable's too, the newest.
+/// As [`on_each_systemd`], and on the newest systemd (Debian unstable): for tests whose result depends on what systemd
+/// itself does.
 #[macro_export]
 macro_rules! on_each_systemd_and_unstable {
     ($($promise:ident)*) => {
@@ -37,7 +47,7 @@ macro_rules! on_each_systemd_and_unstable {
     };
 }
 
-/// The same about packages, on each Debian.
+/// As [`on_each_systemd`], for tests of packages: on Debian 12, 13 and unstable.
 #[macro_export]
 macro_rules! on_each_debian {
     ($($promise:ident)*) => {
@@ -47,7 +57,7 @@ macro_rules! on_each_debian {
     };
 }
 
-/// Each promise as a test on one of them, in a module of this name.
+/// Makes each function a test on one systemd, in a module of the given name. `e2e/run` counts tests by that name.
 #[macro_export]
 macro_rules! on_one {
     ($module:ident $systemd:ident $($promise:ident)*) => {
@@ -57,34 +67,38 @@ macro_rules! on_one {
     };
 }
 
-/// How long a test waits for an event before it fails. No test measures with it: it only ends a test that hangs, so it
-/// is far longer than any event takes on a slow machine that is busy with something else.
+/// How long a test waits for an event before it fails. It only ends a test that hangs. No test measures with it, so it
+/// is far longer than any event takes on a slow and busy machine.
 pub const TEST_TIMEOUT: Duration = Duration::from_secs(120);
 
-/// Held by a test whose load takes all that the machine has: one of them at a time, while others wait for something.
+/// A lock for tests whose load takes all processor time. Without it, two such tests at once would miss each other's
+/// time limits. Tests that mostly wait run beside it without the lock.
 pub fn exclusive_cpu() -> MutexGuard<'static, ()> {
     static MACHINE: Mutex<()> = Mutex::new(());
     MACHINE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Runs `work` to its end on a runtime of this thread.
+/// Runs `work` to its end on a runtime of this thread; panics after five times [`TEST_TIMEOUT`].
 pub fn block_on<T>(work: impl Future<Output = T>) -> T {
     tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
-        .expect("a runtime")
-        .block_on(async { tokio::time::timeout(TEST_TIMEOUT * 5, work).await.expect("done in time") })
+        .expect("the runtime is built")
+        .block_on(async {
+            tokio::time::timeout(TEST_TIMEOUT * 5, work).await.expect("the work ends within the limit")
+        })
 }
 
-/// An address for a server that binds it itself. Its port is below those that connections are given
-/// (`ip_local_port_range` of ip(7)): a load opens thousands, and one of them could take it first.
+/// A free address for a server that binds it itself. Its port is below the range from which the kernel chooses local
+/// ports of connections (`ip_local_port_range` of ip(7)), because a load opens thousands of connections and one of them
+/// could take the port first.
 pub fn free_address() -> SocketAddr {
     const FIRST: u32 = 10_000;
     const COUNT: u32 = 20_000;
     static NEXT: AtomicU32 = AtomicU32::new(0);
     loop {
         let next = std::process::id().wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed));
-        let port = u16::try_from(FIRST + next % COUNT).expect("a port");
+        let port = u16::try_from(FIRST + next % COUNT).expect("the port fits into 16 bits");
         let address = SocketAddr::from(([127, 0, 0, 1], port));
         if TcpListener::bind(address).is_ok() {
             return address;
@@ -92,12 +106,13 @@ pub fn free_address() -> SocketAddr {
     }
 }
 
-/// Waits until `done`, which nothing announces. It looks a sixth of the time: others have something to do.
+/// Polls `done` until it is true; panics with `what` after [`TEST_TIMEOUT`]. It sleeps five times as long as a poll
+/// takes, so that polling uses at most a sixth of a core and does not slow down what it waits for.
 pub fn wait_until(what: &str, done: impl FnMut() -> bool) {
     wait_until_within(TEST_TIMEOUT, what, done);
 }
 
-/// As `wait_until`, for what takes far longer, such as a compiler's work beside that of others.
+/// As [`wait_until`], with another limit: a compiler beside other tests needs more than [`TEST_TIMEOUT`].
 pub fn wait_until_within(limit: Duration, what: &str, mut done: impl FnMut() -> bool) {
     let deadline = Instant::now() + limit;
     loop {
@@ -105,7 +120,7 @@ pub fn wait_until_within(limit: Duration, what: &str, mut done: impl FnMut() -> 
         if done() {
             return;
         }
-        assert!(Instant::now() < deadline, "waited in vain: {what}");
+        assert!(Instant::now() < deadline, "not within {limit:?}: {what}");
         std::thread::sleep(Duration::from_millis(2).max(begun.elapsed() * 5));
     }
 }

@@ -1,4 +1,4 @@
-//! Loads from clients that never retry: a request that got no complete answer, of the right status, is lost.
+//! [`Load`]: many clients that never retry. A request without a complete response of the right status counts as lost.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,34 +12,39 @@ use tokio::task::JoinSet;
 
 use crate::client::{Connection, Http2, Target, get, post};
 
-/// No answer within this is a lost request.
+/// A request without a response within this time is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
 
-/// What each client of a load does, over and over.
+/// Clients that send requests until the load is stopped.
 #[derive(Clone, Debug)]
 pub struct Load {
     pub target: Target,
+    /// The number of clients; each has one request in flight at a time.
     pub clients: usize,
+    /// The bytes of the HTTP/1.1 request; HTTP/2 clients send a GET for `/`.
     pub request: Vec<u8>,
-    /// The status of the right answer.
+    /// The expected status; a response with another status is lost.
     pub status: u16,
     pub connections: Connections,
+    /// The pause of a client between two requests.
     pub think: Duration,
 }
 
+/// How a client uses connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Connections {
-    /// One for all requests; before each it is seen whether the server has closed it.
+    /// One connection for all requests. Before each request the client checks whether the server has closed it, as
+    /// connection pools do.
     Kept,
-    /// One for all requests, sent blindly.
+    /// One connection for all requests, without that check: a request on a connection that was closed is lost.
     KeptBlindly,
-    /// One a request, which says `Connection: close`.
+    /// A connection for each request, which has `Connection: close`.
     OneEach,
-    /// One HTTP/2 connection for all requests, until the server says GOAWAY.
+    /// One HTTP/2 connection for all requests, until the server sends GOAWAY.
     Http2,
 }
 
-/// A client's connection, if it has one.
+/// The connection of a client, if it has one.
 #[derive(Default)]
 struct Kept {
     http1: Option<Connection>,
@@ -58,40 +63,40 @@ impl Load {
         }
     }
 
-    /// 10 keep-alive connections flat out.
+    /// 10 keep-alive connections without pauses.
     pub fn saturating(target: &Target) -> Self {
         Self::kept(target, 10, Duration::ZERO)
     }
 
-    /// 50 connections with 5 ms think time.
+    /// 50 keep-alive connections, each with a pause of 5 ms between two requests.
     pub fn paced(target: &Target) -> Self {
         Self::kept(target, 50, Duration::from_millis(5))
     }
 
-    /// As `paced`, but without looking first whether the server has closed the connection.
+    /// As [`paced`](Self::paced), but the clients do not check first whether the server has closed the connection.
     pub fn paced_blind(target: &Target) -> Self {
         Self { connections: Connections::KeptBlindly, ..Self::paced(target) }
     }
 
-    /// One connection a request, 10 at a time.
+    /// One connection for each request, 10 at a time.
     pub fn connection_per_request(target: &Target) -> Self {
         let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n".to_vec();
         let think = Duration::from_millis(1);
         Self { connections: Connections::OneEach, request, ..Self::kept(target, 10, think) }
     }
 
-    /// As `saturating`, with bodies of 1 KiB.
+    /// As [`saturating`](Self::saturating), with bodies of 1 KiB.
     pub fn post(target: &Target) -> Self {
         Self { request: post("/echo", 1024), ..Self::saturating(target) }
     }
 
-    /// 10 HTTP/2 connections, one request at a time on each, flat out.
+    /// 10 HTTP/2 connections without pauses, with one request at a time on each.
     pub fn http2(target: &Target) -> Self {
         Self { connections: Connections::Http2, ..Self::saturating(target) }
     }
 
-    /// Starts the load in a thread of its own, which first does `enter` (to go into a container). Returns when each
-    /// client has been answered once, or has lost its first request: what the test does next meets all of them.
+    /// Starts the load in a thread of its own, which first calls `enter` (to move into a container). Returns when the
+    /// first request of each client has ended, so that what the test does next affects all of them.
     pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
         let progress = Arc::new(Progress {
             stopped: AtomicBool::new(false),
@@ -115,7 +120,7 @@ impl Load {
         for _ in 0..self.clients {
             clients.spawn(self.clone().client(start, progress.clone()));
         }
-        let mut report = Report { asked_for: self.clients as u64, ..Report::default() };
+        let mut report = Report { clients: self.clients as u64, ..Report::default() };
         for each in clients.join_all().await {
             report.add(each);
         }
@@ -179,8 +184,8 @@ impl Load {
         }
     }
 
-    /// Whether it is this request's answer: `/` says who answers, `/sleep` for how long it slept, and `/echo` gives the
-    /// body back.
+    /// Checks that the body belongs to the response of this request: that of `/` begins with the pid, that of `/sleep`
+    /// with "slept", and that of `/echo` is the body of the request.
     fn check(&self, text: &str) -> Result<()> {
         let body = self
             .request
@@ -221,71 +226,74 @@ fn bail_timeout() -> Result<()> {
     bail!("no answer within {ANSWER_LIMIT:?}")
 }
 
-/// What the clients of a load and its owner tell each other.
+/// The state that the clients of a load share with the test.
 struct Progress {
     stopped: AtomicBool,
-    /// Requests that were answered or lost.
+    /// The number of requests that were answered or lost.
     ended: AtomicU64,
-    /// Clients of which a request has ended.
+    /// The number of clients whose first request has ended.
     started: AtomicU64,
 }
 
-/// A load under way.
+/// A running load.
 pub struct Running {
-    /// The beginning, from which its samples are timed.
+    /// The time from which [`Sample::at`] counts.
     pub begun: Instant,
     progress: Arc<Progress>,
     thread: JoinHandle<Report>,
 }
 
 impl Running {
-    /// How many requests were answered or lost so far.
+    /// The number of requests that were answered or lost so far.
     pub fn ended(&self) -> u64 {
         self.progress.ended.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many requests, counted from the beginning, were answered or lost.
+    /// Waits until `count` requests, counted from the beginning, were answered or lost.
     pub fn wait_for(&self, count: u64) {
         self.until(&format!("{count} requests of the load"), |_| self.ended() >= count);
     }
 
-    /// Lets each client finish its request and ask once more: what was done before has left each of them served.
+    /// Stops the load. Each client finishes its request and sends one more, which shows that it is still served after
+    /// what the test did.
     pub fn stop(self) -> Report {
         self.progress.stopped.store(true, Ordering::Relaxed);
-        self.thread.join().expect("the load ran")
+        self.thread.join().expect("the thread does not panic")
     }
 
     fn until(&self, what: &str, is_so: impl Fn(&Progress) -> bool) {
-        // A load that has panicked says why when it is stopped.
+        // If the thread of the load has panicked, stop() reports the reason.
         crate::wait_until(what, || is_so(&self.progress) || self.thread.is_finished());
     }
 }
 
-/// What the clients of a load saw.
+/// What the clients of a load saw. No connection was closed early if `connections` equals `clients`.
 #[derive(Clone, Debug, Default)]
 pub struct Report {
+    /// The number of requests with a complete response of the right status.
     pub answered: u64,
-    /// Requests that got no complete answer of the right status, by what came instead.
+    /// The number of other requests, by error.
     pub lost: BTreeMap<String, u64>,
-    /// Connections made.
+    /// The number of connections opened.
     pub connections: u64,
-    /// Connections that would have done.
-    pub asked_for: u64,
-    /// Connections that an answer said to close.
+    /// The number of clients, so the number of connections that would have been enough if none was closed.
+    pub clients: u64,
+    /// The number of connections closed after a response with `Connection: close`, or by GOAWAY.
     pub told_to_close: u64,
-    /// Connections found closed between two requests.
+    /// The number of connections that a client found closed between two requests.
     pub closed_idle: u64,
+    /// The longest time that a request took until its response, or its loss.
     pub longest: Duration,
-    /// Each request.
+    /// One sample for each request.
     pub samples: Vec<Sample>,
 }
 
 /// One request.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
-    /// When it was sent; microseconds from the beginning of the load.
+    /// When the request was sent, in microseconds from the beginning of the load.
     pub at: u32,
-    /// How long its answer, or its loss, took; microseconds.
+    /// The time until its response, or its loss, in microseconds.
     pub took: u32,
     pub is_lost: bool,
 }
@@ -298,17 +306,18 @@ impl Report {
             *self.lost.entry(kind).or_default() += count;
         }
         self.connections += other.connections;
-        self.asked_for += other.asked_for;
+        self.clients += other.clients;
         self.told_to_close += other.told_to_close;
         self.closed_idle += other.closed_idle;
         self.longest = self.longest.max(other.longest);
     }
 
+    /// The number of lost requests.
     pub fn lost(&self) -> u64 {
         self.lost.values().sum()
     }
 
-    /// The time that `share` of all requests took at the most: 0.99 for the 99th percentile.
+    /// A percentile of the time that a request took: `share` is 0.99 for the 99th percentile.
     pub fn percentile(&self, share: f64) -> Duration {
         let mut took: Vec<u32> = self.samples.iter().map(|sample| sample.took).collect();
         if took.is_empty() {
@@ -320,7 +329,7 @@ impl Report {
         Duration::from_micros(u64::from(*took))
     }
 
-    /// What became of a request sent at `begun`; the load began at `start`.
+    /// Records a request that was sent at `begun`; the load began at `start`.
     fn note(&mut self, start: Instant, begun: Instant, asked: Result<()>) {
         let took = begun.elapsed();
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
@@ -338,11 +347,11 @@ impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} answered, {} lost, {} connections made ({} asked for, {} told to close, {} closed idle), longest {} ms",
+            "{} answered, {} lost, {} connections for {} clients ({} told to close, {} closed idle), longest {} ms",
             self.answered,
             self.lost(),
             self.connections,
-            self.asked_for,
+            self.clients,
             self.told_to_close,
             self.closed_idle,
             self.longest.as_millis()

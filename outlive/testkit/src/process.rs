@@ -1,5 +1,5 @@
-//! A child process that is ended with its owner, and with all that it started; and notifications as
-//! `sd_notify(3)` sends them.
+//! [`Process`], a child process that is killed together with its descendants when it is dropped, and [`Notifications`],
+//! a service manager's end of `sd_notify(3)`.
 
 use std::io::IoSliceMut;
 use std::mem::MaybeUninit;
@@ -21,13 +21,13 @@ use tempfile::TempDir;
 
 use crate::TEST_TIMEOUT;
 
+/// A child process in a process group of its own. Dropping it kills the group, so that a failed test leaves no process.
 pub struct Process {
     child: Child,
 }
 
 impl Process {
     pub fn spawn(command: &mut Command) -> Result<Self> {
-        // A group of its own, so that all of it can be ended.
         let child =
             command.process_group(0).spawn().with_context(|| format!("could not start {command:?}"))?;
         Ok(Self { child })
@@ -42,10 +42,10 @@ impl Process {
     }
 
     pub fn signal(&self, signal: Signal) {
-        kill_process(self.pid(), signal).expect("the process is there");
+        kill_process(self.pid(), signal).expect("the process has not been waited for");
     }
 
-    /// Waits for the process to end by itself.
+    /// Waits until the process exits by itself; fails after [`TEST_TIMEOUT`].
     pub fn wait(&mut self) -> Result<ExitStatus> {
         if !self.ends_within(TEST_TIMEOUT)? {
             bail!("process {} did not end within {TEST_TIMEOUT:?}", self.child.id());
@@ -53,6 +53,7 @@ impl Process {
         Ok(self.child.wait()?)
     }
 
+    /// Whether the process exits within `time`.
     pub fn ends_within(&mut self, time: Duration) -> Result<bool> {
         if self.child.try_wait()?.is_some() {
             return Ok(true);
@@ -65,7 +66,8 @@ impl Process {
 
 impl Drop for Process {
     fn drop(&mut self) {
-        // As long as nobody has waited for it, its number is its own.
+        // Until the child is waited for, its pid cannot belong to another process. `waitid` fails if `wait` has already
+        // reaped it; the signal could then reach an unrelated process group.
         let look = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
         if waitid(WaitId::Pid(self.pid()), look).is_ok() {
             let _ = kill_process_group(self.pid(), Signal::KILL);
@@ -74,21 +76,21 @@ impl Drop for Process {
     }
 }
 
-/// Tells a process that is nobody's child to end; `pid` as text.
+/// Sends SIGTERM to a process that is not a child of the test, such as a successor; `pid` is decimal.
 pub fn terminate(pid: &str) -> Result<()> {
     signal(pid, Signal::TERM)
 }
 
-/// Signals a process that is nobody's child; `pid` as text.
+/// Sends a signal to a process that is not a child of the test; `pid` is decimal.
 pub fn signal(pid: &str, signal: Signal) -> Result<()> {
-    let pid = Pid::from_raw(pid.parse()?).context("a pid")?;
+    let pid = Pid::from_raw(pid.parse()?).context("not a pid")?;
     Ok(kill_process(pid, signal)?)
 }
 
-/// A socket for `NOTIFY_SOCKET`, what was said on it, and the fds that were given to be stored.
+/// A socket for `NOTIFY_SOCKET`, the messages received on it, and the file descriptors stored with FDSTORE=1.
 ///
-/// A thread reads it at once, as a service manager does: what `sd_notify(3)` calls a barrier waits for
-/// that.
+/// A thread reads each message at once, as a service manager does. Otherwise a service that sends BARRIER=1
+/// (`sd_notify_barrier(3)`) would wait until the test reads it.
 pub struct Notifications {
     folder: TempDir,
     heard: Receiver<Message>,
@@ -101,7 +103,7 @@ struct Message {
     fds: Vec<OwnedFd>,
 }
 
-/// Ends the thread.
+/// A message with which the owner ends the reading thread.
 const LAST: &[u8] = b"that is all";
 
 impl Notifications {
@@ -110,7 +112,7 @@ impl Notifications {
         Self::listen(false)
     }
 
-    /// A service manager with one.
+    /// A service manager with a file descriptor store.
     pub fn with_store() -> Result<Self> {
         Self::listen(true)
     }
@@ -136,12 +138,12 @@ impl Notifications {
         self.folder.path().join("notify")
     }
 
-    /// All that has been waited past, in order, a line each.
+    /// The lines received so far, in order, up to the last one that was waited for.
     pub fn said(&self) -> &[String] {
         &self.said
     }
 
-    /// The fds stored so far.
+    /// Takes the file descriptors stored so far.
     pub fn take_stored(&mut self) -> Vec<OwnedFd> {
         while let Ok(message) = self.heard.try_recv() {
             self.note(message);
@@ -149,7 +151,7 @@ impl Notifications {
         std::mem::take(&mut self.stored)
     }
 
-    /// Waits for a line that begins with `wanted`, and gives it.
+    /// Waits for a line that begins with `wanted`, and returns it; fails after [`TEST_TIMEOUT`].
     pub fn wait_for(&mut self, wanted: &str) -> Result<String> {
         self.wait_for_at_most(wanted, TEST_TIMEOUT)
     }
@@ -159,8 +161,8 @@ impl Notifications {
         self.wait_for_line(wanted, limit, |line| line.starts_with(wanted))
     }
 
-    /// Waits for a status that contains `wanted`, and gives its line. The limit is the same however many other statuses
-    /// arrive first.
+    /// Waits for a STATUS= line that contains `wanted`, and returns it. The limit covers the whole wait, because a
+    /// service that sends a status each second would otherwise extend it without end.
     pub fn wait_for_status(&mut self, wanted: &str) -> Result<String> {
         self.wait_for_line(wanted, TEST_TIMEOUT, |line| line.starts_with("STATUS=") && line.contains(wanted))
     }
@@ -177,7 +179,7 @@ impl Notifications {
             let message = self
                 .heard
                 .recv_timeout(left)
-                .with_context(|| format!("waited for {wanted}, and heard only {:?}", self.said))?;
+                .with_context(|| format!("no {wanted} arrived, only {:?}", self.said))?;
             let news = self.said.len();
             self.note(message);
             if let Some(line) = self.said[news..].iter().find(|line| is_it(line)) {
@@ -215,7 +217,8 @@ fn receive(socket: &UnixDatagram) -> Option<Message> {
     (bytes != LAST).then(|| Message { text: String::from_utf8_lossy(bytes).into_owned(), fds })
 }
 
-/// `make`, as a person would run it: what cargo has said to this test would have others build their things anew.
+/// `make` as a person would run it: without the variables that cargo sets for this test. With those, cargo would see
+/// another environment and build everything again.
 pub fn make(folder: impl AsRef<Path>, goals: &[&str]) -> Command {
     let mut make = Command::new("make");
     make.arg("--silent").args(goals).current_dir(folder);
@@ -223,7 +226,7 @@ pub fn make(folder: impl AsRef<Path>, goals: &[&str]) -> Command {
     make
 }
 
-/// Takes cargo's and make's own variables from a command.
+/// Removes the variables of cargo and make from the environment of a command.
 pub fn without_cargo(command: &mut Command) {
     for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_") && name != "CARGO_HOME") {
         command.env_remove(name);

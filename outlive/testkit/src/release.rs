@@ -1,4 +1,4 @@
-//! Executables to be put in the place of the installed one.
+//! Executables that replace the installed one, good and bad.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,32 +9,33 @@ use tempfile::{NamedTempFile, TempPath};
 
 use crate::container::Container;
 
-/// Gone when it is dropped; what was put in its place stays.
+/// An executable file that is removed when this is dropped. `Container::replace_binary` copies it, so the copy remains.
 pub struct Release(TempPath);
 
 impl Release {
-    /// The one that is installed.
+    /// A copy of the installed binary.
     pub fn copy_of(container: &Container) -> Result<Self> {
         let file = NamedTempFile::new()?.into_temp_path();
         fs::copy(container.binary(), &file)?;
         Self::executable(file)
     }
 
+    /// A bash script.
     pub fn script(lines: &str) -> Result<Self> {
         let file = NamedTempFile::new()?.into_temp_path();
         fs::write(&file, format!("#!/bin/bash\n{lines}\n"))?;
         Self::executable(file)
     }
 
-    /// One whose takeover command works, and whose successor does `instead` of serving. What is installed when the
-    /// first of them is made is a good one, and stays at hand as `/usr/local/lib/good`.
+    /// A release whose takeover command works, but whose successor runs the bash commands `instead` of serving. The
+    /// takeover command is run from a copy of the binary that is installed at the first call: `/usr/local/lib/good`.
     pub fn bad_successor(container: &Container, instead: &str) -> Result<Self> {
         let good = container.path("usr/local/lib/good");
         if !good.exists() {
             fs::copy(container.binary(), &good)?;
         }
-        // The good one would start itself again: the script speaks for its intermediate process. What bash starts in the
-        // background has no standard input, unless it is told.
+        // The good binary would start itself as the intermediate process and the successor, so the script plays both.
+        // In the background, bash replaces standard input, which is the takeover channel, unless it is redirected.
         Self::script(&format!(
             "case $TAKEOVER_ROLE in\n\
              middle) TAKEOVER_ROLE=successor \"$0\" <&0 & echo pid $!;;\n\

@@ -1,4 +1,4 @@
-//! The real binary without systemd: a socket passed to it, and what it says to its service manager.
+//! [`Service`]: the real binary without systemd. The test passes it a socket and is its service manager.
 
 use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
@@ -13,6 +13,7 @@ use rustix::process::Signal;
 use crate::client::{Connection, Target};
 use crate::process::{Notifications, Process};
 
+/// A running process of the binary on one socket. Dropping it kills the process.
 pub struct Service {
     process: Process,
     pub notifications: Notifications,
@@ -22,7 +23,7 @@ pub struct Service {
 }
 
 impl Service {
-    /// Starts `binary` on a fresh TCP socket, and waits for READY=1. Its service manager has no store.
+    /// Starts `binary` on a new TCP socket, and waits for READY=1. The service manager has no file descriptor store.
     pub fn start(binary: &str, flags: &[&str]) -> Result<Self> {
         let (listener, target) = tcp()?;
         Self::begin(binary, flags, listener, target, Vec::new(), Notifications::new()?)
@@ -49,14 +50,14 @@ impl Service {
         Self::begin(binary, &[], listener, target, Vec::new(), Notifications::with_store()?)
     }
 
-    /// As `start`, with channels left by a predecessor: one.
+    /// As `start`, with a handover channel as a process before it would have stored it.
     pub fn start_with_channel(binary: &str, channel: OwnedFd) -> Result<Self> {
         let (listener, target) = tcp()?;
         Self::begin(binary, &[], listener, target, vec![channel], Notifications::with_store()?)
     }
 
-    /// Waits for the end of this process, and starts the next one on the same socket, with the same flags and what
-    /// was stored.
+    /// Waits until this process exits, and starts the next one on the same socket, with the same options and the stored
+    /// file descriptors.
     pub fn restart(mut self, binary: &str) -> Result<Self> {
         let status = self.process.wait()?;
         ensure!(status.success(), "{status}: {}", read_all(self.process.child().stderr.take()));
@@ -95,12 +96,12 @@ impl Service {
         self.process.signal(signal);
     }
 
-    /// Waits until the service has said that so many requests are in flight.
+    /// Waits until the status of the service reports `count` requests in flight.
     pub fn wait_for_in_flight(&mut self, count: usize) -> Result<()> {
         self.notifications.wait_for_status(&format!(" {count} in flight")).map(drop)
     }
 
-    /// Waits for the process to end; gives how it ended and what it wrote to standard error.
+    /// Waits until the process exits; returns its status and its standard error.
     pub fn end(mut self) -> Result<(ExitStatus, String)> {
         let status = self.process.wait()?;
         Ok((status, read_all(self.process.child().stderr.take())))
@@ -122,8 +123,8 @@ impl Start {
         Self { command: command(binary, flags), flags: flags_of_next }
     }
 
-    /// The socket is passed as standard input, and a channel as standard output:
-    /// `LISTEN_FDS_FIRST_FD=0` lets listenfd take them.
+    /// Passes the socket as standard input and a channel as standard output, because a `Command` of
+    /// std passes no other file descriptors. `LISTEN_FDS_FIRST_FD=0` tells listenfd where they begin.
     fn begin(
         mut self,
         listener: OwnedFd,
@@ -131,7 +132,7 @@ impl Start {
         stored: Vec<OwnedFd>,
         notifications: Notifications,
     ) -> Result<Service> {
-        ensure!(stored.len() <= 1, "one channel at the most: {stored:?}");
+        ensure!(stored.len() <= 1, "at most one channel can be passed: {stored:?}");
         self.command
             .env("LISTEN_FDS", (1 + stored.len()).to_string())
             .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
@@ -154,7 +155,8 @@ fn tcp() -> Result<(OwnedFd, Target)> {
     Ok((listener.into(), target))
 }
 
-/// The binary with nothing of this environment that it would listen to.
+/// A command for `binary` without the variables of this environment that it would interpret. Otherwise the result of a
+/// test would depend on where it runs, such as below a unit.
 pub fn command(binary: &str, flags: &[&str]) -> Command {
     let prefix = Path::new(binary).file_name().unwrap_or_default().to_string_lossy().to_uppercase();
     let prefix = format!("{}_", prefix.replace('-', "_"));
@@ -184,7 +186,7 @@ pub fn command(binary: &str, flags: &[&str]) -> Command {
     command
 }
 
-/// Runs a command that is expected to end by itself; gives its exit code, standard output and error.
+/// Runs a command that exits by itself; returns its exit code, standard output and standard error.
 pub fn run_to_end(command: &mut Command) -> Result<(Option<i32>, String, String)> {
     let mut process = Process::spawn(command)?;
     let status = process.wait()?;
@@ -195,7 +197,7 @@ pub fn run_to_end(command: &mut Command) -> Result<(Option<i32>, String, String)
 fn read_all(from: Option<impl Read>) -> String {
     let mut text = String::new();
     if let Some(mut from) = from {
-        from.read_to_string(&mut text).expect("text");
+        from.read_to_string(&mut text).expect("the file is readable");
     }
     text
 }

@@ -1,4 +1,4 @@
-//! The real binary with a listener of each kind, bound by itself.
+//! [`TlsService`]: the real binary without systemd, with an http, an https and an admin listener that it binds itself.
 
 use std::net::SocketAddr;
 
@@ -11,6 +11,7 @@ use crate::client::{Connection, Http2, Target, get};
 use crate::process::{Notifications, Process};
 use crate::service::command;
 
+/// A running process of the binary with three listeners.
 pub struct TlsService {
     pub process: Process,
     pub notifications: Notifications,
@@ -21,7 +22,7 @@ pub struct TlsService {
 }
 
 impl TlsService {
-    /// Starts `binary`, and waits until it serves.
+    /// Starts `binary` with a new certificate, and waits until its status names the ports.
     pub fn start(binary: &str, flags: &[&str]) -> Result<Self> {
         let certificate = Certificate::new()?;
         let folder = tempfile::tempdir()?;
@@ -46,12 +47,12 @@ impl TlsService {
         Target::Unix(self.folder.path().join("admin.sock"))
     }
 
-    /// The https listener, for a client that speaks one of these protocols (ALPN).
+    /// The https listener, for a client that offers these protocols (ALPN).
     pub fn https(&self, protocols: &[&str]) -> Result<Target> {
         Ok(Target::Tls(self.https, self.certificate.client(protocols)?))
     }
 
-    /// Tells it to end, and waits until it has begun to.
+    /// Sends SIGTERM, and waits until the process has begun to stop.
     pub fn terminate(&mut self) -> Result<()> {
         self.process.signal(Signal::TERM);
         self.notifications.wait_for("STOPPING=1")?;
@@ -59,18 +60,19 @@ impl TlsService {
     }
 }
 
-/// A client with a connection of its own: HTTP/1.1 or HTTP/2, plain or over TLS.
+/// A client with one connection: HTTP/1.1 or HTTP/2, plain or over TLS.
 pub enum Client {
     Http1(Connection),
     Http2(Http2),
 }
 
 impl Client {
+    /// Connects; `kind` modulo 4 selects plain HTTP/1.1, plain HTTP/2, or these over TLS.
     pub async fn open(service: &TlsService, kind: usize) -> Self {
         let plain = Target::Tcp(service.http);
-        let tls = |protocol| service.https(&[protocol]).expect("a certificate");
-        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("it listens"));
-        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("it listens"));
+        let tls = |protocol| service.https(&[protocol]).expect("the client configuration is valid");
+        let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("the service listens"));
+        let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("the service listens"));
         match kind % 4 {
             0 => http1(plain).await,
             1 => http2(plain).await,
@@ -79,10 +81,20 @@ impl Client {
         }
     }
 
+    /// Asserts that a GET is answered with 200 on the same connection.
     pub async fn is_answered(&mut self) {
         let status = match self {
-            Self::Http1(connection) => connection.ask(&get("/")).await.expect("an answer").status,
-            Self::Http2(connection) => connection.get("/").await.expect("an answer").expect("no GOAWAY").0,
+            Self::Http1(connection) => {
+                connection.ask(&get("/")).await.expect("the request is answered").status
+            }
+            Self::Http2(connection) => {
+                connection
+                    .get("/")
+                    .await
+                    .expect("the request is answered")
+                    .expect("the server sends no GOAWAY")
+                    .0
+            }
         };
         assert_eq!(status, 200);
     }

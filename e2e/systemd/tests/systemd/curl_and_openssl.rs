@@ -1,4 +1,4 @@
-//! curl and openssl as clients, without systemd.
+//! curl and openssl as clients of the binary, without systemd.
 
 use std::process::{Command, Stdio};
 
@@ -9,11 +9,11 @@ use testkit::tls_service::TlsService;
 
 use crate::app_binary;
 
-/// What curl prints, or its exit code.
+/// The standard output of curl, or its exit code.
 fn curl(arguments: &[&str]) -> Result<String, i32> {
     let output =
         Command::new("curl").args(["--silent", "--show-error", "--max-time", "120"]).args(arguments).output();
-    let output = output.expect("curl");
+    let output = output.expect("curl runs");
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     } else {
@@ -22,10 +22,10 @@ fn curl(arguments: &[&str]) -> Result<String, i32> {
 }
 
 #[test]
-fn curl_is_answered_at_each_door_in_each_protocol() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+fn curl_is_answered_on_each_listener_in_each_protocol() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     let certificate = service.certificate.chain();
-    let trust = ["--cacert", certificate.to_str().expect("a path")];
+    let trust = ["--cacert", certificate.to_str().expect("the path is UTF-8")];
     let version = ["--output", "/dev/null", "--write-out", "%{http_version} %{response_code}"];
     let ask = |flags: &[&str], url: &str| curl(&[flags, &trust, &version, &[url]].concat());
     let http = format!("http://{}/", service.http);
@@ -35,19 +35,19 @@ fn curl_is_answered_at_each_door_in_each_protocol() {
     assert_eq!(ask(&["--http1.1"], &https).as_deref(), Ok("1.1 200"));
     assert_eq!(ask(&["--http2"], &https).as_deref(), Ok("2 200"));
     assert_eq!(ask(&["--no-alpn"], &https).as_deref(), Ok("1.1 200"));
-    let Target::Unix(admin) = service.admin() else { panic!("a path") };
-    let socket = ["--unix-socket", admin.to_str().expect("a path")];
+    let Target::Unix(admin) = service.admin() else { panic!("the admin listener is a Unix socket") };
+    let socket = ["--unix-socket", admin.to_str().expect("the path is UTF-8")];
     assert_eq!(ask(&socket, "http://localhost/healthz").as_deref(), Ok("1.1 200"));
     // Each listener has its own routes.
     assert_eq!(ask(&socket, "http://localhost/echo").as_deref(), Ok("1.1 404"));
     assert_eq!(ask(&[], &format!("{http}metrics")).as_deref(), Ok("1.1 404"));
-    // A certificate that nobody vouches for is not trusted: the handshake is a real one.
+    // Without --cacert curl refuses the certificate (exit code 60), so it did verify it above.
     assert_eq!(curl(&[&https]), Err(60));
 }
 
 #[test]
 fn http_1_and_http_2_are_served_on_the_same_port() {
-    let service = Service::start(app_binary(), &[]).expect("a service");
+    let service = Service::start(app_binary(), &[]).expect("the service starts");
     let url = format!("http://{}/", service.address());
     let version = ["-o", "/dev/null", "-w", "%{http_version} %{http_code}"];
     assert_eq!(curl(&[&version[..], &[&url]].concat()).as_deref(), Ok("1.1 200"));
@@ -55,9 +55,9 @@ fn http_1_and_http_2_are_served_on_the_same_port() {
 }
 
 #[test]
-fn a_head_that_is_too_large_is_refused_over_http_2() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
-    // curl itself sends no more than 64 KiB.
+fn too_large_a_head_is_refused_over_http_2() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
+    // Above the limit of HTTP/2 and below that of HTTP/1.1; curl itself sends no header above 64 KiB.
     let large = "x".repeat(40 * 1024);
     for (protocol, status) in [("--http2-prior-knowledge", "431"), ("--http1.1", "200")] {
         let output = Command::new("curl")
@@ -65,41 +65,41 @@ fn a_head_that_is_too_large_is_refused_over_http_2() {
             .args(["--write-out", "%{response_code}", "--header", &format!("x-large: {large}")])
             .arg(format!("http://{}/", service.http))
             .output()
-            .expect("curl");
+            .expect("curl runs");
         assert_eq!(String::from_utf8_lossy(&output.stdout), status, "{protocol}");
     }
 }
 
 #[test]
-fn an_http_2_request_in_flight_finishes_after_the_signal() {
-    let mut service = Service::start(app_binary(), &[]).expect("a service");
+fn http_2_request_in_flight_finishes_without_a_store() {
+    let mut service = Service::start(app_binary(), &[]).expect("the service starts");
     let url = format!("http://{}/sleep?duration=5s", service.address());
     let client = std::thread::spawn(move || curl(&["--http2-prior-knowledge", &url]));
-    service.wait_for_in_flight(1).expect("in flight");
+    service.wait_for_in_flight(1).expect("the request is in flight");
     service.signal(Signal::TERM);
-    assert_eq!(client.join().expect("an answer").as_deref(), Ok("slept 5s\n"));
-    let (status, log) = service.end().expect("an end");
+    assert_eq!(client.join().expect("the thread does not panic").as_deref(), Ok("slept 5s\n"));
+    let (status, log) = service.end().expect("the process ends");
     assert!(status.success(), "{status}: {log}");
 }
 
 #[test]
-fn an_http_2_stream_in_flight_finishes() {
-    let mut service = Service::start_with_store(app_binary(), &[]).expect("a service");
+fn http_2_request_in_flight_finishes_with_a_store() {
+    let mut service = Service::start_with_store(app_binary(), &[]).expect("the service starts");
     let url = format!("http://{}/sleep?duration=5s", service.address());
     let client = std::thread::spawn(move || {
-        Command::new("curl").args(["-sSv", "--http2-prior-knowledge", &url]).output().expect("curl")
+        Command::new("curl").args(["-sSv", "--http2-prior-knowledge", &url]).output().expect("curl runs")
     });
-    service.wait_for_in_flight(1).expect("in flight");
+    service.wait_for_in_flight(1).expect("the request is in flight");
     service.signal(Signal::TERM);
-    let answer = client.join().expect("an answer");
+    let answer = client.join().expect("the thread does not panic");
     assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 5s\n");
-    let (status, log) = service.end().expect("an end");
+    let (status, log) = service.end().expect("the process ends");
     assert!(status.success() && log.contains("1 requests in flight finished, 0 cut off"), "{log}");
 }
 
 #[test]
-fn openssl_shakes_hands_with_tls_1_2_and_1_3_and_nothing_older() {
-    let service = TlsService::start(app_binary(), &[]).expect("a service");
+fn openssl_connects_with_tls_1_2_and_1_3_but_not_1_1() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     let shake = |version: &str| {
         Command::new("openssl")
             .args(["s_client", "-brief", "-alpn", "h2,http/1.1", "-verify_return_error", version])
@@ -108,12 +108,12 @@ fn openssl_shakes_hands_with_tls_1_2_and_1_3_and_nothing_older() {
             .arg(service.certificate.chain())
             .stdin(Stdio::null())
             .output()
-            .expect("openssl")
+            .expect("openssl runs")
     };
     for (version, name) in [("-tls1_2", "TLSv1.2"), ("-tls1_3", "TLSv1.3")] {
         let output = shake(version);
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
-        assert!(output.status.success() && said.contains(name), "{said}");
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.success() && text.contains(name), "{text}");
     }
     assert!(!shake("-tls1_1").status.success());
 }

@@ -1,5 +1,5 @@
-//! A client that sends the beginning of its next request together with a request, and the rest much later: the connection
-//! is parked or moves meanwhile.
+//! A client that sends a request together with the beginning of the next one, and the remainder much later. In between,
+//! the connection is parked or handed over, so the bytes that were already read have to be kept.
 
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
@@ -9,27 +9,27 @@ use testkit::on_each_systemd;
 use crate::app_package;
 
 on_each_systemd! {
-    half_a_pipelined_head_is_completed_after_a_move
-    half_a_pipelined_head_over_tls_is_completed_after_a_move
+    request_split_by_a_handover_is_answered
+    request_over_tls_split_by_a_handover_is_answered
 }
 
-/// Longer than an idle connection stays unparked, which is 1.5 s and a look at the clock.
+/// Longer than the time after which an idle connection is parked: 1.5 s, and the interval of the registry's checks.
 const IDLE: std::time::Duration = std::time::Duration::from_secs(3);
 
-fn is_completed(container: &Container, target: &Target) {
+fn assert_split_request_is_answered(container: &Container, target: &Target) {
     container.inside(|| async {
         for verb in [None, Some("restart"), Some("reload")] {
             for cut in [1, 10, get("/").len() - 1] {
                 let mut connection = Connection::open(target).await.expect("the port is open");
                 let (first, rest) = (get("/"), get("/"));
-                connection.send(&[&first[..], &rest[..cut]].concat()).await.expect("sent");
-                assert_eq!(connection.answer().await.expect("the first answer").status, 200);
+                connection.send(&[&first[..], &rest[..cut]].concat()).await.expect("the bytes are sent");
+                assert_eq!(connection.answer().await.expect("the first request is answered").status, 200);
                 match verb {
-                    Some(verb) => drop(container.systemctl(verb).expect("the verb")),
+                    Some(verb) => drop(container.systemctl(verb).expect("systemctl succeeds")),
                     // Nothing announces that the connection has been idle for so long.
                     None => tokio::time::sleep(IDLE).await,
                 }
-                connection.send(&rest[cut..]).await.expect("sent");
+                connection.send(&rest[cut..]).await.expect("the bytes are sent");
                 let answer = connection.answer().await;
                 let answer = answer.unwrap_or_else(|error| panic!("{verb:?}, cut at {cut}: {error:#}"));
                 assert_eq!(answer.status, 200, "{verb:?}, cut at {cut}");
@@ -38,16 +38,16 @@ fn is_completed(container: &Container, target: &Target) {
     });
 }
 
-fn half_a_pipelined_head_is_completed_after_a_move(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    is_completed(&container, &Container::target());
+fn request_split_by_a_handover_is_answered(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    assert_split_request_is_answered(&container, &Container::target());
 }
 
-fn half_a_pipelined_head_over_tls_is_completed_after_a_move(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    container.speak_tls(&certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
-    let client = certificate.client(&["http/1.1"]).expect("a client");
-    is_completed(&container, &Target::Tls(([127, 0, 0, 1], 8443).into(), client));
+fn request_over_tls_split_by_a_handover_is_answered(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.enable_tls(&certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
+    let client = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
+    assert_split_request_is_answered(&container, &Target::Tls(([127, 0, 0, 1], 8443).into(), client));
 }

@@ -1,4 +1,4 @@
-//! The JDK's HttpClient, as its users run it, over restarts and reloads on real systemds.
+//! The HttpClient of the JDK with its default settings, over restarts and reloads on real systemds.
 
 use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{ChildStdin, ChildStdout, Stdio};
@@ -7,25 +7,25 @@ use testkit::certificate::Certificate;
 use testkit::container::{Container, Package, Systemd};
 use testkit::on_each_systemd;
 use testkit::process::Process;
-use testkit::verbs::times;
+use testkit::verbs::iterations;
 
 use crate::third_party_clients::connections;
 use crate::{FOLDER, app_binary, app_package};
 
 const PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
-/// Two for each thread of the client, far less than one for each verb: connections that are closed and opened again
-/// between two looks would be more.
+/// Two for each thread of the client, and far fewer than one for each verb. If connections were closed and opened again
+/// between two checks, there would be more.
 const CONNECTIONS_LIMIT: usize = 8;
-/// Requests of each of its threads between two verbs.
+/// The number of requests of each thread of the client between two verbs.
 const REQUESTS: u32 = 20;
 
 on_each_systemd! {
-    java_keeps_its_http2_connection_and_loses_nothing
-    java_that_offers_h2c_with_each_request_keeps_its_connections_and_loses_nothing
+    java_keeps_its_http2_connections_and_loses_no_request
+    java_offering_h2c_keeps_its_connections_and_loses_no_request
 }
 
-/// A client that runs. Its standard input ends with it, so it ends with its owner.
+/// A running client. It exits when its standard input is closed, so when this is dropped.
 struct Java {
     _process: Process,
     input: ChildStdin,
@@ -38,60 +38,61 @@ impl Java {
         let mut command = container.outside(&[&["java", &script], arguments].concat());
         let mut process =
             Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped())).expect("java starts");
-        let input = process.child().stdin.take().expect("piped");
-        let output = BufReader::new(process.child().stdout.take().expect("piped")).lines();
+        let input = process.child().stdin.take().expect("the stream is piped");
+        let output = BufReader::new(process.child().stdout.take().expect("the stream is piped")).lines();
         Self { _process: process, input, output }
     }
 
-    /// The requests answered and lost so far, once each thread has had `more`.
+    /// Waits until each thread has sent `more` requests; returns the numbers of answered and lost requests so far.
     fn after(&mut self, more: u32) -> (u64, u64) {
-        writeln!(self.input, "{more}").expect("it runs");
-        let line = self.output.next().expect("it runs").expect("a line");
-        let (answered, lost) = line.split_once(' ').expect("two numbers");
-        (answered.parse().expect("a number"), lost.parse().expect("a number"))
+        writeln!(self.input, "{more}").expect("the process runs");
+        let line = self.output.next().expect("the process runs").expect("a line is printed");
+        let (answered, lost) = line.split_once(' ').expect("the line has two numbers");
+        (answered.parse().expect("the value is a number"), lost.parse().expect("the value is a number"))
     }
 }
 
-/// JDK 17 drops every request in flight when GOAWAY comes, whatever stream it names (JDK-8335181): all that helps is not
-/// to send it.
-fn java_keeps_its_http2_connection_and_loses_nothing(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container =
-        Container::boot(systemd, Package { binary: app_binary(), ..app_package() }).expect("a container");
-    container.speak_tls(&certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
+/// JDK 17 drops all requests in flight when it receives GOAWAY, whichever stream id it contains (JDK-8335181), so the
+/// service must not send it.
+fn java_keeps_its_http2_connections_and_loses_no_request(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
+        .expect("the container boots");
+    container.enable_tls(&certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
     let chain = certificate.chain();
     let url = format!("https://127.0.0.1:{TLS_PORT}/");
-    let java = Java::start(&container, &[&url, "HTTP_2", chain.to_str().expect("a path")]);
-    keeps_its_connections(&container, java, TLS_PORT);
+    let java = Java::start(&container, &[&url, "HTTP_2", chain.to_str().expect("the path is UTF-8")]);
+    assert_connections_are_kept(&container, java, TLS_PORT);
 }
 
-/// The service declines each of these upgrades.
-fn java_that_offers_h2c_with_each_request_keeps_its_connections_and_loses_nothing(systemd: Systemd) {
-    let container =
-        Container::boot(systemd, Package { binary: app_binary(), ..app_package() }).expect("a container");
-    container.systemctl("start").expect("a start");
+/// Over plain HTTP the client offers h2c with each request, and the service declines each of these upgrades.
+fn java_offering_h2c_keeps_its_connections_and_loses_no_request(systemd: Systemd) {
+    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
+        .expect("the container boots");
+    container.systemctl("start").expect("the start succeeds");
     let java = Java::start(&container, &[&format!("http://127.0.0.1:{PORT}/"), "HTTP_1_1"]);
-    keeps_its_connections(&container, java, PORT);
+    assert_connections_are_kept(&container, java, PORT);
 }
 
-/// Restarts and then reloads the service under a client: no request is lost, and no connection is closed. The client may
-/// open another one, because a thread of it can ask before the connection of its last request is back in the pool.
-fn keeps_its_connections(container: &Container, mut java: Java, port: u16) {
+/// Restarts and then reloads the service under a client, and asserts that no request is lost and no connection closed.
+/// The client may open another connection, because a thread can send a request before the connection of its last one is
+/// back in the pool.
+fn assert_connections_are_kept(container: &Container, mut java: Java, port: u16) {
     java.after(REQUESTS);
     let mut before = connections(container, port);
     assert!(!before.is_empty());
     for verb in ["restart", "reload"] {
-        for _ in 0..times() {
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        for _ in 0..iterations() {
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             java.after(REQUESTS);
             let after = connections(container, port);
             let closed: Vec<_> = before.iter().filter(|connection| !after.contains(connection)).collect();
-            assert!(closed.is_empty(), "closed at a {verb}: {closed:?} of {before:?}");
+            assert!(closed.is_empty(), "closed by a {verb}: {closed:?} of {before:?}");
             before = after;
         }
         let (answered, lost) = java.after(REQUESTS);
-        eprintln!("port {port}, {} times {verb}: {answered} answered so far, {lost} lost", times());
+        eprintln!("port {port}, {} times {verb}: {answered} answered so far, {lost} lost", iterations());
         assert_eq!(lost, 0);
     }
     assert!(before.len() <= CONNECTIONS_LIMIT, "{before:?}");

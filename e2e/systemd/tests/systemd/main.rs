@@ -1,6 +1,8 @@
-//! The service on real systemds, with other programs, and what takes root or a tool that cargo and systemd do not bring.
+//! Tests of the service on real systemds and with other programs, and other tests that need root or a tool besides
+//! cargo and systemd.
 //!
-//! One test binary, so that tests that wait for something wait at the same time. `make e2e PART=NAME` runs one module.
+//! They are one test binary, so that many of them, which mostly wait, run at the same time. `make e2e PART=NAME` runs
+//! one module.
 
 mod clock;
 mod curl_and_openssl;
@@ -26,7 +28,7 @@ mod upgrades;
 use testkit::binaries::root_package;
 use testkit::container::Package;
 
-/// The package in the root workspace.
+/// The package under test in the root workspace.
 const NAME: &str = "app";
 /// The root of the repository, where its Makefile is.
 const FOLDER: &str = testkit::binaries::ROOT;

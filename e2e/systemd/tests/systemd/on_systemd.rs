@@ -1,4 +1,5 @@
-//! What `systemctl` promises, on real systemds: this machine's, 257 and the newest, each test in a container of its own.
+//! start, stop, restart and reload of `systemctl` on real systemds: this machine's, 257 and the newest. Each test has a
+//! container of its own.
 
 use std::io::Write;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -12,183 +13,194 @@ use testkit::client::{Connection, Target, get, post};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
 use testkit::release::Release;
-use testkit::verbs::{again_and_again, times};
+use testkit::verbs::{iterations, repeat_under_load};
 use testkit::{on_each_systemd_and_unstable, on_one, wait_until};
 
 use crate::{NAME, app_binary, app_package};
 
 on_each_systemd_and_unstable! {
     the_first_request_after_boot_starts_the_service
-    restarts_under_ten_connections_flat_out_lose_nothing
-    restarts_under_fifty_thinking_connections_lose_nothing
-    restarts_under_fifty_blind_connections_lose_nothing
-    restarts_under_one_connection_a_request_lose_nothing
-    restarts_under_posts_lose_nothing
-    restarts_under_a_unix_socket_lose_nothing
-    a_stop_lets_the_request_in_flight_finish
-    a_crash_costs_its_own_requests_and_no_others
-    a_hung_service_is_restarted_by_the_watchdog
-    a_service_that_dies_at_start_does_not_close_the_port
-    a_missing_binary_is_named_and_the_port_stays_open
-    a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port
-    the_journal_has_fields_and_levels
-    the_installed_units_are_sound_and_safe
+    restarts_under_saturating_load_lose_no_request
+    restarts_under_paced_load_lose_no_request
+    restarts_under_paced_blind_load_lose_no_request
+    restarts_under_one_connection_per_request_lose_no_request
+    restarts_under_post_requests_lose_no_request
+    restarts_of_a_unix_socket_service_lose_no_request
+    stop_finishes_the_request_in_flight
+    crash_loses_only_the_requests_of_its_process
+    hung_service_is_restarted_by_the_watchdog
+    port_stays_open_while_the_service_fails_to_start
+    missing_binary_is_logged_and_the_port_stays_open
+    port_stays_open_over_forty_failed_socket_activations
+    journal_entries_have_fields_and_levels
+    installed_units_pass_systemd_analyze
     ten_thousand_idle_connections_survive_a_restart
-    a_release_that_dies_five_times_leaves_the_connections_parked
-    fifty_restarts_leak_nothing
-    a_stop_closes_idle_connections
-    without_a_store_connections_are_told_to_close_and_nothing_is_lost
-    both_ends_of_a_handover_are_in_the_journal
-    a_reload_brings_the_new_binary_environment_and_flags
-    a_release_that_cannot_start_is_rolled_back_under_load
-    after_reloads_a_stop_still_drains
-    a_restart_drains_the_predecessor_of_a_reload_too
-    a_stop_during_a_reload_drains
-    no_line_of_the_units_is_unknown
-    hangup_reloads_too
-    reloads_and_restarts_at_random_lose_nothing
-    the_watchdog_watches_the_successor
+    stored_connections_survive_five_failed_starts
+    fifty_restarts_leak_no_descriptors_or_memory
+    stop_closes_idle_connections
+    restart_without_a_store_closes_connections_and_loses_no_request
+    handover_is_logged_by_both_processes
+    reload_applies_the_new_binary_environment_and_options
+    failed_reload_keeps_the_old_process_and_loses_no_request
+    stop_after_reloads_finishes_the_request_in_flight
+    restart_during_the_drain_of_a_reload_finishes_the_request_in_flight
+    stop_during_a_reload_finishes_the_request_in_flight
+    systemd_ignores_no_line_of_the_units
+    sighup_reloads_the_service
+    random_reloads_and_restarts_lose_no_request
+    watchdog_supervises_the_successor
     restarts_under_http2_close_no_connection
     reloads_under_http2_close_no_connection
     restarts_under_https_close_no_connection
     restarts_under_http2_over_tls_close_no_connection
     reloads_under_https_and_http2_close_no_connection
-    a_release_that_takes_only_http1_gets_only_http1
-    a_ticket_of_a_former_process_saves_the_handshake
-    a_renewed_certificate_is_in_use_after_a_restart_with_credentials
-    a_renewed_certificate_is_in_use_after_a_reload_with_files
-    the_admin_socket_says_no_during_a_drain_and_yes_after_it
-    what_a_process_counts_at_its_end_the_next_one_tells
+    release_that_adopts_only_http1_receives_only_http1_connections
+    session_ticket_of_the_previous_process_is_accepted
+    renewed_certificate_is_used_after_a_restart_with_credentials
+    renewed_certificate_is_used_after_a_reload_with_files
+    readyz_answers_503_during_a_drain_and_200_after_it
+    counters_of_the_drain_are_exported_by_the_next_process
 }
 
-// What takes systemd 254, which this machine need not have.
+// Tests that need systemd 254, which this machine need not have.
 on_one! { from_254_on_systemd_257 V257
-    a_release_that_cannot_start_is_tried_less_and_less_often
-    a_preserved_store_keeps_connections_over_stop_and_start
+    failing_release_is_restarted_with_increasing_delays
+    preserved_store_keeps_connections_over_stop_and_start
 }
 on_one! { from_254_on_systemd_unstable Unstable
-    a_release_that_cannot_start_is_tried_less_and_less_often
-    a_preserved_store_keeps_connections_over_stop_and_start
+    failing_release_is_restarted_with_increasing_delays
+    preserved_store_keeps_connections_over_stop_and_start
 }
 
-fn a_release_that_cannot_start_is_tried_less_and_less_often(systemd: Systemd) {
+fn failing_release_is_restarted_with_increasing_delays(systemd: Systemd) {
     let container = boot(systemd);
-    // Both kinds of it: one that is there, and none.
-    for bad in [Some(Release::script("exit 1").expect("a release")), None] {
+    // A binary that fails, and a missing one.
+    for bad in [Some(Release::script("exit 1").expect("the release is created")), None] {
         match bad {
-            Some(bad) => container.replace_binary(bad.path()).expect("replaced"),
-            None => std::fs::remove_file(container.binary()).expect("removed"),
+            Some(bad) => container.replace_binary(bad.path()).expect("the binary is replaced"),
+            None => std::fs::remove_file(container.binary()).expect("the file is removed"),
         }
-        container.systemctl("start").expect_err("it cannot start");
+        container.systemctl("start").expect_err("a bad release does not start");
         let mut last = Duration::ZERO;
         for wanted in 1..=8 {
-            container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= wanted);
-            let next = container.show("RestartUSecNext").expect("a time").replace(' ', "");
-            let next = next.parse::<humantime::Duration>().expect("a time").into();
+            container.wait_for_property("NRestarts", |count| {
+                count.parse::<u32>().expect("the value is a number") >= wanted
+            });
+            let next = container.show("RestartUSecNext").expect("systemctl show succeeds").replace(' ', "");
+            let next = next.parse::<humantime::Duration>().expect("the value is a duration").into();
             assert!(next >= last, "{next:?} after {last:?}");
             last = next;
         }
         assert!(last > Duration::from_secs(1), "{last:?}");
         assert_eq!(
-            container.run(&["systemctl", "is-active", &container.unit("socket")]).expect("open"),
+            container
+                .run(&["systemctl", "is-active", &container.unit("socket")])
+                .expect("the socket is active"),
             "active\n"
         );
-        // Whoever mends it need not wait.
-        container.systemctl("stop").expect("a stop");
-        container.run(&["systemctl", "reset-failed", &container.unit("service")]).expect("forgotten");
+        // After stop and reset-failed the next start does not wait for the delay.
+        container.systemctl("stop").expect("the stop succeeds");
+        container
+            .run(&["systemctl", "reset-failed", &container.unit("service")])
+            .expect("the state is reset");
     }
 }
 
-fn a_preserved_store_keeps_connections_over_stop_and_start(systemd: Systemd) {
+fn preserved_store_keeps_connections_over_stop_and_start(systemd: Systemd) {
     let container = boot(systemd);
     container
         .add_to_unit("service", "preserve", "[Service]\nFileDescriptorStorePreserve=yes\n")
-        .expect("a drop-in");
+        .expect("the drop-in is written");
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         assert_eq!(generation(&mut connection).await, 1);
-        container.systemctl("stop").expect("a stop");
-        assert_eq!(container.show("ActiveState").expect("a state"), "inactive");
+        container.systemctl("stop").expect("the stop succeeds");
+        assert_eq!(container.show("ActiveState").expect("systemctl show succeeds"), "inactive");
         assert!(!connection.is_closed_by_server());
-        container.systemctl("start").expect("a start");
+        container.systemctl("start").expect("the start succeeds");
         assert_eq!(generation(&mut connection).await, 2);
     });
 }
 
-/// Whether a service is tried less and less often (`RestartSteps=`), and its store can outlive a stop
+/// Whether the systemd increases the delay between restarts (`RestartSteps=`), and can keep the store over a stop
 /// (`FileDescriptorStorePreserve=`).
 fn has_254(systemd: Systemd) -> bool {
-    systemd.version(app_package()).expect("a version") >= 254
+    systemd.version(app_package()).expect("the version is known") >= 254
 }
 
 pub fn boot(systemd: Systemd) -> Container {
-    Container::boot(systemd, app_package()).expect("a container")
+    Container::boot(systemd, app_package()).expect("the container boots")
 }
 
 fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
     let container = boot(systemd);
-    assert_eq!(container.show("ActiveState").expect("a state"), "inactive");
+    assert_eq!(container.show("ActiveState").expect("systemctl show succeeds"), "inactive");
     let text = container.ask("/");
-    assert_eq!(container.show("ActiveState").expect("a state"), "active");
-    assert!(text.starts_with(&format!("pid {},", container.show("MainPID").expect("a pid"))), "{text}");
-    // The first answer can come before the first status has been read.
-    container.until("StatusText", |status| status.starts_with("serving on http(8080): "));
+    assert_eq!(container.show("ActiveState").expect("systemctl show succeeds"), "active");
+    assert!(
+        text.starts_with(&format!("pid {},", container.show("MainPID").expect("systemctl show succeeds"))),
+        "{text}"
+    );
+    // The first response can arrive before systemd has read the first status.
+    container.wait_for_property("StatusText", |status| status.starts_with("serving on http(8080): "));
 }
 
-/// Which generation answers on this connection.
+/// The generation of the process that answers on this connection.
 async fn generation(connection: &mut Connection) -> u64 {
-    let text = connection.ask(&get("/")).await.expect("an answer").text();
+    let text = connection.ask(&get("/")).await.expect("the request is answered").text();
     let number = text.split("generation ").nth(1).and_then(|rest| rest.split(',').next());
-    number.expect("a generation").parse().expect("a number")
+    number.expect("the body names the generation").parse().expect("the value is a number")
 }
 
-fn restarts_under_ten_connections_flat_out_lose_nothing(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::saturating(&Container::target()));
+fn restarts_under_saturating_load_lose_no_request(systemd: Systemd) {
+    repeat_under_load("restart", &boot(systemd), Load::saturating(&Container::target()));
 }
 
-fn restarts_under_fifty_thinking_connections_lose_nothing(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::paced(&Container::target()));
+fn restarts_under_paced_load_lose_no_request(systemd: Systemd) {
+    repeat_under_load("restart", &boot(systemd), Load::paced(&Container::target()));
 }
 
-fn restarts_under_fifty_blind_connections_lose_nothing(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::paced_blind(&Container::target()));
+fn restarts_under_paced_blind_load_lose_no_request(systemd: Systemd) {
+    repeat_under_load("restart", &boot(systemd), Load::paced_blind(&Container::target()));
 }
 
-fn restarts_under_one_connection_a_request_lose_nothing(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::connection_per_request(&Container::target()));
+fn restarts_under_one_connection_per_request_lose_no_request(systemd: Systemd) {
+    repeat_under_load("restart", &boot(systemd), Load::connection_per_request(&Container::target()));
 }
 
-fn restarts_under_posts_lose_nothing(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::post(&Container::target()));
+fn restarts_under_post_requests_lose_no_request(systemd: Systemd) {
+    repeat_under_load("restart", &boot(systemd), Load::post(&Container::target()));
 }
 
-fn restarts_under_a_unix_socket_lose_nothing(systemd: Systemd) {
+fn restarts_of_a_unix_socket_service_lose_no_request(systemd: Systemd) {
     let container = boot(systemd);
-    container.add_to_unit("socket", "unix", "[Socket]\nListenStream=/run/http.sock\n").expect("a drop-in");
-    container.run(&["systemctl", "restart", &container.unit("socket")]).expect("a restart");
+    container
+        .add_to_unit("socket", "unix", "[Socket]\nListenStream=/run/http.sock\n")
+        .expect("the drop-in is written");
+    container.run(&["systemctl", "restart", &container.unit("socket")]).expect("the restart succeeds");
     let target = Target::Unix(container.path("run/http.sock"));
-    again_and_again("restart", &container, Load::paced(&target));
+    repeat_under_load("restart", &container, Load::paced(&target));
 }
 
-fn a_stop_lets_the_request_in_flight_finish(systemd: Systemd) {
+fn stop_finishes_the_request_in_flight(systemd: Systemd) {
     let container = boot(systemd);
     let text = container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        connection.ask(&get("/")).await.expect("an answer");
-        connection.send(&get("/sleep?duration=5s")).await.expect("sent");
-        container.until("StatusText", |status| status.contains("1 in flight"));
+        connection.ask(&get("/")).await.expect("the request is answered");
+        connection.send(&get("/sleep?duration=5s")).await.expect("the bytes are sent");
+        container.wait_for_property("StatusText", |status| status.contains("1 in flight"));
         let stop = std::thread::scope(|scope| {
             let stop = scope.spawn(|| container.systemctl("stop"));
-            stop.join().expect("a stop")
+            stop.join().expect("the thread does not panic")
         });
-        stop.expect("a stop");
-        connection.answer().await.expect("the answer").text()
+        stop.expect("the stop succeeds");
+        connection.answer().await.expect("the request is answered").text()
     });
     assert_eq!(text, "slept 5s\n");
-    assert_eq!(container.show("Result").expect("a result"), "success");
+    assert_eq!(container.show("Result").expect("systemctl show succeeds"), "success");
 }
 
-fn a_crash_costs_its_own_requests_and_no_others(systemd: Systemd) {
+fn crash_loses_only_the_requests_of_its_process(systemd: Systemd) {
     let container = boot(systemd);
     container.ask("/");
     let running = Load::saturating(&Container::target()).start(container.enter());
@@ -196,110 +208,122 @@ fn a_crash_costs_its_own_requests_and_no_others(systemd: Systemd) {
     for crash in 1..=crashes {
         container
             .run(&["systemctl", "kill", "--kill-whom=main", "--signal=KILL", &container.unit("service")])
-            .expect("a kill");
+            .expect("the signal is sent");
         let restarts = crash.to_string();
-        container.until("NRestarts", |count| count == restarts);
+        container.wait_for_property("NRestarts", |count| count == restarts);
         container.ask("/");
-        // More than what the crash has cost.
+        // Enough responses that the load has recovered from the crash.
         running.wait_for(running.ended() + 30);
     }
     let report = running.stop();
     eprintln!("{report}");
-    assert!(report.lost() <= report.asked_for * crashes, "more than was in flight: {report}");
+    assert!(
+        report.lost() <= report.clients * crashes,
+        "more requests were lost than were in flight: {report}"
+    );
     assert!(report.lost.keys().all(|kind| !kind.contains("refused")), "the port was closed: {report}");
     assert!(report.answered > report.lost(), "{report}");
 }
 
-fn a_hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
+fn hung_service_is_restarted_by_the_watchdog(systemd: Systemd) {
     let container = boot(systemd);
     container
         .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=4s\nTimeoutAbortSec=1s\n")
-        .expect("a drop-in");
+        .expect("the drop-in is written");
     let before = container.ask("/");
-    let pid = container.show("MainPID").expect("a pid");
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
     container
         .run(&["systemctl", "kill", "--kill-whom=main", "--signal=STOP", &container.unit("service")])
-        .expect("sent");
-    let state = || std::fs::read_to_string(container.path(&format!("proc/{pid}/stat"))).expect("it is there");
-    wait_until("it is stopped", || state().contains(") T "));
+        .expect("the signal is sent");
+    let state =
+        || std::fs::read_to_string(container.path(&format!("proc/{pid}/stat"))).expect("the process exists");
+    wait_until("the process is stopped", || state().contains(") T "));
     let after = container.ask("/");
-    assert_ne!(before, after, "another process answers");
-    let timeouts = container.journal(&["-u", &container.unit("service")]).expect("a journal");
-    let said = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
-    assert!(timeouts.iter().any(said), "systemd says why");
+    assert_ne!(before, after, "the same process still answers");
+    let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
+    let is_timeout = |entry: &Value| text(entry, "MESSAGE").contains("Watchdog timeout");
+    assert!(entries.iter().any(is_timeout), "systemd logged no watchdog timeout");
 }
 
-fn a_service_that_dies_at_start_does_not_close_the_port(systemd: Systemd) {
+fn port_stays_open_while_the_service_fails_to_start(systemd: Systemd) {
     let container = boot(systemd);
-    let (good, bad) =
-        (Release::copy_of(&container).expect("a release"), Release::script("exit 1").expect("a release"));
-    container.replace_binary(bad.path()).expect("replaced");
+    let (good, bad) = (
+        Release::copy_of(&container).expect("the release is created"),
+        Release::script("exit 1").expect("the release is created"),
+    );
+    container.replace_binary(bad.path()).expect("the binary is replaced");
     let text = container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        connection.send(&get("/")).await.expect("sent");
-        // From 254 on it is tried less and less often.
+        connection.send(&get("/")).await.expect("the bytes are sent");
+        // Fewer from 254 on, because there the delay between restarts increases.
         let restarts = if has_254(systemd) { 9 } else { 50 };
-        container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= restarts);
+        container.wait_for_property("NRestarts", |count| {
+            count.parse::<u32>().expect("the value is a number") >= restarts
+        });
         let mut late = Connection::open(&Container::target()).await.expect("the port is still open");
-        late.send(&get("/")).await.expect("sent");
-        container.replace_binary(good.path()).expect("replaced");
-        late.answer().await.expect("an answer");
+        late.send(&get("/")).await.expect("the bytes are sent");
+        container.replace_binary(good.path()).expect("the binary is replaced");
+        late.answer().await.expect("the request is answered");
         connection.answer().await.expect("the request that waited is answered").text()
     });
     assert!(text.contains("pid "), "{text}");
     assert_eq!(
-        container.run(&["systemctl", "is-active", &container.unit("socket")]).expect("active"),
+        container.run(&["systemctl", "is-active", &container.unit("socket")]).expect("the socket is active"),
         "active\n"
     );
 }
 
-fn a_missing_binary_is_named_and_the_port_stays_open(systemd: Systemd) {
+fn missing_binary_is_logged_and_the_port_stays_open(systemd: Systemd) {
     let container = boot(systemd);
-    let good = Release::copy_of(&container).expect("a release");
-    std::fs::remove_file(container.binary()).expect("removed");
+    let good = Release::copy_of(&container).expect("the release is created");
+    std::fs::remove_file(container.binary()).expect("the file is removed");
     container.inside(|| async {
         let mut early = Connection::open(&Container::target()).await.expect("the port is open");
-        early.send(&get("/")).await.expect("sent");
-        container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= 5);
-        let said = format!("ExecStart={NAME} (code=exited, status=203/EXEC)");
-        wait_until("the status says what is wrong", || {
-            let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
-            String::from_utf8_lossy(&status.expect("a status").stdout).contains(&said)
+        early.send(&get("/")).await.expect("the bytes are sent");
+        container.wait_for_property("NRestarts", |count| {
+            count.parse::<u32>().expect("the value is a number") >= 5
         });
-        // By a process that has gone when journald looks whose it was: not always under `-u`.
+        let error = format!("ExecStart={NAME} (code=exited, status=203/EXEC)");
+        wait_until("the status names the error", || {
+            let status = container.command(&["systemctl", "status", &container.unit("service")]).output();
+            String::from_utf8_lossy(&status.expect("systemctl runs").stdout).contains(&error)
+        });
+        // Not with `-u`, because the process that logs it may have exited before journald looks up its unit.
         let named = |entry: &Value| text(entry, "MESSAGE").contains("locate executable");
-        assert!(container.journal(&["-b"]).expect("a journal").iter().any(named));
+        assert!(container.journal(&["-b"]).expect("journalctl succeeds").iter().any(named));
         if has_254(systemd) {
-            // Less and less often; on 252 it is tried every 100 ms.
-            let next = container.show("RestartUSecNext").expect("the next try");
-            assert_ne!(next, container.show("RestartUSec").expect("the first"), "{next}");
+            // The delay increases; on 252 it stays at 100 ms.
+            let next = container.show("RestartUSecNext").expect("systemctl show succeeds");
+            assert_ne!(next, container.show("RestartUSec").expect("systemctl show succeeds"), "{next}");
         }
         let mut late = Connection::open(&Container::target()).await.expect("the port is still open");
-        late.send(&get("/")).await.expect("sent");
-        container.replace_binary(good.path()).expect("there again");
+        late.send(&get("/")).await.expect("the bytes are sent");
+        container.replace_binary(good.path()).expect("the binary is replaced");
         for waiting in [&mut early, &mut late] {
-            assert_eq!(waiting.answer().await.expect("what waited is answered").status, 200);
+            assert_eq!(waiting.answer().await.expect("the waiting request is answered").status, 200);
         }
     });
 }
 
-fn a_service_that_is_started_by_its_socket_again_and_again_does_not_close_the_port(systemd: Systemd) {
+fn port_stays_open_over_forty_failed_socket_activations(systemd: Systemd) {
     let container = boot(systemd);
-    // Nothing but the socket starts it then.
-    container.add_to_unit("service", "restart", "[Service]\nRestart=no\n").expect("a drop-in");
-    let (good, bad) =
-        (Release::copy_of(&container).expect("a release"), Release::script("exit 1").expect("a release"));
-    container.replace_binary(bad.path()).expect("replaced");
+    // With Restart=no only the socket unit starts the service.
+    container.add_to_unit("service", "restart", "[Service]\nRestart=no\n").expect("the drop-in is written");
+    let (good, bad) = (
+        Release::copy_of(&container).expect("the release is created"),
+        Release::script("exit 1").expect("the release is created"),
+    );
+    container.replace_binary(bad.path()).expect("the binary is replaced");
     let service = container.unit("service");
     let starts = || {
-        let entries = container.journal(&["-u", &service]).expect("a journal");
+        let entries = container.journal(&["-u", &service]).expect("journalctl succeeds");
         entries.iter().filter(|entry| text(entry, "MESSAGE").contains("Failed with result")).count()
     };
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        connection.send(&get("/")).await.expect("sent");
-        wait_until("it was started forty times", || starts() >= 40);
-        container.replace_binary(good.path()).expect("replaced");
+        connection.send(&get("/")).await.expect("the bytes are sent");
+        wait_until("the service was started forty times", || starts() >= 40);
+        container.replace_binary(good.path()).expect("the binary is replaced");
         let answer = connection.answer().await.expect("the request that waited is answered");
         assert!(answer.text().contains("pid "), "{}", answer.text());
     });
@@ -309,19 +333,20 @@ pub fn text<'a>(entry: &'a Value, field: &str) -> &'a str {
     entry[field].as_str().unwrap_or_default()
 }
 
-fn the_journal_has_fields_and_levels(systemd: Systemd) {
+fn journal_entries_have_fields_and_levels(systemd: Systemd) {
     let container = boot(systemd);
     variables(&container, &[("LOG", "info,request=debug"), ("REQUEST_TIMEOUT", "3s")]);
     container.ask("/?query");
     container.ask("/sleep?duration=1h");
-    let pid = format!("_PID={}", container.show("MainPID").expect("a pid"));
+    let pid = format!("_PID={}", container.show("MainPID").expect("systemctl show succeeds"));
     let mut entries = Vec::new();
     // The log has a queue, so an entry may arrive after its response.
     wait_until("both requests are in the journal", || {
-        entries = container.journal(&[&pid]).expect("a journal");
+        entries = container.journal(&[&pid]).expect("journalctl succeeds");
         ["/", "/sleep"].iter().all(|path| entries.iter().any(|entry| text(entry, "PATH") == *path))
     });
-    let answered = entries.iter().find(|entry| text(entry, "PATH") == "/").expect("the first request");
+    let answered =
+        entries.iter().find(|entry| text(entry, "PATH") == "/").expect("the first request is logged");
     assert_eq!(text(answered, "MESSAGE"), "answered");
     assert_eq!(text(answered, "PRIORITY"), "7");
     assert_eq!(text(answered, "METHOD"), "GET");
@@ -329,120 +354,137 @@ fn the_journal_has_fields_and_levels(systemd: Systemd) {
     assert_eq!(text(answered, "GENERATION"), "1");
     assert!(text(answered, "PEER").contains("127.0.0.1:"), "{answered}");
     assert!(!text(answered, "REQUEST_ID").is_empty() && !text(answered, "LATENCY").is_empty(), "{answered}");
-    let failed = entries.iter().find(|entry| text(entry, "PATH") == "/sleep").expect("the second request");
+    let failed =
+        entries.iter().find(|entry| text(entry, "PATH") == "/sleep").expect("the second request is logged");
     assert_eq!((text(failed, "PRIORITY"), text(failed, "STATUS")), ("3", "503"));
-    container.systemctl("stop").expect("a stop");
+    container.systemctl("stop").expect("the stop succeeds");
     for (id, message) in [
         ("c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "serving on http(8080)"),
         ("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22", "draining: 0 requests in flight"),
         ("a81d6e0b9c3f47d5886e2b4f7c0d9e33", "handed over 0 connections"),
     ] {
-        let found = container.journal(&[&format!("MESSAGE_ID={id}")]).expect("a journal");
+        let found = container.journal(&[&format!("MESSAGE_ID={id}")]).expect("journalctl succeeds");
         assert!(found.len() == 1 && text(&found[0], "MESSAGE").starts_with(message), "{found:?}");
     }
 }
 
-fn the_installed_units_are_sound_and_safe(systemd: Systemd) {
+fn installed_units_pass_systemd_analyze(systemd: Systemd) {
     let container = boot(systemd);
     let service = container.unit("service");
     let verified = container
         .command(&["systemd-analyze", "verify", &service, &container.unit("socket")])
         .output()
-        .expect("run");
-    let said = String::from_utf8_lossy(&verified.stderr).into_owned();
-    assert!(verified.status.success() && !said.contains(NAME), "{said}");
-    // Fails, and says what, where the exposure is above 0.5.
+        .expect("systemd-analyze runs");
+    let output = String::from_utf8_lossy(&verified.stderr).into_owned();
+    assert!(verified.status.success() && !output.contains(NAME), "{output}");
+    // The command fails and prints the reasons if the exposure is above 0.5 (of 10; the threshold is in tenths).
     container
         .run(&["systemd-analyze", "security", "--offline=true", "--threshold=5", "--no-pager", &service])
-        .expect("an exposure of 0.5 at the most");
-    // What the unit's own comments promise of its numbers.
-    let number =
-        |property: &str| container.show(property).expect("a property").parse::<u64>().expect("a number");
-    assert!(number("LimitNOFILE") > 20_000, "above --max-connections");
-    assert_ne!(container.show("WatchdogUSec").expect("a property"), "0");
+        .expect("the exposure is at most 0.5");
+    // The relations of the limits that the comments of the unit state.
+    let number = |property: &str| {
+        container
+            .show(property)
+            .expect("systemctl show succeeds")
+            .parse::<u64>()
+            .expect("the value is a number")
+    };
+    assert!(number("LimitNOFILE") > 20_000, "it has to be above --max-connections");
+    assert_ne!(container.show("WatchdogUSec").expect("systemctl show succeeds"), "0");
     assert_eq!(
-        container.show("TimeoutStopUSec").expect("a property"),
+        container.show("TimeoutStopUSec").expect("systemctl show succeeds"),
         "1min 15s",
-        "above twice --drain-timeout"
+        "it has to be above twice --drain-timeout"
     );
     assert_eq!(
-        container.show("OOMPolicy").expect("a property"),
+        container.show("OOMPolicy").expect("systemctl show succeeds"),
         "continue",
-        "a successor's end is not that of all"
+        "an OOM kill of one process must not end the others"
     );
-    assert_eq!(container.show("TimeoutStartUSec").expect("a property"), "45s", "above --takeover-timeout");
+    assert_eq!(
+        container.show("TimeoutStartUSec").expect("systemctl show succeeds"),
+        "45s",
+        "it has to be above --takeover-timeout"
+    );
 }
 
 fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
-    // This process holds the clients' ends.
+    // This process has the clients' ends of all connections.
     let mut fds = getrlimit(Resource::Nofile);
     fds.current = fds.maximum;
-    setrlimit(Resource::Nofile, fds).expect("within the hard limit");
+    setrlimit(Resource::Nofile, fds).expect("the limit is below the hard limit");
     let container = boot(systemd);
     container.ask("/");
-    // The fastest of three: what other tests do meanwhile is not to be measured.
+    // The fastest of three, because other tests run at the same time and slow some of them down.
     let restart = |connections: usize| {
         let has_them = format!(": {connections} connections, 0 in flight");
         let took = (0..3).map(|_| {
             let begun = Instant::now();
-            container.systemctl("restart").expect("a restart");
+            container.systemctl("restart").expect("the restart succeeds");
             let took = begun.elapsed();
-            container.until("StatusText", |status| status.contains(&has_them));
+            container.wait_for_property("StatusText", |status| status.contains(&has_them));
             took
         });
-        took.min().expect("three")
+        took.min().expect("there are three restarts")
     };
     let without = restart(0);
     let with = container.inside(|| async {
         let mut connections = Vec::new();
         for number in 0..10_000 {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-            // Every other one has been used.
+            // Half of them have never sent a request.
             if number % 2 == 0 {
                 generation(&mut connection).await;
             }
             connections.push(connection);
         }
-        let with = std::thread::scope(|scope| scope.spawn(|| restart(10_000)).join()).expect("restarts");
+        let with = std::thread::scope(|scope| scope.spawn(|| restart(10_000)).join())
+            .expect("the thread does not panic");
         for connection in &mut connections {
             assert_eq!(generation(connection).await, 7);
         }
         with
     });
     eprintln!("a restart: {without:?} with no connection, {with:?} with 10,000 idle ones");
-    assert_eq!(container.show("NFileDescriptorStore").expect("a count"), "0");
-    assert!(with < without * 4, "{with:?} is far from {without:?}");
+    assert_eq!(container.show("NFileDescriptorStore").expect("systemctl show succeeds"), "0");
+    assert!(with < without * 4, "{with:?} is more than four times {without:?}");
 }
 
-fn a_release_that_dies_five_times_leaves_the_connections_parked(systemd: Systemd) {
+fn stored_connections_survive_five_failed_starts(systemd: Systemd) {
     let container = boot(systemd);
-    let (good, bad) =
-        (Release::copy_of(&container).expect("a release"), Release::script("exit 1").expect("a release"));
+    let (good, bad) = (
+        Release::copy_of(&container).expect("the release is created"),
+        Release::script("exit 1").expect("the release is created"),
+    );
     container.inside(|| async {
         let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
         let mut waiting = Connection::open(&Container::target()).await.expect("the port is open");
         assert_eq!(generation(&mut idle).await, 1);
         assert_eq!(generation(&mut waiting).await, 1);
-        container.replace_binary(bad.path()).expect("replaced");
-        assert!(container.systemctl("restart").is_err(), "a bad release does not start");
-        waiting.send(&get("/")).await.expect("sent");
-        container.until("NRestarts", |count| count.parse::<u32>().expect("a number") >= 5);
-        assert_eq!(container.show("NFileDescriptorStore").expect("a count"), "1");
-        container.replace_binary(good.path()).expect("replaced");
-        assert!(waiting.answer().await.expect("an answer").text().contains("generation 2"));
+        container.replace_binary(bad.path()).expect("the binary is replaced");
+        assert!(container.systemctl("restart").is_err(), "the bad release started");
+        waiting.send(&get("/")).await.expect("the bytes are sent");
+        container.wait_for_property("NRestarts", |count| {
+            count.parse::<u32>().expect("the value is a number") >= 5
+        });
+        assert_eq!(container.show("NFileDescriptorStore").expect("systemctl show succeeds"), "1");
+        container.replace_binary(good.path()).expect("the binary is replaced");
+        assert!(waiting.answer().await.expect("the request is answered").text().contains("generation 2"));
         assert_eq!(generation(&mut idle).await, 2);
     });
 }
 
-fn fifty_restarts_leak_nothing(systemd: Systemd) {
+fn fifty_restarts_leak_no_descriptors_or_memory(systemd: Systemd) {
     let container = boot(systemd);
-    let count = |folder: &str| std::fs::read_dir(container.path(folder)).expect("a folder").count();
+    let count =
+        |folder: &str| std::fs::read_dir(container.path(folder)).expect("the folder is readable").count();
     let measure = || {
-        let pid = container.show("MainPID").expect("a pid");
-        let status = std::fs::read_to_string(container.path(&format!("proc/{pid}/status"))).expect("it runs");
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
-        let resident: u64 = resident.trim().trim_end_matches(" kB").parse().expect("a number");
-        let stored = container.show("NFileDescriptorStore").expect("a count");
+        let pid = container.show("MainPID").expect("systemctl show succeeds");
+        let status =
+            std::fs::read_to_string(container.path(&format!("proc/{pid}/status"))).expect("the process runs");
+        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("VmRSS is listed");
+        let resident: u64 = resident.trim().trim_end_matches(" kB").parse().expect("the value is a number");
+        let stored = container.show("NFileDescriptorStore").expect("systemctl show succeeds");
         (count(&format!("proc/{pid}/fd")), count("proc/1/fd"), stored, resident)
     };
     container.inside(|| async {
@@ -452,13 +494,13 @@ fn fifty_restarts_leak_nothing(systemd: Systemd) {
             generation(&mut connection).await;
             connections.push(connection);
         }
-        container.systemctl("restart").expect("a restart");
+        container.systemctl("restart").expect("the restart succeeds");
         for connection in &mut connections {
             assert_eq!(generation(connection).await, 2);
         }
         let before = measure();
         for _ in 0..50 {
-            container.systemctl("restart").expect("a restart");
+            container.systemctl("restart").expect("the restart succeeds");
         }
         for connection in &mut connections {
             assert_eq!(generation(connection).await, 52);
@@ -468,58 +510,62 @@ fn fifty_restarts_leak_nothing(systemd: Systemd) {
             "fds of the service, of PID 1, stored, resident kB: {before:?}, 50 restarts later {after:?}"
         );
         assert_eq!(before.2, after.2);
-        // Both hold some for a moment: PID 1 the one that it was just asked through, and a service those that it is
-        // starting with.
+        // Both have additional ones for a moment: PID 1 the connection of the last systemctl, and the service those of
+        // its start.
         wait_until("PID 1 holds no more fds than before", || count("proc/1/fd") <= before.1);
         wait_until("the service holds no more fds than before", || measure().0 <= before.0);
         assert!(after.3 < before.3 * 3 / 2, "{} kB, before {} kB", after.3, before.3);
     });
 }
 
-fn a_stop_closes_idle_connections(systemd: Systemd) {
+fn stop_closes_idle_connections(systemd: Systemd) {
     let container = boot(systemd);
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         generation(&mut connection).await;
-        container.systemctl("stop").expect("a stop");
-        assert_eq!(connection.read_more().await.expect("closed, not reset"), 0);
+        container.systemctl("stop").expect("the stop succeeds");
+        assert_eq!(connection.read_more().await.expect("the connection is not reset"), 0);
     });
 }
 
-fn without_a_store_connections_are_told_to_close_and_nothing_is_lost(systemd: Systemd) {
+fn restart_without_a_store_closes_connections_and_loses_no_request(systemd: Systemd) {
     let container = boot(systemd);
-    container.add_to_unit("service", "store", "[Service]\nFileDescriptorStoreMax=0\n").expect("a drop-in");
+    container
+        .add_to_unit("service", "store", "[Service]\nFileDescriptorStoreMax=0\n")
+        .expect("the drop-in is written");
     container.ask("/");
     let running = Load::paced(&Container::target()).start(container.enter());
     let restarts = 10;
     for _ in 0..restarts {
-        container.systemctl("restart").expect("a restart");
+        container.systemctl("restart").expect("the restart succeeds");
     }
     let report = running.stop();
     eprintln!("{restarts} restarts without a store: {report}");
     assert_eq!(report.lost(), 0, "{report}");
-    assert!(report.told_to_close >= report.asked_for, "{report}");
-    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert!(report.told_to_close >= report.clients, "{report}");
+    assert_eq!(report.closed_idle, 0, "a connection was closed without notice: {report}");
 }
 
-fn both_ends_of_a_handover_are_in_the_journal(systemd: Systemd) {
+fn handover_is_logged_by_both_processes(systemd: Systemd) {
     let container = boot(systemd);
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         generation(&mut connection).await;
-        container.systemctl("restart").expect("a restart");
+        container.systemctl("restart").expect("the restart succeeds");
         generation(&mut connection).await;
     });
-    let left = container.journal(&["MESSAGE_ID=a81d6e0b9c3f47d5886e2b4f7c0d9e33"]).expect("a journal");
+    let left =
+        container.journal(&["MESSAGE_ID=a81d6e0b9c3f47d5886e2b4f7c0d9e33"]).expect("journalctl succeeds");
     assert_eq!((text(&left[0], "HANDED_OVER"), text(&left[0], "GENERATION")), ("1", "1"), "{left:?}");
     assert_eq!((text(&left[0], "CUT_OFF"), text(&left[0], "FINISHED")), ("0", "0"), "{left:?}");
     let mut taken = Vec::new();
     wait_until("the successor's entry is in the journal", || {
-        taken = container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("a journal");
+        taken =
+            container.journal(&["MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55"]).expect("journalctl succeeds");
         !taken.is_empty()
     });
     assert_eq!((text(&taken[0], "TAKEN_OVER"), text(&taken[0], "GENERATION")), ("1", "2"), "{taken:?}");
-    assert!(text(&taken[0], "REST_MS").parse::<u64>().expect("a number") > 0, "{taken:?}");
+    assert!(text(&taken[0], "REST_MS").parse::<u64>().expect("the value is a number") > 0, "{taken:?}");
 }
 
 // ---- reload ----
@@ -528,157 +574,165 @@ pub fn variables(container: &Container, lines: &[(&str, &str)]) {
     let prefix = NAME.to_uppercase().replace('-', "_");
     let lines: Vec<_> = lines.iter().map(|(name, value)| format!("{prefix}_{name}={value}\n")).collect();
     let text = lines.concat();
-    container.write(&format!("etc/default/{NAME}"), &text).expect("written");
+    container.write(&format!("etc/default/{NAME}"), &text).expect("the file is written");
 }
 
-fn a_reload_brings_the_new_binary_environment_and_flags(systemd: Systemd) {
+fn reload_applies_the_new_binary_environment_and_options(systemd: Systemd) {
     let container = boot(systemd);
     let before = container.ask("/");
     assert!(before.contains("generation 1"), "{before}");
-    container.replace_binary(Release::copy_of(&container).expect("a release").path()).expect("replaced");
+    container
+        .replace_binary(Release::copy_of(&container).expect("the release is created").path())
+        .expect("the binary is replaced");
     variables(&container, &[("BODY_LIMIT", "1KiB")]);
     let name = NAME;
     let flags = "--request-timeout 3s";
     let lines = format!(
         "[Service]\nExecStart=\nExecStart={name} {flags}\nExecReload=\nExecReload={name} takeover {flags}\n"
     );
-    container.add_to_unit("service", "flags", &lines).expect("a drop-in");
-    container.systemctl("reload").expect("a reload");
-    // All of it holds at once, when systemctl returns.
-    let pid = container.show("MainPID").expect("a pid");
+    container.add_to_unit("service", "flags", &lines).expect("the drop-in is written");
+    container.systemctl("reload").expect("the reload succeeds");
+    // Everything new applies as soon as systemctl returns.
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
     let text = container.ask("/");
     assert!(text.starts_with(&format!("pid {pid}, generation 2,")), "{text}");
-    let runs = std::fs::metadata(container.path(&format!("proc/{pid}/exe"))).expect("it runs");
-    let installed = std::fs::metadata(container.binary()).expect("it is there");
-    assert_eq!(runs.ino(), installed.ino(), "the new binary runs");
+    let runs = std::fs::metadata(container.path(&format!("proc/{pid}/exe"))).expect("the process runs");
+    let installed = std::fs::metadata(container.binary()).expect("the process exists");
+    assert_eq!(runs.ino(), installed.ino(), "the new binary does not run");
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-        assert_eq!(connection.ask(&get("/sleep?duration=1h")).await.expect("an answer").status, 503);
-        assert_eq!(connection.ask(&post("/echo", 1025)).await.expect("an answer").status, 413);
+        assert_eq!(
+            connection.ask(&get("/sleep?duration=1h")).await.expect("the request is answered").status,
+            503
+        );
+        assert_eq!(connection.ask(&post("/echo", 1025)).await.expect("the request is answered").status, 413);
     });
-    container.until("StatusText", |status| status.contains("3 answered"));
+    container.wait_for_property("StatusText", |status| status.contains("3 answered"));
 }
 
-fn a_release_that_cannot_start_is_rolled_back_under_load(systemd: Systemd) {
+fn failed_reload_keeps_the_old_process_and_loses_no_request(systemd: Systemd) {
     let container = boot(systemd);
-    // Short, because one release hangs; long enough for a good one.
+    // Short, because one release hangs until it, and long enough for a good release.
     variables(&container, &[("TAKEOVER_TIMEOUT", "10s")]);
     container.ask("/");
-    let pid = container.show("MainPID").expect("a pid");
-    let good = Release::copy_of(&container).expect("a release");
-    // Not many: a hanging release takes long to be given up.
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
+    let good = Release::copy_of(&container).expect("the release is created");
+    // Only 10 clients, because the hanging release makes the load run for long.
     let running = Load { clients: 10, ..Load::paced(&Container::target()) }.start(container.enter());
     for (release, reason) in [
-        // The takeover command itself fails: systemd says so.
-        (Release::script("exit 1").expect("a release"), "status=1/FAILURE"),
-        (Release::script("kill -KILL $$").expect("a release"), "status=9/KILL"),
-        // The command is a good one; the successor dies, or hangs.
+        // The takeover command itself fails, and systemd logs how.
+        (Release::script("exit 1").expect("the release is created"), "status=1/FAILURE"),
+        (Release::script("kill -KILL $$").expect("the release is created"), "status=9/KILL"),
+        // The takeover command works, but the successor exits or hangs.
         (
-            Release::bad_successor(&container, "exit 3").expect("a release"),
+            Release::bad_successor(&container, "exit 3").expect("the release is created"),
             "the successor exited unexpectedly",
         ),
         (
-            Release::bad_successor(&container, "exec sleep 1000").expect("a release"),
+            Release::bad_successor(&container, "exec sleep 1000").expect("the release is created"),
             "no message within --takeover-timeout",
         ),
     ] {
-        container.replace_binary(release.path()).expect("replaced");
-        container.systemctl("reload").expect_err("such a release does not take over");
-        assert_eq!(container.show("MainPID").expect("a pid"), pid, "{reason}");
-        assert_eq!(container.show("ActiveState").expect("a state"), "active", "{reason}");
+        container.replace_binary(release.path()).expect("the binary is replaced");
+        container.systemctl("reload").expect_err("a bad release does not take over");
+        assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid, "{reason}");
+        assert_eq!(container.show("ActiveState").expect("systemctl show succeeds"), "active", "{reason}");
         wait_until(&format!("{reason:?} is in the journal"), || {
-            let journal = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+            let journal =
+                container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
             journal.iter().any(|entry| text(entry, "MESSAGE").contains(reason))
         });
     }
-    // Its own line, in the journal and in the status.
-    container.replace_binary(good.path()).expect("replaced");
+    // The successor's own error is in the status.
+    container.replace_binary(good.path()).expect("the binary is replaced");
     variables(&container, &[("IDLE_TIMEOUT", "soon")]);
-    container.systemctl("reload").expect_err("such a configuration does not take over");
-    container.until("StatusText", |status| status.contains("_IDLE_TIMEOUT: invalid value 'soon'"));
-    assert_eq!(container.show("MainPID").expect("a pid"), pid);
+    container.systemctl("reload").expect_err("a bad configuration does not take over");
+    container
+        .wait_for_property("StatusText", |status| status.contains("_IDLE_TIMEOUT: invalid value 'soon'"));
+    assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid);
     variables(&container, &[]);
-    container.systemctl("reload").expect("a good one takes over");
-    assert_ne!(container.show("MainPID").expect("a pid"), pid);
+    container.systemctl("reload").expect("a good release takes over");
+    assert_ne!(container.show("MainPID").expect("systemctl show succeeds"), pid);
     let report = running.stop();
     eprintln!("5 failed reloads and a good one: {report}");
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// A request that is in flight until it is released, on a connection of its own.
+/// A connection with a request that is in flight until it is released.
 async fn held_request() -> Connection {
     let mut held = Connection::open(&Container::target()).await.expect("the port is open");
-    held.hold().await.expect("in flight");
+    held.hold().await.expect("the request is in flight");
     held
 }
 
-/// Does `systemctl VERB`, and releases a request in flight once systemd has begun to stop the service; waits until the
-/// service is in this state.
+/// Runs `systemctl VERB`, releases a request in flight once systemd has begun to stop the service, and waits until the
+/// service is in the given state.
 async fn release_during(container: &Container, verb: &str, held: &mut Connection, state: &str) {
-    container.run(&["systemctl", verb, "--no-block", &container.unit("service")]).expect("under way");
-    container.until("ActiveState", |state| state == "deactivating");
-    held.release().await.unwrap_or_else(|error| panic!("not drained by a {verb}: {error:#}"));
-    container.until("ActiveState", |now| now == state);
+    container.run(&["systemctl", verb, "--no-block", &container.unit("service")]).expect("the job is queued");
+    container.wait_for_property("ActiveState", |state| state == "deactivating");
+    held.release().await.unwrap_or_else(|error| panic!("the request was cut off by a {verb}: {error:#}"));
+    container.wait_for_property("ActiveState", |now| now == state);
 }
 
-fn after_reloads_a_stop_still_drains(systemd: Systemd) {
+fn stop_after_reloads_finishes_the_request_in_flight(systemd: Systemd) {
     let container = boot(systemd);
     container.ask("/");
     for _ in 0..3 {
-        container.systemctl("reload").expect("a reload");
+        container.systemctl("reload").expect("the reload succeeds");
     }
     container.inside(|| async {
         let mut held = held_request().await;
         release_during(&container, "stop", &mut held, "inactive").await;
     });
-    assert_eq!(container.show("Result").expect("a result"), "success");
+    assert_eq!(container.show("Result").expect("systemctl show succeeds"), "success");
 }
 
-fn a_restart_drains_the_predecessor_of_a_reload_too(systemd: Systemd) {
+fn restart_during_the_drain_of_a_reload_finishes_the_request_in_flight(systemd: Systemd) {
     let container = boot(systemd);
     container.ask("/");
     container.inside(|| async {
         let mut held = held_request().await;
-        // It does not wait for the request in flight, which cannot end meanwhile.
-        container.systemctl("reload").expect("a reload");
+        // The reload returns although the request is in flight; the old process drains beside the new one.
+        container.systemctl("reload").expect("the reload succeeds");
         release_during(&container, "restart", &mut held, "active").await;
-        assert_eq!(generation(&mut held).await, 3, "its connection went all the way");
+        assert_eq!(generation(&mut held).await, 3, "the connection was not handed over twice");
     });
 }
 
-fn a_stop_during_a_reload_drains(systemd: Systemd) {
+fn stop_during_a_reload_finishes_the_request_in_flight(systemd: Systemd) {
     let container = boot(systemd);
     container.ask("/");
     container.inside(|| async {
         let mut held = held_request().await;
-        let hangs = Release::bad_successor(&container, "exec sleep 1000").expect("a release");
-        container.replace_binary(hangs.path()).expect("replaced");
+        let hangs = Release::bad_successor(&container, "exec sleep 1000").expect("the release is created");
+        container.replace_binary(hangs.path()).expect("the binary is replaced");
         let name = container.unit("service");
-        container.run(&["systemctl", "reload", "--no-block", &name]).expect("under way");
-        // Before that, systemd is still at work on the sandbox of ExecReload=, and nobody of ours is there.
+        container.run(&["systemctl", "reload", "--no-block", &name]).expect("the job is queued");
+        // Before that, systemd may still set up the sandbox of ExecReload=, and the reload has not reached the service.
         wait_until("the successor runs", || {
-            let mut all = std::fs::read_dir(container.path("proc")).expect("a folder").flatten();
+            let mut all =
+                std::fs::read_dir(container.path("proc")).expect("the folder is readable").flatten();
             all.any(|one| {
                 std::fs::read(one.path().join("cmdline")).is_ok_and(|line| line == b"sleep\x001000\0")
             })
         });
-        // Failed, because of the reload.
+        // "failed", because the reload failed.
         release_during(&container, "stop", &mut held, "failed").await;
     });
-    let entries = container.journal(&["-u", &container.unit("service")]).expect("a journal");
-    let said = |words: &str| entries.iter().filter(|entry| text(entry, "MESSAGE").contains(words)).count();
-    assert_eq!(said(&format!("{NAME}: reload failed: the service is being stopped")), 1);
-    assert_eq!(said("code=killed"), 0);
+    let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
+    let count = |words: &str| entries.iter().filter(|entry| text(entry, "MESSAGE").contains(words)).count();
+    assert_eq!(count(&format!("{NAME}: reload failed: the service is being stopped")), 1);
+    assert_eq!(count("code=killed"), 0);
 }
 
-fn no_line_of_the_units_is_unknown(systemd: Systemd) {
+fn systemd_ignores_no_line_of_the_units(systemd: Systemd) {
     let container = boot(systemd);
-    // They are read once more, because at boot systemd reads them before the journal is there.
-    container.run(&["systemctl", "daemon-reload"]).expect("read");
+    // daemon-reload reads the units once more, because at boot systemd reads them before journald runs.
+    container.run(&["systemctl", "daemon-reload"]).expect("the units are loaded");
     container.ask("/");
-    let entries = container.journal(&["_PID=1"]).expect("a journal");
-    // The file is named only where one of its lines is the reason. systemd 262 also ignores, and logs, that the service
-    // has no pids controller, as in a container on a host with the legacy cgroup layout.
+    let entries = container.journal(&["_PID=1"]).expect("journalctl succeeds");
+    // Only messages that name a file of the units are about their lines. systemd 262 also logs that it ignores a
+    // missing pids controller, as in a container on a host with the legacy cgroup layout.
     let unit = container.unit("service");
     let files = [format!("/{unit}:"), format!("/{unit}.d/")];
     let warnings: Vec<_> = entries
@@ -689,40 +743,40 @@ fn no_line_of_the_units_is_unknown(systemd: Systemd) {
     assert!(warnings.is_empty(), "{warnings:?}");
 }
 
-fn hangup_reloads_too(systemd: Systemd) {
+fn sighup_reloads_the_service(systemd: Systemd) {
     let container = boot(systemd);
     container.inside(|| async {
         let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
         assert_eq!(generation(&mut connection).await, 1);
-        let pid = container.show("MainPID").expect("a pid");
+        let pid = container.show("MainPID").expect("systemctl show succeeds");
         container
             .run(&["systemctl", "kill", "--kill-whom=main", "--signal=HUP", &container.unit("service")])
-            .expect("sent");
-        container.until("MainPID", |main| main != pid);
+            .expect("the signal is sent");
+        container.wait_for_property("MainPID", |main| main != pid);
         let mut answered_by = 1;
         while answered_by == 1 {
-            // The old process has not come to it yet.
+            // The old process still had the connection: it answers until it has handed it over.
             answered_by = generation(&mut connection).await;
         }
         assert_eq!(answered_by, 2);
-        container.systemctl("restart").expect("a restart");
+        container.systemctl("restart").expect("the restart succeeds");
         assert_eq!(generation(&mut connection).await, 3);
     });
 }
 
-fn reloads_and_restarts_at_random_lose_nothing(systemd: Systemd) {
+fn random_reloads_and_restarts_lose_no_request(systemd: Systemd) {
     let container = boot(systemd);
     let preserves = has_254(systemd);
     if preserves {
         let lines = "[Service]\nFileDescriptorStorePreserve=yes\n";
-        container.add_to_unit("service", "preserve", lines).expect("a drop-in");
+        container.add_to_unit("service", "preserve", lines).expect("the drop-in is written");
     }
     container.ask("/");
     let seed = std::process::id();
     let mut random = seed;
     let running = Load::paced(&Container::target()).start(container.enter());
     for _ in 0..30 {
-        // A linear congruential generator is random enough.
+        // A linear congruential generator, with the seed in each failure message.
         random = random.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
         match (random >> 16) % if preserves { 4 } else { 3 } {
             0 | 1 => container.systemctl("reload").map(drop),
@@ -733,29 +787,33 @@ fn reloads_and_restarts_at_random_lose_nothing(systemd: Systemd) {
     }
     let report = running.stop();
     eprintln!("30 rounds at random, seed {seed}: {report}");
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "seed {seed}: {report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "seed {seed}: {report}");
 }
 
-fn the_watchdog_watches_the_successor(systemd: Systemd) {
+fn watchdog_supervises_the_successor(systemd: Systemd) {
     let container = boot(systemd);
     container
         .add_to_unit("service", "watchdog", "[Service]\nWatchdogSec=4s\nTimeoutAbortSec=1s\n")
-        .expect("a drop-in");
+        .expect("the drop-in is written");
     container.ask("/");
-    container.systemctl("reload").expect("a reload");
-    let pid = container.show("MainPID").expect("a pid");
-    // Fed for longer than it waits.
-    let fed = || {
-        let time = container.show("WatchdogTimestampMonotonic").expect("a property");
-        Duration::from_micros(time.parse().expect("a number"))
+    container.systemctl("reload").expect("the reload succeeds");
+    let pid = container.show("MainPID").expect("systemctl show succeeds");
+    // For longer than WatchdogSec=, so the successor is the process that sends WATCHDOG=1.
+    let last_ping = || {
+        let time = container.show("WatchdogTimestampMonotonic").expect("systemctl show succeeds");
+        Duration::from_micros(time.parse().expect("the value is a number"))
     };
-    let first = fed();
-    wait_until("the watchdog is fed", || fed() > first + Duration::from_secs(5));
-    assert_eq!(container.show("MainPID").expect("a pid"), pid, "it feeds the watchdog");
+    let first = last_ping();
+    wait_until("the successor sends WATCHDOG=1", || last_ping() > first + Duration::from_secs(5));
+    assert_eq!(
+        container.show("MainPID").expect("systemctl show succeeds"),
+        pid,
+        "the successor was killed by the watchdog"
+    );
     container
         .run(&["systemctl", "kill", "--kill-whom=main", "--signal=STOP", &container.unit("service")])
-        .expect("sent");
-    container.until("MainPID", |main| main != pid);
+        .expect("the signal is sent");
+    container.wait_for_property("MainPID", |main| main != pid);
     assert!(!container.ask("/").is_empty());
 }
 
@@ -765,99 +823,106 @@ fn https(clients: Arc<ClientConfig>) -> Target {
     Target::Tls(([127, 0, 0, 1], 8443).into(), clients)
 }
 
-/// With the TLS socket, and the lines of the service that go with it.
+/// A container whose service serves TLS too.
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = boot(systemd);
-    container.speak_tls(certificate).expect("a certificate");
+    container.enable_tls(certificate).expect("TLS is enabled");
     container.ask("/");
     container
 }
 
 fn restarts_under_http2_close_no_connection(systemd: Systemd) {
-    again_and_again("restart", &boot(systemd), Load::http2(&Container::target()));
+    repeat_under_load("restart", &boot(systemd), Load::http2(&Container::target()));
 }
 
 fn reloads_under_http2_close_no_connection(systemd: Systemd) {
-    again_and_again("reload", &boot(systemd), Load::http2(&Container::target()));
+    repeat_under_load("reload", &boot(systemd), Load::http2(&Container::target()));
 }
 
 fn restarts_under_https_close_no_connection(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    again_and_again(
+    repeat_under_load(
         "restart",
         &container,
-        Load::paced(&https(certificate.client(&["http/1.1"]).expect("a client"))),
+        Load::paced(&https(certificate.client(&["http/1.1"]).expect("the client configuration is valid"))),
     );
 }
 
 fn restarts_under_http2_over_tls_close_no_connection(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    again_and_again(
+    repeat_under_load(
         "restart",
         &container,
-        Load::http2(&https(certificate.client(&["h2"]).expect("a client"))),
+        Load::http2(&https(certificate.client(&["h2"]).expect("the client configuration is valid"))),
     );
 }
 
 fn reloads_under_https_and_http2_close_no_connection(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let https1 = https(certificate.client(&["http/1.1"]).expect("a client"));
-    let https2 = https(certificate.client(&["h2"]).expect("a client"));
+    let https1 = https(certificate.client(&["http/1.1"]).expect("the client configuration is valid"));
+    let https2 = https(certificate.client(&["h2"]).expect("the client configuration is valid"));
     let beside = Load { clients: 5, ..Load::http2(&https2) }.start(container.enter());
-    again_and_again("reload", &container, Load { clients: 10, ..Load::paced(&https1) });
+    repeat_under_load("reload", &container, Load { clients: 10, ..Load::paced(&https1) });
     let report = beside.stop();
-    assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+    assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// A release before HTTP/2 and TLS connections could move does not say the word that tells that it takes them.
-fn a_release_that_takes_only_http1_gets_only_http1(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+/// The library looks for a certain text in the binary of the next release to see whether it adopts HTTP/2 and TLS
+/// connections. An older release does not contain it, so it must receive only HTTP/1.1 without TLS.
+fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let (https1, https2) = (
-        https(certificate.client(&["http/1.1"]).expect("a client")),
-        https(certificate.client(&["h2"]).expect("a client")),
+        https(certificate.client(&["http/1.1"]).expect("the client configuration is valid")),
+        https(certificate.client(&["h2"]).expect("the client configuration is valid")),
     );
-    let mut binary = std::fs::read(container.binary()).expect("a binary");
-    let word = b"takes-http2-and-tls";
-    let places: Vec<usize> =
-        binary.windows(word.len()).enumerate().filter(|(_, bytes)| bytes == word).map(|(at, _)| at).collect();
+    let mut binary = std::fs::read(container.binary()).expect("the binary is readable");
+    let marker = b"takes-http2-and-tls";
+    let places: Vec<usize> = binary
+        .windows(marker.len())
+        .enumerate()
+        .filter(|(_, bytes)| bytes == marker)
+        .map(|(at, _)| at)
+        .collect();
     assert!(!places.is_empty());
     for at in places {
-        binary[at..at + word.len()].copy_from_slice(b"takes-http/1.1-only");
+        binary[at..at + marker.len()].copy_from_slice(b"takes-http/1.1-only");
     }
-    let mut older = tempfile::NamedTempFile::new().expect("a file");
-    older.write_all(&binary).expect("written");
-    older.as_file().set_permissions(std::fs::Permissions::from_mode(0o755)).expect("a program");
+    let mut older = tempfile::NamedTempFile::new().expect("the file is created");
+    older.write_all(&binary).expect("the file is written");
+    older.as_file().set_permissions(std::fs::Permissions::from_mode(0o755)).expect("the mode is set");
     let newer = std::path::Path::new(app_binary());
     for verb in ["reload", "restart"] {
         let moving = Load { clients: 5, ..Load::saturating(&Container::target()) }.start(container.enter());
-        let ended = [
+        let closed = [
             Load { clients: 5, ..Load::http2(&https2) },
             Load { clients: 5, ..Load::paced(&https1) },
             Load { clients: 5, ..Load::http2(&Container::target()) },
         ];
-        let ended = ended.map(|load| load.start(container.enter()));
-        for number in 0..times() / 2 {
-            container.replace_binary(if number % 2 == 0 { older.path() } else { newer }).expect("replaced");
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        let closed = closed.map(|load| load.start(container.enter()));
+        for number in 0..iterations() / 2 {
+            container
+                .replace_binary(if number % 2 == 0 { older.path() } else { newer })
+                .expect("the binary is replaced");
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         }
         let report = moving.stop();
-        assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
-        for ended in ended {
-            let report = ended.stop();
+        assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
+        for load in closed {
+            let report = load.stop();
             eprintln!("{verb}: {report}");
             assert!(report.lost() == 0 && report.told_to_close > 0, "{report}");
         }
     }
 }
 
-fn a_ticket_of_a_former_process_saves_the_handshake(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+fn session_ticket_of_the_previous_process_is_accepted(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let folder = tempfile::tempdir().expect("a folder");
+    let folder = tempfile::tempdir().expect("the folder is created");
     let session = folder.path().join("session");
     let connect = |flag: &str| {
         let script = format!(
@@ -865,85 +930,93 @@ fn a_ticket_of_a_former_process_saves_the_handshake(systemd: Systemd) {
              openssl s_client -connect 127.0.0.1:8443 -tls1_3 -ign_eof {flag} {} 2>&1",
             session.display()
         );
-        let said = container.outside(&["sh", "-c", &script]).output().expect("openssl");
-        String::from_utf8_lossy(&said.stdout).into_owned()
+        let output = container.outside(&["sh", "-c", &script]).output().expect("openssl runs");
+        String::from_utf8_lossy(&output.stdout).into_owned()
     };
     for verb in ["restart", "reload", "restart"] {
-        let said = connect("-sess_out");
-        assert!(said.contains("New, TLSv1.3") && said.contains("200 OK"), "{said}");
+        let output = connect("-sess_out");
+        assert!(output.contains("New, TLSv1.3") && output.contains("200 OK"), "{output}");
         container.systemctl(verb).expect(verb);
-        let said = connect("-sess_in");
-        assert!(said.contains("Reused, TLSv1.3") && said.contains("200 OK"), "after a {verb}: {said}");
+        let output = connect("-sess_in");
+        assert!(output.contains("Reused, TLSv1.3") && output.contains("200 OK"), "after a {verb}: {output}");
     }
 }
 
-fn a_renewed_certificate_is_in_use_after_a_restart_with_credentials(systemd: Systemd) {
-    let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
+fn renewed_certificate_is_used_after_a_restart_with_credentials(systemd: Systemd) {
+    let (old, new) = (
+        Certificate::new().expect("openssl creates a certificate"),
+        Certificate::new().expect("openssl creates a certificate"),
+    );
     let container = boot_with_tls(systemd, &old);
     renew(&container, "restart", &old, &new);
 }
 
-fn a_renewed_certificate_is_in_use_after_a_reload_with_files(systemd: Systemd) {
-    let (old, new) = (Certificate::new().expect("a certificate"), Certificate::new().expect("another"));
+fn renewed_certificate_is_used_after_a_reload_with_files(systemd: Systemd) {
+    let (old, new) = (
+        Certificate::new().expect("openssl creates a certificate"),
+        Certificate::new().expect("openssl creates a certificate"),
+    );
     let container = boot(systemd);
-    container.give_certificate(&old).expect("written");
+    container.install_certificate(&old).expect("the file is written");
     let folder = format!("/etc/{NAME}");
     variables(
         &container,
         &[("TLS_CERT", &format!("{folder}/tls.crt")), ("TLS_KEY", &format!("{folder}/tls.key"))],
     );
-    container.start_socket("tls").expect("a socket");
+    container.start_socket("tls").expect("the socket unit starts");
     container.ask("/");
     renew(&container, "reload", &old, &new);
 }
 
-/// Renews the certificate and does `systemctl VERB`, under load: nothing is lost.
+/// Replaces the certificate and runs `systemctl VERB` under load, and asserts that no request is lost.
 fn renew(container: &Container, verb: &str, old: &Certificate, new: &Certificate) {
-    let of = |certificates: &[&Certificate]| https(client_of(certificates, &["http/1.1"]).expect("a client"));
+    let of = |certificates: &[&Certificate]| {
+        https(client_of(certificates, &["http/1.1"]).expect("the client configuration is valid"))
+    };
     let handshake = |certificate: &Certificate| {
         let target = of(&[certificate]);
         container.inside(|| async move { Connection::open(&target).await.is_ok() })
     };
     assert!(handshake(old) && !handshake(new));
     let running = Load { clients: 10, ..Load::paced(&of(&[old, new])) }.start(container.enter());
-    container.give_certificate(new).expect("written");
-    assert!(handshake(old) && !handshake(new), "nothing changes before");
-    container.systemctl(verb).expect("done");
+    container.install_certificate(new).expect("the file is written");
+    assert!(handshake(old) && !handshake(new), "the certificate changed before the verb");
+    container.systemctl(verb).expect("systemctl succeeds");
     assert!(handshake(new) && !handshake(old));
     let report = running.stop();
     eprintln!("renewed by a {verb}: {report}");
     assert_eq!(report.lost(), 0, "{report}");
 }
 
-fn the_admin_socket_says_no_during_a_drain_and_yes_after_it(systemd: Systemd) {
+fn readyz_answers_503_during_a_drain_and_200_after_it(systemd: Systemd) {
     let container = boot(systemd);
-    container.start_socket("admin").expect("a socket");
-    let readiness = || ask_admin(&container, "/readyz");
-    assert_eq!(readiness(), "ready\n200");
+    container.start_socket("admin").expect("the socket unit starts");
+    let readyz = || ask_admin(&container, "/readyz");
+    assert_eq!(readyz(), "ready\n200");
     container.inside(|| async {
         let mut held = held_request().await;
         let name = container.unit("service");
-        container.run(&["systemctl", "restart", "--no-block", &name]).expect("a restart");
-        wait_until("a drain", || readiness() == "draining\n503");
-        held.release().await.expect("the answer");
-        wait_until("the next process", || readiness() == "ready\n200");
+        container.run(&["systemctl", "restart", "--no-block", &name]).expect("the restart succeeds");
+        wait_until("the service drains", || readyz() == "draining\n503");
+        held.release().await.expect("the request is answered");
+        wait_until("the next process is ready", || readyz() == "ready\n200");
         assert_eq!(generation(&mut held).await, 2);
     });
 }
 
-fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
+fn counters_of_the_drain_are_exported_by_the_next_process(systemd: Systemd) {
     let container = boot(systemd);
     variables(&container, &[("DRAIN_TIMEOUT", "1s")]);
-    container.start_socket("admin").expect("a socket");
+    container.start_socket("admin").expect("the socket unit starts");
     container.inside(|| async {
         let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
         for last in 2..=3 {
             let mut endless = Connection::open(&Container::target()).await.expect("the port is open");
-            endless.send(&get("/sleep?duration=1h")).await.expect("sent");
-            wait_until("a request in flight", || {
+            endless.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
+            wait_until("the request is in flight", || {
                 ask_admin(&container, "/metrics").contains("\nhttp_requests_in_flight 2\n")
             });
-            container.systemctl("restart").expect("a restart");
+            container.systemctl("restart").expect("the restart succeeds");
             assert_eq!(generation(&mut idle).await, last);
         }
     });
@@ -953,10 +1026,10 @@ fn what_a_process_counts_at_its_end_the_next_one_tells(systemd: Systemd) {
     assert!(metrics.contains("\noutlive_connections_taken_over_total 1\n"), "{metrics}");
 }
 
-/// What the admin socket answers, and its status.
+/// The body of a response of the admin socket, followed by its status.
 pub fn ask_admin(container: &Container, path: &str) -> String {
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     let mut curl = container.outside(&["curl", "--silent", "--max-time", "60", "--unix-socket"]);
     curl.arg(socket).args(["--write-out", "%{response_code}"]).arg(format!("http://localhost{path}"));
-    String::from_utf8_lossy(&curl.output().expect("curl").stdout).into_owned()
+    String::from_utf8_lossy(&curl.output().expect("curl runs").stdout).into_owned()
 }

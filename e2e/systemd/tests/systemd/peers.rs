@@ -1,6 +1,6 @@
-//! Reverse proxies, a browser and Node, as Debian packages them, over restarts and reloads. Each runs in the service's
-//! container. It counts the requests that it loses itself. The kernel counts connections and resets, because a client
-//! that connects again, or sends a request again, could hide a loss.
+//! Reverse proxies, a browser and Node, as Debian packages them, over restarts and reloads. Each runs in the container
+//! of the service and counts the requests that it loses. The test reads connections and resets from the kernel, because
+//! a client that connects again, or sends a request again, could hide a loss.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
-use testkit::verbs::times;
+use testkit::verbs::iterations;
 use testkit::wait_until;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
@@ -19,18 +19,18 @@ use crate::{app_package, third_party_clients};
 
 /// Where a proxy listens.
 const FRONT: ([u8; 4], u16) = ([127, 0, 0, 1], 8000);
-/// Where a test answers its script.
+/// Where the test serves the page of a browser, and receives the reports of a script.
 const TEST: ([u8; 4], u16) = ([127, 0, 0, 1], 9000);
-/// Connections that a proxy has to the service: more than its clients use at once, so that some of them are idle.
+/// Connections from a proxy to the service: more than its clients use at once, so that some of them are idle.
 const POOL: usize = 30;
 /// Connections of a script: as many as a browser opens to one origin over HTTP/1.1.
 const CONNECTIONS: usize = 6;
 
-// ---- in front ----
+// ---- reverse proxies ----
 
 #[test]
 fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
-    in_front(
+    run_behind_proxy(
         &["nginx", "-c", "/run/peer"],
         "daemon off;
          user root;
@@ -61,8 +61,8 @@ fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
-    // One thread, because each thread has a pool of its own. No connection is purged for having been idle.
-    in_front(
+    // One thread, because each thread has its own pool. Without pool-purge-delay, haproxy would close idle connections.
+    run_behind_proxy(
         &["haproxy", "-db", "-f", "/run/peer"],
         "global
              nbthread 1
@@ -82,8 +82,8 @@ fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn apache_in_front_loses_nothing_and_keeps_its_connections() {
-    // One process, because each process has a pool of its own.
-    in_front(
+    // One process, because each process has its own pool.
+    run_behind_proxy(
         &["apache2", "-D", "FOREGROUND", "-f", "/run/peer"],
         "LoadModule mpm_event_module /usr/lib/apache2/modules/mod_mpm_event.so
          LoadModule authz_core_module /usr/lib/apache2/modules/mod_authz_core.so
@@ -109,7 +109,7 @@ fn apache_in_front_loses_nothing_and_keeps_its_connections() {
 fn varnish_in_front_loses_nothing_and_keeps_its_connections() {
     let timeouts = ["-p", "backend_idle_timeout=3600", "-p", "timeout_idle=60"];
     let command = ["varnishd", "-F", "-n", "/run/varnish", "-a", "127.0.0.1:8000", "-f", "/run/peer"];
-    in_front(
+    run_behind_proxy(
         &[&command[..], &["-s", "malloc,16m"], &timeouts].concat(),
         "vcl 4.1;
          backend service { .host = \"127.0.0.1\"; .port = \"8080\"; }
@@ -120,9 +120,9 @@ fn varnish_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
-    // No requests with bodies: where an answer comes before Caddy has seen the end of the request's body, as it can from
-    // /echo, Caddy closes the connection to the service after it, also without any restart.
-    in_front(
+    // No requests with bodies, because Caddy closes the connection to the service if a response begins before Caddy has
+    // seen the end of the request body, as it can from /echo, also without any restart.
+    run_behind_proxy(
         &["caddy", "run", "--adapter", "caddyfile", "--config", "/run/peer"],
         "{
              admin off
@@ -140,15 +140,15 @@ fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
     );
 }
 
-/// Runs a proxy between the service and two loads, one that sends blindly and a `second` one: no request is lost, and no
-/// connection is closed, reset or opened.
-fn in_front(command: &[&str], config: &str, second: fn(&Target) -> Load) {
+/// Runs a proxy between the service and two loads, a paced blind one and `second`. Asserts that no request is lost, and
+/// that no connection is closed, reset or opened besides those of the clients.
+fn run_behind_proxy(command: &[&str], config: &str, second: fn(&Target) -> Load) {
     let container = boot();
-    container.write("run/peer", &format!("{config}\n")).expect("written");
+    container.write("run/peer", &format!("{config}\n")).expect("the file is written");
     start(&container, command);
     let front = Target::Tcp(FRONT.into());
     wait_until(command[0], || {
-        container.run(&["systemctl", "is-active", "peer"]).expect("it runs");
+        container.run(&["systemctl", "is-active", "peer"]).expect("the process runs");
         container.inside(|| async { Connection::open(&front).await.is_ok() })
     });
     container.inside(|| async { fill_pool(&container, &front).await });
@@ -161,8 +161,8 @@ fn in_front(command: &[&str], config: &str, second: fn(&Target) -> Load) {
     for load in loads {
         let report = load.stop();
         eprintln!("{}: {report}", command[0]);
-        assert!(report.answered > u64::from(times()), "hardly a load: {report}");
-        assert_eq!((report.lost(), report.connections), (0, report.asked_for), "{report}");
+        assert!(report.answered > u64::from(iterations()), "the load was too small: {report}");
+        assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     }
     assert_eq!(Kernel::of(&container), Kernel { accepted: before.accepted + clients, ..before });
 }
@@ -173,11 +173,11 @@ async fn fill_pool(container: &Container, front: &Target) {
         let mut waiting = Vec::new();
         for _ in 0..POOL {
             let mut connection = Connection::open(front).await.expect("the proxy listens");
-            connection.send(&get("/sleep?duration=300ms")).await.expect("sent");
+            connection.send(&get("/sleep?duration=300ms")).await.expect("the bytes are sent");
             waiting.push(connection);
         }
         for connection in &mut waiting {
-            assert_eq!(connection.answer().await.expect("an answer").text(), "slept 300ms\n");
+            assert_eq!(connection.answer().await.expect("the request is answered").text(), "slept 300ms\n");
         }
     }
 }
@@ -186,24 +186,24 @@ async fn fill_pool(container: &Container, front: &Target) {
 
 #[test]
 fn fetch_in_node_loses_nothing_and_keeps_its_connections() {
-    asking("requests(CONNECTIONS, byFetch)", Engine::Node);
+    run_requests("requests(CONNECTIONS, byFetch)", Engine::Node);
 }
 
 #[test]
 fn an_agent_in_node_loses_nothing_and_keeps_its_connections() {
-    asking("requests(CONNECTIONS, byAgent())", Engine::Node);
+    run_requests("requests(CONNECTIONS, byAgent())", Engine::Node);
 }
 
 #[test]
 fn fetch_in_chromium_loses_nothing_and_keeps_its_connections() {
-    asking("requests(CONNECTIONS, byFetch)", Engine::Chromium);
+    run_requests("requests(CONNECTIONS, byFetch)", Engine::Chromium);
 }
 
 /// The connection ends with each process, because a response that has not ended does not move to the next one. The
 /// browser connects again after some seconds and says which event it saw last.
 #[test]
 fn an_event_source_in_chromium_connects_again_and_misses_no_event() {
-    let counts = ended_each_time("events()");
+    let counts = run_until_ended_each_time("events()");
     assert_eq!(counts["given_up"], 0, "{counts}");
     assert_eq!(counts["missed_or_repeated"], 0, "{counts}");
 }
@@ -211,21 +211,21 @@ fn an_event_source_in_chromium_connects_again_and_misses_no_event() {
 /// The connection ends with each process, with close code 1012 (service restart). The page connects again at once.
 #[test]
 fn a_websocket_in_chromium_is_closed_with_1012_and_connects_again() {
-    let counts = ended_each_time("webSockets()");
+    let counts = run_until_ended_each_time("webSockets()");
     assert_eq!(counts["closed"], json!({ "1012 restart": counts["ended"] }), "{counts}");
     assert_eq!(counts["errors"], 0, "{counts}");
 }
 
-/// The program that runs a script.
+/// The program that executes a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Engine {
     Node,
     Chromium,
 }
 
-/// Runs a script that sends requests until the test ends it: no request is lost, and no connection is closed, reset or
-/// opened.
-fn asking(call: &str, engine: Engine) {
+/// Runs a script that sends requests until the test ends it. Asserts that no request is lost, and that no connection is
+/// closed, reset or opened.
+fn run_requests(call: &str, engine: Engine) {
     let container = boot();
     let call = call.replace("CONNECTIONS", &CONNECTIONS.to_string());
     let counts = container.inside(|| async {
@@ -252,37 +252,38 @@ fn asking(call: &str, engine: Engine) {
     });
     eprintln!("{call} in {engine:?}: {counts}");
     assert_eq!(counts["lost"], json!([]), "{counts}");
-    let answered = counts["answered"].as_u64().expect("a number");
-    assert!(answered > u64::from(times()), "hardly a load: {counts}");
+    let answered = counts["answered"].as_u64().expect("the value is a number");
+    assert!(answered > u64::from(iterations()), "the load was too small: {counts}");
 }
 
-/// Runs a script in Chromium that reports each time it has connected, and does the next verb after each report. Gives
+/// Runs a script in Chromium that reports each time it has connected, and runs the next verb after each report. Returns
 /// the last counts.
-fn ended_each_time(call: &str) -> Value {
+fn run_until_ended_each_time(call: &str) -> Value {
     let container = boot();
     let count = |counts: &Value, name: &str| counts[name].as_u64().expect(name);
     let counts = container.inside(|| async {
         let script = Script::start(&container, call, Engine::Chromium).await;
         for verb in verbs() {
             let (_, waiting) = script.report().await;
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             answer(waiting, "").await;
         }
         loop {
             let (counts, waiting) = script.report().await;
-            if count(&counts, "ended") >= 2 * u64::from(times()) {
+            if count(&counts, "ended") >= 2 * u64::from(iterations()) {
                 return counts;
             }
             answer(waiting, "").await;
         }
     });
     eprintln!("{call}: {counts}");
-    // There may be more of both than verbs, because a process that ends can still accept the next connection.
+    // Both can exceed the number of verbs, because a process that is stopping can still accept the next connection.
     assert_eq!(count(&counts, "opened"), count(&counts, "ended") + 1, "{counts}");
     counts
 }
 
-/// A script that runs in the container, and the server of the test that gives it to a browser and takes its reports.
+/// A script that runs in the container, and the test's server, from which a browser loads the script and which receives
+/// its reports.
 struct Script {
     listener: TcpListener,
     page: String,
@@ -290,9 +291,9 @@ struct Script {
 
 impl Script {
     async fn start(container: &Container, call: &str, engine: Engine) -> Self {
-        let listener = TcpListener::bind(SocketAddr::from(TEST)).await.expect("a free port");
+        let listener = TcpListener::bind(SocketAddr::from(TEST)).await.expect("the port is free");
         let script = format!("{}\n{call};\n", include_str!("../../clients/peers.js"));
-        container.write("run/peer.js", &script).expect("written");
+        container.write("run/peer.js", &script).expect("the file is written");
         match engine {
             Engine::Node => start(container, &["node", "/run/peer.js"]),
             Engine::Chromium => start(
@@ -307,7 +308,7 @@ impl Script {
                     "--disable-component-update",
                     "--disable-sync",
                     "--user-data-dir=/run/chromium",
-                    // Without it the page, which the test serves, may not read what the service answers.
+                    // Otherwise the page, which has another origin, could not read the responses of the service.
                     "--disable-web-security",
                     "http://127.0.0.1:9000",
                 ],
@@ -318,28 +319,28 @@ impl Script {
         Self { listener, page }
     }
 
-    /// The script's next report, and the connection on which the script waits for the answer.
+    /// The next report of the script, and the connection on which the script waits for the response.
     async fn report(&self) -> (Value, BufReader<TcpStream>) {
         loop {
-            let (stream, _) = self.listener.accept().await.expect("a connection");
+            let (stream, _) = self.listener.accept().await.expect("the connection is established");
             let mut stream = BufReader::new(stream);
             let mut length = 0;
             loop {
                 let mut line = String::new();
-                stream.read_line(&mut line).await.expect("a head");
+                stream.read_line(&mut line).await.expect("the head is readable");
                 if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                    length = value.trim().parse().expect("a number");
+                    length = value.trim().parse().expect("the value is a number");
                 }
                 if line.trim().is_empty() {
                     break;
                 }
             }
             let mut body = vec![0; length];
-            stream.read_exact(&mut body).await.expect("a body");
+            stream.read_exact(&mut body).await.expect("the body is readable");
             if body.is_empty() {
                 answer(stream, &self.page).await;
             } else {
-                return (serde_json::from_slice(&body).expect("JSON"), stream);
+                return (serde_json::from_slice(&body).expect("the report is JSON"), stream);
             }
         }
     }
@@ -350,13 +351,13 @@ async fn answer(mut stream: BufReader<TcpStream>, text: &str) {
     let head = format!(
         "HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\ncontent-length: {length}"
     );
-    stream.write_all(format!("{head}\r\n\r\n{text}").as_bytes()).await.expect("answered");
+    stream.write_all(format!("{head}\r\n\r\n{text}").as_bytes()).await.expect("the response is written");
 }
 
-// ---- both ----
+// ---- helpers for both ----
 
 fn boot() -> Container {
-    let container = Container::boot(Systemd::V257, app_package()).expect("a container");
+    let container = Container::boot(Systemd::V257, app_package()).expect("the container boots");
     container.ask("/");
     container
 }
@@ -364,16 +365,16 @@ fn boot() -> Container {
 /// Starts a program in the container; its output goes to the journal.
 fn start(container: &Container, command: &[&str]) {
     let run = ["systemd-run", "--quiet", "--unit=peer", "--setenv=HOME=/run/peer-home", "--"];
-    container.run(&[&run[..], command].concat()).expect("started");
+    container.run(&[&run[..], command].concat()).expect("systemd-run succeeds");
 }
 
 fn verbs() -> impl Iterator<Item = &'static str> {
-    (0..times()).flat_map(|_| ["restart", "reload"])
+    (0..iterations()).flat_map(|_| ["restart", "reload"])
 }
 
 fn restart_and_reload(container: &Container) {
     for verb in verbs() {
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
     }
 }
 
@@ -390,9 +391,10 @@ struct Kernel {
 impl Kernel {
     fn of(container: &Container) -> Self {
         let connections = third_party_clients::connections(container, 8080).into_iter().collect();
-        let all = container.run(&["cat", "/proc/net/snmp"]).expect("the kernel's counters");
+        let all = container.run(&["cat", "/proc/net/snmp"]).expect("the counters are readable");
         let mut rows = all.lines().filter_map(|line| line.strip_prefix("Tcp: "));
-        let [names, values] = [rows.next(), rows.next()].map(|row| row.expect("a row").split(' '));
+        let [names, values] =
+            [rows.next(), rows.next()].map(|row| row.expect("the table has the row").split(' '));
         let counter = |wanted: &str| {
             let found = names.clone().zip(values.clone()).find(|(name, _)| *name == wanted);
             found.and_then(|(_, value)| value.parse().ok()).expect(wanted)

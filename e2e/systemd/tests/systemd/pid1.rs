@@ -1,4 +1,5 @@
-//! As PID 1 of a container, from a file system that holds nothing else: what `FROM scratch` gives.
+//! The static binary as PID 1 of a container whose file system has no other file, as `FROM scratch` gives it; and the
+//! recipes for containers.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -12,7 +13,7 @@ use testkit::{block_on, wait_until};
 
 use crate::{FOLDER, NAME, app_binary};
 
-/// A container of one process.
+/// A container made with unshare(1), with the service as its only process.
 struct Container {
     unshare: Process,
     target: Target,
@@ -22,21 +23,21 @@ struct Container {
 
 impl Container {
     fn start() -> Self {
-        // Two at once would install it in each other's way.
+        // Once, because two builds at the same time would write the same file.
         static MADE: Once = Once::new();
         MADE.call_once(|| {
             let mut build = make(FOLDER, &["static"]);
-            // What is tested is that it needs nothing beside it: how fast it is does not matter.
+            // The test only shows that the binary needs no other file, so it is built without expensive optimizations.
             build
                 .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
                 .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
-            let made = build.output().expect("make");
+            let made = build.output().expect("make runs");
             assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
         });
-        let root = tempfile::tempdir().expect("a folder");
+        let root = tempfile::tempdir().expect("the folder is created");
         std::fs::copy(Path::new(FOLDER).join("target/static").join(NAME), root.path().join(NAME))
-            .expect("a copy");
-        std::fs::create_dir(root.path().join("proc")).expect("a folder");
+            .expect("the file is copied");
+        std::fs::create_dir(root.path().join("proc")).expect("the folder is created");
         let address = testkit::free_address();
         let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
         unshare
@@ -45,68 +46,76 @@ impl Container {
             .args(["--setgid=65534", "--setuid=65534", &format!("/{NAME}"), &format!("--listen={address}")])
             .env_clear()
             .stdout(Stdio::null());
-        let log = tempfile::NamedTempFile::new().expect("a file");
-        unshare.stderr(log.reopen().expect("a file"));
-        let unshare = Process::spawn(&mut unshare).expect("a container");
+        let log = tempfile::NamedTempFile::new().expect("the file is created");
+        unshare.stderr(log.reopen().expect("the file is created"));
+        let unshare = Process::spawn(&mut unshare).expect("unshare starts");
         let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
-        wait_until("the service", || std::net::TcpStream::connect(address).is_ok());
+        wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
         container
     }
 
-    /// What it has written to standard error so far.
-    fn said(&self) -> String {
-        std::fs::read_to_string(self.log.path()).expect("text")
+    /// The standard error so far.
+    fn stderr(&self) -> String {
+        std::fs::read_to_string(self.log.path()).expect("the file is readable")
     }
 
-    /// A signal to PID 1.
+    /// Sends a signal to PID 1 of the container.
     fn signal(&self, signal: Signal) {
         let parent = self.unshare.pid().as_raw_nonzero();
-        let children =
-            std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).expect("children");
+        let children = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"))
+            .expect("the children are listed");
         let child = children.trim().parse().ok().and_then(Pid::from_raw).expect(&children);
-        kill_process(child, signal).expect("it runs");
+        kill_process(child, signal).expect("the process runs");
     }
 
-    /// Expects it to end by itself, and well; gives what it said.
-    fn end(mut self) -> String {
-        let status = self.unshare.wait().expect("an end");
-        let log = self.said();
+    /// Waits until the service exits with success; returns its standard error.
+    fn wait_for_exit(mut self) -> String {
+        let status = self.unshare.wait().expect("the process ends");
+        let log = self.stderr();
         assert!(status.success(), "{status}: {log}");
         log
     }
 }
 
 #[test]
-fn a_static_binary_drains_as_pid_1() {
+fn static_binary_as_pid_1_finishes_the_request_in_flight() {
     let container = Container::start();
     block_on(async {
-        let mut slow = Connection::open(&container.target).await.expect("a connection");
-        assert!(slow.ask(&get("/")).await.expect("an answer").text().starts_with("pid 1, "));
-        slow.send(&get("/sleep?duration=1s")).await.expect("sent");
-        let mut other = Connection::open(&container.target).await.expect("a connection");
-        other.ask(&get("/")).await.expect("an answer");
+        let mut slow = Connection::open(&container.target).await.expect("the connection is established");
+        assert!(slow.ask(&get("/")).await.expect("the request is answered").text().starts_with("pid 1, "));
+        slow.send(&get("/sleep?duration=1s")).await.expect("the bytes are sent");
+        let mut other = Connection::open(&container.target).await.expect("the connection is established");
+        other.ask(&get("/")).await.expect("the request is answered");
         container.signal(Signal::TERM);
-        assert_eq!(slow.answer().await.expect("an answer").text(), "slept 1s\n");
-        assert!(other.ask(&get("/")).await.expect("an answer").closes());
+        assert_eq!(slow.answer().await.expect("the request is answered").text(), "slept 1s\n");
+        assert!(other.ask(&get("/")).await.expect("the request is answered").closes());
     });
-    let log = container.end();
+    let log = container.wait_for_exit();
     assert!(log.contains("draining: ") && log.contains(" 0 cut off"), "{log}");
 }
 
 #[test]
-fn a_hangup_of_pid_1_is_refused_and_it_serves_on() {
+fn sighup_to_pid_1_is_refused_and_the_service_keeps_serving() {
     let container = Container::start();
     container.signal(Signal::HUP);
     block_on(async {
-        let mut connection = Connection::open(&container.target).await.expect("a connection");
+        let mut connection =
+            Connection::open(&container.target).await.expect("the connection is established");
         assert!(
-            connection.ask(&get("/sleep?duration=100ms")).await.expect("an answer").text().contains("slept")
+            connection
+                .ask(&get("/sleep?duration=100ms"))
+                .await
+                .expect("the request is answered")
+                .text()
+                .contains("slept")
         );
-        assert!(connection.ask(&get("/")).await.expect("an answer").text().contains("generation 1"));
+        assert!(
+            connection.ask(&get("/")).await.expect("the request is answered").text().contains("generation 1")
+        );
     });
-    wait_until("the hangup is refused", || container.said().contains("PID 1 of a container cannot reload"));
+    wait_until("SIGHUP is refused", || container.stderr().contains("PID 1 of a container cannot reload"));
     container.signal(Signal::INT);
-    container.end();
+    container.wait_for_exit();
 }
 
 // ---- docs/recipes ----
@@ -119,38 +128,44 @@ pub fn recipe(name: &str, language: &str) -> String {
     block.unwrap_or_else(|| panic!("{} has no block in {language}", path.display())).to_owned()
 }
 
-/// What stands between `before` and the next blank or brace.
+/// The word after `before`, up to the next blank or brace.
 fn value(text: &str, before: &str) -> String {
     let rest = text.split(before).nth(1).expect(before);
     rest.split([' ', '\n', '}']).find(|word| !word.is_empty()).expect(before).to_owned()
 }
 
 #[test]
-fn the_recipes_for_containers_say_what_the_binary_takes() {
+fn container_recipes_use_options_that_the_binary_accepts() {
     let (file, deployment) = (recipe("container", "Dockerfile"), recipe("kubernetes", "yaml"));
     assert!(file.contains("make -C /src static\n"), "{file}");
     let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
     let listen = value(&file, &variable);
     let mut check = command(app_binary(), &["check"]);
-    // Any ports will do for a check, and these may be taken.
+    // Port 0, because the ports of the recipe may be in use on this machine.
     check.env(variable.trim_end_matches('='), listen.replace(":8080", ":0").replace(":9090", ":0"));
     let prefix = variable.trim_end_matches("LISTEN=");
     let time = |name: &str| {
         let value = value(&deployment, &format!("{prefix}{name}, value: "));
-        (format!("{prefix}{name}"), value.clone(), humantime::parse_duration(&value).expect("a time"))
+        (
+            format!("{prefix}{name}"),
+            value.clone(),
+            humantime::parse_duration(&value).expect("the value is a duration"),
+        )
     };
     let times = [time("DRAIN_DELAY"), time("DRAIN_TIMEOUT")];
     for (name, value, _) in &times {
         check.env(name, value);
     }
-    let (code, said, log) = run_to_end(&mut check).expect("an end");
+    let (code, stdout, log) = run_to_end(&mut check).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert!(said.contains("http(") && said.contains("admin("), "{said}");
-    let grace: u64 = value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("seconds");
-    // A request that arrives at the end of the first limit has a whole one of its own.
+    assert!(stdout.contains("http(") && stdout.contains("admin("), "{stdout}");
+    let grace: u64 =
+        value(&deployment, "terminationGracePeriodSeconds: ").parse().expect("the value is in seconds");
+    // Twice the drain timeout, because a request that arrives at the end of the first period has a whole one of its
+    // own.
     let [(_, _, delay), (_, _, limit)] = &times;
     assert!(grace > delay.as_secs() + 2 * limit.as_secs(), "{deployment}");
-    let admin = listen.rsplit(':').next().expect("a port");
+    let admin = listen.rsplit(':').next().expect("the port is known");
     for probe in ["/readyz", "/healthz"] {
         assert!(deployment.contains(&format!("path: {probe}, port: {admin} ")), "{deployment}");
     }

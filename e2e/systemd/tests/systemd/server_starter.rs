@@ -1,5 +1,5 @@
-//! Under the real `start_server` of Server::Starter: it holds the port, starts the next process on SIGHUP, and
-//! only then ends the old one.
+//! The service under the real `start_server` of Server::Starter, which holds the port, starts the next process on
+//! SIGHUP, and only then ends the old one.
 
 use std::process::Stdio;
 
@@ -12,17 +12,17 @@ use testkit::{block_on, free_address, wait_until};
 
 use crate::app_binary;
 
-/// Times that it is told to start the next process, one a second.
+/// The number of SIGHUPs.
 const TIMES: u64 = 5;
 
-/// How many processes `start_server` has that have not ended.
+/// The number of child processes of `start_server`.
 fn children(start_server: &Process) -> usize {
     let pid = start_server.pid().as_raw_nonzero();
     let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
     children.expect("start_server runs").split_whitespace().count()
 }
 
-/// Which generation answers a fresh connection, if any does.
+/// The generation of the process that answers on a new connection, if one does.
 fn generation(target: &Target) -> Option<u64> {
     block_on(async {
         let mut connection = Connection::open(target).await.ok()?;
@@ -31,88 +31,89 @@ fn generation(target: &Target) -> Option<u64> {
     })
 }
 
-/// `start_server` with its first process, which answers at `target`.
+/// Starts `start_server`, and waits until its first process answers at `target`.
 fn start(flag: &str, target: &Target, log: Stdio) -> Process {
     let mut start_server = command("start_server", &[flag, "--interval=1", "--", app_binary()]);
     start_server.stdout(Stdio::null()).stderr(log);
-    let start_server = Process::spawn(&mut start_server).expect("start_server");
-    wait_until("the first process", || generation(target).is_some());
+    let start_server = Process::spawn(&mut start_server).expect("start_server starts");
+    wait_until("the first process answers", || generation(target).is_some());
     start_server
 }
 
-fn hang_up_each_second_under(flag: &str, target: &Target, load: Load) {
+fn hang_up_repeatedly_under(flag: &str, target: &Target, load: Load) {
     let mut start_server = start(flag, target, Stdio::null());
     assert_eq!(generation(target), Some(1));
     let one_each = load.connections == Connections::OneEach;
     let running = load.start(|| {});
     for next in 2..2 + TIMES {
         start_server.signal(Signal::HUP);
-        // Both accept for a while; then the old one is gone.
-        wait_until("the next process", || (0..10).all(|_| generation(target) == Some(next)));
+        // Both processes accept for a while, so one response of the next process does not show that the old one is
+        // gone.
+        wait_until("only the next process answers", || (0..10).all(|_| generation(target) == Some(next)));
     }
     let report = running.stop();
     eprintln!("{TIMES} times HUP: {report}");
     assert_eq!(report.lost(), 0, "{report}");
-    assert_eq!(report.closed_idle, 0, "each is told: {report}");
+    assert_eq!(report.closed_idle, 0, "a connection was closed without notice: {report}");
     assert!(one_each || report.told_to_close >= TIMES, "{report}");
     start_server.signal(Signal::TERM);
-    assert!(start_server.wait().expect("an end").success());
+    assert!(start_server.wait().expect("the process ends").success());
 }
 
 fn on_a_port(load: impl FnOnce(&Target) -> Load) {
     let address = free_address();
     let target = Target::Tcp(address);
-    hang_up_each_second_under(&format!("--port={address}"), &target, load(&target));
+    hang_up_repeatedly_under(&format!("--port={address}"), &target, load(&target));
 }
 
 #[test]
-fn ten_connections_flat_out_lose_nothing() {
+fn hangups_under_saturating_load_lose_no_request() {
     on_a_port(Load::saturating);
 }
 
 #[test]
-fn fifty_thinking_connections_lose_nothing() {
+fn hangups_under_paced_load_lose_no_request() {
     on_a_port(Load::paced);
 }
 
 #[test]
-fn fifty_blind_connections_lose_nothing() {
+fn hangups_under_paced_blind_load_lose_no_request() {
     on_a_port(Load::paced_blind);
 }
 
 #[test]
-fn one_connection_a_request_loses_nothing() {
+fn hangups_under_one_connection_per_request_lose_no_request() {
     on_a_port(Load::connection_per_request);
 }
 
 #[test]
-fn a_unix_path_loses_nothing() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn hangups_of_a_unix_socket_service_lose_no_request() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let path = folder.path().join("http.sock");
     let target = Target::Unix(path.clone());
-    hang_up_each_second_under(&format!("--path={}", path.display()), &target, Load::paced(&target));
+    hang_up_repeatedly_under(&format!("--path={}", path.display()), &target, Load::paced(&target));
 }
 
 #[test]
-fn an_idle_connection_is_answered_once_more_by_the_old_process() {
+fn idle_connection_gets_one_more_response_from_the_old_process() {
     let address = free_address();
     let target = Target::Tcp(address);
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    let stderr = log.reopen().expect("a file").into();
+    let log = tempfile::NamedTempFile::new().expect("the file is created");
+    let stderr = log.reopen().expect("the file is created").into();
     let mut start_server = start(&format!("--port={address}"), &target, stderr);
     block_on(async {
-        let mut idle = Connection::open(&target).await.expect("a connection");
-        assert!(!idle.ask(&get("/")).await.expect("an answer").closes());
+        let mut idle = Connection::open(&target).await.expect("the connection is established");
+        assert!(!idle.ask(&get("/")).await.expect("the request is answered").closes());
         start_server.signal(Signal::HUP);
-        // The next one serves, and the old one was told to end.
-        wait_until("the end of the old process begins", || {
-            std::fs::read_to_string(log.path()).expect("text").contains("draining: ")
+        // From here on the next process serves, and the old one has received its signal.
+        wait_until("the old process drains", || {
+            std::fs::read_to_string(log.path()).expect("the file is readable").contains("draining: ")
         });
-        let answer = idle.ask(&get("/")).await.expect("an answer");
+        let answer = idle.ask(&get("/")).await.expect("the request is answered");
         assert!(answer.closes() && answer.text().contains("generation 1,"), "{}", answer.text());
     });
-    // With that it has nobody left to wait for.
-    wait_until("the end of the old process", || children(&start_server) == 1);
+    // The response closed the last connection, so nothing keeps the old process.
+    wait_until("the old process exits", || children(&start_server) == 1);
     start_server.signal(Signal::TERM);
-    assert!(start_server.wait().expect("an end").success());
+    assert!(start_server.wait().expect("the process ends").success());
 }

@@ -1,5 +1,5 @@
-//! HTTP/2 clients that fall silent before they have done what it takes to go on in another process: they are told by
-//! GOAWAY, and neither they nor anybody else waits for the drain limit.
+//! HTTP/2 clients that stop sending before their connection can be handed over. They receive GOAWAY, and the drain does
+//! not wait for them until its limit.
 
 use std::time::{Duration, Instant};
 
@@ -10,7 +10,7 @@ use testkit::{on_each_systemd, wait_until};
 
 use crate::{app_binary, app_package};
 
-/// A third of the drain limit of the unit; what takes longer has waited for a limit that is not its own.
+/// A third of the drain limit of the unit. A drain that takes longer has waited for the limit.
 const SOON: Duration = Duration::from_secs(10);
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
@@ -18,26 +18,26 @@ const DATA: u8 = 0;
 const HEADERS: u8 = 1;
 const SETTINGS: u8 = 4;
 const GOAWAY: u8 = 7;
-/// Of DATA and HEADERS; of SETTINGS it is ACK.
+/// A flag of DATA and HEADERS. The same bit of SETTINGS is ACK.
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
 on_each_systemd! {
-    a_restart_tells_silent_http2_clients_and_does_not_wait_for_them
-    a_reload_tells_silent_http2_clients_and_does_not_wait_for_them
+    restart_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them
+    reload_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them
 }
 
-/// What a client has done when it falls silent.
+/// How far a client has come when it stops sending.
 #[derive(Clone, Copy, Debug)]
 enum Silence {
-    /// It has connected, and over TLS it has agreed on HTTP/2.
+    /// It has connected, and over TLS completed the handshake with HTTP/2 as protocol.
     Connected,
     HalfPreface,
-    /// All of the preface, and no SETTINGS.
+    /// It has sent the preface, but no SETTINGS.
     Preface,
-    /// It has had an answer, and has not acknowledged the server's SETTINGS.
+    /// It has received a response, but has not acknowledged the SETTINGS of the server.
     Unacknowledged,
-    /// It has had an answer, and has begun a header block.
+    /// It has received a response, and has sent the first part of a header block.
     HalfHeaders,
 }
 
@@ -50,40 +50,40 @@ impl Silence {
         let get = frame(HEADERS, END_STREAM | END_HEADERS, 1, GET);
         match self {
             Self::Connected => {}
-            Self::HalfPreface => connection.send(&PREFACE[..10]).await.expect("sent"),
+            Self::HalfPreface => connection.send(&PREFACE[..10]).await.expect("the bytes are sent"),
             Self::Preface => {
-                connection.send(PREFACE).await.expect("sent");
-                until(connection, |frame| frame.kind == SETTINGS).await;
+                connection.send(PREFACE).await.expect("the bytes are sent");
+                read_until(connection, |frame| frame.kind == SETTINGS).await;
             }
             Self::Unacknowledged => {
-                connection.send(&[hello, get].concat()).await.expect("sent");
-                until(connection, Frame::ends_stream).await;
+                connection.send(&[hello, get].concat()).await.expect("the bytes are sent");
+                read_until(connection, Frame::ends_stream).await;
             }
             Self::HalfHeaders => {
-                connection.send(&hello).await.expect("sent");
-                until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
+                connection.send(&hello).await.expect("the bytes are sent");
+                read_until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
                 let acknowledged = frame(SETTINGS, END_STREAM, 0, b"");
                 let half = frame(HEADERS, END_STREAM, 3, GET);
-                // In one piece, so that a server that has answered the one has read the other.
-                connection.send(&[acknowledged, get, half].concat()).await.expect("sent");
-                until(connection, Frame::ends_stream).await;
+                // In one write, so that a server that has answered stream 1 has also read the half block.
+                connection.send(&[acknowledged, get, half].concat()).await.expect("the bytes are sent");
+                read_until(connection, Frame::ends_stream).await;
             }
         }
     }
 
-    /// Nothing was taken from a connection without TLS before the preface is whole: it moves.
-    fn moves(self, is_tls: bool) -> bool {
+    /// Whether the connection can be handed over: without TLS nothing is consumed before the preface is complete.
+    fn can_be_handed_over(self, is_tls: bool) -> bool {
         !is_tls && matches!(self, Self::Connected | Self::HalfPreface)
     }
 
-    /// The rest of a request on a connection that has moved.
-    fn rest(self) -> Vec<u8> {
+    /// The remaining bytes of a request on a connection that was handed over.
+    fn remaining_bytes(self) -> Vec<u8> {
         let sent = if matches!(self, Self::HalfPreface) { 10 } else { 0 };
         let settings = frame(SETTINGS, 0, 0, b"");
         [&PREFACE[sent..], &settings, &frame(HEADERS, END_STREAM | END_HEADERS, 1, GET)].concat()
     }
 
-    /// The last stream that the server has heard of.
+    /// The last stream of which the server has received a frame.
     fn last_stream(self) -> u32 {
         match self {
             Self::Connected | Self::HalfPreface | Self::Preface => 0,
@@ -93,7 +93,7 @@ impl Silence {
     }
 }
 
-/// A GET of / as an encoder without a table says it.
+/// The header block of a GET for /, with a dynamic table of size 0.
 const GET: &[u8] = b"\x20\x82\x86\x84\x41\x01x";
 
 struct Frame {
@@ -109,24 +109,26 @@ impl Frame {
 }
 
 fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("a short frame");
+    let length = u8::try_from(payload.len()).expect("the payload is short");
     [&[0, 0, length, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
-/// The next frame; none at the end of the stream.
+/// The next frame; `None` at the end of the stream.
 async fn next(connection: &mut Connection) -> Option<Frame> {
-    if connection.unread().is_empty() && connection.read_more().await.expect("an orderly end") == 0 {
+    if connection.unread().is_empty()
+        && connection.read_more().await.expect("the connection is not reset") == 0
+    {
         return None;
     }
-    let head = connection.take(9).await.expect("a frame");
+    let head = connection.take(9).await.expect("the message is a frame");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    let payload = connection.take(length).await.expect("its payload");
+    let payload = connection.take(length).await.expect("the payload follows");
     Some(Frame { kind: head[3], flags: head[4], payload })
 }
 
-async fn until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
+async fn read_until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
     loop {
-        let frame = next(connection).await.expect("more frames");
+        let frame = next(connection).await.expect("another frame follows");
         assert_ne!(frame.kind, GOAWAY);
         if wanted(&frame) {
             return;
@@ -134,12 +136,12 @@ async fn until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
     }
 }
 
-/// Reads to the end; gives the last stream that each GOAWAY named.
+/// Reads to the end of the stream; returns the last stream id of each GOAWAY.
 async fn goaways(connection: &mut Connection) -> Vec<u32> {
     let mut named = Vec::new();
     while let Some(frame) = next(connection).await {
         if frame.kind == GOAWAY {
-            let (stream, error) = frame.payload.split_first_chunk().expect("a stream");
+            let (stream, error) = frame.payload.split_first_chunk().expect("the payload has a stream id");
             assert_eq!(error, [0; 4], "NO_ERROR");
             named.push(u32::from_be_bytes(*stream));
         }
@@ -147,51 +149,55 @@ async fn goaways(connection: &mut Connection) -> Vec<u32> {
     named
 }
 
-/// Does `systemctl VERB` beside silent clients, until the old process has ended.
-fn tell_silent_clients(systemd: Systemd, verb: &str) {
-    let certificate = Certificate::new().expect("a certificate");
-    let container =
-        Container::boot(systemd, Package { binary: app_binary(), ..app_package() }).expect("a container");
-    container.speak_tls(&certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
-    let tls = Target::Tls(([127, 0, 0, 1], 8443).into(), certificate.client(&["h2"]).expect("a client"));
+/// Runs `systemctl VERB` beside silent clients, and waits until the old process has exited.
+fn check_silent_clients(systemd: Systemd, verb: &str) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
+        .expect("the container boots");
+    container.enable_tls(&certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
+    let tls = Target::Tls(
+        ([127, 0, 0, 1], 8443).into(),
+        certificate.client(&["h2"]).expect("the client configuration is valid"),
+    );
     container.inside(async || {
-        let mut polite = Http2::open(&tls).await.expect("a connection");
-        polite.get("/").await.expect("an answer").expect("no GOAWAY");
+        let mut polite = Http2::open(&tls).await.expect("the connection is established");
+        polite.get("/").await.expect("the request is answered").expect("the server sends no GOAWAY");
         let mut clients = Vec::new();
         for silence in Silence::ALL {
             for (is_tls, target) in [(false, &Container::target()), (true, &tls)] {
-                let mut connection = Connection::open(target).await.expect("a connection");
+                let mut connection = Connection::open(target).await.expect("the connection is established");
                 silence.begin(&mut connection).await;
                 clients.push((silence, is_tls, connection));
             }
         }
-        let old = container.show("MainPID").expect("a process");
+        let old = container.show("MainPID").expect("systemctl show succeeds");
         let old = container.path("proc").join(old);
         let begun = Instant::now();
-        container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
-        wait_until("the end of the old process", || !old.exists());
+        container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
+        wait_until("the old process exits", || !old.exists());
         let took = begun.elapsed();
         eprintln!("{verb}: the old process ended after {} ms", took.as_millis());
         assert!(took < SOON, "{took:?}");
         for (silence, is_tls, mut connection) in clients {
-            if silence.moves(is_tls) {
-                connection.send(&silence.rest()).await.expect("sent");
-                until(&mut connection, Frame::ends_stream).await;
+            if silence.can_be_handed_over(is_tls) {
+                connection.send(&silence.remaining_bytes()).await.expect("the bytes are sent");
+                read_until(&mut connection, Frame::ends_stream).await;
                 continue;
             }
             let named = goaways(&mut connection).await;
             assert_eq!(named.last(), Some(&silence.last_stream()), "{silence:?}, TLS: {is_tls}: {named:?}");
         }
-        let answer = polite.get("/").await.expect("an answer").expect("no GOAWAY");
+        let answer =
+            polite.get("/").await.expect("the request is answered").expect("the server sends no GOAWAY");
         assert_eq!(answer.0, 200);
     });
 }
 
-fn a_restart_tells_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
-    tell_silent_clients(systemd, "restart");
+fn restart_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
+    check_silent_clients(systemd, "restart");
 }
 
-fn a_reload_tells_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
-    tell_silent_clients(systemd, "reload");
+fn reload_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them(systemd: Systemd) {
+    check_silent_clients(systemd, "reload");
 }

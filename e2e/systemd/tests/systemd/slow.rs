@@ -1,4 +1,4 @@
-//! Restarts and reloads while slow requests overlap, so that at no moment none is in flight.
+//! Restarts and reloads while slow requests overlap, so that at any moment at least one is in flight.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ on_each_systemd! {
     reload_cuts_off_no_overlapping_slow_request
 }
 
-/// Requests take a third of it, so on a machine that is slow three times over they still take less.
+/// Three times as long as a request takes, so that a request on a slow machine still takes less.
 const DRAIN_TIMEOUT: &str = "[Service]\nEnvironment=APP_DRAIN_TIMEOUT=6s\n";
 
 /// Clients that each have a slow request in flight nearly all the time.
@@ -30,26 +30,26 @@ fn overlapping(connections: Connections) -> Load {
     }
 }
 
-fn none_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    container.add_to_unit("service", "drain", DRAIN_TIMEOUT).expect("a drop-in");
-    // A request for which the first process starts.
+fn assert_no_request_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.add_to_unit("service", "drain", DRAIN_TIMEOUT).expect("the drop-in is written");
+    // Starts the first process.
     container.ask("/");
     let loads: Vec<_> = (0..4)
         // Each load starts when the one before it has been answered once, so their requests overlap.
         .map(|_| overlapping(connections).start(container.enter()))
         .collect();
-    container.systemctl(verb).expect("the verb");
+    container.systemctl(verb).expect("systemctl succeeds");
     for load in loads {
         let report = load.stop();
         assert_eq!(report.lost(), 0, "{report}");
         if connections == Connections::Kept {
-            assert_eq!(report.connections, report.asked_for, "{report}");
+            assert_eq!(report.connections, report.clients, "{report}");
         }
     }
     let mut ends = Vec::new();
     wait_until("the old process logs how its drain ended", || {
-        let entries = container.journal(&["-u", &container.unit("service")]).expect("a journal");
+        let entries = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
         let messages = entries.iter().filter_map(|entry| entry["MESSAGE"].as_str());
         ends = messages.filter(|message| message.contains(" cut off, in ")).map(str::to_owned).collect();
         !ends.is_empty()
@@ -58,13 +58,13 @@ fn none_is_cut_off(systemd: Systemd, verb: &str, connections: Connections) {
 }
 
 fn restart_cuts_off_no_overlapping_slow_request_of_kept_connections(systemd: Systemd) {
-    none_is_cut_off(systemd, "restart", Connections::Kept);
+    assert_no_request_is_cut_off(systemd, "restart", Connections::Kept);
 }
 
 fn restart_cuts_off_no_overlapping_slow_request_of_single_use_connections(systemd: Systemd) {
-    none_is_cut_off(systemd, "restart", Connections::OneEach);
+    assert_no_request_is_cut_off(systemd, "restart", Connections::OneEach);
 }
 
 fn reload_cuts_off_no_overlapping_slow_request(systemd: Systemd) {
-    none_is_cut_off(systemd, "reload", Connections::Kept);
+    assert_no_request_is_cut_off(systemd, "reload", Connections::Kept);
 }

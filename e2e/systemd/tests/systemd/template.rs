@@ -1,4 +1,5 @@
-//! A copy of this repo under another name is a service of its own.
+//! Copies of the template under another name, made with `make new`; `make dev`, `make update` and `make uninstall`; and
+//! the consistency of the documents.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,43 +13,45 @@ use testkit::process::{Process, make, without_cargo};
 use crate::{FOLDER, NAME, app_binary};
 
 const NEW_NAME: &str = "shop-front";
-/// How long a test waits for cargo to compile one crate before it fails: the whole suite may compile beside it.
+/// How long a test waits for cargo to compile one crate. It is long because other tests may compile at the same time.
 const COMPILED: Duration = Duration::from_secs(900);
 
 fn run(command: &mut Command) -> String {
-    let output = command.output().expect("started");
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
-    assert!(output.status.success(), "{command:?}: {said}");
-    said
+    let output = command.output().expect("the command runs");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(output.status.success(), "{command:?}: {text}");
+    text
 }
 
 fn copy(to: &Path) {
     run(&mut make(FOLDER, &["new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]));
 }
 
-/// A copy to be compiled, always in the same place, so that of the library only what has changed since is compiled
-/// again. And one at a time: two would wait for each other's lock, and a test for nothing that it began.
+/// A copy that will be compiled. It is always in the same folder, so that cargo compiles only what has changed since
+/// the last run. The lock admits one test at a time, because two cargos would wait for each other's lock on the target
+/// folder while the time limits of the tests run.
 fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
     static COPY: Mutex<()> = Mutex::new(());
     let alone = COPY.lock().unwrap_or_else(PoisonError::into_inner);
     let copied = Path::new(env!("CARGO_TARGET_TMPDIR")).join("copy");
     let _ = std::fs::remove_dir_all(&copied);
     copy(&copied);
-    // Its own sources are as old as this repository's, and what was compiled of them may have been changed ones.
+    // The copied sources have the old times of this repository, but the last test that compiled them may have changed
+    // them. Without new times cargo would take its stale output for current.
     run(Command::new("sh").args(["-c", "touch src/*.rs tests/*.rs"]).current_dir(&copied));
     (copied, alone)
 }
 
 #[test]
-fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn copy_is_small_and_does_not_contain_the_old_name() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let copied = folder.path().join("copy");
     copy(&copied);
-    // `app.rs` and `app::` are the service's own file, not the package; the library has an example of that name.
+    // `app.rs` and `app::` are a file of the service, not the package.
     let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
     let mut grep = Command::new("grep");
     let found = grep.args(["-rnP", "--exclude-dir=outlive", &words, "."]).current_dir(&copied).output();
-    assert_eq!(String::from_utf8_lossy(&found.expect("grep").stdout), "");
+    assert_eq!(String::from_utf8_lossy(&found.expect("grep runs").stdout), "");
     for kind in ["service", "socket"] {
         assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
         assert!(!copied.join(format!("systemd/{NAME}.{kind}")).exists());
@@ -58,12 +61,12 @@ fn a_copy_is_small_and_has_nothing_of_the_old_name_left() {
         "-c",
         "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
     ]);
-    let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("a number");
+    let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("the value is a number");
     assert!(lines < 700, "{lines} lines");
 }
 
 #[test]
-fn code_in_the_documents_is_code_of_the_examples() {
+fn code_in_documents_is_taken_from_examples() {
     let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
     for (document, example) in [
         ("README.md", "outlive/examples/minimal.rs"),
@@ -72,19 +75,19 @@ fn code_in_the_documents_is_code_of_the_examples() {
         let text = read(document);
         let shown = text.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
         let shown = shown.unwrap_or_else(|| panic!("{document} has no block of Rust"));
-        // The document has the name of the package, as most services do.
+        // The document leaves out the name of the example, so that clap uses that of the package.
         let code = read(example).replace("name = \"minimal\", ", "");
         assert!(code.contains(shown), "not in {example}: {shown}");
     }
 }
 
 #[test]
-fn each_test_that_the_security_document_names_is_there() {
-    let read = |path: &Path| std::fs::read_to_string(path).expect("a file");
+fn each_test_named_in_security_md_exists() {
+    let read = |path: &Path| std::fs::read_to_string(path).expect("the file is readable");
     let folders = ["e2e/process/tests/process", "e2e/systemd/tests/systemd", "e2e/systemd/tests"];
     let sources: String = folders
         .iter()
-        .flat_map(|folder| std::fs::read_dir(Path::new(FOLDER).join(folder)).expect("the tests"))
+        .flat_map(|folder| std::fs::read_dir(Path::new(FOLDER).join(folder)).expect("the folder is readable"))
         .filter_map(|entry| entry.ok().map(|entry| entry.path()))
         .filter(|path| path.is_file())
         .map(|path| read(&path))
@@ -101,7 +104,7 @@ fn each_test_that_the_security_document_names_is_there() {
     }
 }
 
-/// A command in a copy, which may use what was compiled for this repository.
+/// A command in a copy that uses the target folder of this repository, so that compiled dependencies are reused.
 fn in_copy(copied: &Path, command: &[&str]) -> Command {
     let mut run = Command::new(command[0]);
     run.args(&command[1..]).current_dir(copied);
@@ -111,95 +114,101 @@ fn in_copy(copied: &Path, command: &[&str]) -> Command {
 }
 
 #[test]
-fn a_copy_passes_its_tests_and_checks_and_goes_on_doing_so_with_a_newer_library() {
+fn copy_passes_test_and_check_before_and_after_make_update() {
     let (copied, _alone) = copy_to_compile();
     let make = |goal: &[&str]| run(&mut in_copy(&copied, &[&["make", "--silent"], goal].concat()));
     let sh = |script: &str| run(&mut in_copy(&copied, &["sh", "-ec", script]));
     let tested = make(&["test"]);
     assert!(tested.contains("a_connection_outlives_a_reload ... ok"), "{tested}");
     make(&["check"]);
-    // A service of its own by now: another route, another line in a unit.
+    // The copy now differs from the template: another route, another line in a unit.
     sh("git init --quiet && git add . && git -c user.name=x -c user.email=x commit --quiet --message=x");
     sh(
         "sed -i 's:\\(.*\\)\\.route(\"/echo\", any(echo)):\\1.route(\"/mine\", any(echo)):; s:\"/echo\":\"/mine\":' src/app.rs",
     );
     sh(&format!("sed -i 's/^WatchdogSec=.*/WatchdogSec=20s/' systemd/{NEW_NAME}.service"));
     let mut dirty = in_copy(&copied, &["make", "--silent", "update", &format!("FROM={FOLDER}")]);
-    let refused = dirty.output().expect("make");
-    assert!(!refused.status.success(), "a tree with changes is left alone");
+    let refused = dirty.output().expect("make runs");
+    assert!(!refused.status.success(), "make update changed a tree with uncommitted changes");
     sh("git -c user.name=x -c user.email=x commit --quiet --all --message=mine");
-    // An older library, as this repository's had been.
+    // An older library that does not compile, so that the tests pass only with the updated one.
     sh("echo '# Changes' >outlive/CHANGELOG.md && echo 'compile_error!(\"old\");' >>outlive/src/lib.rs");
     sh("git -c user.name=x -c user.email=x commit --quiet --all --message=old");
-    let said = make(&["update", &format!("FROM={FOLDER}")]);
-    assert!(said.contains("## 0.2.0"), "what has changed: {said}");
-    assert!(said.contains("-WatchdogSec=20s") && said.contains("+WatchdogSec=10s"), "what differs: {said}");
-    assert!(said.contains("a_connection_outlives_a_reload ... ok"), "{said}");
+    let text = make(&["update", &format!("FROM={FOLDER}")]);
+    assert!(text.contains("## 0.2.0"), "the changes are not printed: {text}");
+    assert!(
+        text.contains("-WatchdogSec=20s") && text.contains("+WatchdogSec=10s"),
+        "the differences are not printed: {text}"
+    );
+    assert!(text.contains("a_connection_outlives_a_reload ... ok"), "{text}");
     let changed = sh("git status --porcelain | grep -v ' outlive/' || :");
-    assert_eq!(changed, "", "only the library is another");
+    assert_eq!(changed, "", "make update changed files outside outlive/");
 }
 
 #[test]
 fn make_dev_reloads_after_a_change_and_keeps_connections() {
     let (copied, _alone) = copy_to_compile();
     let address = testkit::free_address();
-    // The first build may take long, and no limit of this test is meant for it.
+    // Before any time limit of this test, because the first build may take long.
     run(&mut in_copy(&copied, &["cargo", "build"]));
     let mut make = make(&copied, &["dev", &format!("DEV={address}")]);
     make.env("CARGO_TARGET_DIR", Path::new(FOLDER).join("target"));
-    let log = tempfile::NamedTempFile::new().expect("a file");
-    make.stderr(log.reopen().expect("a file"));
-    let mut make = Process::spawn(&mut make).expect("make dev");
-    let log = || std::fs::read_to_string(log.path()).expect("text");
+    let log = tempfile::NamedTempFile::new().expect("the file is created");
+    make.stderr(log.reopen().expect("the file is created"));
+    let mut make = Process::spawn(&mut make).expect("make dev starts");
+    let log = || std::fs::read_to_string(log.path()).expect("the file is readable");
     let target = Target::Tcp(address);
     let mut kept = None;
-    testkit::wait_until_within(COMPILED, "the first start", || {
+    testkit::wait_until_within(COMPILED, "the service starts", || {
         kept = testkit::block_on(Connection::open(&target)).ok();
         kept.is_some()
     });
     drop(kept);
-    // The connection belongs to this runtime, so all requests are sent on it.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let mut kept = runtime.block_on(Connection::open(&target)).expect("it listens");
+    // The connection belongs to this runtime, so all requests have to be sent on it.
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().expect("the runtime is built");
+    let mut kept = runtime.block_on(Connection::open(&target)).expect("the service listens");
     let mut answer = || {
         let answer = runtime.block_on(kept.ask(&get("/"))).expect("the connection is still open");
-        assert!(!answer.closes(), "the connection may be used again");
+        assert!(!answer.closes(), "the server closes the connection");
         answer.text()
     };
     assert!(answer().starts_with("pid "));
     let routes = copied.join("src/app.rs");
-    let source = std::fs::read_to_string(&routes).expect("the routes");
+    let source = std::fs::read_to_string(&routes).expect("the file is readable");
     let write = |to: &str| {
         testkit::wait_until("the sources are watched", || is_watched(&make));
-        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("written");
+        std::fs::write(&routes, source.replace("pid {pid}", to)).expect("the file is written");
     };
-    // A build that fails leaves the old process.
+    // After a build that fails, the old process keeps serving.
     write("PID {pid");
     testkit::wait_until_within(COMPILED, "the compiler refuses the change", || {
         assert!(answer().starts_with("pid "));
         log().contains("error: could not compile")
     });
     assert!(answer().starts_with("pid "));
-    // A build that succeeds takes over, with the connection.
+    // After a build that succeeds, the new process takes over with the connection.
     write("PID {pid}");
     let mut changed = String::new();
-    testkit::wait_until_within(COMPILED, "the change", || {
+    testkit::wait_until_within(COMPILED, "the change is served", || {
         changed = answer();
         changed.starts_with("PID ")
     });
-    assert!(changed.contains("generation 2,"), "a reload, and no restart: {changed}");
-    // The end of `make dev` ends the service too.
+    assert!(changed.contains("generation 2,"), "the process was not replaced by one reload: {changed}");
+    // SIGTERM to `make dev` ends the service too.
     make.signal(Signal::TERM);
-    assert!(!make.wait().expect("it ends").success());
+    assert!(!make.wait().expect("the process ends").success());
     testkit::wait_until("the port is closed", || std::net::TcpStream::connect(address).is_err());
 }
 
-/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml: it misses what was changed before.
+/// Whether an `inotifywait` below `make dev` watches both the sources and Cargo.toml. A change before that would be
+/// missed.
 fn is_watched(make: &Process) -> bool {
     let group = make.pid().as_raw_nonzero().to_string();
-    let processes = std::fs::read_dir("/proc").expect("processes").flatten().map(|entry| entry.path());
+    let processes =
+        std::fs::read_dir("/proc").expect("the folder is readable").flatten().map(|entry| entry.path());
     processes.into_iter().any(|process| {
-        // A process may end while it is looked at.
+        // A process may exit while its files are read.
         let stat = std::fs::read_to_string(process.join("stat")).unwrap_or_default();
         let of_group =
             stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(2)) == Some(&*group);
@@ -214,12 +223,12 @@ fn is_watched(make: &Process) -> bool {
 }
 
 #[test]
-fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
+fn invalid_name_or_folder_is_refused_by_make_new() {
     for (name, folder) in
         [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
     {
         let mut make = make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]);
-        let refused = make.output().expect("make");
+        let refused = make.output().expect("make runs");
         assert!(!refused.status.success(), "NAME={name} DIR={folder}");
     }
 }
@@ -227,7 +236,7 @@ fn a_name_that_cargo_or_systemd_would_not_take_is_refused() {
 #[test]
 fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
     for (binary, owns_name) in [(app_binary(), true), ("/bin/true", false)] {
-        let folder = tempfile::tempdir().expect("a folder");
+        let folder = tempfile::tempdir().expect("the folder is created");
         let mut make = make(FOLDER, &["install", &format!("BINARY={binary}"), "SYSTEMD=257"]);
         run(make.arg(format!("DESTDIR={}", folder.path().display())));
         let drop_ins = run(Command::new("find").args([".", "-path", "*.d/*"]).current_dir(&folder));
@@ -237,8 +246,8 @@ fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
 }
 
 #[test]
-fn uninstall_removes_all_that_install_brought() {
-    let folder = tempfile::tempdir().expect("a folder");
+fn uninstall_removes_each_installed_file() {
+    let folder = tempfile::tempdir().expect("the folder is created");
     let make = |goal: &str| {
         let mut make = make(FOLDER, &[goal, "PREFIX=/usr"]);
         make.arg(format!("DESTDIR={}", folder.path().display()));

@@ -1,5 +1,5 @@
-//! Clients that nobody here wrote, each as its users run it, over restarts and reloads on real systemds: none loses
-//! a request, and what they connected at first they keep.
+//! Clients from other projects, each with its usual settings, over restarts and reloads on real systemds. They lose no
+//! request and keep their first connections.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -20,39 +20,39 @@ const PLAIN: &str = "http://127.0.0.1:8080";
 const TLS: &str = "https://127.0.0.1:8443";
 const PLAIN_PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
-/// How often the service is reloaded and restarted while clients ask.
+/// How often the service is reloaded and restarted while clients send requests.
 const ROUNDS: usize = 5;
-/// Seconds after which a client that asks until it is told to end takes itself for forgotten.
+/// Seconds after which a client exits by itself, so that a test that hangs does not leave it behind.
 const LIMIT: &str = "300";
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections
-    nghttp_gets_all_that_it_asked_for
+    nghttp_receives_all_responses
     go_keeps_its_connections
     httpx_keeps_its_connection
     grpcio_keeps_its_channel
 }
 
 fn boot(systemd: Systemd, binary: &str) -> Container {
-    Container::boot(systemd, Package { binary, ..app_package() }).expect("a container")
+    Container::boot(systemd, Package { binary, ..app_package() }).expect("the container boots")
 }
 
 fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = boot(systemd, app_binary());
-    container.speak_tls(certificate).expect("a certificate");
-    container.systemctl("start").expect("a start");
+    container.enable_tls(certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
     container
 }
 
-/// A client that runs.
+/// A running client.
 struct Client {
     name: String,
     process: Process,
-    /// Its end tells the client to end.
+    /// The client exits when this is closed.
     stdin: Option<ChildStdin>,
     lines: Receiver<String>,
-    heard: Vec<String>,
-    complaints: JoinHandle<String>,
+    printed: Vec<String>,
+    errors: JoinHandle<String>,
 }
 
 impl Client {
@@ -60,84 +60,90 @@ impl Client {
         let name = command.join(" ");
         let mut command = container.outside(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut process = Process::spawn(&mut command).expect("a client");
+        let mut process = Process::spawn(&mut command).expect("the client starts");
         let child = process.child();
         let stdin = child.stdin.take();
-        let stdout = BufReader::new(child.stdout.take().expect("piped"));
-        let mut stderr = child.stderr.take().expect("piped");
-        let (tell, lines) = channel();
+        let stdout = BufReader::new(child.stdout.take().expect("the stream is piped"));
+        let mut stderr = child.stderr.take().expect("the stream is piped");
+        let (sender, lines) = channel();
         std::thread::spawn(move || {
             for line in stdout.lines() {
-                // Nobody listens any more after a test has failed.
-                let _ = tell.send(line.expect("text"));
+                // The receiver is gone if the test has failed.
+                let _ = sender.send(line.expect("the text is UTF-8"));
             }
         });
-        let complaints = std::thread::spawn(move || {
+        let errors = std::thread::spawn(move || {
             let mut text = Vec::new();
-            stderr.read_to_end(&mut text).expect("read");
+            stderr.read_to_end(&mut text).expect("the output is readable");
             String::from_utf8_lossy(&text).into_owned()
         });
-        Self { name, process, stdin, lines, heard: Vec::new(), complaints }
+        Self { name, process, stdin, lines, printed: Vec::new(), errors }
     }
 
     fn runs(&mut self) -> bool {
-        !self.process.ends_within(Duration::ZERO).expect("a look")
+        !self.process.ends_within(Duration::ZERO).expect("the process can be polled")
     }
 
-    /// Waits until it has written so many lines that are `wanted`.
+    /// Waits until the client has printed the line `wanted` `count` times.
     fn wait_for(&mut self, wanted: &str, count: usize) {
-        while self.heard.iter().filter(|line| *line == wanted).count() < count {
+        while self.printed.iter().filter(|line| *line == wanted).count() < count {
             let line = self.lines.recv_timeout(TEST_TIMEOUT);
             let line = line.unwrap_or_else(|_| panic!("{}: {count} times {wanted:?}", self.name));
-            self.heard.push(line);
+            self.printed.push(line);
         }
     }
 
-    /// Waits until a request that begins now is answered; of a client that takes such a question.
+    /// Waits until a request that begins after this call is answered. The client has to print "answered" for each line
+    /// of standard input.
     fn is_answered(&mut self) {
-        let before = self.heard.iter().filter(|line| *line == "answered").count();
-        self.stdin.as_mut().expect("open").write_all(b"\n").expect("it listens");
+        let before = self.printed.iter().filter(|line| *line == "answered").count();
+        self.stdin.as_mut().expect("the socket is active").write_all(b"\n").expect("the service listens");
         self.wait_for("answered", before + 1);
     }
 
-    /// Waits for its end; what it wrote.
-    fn said(mut self) -> String {
+    /// Closes standard input and waits until the client exits; returns its standard output.
+    fn output(mut self) -> String {
         drop(self.stdin.take());
         let status = self.process.wait().unwrap_or_else(|error| panic!("{}: {error:#}", self.name));
-        self.heard.extend(self.lines.iter());
-        let (said, complaints) = (self.heard.join("\n"), self.complaints.join().expect("text"));
-        assert!(complaints.is_empty() && !said.is_empty(), "{}: {status}: {said}{complaints}", self.name);
-        said
+        self.printed.extend(self.lines.iter());
+        let (output, errors) =
+            (self.printed.join("\n"), self.errors.join().expect("the thread does not panic"));
+        assert!(errors.is_empty() && !output.is_empty(), "{}: {status}: {output}{errors}", self.name);
+        output
     }
 
-    /// The numbers of its last line.
-    fn counted(self) -> Vec<u64> {
+    /// As `output`; returns the numbers of its last line.
+    fn last_numbers(self) -> Vec<u64> {
         let name = self.name.clone();
-        let said = self.said();
-        let last = said.lines().next_back().expect("a line");
+        let output = self.output();
+        let last = output.lines().next_back().expect("a line is printed");
         eprintln!("{name}: {last}");
-        last.split_whitespace().map(|number| number.parse().expect("a number")).collect()
+        last.split_whitespace().map(|number| number.parse().expect("the value is a number")).collect()
     }
 }
 
-/// Reloads and restarts while all of these clients ask, and `look`s after each round.
-fn under(container: &Container, clients: &mut [Client], mut look: impl FnMut(&mut [Client], usize)) {
+/// Reloads and restarts the service while all of these clients send requests, and calls `check` after each round.
+fn reload_and_restart(
+    container: &Container,
+    clients: &mut [Client],
+    mut check: impl FnMut(&mut [Client], usize),
+) {
     clients.iter_mut().for_each(Client::is_answered);
     for round in 1..=ROUNDS {
-        // One after the other: what the restart ends has not had the time for all that it took over.
+        // In a row, so that the restart ends a process that is still adopting connections of the reload.
         for verb in ["reload", "restart"] {
-            container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         }
-        // With nothing under way.
+        // And a request while no process is being replaced.
         clients.iter_mut().for_each(Client::is_answered);
-        look(clients, round);
+        check(clients, round);
     }
 }
 
-/// As `under`, of clients that cannot be told to end: `start` starts them for about so many seconds. They run again, and
-/// for longer, until `wanted` reloads and restarts have begun while all of them were at work, and each run ends well.
-/// They are at work when there are so many connections to both ports.
-fn over_runs(
+/// As `reload_and_restart`, for clients that run for a fixed time: `start` starts them for about the given number of
+/// seconds. They are started again, each time for longer, until `wanted` reloads and restarts have begun while all of
+/// them were running, which they are when there are `connected` connections to both ports. `check` checks each run.
+fn reload_and_restart_during_runs(
     container: &Container,
     wanted: usize,
     connected: usize,
@@ -152,10 +158,10 @@ fn over_runs(
             both.iter().sum::<usize>() >= connected || !clients.iter_mut().all(Client::runs)
         });
         while clients.iter_mut().any(Client::runs) {
-            // As in `under`.
+            // In a row, as in `reload_and_restart`.
             for verb in ["reload", "restart"] {
                 begun += usize::from(clients.iter_mut().all(Client::runs));
-                container.systemctl(verb).unwrap_or_else(|error| panic!("a {verb}: {error:#}"));
+                container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             }
         }
         check(seconds, clients);
@@ -163,16 +169,16 @@ fn over_runs(
             return;
         }
     }
-    panic!("only {begun} reloads and restarts began while the clients were at work");
+    panic!("only {begun} reloads and restarts began while all clients were running");
 }
 
-/// They never connect again: with a connection that ended all its requests would fail. Many streams on each, with
-/// windows of 64 KiB and of 16 MiB; answers, and bodies that are sent back; in the clear and over TLS.
+/// h2load never connects again, so if a connection were closed, its remaining requests would fail. The runs have one
+/// and many streams, windows of 64 KiB and of 16 MiB, GET and POST, with and without TLS.
 fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let body = container.path("run/body");
-    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("written");
+    std::fs::write(&body, vec![b'x'; 1 << 20]).expect("the file is written");
     let data = format!("--data={}", body.display());
     let (echo, tls_echo) = (format!("{PLAIN}/echo"), format!("{TLS}/echo"));
     let loads: [&[&str]; 6] = [
@@ -184,31 +190,36 @@ fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
         &["--clients=2", "--max-concurrent-streams=1", &data, &tls_echo],
     ];
     let chain = certificate.chain();
-    // TLS 1.2 cannot move: it is told to close.
+    // TLS 1.2 connections cannot be handed over, so they are closed after a response.
     let versions: [&[&str]; 3] = [&["--http1.1"], &["--http2"], &["--http1.1", "--tls-max", "1.2"]];
     let requests = |seconds: u64| seconds * 60;
     let start = |seconds: u64| {
         let duration = format!("--duration={seconds}");
         let many = format!("{TLS}/sleep?duration=5ms&n=[1-{}]", requests(seconds));
         let curl = ["curl", "--silent", "--max-time", "120", "--output", "/dev/null", "--write-out"];
-        let what = ["%{response_code} %{num_connects}\n", &many, "--cacert", chain.to_str().expect("a path")];
+        let what = [
+            "%{response_code} %{num_connects}\n",
+            &many,
+            "--cacert",
+            chain.to_str().expect("the path is UTF-8"),
+        ];
         let loads = loads.map(|load| [&["h2load", &duration], load].concat());
         let curls = versions.map(|version| [&curl, &what[..], version].concat());
         loads.iter().chain(&curls).map(|command| Client::start(&container, command)).collect()
     };
-    // More connections than the runs of one that is never told to close.
+    // Connections that a curl with TLS 1.2 opened besides its first one.
     let mut connected_again = 0;
-    over_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
+    reload_and_restart_during_runs(&container, 2 * ROUNDS, 21, start, |seconds, mut clients| {
         let curls = clients.split_off(loads.len());
         for load in clients {
-            let said = load.said();
-            let line = said.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&said);
+            let output = load.output();
+            let line = output.lines().find(|line| line.starts_with("requests: ")).unwrap_or(&output);
             eprintln!("{line}");
-            assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{said}");
-            assert!(!line.contains(" 0 succeeded"), "{said}");
+            assert!(line.contains(" 0 failed, 0 errored, 0 timeout"), "{output}");
+            assert!(!line.contains(" 0 succeeded"), "{output}");
         }
         for (curl, version) in curls.into_iter().zip(versions) {
-            let answers = curl.said();
+            let answers = curl.output();
             let count = |is_it: fn(&&str) -> bool| answers.lines().filter(is_it).count();
             assert_eq!(count(|line| line.starts_with("200 ")) as u64, requests(seconds), "{version:?}");
             let connections = count(|line| line.ends_with(" 1"));
@@ -219,12 +230,12 @@ fn h2load_and_curl_keep_their_connections(systemd: Systemd) {
             }
         }
     });
-    assert!(connected_again > 0, "TLS 1.2 was not told to close");
+    assert!(connected_again > 0, "no TLS 1.2 connection was closed");
 }
 
-/// A hundred streams at once on each connection: they are in flight when the reload begins and when the restart does.
-fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+/// A hundred streams at once on each connection, so that some are in flight when the reload and the restart begin.
+fn nghttp_receives_all_responses(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let start = |seconds: u64| {
         let client = |origin: &str| {
@@ -236,29 +247,33 @@ fn nghttp_gets_all_that_it_asked_for(systemd: Systemd) {
         };
         [PLAIN, TLS].map(client).into()
     };
-    over_runs(&container, 2, 2, start, |_, clients| {
+    reload_and_restart_during_runs(&container, 2, 2, start, |_, clients| {
         for client in clients {
-            let said = client.said();
+            let output = client.output();
             let is_answer = |line: &&str| line.contains(" 200 ") && line.contains("/sleep?");
-            assert_eq!(said.lines().filter(is_answer).count(), 100, "{said}");
+            assert_eq!(output.lines().filter(is_answer).count(), 100, "{output}");
         }
     });
 }
 
-/// net/http, of a Go that keeps to what it has acknowledged (RFC 7541 section 4.2, 1.20 on); over TLS.
+/// net/http over TLS, from Go 1.20 on. Older versions ignore the header table size of 0 that they have acknowledged
+/// (RFC 7541 section 4.2), so their connections receive GOAWAY.
 fn go_keeps_its_connections(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let (client, chain) = (Path::new(FOLDER).join("target/tools/bin/go-client"), certificate.chain());
     assert!(client.is_file(), "{}: make target/tools/bin/go-client", client.display());
-    let (client, chain) = (client.to_str().expect("a path"), chain.to_str().expect("a path"));
+    let (client, chain) =
+        (client.to_str().expect("the path is UTF-8"), chain.to_str().expect("the path is UTF-8"));
     let url = format!("{TLS}/echo");
     let mut clients = ["HTTP/1.1", "HTTP/2.0"]
         .map(|protocol| Client::start(&container, &[client, &url, LIMIT, protocol, chain]));
-    under(&container, &mut clients, |_, _| {});
+    reload_and_restart(&container, &mut clients, |_, _| {});
     for (client, connections) in clients.into_iter().zip([10, 1]) {
-        let [answered, lost, made, closed] = client.counted()[..] else { panic!("four numbers") };
-        // Each goroutine was answered in each round.
+        let [answered, lost, made, closed] = client.last_numbers()[..] else {
+            panic!("the last line has four numbers")
+        };
+        // Ten goroutines, each answered in each of five rounds.
         assert!(
             answered > 50 && (lost, made) == (0, connections + closed),
             "{answered} {lost} {made} {closed}"
@@ -267,28 +282,30 @@ fn go_keeps_its_connections(systemd: Systemd) {
 }
 
 fn httpx_keeps_its_connection(systemd: Systemd) {
-    let certificate = Certificate::new().expect("a certificate");
+    let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
     let (script, chain) = (format!("{FOLDER}/e2e/systemd/clients/httpx-client.py"), certificate.chain());
-    let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("a path"));
+    let (url, chain) = (format!("{TLS}/echo"), chain.to_str().expect("the path is UTF-8"));
     let mut clients = ["HTTP/1.1", "HTTP/2"].map(|protocol| {
         Client::start(&container, &["/usr/bin/python3", &script, &url, LIMIT, protocol, chain])
     });
-    under(&container, &mut clients, |_, _| {});
+    reload_and_restart(&container, &mut clients, |_, _| {});
     for client in clients {
-        let [answered, lost, made] = client.counted()[..] else { panic!("three numbers") };
-        // Once before the first round and once in each.
+        let [answered, lost, made] = client.last_numbers()[..] else {
+            panic!("the last line has three numbers")
+        };
+        // At least one request before the first round and one in each.
         assert!(answered > ROUNDS as u64 && (lost, made) == (0, 1), "{answered} {lost} {made}");
     }
 }
 
-/// The example of gRPC, as the service of the same units.
+/// With the gRPC example as the service of the same units.
 fn grpcio_keeps_its_channel(systemd: Systemd) {
     // A test is built too, because cargo then chooses the same features as for this one.
     let arguments = ["--workspace", "--bin", "grpc", "--test", "grpc"];
     let grpc = testkit::binaries::build(&Path::new(FOLDER).join("e2e"), &arguments, "grpc");
     let container = boot(systemd, &grpc);
-    let Target::Tcp(address) = Container::target() else { panic!("TCP") };
+    let Target::Tcp(address) = Container::target() else { panic!("the target is a TCP port") };
     let script = format!("{FOLDER}/e2e/systemd/clients/grpcio-client.py");
     let mut clients =
         [Client::start(&container, &["/usr/bin/python3", &script, &address.to_string(), LIMIT])];
@@ -296,13 +313,15 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     client.wait_for("watching", 1);
     let first = connections(&container, address.port());
     assert_eq!(first.len(), 1, "{first:?}");
-    under(&container, &mut clients, |clients, round| {
+    reload_and_restart(&container, &mut clients, |clients, round| {
         assert_eq!(connections(&container, address.port()), first, "round {round}");
-        // The stream of the process before has ended, and the next one has begun.
+        // The streams of the former processes have ended, and the client has begun another one.
         clients[0].wait_for("watching", 1 + round);
     });
     let [client] = clients;
-    let [answered, lost, ended, broken] = client.counted()[..] else { panic!("four numbers") };
+    let [answered, lost, ended, broken] = client.last_numbers()[..] else {
+        panic!("the last line has four numbers")
+    };
     let rounds = ROUNDS as u64;
     assert!(
         answered > rounds && ended >= rounds && (lost, broken) == (0, 0),
@@ -310,10 +329,10 @@ fn grpcio_keeps_its_channel(systemd: Systemd) {
     );
 }
 
-/// The clients' ends of the established connections to a port (proc(5)).
+/// The addresses of the clients' ends of the established connections to a port (proc(5)).
 pub fn connections(container: &Container, port: u16) -> Vec<String> {
     const ESTABLISHED: &str = "01";
-    let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the kernel's tables");
+    let tables = container.run(&["cat", "/proc/net/tcp", "/proc/net/tcp6"]).expect("the tables are readable");
     let rows = tables.lines().map(|row| row.split_whitespace().collect::<Vec<_>>());
     let port = format!(":{port:04X}");
     rows.filter(|row| row[2].ends_with(&port) && row[3] == ESTABLISHED).map(|row| row[1].to_owned()).collect()

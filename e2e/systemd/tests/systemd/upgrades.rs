@@ -1,5 +1,5 @@
-//! Requests that offer an upgrade which the route does not grant (RFC 9110 section 7.8), on real systemds: the connection
-//! is kept like any other.
+//! Requests that offer an upgrade which the route does not grant (RFC 9110 section 7.8), on real systemds. Their
+//! connections are parked and handed over like any other.
 
 use std::process::Stdio;
 
@@ -11,15 +11,15 @@ use crate::{NAME, app_package};
 
 on_each_systemd! {
     declined_upgrades_keep_their_connections_over_parking_restart_and_reload
-    an_upgrade_that_a_slow_route_declines_after_the_drain_began_keeps_its_connection
-    curl_that_offers_http_2_with_each_request_keeps_its_connection_over_a_restart
+    upgrade_declined_by_a_slow_route_during_a_drain_keeps_its_connection
+    curl_offering_h2c_keeps_its_connection_over_restart_and_reload
 }
 
 fn with_upgrade(line: &str, headers: &str) -> Vec<u8> {
     format!("{line} HTTP/1.1\r\nhost: test\r\n{headers}\r\n").into_bytes()
 }
 
-/// Requests of which none is granted its upgrade, each on a connection of its own.
+/// The requests; the service grants none of these upgrades. Each is sent on a connection of its own.
 fn declined() -> Vec<Vec<u8>> {
     let websocket =
         "connection: upgrade\r\nupgrade: websocket\r\nsec-websocket-key: AAAAAAAAAAAAAAAAAAAAAA==\r\n";
@@ -34,21 +34,21 @@ fn declined() -> Vec<Vec<u8>> {
         with_upgrade("GET /", &long),
         with_upgrade("GET /", "upgrade: h2c\r\n"),
         b"CONNECT test:80 HTTP/1.1\r\nhost: test:80\r\n\r\n".to_vec(),
-        // Two at once.
+        // Two pipelined requests.
         [with_upgrade("GET /", h2c), with_upgrade("GET /", h2c)].concat(),
     ]
 }
 
 fn declined_upgrades_keep_their_connections_over_parking_restart_and_reload(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
-    container.start_socket("admin").expect("a socket");
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.start_socket("admin").expect("the socket unit starts");
     container.inside(|| async {
         let mut connections = Vec::new();
         for request in declined() {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
-            connection.send(&request).await.expect("sent");
+            connection.send(&request).await.expect("the bytes are sent");
             for _ in 0..request.windows(4).filter(|four| four == b"\r\n\r\n").count() {
-                let answer = connection.answer().await.expect("an answer");
+                let answer = connection.answer().await.expect("the request is answered");
                 assert!(answer.status != 101 && !answer.closes(), "{}", answer.status);
             }
             connections.push((request, connection));
@@ -56,7 +56,7 @@ fn declined_upgrades_keep_their_connections_over_parking_restart_and_reload(syst
         let count = connections.len();
         for verb in ["restart", "reload", "reload", "restart"] {
             wait_until_parked(&container, count);
-            container.systemctl(verb).expect("the verb");
+            container.systemctl(verb).expect("systemctl succeeds");
             for (request, connection) in &mut connections {
                 let what = String::from_utf8_lossy(request).into_owned();
                 let answer =
@@ -71,41 +71,44 @@ fn wait_until_parked(container: &Container, count: usize) {
     let socket = container.path(&format!("run/{NAME}-admin.sock"));
     wait_until("the connections are parked", || {
         let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
-        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl").stdout;
+        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl runs").stdout;
         String::from_utf8_lossy(&metrics)
             .contains(&format!("\noutlive_connections{{stage=\"parked\"}} {count}\n"))
     });
 }
 
-fn an_upgrade_that_a_slow_route_declines_after_the_drain_began_keeps_its_connection(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
+fn upgrade_declined_by_a_slow_route_during_a_drain_keeps_its_connection(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.ask("/");
     for verb in ["restart", "reload"] {
         container.inside(|| async {
             let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
             let headers = "connection: upgrade\r\nupgrade: websocket\r\n";
-            connection.send(&with_upgrade("GET /sleep?duration=1s", headers)).await.expect("sent");
-            container.systemctl(verb).expect("the verb");
-            let answer = connection.answer().await.expect("an answer");
+            connection
+                .send(&with_upgrade("GET /sleep?duration=1s", headers))
+                .await
+                .expect("the bytes are sent");
+            container.systemctl(verb).expect("systemctl succeeds");
+            let answer = connection.answer().await.expect("the request is answered");
             assert!(answer.status == 200 && !answer.closes(), "{}", answer.status);
-            let answer = connection.ask(&get("/")).await.expect("an answer of the next process");
+            let answer = connection.ask(&get("/")).await.expect("the next process answers");
             assert!(answer.status == 200 && !answer.closes(), "{}", answer.status);
         });
     }
 }
 
-fn curl_that_offers_http_2_with_each_request_keeps_its_connection_over_a_restart(systemd: Systemd) {
-    let container = Container::boot(systemd, app_package()).expect("a container");
+fn curl_offering_h2c_keeps_its_connection_over_restart_and_reload(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.ask("/");
     let sleep = "http://127.0.0.1:8080/sleep?duration=1s";
     let mut curl =
         container.outside(&["curl", "--http2", "--silent", "--show-error", "--fail", "--max-time", "120"]);
     let curl = curl.args(["--write-out", "\nconnects %{num_connects}\n", sleep, sleep, sleep]);
-    let curl = curl.stdout(Stdio::piped()).spawn().expect("curl");
+    let curl = curl.stdout(Stdio::piped()).spawn().expect("curl runs");
     for verb in ["restart", "reload"] {
-        container.systemctl(verb).expect("the verb");
+        container.systemctl(verb).expect("systemctl succeeds");
     }
-    let output = curl.wait_with_output().expect("curl's end");
+    let output = curl.wait_with_output().expect("curl ends");
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{text}");
     let connects: Vec<_> = text.lines().filter_map(|line| line.strip_prefix("connects ")).collect();
