@@ -210,8 +210,7 @@ fn connections_without_keep_alive_are_not_handed_over() {
     });
 }
 
-/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section
-/// 9.6).
+/// Closing a socket with unread bytes sends a reset, so the client could lose the response (RFC 9112 section 9.6).
 #[test]
 fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
