@@ -1,4 +1,4 @@
-# What only the repository of the library has, and not a copy of the template.
+# Commands that only the repository of the library has. `make new` does not copy this file.
 #
 ## make e2e             as root: all tests on real systemds and with other programs; PART=NAME runs one part
 ## make e2e-deps        as root: install and fetch what make e2e, soak and bench need
@@ -11,14 +11,14 @@
 
 # ---- make test, make check ----
 
-# After the tests of the workspace, because those fail sooner.
+# Runs after the tests of the workspace, because those are faster and so report an error sooner.
 .PHONY: test-process
 test: test-process
 # Most of these tests wait for something, so many of them run at the same time.
 test-process: test-workspace
 	cd e2e && cargo test --package e2e-process -- --test-threads 8
 
-# The library also with none of its features, and with the fuzz targets.
+# Checks the library also without its features, and with the fuzz targets.
 .PHONY: check-e2e check-e2e-dependencies
 check: check-e2e check-e2e-dependencies
 check-e2e:
@@ -45,10 +45,10 @@ e2e: root e2e-tools
 root:
 	@[ "$$(id -u)" = 0 ] || { echo 'It boots real systemds, as root: sudo -E env "PATH=$$PATH" make $(MAKECMDGOALS)'; exit 1; }
 
-# The systemds that are tested besides this machine's: those of both stable Debians, on which packages are installed too,
-# and the newest, of Debian unstable.
+# The systemds that are tested besides this machine's: those of both stable Debians, on which packages are installed
+# too, and the newest, of Debian unstable.
 ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
-# Programs, and the Debian packages that they are in.
+# Programs that the tests run, and the Debian packages that contain them.
 TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit script start_server systemctl systemd-nspawn \
 	systemd-socket-activate /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
 	/usr/lib/*/faketime/libfaketimeMT.so.1 $(addprefix /usr/lib/python3/dist-packages/,grpc h2 httpx)
@@ -88,7 +88,7 @@ cargo-deny:
 # A root is made again when its contents are changed here; that of unstable, which moves every day, also after
 # `rm -r target/systemd-unstable`.
 SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
-# Programs that talk to the service, as Debian packages them: e2e/systemd/tests/systemd/peers.rs.
+# Debian's clients and proxies, with which e2e/systemd/tests/systemd/peers.rs tests the service.
 PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,nodejs,varnish
 target/systemd-257: RELEASE := trixie
 target/systemd-257: INCLUDED := $(SYSTEM),postgresql,$(PEERS)
@@ -96,7 +96,7 @@ target/systemd-252: RELEASE := bookworm
 target/systemd-252: INCLUDED := $(SYSTEM),rpm
 target/systemd-unstable: RELEASE := sid
 target/systemd-unstable: INCLUDED := $(SYSTEM)
-# By default apt refuses a list of unstable's packages that is a few days old, as on a mirror that is behind.
+# By default apt refuses a package list of unstable that is a few days old, which a mirror that lags behind has.
 target/systemd-unstable: APT := --aptopt='Acquire::Check-Valid-Until "false"'
 $(ROOTS): %: %.list
 	rm -rf $@.part
@@ -104,7 +104,7 @@ $(ROOTS): %: %.list
 	rm -rf $@
 	mv $@.part $@
 	touch $@
-# What a root consists of, written only when it has changed.
+# The contents of a root. The file is written only when they have changed, so that make builds the root again only then.
 $(ROOTS:=.list): unconditionally
 	@mkdir -p target
 	@echo '$(RELEASE) $(INCLUDED)' | cmp --silent - $@ || echo '$(RELEASE) $(INCLUDED)' >$@
@@ -118,9 +118,9 @@ $(GO_CLIENT): e2e/systemd/clients/main.go
 
 # ---- fuzzing ----
 
-# `make e2e PART=fuzz` runs each target on its corpus (e2e/fuzz/corpus) and for a second; this runs each for TIME, as many
-# at once as there are cores. Inputs that make one fail are kept in target/fuzz/artifacts, with the log. libFuzzer needs
-# the compiler's coverage, which stable Rust has; a sanitizer is not needed where the code has no `unsafe`.
+# `make e2e PART=fuzz` runs each target on its corpus (e2e/fuzz/corpus) and for a second; this runs each for TIME, as
+# many at once as there are cores. Inputs that make one fail are kept in target/fuzz/artifacts, with the log. libFuzzer
+# needs the compiler's coverage, which stable Rust has; a sanitizer is not needed where the code has no `unsafe`.
 TIME := 1m
 SECONDS = $(subst s,,$(subst h,*3600,$(subst m,*60,$(TIME))))
 COVERAGE := -Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4 \
@@ -131,7 +131,7 @@ fuzz: fuzzers
 	@$(EACH_FUZZER) e2e/fuzz/fuzz.sh run $$(($(SECONDS))) $$binary
 corpus: fuzzers
 	@$(EACH_FUZZER) e2e/fuzz/fuzz.sh minimize - $$binary
-# With the name of the test and that of its corpus.
+# Runs the command that follows with the name of each test and of its corpus as arguments.
 EACH_FUZZER = binary=$$(ls -t target/fuzz/$(TRIPLE)/fuzz/deps/outlive-* | grep -v '\.d$$' | head -1); \
 	CARGO_BOLERO_SELECT=all $$binary --nocapture 2>/dev/null \
 	| sed -n 's:.*"work_dir"\:"[^"]*/\([^"/]*\)".*"test_name"\:"\([^"]*\)".*:\2 \1:p' | xargs -P $$(nproc) -L 1
@@ -140,7 +140,7 @@ fuzzers:
 	RUSTFLAGS='--cfg fuzzing --cfg fuzzing_libfuzzer $(COVERAGE)' BOLERO_FUZZER=libfuzzer cargo test --quiet --package outlive \
 		--lib --features fuzz-tests --config e2e/fuzz/profile.toml --profile fuzz --target $(TRIPLE) --target-dir target/fuzz --no-run
 
-# loom runs the code of the registry in every order in which its tasks can meet.
+# loom runs the code of the registry in every possible interleaving of its tasks.
 .PHONY: models
 models:
 	cargo test --workspace --lib --features outlive/model-tests -- models::

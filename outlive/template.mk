@@ -20,7 +20,7 @@ DESTDIR ?=
 TARGET ?= target
 BINARY ?= $(TARGET)/production/$(PACKAGE)
 UNITS := $(wildcard systemd/$(PACKAGE)*.service systemd/$(PACKAGE)*.socket)
-# The version on the machine that is installed to, because some drop-ins need a newer one.
+# The systemd version of the machine that the units are for. Drop-ins that need a newer one are not installed.
 SYSTEMD ?= $(shell systemctl --version 2>/dev/null | sed -n '1s/^systemd \([0-9]*\).*/\1/p')
 TOO_NEW := $(if $(shell [ "$(SYSTEMD)" -ge 254 ] 2>/dev/null && echo yes),,%/backoff.conf)
 DROPINS := $(filter-out $(TOO_NEW),$(wildcard systemd/$(PACKAGE).service.d/*.conf))

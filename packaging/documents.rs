@@ -1,10 +1,10 @@
-//! What a package has beside the binary and the units: `make deb` and `make rpm` run this.
+//! Writes the man page, completions and environment file of the package. `make deb` and `make rpm` run it.
 
 #[path = "../src/app.rs"]
 mod app;
 
 fn main() -> anyhow::Result<()> {
-    // It is run by the binary; here its flags are looked at.
+    // Only `Config` is needed here. This use of `start` avoids the warning that it is never used.
     let _ = app::start;
     let root = std::env::args_os()
         .nth(1)

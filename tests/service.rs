@@ -1,4 +1,4 @@
-//! The binary by itself: with no systemd, no root, and no network but loopback.
+//! Tests of the binary without systemd, root or network. The test kit plays the service manager.
 
 use rustix::process::Signal;
 use testkit::block_on;
@@ -14,7 +14,7 @@ fn the_service_answers_and_exits_cleanly() {
         let mut connection = service.connect().await;
         assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
         service.signal(Signal::TERM);
-        // Up to the answer that says that it is the last.
+        // Until the service has closed the connection with its last response.
         while !connection.ask(&get("/")).await.expect("the server answers").closes() {}
         service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
     });

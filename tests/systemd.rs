@@ -1,4 +1,5 @@
-//! The service as it is installed, on this machine's systemd, booted in a container of its own.
+//! A test of the installed service on a real systemd: the one of this machine, booted in a container. It needs root, so
+//! only `make test-systemd` runs it.
 
 use testkit::client::{Connection, get};
 use testkit::container::{Container, Systemd};
@@ -13,7 +14,7 @@ fn restarts_and_reloads_lose_no_request_and_no_connection() {
         let mut connection = Connection::open(&Container::target()).await.expect("the port accepts");
         assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
     });
-    // Fifty connections that never retry.
+    // Fifty connections whose clients never retry.
     let running = Load::paced(&Container::target()).start(container.enter());
     for verb in ["restart", "reload"].repeat(5) {
         container.systemctl(verb).expect(verb);

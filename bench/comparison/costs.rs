@@ -44,7 +44,7 @@ fn start(binary: &Path) -> Result<(Process, SocketAddr, f64)> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let mut notifications = Notifications::new()?;
-    let mut command = command(binary.to_str().context("a path")?, &[]);
+    let mut command = command(binary.to_str().context("the path is not valid UTF-8")?, &[]);
     command
         .env("LISTEN_FDS", "1")
         .env("LISTEN_FDS_FIRST_FD", "0")
@@ -67,8 +67,11 @@ fn resident(binary: &Path) -> Result<u64> {
     let (process, address, _) = start(binary)?;
     testkit::block_on(async { Connection::open(&Target::Tcp(address)).await?.ask(&get("/")).await })?;
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid().as_raw_nonzero()))?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
-    line.trim().trim_end_matches(" kB").parse().context("a number")
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .context("no VmRSS in /proc/PID/status")?;
+    line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
 }
 
 // ---- systemd ----
@@ -138,7 +141,7 @@ fn sleeper(container: &Container, name: &str, lines: &[&str]) -> Result<()> {
 fn pause(container: &Container, unit: &str) -> Result<f64> {
     let show = |property: &str| -> Result<f64> {
         let value = container.run(&["systemctl", "show", "-P", property, unit])?;
-        value.trim().parse().context("microseconds")
+        value.trim().parse().context("the timestamp is not a number")
     };
     Ok(round((show("ActiveEnterTimestampMonotonic")? - show("ActiveExitTimestampMonotonic")?) / 1000.0))
 }

@@ -73,7 +73,7 @@ impl Open {
     async fn ask(&mut self) -> Result<()> {
         match self {
             Self::Http1(connection) => drop(connection.ask(&get("/")).await?),
-            Self::Http2(connection) => drop(connection.get("/").await?.context("GOAWAY")?),
+            Self::Http2(connection) => drop(connection.get("/").await?.context("the server sent GOAWAY")?),
         }
         Ok(())
     }
@@ -153,7 +153,8 @@ impl Resident {
             (listener.into(), target)
         };
         let mut notifications = Notifications::new()?;
-        let mut command = on(cores, "0", &command(binary.to_str().context("a path")?, &[]));
+        let mut command =
+            on(cores, "0", &command(binary.to_str().context("the path is not valid UTF-8")?, &[]));
         command
             .env("LISTEN_FDS", "1")
             .env("LISTEN_FDS_FIRST_FD", "0")
@@ -172,7 +173,10 @@ impl Resident {
     fn kilobytes(&self) -> Result<u64> {
         let path = format!("/proc/{}/status", self.process.pid().as_raw_nonzero());
         let status = std::fs::read_to_string(path)?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("VmRSS")?;
+        let line = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .context("no VmRSS in /proc/PID/status")?;
         line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
     }
 
@@ -287,7 +291,7 @@ fn moves(extent: &Extent) -> Result<Value> {
         })?;
         let first = rows.first().cloned().unwrap_or_else(|| row.clone());
         for verb in ["restart", "reload"] {
-            let of = |row: &Value| row[format!("{verb} ms")].as_f64().context("milliseconds");
+            let of = |row: &Value| row[format!("{verb} ms")].as_f64().context("the row has no milliseconds");
             let ratio = of(&row)? / of(&first)?;
             row[format!("{verb}, relative to none")] = json!(round(ratio));
         }

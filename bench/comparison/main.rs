@@ -71,7 +71,10 @@ fn raise_limits() {
 fn main() -> Result<()> {
     let flag = |name: &str| std::env::args().any(|argument| argument == name);
     let extent = if flag("--quick") { QUICK } else { FULL };
-    ensure!(rustix::process::geteuid().is_root(), "systemd is booted in containers, as root");
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "root is required, because this boots systemd in containers"
+    );
     raise_limits();
     let progress = ProgressBar::new_spinner();
     progress.set_style(ProgressStyle::with_template("{spinner} {elapsed} {msg}")?);
@@ -100,7 +103,7 @@ fn main() -> Result<()> {
     std::fs::create_dir_all(&folder)?;
     std::fs::write(folder.join("result.json"), serde_json::to_string_pretty(&result)?)?;
     let svg = folder.join("restarts.svg");
-    chart::draw(&strips, extent.load, &svg).context("could not draw")?;
+    chart::draw(&strips, extent.load, &svg).context("could not draw the picture")?;
     let grown = folder.join("growth.svg");
     if peers.has_wrk {
         scaling::draw(&result["throughput"]["growth"], &grown)?;

@@ -174,7 +174,7 @@ fn plain(value: &Value) -> String {
 /// Replaces the tables in bench/README.md, and copies the pictures to bench/.
 pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
     for picture in pictures {
-        let name = picture.file_name().context("a name")?;
+        let name = picture.file_name().context("the picture has no name")?;
         std::fs::copy(picture, Path::new(FOLDER).join("bench").join(name))?;
     }
     let path = Path::new(FOLDER).join("bench/README.md");

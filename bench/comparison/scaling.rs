@@ -26,12 +26,16 @@ const TITLE: &str = "Requests per second on one core, by the number of connectio
 
 /// Draws `rows`, which has one row for each number of connections and one column for each server.
 pub fn draw(rows: &Value, path: &Path) -> Result<()> {
-    let rows = rows.as_array().context("rows")?;
+    let rows = rows.as_array().context("the rows are not an array")?;
     let counts: Vec<f64> = rows.iter().filter_map(|row| row["connections"].as_f64()).collect();
     let (fewest, most) =
         (counts.first().context("no rows")?.log10(), counts.last().context("no rows")?.log10());
-    let mut servers: Vec<&String> =
-        rows[0].as_object().context("a row")?.keys().filter(|key| *key != "connections").collect();
+    let mut servers: Vec<&String> = rows[0]
+        .as_object()
+        .context("the row is not an object")?
+        .keys()
+        .filter(|key| *key != "connections")
+        .collect();
     servers.sort_by_key(|server| *server != "this service");
     let rates = |server: &str| rows.iter().map(|row| row[server].as_f64().unwrap_or(0.0)).collect::<Vec<_>>();
     let highest = servers.iter().flat_map(|server| rates(server)).fold(STEP, f64::max);
@@ -68,7 +72,7 @@ pub fn draw(rows: &Value, path: &Path) -> Result<()> {
             .zip(&rates)
             .map(|(count, rate)| format!("{:.0},{:.0}", x(*count), y(*rate)))
             .collect();
-        label = y(*rates.last().context("a rate")?).max(label + LINE);
+        label = y(*rates.last().context("no rates")?).max(label + LINE);
         write!(
             svg,
             "<polyline class=\"c{number}\" points=\"{}\"/><text x=\"{:.0}\" y=\"{:.0}\">{server}</text>",

@@ -167,7 +167,7 @@ impl Contender {
 
 /// Boots systemd in a container, with `binary` as the service.
 pub fn boot(binary: &Path) -> Result<Container> {
-    let binary = binary.to_str().context("a path")?;
+    let binary = binary.to_str().context("the path is not valid UTF-8")?;
     Container::boot(Systemd::Host, Package { name: NAME, binary, folder: FOLDER })
 }
 

@@ -84,7 +84,7 @@ fn contenders(peers: &Peers, cores: Cores) -> Result<Vec<Contender>> {
     all.push(Contender { port, ..Contender::new("bare axum::serve", &bare, cores) });
     if let Some(go) = peers.go() {
         let port = free();
-        let go = command(go.to_str().context("a path")?, &[&address(port)]);
+        let go = command(go.to_str().context("the path is not valid UTF-8")?, &[&address(port)]);
         all.push(Contender { port, ..Contender::new("Go net/http", &go, cores) });
     }
     if peers.has_nginx {
@@ -174,5 +174,5 @@ fn wrk(port: u16, length: Duration, connections: usize, cores: Cores) -> Result<
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));
     ensure!(!said.contains("Non-2xx"), "wrk: {said}");
-    rate.with_context(|| said.clone())?.trim().parse().context("a rate")
+    rate.with_context(|| said.clone())?.trim().parse().context("the rate is not a number")
 }

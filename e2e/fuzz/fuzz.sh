@@ -1,8 +1,8 @@
 #!/bin/sh
 # Runs one fuzz target, for make fuzz and make corpus. CORPUS is a folder in e2e/fuzz/corpus.
 #
-# fuzz.sh run SECONDS BINARY TEST CORPUS   starts with the corpus and with the inputs of earlier runs
-# fuzz.sh minimize -  BINARY TEST CORPUS   keeps the fewest of these inputs that reach the same code as all of them
+# fuzz.sh run SECONDS BINARY TEST CORPUS   fuzzes, starting with the corpus and the inputs of earlier runs
+# fuzz.sh minimize -  BINARY TEST CORPUS   replaces the corpus by the fewest of these inputs that reach the same code
 set -eu
 verb=$1 seconds=$2 binary=$3 test=$4 corpus=e2e/fuzz/corpus/$5
 artifacts=target/fuzz/artifacts/$5

@@ -1,4 +1,5 @@
-//! A whole service: `cargo run --example minimal`, or with a socket and a service unit named `minimal`.
+//! A complete service. Try it with `cargo run --example minimal`; under systemd it needs `minimal.socket` and
+//! `minimal.service`.
 
 use std::process::ExitCode;
 

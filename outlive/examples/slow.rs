@@ -1,5 +1,5 @@
-//! A service whose start, end or requests wait for something: what happens at the limit, at a signal, at a panic, or
-//! where its worker threads are blocked.
+//! A service for tests: its start, its end or its requests wait for a file, or its start panics. `tests/examples.rs`
+//! tests time limits, signals, panics and the watchdog with it.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -9,11 +9,11 @@ use axum::Router;
 use axum::routing::get;
 use tracing::info;
 
-/// Waits.
+/// Waits for a file at the chosen moment.
 #[derive(clap::Parser)]
 #[command(name = "slow", version, about)]
 struct Config {
-    /// When: at its start, in a background task at its end, or in each request, until the file of --until is there.
+    /// When to wait for the file of --until: during the start, in a background task at the end, or in each request.
     #[arg(long)]
     when: When,
     #[arg(long, value_name = "FILE", default_value = "/file")]
@@ -24,9 +24,9 @@ struct Config {
 enum When {
     Start,
     End,
-    /// Its worker thread waits too, as it never should.
+    /// The handler blocks its worker thread, which a handler must never do.
     Request,
-    /// Never: its start panics.
+    /// The start panics and does not wait.
     Panic,
 }
 

@@ -1,4 +1,6 @@
-//! A service with a state: counts visits, and keeps the count in a file, exactly, over restarts and reloads.
+//! A service with state: it counts visits in a file, and loses none over restarts and reloads. It shows a metric, a
+//! readiness check, an exclusive background task and an exit hook.
+//!
 //! `cargo run --example state -- --file /tmp/visits`
 
 use std::fs;
@@ -19,14 +21,14 @@ use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 #[derive(clap::Parser)]
 #[command(name = "state", version, about)]
 struct Config {
-    /// Where the count is kept.
+    /// File that stores the count.
     #[arg(long)]
     file: PathBuf,
 }
 
 async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
     let file = config.file;
-    // Whoever cannot go on with this file finds out before the old process goes.
+    // An unusable file must fail the start, because then a reload fails and the old process keeps serving.
     read(&file)?;
     let counter = IntCounter::new("visits_total", "Visits to this process.")?;
     setup.register_metric(counter.clone())?;
@@ -36,15 +38,16 @@ async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
         async { read }
     });
     let (visits, mut visited) = unbounded_channel();
-    // At a reload the old process still counts the visits that it has answered: one of them at a time.
+    // The old process of a reload still writes the visits that it has answered, so the task must not run in both
+    // processes at once: one would overwrite the count of the other.
     setup
         .background("count visits", async move |end| {
             loop {
                 let is_last =
                     end.run_until_cancelled(tokio::time::sleep(Duration::from_secs(1))).await.is_none();
-                let news = std::iter::from_fn(|| visited.try_recv().ok()).count();
-                if news > 0 {
-                    write(&file, read(&file)? + news)?;
+                let added = std::iter::from_fn(|| visited.try_recv().ok()).count();
+                if added > 0 {
+                    write(&file, read(&file)? + added)?;
                 }
                 if is_last {
                     return Ok(());
@@ -61,7 +64,7 @@ async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
 
 async fn visit(State((visits, counter)): State<(UnboundedSender<()>, IntCounter)>) -> &'static str {
     counter.inc();
-    // Somebody listens until the last request is answered.
+    // The receiver exists until the last request is answered, because background tasks end after that.
     let _ = visits.send(());
     "welcome\n"
 }
@@ -77,10 +80,10 @@ fn read(file: &Path) -> anyhow::Result<usize> {
     }
 }
 
-/// The file is whole at every moment.
+/// Writes a new file and renames it, so that a crash never leaves a partial count.
 fn write(file: &Path, count: usize) -> anyhow::Result<()> {
-    let aside = file.with_extension("new");
-    fs::write(&aside, count.to_string()).and_then(|()| fs::rename(&aside, file))?;
+    let new = file.with_extension("new");
+    fs::write(&new, count.to_string()).and_then(|()| fs::rename(&new, file))?;
     Ok(())
 }
 

@@ -1,4 +1,5 @@
-# What a package installs. Its units are for the systemd of the machine that builds it: some lines are for newer ones.
+# Builds packages. package-files collects the files; it leaves out drop-ins that the systemd of this machine is too old
+# for, unless SYSTEMD=VERSION names that of the target.
 PACKAGES := target/packages
 FILES := $(PACKAGES)/files
 # Not empty if the binary was built with the feature log-control. Otherwise nothing takes the D-Bus name, so the files for
@@ -21,7 +22,7 @@ package-files: $(BINARY)
 			>$(CURDIR)/$(PACKAGES)/$$script; done
 	gzip -9 --no-name $(FILES)/usr/share/man/man1/*.1 $(FILES)/usr/share/doc/$(PACKAGE)/changelog
 
-# DEB, RPM: what else cargo-deb and cargo-generate-rpm are told, such as DEB=--fast.
+# DEB and RPM are further options for cargo-deb and cargo-generate-rpm, such as DEB=--fast.
 .PHONY: deb rpm
 deb: package-files cargo-deb
 	rm -f $(PACKAGES)/$(PACKAGE)_*.deb
@@ -30,7 +31,8 @@ rpm: package-files cargo-generate-rpm
 	rm -f $(PACKAGES)/$(PACKAGE)-*.rpm
 	cargo generate-rpm $(RPM) --output $(PACKAGES)/
 
-# Built quickly, but for what digests and compresses a whole package.
+# The tools are built without optimization, except crates that hash and compress, because they process the whole
+# package.
 OPTIMIZED := keccak sha2 sha3 zstd-sys
 cargo-generate-rpm: INSTALL_TOOL += $(OPTIMIZED:%=--config profile.dev.package.%.opt-level=3)
 .PHONY: cargo-deb cargo-generate-rpm

@@ -1,4 +1,5 @@
-//! The examples as they are run: what a service says in its `start` holds over restarts and reloads.
+//! Tests of the binaries in `examples`: background tasks, readiness checks, exit hooks and errors of `start` over
+//! restarts and reloads. `minimal` and `state` are for readers; `slow` exists for these tests.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,8 +11,8 @@ use testkit::service::{Service, command, run_to_end};
 use testkit::tls_service::TlsService;
 use testkit::{block_on, wait_until};
 
-/// Built by `make test`: cargo builds them beside all of a package's tests only, and not beside one that is asked for by
-/// its name. `cargo build --workspace --examples` does too.
+/// The path of an example. cargo builds the examples only when it runs all tests of the package, as `make test` does.
+/// Before a run of this test alone (`--test examples`), run `cargo build --workspace --examples`.
 fn example(name: &str) -> String {
     let test = std::env::current_exe().expect("the path of the test binary is known");
     let path: PathBuf =
@@ -19,6 +20,7 @@ fn example(name: &str) -> String {
     path.to_str().expect("the path is valid UTF-8").to_owned()
 }
 
+/// Sends one request, which the example `state` counts.
 async fn visit(connection: &mut Connection) {
     assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
 }
@@ -59,7 +61,8 @@ fn a_background_task_loses_nothing_over_restarts() {
     assert_eq!(std::fs::read_to_string(&file).expect("the count is present"), "500");
 }
 
-/// Two processes live side by side then: the second task waits for the first.
+/// During a reload both processes run. The task of the new one must start only after the task of the old one has
+/// written the last count, otherwise one of them overwrites visits of the other.
 #[test]
 fn an_exclusive_task_loses_nothing_over_reloads() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -95,9 +98,9 @@ fn an_error_in_start_is_reported_in_one_line_by_check_too() {
     for arguments in
         [&["--listen", &address, "--file", file][..], &["check", "--listen", &address, "--file", file]]
     {
-        let (code, said, log) =
+        let (code, output, log) =
             run_to_end(&mut command(&example("state"), arguments)).expect("the process ends");
-        assert_eq!((code, said.as_str()), (Some(69), ""), "{log}");
+        assert_eq!((code, output.as_str()), (Some(69), ""), "{log}");
         let expected =
             format!("state: invalid content of {file}: expected a number: invalid digit found in string\n");
         assert_eq!(log, expected);
@@ -198,18 +201,19 @@ fn sighup_during_start_reloads_after_the_start() {
     let mut command = command(&example("slow"), &flags);
     let mut process =
         Process::spawn(command.stderr(log.reopen().expect("the file opens"))).expect("the service starts");
-    let said = || std::fs::read_to_string(log.path()).expect("valid UTF-8");
-    wait_until("it starts", || said().contains("waiting for the file"));
+    let logged = || std::fs::read_to_string(log.path()).expect("valid UTF-8");
+    wait_until("the start begins", || logged().contains("waiting for the file"));
     process.signal(Signal::HUP);
     std::fs::write(&file, "").expect("the file is written");
-    wait_until("a successor", || said().contains("has taken over as pid "));
-    let said = said();
-    let pid = said.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    wait_until("a successor takes over", || logged().contains("has taken over as pid "));
+    let log = logged();
+    let pid = log.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
     assert!(process.wait().expect("the process ends").success());
     terminate(pid.expect("a valid pid")).expect("the process runs");
 }
 
-/// `systemctl restart` soon after a reload: systemd tells all processes of the unit to end, the old one too.
+/// At a `systemctl restart` soon after a reload, systemd sends SIGTERM to all processes of the unit. For the old
+/// process, which is already shutting down, it must not count as a second stop signal.
 #[test]
 fn sigterm_after_a_reload_cuts_off_no_background_task_of_the_old_process() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -228,16 +232,16 @@ fn sigterm_after_a_reload_cuts_off_no_background_task_of_the_old_process() {
                 return begun;
             }
         }
-        panic!("waited in vain: {wanted}");
+        panic!("the log ended without: {wanted}");
     };
     service.signal(Signal::HUP);
     let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
     wait_for("waiting for the file");
     service.signal(Signal::TERM);
     let begun = wait_for("stop signal ignored: already shutting down");
-    assert_eq!(begun, 1, "the successor's task waits for the old one");
+    assert_eq!(begun, 1, "the task of the successor must wait for the old process");
     std::fs::write(&file, "").expect("the file is written");
-    // Each process has a queue for its log, so this line may overtake the last one of the old process.
+    // This line may arrive before the last one of the old process, because each process writes its log through a queue.
     assert_eq!(wait_for("the task has begun"), 2);
     assert!(service.process().wait().expect("the process ends").success());
     terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
@@ -285,7 +289,8 @@ fn a_slow_start_extends_the_start_timeout() {
     assert!(!notifications.said().iter().any(|line| line == "READY=1"));
 }
 
-/// As `WatchdogSec=` has it; systemd then kills the process (on_systemd: `a_hung_service_is_restarted_by_the_watchdog`).
+/// Without notifications systemd kills the process after WatchdogSec= (`a_hung_service_is_restarted_by_the_watchdog` in
+/// e2e/systemd).
 #[test]
 fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -304,7 +309,7 @@ fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
     let watchdog = Duration::from_millis(200);
     command
         .env("NOTIFY_SOCKET", notifications.path())
-        // With two, a blocked one can keep the other from hearing of the second request.
+        // One worker thread, so that one blocked handler blocks all of them.
         .env("TOKIO_WORKER_THREADS", "1")
         .env("WATCHDOG_USEC", watchdog.as_micros().to_string());
     let mut process = Process::spawn(&mut command).expect("the service starts");
@@ -319,11 +324,11 @@ fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
         lines
             .find(|line| line.contains("waiting for the file"))
             .expect("the handler blocks its worker thread");
-        // What was sent before it was blocked.
+        // Discards notifications that were sent before the handler blocked the thread.
         for _ in 0..3 {
             let _ = notifications.wait_for_at_most("WATCHDOG=1", watchdog);
         }
-        assert!(notifications.wait_for_at_most("WATCHDOG=1", watchdog * 10).is_err(), "it is not fed");
+        assert!(notifications.wait_for_at_most("WATCHDOG=1", watchdog * 10).is_err(), "WATCHDOG=1 was sent");
         std::fs::write(&file, "").expect("the file is written");
         notifications.wait_for("WATCHDOG=1").expect("WATCHDOG=1 is sent again");
         assert_eq!(client.answer().await.expect("the server answers").text(), "hello\n");

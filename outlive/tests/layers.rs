@@ -1,5 +1,5 @@
-//! The folders of the library form layers: a folder may only name folders below it. Otherwise a change in a low folder
-//! could need a change in a high one, and neither could be read by itself.
+//! The folders of the library form layers: a file may import only from its own folder and from folders below it.
+//! Without this rule a change in a low folder could need a change in a high one, and no folder could be read by itself.
 
 use std::path::Path;
 
@@ -34,19 +34,19 @@ fn sources(folder: &Path) -> Vec<std::path::PathBuf> {
         .collect()
 }
 
-/// Whether a file holds tests only, which may use every folder.
-fn is_of_tests(path: &Path) -> bool {
+/// Whether a file contains only tests, which may import from every folder.
+fn is_test_file(path: &Path) -> bool {
     let stem = path.file_stem().expect("the file has a name").to_string_lossy();
     stem == "tests" || stem == "models" || stem.ends_with("_tests")
 }
 
 #[test]
-fn folders_name_only_folders_below_them() {
+fn folders_import_only_from_folders_below_them() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut paths = 0;
     for path in sources(&root) {
         let inside = path.strip_prefix(&root).expect("the file is in src");
-        if inside.components().count() == 1 || is_of_tests(inside) {
+        if inside.components().count() == 1 || is_test_file(inside) {
             continue;
         }
         let own = inside
@@ -57,25 +57,25 @@ fn folders_name_only_folders_below_them() {
             .to_string_lossy()
             .into_owned();
         let text = std::fs::read_to_string(&path).expect("valid UTF-8");
-        // Tests at the end of a file may use every folder.
+        // Test modules at the end of a file may import from every folder.
         let code = text.split("\nmod tests {").next().expect("split gives at least one part");
         let lines = code.lines().enumerate().filter(|(_, line)| !line.trim_start().starts_with("//"));
         for (number, line) in lines {
-            for rest in line.split("crate::").skip(1) {
+            for path in line.split("crate::").skip(1) {
                 let named: String =
-                    rest.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+                    path.chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
                 if named.is_empty() {
                     continue;
                 }
                 paths += 1;
                 assert!(
                     layer(&named) >= layer(&own),
-                    "{}:{}: {own} may not name {named}, which is a higher layer",
+                    "{}:{}: {own} must not import from {named}, which is a higher layer",
                     inside.display(),
                     number + 1
                 );
             }
         }
     }
-    assert!(paths > 200, "only {paths} paths were found, so this test reads the sources wrongly");
+    assert!(paths > 200, "found only {paths} paths, so this test does not find the imports");
 }

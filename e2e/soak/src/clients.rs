@@ -158,7 +158,7 @@ impl Client {
         } else {
             answer.body.starts_with(b"pid ")
         };
-        ensure!(is_right, "a wrong answer");
+        ensure!(is_right, "unexpected response body");
         if answer.closes() {
             self.http1 = None;
             if self.group.connection != Use::OneEach {
@@ -176,7 +176,7 @@ impl Client {
             };
             match connection.get(self.group.path).await? {
                 Some((200, text)) if text.starts_with("pid ") => return Ok(()),
-                Some((status, _)) => bail!("a wrong answer, status {status}"),
+                Some((status, _)) => bail!("unexpected response, status {status}"),
                 None => {
                     self.http2 = None;
                     self.complain(Complaint::Closed, "GOAWAY, or closed");
@@ -234,7 +234,7 @@ async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) ->
     let mut connection = Connection::open(&Target::Tcp(address)).await.context("could not connect")?;
     let seen = last.map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
     connection.send(format!("GET /events HTTP/1.1\r\nhost: test\r\n{seen}\r\n").as_bytes()).await?;
-    let head = timeout(ANSWER_LIMIT, connection.head()).await.context("no answer")??;
+    let head = timeout(ANSWER_LIMIT, connection.head()).await.context("no response in time")??;
     ensure!(head.status == 200, "status {}", head.status);
     let mut read = 0;
     loop {

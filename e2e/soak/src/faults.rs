@@ -184,7 +184,7 @@ pub const EVENTS: &[Event] = &[
     }),
     event("/run full", Cost::Nothing, 1, |scene, _| {
         let left = scene.container.run(&["df", "--output=avail", "--block-size=1", "/run"])?;
-        let left = left.lines().last().context("df")?.trim().to_owned();
+        let left = left.lines().last().context("df printed nothing")?.trim().to_owned();
         scene.run(&["fallocate", "--length", &left, "/run/full"])?;
         let done = scene.verb("reload").and_then(|()| scene.verb("restart"));
         scene.run(&["rm", "/run/full"])?;
@@ -231,7 +231,7 @@ impl Scene {
         let mounts = ["sys/fs/cgroup", "sys/fs/cgroup/systemd", "sys/fs/cgroup/unified"];
         let mut files =
             mounts.map(|mount| container.path(&format!("{mount}{group}/cgroup.procs"))).into_iter();
-        let processes = files.find(|file| file.exists()).context("the service's control group")?;
+        let processes = files.find(|file| file.exists()).context("the service has no control group")?;
         let unit = container.unit("service");
         let good = Release::copy_of(&container)?;
         Ok(Self { container, name: name.to_owned(), unit, good, processes })
@@ -355,7 +355,10 @@ impl Scene {
 /// The limit of open files of another process, from /proc/PID/limits (proc(5)).
 fn fd_limit(pid: Pid) -> Result<Rlimit> {
     let limits = fs::read_to_string(format!("/proc/{}/limits", pid.as_raw_nonzero()))?;
-    let line = limits.lines().find_map(|line| line.strip_prefix("Max open files")).context("a limit")?;
+    let line = limits
+        .lines()
+        .find_map(|line| line.strip_prefix("Max open files"))
+        .context("no Max open files in /proc/PID/limits")?;
     let mut limits = line.split_whitespace().map(|limit| limit.parse().ok());
     Ok(Rlimit { current: limits.next().flatten(), maximum: limits.next().flatten() })
 }

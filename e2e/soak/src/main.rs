@@ -49,7 +49,10 @@ struct Flags {
 #[expect(clippy::print_stdout, reason = "the report goes to standard output")]
 fn main() -> Result<()> {
     let flags = Flags::parse();
-    ensure!(rustix::process::geteuid().is_root(), "systemd is booted in containers, as root");
+    ensure!(
+        rustix::process::geteuid().is_root(),
+        "root is required, because this boots systemd in containers"
+    );
     let now = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
     let seed = flags.seed.unwrap_or(now);
     println!("seed {seed}");
@@ -75,7 +78,8 @@ fn binary() -> PathBuf {
 fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<Line>> {
     let binary = binary();
     let certificate = Certificate::new()?;
-    let package = Package { name: NAME, binary: binary.to_str().context("a path")?, folder: ROOT };
+    let package =
+        Package { name: NAME, binary: binary.to_str().context("the path is not valid UTF-8")?, folder: ROOT };
     let container = Container::boot(systemd, package)?;
     container.enable_tls(&certificate)?;
     let variable = format!("{}_TAKEOVER_TIMEOUT", package.name.to_uppercase().replace('-', "_"));
@@ -123,7 +127,10 @@ impl Resources {
         }
         let main = scene.main()?.as_raw_nonzero();
         let status = fs::read_to_string(format!("/proc/{main}/status"))?;
-        let resident = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("its memory")?;
+        let resident = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmRSS:"))
+            .context("no VmRSS in /proc/PID/status")?;
         let resident = resident.trim().trim_end_matches(" kB").parse()?;
         let failed = container.run(&["systemctl", "list-units", "--failed", "--plain", "--no-legend"])?;
         let resources = Self {

@@ -1,6 +1,6 @@
-//! What a package has beside the binary and the units, in the words of its command line: a man page, completions, and
-//! the file of its variables. Beside this, in `deb/` and `rpm/`, the scripts of a package: they make an upgrade a
-//! takeover.
+//! Generates the files of a package from the command line of the service (`documents`): man page, shell completions,
+//! and the environment file `/etc/default/NAME`. The folders `deb/` and `rpm/` have the maintainer scripts, which
+//! reload the service at an upgrade.
 
 use std::fmt::Write;
 use std::fs;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use clap::{Arg, Command};
 use clap_complete::{Shell, generate_to};
 
-/// Where packages of Debian and of Fedora have completions.
+/// The shells and the directories of their completions in Debian. Cargo.toml of the service maps them for rpm.
 const COMPLETIONS: [(Shell, &str); 3] = [
     (Shell::Bash, "usr/share/bash-completion/completions"),
     (Shell::Zsh, "usr/share/zsh/vendor-completions"),
@@ -18,14 +18,18 @@ const COMPLETIONS: [(Shell, &str); 3] = [
 ];
 const WIDTH: usize = 100;
 
-/// Writes them to where they are installed, below `root`.
+/// Writes all files below `root`, at the paths where a package installs them.
+///
+/// # Errors
+///
+/// If a folder or a file cannot be written.
 pub fn documents(command: &Command, root: &Path) -> Result<()> {
     let name = command.get_name().to_owned();
     for (shell, folder) in COMPLETIONS {
         let folder = made(&root.join(folder))?;
         let file = generate_to(shell, &mut command.clone(), &name, &folder)?;
         if matches!(shell, Shell::Bash) {
-            // Its shell looks for the name of the command.
+            // bash finds the completions of a command in a file with exactly its name.
             fs::rename(file, folder.join(&name))?;
         }
     }
@@ -34,12 +38,13 @@ pub fn documents(command: &Command, root: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Creates `folder`, and returns it.
 fn made(folder: &Path) -> Result<PathBuf> {
     fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
     Ok(folder.to_owned())
 }
 
-/// For `EnvironmentFile=`: each variable as a comment, with its default.
+/// The content for `EnvironmentFile=` (systemd.exec(5)): each variable in a comment, with its default value.
 fn variables(command: &Command) -> String {
     let name = command.get_name();
     let mut text = format!(
@@ -60,6 +65,7 @@ fn value(arg: &Arg) -> String {
     values.join(",")
 }
 
+/// Wraps the text into comment lines of at most `WIDTH` characters.
 fn comment(words: &str) -> String {
     let mut text = String::new();
     let mut line = String::from("#");

@@ -90,7 +90,7 @@ fn a_half_sent_http2_preface_is_completed_in_the_next_process() {
         generation(&mut service.connect().await).await;
         let _service = restart(service);
         connection.send(b"\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.expect("the bytes are sent");
-        assert_eq!(connection.take(9).await.expect("a frame arrives")[3], 4, "SETTINGS");
+        assert_eq!(connection.take(9).await.expect("a frame arrives")[3], 4, "expected SETTINGS");
     });
 }
 
@@ -210,8 +210,7 @@ fn connections_without_keep_alive_are_not_handed_over() {
     });
 }
 
-/// Closing a socket with unread bytes sends a reset, and the client could then lose the response (RFC 9112 section
-/// 9.6).
+/// Closing a socket with unread bytes sends a reset, so the client could lose the response (RFC 9112 section 9.6).
 #[test]
 fn a_client_that_still_sends_gets_its_last_response_without_a_reset() {
     for start in [Service::start, Service::start_with_store] {
@@ -422,7 +421,10 @@ fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
         connection.read_more().await.expect("an event arrives");
         service.signal(Signal::TERM);
         while !connection.unread().ends_with(b"0\r\n\r\n") {
-            assert!(connection.read_more().await.expect("the end of the stream arrives") > 0, "closed");
+            assert!(
+                connection.read_more().await.expect("the end of the stream arrives") > 0,
+                "the connection was closed"
+            );
         }
         let length = connection.unread().len();
         connection.take(length).await.expect("the bytes are read");
@@ -629,7 +631,7 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
         let body = [&connection_type.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
         [&u32::try_from(body.len()).expect("a short length").to_le_bytes()[..], &body].concat()
     };
-    let records = [record(0, b""), record(99, b"what only it understands"), record(0, b"and more")].concat();
+    let records = [record(0, b""), record(99, b"unknown content"), record(0, b"further content")].concat();
     let mut file = tempfile::tempfile().expect("a temporary file is made");
     std::io::Write::write_all(&mut file, &records).expect("the file is written");
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
@@ -644,7 +646,7 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
         let channel = channel_with(&frame_of(2, CONNECTIONS, 3, ""), &fds);
         drop(accepted);
         let service = Service::start_with_channel(app_binary(), channel).expect("the service starts");
-        let [first, unknown, last] = &mut clients[..] else { panic!("three") };
+        let [first, unknown, last] = &mut clients[..] else { panic!("expected three clients") };
         for known in [first, last] {
             known.send(b"TP/1.1\r\nhost: x\r\n\r\n").await.expect("the bytes are sent");
             assert!(known.answer().await.expect("the server answers").text().contains("generation 8"));
