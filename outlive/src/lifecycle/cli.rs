@@ -163,8 +163,14 @@ fn one_line(
 fn text(error: &clap::Error) -> String {
     let text = error.render().to_string();
     let lines = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:"));
-    let words: Vec<&str> = lines.filter(|line| !line.is_empty() && !line.starts_with("For more")).collect();
-    format!("{}; see --help", words.join(" ").trim_start_matches("error: "))
+    // The tip to write an unknown option as a value is wrong, because the only values are commands.
+    let words = lines.filter(|line| {
+        !line.is_empty() && !line.starts_with("For more") && !line.starts_with("tip: to pass")
+    });
+    let words: Vec<&str> = words.collect();
+    let line = words.join(" ").replace(" found tip: ", "; ");
+    let line = line.strip_suffix(" found").unwrap_or(&line);
+    format!("{}; see --help", line.trim_start_matches("error: "))
 }
 
 #[cfg(test)]

@@ -24,7 +24,7 @@ pub struct Config {
 
     /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
     /// unix:/run/x.sock or unix:@abstract. Prefix the address with http=, https= (TLS) or admin=
-    /// (/healthz, /readyz, /metrics) to choose the protocol, as FileDescriptorName= of a socket unit does. Repeatable;
+    /// (/healthz, /readyz, /metrics) to choose the protocol; in a socket unit, FileDescriptorName= chooses it. Repeatable;
     /// comma-separated in the environment variable. The default is 127.0.0.1:8080; under systemd there is no default,
     /// because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
@@ -46,12 +46,13 @@ pub struct Config {
     /// Time after SIGTERM in which the process still accepts connections and serves requests while /readyz responds
     /// with 503, so that load balancers stop sending traffic. --drain-timeout starts after it. Not needed if a socket
     /// unit holds the port.
-    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
+    #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
     pub drain_delay: Duration,
 
-    /// Limit for each request during a drain, from SIGTERM or from its own start. New requests are accepted during the
-    /// drain, so it can last twice this time; keep TimeoutStopSec= of the unit above that.
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = humantime::parse_duration)]
+    /// Limit for each request during a drain, counted from the start of the drain, or of the request if that is later. The
+    /// drain admits new requests for at most this time, so it lasts at most twice this time; keep TimeoutStopSec= of the
+    /// unit above that.
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
     /// Time that the service may take to start.
@@ -72,8 +73,8 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "75s", value_parser = positive_duration)]
     pub idle_timeout: Duration,
 
-    /// Time that the service may take to start its response, and that a client may take to send the next part of a
-    /// request body or to read the next part of a response.
+    /// Three limits, each of this length: for the service to start its response, for a client to send the next part of a
+    /// request body, and for a client to read the next part of a response.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub request_timeout: Duration,
 
@@ -123,10 +124,13 @@ fn yes_or_no() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(values).map(move |value| is_yes.matches(&value, true))
 }
 
+fn duration(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text).map_err(|error| format!("expected a time such as 30s or 1m ({error})"))
+}
+
 fn positive_duration(text: &str) -> Result<Duration, String> {
-    match humantime::parse_duration(text) {
-        Ok(Duration::ZERO) => Err("expected a time above zero".into()),
-        Ok(duration) => Ok(duration),
-        Err(error) => Err(error.to_string()),
+    match duration(text)? {
+        Duration::ZERO => Err("expected a time above zero".into()),
+        duration => Ok(duration),
     }
 }
