@@ -5,9 +5,9 @@
 ## make fuzz TIME=1m    run each fuzz target under libFuzzer; make corpus minimizes the corpora
 ## make models          check the registry in every order of its tasks, with loom
 ## make soak TIME=10m   as root: random restarts, reloads and faults under load; SEED=N repeats a run
-## make bench           as root: the comparison with other servers; BENCH=--quick takes three minutes
-## make audit           known vulnerabilities of the dependencies, from the network
-## make new NAME=.. DIR=..  a new repository for a service of that name
+## make bench           as root: compare with other servers; BENCH=--quick takes three minutes
+## make audit           report known vulnerabilities of the dependencies (needs the network)
+## make new NAME=shop DIR=../shop  a new repository for a service of that name
 
 # ---- make test, make check ----
 

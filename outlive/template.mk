@@ -1,7 +1,7 @@
 # The commands of a service from the template. `make update` replaces this file; PACKAGE is its name in Cargo.toml.
 #
 ## make run             build and serve on 127.0.0.1:8080
-## make dev             the same, and after each change of the sources build and reload; DEV=ADDRESS sets the address
+## make dev             the same (needs inotify-tools), and after each change of the sources build and reload; DEV=ADDRESS sets the address
 ## make test            all tests that need no root, no network and no tools besides cargo
 ## make test-systemd    the service on a real systemd in a container, as root
 ## make check           formatting, lints, units, dependencies; STRICT=1 fails where a tool is missing
@@ -10,7 +10,7 @@
 ## make install         install the binary and the units; then: systemctl enable --now $(PACKAGE).socket
 ## make install-user    the same for one user, without root; then: systemctl --user enable --now $(PACKAGE).socket
 ## make uninstall       remove what make install has installed
-## make update FROM=..  replace outlive/ by a newer library: a folder or git URL of its repository
+## make update FROM=PATH|URL  replace outlive/ by a newer library, from its repository
 
 .DEFAULT_GOAL := help
 # The prefix of the environment variables.
