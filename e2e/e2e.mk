@@ -29,7 +29,7 @@ check-e2e:
 	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests,outlive/jemalloc,outlive/log-control -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
 check-e2e-dependencies:
-	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny check --config ../deny.toml bans licenses sources)
+	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny --config ../deny.toml check bans licenses sources)
 
 .PHONY: audit
 audit:
