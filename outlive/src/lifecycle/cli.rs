@@ -194,6 +194,21 @@ mod tests {
     }
 
     #[test]
+    fn unknown_option_is_reported_with_the_similar_option_only() {
+        for (option, message) in [
+            ("--no-such", "unexpected argument '--no-such'; see --help"),
+            (
+                "--drain-timeouts",
+                "unexpected argument '--drain-timeouts'; a similar argument exists: '--drain-timeout'; see --help",
+            ),
+        ] {
+            let error =
+                command::<Own>().try_get_matches_from(["shop-front", option]).expect_err("it is unknown");
+            assert_eq!(text(&error), message);
+        }
+    }
+
+    #[test]
     fn long_help_begins_with_the_description_of_the_application() {
         let help = command::<Own>().render_long_help().to_string();
         assert!(help.starts_with("Links, shortened"), "{help}");

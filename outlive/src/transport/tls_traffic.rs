@@ -95,7 +95,7 @@ pub struct TlsTrafficState {
 /// Does not show the keys.
 impl fmt::Debug for TlsTrafficState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TlsSession").field("suite", &self.suite).finish_non_exhaustive()
+        f.debug_struct("TlsTrafficState").field("suite", &self.suite).finish_non_exhaustive()
     }
 }
 
