@@ -43,9 +43,11 @@ const WINDOW: u32 = 1024 * 1024;
 const HEADER_LIST_LIMIT: u32 = 16 * 1024;
 
 /// How long new streams are held in the first attempt, so that the open ones can end. Each further attempt is twice as
-/// long, up to an eighth of the quiesce limit. A pause of the same length follows each attempt, because held frames
-/// take room in the connection's window from uploads that are in flight.
+/// long, up to an eighth of the quiesce limit and to `LONGEST_HOLD`. A pause of the same length follows each attempt,
+/// because held frames take room in the connection's window from uploads that are in flight.
 const HOLD_LIMIT: Duration = Duration::from_millis(20);
+/// The longest attempt, so that a long quiesce limit does not delay the requests of a connection by minutes.
+const LONGEST_HOLD: Duration = Duration::from_secs(2);
 
 /// How long a client that waits for no response may take to react to GOAWAY when the process is stopping. A reaction
 /// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests on streams above its
@@ -287,7 +289,7 @@ impl Quiescer {
 
     fn pause(&mut self) {
         self.now = Attempt::Pausing(Box::pin(sleep(self.hold)));
-        self.hold = (self.hold * 2).min(self.limit / 8).max(HOLD_LIMIT);
+        self.hold = (self.hold * 2).min(self.limit / 8).min(LONGEST_HOLD).max(HOLD_LIMIT);
     }
 
     fn release(relay: &Relay) -> Progress {

@@ -2,6 +2,7 @@
 //! receive what the other has sent, and both must agree on the windows of the connection.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
@@ -10,6 +11,7 @@ use super::frame::{
     SETTINGS, WINDOW_UPDATE, increment,
 };
 use super::interposer::Interposer;
+use super::{LONGEST_HOLD, Quiescer};
 use crate::connection::PREFACE;
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, Http2State};
 
@@ -770,4 +772,13 @@ fn invalid_settings_ack_reaches_h2() {
         interposer.receive(&frame(SETTINGS, ACK, 0, b""));
         assert!(interposer.for_h2().is_empty());
     }
+}
+
+#[tokio::test]
+async fn attempts_to_quiesce_are_bounded_however_long_the_limit_is() {
+    let mut quiescer = Quiescer::new(Duration::from_secs(3600));
+    for _ in 0..100 {
+        quiescer.pause();
+    }
+    assert_eq!(quiescer.hold, LONGEST_HOLD);
 }
