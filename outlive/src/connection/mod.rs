@@ -1,15 +1,17 @@
 //! Serves one connection from its first byte until it closes or becomes quiescent.
 //!
-//! [`serve`] chooses the protocol by the role of the listener and by the first bytes, and runs a driver: `http1.rs` or
+//! [`serve`] chooses the protocol by the endpoint (`endpoint.rs`) and by the first bytes, and runs a driver: `http1.rs` or
 //! `http2/mod.rs`. The driver polls hyper on an `Io` (`io.rs`), which reports to the registry what was read and
 //! written; for TLS (`tls/`), `Io` encrypts and decrypts. hyper calls `exchange.rs` for each request. The result is a
 //! [`ConnectionOutcome`]: `server/` parks a quiescent connection or hands it over.
 
 mod body_chunks;
+mod endpoint;
 mod exchange;
 mod http1;
 mod http2;
 mod io;
+mod resumable;
 #[cfg(test)]
 pub mod tests;
 pub mod tls;
@@ -24,39 +26,32 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
+pub use endpoint::{Endpoint, EndpointKind};
+pub use resumable::Connection;
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::registry::{Entry, Registration, Stage};
-use crate::requests::Routes;
 use crate::transport::http2_state::Http2State;
-use crate::transport::listener_name::{ListenerRole, Name};
-use crate::transport::stream::{Connection, Stream};
-use crate::transport::tls_config::Tls;
+use crate::transport::stream::Stream;
 use io::{Io, Wire};
 
-/// What connections need to be served, for each role of a listener.
-pub struct Services {
-    /// For the listeners `http` and `https`.
-    pub routes: Routes,
-    /// For the listener `admin`.
-    pub admin: Routes,
-    /// Present if there is a listener `https`.
-    pub tls: Option<Tls>,
+/// What connections of every endpoint need to be served.
+pub struct ConnectionContext {
     pub process: Process,
     pub shutdown: CancellationToken,
     /// How long a busy HTTP/2 connection may take to become quiescent; after that it receives GOAWAY.
     pub quiesce_limit: Duration,
 }
 
-impl Services {
+impl ConnectionContext {
     /// The hyper service of one connection.
-    fn service(&self, routes: &Routes, entry: &Arc<Entry>) -> exchange::Service {
+    fn service(&self, endpoint: &Endpoint, entry: &Arc<Entry>) -> exchange::Service {
         let Self { process, shutdown, .. } = self;
         let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer: entry.peer };
-        exchange::Service::new(routes.clone(), context, entry.clone())
+        exchange::Service::new(endpoint.routes.clone(), context, entry.clone())
     }
 }
 
@@ -94,16 +89,13 @@ enum FirstBytes {
 pub async fn serve(
     connection: Connection<Stream>,
     registration: Registration,
-    services: &Services,
+    context: &ConnectionContext,
 ) -> ConnectionOutcome {
-    match (connection.listener.role(), &services.tls) {
-        (ListenerRole::Http, _) => serve_plain(connection, registration, services, &services.routes).await,
-        (ListenerRole::Admin, _) => serve_plain(connection, registration, services, &services.admin).await,
-        (ListenerRole::Https, Some(tls)) => {
-            Box::pin(tls::handshake::serve(connection, registration, services, tls)).await
-        }
-        (ListenerRole::Https, None) => {
-            unreachable!("a certificate is loaded where a listener is named https")
+    let endpoint = connection.endpoint.clone();
+    match &endpoint.kind {
+        EndpointKind::Http | EndpointKind::Admin => serve_plain(connection, registration, context).await,
+        EndpointKind::Https(tls) => {
+            Box::pin(tls::handshake::serve(connection, registration, context, tls)).await
         }
     }
 }
@@ -111,8 +103,7 @@ pub async fn serve(
 async fn serve_plain(
     connection: Connection<Stream>,
     registration: Registration,
-    services: &Services,
-    routes: &Routes,
+    context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let entry = registration.entry.clone();
     let mut bytes = [0; PREFACE.len()];
@@ -136,10 +127,10 @@ async fn serve_plain(
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
         FirstBytes::Gone | FirstBytes::Idle => return ConnectionOutcome::Closed,
     };
-    let Connection { socket, listener, unread, http2: state, .. } = connection;
+    let Connection { socket, endpoint, unread, http2: state, .. } = connection;
     let io = Io::new(Wire::Left(socket), unread, registration, protocol);
     // Boxed, so that a connection on which nothing has arrived takes little memory.
-    Box::pin(drive(io, protocol, state, listener, services, routes)).await
+    Box::pin(drive(io, protocol, state, endpoint, context)).await
 }
 
 /// Drives HTTP on `io` until the connection closes or becomes quiescent.
@@ -147,12 +138,11 @@ async fn drive(
     io: Io,
     protocol: Protocol,
     state: Option<Box<Http2State>>,
-    listener: Name,
-    services: &Services,
-    routes: &Routes,
+    endpoint: Arc<Endpoint>,
+    context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let entry = io.registration().entry.clone();
-    let service = services.service(routes, &entry);
+    let service = context.service(&endpoint, &entry);
     let (parts, http2, unread) = match protocol {
         Protocol::Http1 => match http1::drive(io, service, &entry).await {
             http1::Http1Outcome::Quiescent(parts, unread) => (parts, None, unread),
@@ -160,7 +150,7 @@ async fn drive(
         },
         Protocol::Http2 => {
             let state = state.map(|state| *state);
-            match http2::drive(io, state, service, &entry, services.quiesce_limit).await {
+            match http2::drive(io, state, service, &entry, context.quiesce_limit).await {
                 http2::Http2Outcome::Quiescent(parts, state, unread) => (parts, Some(state), unread),
                 http2::Http2Outcome::Closed => return ConnectionOutcome::Closed,
             }
@@ -168,7 +158,7 @@ async fn drive(
     };
     let io::Parts { stream, registration, tls, unread: behind } = parts;
     let unread = io::join(unread, behind);
-    ConnectionOutcome::Quiescent(Connection { socket: stream, listener, unread, http2, tls }, registration)
+    ConnectionOutcome::Quiescent(Connection { socket: stream, endpoint, unread, http2, tls }, registration)
 }
 
 /// Waits until the first bytes are `enough` to decide on. Consumes none of them, so that the connection can still be

@@ -24,19 +24,21 @@ use super::http2::frame::{
     ACK, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
     WINDOW_UPDATE,
 };
-use super::{PREFACE, Services};
+use super::{Connection, ConnectionContext, Endpoint, EndpointKind, PREFACE};
 use crate::app::process::Process;
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::Routes;
 use crate::server::{Acceptor, Queues, Server};
-use crate::transport::stream::Connection;
 use crate::transport::tls_config::Tls;
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// How long a connection may take to become quiescent before it receives GOAWAY: longer than any test.
-const REST_LIMIT: Duration = Duration::from_secs(3600);
+const QUIESCE_LIMIT: Duration = Duration::from_secs(3600);
+
+/// The time limits of requests and connections.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A running server.
 pub struct Served {
@@ -46,6 +48,16 @@ pub struct Served {
     pub quiescent: mpsc::UnboundedReceiver<Connection>,
 }
 
+/// The endpoint of a listener on which `application` is served, over TLS if `tls` is given.
+pub fn endpoint(application: Router, tls: Option<Tls>) -> Arc<Endpoint> {
+    let (name, kind) = match tls {
+        Some(tls) => ("https", EndpointKind::Https(tls)),
+        None => ("http", EndpointKind::Http),
+    };
+    let routes = Routes::new(application, 16 << 20, LIMIT);
+    Arc::new(Endpoint { name: name.parse().expect("the name is valid"), kind, routes })
+}
+
 /// Serves `router` on a free port until the end of the test.
 pub async fn serve(router: Router) -> Served {
     serve_with(router, None).await
@@ -53,21 +65,14 @@ pub async fn serve(router: Router) -> Served {
 
 /// The same, over TLS if `tls` is given.
 pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
-    let limit = Duration::from_secs(30);
-    let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+    let limits = Limits { head: LIMIT, idle: LIMIT, stall: LIMIT, close: LIMIT };
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
-    let name = if tls.is_some() { "https" } else { "http" };
-    let services = Services {
-        routes: Routes::new(router, 16 << 20, limit),
-        admin: Routes::new(Router::new(), 1024, limit),
-        tls,
-        process: Process::begin(1),
-        shutdown,
-        quiesce_limit: REST_LIMIT,
-    };
+    let endpoint = endpoint(router, tls);
+    let context = ConnectionContext { process: Process::begin(1), shutdown, quiesce_limit: QUIESCE_LIMIT };
     let (server, quiescent) =
-        Server::new(services, registry, 100, Queues::default()).expect("the server is made");
+        Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
+            .expect("the server is made");
     let socket = TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port is bound")
@@ -75,9 +80,8 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
         .expect("the listener is converted");
     let address = socket.local_addr().expect("the listener has an address");
     let socket = ListeningSocket::Tcp(socket);
-    let listener =
-        Listener { name: name.parse().expect("the name is valid"), socket, ownership: Ownership::Inherited };
-    server.accept_from(Acceptor::new(listener).expect("the socket listens"));
+    let listener = Listener { name: endpoint.name.clone(), socket, ownership: Ownership::Inherited };
+    server.accept_from(Acceptor::new(listener, endpoint).expect("the socket listens"));
     Served { address, server, quiescent }
 }
 
@@ -287,7 +291,8 @@ pub async fn move_to(next: &Served, mut served: Served) {
     timeout(PATIENCE, done).await.expect("all connections become quiescent or close");
     let quiescent = std::iter::from_fn(|| served.quiescent.try_recv().ok());
     for connection in quiescent.chain(served.server.take_parked()) {
-        next.server.adopt(connection);
+        let [endpoint] = next.server.endpoints() else { panic!("the server has one endpoint") };
+        next.server.adopt(Connection { endpoint: endpoint.clone(), ..connection });
     }
 }
 

@@ -15,6 +15,7 @@ mod store;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -26,9 +27,8 @@ pub use overflow::{ChannelLocation, Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
 pub use store::FdStore;
 
+use crate::connection::{Connection, Endpoint};
 use crate::transport::http2_state::Http2State;
-use crate::transport::listener_name::{ListenerRole, Name};
-use crate::transport::stream::Connection;
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The name of the channel in systemd's file descriptor store (`FDNAME=` of sd_notify(3)).
@@ -74,10 +74,14 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     senders.map(|origin| origin.generation.saturating_add(1)).max()
 }
 
-/// Restores a connection from its record. Fails, with the reason for the log, if its listener is not among `names`, its
-/// state cannot be decoded, or its protocol does not match its listener: the connection is then closed.
-pub fn unpack(socket: OwnedFd, record: SocketRecord, names: &[Name]) -> Result<Connection, String> {
-    let Some(name) = names.iter().find(|name| name.as_str() == record.listener) else {
+/// Restores a connection from its record. Fails, with the reason for the log, if none of `endpoints` has the
+/// name of its listener, its state cannot be decoded, or its protocol does not match its listener: the connection is then closed.
+pub fn unpack(
+    socket: OwnedFd,
+    record: SocketRecord,
+    endpoints: &[Arc<Endpoint>],
+) -> Result<Connection, String> {
+    let Some(endpoint) = endpoints.iter().find(|endpoint| endpoint.name.as_str() == record.listener) else {
         return Err(format!("this process has no listener named {:?}", record.listener));
     };
     let http2 = match record.http2.as_deref().map(Http2State::decode) {
@@ -90,13 +94,14 @@ pub fn unpack(socket: OwnedFd, record: SocketRecord, names: &[Name]) -> Result<C
         Some(Some(session)) => Some(Box::new(session)),
         None => None,
     };
-    let is_https = name.role() == ListenerRole::Https;
+    let is_https = endpoint.tls().is_some();
     if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
         return Err(format!(
-            "listener {name} does not match the connection's protocol: one of them is without TLS"
+            "listener {} does not match the connection's protocol: one of them is without TLS",
+            endpoint.name
         ));
     }
-    Ok(Connection { socket, listener: name.clone(), unread: record.payload, http2, tls })
+    Ok(Connection { socket, endpoint: endpoint.clone(), unread: record.payload, http2, tls })
 }
 
 /// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame
@@ -121,7 +126,7 @@ pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
 
 pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
     let pack = |connection: &Connection| SocketRecord {
-        listener: connection.listener.to_string(),
+        listener: connection.endpoint.name.to_string(),
         payload: connection.unread.clone(),
         http2: connection.http2.as_deref().map(|state| state.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),

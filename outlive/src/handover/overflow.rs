@@ -21,10 +21,10 @@ use tracing::warn;
 
 use super::channel::{self, Frame, Next, Peeked};
 use super::{MessageType, STORE_NAME};
+use crate::connection::Connection;
 use crate::os::lock::lock;
 use crate::os::rlimit::FdRoom;
 use crate::os::systemd;
-use crate::transport::stream::Connection;
 
 /// How many descriptors an adoption leaves free: for one message that is copied, for those of its connections that are
 /// served, and for the files of handlers.
@@ -227,11 +227,12 @@ mod tests {
     use std::io::Write as _;
     use std::os::unix::net::UnixStream;
 
+    use axum::Router;
     use bytes::Bytes;
 
     use super::super::{Origin, pack};
     use super::*;
-    use crate::transport::listener_name::Name;
+    use crate::connection::tests::endpoint;
 
     /// A channel with one frame of `count` connections, and the clients' ends of these.
     fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {
@@ -241,7 +242,7 @@ mod tests {
                 let (client, server) = UnixStream::pair().expect("could not create a socket pair");
                 let connection = Connection {
                     socket: server.into(),
-                    listener: Name::default(),
+                    endpoint: endpoint(Router::new(), None),
                     unread: Bytes::new(),
                     http2: None,
                     tls: None,
@@ -256,8 +257,9 @@ mod tests {
     }
 
     fn unpack(frame: Frame) -> Vec<Connection> {
-        let names = [Name::default()];
-        let unpacked = frame.sockets.into_iter().map(|(fd, record)| super::super::unpack(fd, record, &names));
+        let endpoints = [endpoint(Router::new(), None)];
+        let unpacked =
+            frame.sockets.into_iter().map(|(fd, record)| super::super::unpack(fd, record, &endpoints));
         unpacked.map(|connection| connection.expect("could not unpack")).collect()
     }
 

@@ -10,9 +10,9 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, warn};
 
 use super::{MessageType, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
+use crate::connection::Connection;
 use crate::observe::metrics;
 use crate::os::systemd;
-use crate::transport::stream::Connection;
 
 /// The writing end of a channel whose reading end systemd keeps.
 pub struct FdStore {

@@ -19,6 +19,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
+use crate::connection::Connection;
 use crate::handover::{
     Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
 };
@@ -30,7 +31,6 @@ use crate::registry::{Counts, PendingWork, Phase, Registry};
 use crate::requests::logged;
 use crate::server::Server;
 use crate::takeover::Successor;
-use crate::transport::stream::Connection;
 use schedule::{Schedule, Step};
 
 /// How long idle connections may take to become quiescent if the drain limit has already passed.
@@ -129,7 +129,7 @@ impl<'a> Drain<'a> {
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
             if next_adopts == Protocols::All
-                && let Some(keys) = self.server.tickets()
+                && let Some(keys) = self.server.ticket_keys()
             {
                 store.put_tickets(Origin::now(self.generation), keys);
             }
@@ -248,7 +248,7 @@ impl<'a> Drain<'a> {
         let origin = Origin::now(*generation);
         if adopts == Protocols::PlainHttp1 {
             registry.keep_http2_and_tls();
-        } else if let Some(packed) = server.tickets().and_then(|keys| pack_tickets(keys).ok()) {
+        } else if let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok()) {
             let _ =
                 timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
         }

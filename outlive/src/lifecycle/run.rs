@@ -15,7 +15,7 @@ use crate::app::process::Process;
 use crate::app::setup::Setup;
 use crate::lifecycle::cli::{self, CommandLine};
 use crate::lifecycle::config::Command;
-use crate::lifecycle::start::{Boot, Started, call_start, tls_server};
+use crate::lifecycle::start::{Boot, Started, call_start, endpoint_kinds};
 use crate::listeners::{self, Inherited};
 use crate::observe::log;
 use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
@@ -202,7 +202,7 @@ where
     let mut inherited = listeners::inherit(&config.listen)?;
     inherited.listen_for_check(&config.listen)?;
     log::init(name, config.log.as_deref(), 1)?;
-    tls_server(&config, &inherited)?;
+    endpoint_kinds(&config, &inherited)?;
     let Inherited { listeners, credentials, .. } = inherited;
     Runtime::new()?.block_on(async {
         let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials);

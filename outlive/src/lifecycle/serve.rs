@@ -9,6 +9,7 @@ use tracing::{error, info};
 
 use crate::app::setup::Hooks;
 use crate::app::tasks::Running;
+use crate::connection::Connection;
 use crate::lifecycle::config::Config;
 use crate::listeners::SocketFiles;
 use crate::observe::log::message_id;
@@ -20,7 +21,6 @@ use crate::takeover::{
     Commitment, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle, TakeoverSocket,
     UNDER_WAY,
 };
-use crate::transport::stream::Connection;
 
 /// The kernel ends all processes of a container with its PID 1, successors included.
 const PID_1: &str = "PID 1 of a container cannot reload; start a new container instead";

@@ -20,7 +20,7 @@ use tracing::info;
 use crate::app::process::Process;
 use crate::app::setup::{Hooks, Setup};
 use crate::app::tasks::{self, Task};
-use crate::connection::Services;
+use crate::connection::{Connection, ConnectionContext, Endpoint, EndpointKind};
 use crate::handover;
 use crate::lifecycle::admin::{self, Admin};
 use crate::lifecycle::cli::CommandLine;
@@ -37,9 +37,8 @@ use crate::registry::Registry;
 use crate::requests::Routes;
 use crate::server::{Acceptor, Queues, Server, allocator};
 use crate::takeover::{Adopter, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket};
-use crate::transport::listener_name::{ListenerRole, Name};
-use crate::transport::stream::Connection;
-use crate::transport::tls_config::{self, Tls};
+use crate::transport::listener_name::ListenerRole;
+use crate::transport::tls_config;
 
 /// How much more time each report asks systemd for, beyond the next report, so that one late report does not end the
 /// start.
@@ -77,7 +76,6 @@ pub struct Started {
     server: Server,
     quiescent: UnboundedReceiver<Connection>,
     acceptors: Vec<Acceptor>,
-    names: Vec<Name>,
     /// A command with which to try the service, for the log.
     example: Option<String>,
     /// The handover channels from systemd's store, with the connections of earlier processes.
@@ -100,7 +98,7 @@ impl Started {
         let CommandLine { name, config, service: own, .. } = line;
         let mut signals = Signals::new().context("could not watch for signals")?;
         inherited.listen(&config.listen, &name)?;
-        let tls = tls_server(&config, &inherited)?;
+        let kinds = endpoint_kinds(&config, &inherited)?;
         let Inherited { listeners, channels, credentials, watchdog, socket_files, .. } = inherited;
         let bundle = SuccessorBundle::new(
             &listeners,
@@ -129,20 +127,27 @@ impl Started {
         let queues = Queues::default();
         let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks };
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
-        let services = Services {
-            routes: limited(routes),
-            admin: limited(admin::router(admin).merge(more_admin)),
-            tls,
-            process,
-            shutdown,
-            quiesce_limit: config.drain_timeout / 2,
+        let routes = limited(routes);
+        let admin = limited(admin::router(admin).merge(more_admin));
+        let endpoint = |(listener, kind): (&Listener, EndpointKind)| {
+            let routes = match kind {
+                EndpointKind::Http | EndpointKind::Https(_) => &routes,
+                EndpointKind::Admin => &admin,
+            };
+            Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind })
         };
-        let (server, quiescent) = Server::new(services, registry.clone(), config.max_connections, queues)?;
+        let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
+        let context = ConnectionContext { process, shutdown, quiesce_limit: config.drain_timeout / 2 };
+        let (server, quiescent) =
+            Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);
-        let names = listeners.iter().map(|listener| listener.name.clone()).collect();
         let example = listeners.iter().find_map(Listener::try_it);
-        let acceptors = listeners.into_iter().map(Acceptor::new).collect::<anyhow::Result<Vec<_>>>()?;
+        let acceptors = listeners
+            .into_iter()
+            .zip(endpoints)
+            .map(|(listener, endpoint)| Acceptor::new(listener, endpoint))
+            .collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Some(Self {
             config,
             process,
@@ -151,7 +156,6 @@ impl Started {
             server,
             quiescent,
             acceptors,
-            names,
             example,
             channels,
             socket_files,
@@ -165,7 +169,7 @@ impl Started {
     /// Begins to serve. Reports that to systemd with `READY=1`, or takes over from `predecessor`. An error is returned
     /// only while the predecessor still serves.
     pub async fn commit(self, predecessor: Option<PredecessorLink>) -> Result<Serving> {
-        let Self { config, process, logging, signals, server, quiescent, names, bundle, status, .. } = self;
+        let Self { config, process, logging, signals, server, quiescent, bundle, status, .. } = self;
         let watchdog = bundle.watchdog;
         let committed = match predecessor {
             Some(predecessor) => {
@@ -183,7 +187,7 @@ impl Started {
         let predecessor_gone = CancellationToken::new();
         let socket = if let Some(committed) = committed {
             let gone = predecessor_gone.clone();
-            let result = committed.take_over(server.clone(), names, status.clone(), gone).await;
+            let result = committed.take_over(server.clone(), status.clone(), gone).await;
             let socket = TakeoverSocket::open();
             result.ok();
             socket
@@ -191,7 +195,7 @@ impl Started {
             let socket = TakeoverSocket::open();
             systemd::ready(&status.line());
             if !self.channels.is_empty() {
-                status.note(Adopter::new(server.clone(), names).adopt_stored(self.channels));
+                status.note(Adopter::new(server.clone()).adopt_stored(self.channels));
             }
             predecessor_gone.cancel();
             socket
@@ -256,14 +260,25 @@ async fn ask_for_time_to_start() -> Infallible {
     }
 }
 
-/// The TLS configuration, if there is an https listener.
-pub fn tls_server(config: &Config, inherited: &Inherited) -> Result<Option<Tls>> {
-    let is_wanted = inherited.listeners.iter().any(|listener| listener.role() == ListenerRole::Https);
+/// What each of the listeners serves. Loads the certificate if one of them is an https listener.
+pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<EndpointKind>> {
     let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
-    is_wanted
-        .then(|| {
-            tls_config::acceptor(cert, key, &inherited.credentials, config.tls_handover)
-                .map_err(Failure::config)
-        })
-        .transpose()
+    // All https listeners use the same keys of session tickets, because a handover passes on one set of keys.
+    let mut loaded = None;
+    let mut kinds = Vec::new();
+    for listener in &inherited.listeners {
+        kinds.push(match listener.role() {
+            ListenerRole::Http => EndpointKind::Http,
+            ListenerRole::Admin => EndpointKind::Admin,
+            ListenerRole::Https => {
+                let tls = match loaded.take() {
+                    Some(tls) => tls,
+                    None => tls_config::acceptor(cert, key, &inherited.credentials, config.tls_handover)
+                        .map_err(Failure::config)?,
+                };
+                EndpointKind::Https(loaded.insert(tls).clone())
+            }
+        });
+    }
+    Ok(kinds)
 }

@@ -22,15 +22,15 @@ use tokio::time::{interval, sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::connection::{self, ConnectionOutcome, Services};
+use crate::connection::{self, Connection, ConnectionContext, ConnectionOutcome, Endpoint, EndpointKind};
 use crate::handover::{Overflow, Secret};
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
 use crate::os::sys;
 use crate::registry::{Phase, Registration, Registry};
 use crate::server::parked::{ParkedConnection, ParkedConnections};
-use crate::transport::listener_name::{ListenerRole, Name};
-use crate::transport::stream::{Connection, Peer, Stream};
+use crate::transport::stream::{Peer, Stream};
+use crate::transport::tickets::Tickets;
 
 /// The pause after a failed accept(2), for example because file descriptors ran out. Without it, the task would use a
 /// whole core until the cause is gone.
@@ -51,7 +51,9 @@ const ADMIN_CONNECTIONS: usize = 64;
 /// Accepts and serves connections. Clones share the registry and the limits.
 #[derive(Clone)]
 pub struct Server {
-    services: Arc<Services>,
+    context: Arc<ConnectionContext>,
+    /// One for each listener.
+    endpoints: Arc<[Arc<Endpoint>]>,
     registry: Arc<Registry>,
     slots: Arc<Semaphore>,
     /// Separate from `slots`, so that the admin listeners answer when all slots are in use.
@@ -85,7 +87,8 @@ impl Server {
     /// Creates the server, and the receiver of the connections that become quiescent in a phase that hands them over.
     /// Fails if epoll_create(2) fails.
     pub fn new(
-        services: Services,
+        context: ConnectionContext,
+        endpoints: &[Arc<Endpoint>],
         registry: Arc<Registry>,
         max_connections: u32,
         queues: Queues,
@@ -96,9 +99,11 @@ impl Server {
         let slots = Arc::new(Semaphore::new(max_connections as usize));
         let admin_slots = Arc::new(Semaphore::new(ADMIN_CONNECTIONS));
         let own_ports = TaskTracker::new();
-        let services = Arc::new(services);
+        let context = Arc::new(context);
         let overflow = Arc::default();
-        let server = Self { services, registry, slots, admin_slots, parked, own_ports, queues, overflow };
+        let endpoints = endpoints.into();
+        let server =
+            Self { context, endpoints, registry, slots, admin_slots, parked, own_ports, queues, overflow };
         tokio::spawn(server.clone().serve_unparked());
         Ok((server, quiescent))
     }
@@ -120,16 +125,24 @@ impl Server {
         &self.registry
     }
 
+    /// What is served on each listener of this process.
+    pub fn endpoints(&self) -> &[Arc<Endpoint>] {
+        &self.endpoints
+    }
+
+    /// None if this process hands no TLS connections over.
+    fn tickets(&self) -> Option<&Tickets> {
+        self.endpoints.iter().find_map(|endpoint| endpoint.tls()?.tickets.as_deref())
+    }
+
     /// The TLS session ticket keys, for the next process. None if this process hands no TLS connections over.
-    pub fn tickets(&self) -> Option<Secret> {
-        let tickets = self.services.tls.as_ref()?.tickets.as_ref()?;
-        Some(Secret(tickets.encode()))
+    pub fn ticket_keys(&self) -> Option<Secret> {
+        self.tickets().map(|tickets| Secret(tickets.encode()))
     }
 
     /// Uses the predecessor's session ticket keys, so that clients can resume TLS sessions that began there.
     pub fn adopt_ticket_keys(&self, keys: Option<Secret>) {
-        let tickets = self.services.tls.as_ref().and_then(|tls| tls.tickets.as_ref());
-        if let (Some(tickets), Some(keys)) = (tickets, keys)
+        if let (Some(tickets), Some(keys)) = (self.tickets(), keys)
             && !tickets.adopt_keys(&keys.0)
         {
             debug!("invalid TLS ticket keys from the predecessor; clients will do full handshakes");
@@ -156,7 +169,7 @@ impl Server {
     /// Parks or serves a connection that another process handed over, even above `--max-connections`, because it is
     /// open already and would have to be closed otherwise.
     pub fn adopt(&self, connection: Connection) {
-        let slot = self.slots(&connection.listener).clone().try_acquire_owned().ok();
+        let slot = self.slots(&connection.endpoint).clone().try_acquire_owned().ok();
         let since = self.registry.now();
         if let Err(unparked) = self.parked.put(ParkedConnection { connection, slot, since }) {
             self.serve_unparked_connection(unparked);
@@ -171,9 +184,9 @@ impl Server {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, None, since);
                 registration.entry.close_after_response();
-                let services = self.services.clone();
+                let context = self.context.clone();
                 tokio::spawn(async move {
-                    drop(connection::serve(connection, registration, &services).await);
+                    drop(connection::serve(connection, registration, &context).await);
                     // Closing is not enough, because the descriptor in the channel keeps the connection open.
                     if let Ok(copy) = copy {
                         let _ = rustix::net::shutdown(&copy, Shutdown::Both);
@@ -190,8 +203,11 @@ impl Server {
         &self.overflow
     }
 
-    fn slots(&self, listener: &Name) -> &Arc<Semaphore> {
-        if listener.role() == ListenerRole::Admin { &self.admin_slots } else { &self.slots }
+    fn slots(&self, endpoint: &Endpoint) -> &Arc<Semaphore> {
+        match endpoint.kind {
+            EndpointKind::Http | EndpointKind::Https(_) => &self.slots,
+            EndpointKind::Admin => &self.admin_slots,
+        }
     }
 
     /// Sets a phase, and serves the parked connections that have to close in it.
@@ -260,12 +276,12 @@ impl Server {
     }
 
     fn serve(&self, connection: Connection<Stream>, registration: Registration) {
-        let (services, parked) = (self.services.clone(), self.parked.clone());
+        let (context, parked) = (self.context.clone(), self.parked.clone());
         tokio::spawn(async move {
             let mut next = Some((connection, registration));
             while let Some((connection, registration)) = next {
                 let ConnectionOutcome::Quiescent(connection, registration) =
-                    connection::serve(connection, registration, &services).await
+                    connection::serve(connection, registration, &context).await
                 else {
                     return;
                 };
@@ -294,7 +310,7 @@ impl Server {
                 let mut asked = acceptor.socket.readable().await?;
                 // A slot is acquired only when a connection waits; otherwise an idle listener would keep one from the
                 // others. Until there is one, the connection waits in the accept queue of the socket.
-                let slot = self.slots(&acceptor.name).clone().acquire_owned().await.ok();
+                let slot = self.slots(&acceptor.endpoint).clone().acquire_owned().await.ok();
                 let connection = acceptor.accept()?;
                 if connection.is_none() {
                     asked.clear_ready();
@@ -332,7 +348,7 @@ impl Server {
 /// A listener that is ready to be accepted from.
 pub struct Acceptor {
     label: String,
-    name: Name,
+    endpoint: Arc<Endpoint>,
     /// Declared before `socket`, so that the socket file is removed before the listener closes.
     ownership: Ownership,
     socket: AsyncFd<OwnedFd>,
@@ -340,14 +356,14 @@ pub struct Acceptor {
 
 impl Acceptor {
     /// Fails if the runtime cannot watch the socket, for example because file descriptors ran out.
-    pub fn new(listener: Listener) -> anyhow::Result<Self> {
+    pub fn new(listener: Listener, endpoint: Arc<Endpoint>) -> anyhow::Result<Self> {
         let label = listener.label();
-        Self::watching(listener).with_context(|| format!("could not listen on {label}"))
+        Self::watching(listener, endpoint).with_context(|| format!("could not listen on {label}"))
     }
 
-    fn watching(listener: Listener) -> io::Result<Self> {
+    fn watching(listener: Listener, endpoint: Arc<Endpoint>) -> io::Result<Self> {
         let label = listener.label();
-        let Listener { name, socket, ownership } = listener;
+        let Listener { socket, ownership, .. } = listener;
         let socket = match socket {
             ListeningSocket::Tcp(socket) => {
                 if let Err(error) = keep_alive(&socket) {
@@ -357,7 +373,7 @@ impl Acceptor {
             }
             ListeningSocket::Unix(socket) => socket.into(),
         };
-        Ok(Self { label, name, ownership, socket: sys::watch(socket)? })
+        Ok(Self { label, endpoint, ownership, socket: sys::watch(socket)? })
     }
 
     /// Accepts the first connection of the queue. None if the queue is empty.
@@ -371,7 +387,7 @@ impl Acceptor {
         if matches!(peer, Peer::Tcp(_)) {
             sockopt::set_tcp_nodelay(&fd, true)?;
         }
-        Ok(Some((Connection::begun(Stream::new(fd, peer)?, self.name.clone()), peer)))
+        Ok(Some((Connection::begun(Stream::new(fd, peer)?, self.endpoint.clone()), peer)))
     }
 
     fn queue(&self) -> Option<u32> {
@@ -434,7 +450,11 @@ impl AcceptErrors {
 mod tests {
     use std::net::{TcpListener, TcpStream};
 
+    use axum::Router;
+
     use super::*;
+    use crate::connection::tests::endpoint;
+    use crate::transport::listener_name::Name;
 
     #[tokio::test]
     async fn accepted_connections_have_nodelay_and_keepalive() {
@@ -443,7 +463,8 @@ mod tests {
         let address = socket.local_addr().expect("the socket has no address");
         let socket = ListeningSocket::Tcp(socket);
         let listener = Listener { name: Name::default(), socket, ownership: Ownership::Inherited };
-        let acceptor = Acceptor::new(listener).expect("could not watch the listener");
+        let acceptor =
+            Acceptor::new(listener, endpoint(Router::new(), None)).expect("could not watch the listener");
         let _peer = TcpStream::connect(address).expect("could not connect");
         let stream = acceptor.accept().expect("could not accept").expect("the queue is empty").0.socket;
         assert_eq!(sockopt::tcp_nodelay(&stream), Ok(true));

@@ -17,10 +17,11 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::debug;
 
+use crate::connection::Connection;
 use crate::os::lock::lock;
 use crate::os::sys;
 use crate::registry::{Registration, Registry};
-use crate::transport::stream::{Connection, Stream};
+use crate::transport::stream::Stream;
 
 /// How many connections are unparked at once. Between two batches the task yields to other tasks, so that many
 /// connections with input at the same time do not delay the requests in flight.
@@ -183,13 +184,14 @@ mod tests {
     use std::os::unix::net::UnixStream;
     use std::time::Duration;
 
+    use axum::Router;
     use bytes::Bytes;
     use tokio::time::timeout;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::connection::tests::endpoint;
     use crate::registry::{Limits, Phase};
-    use crate::transport::listener_name::Name;
 
     fn parked() -> (Arc<Registry>, ParkedConnections) {
         let limit = Duration::from_secs(1);
@@ -203,9 +205,9 @@ mod tests {
     /// An idle connection, and the socket of its peer.
     fn idle() -> (ParkedConnection, UnixStream) {
         let (ours, peer) = UnixStream::pair().expect("could not create a socket pair");
-        let listener = Name::default();
+        let endpoint = endpoint(Router::new(), None);
         let connection =
-            Connection { socket: ours.into(), listener, unread: Bytes::new(), http2: None, tls: None };
+            Connection { socket: ours.into(), endpoint, unread: Bytes::new(), http2: None, tls: None };
         (ParkedConnection { connection, slot: None, since: 0 }, peer)
     }
 

@@ -20,7 +20,6 @@ use crate::observe::metrics;
 use crate::os::rlimit::{self, FdRoom};
 use crate::os::systemd;
 use crate::server::Server;
-use crate::transport::listener_name::Name;
 
 /// How often the connections that wait for descriptors are checked while their peers are idle.
 const ROTATION_INTERVAL: Duration = Duration::from_millis(50);
@@ -39,8 +38,6 @@ enum Remainder {
 /// Adopts connections into a [`Server`], and counts them for the log.
 pub struct Adopter {
     server: Server,
-    /// The names of this process's listeners. Connections of other listeners are refused.
-    names: Vec<Name>,
     room: FdRoom,
     /// Connections that this process serves.
     adopted: usize,
@@ -56,10 +53,9 @@ pub struct Adopter {
 }
 
 impl Adopter {
-    pub fn new(server: Server, names: Vec<Name>) -> Self {
+    pub fn new(server: Server) -> Self {
         Self {
             server,
-            names,
             room: FdRoom::default(),
             adopted: 0,
             finished: 0,
@@ -198,7 +194,7 @@ impl Adopter {
                 self.nested.push(fd);
                 continue;
             }
-            match unpack(fd, record, &self.names) {
+            match unpack(fd, record, self.server.endpoints()) {
                 Ok(connection) if is_claimed(&connection) => {}
                 Ok(connection) => {
                     self.adopted += 1;
@@ -281,10 +277,12 @@ impl Adopter {
         // A connection that has left its channel and is not registered yet is in neither count, so without this a drain
         // could end and close it.
         let _accepting = server.registry().accepting();
-        let (mut room, names) = (std::mem::take(&mut self.room), self.names.clone());
+        let mut room = std::mem::take(&mut self.room);
         let unpacked = |frame: Frame| {
-            let connections =
-                frame.sockets.into_iter().filter_map(|(fd, record)| unpack(fd, record, &names).ok());
+            let connections = frame
+                .sockets
+                .into_iter()
+                .filter_map(|(fd, record)| unpack(fd, record, server.endpoints()).ok());
             connections.collect()
         };
         let mut finished = 0;

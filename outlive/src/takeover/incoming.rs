@@ -21,7 +21,6 @@ use crate::observe::status::Status;
 use crate::os::credentials::Credentials;
 use crate::server::Server;
 use crate::takeover::adopter::Adopter;
-use crate::transport::listener_name::Name;
 
 /// The connection to the predecessor, before the commit. Dropped, it cancels the reload.
 pub struct PredecessorLink {
@@ -129,20 +128,14 @@ impl Committed {
     /// Sends `Accepting`, and starts a task that adopts the predecessor's connections. Returns when this process is the
     /// main process of the service; the caller then reports the success through the returned pipe. `gone` is cancelled
     /// when the predecessor has exited.
-    pub async fn take_over(
-        self,
-        server: Server,
-        names: Vec<Name>,
-        status: Arc<Status>,
-        gone: CancellationToken,
-    ) -> ResultPipe {
+    pub async fn take_over(self, server: Server, status: Arc<Status>, gone: CancellationToken) -> ResultPipe {
         let Self { channel, outcome, me } = self;
         if let Err(error) = channel.say(MessageType::Accepting, me, "").await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
         tokio::spawn(async move {
-            receive(channel, server, names, status, to_main).await;
+            receive(channel, server, status, to_main).await;
             gone.cancel();
         });
         // A timeout is ignored: if the predecessor has died or hangs, this process is the only one that serves.
@@ -151,16 +144,10 @@ impl Committed {
     }
 }
 
-async fn receive(
-    channel: Channel,
-    server: Server,
-    names: Vec<Name>,
-    status: Arc<Status>,
-    to_main: oneshot::Sender<()>,
-) {
+async fn receive(channel: Channel, server: Server, status: Arc<Status>, to_main: oneshot::Sender<()>) {
     let _arriving = server.registry().arriving();
     let mut to_main = Some(to_main);
-    let adopter = Adopter::new(server.clone(), names);
+    let adopter = Adopter::new(server.clone());
     let note = adopter
         .adopt_from(channel, |frame| match frame.message_type {
             MessageType::Main => drop(to_main.take()),

@@ -1,6 +1,6 @@
-//! A connection as a value, [`stream::Connection`]: its socket, its peer, the name of its listener, the bytes that were
-//! read but not consumed, and the state of HTTP/2 and TLS with which another process can continue it. `connection`
-//! serves it, and `handover` sends it to another process. Nothing here depends on requests.
+//! The parts of a connection that pass to another owner: its socket, its peer, the name of its listener, and the state
+//! of HTTP/2 and TLS with which another process can continue it. `connection` puts them together and serves the
+//! connection, and `handover` sends it to another process. Nothing here depends on requests.
 
 pub mod http2_state;
 pub mod listener_name;

@@ -1,5 +1,4 @@
-//! [`Connection`], a TCP or Unix connection with all of its state: as a plain socket while it is parked or handed over,
-//! as a [`Stream`] of the runtime while it is served.
+//! [`Stream`], a TCP or Unix socket that the runtime watches, and [`Peer`], the address of its other end.
 
 use std::fmt;
 use std::io;
@@ -8,61 +7,10 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::Bytes;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
-
-use crate::transport::http2_state::Http2State;
-use crate::transport::listener_name::Name;
-use crate::transport::tls_traffic::TlsTrafficState;
-
-/// A connection with everything that is needed to continue it, in this or in the next process.
-///
-/// `Connection<OwnedFd>` is quiescent: a plain socket that the runtime does not watch. [`Connection::watched`]
-/// registers it with the runtime to serve it as a `Connection<Stream>`, and [`Connection::unwatched`] does the reverse.
-pub struct Connection<S = OwnedFd> {
-    pub socket: S,
-    /// The name of the listener that accepted it.
-    pub listener: Name,
-    /// The bytes that were read from the socket and not consumed.
-    pub unread: Bytes,
-    /// The HTTP/2 state, if it is an HTTP/2 connection that has been served before.
-    pub http2: Option<Box<Http2State>>,
-    /// The TLS state, if it is a TLS connection whose handshake is complete.
-    pub tls: Option<Box<TlsTrafficState>>,
-}
-
-impl Connection {
-    /// Whether every release can continue it. Some earlier ones can continue neither HTTP/2 nor TLS connections.
-    pub fn is_plain_http1(&self) -> bool {
-        self.http2.is_none() && self.tls.is_none()
-    }
-
-    /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
-    /// disconnected.
-    pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
-        let Self { socket, listener, unread, http2, tls } = self;
-        // The socket may come from another process, which may have left it in blocking mode.
-        rustix::io::ioctl_fionbio(&socket, true)?;
-        let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
-        Ok((Connection { socket: Stream::new(socket, peer)?, listener, unread, http2, tls }, peer))
-    }
-}
-
-impl Connection<Stream> {
-    /// A connection that was just accepted.
-    pub fn begun(stream: Stream, listener: Name) -> Self {
-        Self { socket: stream, listener, unread: Bytes::new(), http2: None, tls: None }
-    }
-
-    /// Deregisters the socket from the runtime.
-    pub fn unwatched(self) -> io::Result<Connection> {
-        let Self { socket, listener, unread, http2, tls } = self;
-        Ok(Connection { socket: socket.into_socket()?, listener, unread, http2, tls })
-    }
-}
 
 pub enum Stream {
     Tcp(TcpStream),
@@ -118,7 +66,8 @@ impl Stream {
         })
     }
 
-    fn into_socket(self) -> io::Result<OwnedFd> {
+    /// Deregisters the socket from the runtime.
+    pub fn into_socket(self) -> io::Result<OwnedFd> {
         Ok(match self {
             Self::Tcp(stream) => stream.into_std()?.into(),
             Self::Unix(stream) => stream.into_std()?.into(),

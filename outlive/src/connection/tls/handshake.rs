@@ -13,10 +13,12 @@ use tracing::debug;
 use super::record_layer::RecordLayer;
 use super::record_reader::{self, RecordAligned};
 use crate::connection::io::{Io, Tls, Wire};
-use crate::connection::{ConnectionOutcome, FirstBytes, Protocol, Services, drive, first_bytes};
+use crate::connection::{
+    Connection, ConnectionContext, ConnectionOutcome, FirstBytes, Protocol, drive, first_bytes,
+};
 use crate::registry::{Entry, Registration, Stage};
-use crate::transport::stream::{Connection, Stream};
-use crate::transport::tls_config::{self, Tls as Spoken};
+use crate::transport::stream::Stream;
+use crate::transport::tls_config;
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The first byte of each TLS connection: the content type of a handshake record (RFC 8446 section 5.1).
@@ -29,11 +31,11 @@ const NOT_TLS: &[u8] = b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\nconten
 pub(in crate::connection) async fn serve(
     mut connection: Connection<Stream>,
     registration: Registration,
-    services: &Services,
-    tls: &Spoken,
+    context: &ConnectionContext,
+    tls: &tls_config::Tls,
 ) -> ConnectionOutcome {
     if let Some(session) = connection.tls.take() {
-        return go_on(connection, session, registration, services).await;
+        return resume(connection, session, registration, context).await;
     }
     let entry = registration.entry.clone();
     let mut first = [0];
@@ -66,15 +68,15 @@ pub(in crate::connection) async fn serve(
         Protocol::Http1
     };
     let io = Io::new(Wire::Right(Tls::Left(Box::new(stream))), Bytes::new(), registration, protocol);
-    drive(io, protocol, None, connection.listener, services, &services.routes).await
+    drive(io, protocol, None, connection.endpoint, context).await
 }
 
 /// Continues a connection whose handshake was performed by another process, or by this one before it was parked.
-async fn go_on(
+async fn resume(
     mut connection: Connection<Stream>,
     session: Box<TlsTrafficState>,
     registration: Registration,
-    services: &Services,
+    context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let entry = registration.entry.clone();
     if connection.unread.is_empty() && session.unread.is_empty() {
@@ -88,14 +90,18 @@ async fn go_on(
         }
     }
     entry.enter(Stage::Waiting);
-    let Connection { socket, listener, unread, http2, .. } = connection;
+    let Connection { socket, endpoint, unread, http2, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
     let records = RecordLayer::new(socket, *session);
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
-    drive(io, protocol, http2, listener, services, &services.routes).await
+    drive(io, protocol, http2, endpoint, context).await
 }
 
-async fn shake_hands(stream: Stream, entry: &Entry, tls: &Spoken) -> Option<TlsStream<RecordAligned>> {
+async fn shake_hands(
+    stream: Stream,
+    entry: &Entry,
+    tls: &tls_config::Tls,
+) -> Option<TlsStream<RecordAligned>> {
     let mut handshake = pin!(record_reader::accept(stream, tls));
     poll_fn(|cx| {
         entry.wake_on_change(cx);

@@ -1,0 +1,59 @@
+//! [`Connection`], a TCP or Unix connection with all of its state: as a plain socket while it is parked or handed over,
+//! as a [`Stream`] of the runtime while it is served.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use super::Endpoint;
+use crate::transport::http2_state::Http2State;
+use crate::transport::stream::{Peer, Stream};
+use crate::transport::tls_traffic::TlsTrafficState;
+
+/// A connection with everything that is needed to continue it, in this or in the next process.
+///
+/// `Connection<OwnedFd>` is quiescent: a plain socket that the runtime does not watch. [`Connection::watched`]
+/// registers it with the runtime to serve it as a `Connection<Stream>`, and [`Connection::unwatched`] does the reverse.
+pub struct Connection<S = OwnedFd> {
+    pub socket: S,
+    /// The endpoint of the listener that accepted it.
+    pub endpoint: Arc<Endpoint>,
+    /// The bytes that were read from the socket and not consumed.
+    pub unread: Bytes,
+    /// The HTTP/2 state, if it is an HTTP/2 connection that has been served before.
+    pub http2: Option<Box<Http2State>>,
+    /// The TLS state, if it is a TLS connection whose handshake is complete.
+    pub tls: Option<Box<TlsTrafficState>>,
+}
+
+impl Connection {
+    /// Whether every release can continue it. Some earlier ones can continue neither HTTP/2 nor TLS connections.
+    pub fn is_plain_http1(&self) -> bool {
+        self.http2.is_none() && self.tls.is_none()
+    }
+
+    /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
+    /// disconnected.
+    pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
+        let Self { socket, endpoint, unread, http2, tls } = self;
+        // The socket may come from another process, which may have left it in blocking mode.
+        rustix::io::ioctl_fionbio(&socket, true)?;
+        let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
+        Ok((Connection { socket: Stream::new(socket, peer)?, endpoint, unread, http2, tls }, peer))
+    }
+}
+
+impl Connection<Stream> {
+    /// A connection that was just accepted.
+    pub fn begun(stream: Stream, endpoint: Arc<Endpoint>) -> Self {
+        Self { socket: stream, endpoint, unread: Bytes::new(), http2: None, tls: None }
+    }
+
+    /// Deregisters the socket from the runtime.
+    pub fn unwatched(self) -> io::Result<Connection> {
+        let Self { socket, endpoint, unread, http2, tls } = self;
+        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls })
+    }
+}
