@@ -19,7 +19,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::server::conn::http2::Builder;
+use hyper::server::conn::http2::{Builder, Connection};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::time::{Instant, Sleep, sleep};
 use tracing::{debug, warn};
@@ -61,12 +61,16 @@ pub(super) enum Http2Outcome {
 }
 
 /// Why the driver stops polling hyper.
-enum Outcome {
-    /// The connection has ended, or must be cut off.
-    Closed,
+enum Turn {
+    /// hyper has ended the connection: the peer closed it, the last response after GOAWAY was sent, or it failed.
+    Done(hyper::Result<()>),
     Quiescent,
+    /// The client must be told to close. hyper is polled again afterwards, because requests may be in flight.
+    MustClose,
     /// The client does not react to GOAWAY, and waits for no response.
     Silent,
+    /// The client has stopped reading its responses, or has not closed in time after GOAWAY.
+    Overdue(Stage),
 }
 
 /// Drives a connection: a new one, or one that continues with `state` after it was parked or handed over. If it is too
@@ -79,7 +83,41 @@ pub(super) async fn drive(
     quiesce_limit: Duration,
 ) -> Http2Outcome {
     let relay = Relay::new(io, state.map_or_else(Interposer::new, Interposer::resume));
-    let mut connection = Builder::new(TokioExecutor::new())
+    let connection = serve_connection(relay.clone(), service);
+    entry.enter(Stage::Waiting);
+    let mut driver =
+        Driver { connection, relay, entry, goaway_deadline: None, quiescer: Quiescer::new(quiesce_limit) };
+    loop {
+        match poll_fn(|cx| driver.poll_turn(cx)).await {
+            Turn::MustClose => driver.send_goaway(),
+            Turn::Quiescent => return driver.into_outcome(),
+            Turn::Silent => {
+                if let Some((io, interposer)) = driver.relay.take() {
+                    debug!(peer = %entry.peer, "the client does not react to GOAWAY: closed with a second one");
+                    io.refuse(&interposer.final_goaway()).await;
+                }
+                return Http2Outcome::Closed;
+            }
+            Turn::Overdue(Stage::InFlight) => {
+                warn!(peer = %entry.peer, "closed the connection: the client stopped reading its responses (--request-timeout)");
+                break;
+            }
+            Turn::Done(Err(error)) => {
+                debug!(peer = %entry.peer, %error, "connection failed");
+                break;
+            }
+            Turn::Done(Ok(())) | Turn::Overdue(_) => break,
+        }
+    }
+    // Closes the connection now. Otherwise hyper would close it after it has dropped the handlers.
+    drop(driver.relay.take());
+    Http2Outcome::Closed
+}
+
+type HyperConnection = Connection<TokioIo<Relay>, Service, TokioExecutor>;
+
+fn serve_connection(relay: Relay, service: Service) -> HyperConnection {
+    Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
         .keep_alive_interval(PING_INTERVAL)
         .keep_alive_timeout(PING_TIMEOUT)
@@ -88,86 +126,95 @@ pub(super) async fn drive(
         .initial_stream_window_size(WINDOW)
         .max_header_list_size(HEADER_LIST_LIMIT)
         .header_table_size(0) // a table of the decoder could not be handed over
-        .serve_connection(TokioIo::new(relay.clone()), service);
-    entry.enter(Stage::Waiting);
-    // Set when GOAWAY is sent: until then the client need not react.
-    let mut goaway_deadline: Option<Pin<Box<Sleep>>> = None;
-    let mut quiescer = Quiescer::new(quiesce_limit);
-    let outcome = poll_fn(|cx| {
+        .serve_connection(TokioIo::new(relay), service)
+}
+
+/// What [`drive`] polls.
+struct Driver<'a> {
+    connection: HyperConnection,
+    relay: Relay,
+    entry: &'a Entry,
+    /// Set when GOAWAY is sent: until then the client need not react.
+    goaway_deadline: Option<Pin<Box<Sleep>>>,
+    quiescer: Quiescer,
+}
+
+impl Driver<'_> {
+    fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
         loop {
-            let phase = entry.phase();
-            let is_stopping = phase != Phase::Serving;
-            if is_stopping
-                && (entry.keeps_http2_and_tls() || relay.with(|interposer| interposer.is_immovable()) == Some(true))
-            {
-                entry.forbid_handover();
+            let phase = self.entry.phase();
+            if self.cannot_move(phase) {
+                self.entry.forbid_handover();
             }
-            // Otherwise the drain would wait until its limit for frames that the silent client never sends.
-            if matches!(phase, Phase::Draining | Phase::Quiescing | Phase::Holding)
-                && entry.is_parkable()
-                && relay.with(|interposer| interposer.is_stuck()) == Some(true)
-            {
-                entry.forbid_handover();
+            let connection = &mut self.connection;
+            if let Poll::Ready(result) = self.entry.poll_driver(cx, |cx| Pin::new(connection).poll(cx)) {
+                return Poll::Ready(Turn::Done(result));
             }
-            if let Poll::Ready(result) = entry.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
-                if let Err(error) = result {
-                    debug!(peer = %entry.peer, %error, "connection failed");
-                }
-                return Poll::Ready(Outcome::Closed);
+            if let Some(turn) = self.closing_turn(cx, phase) {
+                return Poll::Ready(turn);
             }
-            let is_overdue = entry.is_overdue();
-            if is_overdue && entry.stage() == Stage::InFlight {
-                warn!(peer = %entry.peer, "closed the connection: the client stopped reading its responses (--request-timeout)");
-                return Poll::Ready(Outcome::Closed);
-            }
-            if is_overdue && goaway_deadline.is_some() {
-                return Poll::Ready(Outcome::Closed);
-            }
-            if let Some(limit) = &mut goaway_deadline
-                && limit.as_mut().poll(cx).is_ready()
-                && is_stopping
-                && is_silent(entry, &relay)
-            {
-                return Poll::Ready(Outcome::Silent);
-            }
-            if goaway_deadline.is_none() && (is_overdue || entry.must_close()) {
-                goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
-                entry.forbid_handover();
-                // The time limit of the stage begins again, so that the peer has time to close.
-                entry.touch();
-                relay.with(Interposer::release);
-                Pin::new(&mut connection).graceful_shutdown();
-                continue;
-            }
-            match quiescer.advance(cx, entry, &relay) {
-                Progress::Quiescent => return Poll::Ready(Outcome::Quiescent),
+            match self.quiescer.advance(cx, self.entry, &self.relay) {
+                Progress::Quiescent => return Poll::Ready(Turn::Quiescent),
                 Progress::Released => {}
                 Progress::Waits => return Poll::Pending,
             }
         }
-    })
-    .await;
-    match (outcome, relay.take()) {
-        (Outcome::Quiescent, Some((io, interposer))) => {
-            if let Some(parts) = io.into_parts() {
-                let (state, unread) = interposer.into_state();
-                return Http2Outcome::Quiescent(parts, Box::new(state), unread);
-            }
-        }
-        (Outcome::Silent, Some((io, interposer))) => {
-            debug!(peer = %entry.peer, "the client does not react to GOAWAY: closed with a second one");
-            io.refuse(&interposer.final_goaway()).await;
-        }
-        (Outcome::Closed, _) | (_, None) => {}
     }
-    Http2Outcome::Closed
-}
 
-/// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
-fn is_silent(entry: &Entry, relay: &Relay) -> bool {
-    let state = entry.state();
-    let is_idle = state.stage == Stage::Waiting && state.is_flushed();
-    is_idle && relay.with(|interposer| interposer.owes_nothing()) == Some(true)
+    /// Whether the connection must stay in this process although it is stopping.
+    fn cannot_move(&self, phase: Phase) -> bool {
+        let is_stopping = phase != Phase::Serving;
+        if is_stopping
+            && (self.entry.keeps_http2_and_tls()
+                || self.relay.with(|interposer| interposer.is_immovable()) == Some(true))
+        {
+            return true;
+        }
+        // Otherwise the drain would wait until its limit for frames that the silent client never sends.
+        matches!(phase, Phase::Draining | Phase::Quiescing | Phase::Holding)
+            && self.entry.is_parkable()
+            && self.relay.with(|interposer| interposer.is_stuck()) == Some(true)
+    }
+
+    /// The turn of a connection that is overdue or has to close. `phase` is that from before the poll of hyper.
+    fn closing_turn(&mut self, cx: &mut Context<'_>, phase: Phase) -> Option<Turn> {
+        let is_overdue = self.entry.is_overdue();
+        if is_overdue && self.entry.stage() == Stage::InFlight {
+            return Some(Turn::Overdue(Stage::InFlight));
+        }
+        let Some(deadline) = &mut self.goaway_deadline else {
+            return (is_overdue || self.entry.must_close()).then_some(Turn::MustClose);
+        };
+        if is_overdue {
+            return Some(Turn::Overdue(self.entry.stage()));
+        }
+        let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
+        (!has_time_to_react && phase != Phase::Serving && self.is_silent()).then_some(Turn::Silent)
+    }
+
+    /// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
+    fn is_silent(&self) -> bool {
+        let state = self.entry.state();
+        let is_idle = state.stage == Stage::Waiting && state.is_flushed();
+        is_idle && self.relay.with(|interposer| interposer.owes_nothing()) == Some(true)
+    }
+
+    fn send_goaway(&mut self) {
+        self.goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
+        self.entry.forbid_handover();
+        // The time limit of the stage begins again, so that the peer has time to close.
+        self.entry.touch();
+        self.relay.with(Interposer::release);
+        Pin::new(&mut self.connection).graceful_shutdown();
+    }
+
+    /// Takes a quiescent connection away from hyper. It closes if TLS cannot continue in another process.
+    fn into_outcome(self) -> Http2Outcome {
+        let Some((io, interposer)) = self.relay.take() else { return Http2Outcome::Closed };
+        let Some(parts) = io.into_parts() else { return Http2Outcome::Closed };
+        let (state, unread) = interposer.into_state();
+        Http2Outcome::Quiescent(parts, Box::new(state), unread)
+    }
 }
 
 /// Makes a busy connection quiescent: holds new streams so that the open ones can end. If they do not end in time, it
@@ -205,18 +252,10 @@ impl Quiescer {
     fn advance(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
         let phase = entry.phase();
         if !phase.quiesces() || !entry.state().is_movable() {
-            // If the phase asks for quiescence again later, the connection has the whole limit again.
-            self.begun = None;
-            if entry.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
-                return Progress::Quiescent;
-            }
-            return match std::mem::replace(&mut self.now, Attempt::None) {
-                Attempt::Holding(_) | Attempt::HoldingUntilIdle => Self::release(relay),
-                Attempt::None | Attempt::Pausing(_) => Progress::Waits,
-            };
+            return self.park_or_release(entry, relay);
         }
         if entry.keeps_http2_and_tls() {
-            // Both the flag and the phase may have been set after the check in `drive`, which now runs again. Without
+            // Both the flag and the phase may have been set after `Driver::cannot_move`, which now runs again. Without
             // this check the connection would go to a process that does not adopt HTTP/2.
             self.now = Attempt::None;
             return Self::release(relay);
@@ -234,6 +273,24 @@ impl Quiescer {
             entry.forbid_handover();
             return Self::release(relay);
         }
+        self.attempt(cx, entry, relay)
+    }
+
+    /// The connection need not become quiescent: ends an attempt to make it so, and parks it if it is idle.
+    fn park_or_release(&mut self, entry: &Entry, relay: &Relay) -> Progress {
+        // If the phase asks for quiescence again later, the connection has the whole limit again.
+        self.begun = None;
+        if entry.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
+            return Progress::Quiescent;
+        }
+        match std::mem::replace(&mut self.now, Attempt::None) {
+            Attempt::Holding(_) | Attempt::HoldingUntilIdle => Self::release(relay),
+            Attempt::None | Attempt::Pausing(_) => Progress::Waits,
+        }
+    }
+
+    /// Holds new streams for a limited time, and pauses after each attempt.
+    fn attempt(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
         loop {
             match &mut self.now {
                 Attempt::None | Attempt::HoldingUntilIdle => {
