@@ -5,14 +5,13 @@
 //! still held nearly all of it.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use axum::body::Body;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame};
 
-use crate::registry::{Entry, PendingFrame};
+use crate::registry::{PendingFrame, RequestGuard};
 
 /// The largest chunk, in bytes: every peer accepts a frame of this size (RFC 9113 section 4.2).
 pub(super) const CHUNK: usize = 16 * 1024;
@@ -25,8 +24,8 @@ pub(super) struct ChunkedBody {
 }
 
 impl ChunkedBody {
-    pub(super) fn new(entry: &Arc<Entry>) -> Self {
-        Self { buffer: Bytes::new(), pending: Some(PendingFrame::new(entry)) }
+    pub(super) fn new(request: &RequestGuard) -> Self {
+        Self { buffer: Bytes::new(), pending: Some(request.pending_frame()) }
     }
 
     /// The amount of data of the handler that hyper has not polled for, in bytes.
@@ -39,7 +38,7 @@ impl ChunkedBody {
         &mut self,
         body: Pin<&mut Body>,
         cx: &mut Context<'_>,
-        entry: &Arc<Entry>,
+        request: &RequestGuard,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.pending = None;
         if self.buffer.is_empty() {
@@ -50,7 +49,7 @@ impl ChunkedBody {
                 None => return Poll::Ready(None),
             }
         }
-        self.pending = Some(PendingFrame::new(entry));
+        self.pending = Some(request.pending_frame());
         let chunk = self.buffer.split_to(self.buffer.len().min(CHUNK));
         Poll::Ready(Some(Ok(Frame::data(chunk))))
     }

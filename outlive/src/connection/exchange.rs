@@ -1,8 +1,8 @@
 //! Calls the routes for each request of a connection, and reports the progress of the request to the registry.
 //!
-//! [`Service`] is what hyper calls. For each request it makes an `Exchange`, which keeps the request in flight until
-//! the response body is dropped; `Reading` does the same for the request body. A connection becomes quiescent only when
-//! both have ended, because the next process cannot continue a request.
+//! [`Service`] is what hyper calls. For each request it holds a [`RequestGuard`], which keeps the request in flight until
+//! the response body is dropped; a [`BodyGuard`] does the same for the request body. A connection becomes quiescent only
+//! when both have ended, because the next process cannot continue a request.
 
 use std::cell::RefCell;
 use std::convert::Infallible;
@@ -16,29 +16,29 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::header::{CONNECTION, HeaderValue};
 use hyper::upgrade::OnUpgrade;
-use hyper::{Method, Request, Response, StatusCode, Uri, Version};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
 
 use super::body_chunks::ChunkedBody;
 use super::upgrade::DeclinedUpgrade;
 use crate::app::context::RequestContext;
-use crate::registry::{BodyEnd, Entry, InFlight, Stage};
+use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle};
 use crate::requests::{self, Routes};
 
 /// The hyper service of one connection: it calls the routes and registers each request.
 pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
-    entry: Arc<Entry>,
+    requests: RequestHandle,
     declined: DeclinedUpgrade,
 }
 
 impl Service {
-    pub(super) fn new(routes: Routes, context: RequestContext, entry: Arc<Entry>) -> Self {
+    pub(super) fn new(routes: Routes, context: RequestContext, requests: RequestHandle) -> Self {
         Self {
             routes: routes.into(),
             context: Arc::new(context),
-            entry,
+            requests,
             declined: DeclinedUpgrade::default(),
         }
     }
@@ -62,15 +62,15 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let (mut head, body) = request.into_parts();
-        let exchange = Exchange::begin(&self.entry, &head.uri);
+        let guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
         let offered = head.extensions.get::<OnUpgrade>().cloned();
         let offered = offered.map(|upgrade| OfferedUpgrade { upgrade, declined: self.declined.clone() });
         head.extensions.insert(self.context.clone());
-        let body = exchange.request_body(body);
+        let body = request_body(&guard, body);
         let future = self.routes.borrow_mut().answer(head, body);
-        ResponseFuture { future, exchange: Some(exchange), connects, version, offered }
+        ResponseFuture { future, guard: Some(guard), connects, version, offered }
     }
 }
 
@@ -79,7 +79,7 @@ pin_project! {
     pub(super) struct ResponseFuture {
         #[pin]
         future: requests::ResponseFuture,
-        exchange: Option<Exchange>,
+        guard: Option<RequestGuard>,
         connects: bool,
         version: Version,
         offered: Option<OfferedUpgrade>,
@@ -91,19 +91,19 @@ impl Future for ResponseFuture {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let exchange = this.exchange.as_mut().expect("the future is not polled after it has resolved");
-        let Poll::Ready(response) = this.future.poll(cx, &exchange.request) else {
-            exchange.track();
+        let guard = this.guard.as_mut().expect("the future is not polled after it has resolved");
+        let Poll::Ready(response) = this.future.poll(cx, guard.in_flight()) else {
+            guard.track();
             return Poll::Pending;
         };
-        let exchange = this.exchange.take().expect("it was present above");
+        let guard = this.guard.take().expect("it was present above");
         let offered = this.offered.take();
         if !grants_upgrade(&response, *this.connects)
             && let Some(OfferedUpgrade { upgrade, declined }) = offered
         {
             declined.keep(upgrade);
         }
-        Poll::Ready(Ok(exchange.answer(response, *this.connects, *this.version)))
+        Poll::Ready(Ok(answer(guard, response, *this.connects, *this.version)))
     }
 }
 
@@ -112,74 +112,30 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
-/// A request that is in flight until this is dropped.
-struct Exchange {
-    entry: Arc<Entry>,
-    request: InFlight,
-    is_tracked: bool,
+/// The body of a request for its handler. None if it is empty.
+fn request_body(guard: &RequestGuard, body: Incoming) -> Option<RequestBody> {
+    (!body.is_end_stream()).then(|| RequestBody { body, reading: Some(guard.begin_body()) })
 }
 
-impl Exchange {
-    fn begin(entry: &Arc<Entry>, uri: &Uri) -> Self {
-        Self { entry: entry.clone(), request: entry.begin(uri), is_tracked: false }
+/// Prepares the handler's response for hyper. `connects`: the method of the request was CONNECT.
+fn answer(
+    mut guard: RequestGuard,
+    mut response: Response<Body>,
+    connects: bool,
+    version: Version,
+) -> Response<ResponseBody> {
+    let upgrades = grants_upgrade(&response, connects);
+    if version == Version::HTTP_2 {
+        // HTTP/2 has GOAWAY instead of `Connection: close`. The request is tracked now, because hyper may not poll the
+        // body for a long time if the client's windows are full.
+        guard.track();
+    } else if upgrades {
+        guard.upgrade();
+    } else if guard.must_close() {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
-
-    fn request_body(&self, body: Incoming) -> Option<RequestBody> {
-        (!body.is_end_stream()).then(|| {
-            self.entry.begin_body();
-            RequestBody { body, reading: Some(Reading { entry: self.entry.clone(), end: BodyEnd::Unread }) }
-        })
-    }
-
-    /// Adds a request that was not answered in its first poll to the requests that the registry can list.
-    fn track(&mut self) {
-        if !self.is_tracked {
-            self.is_tracked = true;
-            self.entry.track(self.request.clone());
-        }
-    }
-
-    /// Prepares the handler's response for hyper. `connects`: the method of the request was CONNECT.
-    fn answer(
-        mut self,
-        mut response: Response<Body>,
-        connects: bool,
-        version: Version,
-    ) -> Response<ResponseBody> {
-        let upgrades = grants_upgrade(&response, connects);
-        if version == Version::HTTP_2 {
-            // HTTP/2 has GOAWAY instead of `Connection: close`. The request is tracked now, because hyper may not poll
-            // the body for a long time if the client's windows are full.
-            self.track();
-        } else if upgrades {
-            self.entry.enter(Stage::Upgraded);
-        } else if self.entry.must_close() {
-            response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-        }
-        let window = (version == Version::HTTP_2).then(|| Box::new(ChunkedBody::new(&self.entry)));
-        response.map(|body| ResponseBody { body, exchange: self, window })
-    }
-}
-
-impl Drop for Exchange {
-    fn drop(&mut self) {
-        if self.is_tracked {
-            self.entry.untrack(&self.request);
-        }
-        self.entry.end();
-    }
-}
-
-/// Reports to the registry that a request body is being read, until this is dropped.
-struct Reading {
-    entry: Arc<Entry>,
-    end: BodyEnd,
-}
-
-impl Drop for Reading {
-    fn drop(&mut self) {
-        self.entry.end_body(self.end);
-    }
+    let window = (version == Version::HTTP_2).then(|| Box::new(ChunkedBody::new(&guard)));
+    response.map(|body| ResponseBody { body, guard, window })
 }
 
 pin_project! {
@@ -187,7 +143,7 @@ pin_project! {
         #[pin]
         body: Incoming,
         // None once the end was read: a handler may keep the body for longer, which must not keep the connection busy.
-        reading: Option<Reading>,
+        reading: Option<BodyGuard>,
     }
 }
 
@@ -196,7 +152,7 @@ pin_project! {
     pub(super) struct ResponseBody {
         #[pin]
         body: Body,
-        exchange: Exchange,
+        guard: RequestGuard,
         // Present for HTTP/2 only; boxed, so that HTTP/1.1 responses stay small.
         window: Option<Box<ChunkedBody>>,
     }
@@ -248,11 +204,11 @@ impl HttpBody for ResponseBody {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
         let frame = match this.window {
-            Some(window) => window.poll_chunk(this.body.as_mut(), cx, &this.exchange.entry),
+            Some(window) => window.poll_chunk(this.body.as_mut(), cx, this.guard),
             None => this.body.as_mut().poll_frame(cx),
         };
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
-            this.exchange.track();
+            this.guard.track();
         }
         frame
     }
@@ -277,29 +233,30 @@ mod tests {
     use std::time::Duration;
 
     use http_body_util::BodyExt;
+    use hyper::Uri;
     use tokio_util::sync::CancellationToken;
 
     use super::super::body_chunks::CHUNK;
     use super::*;
-    use crate::registry::{Limits, Registry};
+    use crate::registry::{DriverHandle, Limits, Registry};
     use crate::transport::stream::Peer;
 
-    fn answer(version: Version, body: Vec<u8>) -> (Arc<Entry>, ResponseBody) {
+    fn answer(version: Version, body: Vec<u8>) -> (DriverHandle, ResponseBody) {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
-        let entry = Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None).entry.clone();
-        let exchange = Exchange::begin(&entry, &Uri::from_static("/"));
-        let response = exchange.answer(Response::new(Body::from(body)), false, version);
-        (entry, response.into_body())
+        let registration = Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None);
+        let guard = registration.requests().begin(&Uri::from_static("/"));
+        let response = super::answer(guard, Response::new(Body::from(body)), false, version);
+        (registration.driver(), response.into_body())
     }
 
     #[tokio::test]
     async fn http2_response_is_in_flight_until_all_but_its_last_chunk_is_taken() {
         let whole: Vec<u8> = (0..=CHUNK * 2).map(|number| number.to_le_bytes()[0]).collect();
-        let (entry, mut body) = answer(Version::HTTP_2, whole.clone());
+        let (driver, mut body) = answer(Version::HTTP_2, whole.clone());
         let mut taken = Vec::new();
         while !body.is_end_stream() {
-            assert!(entry.state().is_in_flight());
+            assert!(driver.state().is_in_flight());
             assert_eq!(body.size_hint().exact(), Some((whole.len() - taken.len()) as u64));
             let chunk = body.frame().await.expect("a chunk").expect("no error").into_data().expect("data");
             assert!(chunk.len() <= CHUNK, "{}", chunk.len());
@@ -307,12 +264,12 @@ mod tests {
         }
         assert_eq!(taken, whole);
         drop(body);
-        assert!(!entry.state().is_in_flight());
+        assert!(!driver.state().is_in_flight());
     }
 
     #[tokio::test]
     async fn http1_response_body_is_not_split() {
-        let (_entry, mut body) = answer(Version::HTTP_11, vec![0; CHUNK * 2]);
+        let (_, mut body) = answer(Version::HTTP_11, vec![0; CHUNK * 2]);
         let chunk = body.frame().await.expect("a chunk").expect("no error").into_data().expect("data");
         assert_eq!(chunk.len(), CHUNK * 2);
     }

@@ -14,7 +14,7 @@ use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::{Io, Parts};
-use crate::registry::{Entry, Stage};
+use crate::registry::{DriverHandle, Stage};
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -36,11 +36,11 @@ enum Turn {
     Overdue(Stage),
 }
 
-pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outcome {
+pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Http1Outcome {
     let is_plain = io.is_plain();
     let declined = service.declined_upgrade();
     // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
-    let started_before = entry.started();
+    let started_before = driver.started();
     let mut connection = Builder::new()
         .header_read_timeout(None) // the registry enforces the time limits
         .half_close(is_plain) // `Io` detects a closed peer with a peek; hyper would allocate a buffer
@@ -50,17 +50,17 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
     let turn = poll_fn(|cx| {
         let mut has_looked_again = false;
         loop {
-            if !is_plain && entry.keeps_http2_and_tls() {
-                entry.forbid_handover();
+            if !is_plain && driver.keeps_http2_and_tls() {
+                driver.forbid_handover();
             }
-            if let Poll::Ready(result) = entry.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
+            if let Poll::Ready(result) = driver.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
             }
-            let state = entry.state();
-            if entry.is_overdue() {
+            let state = driver.state();
+            if driver.is_overdue() {
                 return Poll::Ready(Turn::Overdue(state.stage));
             }
-            if !state.is_quiescent() || !entry.must_quiesce() {
+            if !state.is_quiescent() || !driver.must_quiesce() {
                 return Poll::Pending;
             }
             // If a handler has not read the whole request body, hyper notices that in its next poll, and reads the
@@ -71,12 +71,12 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
             }
             // The flag is set before the phase is, but both may have been set after the check at the head of the loop.
             // Without this second check the connection would go to a process that does not adopt TLS connections.
-            if !is_plain && entry.keeps_http2_and_tls() {
+            if !is_plain && driver.keeps_http2_and_tls() {
                 continue;
             }
             // This hyper instance has served no request, so it holds at most a part of a head, and `into_parts`
             // returns that. Shut down, it would wait for the remainder, which `Io` withholds until the handover.
-            if entry.started() == started_before {
+            if driver.started() == started_before {
                 return Poll::Ready(Turn::Quiescent);
             }
             // If hyper considers the connection idle, it ends it without sending a byte. Otherwise it has more to send,
@@ -104,14 +104,14 @@ pub(super) async fn drive(io: Io, service: Service, entry: &Entry) -> Http1Outco
         }
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
         Turn::Overdue(Stage::InFlight) => {
-            warn!(peer = %entry.peer, "closed the connection: the client stopped reading the response (--request-timeout)");
+            warn!(peer = %driver.peer(), "closed the connection: the client stopped reading the response (--request-timeout)");
         }
         // Without TLS the socket is closed at once, because there is no `close_notify` to send.
         Turn::Overdue(_) if io.is_plain() => {}
         Turn::Overdue(_) => io.close().await,
         Turn::Done(result) => {
             if let Err(error) = result {
-                debug!(peer = %entry.peer, %error, "connection failed");
+                debug!(peer = %driver.peer(), %error, "connection failed");
             }
             io.close().await;
         }

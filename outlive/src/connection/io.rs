@@ -17,7 +17,7 @@ use tokio_util::either::Either;
 use super::Protocol;
 use super::tls::record_layer::RecordLayer;
 use super::tls::record_reader::{self, RecordAligned};
-use crate::registry::{Entry, Registration, Stage};
+use crate::registry::{IoHandle, Registration, Stage};
 use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::TlsTrafficState;
 
@@ -86,8 +86,8 @@ impl Io {
         Some(Parts { stream, registration, tls, unread: join(self.unread, opened) })
     }
 
-    fn entry(&self) -> &Entry {
-        &self.registration.entry
+    fn handle(&self) -> IoHandle<'_> {
+        self.registration.io()
     }
 
     /// Closes the connection so that the peer receives the whole last response: closing a socket that has unread bytes
@@ -95,7 +95,7 @@ impl Io {
     /// apply.
     pub(super) async fn close(mut self) {
         poll_fn(|cx| {
-            self.entry().wake_on_change(cx);
+            self.handle().wake_on_change(cx);
             self.poll_close(cx)
         })
         .await;
@@ -103,10 +103,10 @@ impl Io {
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         loop {
-            let is_overdue = self.entry().is_overdue();
+            let is_overdue = self.handle().is_overdue();
             let next = match self.end {
                 CloseState::No => {
-                    self.entry().enter(Stage::Ending);
+                    self.handle().enter(Stage::Ending);
                     CloseState::Shutting
                 }
                 CloseState::Shutting => match Pin::new(&mut self.wire).poll_shutdown(cx) {
@@ -119,12 +119,12 @@ impl Io {
                     let mut into = ReadBuf::new(&mut discard);
                     match Pin::new(&mut self.wire).poll_read(cx, &mut into) {
                         Poll::Ready(Ok(())) if !into.filled().is_empty() && left > into.filled().len() => {
-                            self.entry().enter(Stage::Discarding);
+                            self.handle().enter(Stage::Discarding);
                             CloseState::Discarding(left - into.filled().len())
                         }
                         Poll::Pending if !is_overdue => {
-                            if self.entry().stage() == Stage::Ending {
-                                self.entry().enter(self.stage_of_silence());
+                            if self.handle().stage() == Stage::Ending {
+                                self.handle().enter(self.stage_of_silence());
                             }
                             return Poll::Pending;
                         }
@@ -138,7 +138,7 @@ impl Io {
 
     /// The stage of a connection that has sent its last byte, and whose peer has sent nothing since.
     fn stage_of_silence(&self) -> Stage {
-        if self.entry().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
+        if self.handle().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
     }
 
     pub(super) fn is_plain(&self) -> bool {
@@ -149,8 +149,8 @@ impl Io {
     /// detects that, because a peek at the socket sees only encrypted records.
     fn is_given_up(&self, cx: &mut Context<'_>) -> bool {
         let Wire::Left(stream) = &self.wire else { return false };
-        let entry = self.entry();
-        let state = entry.state();
+        let handle = self.handle();
+        let state = handle.state();
         let waits = state.stage == Stage::InFlight && state.is_in_flight() && !state.is_reading();
         if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
             return false;
@@ -162,25 +162,25 @@ impl Io {
     /// Applies the stall limit to the writes of a handler that owns an upgraded connection (WebSocket): an error if
     /// the peer has taken nothing for that long. Without this a peer that never reads would keep the connection open.
     fn limit_handler<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
-        let entry = self.entry();
-        if entry.stage() != Stage::Upgraded {
+        let handle = self.handle();
+        if handle.stage() != Stage::Upgraded {
             return polled;
         }
         if polled.is_ready() {
             // A handler need not flush, so what it has written counts as flushed. Otherwise the stall limit would apply
             // while it has nothing to send.
-            entry.flushed();
+            handle.flushed();
             return polled;
         }
-        entry.writing();
-        entry.replace_waker(cx);
-        if entry.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
+        handle.writing();
+        handle.replace_waker(cx);
+        if handle.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 
     /// Sends `answer`, which hyper does not produce (408, 400, GOAWAY), and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
         // In this stage the stall limit applies to the answer.
-        self.entry().enter(Stage::Ending);
+        self.handle().enter(Stage::Ending);
         let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
         if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
             self.close().await;
@@ -193,9 +193,9 @@ impl Io {
         mut poll: impl FnMut(Pin<&mut Self>, &mut Context<'_>) -> Poll<io::Result<T>>,
     ) -> io::Result<T> {
         poll_fn(|cx| {
-            self.entry().wake_on_change(cx);
+            self.handle().wake_on_change(cx);
             match poll(Pin::new(self), cx) {
-                Poll::Pending if self.entry().is_overdue() => {
+                Poll::Pending if self.handle().is_overdue() => {
                     Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
                 }
                 polled => polled,
@@ -217,14 +217,14 @@ pub(super) fn join(first: Bytes, second: Bytes) -> Bytes {
 impl AsyncRead for Io {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
-        let entry = &this.registration.entry;
+        let handle = this.registration.io();
         // While the connection must become quiescent, the next request is left unread for the next process. The body
         // of a request in flight is still read. The driver is woken when the phase changes, and hyper then reads again.
-        let state = entry.state();
+        let state = handle.state();
         let held = this.protocol == Protocol::Http1
             && state.is_movable()
             && !state.is_reading()
-            && entry.must_quiesce();
+            && handle.must_quiesce();
         if held {
             return Poll::Pending;
         }
@@ -234,7 +234,7 @@ impl AsyncRead for Io {
             // These bytes begin the head of a request. A connection that counted as idle would be parked again while
             // hyper holds them, and would never answer that request.
             if this.protocol == Protocol::Http1 {
-                entry.received();
+                handle.received();
             }
             return Poll::Ready(Ok(()));
         }
@@ -242,7 +242,7 @@ impl AsyncRead for Io {
         std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
         if let Wire::Right(Tls::Right(records)) = &this.wire {
             if records.is_near_key_limit() {
-                entry.close_after_response();
+                handle.close_after_response();
             }
             // At the end of the input hyper would abort the response in flight, so it learns of the end only after that
             // response is sent.
@@ -251,7 +251,7 @@ impl AsyncRead for Io {
             }
         }
         if this.protocol == Protocol::Http1 && into.filled().len() > before {
-            entry.received();
+            handle.received();
         }
         Poll::Ready(Ok(()))
     }
@@ -259,10 +259,10 @@ impl AsyncRead for Io {
 
 impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.entry().writing();
+        self.handle().writing();
         let written = Pin::new(&mut self.wire).poll_write(cx, bytes);
         if written.is_ready() {
-            self.entry().wrote();
+            self.handle().wrote();
         }
         self.limit_handler(cx, written)
     }
@@ -272,10 +272,10 @@ impl AsyncWrite for Io {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.entry().writing();
+        self.handle().writing();
         let written = Pin::new(&mut self.wire).poll_write_vectored(cx, slices);
         if written.is_ready() {
-            self.entry().wrote();
+            self.handle().wrote();
         }
         self.limit_handler(cx, written)
     }
@@ -288,7 +288,7 @@ impl AsyncWrite for Io {
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let flushed = Pin::new(&mut self.wire).poll_flush(cx);
         std::task::ready!(self.limit_handler(cx, flushed))?;
-        self.entry().flushed();
+        self.handle().flushed();
         if self.is_given_up(cx) {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
@@ -298,7 +298,7 @@ impl AsyncWrite for Io {
     /// hyper shuts the stream down when it has finished. For HTTP/1.1 that does nothing, because the driver closes the
     /// stream (`close`) or hands it over; the handler that owns an upgraded stream does shut it down.
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match (self.protocol, self.entry().stage()) {
+        match (self.protocol, self.handle().stage()) {
             (Protocol::Http2, _) => self.poll_close(cx).map(Ok),
             (Protocol::Http1, Stage::Upgraded) => {
                 let shut = Pin::new(&mut self.wire).poll_shutdown(cx);
@@ -370,8 +370,9 @@ mod tests {
         peer.write_all(b"GET").await.expect("the bytes are sent");
         let mut read = [0; 1];
         io.read_exact(&mut read).await.expect("the connection is read before it is parkable");
-        io.entry().enter(Stage::Waiting);
-        while !io.entry().is_parkable() {
+        let driver = io.registration().driver();
+        driver.enter(Stage::Waiting);
+        while !driver.is_parkable() {
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         assert!(timeout(Duration::from_millis(50), io.read_exact(&mut read)).await.is_err());

@@ -33,9 +33,9 @@ use tracing::debug;
 
 use crate::app::context::RequestContext;
 use crate::app::process::Process;
-use crate::registry::{Entry, Registration, Stage};
+use crate::registry::{DriverHandle, Registration, Stage};
 use crate::transport::http2_state::Http2State;
-use crate::transport::stream::Stream;
+use crate::transport::stream::{Peer, Stream};
 use io::{Io, Wire};
 
 /// What connections of every endpoint need to be served.
@@ -48,10 +48,10 @@ pub struct ConnectionContext {
 
 impl ConnectionContext {
     /// The hyper service of one connection.
-    fn service(&self, endpoint: &Endpoint, entry: &Arc<Entry>) -> exchange::Service {
+    fn service(&self, endpoint: &Endpoint, registration: &Registration, peer: Peer) -> exchange::Service {
         let Self { process, shutdown, .. } = self;
-        let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer: entry.peer };
-        exchange::Service::new(endpoint.routes.clone(), context, entry.clone())
+        let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer };
+        exchange::Service::new(endpoint.routes.clone(), context, registration.requests())
     }
 }
 
@@ -105,22 +105,22 @@ async fn serve_plain(
     registration: Registration,
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
-    let entry = registration.entry.clone();
+    let driver = registration.driver();
     let mut bytes = [0; PREFACE.len()];
     let is_resumed = connection.http2.is_some();
     let arrived = if connection.unread.is_empty() {
         let is_enough =
             |bytes: &[u8]| is_resumed || bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
-        first_bytes(&connection.socket, &entry, &mut bytes, is_enough).await
+        first_bytes(&connection.socket, &driver, &mut bytes, is_enough).await
     } else {
-        entry.received();
+        driver.received();
         FirstBytes::Bytes(0)
     };
     let protocol = match arrived {
         // A resumed connection is driven even if it was idle for too long or the next process does not adopt HTTP/2:
         // its client then receives GOAWAY.
         FirstBytes::Bytes(_) | FirstBytes::Late | FirstBytes::Idle if is_resumed => Protocol::Http2,
-        FirstBytes::Quiescent if is_resumed && entry.keeps_http2_and_tls() => Protocol::Http2,
+        FirstBytes::Quiescent if is_resumed && driver.keeps_http2_and_tls() => Protocol::Http2,
         FirstBytes::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
         // The HTTP/1.1 driver answers an incomplete head with 408, and closes.
         FirstBytes::Bytes(_) | FirstBytes::Late => Protocol::Http1,
@@ -141,16 +141,16 @@ async fn drive(
     endpoint: Arc<Endpoint>,
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
-    let entry = io.registration().entry.clone();
-    let service = context.service(&endpoint, &entry);
+    let driver = io.registration().driver();
+    let service = context.service(&endpoint, io.registration(), driver.peer());
     let (parts, http2, unread) = match protocol {
-        Protocol::Http1 => match http1::drive(io, service, &entry).await {
+        Protocol::Http1 => match http1::drive(io, service, &driver).await {
             http1::Http1Outcome::Quiescent(parts, unread) => (parts, None, unread),
             http1::Http1Outcome::Closed => return ConnectionOutcome::Closed,
         },
         Protocol::Http2 => {
             let state = state.map(|state| *state);
-            match http2::drive(io, state, service, &entry, context.quiesce_limit).await {
+            match http2::drive(io, state, service, &driver, context.quiesce_limit).await {
                 http2::Http2Outcome::Quiescent(parts, state, unread) => (parts, Some(state), unread),
                 http2::Http2Outcome::Closed => return ConnectionOutcome::Closed,
             }
@@ -165,14 +165,14 @@ async fn drive(
 /// parked or handed over.
 async fn first_bytes(
     stream: &Stream,
-    entry: &Entry,
+    driver: &DriverHandle,
     bytes: &mut [u8],
     enough: impl Fn(&[u8]) -> bool,
 ) -> FirstBytes {
     poll_fn(|cx| {
-        entry.wake_on_change(cx);
+        driver.wake_on_change(cx);
         let is_enough = |bytes: &[u8]| {
-            entry.received();
+            driver.received();
             enough(bytes)
         };
         if let Poll::Ready(length) = stream.poll_peek(cx, bytes, is_enough) {
@@ -180,19 +180,19 @@ async fn first_bytes(
                 Ok(0) => FirstBytes::Gone,
                 Ok(length) => FirstBytes::Bytes(length),
                 Err(error) => {
-                    debug!(peer = %entry.peer, %error, "connection failed");
+                    debug!(peer = %driver.peer(), %error, "connection failed");
                     FirstBytes::Gone
                 }
             });
         }
-        if entry.is_overdue() {
-            return Poll::Ready(if entry.stage() == Stage::Head {
+        if driver.is_overdue() {
+            return Poll::Ready(if driver.stage() == Stage::Head {
                 FirstBytes::Late
             } else {
                 FirstBytes::Idle
             });
         }
-        if entry.must_quiesce() { Poll::Ready(FirstBytes::Quiescent) } else { Poll::Pending }
+        if driver.must_quiesce() { Poll::Ready(FirstBytes::Quiescent) } else { Poll::Pending }
     })
     .await
 }

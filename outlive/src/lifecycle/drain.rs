@@ -512,7 +512,7 @@ mod tests {
         let mut signals = Signals::new().expect("the signal handlers can be installed");
         let endless = server.registered(Peer::Unix);
         // Only a part of the head has arrived, so the request is not in flight when the drain begins.
-        endless.entry.received();
+        endless.driver().received();
         let begun = Instant::now();
         let mut drain = Drain::new(&server, &mut quiescent, &mut signals, limit, 1);
         let handed_over = timeout(limit * 2 + Duration::from_secs(10), drain.hand_over(&store)).await;
@@ -591,12 +591,10 @@ mod tests {
                     }
                 };
                 outcome.borrow_mut().admit(number);
-                let entry = &registration.entry;
-                let in_flight = entry.begin(&Uri::from_static("/"));
-                entry.track(in_flight.clone());
+                let mut in_flight = registration.requests().begin(&Uri::from_static("/"));
+                in_flight.track();
                 sleep(request.takes).await;
-                entry.untrack(&in_flight);
-                entry.end();
+                drop(in_flight);
                 outcome.borrow_mut().finished += 1;
             });
         }

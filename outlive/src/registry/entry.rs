@@ -1,21 +1,20 @@
 //! One open connection, as the registry sees it.
 //!
 //! An [`Entry`] holds the [`State`] of a connection (`state.rs`) and the waker of its driver, the task that serves it
-//! (`connection/http1.rs`, `connection/http2/mod.rs`). The connection's IO, its driver and the handlers of its requests
-//! report events. The registry and the drain read the state, check the time limits and wake the driver.
+//! (`connection/http1.rs`, `connection/http2/mod.rs`). The registry and the drain read the state, check the time limits
+//! and wake the driver. The others report events, each through a handle with the methods that concern it: the driver
+//! (`driver_handle.rs`), the connection's IO (`io_handle.rs`) and the requests (`request_handle.rs`).
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Clock;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
-use hyper::Uri;
 use hyper::http::uri::PathAndQuery;
-use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 
-use super::state::{BodyEnd, Event, Stage, State};
+use super::state::{Event, Stage, State};
 use super::{Phase, Registry};
 use crate::registry::sync::{AtomicU64, Mutex, lock};
 use crate::transport::stream::Peer;
@@ -24,11 +23,11 @@ use crate::transport::stream::Peer;
 /// is not parked either, because its driver may not have read the bytes that have arrived.
 const PARK_AFTER: Duration = Duration::from_millis(1500);
 
-/// One open connection. It is in the registry until its [`Registration`] is dropped.
+/// One open connection. It is in the registry until its [`Registration`](super::Registration) is dropped.
 pub struct Entry {
     pub(super) id: u64,
-    pub peer: Peer,
-    registry: Arc<Registry>,
+    pub(super) peer: Peer,
+    pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
     /// A packed [`State`].
@@ -86,21 +85,10 @@ impl PendingWork {
     }
 }
 
-/// Owns the place of a connection in the registry and its slot under `--max-connections`. To drop it releases both.
-pub struct Registration {
-    pub entry: Arc<Entry>,
-    pub slot: Option<OwnedSemaphorePermit>,
-}
-
-impl Registration {
-    pub(super) fn new(
-        registry: &Arc<Registry>,
-        id: u64,
-        peer: Peer,
-        slot: Option<OwnedSemaphorePermit>,
-        since: u64,
-    ) -> Self {
-        let entry = Entry {
+impl Entry {
+    /// `since`: when its stage began.
+    pub(super) fn new(registry: &Arc<Registry>, id: u64, peer: Peer, since: u64) -> Self {
+        Self {
             id,
             peer,
             registry: registry.clone(),
@@ -111,20 +99,10 @@ impl Registration {
             pending: Pending(AtomicU64::new(0)),
             started: AtomicU64::new(0),
             tracked: Mutex::new(Vec::new()),
-        };
-        Self { entry: Arc::new(entry), slot }
+        }
     }
-}
 
-impl Drop for Registration {
-    fn drop(&mut self) {
-        self.entry.registry.remove(&self.entry);
-        self.entry.enter(Stage::Closed);
-    }
-}
-
-impl Entry {
-    pub fn state(&self) -> State {
+    pub(super) fn state(&self) -> State {
         State::unpack(self.state.load(Acquire))
     }
 
@@ -132,12 +110,12 @@ impl Entry {
         self.state().stage
     }
 
-    pub fn phase(&self) -> Phase {
+    pub(super) fn phase(&self) -> Phase {
         self.registry.phase()
     }
 
     /// See [`Registry::keep_http2_and_tls`].
-    pub fn keeps_http2_and_tls(&self) -> bool {
+    pub(super) fn keeps_http2_and_tls(&self) -> bool {
         self.registry.keeps_http2_and_tls()
     }
 
@@ -147,7 +125,7 @@ impl Entry {
     }
 
     /// Whether the connection closes after its next response, which says so (`Connection: close`, GOAWAY).
-    pub fn must_close(&self) -> bool {
+    pub(super) fn must_close(&self) -> bool {
         let state = self.state();
         state.closes_after_response() || self.phase().ends(state.is_movable())
     }
@@ -160,7 +138,7 @@ impl Entry {
     }
 
     /// Applies an event to the state, and wakes the tasks that the event concerns. Returns the state before.
-    fn apply(&self, event: Event) -> State {
+    pub(super) fn apply(&self, event: Event) -> State {
         let mut word = self.state.load(Acquire);
         let (before, next, effects) = loop {
             let before = State::unpack(word);
@@ -186,46 +164,15 @@ impl Entry {
         before
     }
 
-    /// Calls `poll` on behalf of the driver, and then sets the stage back to `Waiting` if no work is left. Events
-    /// during `poll` do not wake the driver, because this check follows. The driver's waker is stored before, so that
-    /// an event after the check wakes it.
-    pub fn poll_driver<T>(
-        &self,
-        cx: &mut Context<'_>,
-        poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
-    ) -> Poll<T> {
-        if !self.apply(Event::DriverPolled).has_waker {
-            self.replace_waker(cx);
-        }
-        let polled = poll(cx);
-        self.apply(Event::DriverReturned);
-        polled
-    }
-
-    pub fn enter(&self, stage: Stage) {
+    pub(super) fn enter(&self, stage: Stage) {
         self.apply(Event::Enters(stage));
-    }
-
-    /// The connection stays in this process until it closes, or until [`Entry::allow_handover`].
-    pub fn forbid_handover(&self) {
-        self.apply(Event::HandoverForbidden);
-    }
-
-    /// The connection can be handed over again, unless it closes after its response or is upgraded.
-    pub fn allow_handover(&self) {
-        self.apply(Event::HandoverAllowed);
-    }
-
-    /// The connection closes after its next response, in every phase.
-    pub fn close_after_response(&self) {
-        self.apply(Event::ClosesAfterResponse);
     }
 
     // ---- the waker of the driver ----
 
     /// Stores the waker of `cx`, so that its task is woken when the phase changes or a time limit has passed. Keeps a
     /// waker that is stored already, so the task must be the same each time.
-    pub fn wake_on_change(&self, cx: &Context<'_>) {
+    pub(super) fn wake_on_change(&self, cx: &Context<'_>) {
         // If another task takes the waker right after this check, it wakes this one, which is then polled again and
         // stores its waker anew.
         if !self.state().has_waker {
@@ -235,7 +182,7 @@ impl Entry {
 
     /// As [`Entry::wake_on_change`], but replaces a waker that is stored already. After an upgrade the connection
     /// belongs to the task of a handler, and the stored waker would wake the wrong task.
-    pub fn replace_waker(&self, cx: &Context<'_>) {
+    pub(super) fn replace_waker(&self, cx: &Context<'_>) {
         let mut task = lock(&self.task);
         *task = Some(cx.waker().clone());
         self.apply(Event::WakerLeft);
@@ -255,12 +202,12 @@ impl Entry {
     // ---- quiescence ----
 
     /// Whether the driver has to return the connection as soon as it is quiescent: to hand it over, or to park it.
-    pub fn must_quiesce(&self) -> bool {
+    pub(super) fn must_quiesce(&self) -> bool {
         self.phase().quiesces() || self.is_parkable()
     }
 
     /// When its stage began, or its peer last received bytes of a response, in milliseconds of [`Registry::now`].
-    pub fn since(&self) -> u64 {
+    pub(super) fn since(&self) -> u64 {
         self.since.load(Relaxed)
     }
 
@@ -276,7 +223,7 @@ impl Entry {
     // ---- time limits ----
 
     /// Whether the connection has been too long in this stage.
-    pub fn is_overdue(&self) -> bool {
+    pub(super) fn is_overdue(&self) -> bool {
         let limits = self.registry.limits();
         let state = self.state();
         if state.stage == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
@@ -299,81 +246,44 @@ impl Entry {
     }
 
     /// Restarts the time limit of the current stage.
-    pub fn touch(&self) {
+    pub(super) fn touch(&self) {
         self.since.store(self.registry.now(), Relaxed);
     }
 
-    // ---- events that the connection's IO reports ----
+    // ---- requests ----
 
-    pub fn received(&self) {
-        self.apply(Event::Received);
-    }
-
-    pub fn writing(&self) {
-        if self.state().is_flushed() {
-            self.apply(Event::Writing);
-            self.touch_unless_idle();
-        }
-    }
-
-    /// The socket has accepted some of the bytes to send, so the limit for a stalled peer starts again.
-    pub fn wrote(&self) {
-        self.touch_unless_idle();
-    }
-
-    /// An idle HTTP/2 connection stays idle when it answers a PING; otherwise a client that sends PINGs would keep it
-    /// open beyond `--idle-timeout`.
-    fn touch_unless_idle(&self) {
-        if self.stage() != Stage::Waiting {
-            self.touch();
-        }
-    }
-
-    /// The socket has accepted all bytes that hyper had to send.
-    pub fn flushed(&self) {
-        self.apply(Event::Flushed);
-    }
-
-    // ---- events that the connection's requests report ----
-
-    /// A request begins.
-    pub fn begin(&self, uri: &Uri) -> InFlight {
+    /// Counts a request that begins, and returns its number.
+    pub(super) fn count_started(&self) -> u64 {
         let number = self.started();
         self.started.store(number + 1, Release);
-        self.apply(Event::RequestBegins);
-        let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-        InFlight { number, path, since: Instant::now() }
-    }
-
-    /// hyper has the last byte of a response, or the request was dropped.
-    pub fn end(&self) {
-        self.apply(Event::RequestEnds);
-    }
-
-    pub fn begin_body(&self) {
-        self.apply(Event::BodyBegins);
-    }
-
-    pub fn end_body(&self, end: BodyEnd) {
-        self.apply(Event::BodyEnds(end));
+        number
     }
 
     /// Records a request by its number and path, so that a drain can tell it from newer ones, and the log can name it
     /// if it is cut off.
-    pub fn track(&self, request: InFlight) {
+    pub(super) fn track(&self, request: InFlight) {
         lock(&self.tracked).push(request);
+    }
+
+    pub(super) fn untrack(&self, request: &InFlight) {
+        lock(&self.tracked).retain(|other| other.number != request.number);
+    }
+
+    /// Counts one more response frame that waits for room in the client's windows.
+    pub(super) fn begin_pending_frame(&self) {
+        self.pending.count(|count| count + 1, self.registry.now());
+    }
+
+    pub(super) fn end_pending_frame(&self) {
+        self.pending.count(|count| count - 1, self.registry.now());
     }
 
     fn has_tracked_before(&self, count: u64) -> bool {
         lock(&self.tracked).iter().any(|request| request.number < count)
     }
 
-    pub fn untrack(&self, request: &InFlight) {
-        lock(&self.tracked).retain(|other| other.number != request.number);
-    }
-
     /// How many requests have begun on this connection in this process.
-    pub fn started(&self) -> u64 {
+    pub(super) fn started(&self) -> u64 {
         self.started.load(Acquire)
     }
 
@@ -417,28 +327,12 @@ impl Pending {
     }
 }
 
-/// Counts one response frame as waiting for room in the client's windows, until it is dropped. While frames wait and
-/// none is sent for `Limits::stall`, the connection is overdue.
-pub struct PendingFrame(Arc<Entry>);
-
-impl PendingFrame {
-    pub fn new(entry: &Arc<Entry>) -> Self {
-        entry.pending.count(|count| count + 1, entry.registry.now());
-        Self(entry.clone())
-    }
-}
-
-impl Drop for PendingFrame {
-    fn drop(&mut self) {
-        self.0.pending.count(|count| count - 1, self.0.registry.now());
-    }
-}
-
 #[cfg(all(test, not(feature = "model-tests")))]
 mod tests {
     use std::sync::mpsc;
     use std::thread;
 
+    use hyper::Uri;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
@@ -470,10 +364,9 @@ mod tests {
         });
         for _ in 0..5_000 {
             let registration = registry.register(Peer::Unix, None);
-            let request = registration.entry.begin(&Uri::from_static("/"));
+            let request = registration.requests().begin(&Uri::from_static("/"));
             give.send(registration.entry.clone()).expect("the watcher is running");
-            drop(PendingFrame::new(&registration.entry));
-            registration.entry.untrack(&request);
+            drop(request.pending_frame());
         }
         drop(give);
         assert_eq!(watcher.join().expect("the watcher panicked"), 0);
@@ -485,15 +378,14 @@ mod tests {
     fn work_is_pending_until_the_requests_from_before_have_ended() {
         let registry = old_registry();
         let registration = registry.register(Peer::Unix, None);
-        let entry = registration.entry.clone();
-        let slow = entry.begin(&Uri::from_static("/slow"));
-        entry.track(slow.clone());
-        let pending_work = PendingWork::new(entry.clone());
-        let quick = entry.begin(&Uri::from_static("/quick"));
-        entry.track(quick.clone());
+        let requests = registration.requests();
+        let mut slow = requests.begin(&Uri::from_static("/slow"));
+        slow.track();
+        let pending_work = PendingWork::new(registration.entry.clone());
+        let mut quick = requests.begin(&Uri::from_static("/quick"));
+        quick.track();
         assert!(pending_work.is_pending());
-        entry.untrack(&slow);
-        entry.end();
+        drop(slow);
         assert!(!pending_work.is_pending(), "the other request began later");
     }
 
@@ -502,8 +394,8 @@ mod tests {
         let registry = old_registry();
         let registration = registry.register(Peer::Unix, None);
         let entry = registration.entry.clone();
-        entry.begin(&Uri::from_static("/"));
-        let (first, second) = (PendingFrame::new(&entry), PendingFrame::new(&entry));
+        let request = registration.requests().begin(&Uri::from_static("/"));
+        let (first, second) = (request.pending_frame(), request.pending_frame());
         registry.set_now(1_000_900);
         drop(first);
         registry.set_now(1_001_800);

@@ -2,16 +2,20 @@
 //! changes, and checks their time limits.
 //!
 //! [`Registry`] holds one [`Entry`] (`entry.rs`) for each connection that has a task; of parked connections
-//! (`server/parked.rs`) it has only the number. `server/` registers connections, the drivers in `connection/` report
-//! what happens on them, and `lifecycle/drain.rs` sets the phases and waits in [`Registry::wait_until`]. Each
+//! (`server/parked.rs`) it has only the number. `server/` registers connections; their drivers, their IO and their
+//! requests in `connection/` report what happens on them, each through a handle from [`Registration`]; and `lifecycle/drain.rs` sets the phases and waits in [`Registry::wait_until`]. Each
 //! connection's state is one atomic (`state.rs`), and so are the phase and the counts that a drain waits for
 //! (`phase_word.rs`); so an HTTP/1.1 request that is answered at once takes no lock here. `models.rs` checks with loom
 //! that no notification is missed.
 
+mod driver_handle;
 mod entry;
+mod io_handle;
 #[cfg(all(test, feature = "model-tests"))]
 mod models;
 mod phase_word;
+mod registration;
+mod request_handle;
 mod state;
 mod sync;
 
@@ -22,8 +26,12 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::atomic::{AtomicU64 as Clock, AtomicUsize};
 use std::time::Duration;
 
-pub use entry::{CutOffConnection, Entry, InFlight, PendingFrame, PendingWork, Registration};
+pub use driver_handle::DriverHandle;
+pub use entry::{CutOffConnection, Entry, InFlight, PendingWork};
+pub use io_handle::IoHandle;
 use phase_word::{PendingCount, PhaseWord};
+pub use registration::Registration;
+pub use request_handle::{BodyGuard, PendingFrame, RequestGuard, RequestHandle};
 pub use state::{BodyEnd, Stage};
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
@@ -206,7 +214,7 @@ impl Registry {
         let mut connections = lock(&self.connections);
         let id = connections.next_id;
         connections.next_id += 1;
-        let registration = Registration::new(self, id, peer, slot, since);
+        let registration = Registration { entry: Arc::new(Entry::new(self, id, peer, since)), slot };
         self.phase_word.acquire(PendingCount::Unanswered);
         connections.open.insert(id, registration.entry.clone());
         connections.most = connections.most.max(connections.open.len());
@@ -515,8 +523,7 @@ mod tests {
             for _ in 0..20_000 {
                 let connection = registry.register(Peer::Unix, None);
                 begun.fetch_add(1, SeqCst);
-                connection.entry.begin(&Uri::from_static("/"));
-                connection.entry.end();
+                drop(connection.requests().begin(&Uri::from_static("/")));
             }
             is_over.store(true, SeqCst);
         });

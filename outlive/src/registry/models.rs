@@ -38,11 +38,11 @@ fn end(tasks: impl IntoIterator<Item = thread::JoinHandle<()>>) {
 /// The task of a connection: it ends when the connection is quiescent and the phase requires it to be handed over or
 /// closed, as the drivers in `connection/` do.
 fn drive(registration: Registration) {
-    let entry = registration.entry.clone();
+    let driver = registration.driver();
     block_on(poll_fn(|cx| {
-        let _: Poll<()> = entry.poll_driver(cx, |_| Poll::Pending);
-        let is_quiescent = entry.state().is_quiescent();
-        if is_quiescent && (entry.must_quiesce() || entry.must_close()) {
+        let _: Poll<()> = driver.poll_driver(cx, |_| Poll::Pending);
+        let is_quiescent = driver.state().is_quiescent();
+        if is_quiescent && (driver.must_quiesce() || driver.must_close()) {
             Poll::Ready(())
         } else {
             Poll::Pending
@@ -51,8 +51,8 @@ fn drive(registration: Registration) {
     drop(registration);
 }
 
-fn begin(registration: &Registration) {
-    registration.entry.begin(&Uri::from_static("/"));
+fn begin(registration: &Registration) -> RequestGuard {
+    registration.requests().begin(&Uri::from_static("/"))
 }
 
 fn drain(registry: &Registry) {
@@ -99,9 +99,9 @@ fn the_later_of_two_connections_that_end_wakes_the_drain() {
 fn a_request_that_ends_while_a_drain_begins_wakes_the_drain() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
-        begin(&registration);
+        let request = begin(&registration);
         let connection = task(move || {
-            registration.entry.end();
+            drop(request);
             drive(registration);
         });
         drain(&registry);
@@ -115,9 +115,8 @@ fn a_request_that_ends_while_a_drain_begins_wakes_the_drain() {
 fn a_request_that_ends_in_another_task_wakes_its_driver() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
-        begin(&registration);
-        let entry = registration.entry.clone();
-        let handler = task(move || entry.end());
+        let request = begin(&registration);
+        let handler = task(move || drop(request));
         let connection = task(move || drive(registration));
         quiesce(&registry);
         end([handler, connection]);
@@ -174,8 +173,7 @@ fn a_request_during_an_attempt_to_quiesce_is_answered_and_the_next_attempt_succe
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
         let connection = task(move || {
-            begin(&registration);
-            registration.entry.end();
+            drop(begin(&registration));
             drive(registration);
         });
         drain(&registry);
@@ -194,22 +192,18 @@ fn a_request_during_an_attempt_to_quiesce_is_answered_and_the_next_attempt_succe
 fn an_older_request_that_ends_beside_a_newer_one_wakes_the_drain() {
     check(|registry| {
         let registration = registry.register(Peer::Unix, None);
-        let entry = registration.entry.clone();
-        let old = entry.begin(&Uri::from_static("/"));
-        entry.track(old.clone());
+        let mut old = begin(&registration);
+        old.track();
         registry.set_phase(Phase::Draining);
         let mut pending_work = registry.pending_work();
-        begin(&registration);
-        let handler = task(move || {
-            entry.untrack(&old);
-            entry.end();
-        });
+        let newer = begin(&registration);
+        let handler = task(move || drop(old));
         block_on(registry.wait_until(|| {
             pending_work.retain(PendingWork::is_pending);
             pending_work.is_empty()
         }));
         end([handler]);
-        drop(registration);
+        drop((newer, registration));
     });
 }
 

@@ -183,7 +183,7 @@ impl Server {
         match connection.watched() {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, None, since);
-                registration.entry.close_after_response();
+                registration.close_after_response();
                 let context = self.context.clone();
                 tokio::spawn(async move {
                     drop(connection::serve(connection, registration, &context).await);

@@ -71,13 +71,13 @@ impl ParkedConnections {
             let _ = self.leaving.send(connection);
             return Ok(None);
         }
-        let since = registration.entry.since();
+        let since = registration.since();
         match self.put(ParkedConnection { connection, slot: registration.slot.take(), since }) {
             Ok(()) => Ok(None),
             Err(ParkedConnection { connection, slot, .. }) => {
                 registration.slot = slot;
                 // Otherwise it would still be idle for long enough to be parked, and would come back here at once.
-                registration.entry.touch();
+                registration.touch();
                 Ok(Some((connection.watched()?.0, registration)))
             }
         }

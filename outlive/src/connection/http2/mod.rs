@@ -26,7 +26,7 @@ use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::{Io, Parts};
-use crate::registry::{Entry, Phase, Stage};
+use crate::registry::{DriverHandle, Phase, Stage};
 use crate::transport::http2_state::Http2State;
 use interposer::Interposer;
 use relay::Relay;
@@ -79,31 +79,31 @@ pub(super) async fn drive(
     io: Io,
     state: Option<Http2State>,
     service: Service,
-    entry: &Entry,
+    handle: &DriverHandle,
     quiesce_limit: Duration,
 ) -> Http2Outcome {
     let relay = Relay::new(io, state.map_or_else(Interposer::new, Interposer::resume));
     let connection = serve_connection(relay.clone(), service);
-    entry.enter(Stage::Waiting);
+    handle.enter(Stage::Waiting);
     let mut driver =
-        Driver { connection, relay, entry, goaway_deadline: None, quiescer: Quiescer::new(quiesce_limit) };
+        Driver { connection, relay, handle, goaway_deadline: None, quiescer: Quiescer::new(quiesce_limit) };
     loop {
         match poll_fn(|cx| driver.poll_turn(cx)).await {
             Turn::MustClose => driver.send_goaway(),
             Turn::Quiescent => return driver.into_outcome(),
             Turn::Silent => {
                 if let Some((io, interposer)) = driver.relay.take() {
-                    debug!(peer = %entry.peer, "the client does not react to GOAWAY: closed with a second one");
+                    debug!(peer = %handle.peer(), "the client does not react to GOAWAY: closed with a second one");
                     io.refuse(&interposer.final_goaway()).await;
                 }
                 return Http2Outcome::Closed;
             }
             Turn::Overdue(Stage::InFlight) => {
-                warn!(peer = %entry.peer, "closed the connection: the client stopped reading its responses (--request-timeout)");
+                warn!(peer = %handle.peer(), "closed the connection: the client stopped reading its responses (--request-timeout)");
                 break;
             }
             Turn::Done(Err(error)) => {
-                debug!(peer = %entry.peer, %error, "connection failed");
+                debug!(peer = %handle.peer(), %error, "connection failed");
                 break;
             }
             Turn::Done(Ok(())) | Turn::Overdue(_) => break,
@@ -133,7 +133,7 @@ fn serve_connection(relay: Relay, service: Service) -> HyperConnection {
 struct Driver<'a> {
     connection: HyperConnection,
     relay: Relay,
-    entry: &'a Entry,
+    handle: &'a DriverHandle,
     /// Set when GOAWAY is sent: until then the client need not react.
     goaway_deadline: Option<Pin<Box<Sleep>>>,
     quiescer: Quiescer,
@@ -142,18 +142,18 @@ struct Driver<'a> {
 impl Driver<'_> {
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
         loop {
-            let phase = self.entry.phase();
+            let phase = self.handle.phase();
             if self.cannot_move(phase) {
-                self.entry.forbid_handover();
+                self.handle.forbid_handover();
             }
             let connection = &mut self.connection;
-            if let Poll::Ready(result) = self.entry.poll_driver(cx, |cx| Pin::new(connection).poll(cx)) {
+            if let Poll::Ready(result) = self.handle.poll_driver(cx, |cx| Pin::new(connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
             }
             if let Some(turn) = self.closing_turn(cx, phase) {
                 return Poll::Ready(turn);
             }
-            match self.quiescer.advance(cx, self.entry, &self.relay) {
+            match self.quiescer.advance(cx, self.handle, &self.relay) {
                 Progress::Quiescent => return Poll::Ready(Turn::Quiescent),
                 Progress::Released => {}
                 Progress::Waits => return Poll::Pending,
@@ -165,28 +165,28 @@ impl Driver<'_> {
     fn cannot_move(&self, phase: Phase) -> bool {
         let is_stopping = phase != Phase::Serving;
         if is_stopping
-            && (self.entry.keeps_http2_and_tls()
+            && (self.handle.keeps_http2_and_tls()
                 || self.relay.with(|interposer| interposer.is_immovable()) == Some(true))
         {
             return true;
         }
         // Otherwise the drain would wait until its limit for frames that the silent client never sends.
         matches!(phase, Phase::Draining | Phase::Quiescing | Phase::Holding)
-            && self.entry.is_parkable()
+            && self.handle.is_parkable()
             && self.relay.with(|interposer| interposer.is_stuck()) == Some(true)
     }
 
     /// The turn of a connection that is overdue or has to close. `phase` is that from before the poll of hyper.
     fn closing_turn(&mut self, cx: &mut Context<'_>, phase: Phase) -> Option<Turn> {
-        let is_overdue = self.entry.is_overdue();
-        if is_overdue && self.entry.stage() == Stage::InFlight {
+        let is_overdue = self.handle.is_overdue();
+        if is_overdue && self.handle.stage() == Stage::InFlight {
             return Some(Turn::Overdue(Stage::InFlight));
         }
         let Some(deadline) = &mut self.goaway_deadline else {
-            return (is_overdue || self.entry.must_close()).then_some(Turn::MustClose);
+            return (is_overdue || self.handle.must_close()).then_some(Turn::MustClose);
         };
         if is_overdue {
-            return Some(Turn::Overdue(self.entry.stage()));
+            return Some(Turn::Overdue(self.handle.stage()));
         }
         let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
         (!has_time_to_react && phase != Phase::Serving && self.is_silent()).then_some(Turn::Silent)
@@ -194,16 +194,16 @@ impl Driver<'_> {
 
     /// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
     fn is_silent(&self) -> bool {
-        let state = self.entry.state();
+        let state = self.handle.state();
         let is_idle = state.stage == Stage::Waiting && state.is_flushed();
         is_idle && self.relay.with(|interposer| interposer.owes_nothing()) == Some(true)
     }
 
     fn send_goaway(&mut self) {
         self.goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
-        self.entry.forbid_handover();
+        self.handle.forbid_handover();
         // The time limit of the stage begins again, so that the peer has time to close.
-        self.entry.touch();
+        self.handle.touch();
         self.relay.with(Interposer::release);
         Pin::new(&mut self.connection).graceful_shutdown();
     }
@@ -249,12 +249,12 @@ impl Quiescer {
         Self { limit, begun: None, hold: HOLD_LIMIT, now: Attempt::None }
     }
 
-    fn advance(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
-        let phase = entry.phase();
-        if !phase.quiesces() || !entry.state().is_movable() {
-            return self.park_or_release(entry, relay);
+    fn advance(&mut self, cx: &mut Context<'_>, handle: &DriverHandle, relay: &Relay) -> Progress {
+        let phase = handle.phase();
+        if !phase.quiesces() || !handle.state().is_movable() {
+            return self.park_or_release(handle, relay);
         }
-        if entry.keeps_http2_and_tls() {
+        if handle.keeps_http2_and_tls() {
             // Both the flag and the phase may have been set after `Driver::cannot_move`, which now runs again. Without
             // this check the connection would go to a process that does not adopt HTTP/2.
             self.now = Attempt::None;
@@ -266,21 +266,21 @@ impl Quiescer {
             {
                 return Progress::Waits;
             }
-            return self.hold_until_idle(entry, relay);
+            return self.hold_until_idle(handle, relay);
         }
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Attempt::None;
-            entry.forbid_handover();
+            handle.forbid_handover();
             return Self::release(relay);
         }
-        self.attempt(cx, entry, relay)
+        self.attempt(cx, handle, relay)
     }
 
     /// The connection need not become quiescent: ends an attempt to make it so, and parks it if it is idle.
-    fn park_or_release(&mut self, entry: &Entry, relay: &Relay) -> Progress {
+    fn park_or_release(&mut self, handle: &DriverHandle, relay: &Relay) -> Progress {
         // If the phase asks for quiescence again later, the connection has the whole limit again.
         self.begun = None;
-        if entry.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
+        if handle.is_parkable() && relay.with(Interposer::park_if_quiescent) == Some(true) {
             return Progress::Quiescent;
         }
         match std::mem::replace(&mut self.now, Attempt::None) {
@@ -290,7 +290,7 @@ impl Quiescer {
     }
 
     /// Holds new streams for a limited time, and pauses after each attempt.
-    fn attempt(&mut self, cx: &mut Context<'_>, entry: &Entry, relay: &Relay) -> Progress {
+    fn attempt(&mut self, cx: &mut Context<'_>, handle: &DriverHandle, relay: &Relay) -> Progress {
         loop {
             match &mut self.now {
                 Attempt::None | Attempt::HoldingUntilIdle => {
@@ -299,7 +299,7 @@ impl Quiescer {
                 }
                 Attempt::Holding(end) => {
                     let is_quiescent = relay.with(|interposer| interposer.is_quiescent()).unwrap_or(false);
-                    if is_quiescent && entry.state().is_quiescent() {
+                    if is_quiescent && handle.state().is_quiescent() {
                         return Progress::Quiescent;
                     }
                     let is_full = relay.with(|interposer| interposer.is_full()).unwrap_or(false);
@@ -321,15 +321,15 @@ impl Quiescer {
 
     /// Holds new streams until the open ones have ended, however long that takes, because a request that begins this
     /// late in a drain might be cut off.
-    fn hold_until_idle(&mut self, entry: &Entry, relay: &Relay) -> Progress {
+    fn hold_until_idle(&mut self, handle: &DriverHandle, relay: &Relay) -> Progress {
         relay.with(Interposer::hold);
         self.now = Attempt::HoldingUntilIdle;
-        if relay.with(|interposer| interposer.is_quiescent()) == Some(true) && entry.state().is_quiescent() {
+        if relay.with(|interposer| interposer.is_quiescent()) == Some(true) && handle.state().is_quiescent() {
             return Progress::Quiescent;
         }
         let is_full = relay.with(|interposer| interposer.is_full()) == Some(true);
-        let is_starving =
-            entry.state().is_reading() && relay.with(|interposer| interposer.starves_uploads()) == Some(true);
+        let is_starving = handle.state().is_reading()
+            && relay.with(|interposer| interposer.starves_uploads()) == Some(true);
         if !is_full && !is_starving {
             return Progress::Waits;
         }
@@ -337,7 +337,7 @@ impl Quiescer {
         // this busy until the limit receives GOAWAY.
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Attempt::None;
-            entry.forbid_handover();
+            handle.forbid_handover();
         } else {
             self.pause();
         }

@@ -16,7 +16,7 @@ use crate::connection::io::{Io, Tls, Wire};
 use crate::connection::{
     Connection, ConnectionContext, ConnectionOutcome, FirstBytes, Protocol, drive, first_bytes,
 };
-use crate::registry::{Entry, Registration, Stage};
+use crate::registry::{DriverHandle, Registration, Stage};
 use crate::transport::stream::Stream;
 use crate::transport::tls_config;
 use crate::transport::tls_traffic::TlsTrafficState;
@@ -37,31 +37,31 @@ pub(in crate::connection) async fn serve(
     if let Some(session) = connection.tls.take() {
         return resume(connection, session, registration, context).await;
     }
-    let entry = registration.entry.clone();
+    let driver = registration.driver();
     let mut first = [0];
-    match first_bytes(&connection.socket, &entry, &mut first, |_| true).await {
+    match first_bytes(&connection.socket, &driver, &mut first, |_| true).await {
         // Nothing of the handshake was consumed, so the next process performs it.
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
-        FirstBytes::Bytes(_) if entry.phase().quiesces() => {
+        FirstBytes::Bytes(_) if driver.phase().quiesces() => {
             return ConnectionOutcome::Quiescent(connection, registration);
         }
         FirstBytes::Bytes(_) => {}
         FirstBytes::Late | FirstBytes::Idle | FirstBytes::Gone => return ConnectionOutcome::Closed,
     }
-    entry.forbid_handover();
+    driver.forbid_handover();
     if first != [HANDSHAKE] {
         let io = Io::new(Wire::Left(connection.socket), Bytes::new(), registration, Protocol::Http1);
         io.refuse(NOT_TLS).await;
         return ConnectionOutcome::Closed;
     }
-    let Some(stream) = shake_hands(connection.socket, &entry, tls).await else {
+    let Some(stream) = shake_hands(connection.socket, &driver, tls).await else {
         return ConnectionOutcome::Closed;
     };
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
-        entry.allow_handover();
+        driver.allow_handover();
     }
     // The time limits of the first request begin after the handshake.
-    entry.enter(Stage::Waiting);
+    driver.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls_config::HTTP2) {
         Protocol::Http2
     } else {
@@ -78,10 +78,10 @@ async fn resume(
     registration: Registration,
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
-    let entry = registration.entry.clone();
+    let driver = registration.driver();
     if connection.unread.is_empty() && session.unread.is_empty() {
-        match first_bytes(&connection.socket, &entry, &mut [0], |_| true).await {
-            FirstBytes::Quiescent if !entry.keeps_http2_and_tls() => {
+        match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
+            FirstBytes::Quiescent if !driver.keeps_http2_and_tls() => {
                 connection.tls = Some(session);
                 return ConnectionOutcome::Quiescent(connection, registration);
             }
@@ -89,7 +89,7 @@ async fn resume(
             FirstBytes::Gone => return ConnectionOutcome::Closed,
         }
     }
-    entry.enter(Stage::Waiting);
+    driver.enter(Stage::Waiting);
     let Connection { socket, endpoint, unread, http2, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
     let records = RecordLayer::new(socket, *session);
@@ -99,20 +99,20 @@ async fn resume(
 
 async fn shake_hands(
     stream: Stream,
-    entry: &Entry,
+    driver: &DriverHandle,
     tls: &tls_config::Tls,
 ) -> Option<TlsStream<RecordAligned>> {
     let mut handshake = pin!(record_reader::accept(stream, tls));
     poll_fn(|cx| {
-        entry.wake_on_change(cx);
+        driver.wake_on_change(cx);
         match handshake.as_mut().poll(cx) {
             Poll::Ready(Ok(stream)) => Poll::Ready(Some(stream)),
             Poll::Ready(Err(error)) => {
-                debug!(peer = %entry.peer, %error, "TLS handshake failed");
+                debug!(peer = %driver.peer(), %error, "TLS handshake failed");
                 Poll::Ready(None)
             }
-            Poll::Pending if entry.is_overdue() => {
-                debug!(peer = %entry.peer, "TLS handshake timed out (--head-timeout)");
+            Poll::Pending if driver.is_overdue() => {
+                debug!(peer = %driver.peer(), "TLS handshake timed out (--head-timeout)");
                 Poll::Ready(None)
             }
             Poll::Pending => Poll::Pending,

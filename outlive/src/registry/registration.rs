@@ -1,0 +1,57 @@
+//! [`Registration`], the owner of a connection's place in the registry. Each part of the connection gets a handle from
+//! it, with the methods that concern this part.
+
+use std::sync::Arc;
+
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::driver_handle::DriverHandle;
+use super::entry::Entry;
+use super::io_handle::IoHandle;
+use super::request_handle::RequestHandle;
+use super::state::{Event, Stage};
+
+/// Owns the place of a connection in the registry and its slot under `--max-connections`. To drop it releases both.
+pub struct Registration {
+    pub(super) entry: Arc<Entry>,
+    pub slot: Option<OwnedSemaphorePermit>,
+}
+
+impl Registration {
+    /// For the task that polls hyper.
+    pub fn driver(&self) -> DriverHandle {
+        DriverHandle::new(self.entry.clone())
+    }
+
+    /// For the IO that hyper reads and writes.
+    pub fn io(&self) -> IoHandle<'_> {
+        IoHandle::new(&self.entry)
+    }
+
+    /// For the hyper service.
+    pub fn requests(&self) -> RequestHandle {
+        RequestHandle::new(self.entry.clone())
+    }
+
+    /// When its stage began, in milliseconds of [`Registry::now`](super::Registry::now).
+    pub fn since(&self) -> u64 {
+        self.entry.since()
+    }
+
+    /// Restarts the time limit of the current stage.
+    pub fn touch(&self) {
+        self.entry.touch();
+    }
+
+    /// The connection closes after its next response, in every phase.
+    pub fn close_after_response(&self) {
+        self.entry.apply(Event::ClosesAfterResponse);
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.entry.registry.remove(&self.entry);
+        self.entry.enter(Stage::Closed);
+    }
+}
