@@ -44,8 +44,6 @@ const LIMIT: Duration = Duration::from_secs(30);
 pub struct Served {
     pub address: SocketAddr,
     pub server: Server,
-    /// The connections that have become quiescent, except the parked ones.
-    pub quiescent: mpsc::UnboundedReceiver<Connection>,
 }
 
 /// The endpoint of a listener on which `application` is served, over TLS if `tls` is given.
@@ -70,9 +68,8 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
     let registry = Registry::new(limits, shutdown.clone());
     let endpoint = endpoint(router, tls);
     let context = ConnectionContext { process: Process::begin(1), shutdown, quiesce_limit: QUIESCE_LIMIT };
-    let (server, quiescent) =
-        Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
-            .expect("the server is made");
+    let server = Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
+        .expect("the server is made");
     let socket = TcpListener::bind("127.0.0.1:0")
         .await
         .expect("a port is bound")
@@ -82,7 +79,7 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
     let socket = ListeningSocket::Tcp(socket);
     let listener = Listener { name: endpoint.name.clone(), socket, ownership: Ownership::Inherited };
     server.accept_from(Acceptor::new(listener, endpoint).expect("the socket listens"));
-    Served { address, server, quiescent }
+    Served { address, server }
 }
 
 impl Served {
@@ -91,10 +88,17 @@ impl Served {
     }
 
     /// Waits until all connections are quiescent or closed. Returns the number of those that are quiescent.
-    pub async fn rest(&mut self) -> usize {
+    pub async fn count_quiescent(&self) -> usize {
+        self.take_quiescent().await.len()
+    }
+
+    /// Waits until all connections are quiescent or closed. Returns those that are quiescent.
+    async fn take_quiescent(&self) -> Vec<Connection> {
         let done = self.registry().wait_until(|| self.registry().is_drained());
         timeout(PATIENCE, done).await.expect("all connections become quiescent or close");
-        std::iter::from_fn(|| self.quiescent.try_recv().ok()).chain(self.server.take_parked()).count()
+        let mut connections = self.server.handover_queue().take_all();
+        connections.extend(self.server.take_parked());
+        connections
     }
 
     /// Waits until `count` connections are open.
@@ -167,7 +171,7 @@ const READERS: [Reader; 3] = [Reader::ToTheEnd, Reader::ToTheLastByte, Reader::D
 async fn connection_becomes_idle_when_a_task_drops_the_body_after_the_response() {
     for (reader, request) in READERS.into_iter().flat_map(|reader| POSTS.map(|post| (reader, post))) {
         let (router, mut gates) = accepting(reader);
-        let mut served = serve(router).await;
+        let served = serve(router).await;
         let mut client =
             client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
         for _ in 0..2 {
@@ -180,7 +184,7 @@ async fn connection_becomes_idle_when_a_task_drops_the_body_after_the_response()
         assert_eq!(client.answer().await.expect("the server answers").status, 202);
         served.server.enter(Phase::Quiescing);
         gate.send(()).expect("the task waits");
-        assert_eq!(served.rest().await, 1);
+        assert_eq!(served.count_quiescent().await, 1);
     }
 }
 
@@ -188,13 +192,13 @@ async fn connection_becomes_idle_when_a_task_drops_the_body_after_the_response()
 async fn body_that_was_read_to_its_end_does_not_delay_quiescence() {
     for request in POSTS {
         let (router, mut gates) = accepting(Reader::ToTheEnd);
-        let mut served = serve(router).await;
+        let served = serve(router).await;
         let mut client =
             client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
         assert_eq!(client.ask(request).await.expect("the server answers").status, 202);
         let _closed = gates.recv().await.expect("the task has the body");
         served.server.enter(Phase::Quiescing);
-        assert_eq!(served.rest().await, 1);
+        assert_eq!(served.count_quiescent().await, 1);
     }
 }
 
@@ -202,7 +206,7 @@ async fn body_that_was_read_to_its_end_does_not_delay_quiescence() {
 async fn body_that_outlives_its_connection_does_not_delay_the_drain() {
     for request in POSTS {
         let (router, mut gates) = accepting(Reader::ToTheLastByte);
-        let mut served = serve(router).await;
+        let served = serve(router).await;
         let mut client =
             client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
         assert_eq!(client.ask(request).await.expect("the server answers").status, 202);
@@ -211,7 +215,7 @@ async fn body_that_outlives_its_connection_does_not_delay_the_drain() {
         served.until_connections(0).await;
         gate.send(()).expect("the task waits");
         served.server.enter(Phase::Quiescing);
-        assert_eq!(served.rest().await, 0);
+        assert_eq!(served.count_quiescent().await, 0);
     }
 }
 
@@ -228,7 +232,7 @@ async fn connection_with_an_unread_request_body_is_closed_and_not_handed_over() 
             drop(body);
             StatusCode::PAYLOAD_TOO_LARGE
         };
-        let mut served = serve(Router::new().route("/", post(handler))).await;
+        let served = serve(Router::new().route("/", post(handler))).await;
         let mut client =
             client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
         client.send(sent).await.expect("the bytes are sent");
@@ -246,7 +250,7 @@ async fn connection_with_an_unread_request_body_is_closed_and_not_handed_over() 
             0
         );
         drop(client);
-        assert_eq!(served.rest().await, 0);
+        assert_eq!(served.count_quiescent().await, 0);
     }
 }
 
@@ -254,7 +258,7 @@ async fn connection_with_an_unread_request_body_is_closed_and_not_handed_over() 
 async fn http2_connection_becomes_idle_when_a_task_drops_the_body_after_the_response() {
     for reader in READERS {
         let (router, mut gates) = accepting(reader);
-        let mut served = serve(router).await;
+        let served = serve(router).await;
         let mut client = Http2::open(&Target::Tcp(served.address)).await.expect("the server accepts");
         for _ in 0..2 {
             assert_eq!(
@@ -271,7 +275,7 @@ async fn http2_connection_becomes_idle_when_a_task_drops_the_body_after_the_resp
         let gate = gates.recv().await.expect("the task has the body");
         served.server.enter(Phase::Quiescing);
         gate.send(()).expect("the task waits");
-        assert_eq!(served.rest().await, 1);
+        assert_eq!(served.count_quiescent().await, 1);
     }
 }
 
@@ -285,12 +289,9 @@ async fn move_on(served: Served, router: Router) -> Served {
 }
 
 /// Hands all connections of `served` over to `next`.
-pub async fn move_to(next: &Served, mut served: Served) {
+pub async fn move_to(next: &Served, served: Served) {
     served.server.enter(Phase::Quiescing);
-    let done = served.registry().wait_until(|| served.registry().is_drained());
-    timeout(PATIENCE, done).await.expect("all connections become quiescent or close");
-    let quiescent = std::iter::from_fn(|| served.quiescent.try_recv().ok());
-    for connection in quiescent.chain(served.server.take_parked()) {
+    for connection in served.take_quiescent().await {
         let [endpoint] = next.server.endpoints() else { panic!("the server has one endpoint") };
         next.server.adopt(Connection { endpoint: endpoint.clone(), ..connection });
     }

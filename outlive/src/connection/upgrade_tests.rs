@@ -97,12 +97,12 @@ async fn connection_is_handed_over_after_a_request_that_follows_a_declined_upgra
 
 #[tokio::test(flavor = "multi_thread")]
 async fn connection_with_a_granted_upgrade_is_not_handed_over() {
-    let mut served = serve(router()).await;
+    let served = serve(router()).await;
     let mut client = Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
     let upgrade = String::from_utf8_lossy(WEBSOCKET).replace("/socket", "/granted");
     assert_eq!(client.ask(upgrade.as_bytes()).await.expect("the server answers").status, 101);
     // The handler drops the stream.
     assert_eq!(client.read_more().await.expect("the stream ends without an error"), 0);
     served.server.enter(Phase::Quiescing);
-    assert_eq!(served.rest().await, 0);
+    assert_eq!(served.count_quiescent().await, 0);
 }

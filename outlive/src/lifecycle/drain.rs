@@ -15,11 +15,9 @@ mod schedule;
 use std::io;
 use std::time::Duration;
 
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
-use crate::connection::Connection;
 use crate::handover::{
     Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
 };
@@ -57,7 +55,6 @@ pub struct TaskBudget {
 /// A drain that is under way.
 pub struct Drain<'a> {
     server: &'a Server,
-    quiescent: &'a mut UnboundedReceiver<Connection>,
     generation: u64,
     begun: Instant,
     /// The number of requests in flight at the beginning.
@@ -67,15 +64,9 @@ pub struct Drain<'a> {
 
 impl<'a> Drain<'a> {
     /// A drain that ends within `limit`, or at a further signal.
-    pub fn new(
-        server: &'a Server,
-        quiescent: &'a mut UnboundedReceiver<Connection>,
-        signals: &'a mut Signals,
-        limit: Duration,
-        generation: u64,
-    ) -> Self {
+    pub fn new(server: &'a Server, signals: &'a mut Signals, limit: Duration, generation: u64) -> Self {
         let limit = Limit::new(server.registry(), signals, limit);
-        Self { server, quiescent, generation, begun: Instant::now(), in_flight: 0, limit }
+        Self { server, generation, begun: Instant::now(), in_flight: 0, limit }
     }
 
     /// Serves for another `delay`. Only `/readyz` reports the coming end, so that load balancers stop sending traffic.
@@ -143,14 +134,14 @@ impl<'a> Drain<'a> {
     /// The schedule decides when requests that arrive are served and when they are held. The drain waits for
     /// connections that cannot move as for requests in flight.
     async fn hand_over(&mut self, store: &FdStore) -> usize {
-        let Self { server, quiescent, limit, .. } = self;
+        let Self { server, limit, .. } = self;
         let registry = server.registry();
         let mut schedule = Schedule::new(limit.length);
         let mut step = schedule.first(limit.elapsed());
         loop {
             step = match step {
                 Step::Serve { at_most } => {
-                    let have_ended = serve_on(server, quiescent, limit, at_most).await;
+                    let have_ended = serve_on(server, limit, at_most).await;
                     schedule.after_serving(limit.elapsed(), have_ended)
                 }
                 Step::Try { at_most } => {
@@ -178,7 +169,7 @@ impl<'a> Drain<'a> {
                 }
             };
         }
-        let mut connections = take_all(quiescent);
+        let mut connections = server.handover_queue().take_all();
         connections.extend(server.take_parked());
         let all = connections.len();
         let left = store.put(Origin::now(self.generation), connections);
@@ -239,7 +230,7 @@ impl<'a> Drain<'a> {
     pub async fn pass_on(mut self, successor: Successor, stop_signals: u32) -> (Channel, TaskBudget) {
         let Successor { channel: successor, adopts } = successor;
         self.begin();
-        let Self { server, quiescent, limit, generation, .. } = &mut self;
+        let Self { server, limit, generation, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
         // A service manager may send the first signal to all processes of the service. This process is already ending,
@@ -263,20 +254,21 @@ impl<'a> Drain<'a> {
             }
         }
         server.enter(Phase::Quiescing);
+        let queue = server.handover_queue();
         let mut idle = server.take_parked();
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
-            let mut connections = take_all(quiescent);
+            let mut connections = queue.take_all();
             if connections.is_empty() {
                 connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
                 let first_deadline = limit.first_deadline();
                 let connection = tokio::select! {
-                    connection = quiescent.recv() => connection,
-                    () = registry.wait_until(|| registry.is_drained()) => quiescent.try_recv().ok(),
-                    () = limit.passes() => quiescent.try_recv().ok(),
+                    connection = queue.next() => Some(connection),
+                    () = registry.wait_until(|| registry.is_drained()) => queue.take(),
+                    () = limit.passes() => queue.take(),
                     // Connections that cannot move have begun further requests. From now on none may begin, because
                     // the drain has to end within twice the limit.
                     () = sleep_until(first_deadline), if registry.phase() == Phase::Quiescing => {
@@ -328,12 +320,7 @@ impl<'a> Drain<'a> {
 
 /// Serves until all work that was pending at the beginning has ended, but no longer than `at_most`. Returns whether it
 /// has ended.
-async fn serve_on(
-    server: &Server,
-    quiescent: &mut UnboundedReceiver<Connection>,
-    limit: &mut Limit<'_>,
-    at_most: Duration,
-) -> bool {
+async fn serve_on(server: &Server, limit: &mut Limit<'_>, at_most: Duration) -> bool {
     let registry = server.registry();
     registry.set_phase(Phase::Draining);
     let mut pending_work = registry.pending_work();
@@ -349,14 +336,9 @@ async fn serve_on(
             () = limit.passes() => return false,
             () = &mut finished => return true,
             () = &mut time_over => return false,
-            Some(connection) = quiescent.recv() => server.adopt(connection),
+            connection = server.handover_queue().next() => server.adopt(connection),
         }
     }
-}
-
-/// All connections that have become quiescent so far.
-fn take_all(quiescent: &mut UnboundedReceiver<Connection>) -> Vec<Connection> {
-    std::iter::from_fn(|| quiescent.try_recv().ok()).collect()
 }
 
 /// Ends a drain that does not end by itself, and reports the progress of the drain to systemd.
@@ -507,14 +489,14 @@ mod tests {
 
     /// Hands over beside a request that arrives during the drain and never ends, and returns the duration of the drain.
     async fn hand_over_beside_an_endless_request(limit: Duration) -> Duration {
-        let Served { server, mut quiescent, .. } = serve(Router::new()).await;
+        let Served { server, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
         let mut signals = Signals::new().expect("the signal handlers can be installed");
         let endless = server.registered(Peer::Unix);
         // Only a part of the head has arrived, so the request is not in flight when the drain begins.
         endless.driver().received();
         let begun = Instant::now();
-        let mut drain = Drain::new(&server, &mut quiescent, &mut signals, limit, 1);
+        let mut drain = Drain::new(&server, &mut signals, limit, 1);
         let handed_over = timeout(limit * 2 + Duration::from_secs(10), drain.hand_over(&store)).await;
         assert_eq!(handed_over, Ok(0));
         begun.elapsed()
@@ -574,7 +556,7 @@ mod tests {
     }
 
     async fn drain_beside(requests: &[Request], drain_at: Duration) -> Outcome {
-        let Served { server, mut quiescent, .. } = serve(Router::new()).await;
+        let Served { server, .. } = serve(Router::new()).await;
         let (store, _store) = FdStore::in_memory();
         let mut signals = Signals::new().expect("the signal handlers can be installed");
         let outcome = Rc::new(RefCell::new(Outcome::default()));
@@ -599,7 +581,7 @@ mod tests {
             });
         }
         sleep(drain_at).await;
-        let mut drain = Drain::new(&server, &mut quiescent, &mut signals, LIMIT, 1);
+        let mut drain = Drain::new(&server, &mut signals, LIMIT, 1);
         drain.hand_over(&store).await;
         let took = drain.begun.elapsed();
         let cut_off = drain.limit.passed.map_or(0, |_| server.registry().counts().in_flight);

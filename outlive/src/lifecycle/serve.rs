@@ -4,12 +4,10 @@
 use std::pin::pin;
 use std::sync::Arc;
 
-use tokio::sync::mpsc::UnboundedReceiver;
 use tracing::{error, info};
 
 use crate::app::setup::Hooks;
 use crate::app::tasks::Running;
-use crate::connection::Connection;
 use crate::lifecycle::config::Config;
 use crate::listeners::SocketFiles;
 use crate::observe::log::message_id;
@@ -31,8 +29,6 @@ pub struct Serving {
     pub(super) generation: u64,
     pub(super) signals: Signals,
     pub(super) server: Server,
-    /// Receives the connections that are quiescent and can be handed over.
-    pub(super) quiescent: UnboundedReceiver<Connection>,
     pub(super) socket_files: SocketFiles,
     pub(super) bundle: SuccessorBundle,
     pub(super) socket: Option<TakeoverSocket>,

@@ -12,7 +12,6 @@ use std::time::Duration;
 use anyhow::{Context, anyhow};
 use axum::Router;
 use futures_util::FutureExt;
-use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::time::{interval, timeout};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
@@ -20,7 +19,7 @@ use tracing::info;
 use crate::app::process::Process;
 use crate::app::setup::{Hooks, Setup};
 use crate::app::tasks::{self, Task};
-use crate::connection::{Connection, ConnectionContext, Endpoint, EndpointKind};
+use crate::connection::{ConnectionContext, Endpoint, EndpointKind};
 use crate::handover;
 use crate::lifecycle::admin::{self, Admin};
 use crate::lifecycle::cli::CommandLine;
@@ -74,7 +73,6 @@ pub struct Started {
     logging: log::Control,
     signals: Signals,
     server: Server,
-    quiescent: UnboundedReceiver<Connection>,
     acceptors: Vec<Acceptor>,
     /// A command with which to try the service, for the log.
     example: Option<String>,
@@ -138,8 +136,7 @@ impl Started {
         };
         let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
         let context = ConnectionContext { process, shutdown, quiesce_limit: config.drain_timeout / 2 };
-        let (server, quiescent) =
-            Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
+        let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);
         let example = listeners.iter().find_map(Listener::try_it);
@@ -154,7 +151,6 @@ impl Started {
             logging,
             signals,
             server,
-            quiescent,
             acceptors,
             example,
             channels,
@@ -169,7 +165,7 @@ impl Started {
     /// Begins to serve. Reports that to systemd with `READY=1`, or takes over from `predecessor`. An error is returned
     /// only while the predecessor still serves.
     pub async fn commit(self, predecessor: Option<PredecessorLink>) -> Result<Serving> {
-        let Self { config, process, logging, signals, server, quiescent, bundle, status, .. } = self;
+        let Self { config, process, logging, signals, server, bundle, status, .. } = self;
         let watchdog = bundle.watchdog;
         let committed = match predecessor {
             Some(predecessor) => {
@@ -221,7 +217,6 @@ impl Started {
             generation,
             signals,
             server,
-            quiescent,
             socket_files: self.socket_files,
             bundle,
             socket,

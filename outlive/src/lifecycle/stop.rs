@@ -22,10 +22,8 @@ impl Serving {
     /// Ends the process without losing a request. Returns an error if the process stops because a background task
     /// ended, so that the exit code shows it.
     pub async fn stop(self, reason: StopReason) -> Result<()> {
-        let Self {
-            config, generation, mut signals, server, mut quiescent, bundle, status, tasks, hooks, ..
-        } = self;
-        let drain = Drain::new(&server, &mut quiescent, &mut signals, config.drain_timeout, generation);
+        let Self { config, generation, mut signals, server, bundle, status, tasks, hooks, .. } = self;
+        let drain = Drain::new(&server, &mut signals, config.drain_timeout, generation);
         let mut failure = None;
         // The successor starts its exclusive tasks when this channel is closed, so it must stay open until the tasks of
         // this process have ended.

@@ -1,11 +1,12 @@
 //! Accepts connections, and serves each in a task of its own.
 //!
 //! [`Server`] accepts from the listeners (`listeners/`) within `--max-connections`, registers each connection
-//! (`registry/`), and serves it (`connection/`). A connection that becomes quiescent is parked (`parked.rs`), or sent
-//! to the drain, which hands it over (`lifecycle/drain.rs`). [`Server::adopt`] continues connections of the predecessor
+//! (`registry/`), and serves it (`connection/`). A connection that becomes quiescent is parked (`parked.rs`), or
+//! added to the queue of the drain (`handover_queue.rs`), which hands it over (`lifecycle/drain.rs`). [`Server::adopt`] continues connections of the predecessor
 //! (`takeover/adopter.rs`).
 
 pub mod allocator;
+mod handover_queue;
 mod parked;
 
 use std::io;
@@ -17,7 +18,7 @@ use anyhow::Context;
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{interval, sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -28,6 +29,7 @@ use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
 use crate::os::sys;
 use crate::registry::{Phase, Registration, Registry};
+use crate::server::handover_queue::HandoverQueue;
 use crate::server::parked::{ParkedConnection, ParkedConnections};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::tickets::Tickets;
@@ -84,7 +86,6 @@ impl Queues {
 }
 
 impl Server {
-    /// Creates the server, and the receiver of the connections that become quiescent in a phase that hands them over.
     /// Fails if epoll_create(2) fails.
     pub fn new(
         context: ConnectionContext,
@@ -92,8 +93,8 @@ impl Server {
         registry: Arc<Registry>,
         max_connections: u32,
         queues: Queues,
-    ) -> anyhow::Result<(Self, mpsc::UnboundedReceiver<Connection>)> {
-        let (parked, quiescent) = ParkedConnections::new(registry.clone())
+    ) -> anyhow::Result<Self> {
+        let parked = ParkedConnections::new(registry.clone())
             .context("could not create an epoll instance for parked connections")?;
         let parked = Arc::new(parked);
         let slots = Arc::new(Semaphore::new(max_connections as usize));
@@ -105,7 +106,7 @@ impl Server {
         let server =
             Self { context, endpoints, registry, slots, admin_slots, parked, own_ports, queues, overflow };
         tokio::spawn(server.clone().serve_unparked());
-        Ok((server, quiescent))
+        Ok(server)
     }
 
     /// Starts a task that accepts connections in each phase that permits it.
@@ -217,6 +218,11 @@ impl Server {
         for idle in self.parked.unpark_ending() {
             self.serve_unparked_connection(idle);
         }
+    }
+
+    /// The connections for the drain to hand over, without the parked ones.
+    pub fn handover_queue(&self) -> &HandoverQueue {
+        &self.parked.handover_queue
     }
 
     pub fn take_parked(&self) -> Vec<Connection> {

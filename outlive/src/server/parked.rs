@@ -14,13 +14,13 @@ use std::sync::{Arc, Mutex};
 use rustix::event::{Timespec, epoll};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::sync::OwnedSemaphorePermit;
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::debug;
 
 use crate::connection::Connection;
 use crate::os::lock::lock;
 use crate::os::sys;
 use crate::registry::{Registration, Registry};
+use crate::server::handover_queue::HandoverQueue;
 use crate::transport::stream::Stream;
 
 /// How many connections are unparked at once. Between two batches the task yields to other tasks, so that many
@@ -40,21 +40,18 @@ pub struct ParkedConnection {
 /// [`ParkedConnections::unpark_readable`] needs it to clear the readiness of the epoll instance.
 pub type Heard<'a> = AsyncFdReadyGuard<'a, OwnedFd>;
 
-/// The parked connections of the process, and the way of quiescent connections to the drain.
+/// The parked connections of the process, and those that wait for the drain to hand them over.
 pub struct ParkedConnections {
     registry: Arc<Registry>,
     epoll: AsyncFd<OwnedFd>,
     parked: Mutex<HashMap<RawFd, ParkedConnection>>,
-    leaving: UnboundedSender<Connection>,
+    pub handover_queue: HandoverQueue,
 }
 
 impl ParkedConnections {
-    /// Also returns the receiver of the connections that become quiescent in a phase that hands them over; the drain
-    /// reads it.
-    pub fn new(registry: Arc<Registry>) -> io::Result<(Self, UnboundedReceiver<Connection>)> {
+    pub fn new(registry: Arc<Registry>) -> io::Result<Self> {
         let epoll = sys::watch(epoll::create(epoll::CreateFlags::CLOEXEC)?)?;
-        let (leaving, left) = unbounded_channel();
-        Ok((Self { registry, epoll, parked: Mutex::default(), leaving }, left))
+        Ok(Self { registry, epoll, parked: Mutex::default(), handover_queue: HandoverQueue::default() })
     }
 
     /// Hands a quiescent connection over if the phase requires it, and otherwise parks it. Returns it if it has to be
@@ -66,9 +63,9 @@ impl ParkedConnections {
     ) -> io::Result<Option<(Connection<Stream>, Registration)>> {
         let connection = connection.unwatched()?;
         if self.registry.phase().quiesces() && self.can_move(&connection) {
-            // Sent before the registration is dropped, so that when the registry is drained, every connection is
-            // already in the channel. Sending fails only after the drain, when the process exits.
-            let _ = self.leaving.send(connection);
+            // Added before the registration is dropped, so that when the registry is drained, every connection is
+            // already in the queue.
+            self.handover_queue.add(connection);
             return Ok(None);
         }
         let since = registration.since();
@@ -197,8 +194,7 @@ mod tests {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
         let registry = Registry::new(limits, CancellationToken::new());
-        let (parked, _) =
-            ParkedConnections::new(registry.clone()).expect("could not create an epoll instance");
+        let parked = ParkedConnections::new(registry.clone()).expect("could not create an epoll instance");
         (registry, parked)
     }
 
