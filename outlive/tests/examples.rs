@@ -286,7 +286,7 @@ fn a_slow_start_extends_the_start_timeout() {
         notifications.wait_for("EXTEND_TIMEOUT_USEC=5000000").expect("EXTEND_TIMEOUT_USEC= is sent");
     }
     process.signal(Signal::TERM);
-    assert!(!notifications.said().iter().any(|line| line == "READY=1"));
+    assert!(!notifications.lines().iter().any(|line| line == "READY=1"));
 }
 
 /// Without notifications systemd kills the process after WatchdogSec= (`a_hung_service_is_restarted_by_the_watchdog` in

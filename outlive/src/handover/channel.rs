@@ -361,7 +361,7 @@ impl Channel {
     }
 
     /// Sends a message without sockets.
-    pub async fn say(&self, message_type: MessageType, origin: Origin, text: &str) -> io::Result<()> {
+    pub async fn send_text(&self, message_type: MessageType, origin: Origin, text: &str) -> io::Result<()> {
         self.send::<OwnedFd>(message_type, origin, &[], text).await
     }
 }

@@ -188,7 +188,7 @@ impl Header {
         bytes.put_u16_le(self.message_type as u16);
         bytes.put_u16_le(self.sockets);
         bytes.put_u64_le(self.origin.generation);
-        bytes.put_u64_le(self.origin.rested_at);
+        bytes.put_u64_le(self.origin.last_response_at);
         bytes.put_slice(&self.text.as_bytes()[..self.text.floor_char_boundary(TEXT_LIMIT)]);
         bytes
     }
@@ -213,7 +213,7 @@ impl Header {
         if usize::from(sockets) > MAX_SOCKETS {
             return Err(FrameError::Sockets(sockets));
         }
-        let origin = Origin { generation: bytes.get_u64_le(), rested_at: bytes.get_u64_le() };
+        let origin = Origin { generation: bytes.get_u64_le(), last_response_at: bytes.get_u64_le() };
         let text = std::str::from_utf8(bytes).map_err(FrameError::Text)?.to_owned();
         Ok(Self { version, message_type, sockets, origin, text })
     }
@@ -313,7 +313,7 @@ mod tests {
     use super::*;
 
     fn header(sockets: u16, text: &str) -> Header {
-        let origin = Origin { generation: 3, rested_at: 5 };
+        let origin = Origin { generation: 3, last_response_at: 5 };
         Header {
             version: FIRST_VERSION,
             message_type: MessageType::Connections,
@@ -340,10 +340,10 @@ mod tests {
             message_type in 0..MessageType::ALL.len(),
             sockets in 0..=252_u16,
             generation: u64,
-            rested_at: u64,
+            last_response_at: u64,
             text in ".{0,100}",
         ) {
-            let origin = Origin { generation, rested_at };
+            let origin = Origin { generation, last_response_at };
             let header = Header { version, message_type: MessageType::ALL[message_type], sockets, origin, text };
             prop_assert_eq!(Header::decode(&header.encode()), Ok(header));
         }

@@ -49,17 +49,17 @@ pub struct Origin {
     /// Number of the process in the chain of handovers; the first is 1.
     pub generation: u64,
     /// When the sender had sent its last response, in nanoseconds of `CLOCK_MONOTONIC`, which both processes share.
-    pub rested_at: u64,
+    pub last_response_at: u64,
 }
 
 impl Origin {
     /// The origin of a sender whose last response is sent now.
     pub fn now(generation: u64) -> Self {
-        Self { generation, rested_at: monotonic_now() }
+        Self { generation, last_response_at: monotonic_now() }
     }
 
     pub fn pause(&self) -> Duration {
-        Duration::from_nanos(monotonic_now().saturating_sub(self.rested_at))
+        Duration::from_nanos(monotonic_now().saturating_sub(self.last_response_at))
     }
 }
 

@@ -96,8 +96,8 @@ impl FdStore {
         }
     }
 
-    /// Sends the counters that the next process continues.
-    pub fn say_totals(&self, origin: Origin) {
+    /// Puts the counters that the next process continues into the store.
+    pub fn put_totals(&self, origin: Origin) {
         // An error is ignored, because the log line at the end of the drain has the same numbers.
         channel::send::<OwnedFd>(&self.channel, MessageType::Totals, origin, &[], &metrics::totals());
     }

@@ -50,7 +50,7 @@ async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
 }
 
 async fn numbers(State(admin): State<Arc<Admin>>) -> Response {
-    admin.look();
+    admin.update_gauges();
     match TextEncoder::new().encode_to_string(&prometheus::gather()) {
         Ok(text) => ([(header::CONTENT_TYPE, prometheus::TEXT_FORMAT)], text).into_response(),
         Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")).into_response(),
@@ -59,7 +59,7 @@ async fn numbers(State(admin): State<Arc<Admin>>) -> Response {
 
 impl Admin {
     /// Sets the gauges that are computed at each scrape and not updated with each event.
-    fn look(&self) {
+    fn update_gauges(&self) {
         let Counts { in_flight, .. } = self.registry.counts();
         metrics::IN_FLIGHT.set(number(in_flight));
         let entries = self.registry.entries();
@@ -74,7 +74,7 @@ impl Admin {
         metrics::GENERATION.set(i64::try_from(self.process.generation).unwrap_or(i64::MAX));
         // The clock of the registry is monotonic; the time of day may be set.
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
-        metrics::process::look();
+        metrics::process::update();
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
         {
             // Registers it, so that it is shown with 0 before the first event.

@@ -124,7 +124,7 @@ impl<'a> Drain<'a> {
             {
                 store.put_tickets(Origin::now(self.generation), keys);
             }
-            store.say_totals(Origin::now(self.generation));
+            store.put_totals(Origin::now(self.generation));
         }
         self.limit.remaining()
     }
@@ -296,7 +296,7 @@ impl<'a> Drain<'a> {
         self.log_end(handed_over);
         // An error is ignored: a successor that hangs or has exited does not need the totals.
         let totals = metrics::totals();
-        let _ = timeout(SUCCESSOR_LINGER, successor.say(MessageType::Totals, origin, &totals)).await;
+        let _ = timeout(SUCCESSOR_LINGER, successor.send_text(MessageType::Totals, origin, &totals)).await;
         (successor, self.limit.remaining())
     }
 

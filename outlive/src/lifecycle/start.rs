@@ -139,7 +139,7 @@ impl Started {
         let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);
-        let example = listeners.iter().find_map(Listener::try_it);
+        let example = listeners.iter().find_map(Listener::example_command);
         let acceptors = listeners
             .into_iter()
             .zip(endpoints)

@@ -163,7 +163,7 @@ impl Listener {
     }
 
     /// A command with which to try a listener that this process bound itself.
-    pub fn try_it(&self) -> Option<String> {
+    pub fn example_command(&self) -> Option<String> {
         let (ListeningSocket::Tcp(socket), Ownership::Bound(_)) = (&self.socket, &self.ownership) else {
             return None;
         };

@@ -8,11 +8,11 @@ use crate::registry::{Counts, Registry};
 pub struct Status {
     registry: Arc<Registry>,
     listeners: String,
-    said: Mutex<Said>,
+    state: Mutex<State>,
 }
 
 #[derive(Default)]
-struct Said {
+struct State {
     note: Option<String>,
     role: ManagerRole,
 }
@@ -33,7 +33,7 @@ pub enum ManagerRole {
 impl Status {
     /// The status of a process that serves on `listeners`.
     pub fn new(registry: Arc<Registry>, listeners: String) -> Self {
-        Self { registry, listeners, said: Mutex::default() }
+        Self { registry, listeners, state: Mutex::default() }
     }
 
     pub fn listeners(&self) -> &str {
@@ -44,24 +44,24 @@ impl Status {
         let Counts { connections, in_flight, answered } = self.registry.counts();
         let listeners = &self.listeners;
         let counts = format!("{connections} connections, {in_flight} in flight, {answered} answered");
-        let note = self.said().note.as_ref().map_or_else(String::new, |note| format!("; {note}"));
+        let note = self.state().note.as_ref().map_or_else(String::new, |note| format!("; {note}"));
         format!("serving on {listeners}: {counts}{note}")
     }
 
     /// Appends `note` to the line from now on, in place of an earlier note.
     pub fn note(&self, note: String) {
-        self.said().note = Some(note);
+        self.state().note = Some(note);
     }
 
     pub fn role(&self) -> ManagerRole {
-        self.said().role
+        self.state().role
     }
 
     pub fn set_role(&self, role: ManagerRole) {
-        self.said().role = role;
+        self.state().role = role;
     }
 
-    fn said(&self) -> MutexGuard<'_, Said> {
-        lock(&self.said)
+    fn state(&self) -> MutexGuard<'_, State> {
+        lock(&self.state)
     }
 }

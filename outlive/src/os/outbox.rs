@@ -325,7 +325,7 @@ mod tests {
             self.results.send(Err(io::ErrorKind::BrokenPipe.into())).expect("the writer runs");
         }
 
-        fn saw(&self, wanted: &[Seen]) {
+        fn expect_next(&self, wanted: &[Seen]) {
             for wanted in wanted {
                 assert_eq!(self.seen.recv_timeout(PATIENCE).as_ref(), Ok(wanted));
             }
@@ -344,10 +344,10 @@ mod tests {
         assert_eq!([reader.push("second"), reader.push("third")], [Ok(()); 2]);
         assert_eq!([(); 5].map(|()| reader.push("dropped")), [Err(Full); 5]);
         reader.take(3);
-        reader.saw(&[written("first"), written("second"), written("third"), Seen::Reported(5)]);
+        reader.expect_next(&[written("first"), written("second"), written("third"), Seen::Reported(5)]);
         assert_eq!(reader.push("fourth"), Ok(()));
         reader.take(1);
-        reader.saw(&[written("fourth")]);
+        reader.expect_next(&[written("fourth")]);
         reader.outbox.flush(PATIENCE);
         assert!(reader.seen.try_recv().is_err(), "there is a second report");
     }
@@ -361,12 +361,12 @@ mod tests {
         // The message that is being written counts too.
         assert_eq!(reader.push("1"), Err(Full));
         reader.take(1);
-        reader.saw(&[written("1234567890"), Seen::Reported(2)]);
+        reader.expect_next(&[written("1234567890"), Seen::Reported(2)]);
         assert_eq!(reader.push("123456"), Ok(()));
         assert_eq!(reader.push("12345"), Err(Full));
         assert_eq!(reader.push("1234"), Ok(()));
         reader.take(2);
-        reader.saw(&[written("123456"), written("1234"), Seen::Reported(1)]);
+        reader.expect_next(&[written("123456"), written("1234"), Seen::Reported(1)]);
     }
 
     #[test]
@@ -380,8 +380,8 @@ mod tests {
             assert_eq!(pushed, [Ok(()), Ok(()), Err(Full), Ok(()), Err(Full)]);
             reader.take(4);
             let all = ["detail 1", "detail 2", "detail 3", "an error"].map(written);
-            reader.saw(&all);
-            reader.saw(&[Seen::Reported(2)]);
+            reader.expect_next(&all);
+            reader.expect_next(&[Seen::Reported(2)]);
         }
     }
 
@@ -441,7 +441,7 @@ mod tests {
         assert_eq!(reader.push("x"), Err(Full));
         reader.outbox.push_last("the last of all".to_owned());
         reader.take(2);
-        reader.saw(&[written("first"), written("the last of all"), Seen::Reported(1)]);
+        reader.expect_next(&[written("first"), written("the last of all"), Seen::Reported(1)]);
     }
 
     #[test]
@@ -455,7 +455,7 @@ mod tests {
         assert!(reader.seen.try_recv().is_err(), "a report would fail too");
         assert_eq!(reader.push("works"), Ok(()));
         reader.take(1);
-        reader.saw(&[written("works"), Seen::Reported(2)]);
+        reader.expect_next(&[written("works"), Seen::Reported(2)]);
     }
 
     #[test]
@@ -498,7 +498,7 @@ mod tests {
             assert_eq!(pushed, Ok(()), "{text}");
         }
         reader.take(3);
-        reader.saw(&[written("hangs"), written("o"), written("s 3")]);
+        reader.expect_next(&[written("hangs"), written("o"), written("s 3")]);
     }
 
     proptest! {

@@ -27,7 +27,7 @@ pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 pub const BARRIER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Whether there is a service manager that receives messages.
-pub fn is_there() -> bool {
+pub fn is_reachable() -> bool {
     std::env::var_os("NOTIFY_SOCKET").is_some_and(|path| !path.is_empty())
 }
 
@@ -39,7 +39,7 @@ pub fn started_this_process() -> bool {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     let is_parent_only =
         std::env::var("SYSTEMD_EXEC_PID").is_ok_and(|pid| pid.parse() != Ok(std::process::id()));
-    is_there() || (is_set("INVOCATION_ID") && !is_parent_only)
+    is_reachable() || (is_set("INVOCATION_ID") && !is_parent_only)
 }
 
 /// Reports that the service is ready (`READY=1`), at a start or at the end of a reload.
@@ -49,7 +49,7 @@ pub fn ready(status: &str) {
 
 /// Sets the line in `systemctl status` (`STATUS=`).
 pub fn status(status: &str) {
-    repeat(Kind::Status, &[NotifyState::Status(status)]);
+    repeat(MessageKind::Status, &[NotifyState::Status(status)]);
 }
 
 /// Reports that a reload has begun (`RELOADING=1`).
@@ -63,7 +63,7 @@ pub fn reloading(status: &str) {
 /// main process that is not its child without a drain at the next stop. Returns when the service manager has read the
 /// message, or after [`BARRIER_LIMIT`].
 pub async fn hand_main_to(pid: u32) {
-    if !is_there() {
+    if !is_reachable() {
         return;
     }
     send(&[NotifyState::MainPid(pid), NotifyState::Ready]);
@@ -76,7 +76,7 @@ pub async fn hand_main_to(pid: u32) {
 /// Extends the start timeout to `more` time from now (`EXTEND_TIMEOUT_USEC=`), in case `TimeoutStartSec=` is shorter
 /// than `--start-timeout`.
 pub fn still_starting(more: Duration) {
-    repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more))]);
+    repeat(MessageKind::ExtendTimeout, &[NotifyState::ExtendTimeoutUsec(micros(more))]);
 }
 
 fn micros(time: Duration) -> u32 {
@@ -90,7 +90,10 @@ pub fn stopping(status: &str) {
 
 /// Extends the stop timeout to `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
 pub fn still_stopping(status: &str, more: Duration) {
-    repeat(Kind::MoreTime, &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)]);
+    repeat(
+        MessageKind::ExtendTimeout,
+        &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)],
+    );
 }
 
 /// Whether the unit has a file descriptor store; `None` if the service manager is too old to report it.
@@ -98,7 +101,7 @@ pub fn still_stopping(status: &str, more: Duration) {
 /// systemd sets `$FDSTORE` since version 254 if `FileDescriptorStoreMax=` is above 0. `MEMORY_PRESSURE_WATCH` is as
 /// old: if it is set and `FDSTORE` is not, there is no store.
 pub fn has_store() -> Option<bool> {
-    if !is_there() {
+    if !is_reachable() {
         return Some(false);
     }
     match std::env::var("FDSTORE") {
@@ -111,7 +114,7 @@ pub fn has_store() -> Option<bool> {
 /// that polls HUP, as one end of a socket pair does when the process with the other end has exited.
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {
     let keep = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
-    push(Kind::Once, &keep, vec![fd.try_clone_to_owned()?]).map_err(io::Error::other)
+    push(MessageKind::Once, &keep, vec![fd.try_clone_to_owned()?]).map_err(io::Error::other)
 }
 
 /// Removes the descriptors that were stored under `name`.
@@ -123,7 +126,7 @@ pub fn unstore(name: &str) {
 pub async fn barrier() -> io::Result<()> {
     let (sent, mut closed) = pipe::pipe()?;
     let barrier = [NotifyState::Custom("BARRIER=1")];
-    push(Kind::Once, &barrier, vec![sent.into_blocking_fd()?]).map_err(io::Error::other)?;
+    push(MessageKind::Once, &barrier, vec![sent.into_blocking_fd()?]).map_err(io::Error::other)?;
     closed.read_u8().await.map(drop).or_else(|error| match error.kind() {
         io::ErrorKind::UnexpectedEof => Ok(()),
         _ => Err(error),
@@ -165,25 +168,25 @@ pub fn watchdog() -> Option<Duration> {
 pub async fn feed_watchdog(watchdog: Duration, is_watched: impl Fn() -> bool) {
     let mut clock = tokio::time::interval((watchdog / 2).max(Duration::from_millis(1)));
     while is_watched() {
-        repeat(Kind::Watchdog, &[NotifyState::Watchdog]);
+        repeat(MessageKind::Watchdog, &[NotifyState::Watchdog]);
         clock.tick().await;
     }
 }
 
 /// A message in the queue.
 struct Message {
-    kind: Kind,
+    kind: MessageKind,
     text: String,
     fds: Vec<OwnedFd>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum MessageKind {
     /// A message that must be sent.
     Once,
     /// The following are periodic: a newer one replaces an older one in the queue.
     Status,
-    MoreTime,
+    ExtendTimeout,
     Watchdog,
 }
 
@@ -200,16 +203,16 @@ impl outbox::Message for Message {
 /// Sends `messages` after those that were sent before.
 fn send(messages: &[NotifyState]) {
     // An error is ignored here, because the thread reports messages that did not fit.
-    let _ = push(Kind::Once, messages, Vec::new());
+    let _ = push(MessageKind::Once, messages, Vec::new());
 }
 
 /// Sends `messages` in place of those of this `kind` that are still in the queue.
-fn repeat(kind: Kind, messages: &[NotifyState]) {
+fn repeat(kind: MessageKind, messages: &[NotifyState]) {
     let _ = push(kind, messages, Vec::new());
 }
 
-fn push(kind: Kind, messages: &[NotifyState], fds: Vec<OwnedFd>) -> Result<(), Full> {
-    if !is_there() {
+fn push(kind: MessageKind, messages: &[NotifyState], fds: Vec<OwnedFd>) -> Result<(), Full> {
+    if !is_reachable() {
         return Ok(());
     }
     if let Err(error) = start_sender() {
@@ -218,7 +221,7 @@ fn push(kind: Kind, messages: &[NotifyState], fds: Vec<OwnedFd>) -> Result<(), F
     }
     let lines: Vec<_> = messages.iter().map(ToString::to_string).collect();
     let message = Message { kind, text: lines.join("\n"), fds };
-    OUTBOX.push_instead(message, |waiting| kind != Kind::Once && waiting.kind == kind)
+    OUTBOX.push_instead(message, |waiting| kind != MessageKind::Once && waiting.kind == kind)
 }
 
 fn start_sender() -> io::Result<()> {

@@ -185,7 +185,7 @@ impl Entry {
     pub(super) fn replace_waker(&self, cx: &Context<'_>) {
         let mut task = lock(&self.task);
         *task = Some(cx.waker().clone());
-        self.apply(Event::WakerLeft);
+        self.apply(Event::WakerStored);
     }
 
     pub(super) fn wake(&self) {

@@ -146,7 +146,7 @@ impl Limits {
 
 /// All active connections of the process, and its [`Phase`].
 pub struct Registry {
-    born: Instant,
+    created_at: Instant,
     limits: Limits,
     shutdown: CancellationToken,
     /// The phase, and the counts of the work that a drain waits for.
@@ -156,7 +156,7 @@ pub struct Registry {
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
-    /// Milliseconds since `born`, updated at each [`Registry::interval`]. Several events of each request read the time,
+    /// Milliseconds since `created_at`, updated at each [`Registry::interval`]. Several events of each request read the time,
     /// and this is only a load, not a call of the system's clock.
     now: Clock,
 }
@@ -188,7 +188,7 @@ impl Registry {
     /// A registry in the phase `Serving`. It cancels `shutdown` at the first phase after `Announcing`.
     pub fn new(limits: Limits, shutdown: CancellationToken) -> Arc<Self> {
         Arc::new(Self {
-            born: Instant::now(),
+            created_at: Instant::now(),
             limits,
             shutdown,
             phase_word: PhaseWord::new(),
@@ -441,12 +441,12 @@ impl Registry {
         let mut clock = tokio::time::interval(self.interval());
         loop {
             clock.tick().await;
-            self.look(u64::try_from(self.born.elapsed().as_millis()).unwrap_or(u64::MAX));
+            self.check_limits(u64::try_from(self.created_at.elapsed().as_millis()).unwrap_or(u64::MAX));
         }
     }
 
     /// Sets the clock, and wakes the driver of each connection that is overdue or has to be parked.
-    fn look(&self, now: u64) {
+    fn check_limits(&self, now: u64) {
         self.set_now(now);
         for entry in self.entries() {
             if entry.is_overdue() || entry.is_parkable() {
@@ -458,7 +458,7 @@ impl Registry {
     /// Advances the clock in a test that does not run [`Registry::watch`].
     #[cfg(test)]
     pub fn advance(&self, by: Duration) {
-        self.look(self.now() + u64::try_from(by.as_millis()).unwrap_or(u64::MAX));
+        self.check_limits(self.now() + u64::try_from(by.as_millis()).unwrap_or(u64::MAX));
     }
 }
 

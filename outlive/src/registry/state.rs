@@ -115,7 +115,7 @@ pub enum Event {
     /// The driver sets the stage itself.
     Enters(Stage),
     /// The driver has stored its waker.
-    WakerLeft,
+    WakerStored,
     /// Another task has taken the waker to wake the driver, which has to store it again.
     WakerTaken,
 }
@@ -243,7 +243,7 @@ impl State {
                 next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded;
             }
             Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
-            Event::WakerLeft => next.has_waker = true,
+            Event::WakerStored => next.has_waker = true,
             Event::WakerTaken => next.has_waker = false,
             Event::Enters(_) if self.stage == Stage::Closed => {}
             Event::Enters(stage) => {

@@ -237,8 +237,8 @@ impl Server {
             // In a phase that hands connections over, the next process reads the input of parked ones.
             registry.wait_for_phase(|phase| !phase.quiesces()).await;
             let unparked = tokio::select! {
-                heard = self.parked.heard() => {
-                    heard.and_then(|heard| self.wake(|parked| parked.unpark_readable(heard)))
+                ready = self.parked.readable() => {
+                    ready.and_then(|ready| self.wake(|parked| parked.unpark_readable(ready)))
                 }
                 _ = clock.tick() => self.wake(|parked| Ok(parked.unpark_overdue())),
             };
@@ -313,13 +313,13 @@ impl Server {
                 continue;
             }
             let accepted = async {
-                let mut asked = acceptor.socket.readable().await?;
+                let mut ready = acceptor.socket.readable().await?;
                 // A slot is acquired only when a connection waits; otherwise an idle listener would keep one from the
                 // others. Until there is one, the connection waits in the accept queue of the socket.
                 let slot = self.slots(&acceptor.endpoint).clone().acquire_owned().await.ok();
                 let connection = acceptor.accept()?;
                 if connection.is_none() {
-                    asked.clear_ready();
+                    ready.clear_ready();
                 }
                 io::Result::Ok((connection, slot))
             };

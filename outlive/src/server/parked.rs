@@ -36,9 +36,9 @@ pub struct ParkedConnection {
     pub since: u64,
 }
 
-/// The result of [`ParkedConnections::heard`]: at least one parked connection is readable.
+/// The result of [`ParkedConnections::readable`]: at least one parked connection is readable.
 /// [`ParkedConnections::unpark_readable`] needs it to clear the readiness of the epoll instance.
-pub type Heard<'a> = AsyncFdReadyGuard<'a, OwnedFd>;
+pub type ReadyGuard<'a> = AsyncFdReadyGuard<'a, OwnedFd>;
 
 /// The parked connections of the process, and those that wait for the drain to hand them over.
 pub struct ParkedConnections {
@@ -108,20 +108,20 @@ impl ParkedConnections {
     }
 
     /// Waits until a parked connection is readable or closed by its peer.
-    pub async fn heard(&self) -> io::Result<Heard<'_>> {
+    pub async fn readable(&self) -> io::Result<ReadyGuard<'_>> {
         self.epoll.readable().await
     }
 
     /// Unparks up to [`BATCH`] connections that are readable or closed by their peers.
-    pub fn unpark_readable(&self, mut heard: Heard<'_>) -> io::Result<Vec<ParkedConnection>> {
+    pub fn unpark_readable(&self, mut ready: ReadyGuard<'_>) -> io::Result<Vec<ParkedConnection>> {
         let mut events = [MaybeUninit::uninit(); BATCH];
         let (events, others) = epoll::wait(self.epoll.get_ref(), &mut events, Some(&Timespec::default()))?;
         // With a full batch, more connections may be ready, so the readiness is kept. Otherwise it is cleared, and the
         // next event sets it again.
         if others.is_empty() {
-            heard.retain_ready();
+            ready.retain_ready();
         } else {
-            heard.clear_ready();
+            ready.clear_ready();
         }
         let mut parked = lock(&self.parked);
         let keys = events.iter().filter_map(|event| RawFd::try_from(event.data.u64()).ok());
@@ -208,9 +208,9 @@ mod tests {
     }
 
     async fn unpark_next(parked: &ParkedConnections) -> Vec<RawFd> {
-        let heard = timeout(Duration::from_secs(120), parked.heard()).await.expect("no event in time");
-        let heard = heard.expect("could not wait for the epoll instance");
-        let unparked = parked.unpark_readable(heard).expect("could not read the events");
+        let ready = timeout(Duration::from_secs(120), parked.readable()).await.expect("no event in time");
+        let ready = ready.expect("could not wait for the epoll instance");
+        let unparked = parked.unpark_readable(ready).expect("could not read the events");
         unparked.iter().map(|idle| idle.connection.socket.as_raw_fd()).collect()
     }
 
@@ -231,7 +231,7 @@ mod tests {
         let (sixth, peer) = peers.remove(6);
         drop(peer);
         assert_eq!(unpark_next(&parked).await, [sixth]);
-        assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
+        assert!(timeout(Duration::from_millis(50), parked.readable()).await.is_err());
         assert_eq!(registry.counts().connections, 8);
         assert_eq!(parked.take_all().len(), 8);
         assert_eq!(registry.counts().connections, 0);
@@ -245,7 +245,7 @@ mod tests {
         let left = parked.take_all();
         peer.write_all(b"x").expect("could not send");
         assert!(unpark_next(&parked).await.is_empty());
-        assert!(timeout(Duration::from_millis(50), parked.heard()).await.is_err());
+        assert!(timeout(Duration::from_millis(50), parked.readable()).await.is_err());
         drop(left);
     }
 

@@ -103,7 +103,7 @@ impl PredecessorLink {
 async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
     let channel = Channel::new(channel)?;
     channel
-        .say(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS)
+        .send_text(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS)
         .await
         .context("could not send Ready to the predecessor")?;
     let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
@@ -130,7 +130,7 @@ impl Committed {
     /// when the predecessor has exited.
     pub async fn take_over(self, server: Server, status: Arc<Status>, gone: CancellationToken) -> ResultPipe {
         let Self { channel, outcome, me } = self;
-        if let Err(error) = channel.say(MessageType::Accepting, me, "").await {
+        if let Err(error) = channel.send_text(MessageType::Accepting, me, "").await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();

@@ -133,7 +133,7 @@ impl<'a> Reloads<'a> {
 async fn refuse(channel: &Channel, generation: u64) {
     info!("refused a takeover: {UNDER_WAY}");
     // An error means that the takeover command has exited, so it needs no reason.
-    let _ = channel.say(MessageType::Refused, Origin::now(generation), UNDER_WAY).await;
+    let _ = channel.send_text(MessageType::Refused, Origin::now(generation), UNDER_WAY).await;
 }
 
 /// Prepares a successor that a takeover command starts. The command sends `Go` after the intermediate process has
@@ -256,7 +256,7 @@ impl PreparedSuccessor {
         };
         let successor = committed.map(|Self { channel, process, adopts }| {
             // Without a service manager, only this process received the stop signal, so it passes the signal on.
-            if stop_signals > 0 && !systemd::is_there() {
+            if stop_signals > 0 && !systemd::is_reachable() {
                 process.terminate();
             }
             Successor { channel, adopts }
@@ -269,7 +269,7 @@ impl PreparedSuccessor {
     async fn hand_main_over(self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
-            self.channel.say(MessageType::Commit, origin, "").await?;
+            self.channel.send_text(MessageType::Commit, origin, "").await?;
             expect(&self.channel, MessageType::Accepting).await
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
@@ -290,7 +290,7 @@ impl PreparedSuccessor {
         systemd::hand_main_to(pid).await;
         // An error is ignored, because a successor that has died meanwhile was the main process, so systemd restarts
         // the service.
-        let _ = timeout(COMMIT_LIMIT, self.channel.say(MessageType::Main, origin, "")).await;
+        let _ = timeout(COMMIT_LIMIT, self.channel.send_text(MessageType::Main, origin, "")).await;
         let next = bundle.generation + 1;
         info!(
             message_id = message_id::SUCCEEDED,

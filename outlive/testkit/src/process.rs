@@ -93,8 +93,8 @@ pub fn signal(pid: &str, signal: Signal) -> Result<()> {
 /// (`sd_notify_barrier(3)`) would wait until the test reads it.
 pub struct Notifications {
     folder: TempDir,
-    heard: Receiver<Message>,
-    said: Vec<String>,
+    messages: Receiver<Message>,
+    lines: Vec<String>,
     stored: Vec<OwnedFd>,
 }
 
@@ -120,18 +120,18 @@ impl Notifications {
     fn listen(stores: bool) -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let socket = UnixDatagram::bind(folder.path().join("notify"))?;
-        let (tell, heard) = channel();
+        let (sender, messages) = channel();
         std::thread::spawn(move || {
             while let Some(mut message) = receive(&socket) {
                 if !stores || !message.text.contains("FDSTORE=1") {
                     message.fds.clear();
                 }
-                if tell.send(message).is_err() {
+                if sender.send(message).is_err() {
                     return;
                 }
             }
         });
-        Ok(Self { folder, heard, said: Vec::new(), stored: Vec::new() })
+        Ok(Self { folder, messages, lines: Vec::new(), stored: Vec::new() })
     }
 
     pub fn path(&self) -> PathBuf {
@@ -139,13 +139,13 @@ impl Notifications {
     }
 
     /// The lines received so far, in order, up to the last one that was waited for.
-    pub fn said(&self) -> &[String] {
-        &self.said
+    pub fn lines(&self) -> &[String] {
+        &self.lines
     }
 
     /// Takes the file descriptors stored so far.
     pub fn take_stored(&mut self) -> Vec<OwnedFd> {
-        while let Ok(message) = self.heard.try_recv() {
+        while let Ok(message) = self.messages.try_recv() {
             self.note(message);
         }
         std::mem::take(&mut self.stored)
@@ -177,19 +177,19 @@ impl Notifications {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let message = self
-                .heard
+                .messages
                 .recv_timeout(left)
-                .with_context(|| format!("no {wanted} arrived, only {:?}", self.said))?;
-            let news = self.said.len();
+                .with_context(|| format!("no {wanted} arrived, only {:?}", self.lines))?;
+            let known = self.lines.len();
             self.note(message);
-            if let Some(line) = self.said[news..].iter().find(|line| is_it(line)) {
+            if let Some(line) = self.lines[known..].iter().find(|line| is_it(line)) {
                 return Ok(line.clone());
             }
         }
     }
 
     fn note(&mut self, message: Message) {
-        self.said.extend(message.text.lines().map(str::to_owned));
+        self.lines.extend(message.text.lines().map(str::to_owned));
         self.stored.extend(message.fds);
     }
 }

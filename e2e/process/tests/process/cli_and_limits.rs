@@ -65,7 +65,7 @@ fn the_service_sends_ready_answers_sends_stopping_and_exits_with_0() {
     });
     service.signal(Signal::TERM);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
-    let sent = service.notifications.said();
+    let sent = service.notifications.lines();
     let ready = sent.iter().position(|line| line == "READY=1");
     assert!(ready < sent.iter().position(|line| line == "STOPPING=1"), "{sent:?}");
     assert_success(service);
@@ -260,7 +260,7 @@ fn a_drain_reports_the_time_left_and_extends_the_stop_timeout() {
         });
         // The steps may be larger than one second, because a busy machine delays the status messages.
         assert!(left.is_sorted_by(|one, next| one >= next) && left[4] < left[0], "{left:?}");
-        let sent = service.notifications.said();
+        let sent = service.notifications.lines();
         let extended = sent.iter().filter(|line| line.starts_with("EXTEND_TIMEOUT_USEC=")).count();
         assert!(extended >= 4, "{sent:?}");
         service.signal(Signal::TERM);

@@ -84,9 +84,9 @@ fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() 
         assert_eq!(process_on(&mut service.connect().await).await, (pid, 2));
         slow.release().await.expect("the request finishes");
         assert_eq!(process_on(&mut slow).await, (pid, 2));
-        let before = service.notifications.said().len();
+        let before = service.notifications.lines().len();
         service.notifications.wait_for(&format!("MAINPID={pid}")).expect("MAINPID= is sent");
-        let sent = service.notifications.said()[before..].to_vec();
+        let sent = service.notifications.lines()[before..].to_vec();
         let at = |prefix: &str| sent.iter().position(|line| line.starts_with(prefix));
         assert!(
             at("RELOADING=1") < at("MONOTONIC_USEC=") && at("MONOTONIC_USEC=") < at("MAINPID="),
@@ -360,7 +360,7 @@ fn an_incomplete_takeover_dialogue_changes_nothing() {
     });
     service.signal(Signal::TERM);
     service.notifications.wait_for("STOPPING=1").expect("STOPPING=1 is sent");
-    let sent = service.notifications.said();
+    let sent = service.notifications.lines();
     assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
 }
 
@@ -571,13 +571,13 @@ fn a_successor_that_does_not_answer_commit_is_killed_before_the_old_process_cont
             }
             assert_eq!(late.outcome(), "", "the successor must not report success");
         });
-        let sent = service.notifications.said();
+        let sent = service.notifications.lines();
         assert!(!sent.iter().any(|line| line.starts_with("MAINPID=")), "{sent:?}");
         // The next reload succeeds.
         let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
         assert_eq!(code, Some(0), "{log}");
         service.notifications.wait_for("MAINPID=").expect("a successor takes over");
-        let pid = service.notifications.said().iter().rev().find_map(|line| line.strip_prefix("MAINPID="));
+        let pid = service.notifications.lines().iter().rev().find_map(|line| line.strip_prefix("MAINPID="));
         end(pid.expect("MAINPID= names a pid").parse().expect("a valid number"));
     }
 }

@@ -91,7 +91,7 @@ impl Client {
         }
     }
 
-    fn hear(&mut self) {
+    fn receive(&mut self) {
         for (head, payload) in frames(&mut self.received) {
             match head.frame_type {
                 DATA => {
@@ -193,7 +193,7 @@ impl H2 {
         }
     }
 
-    fn hear(&mut self) {
+    fn receive(&mut self) {
         let preface = self.preface_left.min(self.received.len());
         self.received.drain(..preface);
         self.preface_left -= preface;
@@ -311,7 +311,7 @@ struct World {
     unread: Vec<u8>,
     moves: u32,
     /// Streams that have reached h2, and how many bytes of each.
-    heard: BTreeSet<u32>,
+    reached_h2: BTreeSet<u32>,
     bytes: BTreeMap<u32, i64>,
     /// Streams that either side has reset.
     reset: BTreeSet<u32>,
@@ -326,7 +326,7 @@ impl World {
             h2: H2::new(0),
             unread: Vec::new(),
             moves: 0,
-            heard: BTreeSet::new(),
+            reached_h2: BTreeSet::new(),
             bytes: BTreeMap::new(),
             reset: BTreeSet::new(),
             is_holding: false,
@@ -355,7 +355,7 @@ impl World {
             let length = piece.min(for_h2.len());
             self.h2.received.extend_from_slice(&for_h2.split_to(length));
             is_news |= length > 0;
-            self.h2.hear();
+            self.h2.receive();
             let length = piece.min(self.h2.sent.len());
             if self.interposer.must_rewrite() {
                 let bytes: Vec<u8> = self.h2.sent.drain(..length).collect();
@@ -370,7 +370,7 @@ impl World {
             let length = piece.min(for_client.len());
             self.client.received.extend_from_slice(&for_client.split_to(length));
             is_news |= length > 0;
-            self.client.hear();
+            self.client.receive();
             // A handover drops the bytes that h2 has not written yet.
             if self.interposer.is_quiescent() {
                 self.move_on();
@@ -388,7 +388,7 @@ impl World {
     }
 
     fn forget_h2(&mut self) {
-        self.heard.extend(self.h2.streams.keys());
+        self.reached_h2.extend(self.h2.streams.keys());
         self.reset.extend(&self.h2.left);
         for (stream, bytes) in &self.h2.bytes {
             *self.bytes.entry(*stream).or_default() += bytes;
@@ -489,12 +489,12 @@ impl World {
         self.forget_h2();
         for (stream, sent) in &self.client.bytes {
             assert!(
-                self.heard.contains(stream) || self.reset.contains(stream),
+                self.reached_h2.contains(stream) || self.reset.contains(stream),
                 "stream {stream} has not reached h2"
             );
             if !self.reset.contains(stream) {
-                let heard = self.bytes.get(stream).copied().unwrap_or(0);
-                assert_eq!(heard, *sent, "stream {stream}");
+                let reached = self.bytes.get(stream).copied().unwrap_or(0);
+                assert_eq!(reached, *sent, "stream {stream}");
             }
         }
         assert_eq!(self.h2.receive_window, self.interposer.state().receive_window);

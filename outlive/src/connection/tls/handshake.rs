@@ -54,7 +54,7 @@ pub(in crate::connection) async fn serve(
         io.refuse(NOT_TLS).await;
         return ConnectionOutcome::Closed;
     }
-    let Some(stream) = shake_hands(connection.socket, &driver, tls).await else {
+    let Some(stream) = perform_handshake(connection.socket, &driver, tls).await else {
         return ConnectionOutcome::Closed;
     };
     if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
@@ -97,7 +97,7 @@ async fn resume(
     drive(io, protocol, http2, endpoint, context).await
 }
 
-async fn shake_hands(
+async fn perform_handshake(
     stream: Stream,
     driver: &DriverHandle,
     tls: &tls_config::Tls,

@@ -5,7 +5,7 @@
 //!
 //! | RFC 8446 | here |
 //! | --- | --- |
-//! | 5.1: a handshake message may be split over several records, with no others between them | `take_message` |
+//! | 5.1: a handshake message may be split over several records, with no others between them | `handle_handshake_message` |
 //! | 5.2: a fragment has at most 2^14 bytes with its padding | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
 //! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303, authenticated header | `DirectionState::open`, `seal` |
 //! | 5.3: the nonce is the sequence number, from 0 without wrapping, XOR the IV | `DirectionState::nonce` |
@@ -13,7 +13,7 @@
 //! | 5.5: a key encrypts a limited number of records (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`, then a KeyUpdate |
 //! | 6.1: `close_notify` ends a direction; nothing is sent after it | `poll_read`, `poll_shutdown` |
 //! | 6.2: other alerts and records that cannot be decrypted are fatal; one alert is sent | `RecordLayer::fail` |
-//! | 4.6.3: a KeyUpdate changes the key of one direction and may request the other's | `take_message`, `update_keys` |
+//! | 4.6.3: a KeyUpdate changes the key of one direction and may request the other's | `handle_handshake_message`, `update_keys` |
 //! | 4.6: a server expects no other messages after the handshake | `unexpected_message` |
 //!
 //! Where the RFC leaves a choice, the behaviour is that of rustls, so that a client cannot tell the two apart: how many
@@ -343,15 +343,15 @@ impl RecordLayer {
                     self.peer.key_updates = 0;
                     self.opened = record;
                 }
-                ALERT => self.take_alert(&record)?,
-                HANDSHAKE => self.take_message(&record)?,
+                ALERT => self.handle_alert(&record)?,
+                HANDSHAKE => self.handle_handshake_message(&record)?,
                 _ => return Err(Refusal::Alert(Alert::DecodeError, "unknown record type")),
             }
         }
         Ok(true)
     }
 
-    fn take_alert(&mut self, alert: &[u8]) -> Result<(), Refusal> {
+    fn handle_alert(&mut self, alert: &[u8]) -> Result<(), Refusal> {
         let [level, description] = *alert else {
             return Err(Refusal::Alert(Alert::DecodeError, "invalid alert length: expected two bytes"));
         };
@@ -373,7 +373,7 @@ impl RecordLayer {
     }
 
     /// Handles a handshake message or a part of one. After the handshake a server expects only KeyUpdate.
-    fn take_message(&mut self, part: &[u8]) -> Result<(), Refusal> {
+    fn handle_handshake_message(&mut self, part: &[u8]) -> Result<(), Refusal> {
         let mut message = std::mem::take(&mut self.peer.message);
         message.extend_from_slice(part);
         let Some((header, body)) = message.split_first_chunk::<MESSAGE_HEADER_LENGTH>() else {

@@ -41,7 +41,7 @@ static START_TIME: LazyLock<IntGauge> = LazyLock::new(|| {
 });
 
 /// Reads all of them. A value that cannot be read keeps the one it had.
-pub fn look() {
+pub fn update() {
     // Otherwise two scrapes at the same time would both add what the counter lacks.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = lock(&ALONE);
@@ -157,16 +157,16 @@ mod tests {
 
     #[test]
     fn processor_time_grows_with_what_the_process_computes() {
-        look();
+        update();
         let before = CPU_SECONDS.get();
         while CPU_SECONDS.get() < before + 0.05 {
-            look();
+            update();
         }
     }
 
     #[test]
     fn descriptors_are_those_of_the_kernel() {
-        look();
+        update();
         assert_eq!(u64::try_from(MAX_FDS.get()), Ok(shown("limits", "Max open files")));
         // Standard input, output and error at least.
         assert!(OPEN_FDS.get() >= 3, "{}", OPEN_FDS.get());

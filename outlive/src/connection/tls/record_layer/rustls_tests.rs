@@ -68,7 +68,7 @@ struct Reaction {
     read: Vec<u8>,
     end: End,
     /// The types and contents of the server's records. Adjacent application data is merged.
-    said: Vec<(u8, Vec<u8>)>,
+    records: Vec<(u8, Vec<u8>)>,
 }
 
 /// The client's end of a connection, which can send invalid records because rustls is not involved.
@@ -108,12 +108,12 @@ impl Client {
     }
 
     /// Reads and decrypts everything that the server has sent.
-    async fn listen(&mut self) -> Vec<(u8, Vec<u8>)> {
+    async fn receive_all(&mut self) -> Vec<(u8, Vec<u8>)> {
         let mut bytes = Vec::new();
         // The server may reset the connection instead of closing it.
         let _ = self.socket.read_to_end(&mut bytes).await;
         let mut bytes = BytesMut::from(&bytes[..]);
-        let mut said: Vec<(u8, Vec<u8>)> = Vec::new();
+        let mut records: Vec<(u8, Vec<u8>)> = Vec::new();
         while let Some(length) = sealed_length(&bytes).expect("the record header is valid") {
             assert_eq!(bytes[..3], [APPLICATION_DATA, 3, 3]);
             bytes.advance(HEADER_LENGTH);
@@ -122,19 +122,19 @@ impl Client {
             if kind == HANDSHAKE && record.first() == Some(&KEY_UPDATE) {
                 assert!(self.from_server.update_keys(self.suite));
             }
-            match said.last_mut() {
+            match records.last_mut() {
                 Some((APPLICATION_DATA, last)) if kind == APPLICATION_DATA => last.extend_from_slice(&record),
-                _ => said.push((kind, record.to_vec())),
+                _ => records.push((kind, record.to_vec())),
             }
         }
         assert!(bytes.is_empty());
-        said
+        records
     }
 }
 
 /// Both ends of a new connection, and a descriptor of the server's socket to ask how many bytes are unread.
 async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, OwnedFd) {
-    let (mut client, mut server, secrets) = parties.shake_hands(suite).await;
+    let (mut client, mut server, secrets) = parties.perform_handshake(suite).await;
     // rustls handles the session tickets before it delivers this byte.
     server.write_all(b"x").await.expect("the bytes are sent");
     server.flush().await.expect("the bytes are sent");
@@ -214,7 +214,7 @@ async fn reaction(parties: &Parties, suite: Suite, who: Who, steps: &[Step]) -> 
     let _ = server.shutdown().await;
     drop(server);
     drop(unread);
-    Reaction { read, end, said: client.listen().await }
+    Reaction { read, end, records: client.receive_all().await }
 }
 
 /// Checks that all three react in the same way, and returns the reaction.
@@ -239,7 +239,7 @@ fn assert_same(cases: Vec<Case>) {
     for (name, steps, wanted) in cases {
         run(async {
             let reaction = same(&parties, Suite::Aes128Gcm, &steps).await;
-            let last = reaction.said.last().map(|(kind, content)| (*kind, &content[..]));
+            let last = reaction.records.last().map(|(kind, content)| (*kind, &content[..]));
             let bytes = wanted.map(|alert| [FATAL, alert as u8]);
             let wanted = bytes.as_ref().map_or(CLOSE_NOTIFY, |bytes| (ALERT, &bytes[..]));
             assert_eq!(last, Some(wanted), "{name}: {reaction:?}");
@@ -459,7 +459,7 @@ fn data_is_read_at_each_limit_and_not_above_it() {
         run(async {
             let reaction = same(&parties, Suite::ChaCha20Poly1305, &steps).await;
             assert_eq!(reaction.read, if is_read { b"x".to_vec() } else { Vec::new() }, "{steps:?}");
-            let answers = reaction.said.iter().filter(|(kind, _)| *kind == HANDSHAKE).count();
+            let answers = reaction.records.iter().filter(|(kind, _)| *kind == HANDSHAKE).count();
             assert!(answers <= 1, "{answers} answers to {} KeyUpdates", steps.len() - 1);
         });
     }
@@ -475,7 +475,7 @@ fn response_uses_the_key_that_the_client_requested_in_every_suite() {
             let update = || (HANDSHAKE, vec![KEY_UPDATE, 0, 0, 1, UPDATE_NOT_REQUESTED]);
             let data = |content: &[u8]| (APPLICATION_DATA, content.to_vec());
             let end = (CLOSE_NOTIFY.0, CLOSE_NOTIFY.1.to_vec());
-            assert_eq!(reaction.said, [data(b"a"), update(), data(b"bc"), update(), data(b"d"), end]);
+            assert_eq!(reaction.records, [data(b"a"), update(), data(b"bc"), update(), data(b"d"), end]);
         });
     }
 }
@@ -506,7 +506,7 @@ fn step() -> impl Strategy<Value = Step> {
         8 => bytes(40).prop_map(|content| data(&content)),
         8 => prop_oneof![Just(0), Just(1), any::<u8>()].prop_map(KeyUpdate),
         2 => (0..2_u8, 0..5_usize).prop_map(|(request, at)| CutKeyUpdate(request, at)),
-        2 => (0..4_u8, prop_oneof![Just(0), Just(90), any::<u8>()]).prop_map(|(level, said)| alert(level, said)),
+        2 => (0..4_u8, prop_oneof![Just(0), Just(90), any::<u8>()]).prop_map(|(level, description)| alert(level, description)),
         1 => (kind, bytes(6), few).prop_map(|(kind, content, padding)| padded(kind, &content, padding)),
         1 => (any::<[u8; 3]>(), bytes(6)).prop_map(|(first, content)| Header { first, content }),
         1 => key_update,

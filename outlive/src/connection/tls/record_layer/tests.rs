@@ -41,14 +41,14 @@ impl Parties {
 
     /// A connection with `suite` whose server's end was handed over after the handshake.
     async fn connect(&self, suite: Suite) -> (Client, RecordLayer) {
-        let (client, server, _) = self.shake_hands(suite).await;
+        let (client, server, _) = self.perform_handshake(suite).await;
         let (stream, session, opened) = record_reader::into_parts(server).expect("the secrets are exported");
         assert!(session.suite == suite && opened.is_empty());
         (client, RecordLayer::new(stream, session))
     }
 
     /// Both ends after the handshake, and the traffic secrets as the client has them.
-    pub async fn shake_hands(
+    pub async fn perform_handshake(
         &self,
         suite: Suite,
     ) -> (Client, ServerStream<RecordAligned>, Arc<FirstSecrets>) {
@@ -137,7 +137,7 @@ fn handover_loses_nothing_that_rustls_has_read_or_decrypted() {
         let large =
             [0, 1, 4_096, 16_384, 16_385, 60_000, 100_000].map(|read| (read, FRAGMENT_LIMIT, 100_000));
         for (read, record, length) in small.into_iter().chain(large) {
-            let (mut client, mut server, _) = parties.shake_hands(Suite::Aes256Gcm).await;
+            let (mut client, mut server, _) = parties.perform_handshake(Suite::Aes256Gcm).await;
             let sent = bytes(length);
             for chunk in sent.chunks(record) {
                 client.write_all(chunk).await.expect("the bytes are sent");
@@ -193,7 +193,7 @@ fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
     let parties = Parties::new();
     for suite in Suite::ALL {
         run(async {
-            let (mut client, mut server, _) = parties.shake_hands(suite).await;
+            let (mut client, mut server, _) = parties.perform_handshake(suite).await;
             for length in 1..4 {
                 client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
                 pass(&mut client, &mut server, length).await;
@@ -220,7 +220,7 @@ fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
 fn handover_from_rustls_sends_the_key_update_that_is_due() {
     let parties = Parties::new();
     run(async {
-        let (mut client, mut server, _) = parties.shake_hands(Suite::Aes256Gcm).await;
+        let (mut client, mut server, _) = parties.perform_handshake(Suite::Aes256Gcm).await;
         pass(&mut client, &mut server, 10).await;
         client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
         pass(&mut client, &mut server, 10).await;
@@ -318,9 +318,9 @@ fn repeated_key_update_requests_queue_one_answer() {
         }
         records.write_all(b"y").await.expect("the bytes are sent");
         drop(records);
-        let mut said = Vec::new();
-        peer.read_to_end(&mut said).await.expect("two records arrive");
-        assert_eq!(said.len(), 2 * (HEADER_LENGTH + 1 + TAG_LENGTH) + 5 + 1);
+        let mut received = Vec::new();
+        peer.read_to_end(&mut received).await.expect("two records arrive");
+        assert_eq!(received.len(), 2 * (HEADER_LENGTH + 1 + TAG_LENGTH) + 5 + 1);
     });
 }
 
@@ -329,8 +329,8 @@ fn repeated_key_update_requests_queue_one_answer() {
 fn secrets_are_referenced_only_by_their_connection() {
     let parties = Parties::new();
     run(async {
-        let (_first_client, first, _) = parties.shake_hands(Suite::Aes128Gcm).await;
-        let (_second_client, second, secrets) = parties.shake_hands(Suite::Aes128Gcm).await;
+        let (_first_client, first, _) = parties.perform_handshake(Suite::Aes128Gcm).await;
+        let (_second_client, second, secrets) = parties.perform_handshake(Suite::Aes128Gcm).await;
         assert_eq!(second.get_ref().0.secrets(), (1, secrets.from_peer.get(), secrets.to_peer.get()));
         let (_, first, _) = record_reader::into_parts(first).expect("the secrets are exported");
         let (_, second, _) = record_reader::into_parts(second).expect("the secrets are exported");
@@ -438,9 +438,9 @@ proptest! {
             // The server sends one alert, and nothing else.
             let _ = records.shutdown().await;
             drop(records);
-            let mut said = Vec::new();
-            peer.read_to_end(&mut said).await.expect("the alert arrives");
-            assert_eq!(said.len(), HEADER_LENGTH + 2 + 1 + TAG_LENGTH);
+            let mut received = Vec::new();
+            peer.read_to_end(&mut received).await.expect("the alert arrives");
+            assert_eq!(received.len(), HEADER_LENGTH + 2 + 1 + TAG_LENGTH);
         });
     }
 }
