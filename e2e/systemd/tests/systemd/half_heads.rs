@@ -6,7 +6,7 @@ use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::on_each_systemd;
 
-use crate::app_package;
+use crate::{app_package, boot_with_tls, tls_target};
 
 on_each_systemd! {
     request_split_by_a_handover_is_answered
@@ -45,9 +45,6 @@ fn request_split_by_a_handover_is_answered(systemd: Systemd) {
 
 fn request_over_tls_split_by_a_handover_is_answered(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
-    let container = Container::boot(systemd, app_package()).expect("the container boots");
-    container.enable_tls(&certificate).expect("TLS is enabled");
-    container.systemctl("start").expect("the start succeeds");
-    let client = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
-    assert_split_request_is_answered(&container, &Target::Tls(([127, 0, 0, 1], 8443).into(), client));
+    let container = boot_with_tls(systemd, &certificate);
+    assert_split_request_is_answered(&container, &tls_target(&certificate, "http/1.1"));
 }

@@ -4,13 +4,13 @@ use std::io::{BufRead, BufReader, Lines, Write};
 use std::process::{ChildStdin, ChildStdout, Stdio};
 
 use testkit::certificate::Certificate;
-use testkit::container::{Container, Package, Systemd};
+use testkit::container::{Container, Systemd};
 use testkit::on_each_systemd;
 use testkit::process::Process;
 use testkit::verbs::iterations;
 
 use crate::third_party_clients::connections;
-use crate::{FOLDER, app_binary, app_package};
+use crate::{FOLDER, app_package, boot_with_tls};
 
 const PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
@@ -56,10 +56,7 @@ impl Java {
 /// service must not send it.
 fn java_keeps_its_http2_connections_and_loses_no_request(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
-    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
-        .expect("the container boots");
-    container.enable_tls(&certificate).expect("TLS is enabled");
-    container.systemctl("start").expect("the start succeeds");
+    let container = boot_with_tls(systemd, &certificate);
     let chain = certificate.chain();
     let url = format!("https://127.0.0.1:{TLS_PORT}/");
     let java = Java::start(&container, &[&url, "HTTP_2", chain.to_str().expect("the path is UTF-8")]);
@@ -68,8 +65,7 @@ fn java_keeps_its_http2_connections_and_loses_no_request(systemd: Systemd) {
 
 /// Over plain HTTP the client offers h2c with each request, and the service declines each of these upgrades.
 fn java_offering_h2c_keeps_its_connections_and_loses_no_request(systemd: Systemd) {
-    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
-        .expect("the container boots");
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.systemctl("start").expect("the start succeeds");
     let java = Java::start(&container, &[&format!("http://127.0.0.1:{PORT}/"), "HTTP_1_1"]);
     assert_connections_are_kept(&container, java, PORT);

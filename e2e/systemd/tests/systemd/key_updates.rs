@@ -7,12 +7,12 @@ use std::sync::{Arc, Mutex};
 
 use rustix::io::ioctl_fionread;
 use testkit::certificate::Certificate;
-use testkit::client::{Connection, Target};
+use testkit::client::Connection;
 use testkit::container::{Container, Systemd};
 use testkit::process::Process;
 use testkit::{on_each_systemd, wait_until};
 
-use crate::{NAME, app_package};
+use crate::{NAME, app_package, tls_target};
 
 on_each_systemd! {
     requests_with_key_updates_of_rustls_are_answered_on_parked_and_moved_connections
@@ -49,9 +49,8 @@ fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> 
 
 fn requests_with_key_updates_of_rustls_are_answered_on_parked_and_moved_connections(systemd: Systemd) {
     let (container, certificate) = boot(systemd);
-    let client = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
+    let target = tls_target(&certificate, "http/1.1");
     container.inside(|| async {
-        let target = Target::Tls(([127, 0, 0, 1], 8443).into(), client);
         let mut connection = Connection::open(&target).await.expect("the port is open");
         let mut generation = 1;
         // The first request reaches rustls itself, because the connection has not been parked yet.

@@ -26,7 +26,9 @@ mod third_party_clients;
 mod upgrades;
 
 use testkit::binaries::root_package;
-use testkit::container::Package;
+use testkit::certificate::Certificate;
+use testkit::client::Target;
+use testkit::container::{Container, Package, Systemd};
 
 /// The package under test in the root workspace.
 const NAME: &str = "app";
@@ -40,4 +42,18 @@ fn app_package() -> Package<'static> {
 
 fn app_binary() -> &'static str {
     app_package().binary
+}
+
+/// A container whose service serves TLS too, with this certificate.
+fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.enable_tls(certificate).expect("TLS is enabled");
+    container.systemctl("start").expect("the start succeeds");
+    container
+}
+
+/// The TLS port of the service, for a client that offers this ALPN protocol.
+fn tls_target(certificate: &Certificate, protocol: &str) -> Target {
+    let client = certificate.client(&[protocol]).expect("the client configuration is valid");
+    Target::Tls(([127, 0, 0, 1], 8443).into(), client)
 }

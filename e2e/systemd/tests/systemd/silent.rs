@@ -4,11 +4,11 @@
 use std::time::{Duration, Instant};
 
 use testkit::certificate::Certificate;
-use testkit::client::{Connection, Http2, Target};
-use testkit::container::{Container, Package, Systemd};
+use testkit::client::{Connection, Http2};
+use testkit::container::{Container, Systemd};
 use testkit::{on_each_systemd, wait_until};
 
-use crate::{app_binary, app_package};
+use crate::{boot_with_tls, tls_target};
 
 /// A third of the drain limit of the unit. A drain that takes longer has waited for the limit.
 const SOON: Duration = Duration::from_secs(10);
@@ -152,14 +152,8 @@ async fn goaways(connection: &mut Connection) -> Vec<u32> {
 /// Runs `systemctl VERB` beside silent clients, and waits until the old process has exited.
 fn check_silent_clients(systemd: Systemd, verb: &str) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
-    let container = Container::boot(systemd, Package { binary: app_binary(), ..app_package() })
-        .expect("the container boots");
-    container.enable_tls(&certificate).expect("TLS is enabled");
-    container.systemctl("start").expect("the start succeeds");
-    let tls = Target::Tls(
-        ([127, 0, 0, 1], 8443).into(),
-        certificate.client(&["h2"]).expect("the client configuration is valid"),
-    );
+    let container = boot_with_tls(systemd, &certificate);
+    let tls = tls_target(&certificate, "h2");
     container.inside(async || {
         let mut polite = Http2::open(&tls).await.expect("the connection is established");
         polite.get("/").await.expect("the request is answered").expect("the server sends no GOAWAY");

@@ -14,7 +14,7 @@ use testkit::container::{Container, Package, Systemd};
 use testkit::process::Process;
 use testkit::{TEST_TIMEOUT, on_each_systemd, wait_until};
 
-use crate::{FOLDER, app_binary, app_package};
+use crate::{FOLDER, app_package, boot_with_tls};
 
 const PLAIN: &str = "http://127.0.0.1:8080";
 const TLS: &str = "https://127.0.0.1:8443";
@@ -35,13 +35,6 @@ on_each_systemd! {
 
 fn boot(systemd: Systemd, binary: &str) -> Container {
     Container::boot(systemd, Package { binary, ..app_package() }).expect("the container boots")
-}
-
-fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
-    let container = boot(systemd, app_binary());
-    container.enable_tls(certificate).expect("TLS is enabled");
-    container.systemctl("start").expect("the start succeeds");
-    container
 }
 
 /// A running client.
