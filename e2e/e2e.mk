@@ -80,6 +80,7 @@ e2e-deps: root
 		$(call NO_CLUSTER,) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN); }
 	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)'
 	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)
+	cargo fetch --quiet # all platforms, because cargo-deny looks at each, also in the copies of tests, which have no network
 
 .PHONY: cargo-deny
 cargo-deny:
