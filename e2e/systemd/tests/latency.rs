@@ -52,7 +52,7 @@ fn longest_in(report: &Report, windows: &[Window]) -> Vec<Duration> {
     all
 }
 
-/// Asserts that all of the waits `measured` but one are below `limit`, and that one below four times `limit`, because
+/// Asserts that all of the waits `measured` but one are below `limit`, and that one below ten times `limit`, because
 /// on a busy machine any process may be delayed once. If the machine as a whole is slow, the limit follows the waits
 /// `compared`, measured in the same run: the median may be twice theirs, and the others four times their longest.
 fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], report: &Report) {
@@ -64,7 +64,7 @@ fn assert_short(limit: Duration, measured: &[Duration], compared: &[Duration], r
         median < limit.max(middle(compared) * 2),
         "median {median:.1?} of {measured:.1?}: {compared:.1?}"
     );
-    assert!(measured[last] < (limit * 4).max(slow), "the longest of {measured:.1?}: {compared:.1?}");
+    assert!(measured[last] < (limit * 10).max(slow), "the longest of {measured:.1?}: {compared:.1?}");
     assert!(measured[last.saturating_sub(1)] < limit.max(slow), "several of {measured:.1?}: {compared:.1?}");
 }
 
