@@ -3,6 +3,7 @@
 //! A handler can take these arguments, besides the extractors of axum:
 //! - `process: Process`: the process that serves the request;
 //! - `Shutdown(shutdown): Shutdown`: cancelled when the process begins to drain, so that endless responses can end;
+//! - `carry: Carry<State>`: hands a WebSocket and its state on to the next process;
 //! - `peer: Peer`: the address of the client.
 //!
 //! With `--log info,request=debug` each `tracing` event of a handler has the id of its request.
@@ -12,19 +13,15 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade, close_code};
+use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
-use tokio::time::timeout;
 
-use outlive::{Process, Setup, Shutdown};
-
-/// How long the peer of a WebSocket may take to close it too. A restart waits for that, and some peers never answer.
-const CLOSE_LIMIT: Duration = Duration::from_secs(2);
+use outlive::{Carry, Process, Setup, Shutdown};
 
 /// An HTTP service for systemd whose connections survive restarts.
 #[derive(Debug, clap::Parser)]
@@ -99,34 +96,27 @@ async fn events(
     Sse::new(stream::unfold(first, event).take_until(Box::pin(end)))
 }
 
-/// Sends each message back until the process drains. It then closes with the code 1012, service restart, after which
-/// clients reconnect.
-async fn socket(upgrade: WebSocketUpgrade, Shutdown(shutdown): Shutdown) -> Response {
+/// Sends each message back. At a restart or reload the next process continues the WebSocket, and its client notices
+/// nothing. This handler has no state to hand on.
+async fn socket(upgrade: WebSocketUpgrade, carry: Carry<()>) -> Response {
     upgrade.on_upgrade(async move |mut socket| {
-        tokio::select! {
-            () = echo_messages(&mut socket) => return,
-            () = shutdown.cancelled() => {}
-        }
-        let close = async {
-            let restart = CloseFrame { code: close_code::RESTART, reason: "restart".into() };
-            if socket.send(Message::Close(Some(restart))).await.is_ok() {
-                // The closing handshake ends with the close frame of the peer (RFC 6455 section 7.1.2).
-                while let Some(Ok(_)) = socket.recv().await {}
+        loop {
+            let message = tokio::select! {
+                message = socket.recv() => message,
+                () = carry.requested() => return carry.hand_on(&()),
+            };
+            match message {
+                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
+                    if socket.send(message).await.is_err() {
+                        return;
+                    }
+                }
+                // axum answers Ping and Close frames itself.
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
             }
-        };
-        let _ = timeout(CLOSE_LIMIT, close).await;
-    })
-}
-
-/// Sends each message back until the peer closes the WebSocket or disconnects.
-async fn echo_messages(socket: &mut WebSocket) {
-    while let Some(Ok(message)) = socket.recv().await {
-        // axum answers Ping and Close frames itself.
-        let has_content = matches!(message, Message::Text(_) | Message::Binary(_));
-        if has_content && socket.send(message).await.is_err() {
-            return;
         }
-    }
+    })
 }
 
 #[cfg(test)]

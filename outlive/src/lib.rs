@@ -15,6 +15,7 @@ mod server;
 mod takeover;
 mod transport;
 
+pub use app::carry::{Carry, UnreadableState};
 pub use app::context::Shutdown;
 pub use app::process::Process;
 pub use app::setup::{Setup, TaskOptions};

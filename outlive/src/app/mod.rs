@@ -2,6 +2,7 @@
 //! take `Process` and `Shutdown` as arguments; its unit tests use `testing`. `tasks.rs` and `readiness.rs` run what was
 //! registered. The other public items are `run` and `command` (`lifecycle`) and `Peer` (`transport/stream.rs`).
 
+pub mod carry;
 pub mod context;
 pub mod process;
 pub mod readiness;

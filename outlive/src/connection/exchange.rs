@@ -4,55 +4,133 @@
 //! the response body is dropped; a [`BodyGuard`] does the same for the request body. A connection becomes quiescent only
 //! when both have ended, because the next process cannot continue a request.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use axum::body::Body;
+use axum::response::IntoResponse;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderValue};
+use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
+use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
 
+use super::Endpoint;
 use super::body_chunks::ChunkedBody;
-use super::upgrade::DeclinedUpgrade;
+use super::upgraded::{Granted, ReturnPath, Upgrade};
+use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
 use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle};
 use crate::requests::{self, Routes};
+use crate::transport::replay::{self, Replay};
 
 /// The hyper service of one connection: it calls the routes and registers each request.
 pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
     requests: RequestHandle,
-    declined: DeclinedUpgrade,
+    endpoint: Arc<Endpoint>,
+    upgrade: Upgrade,
+    return_path: ReturnPath,
+    /// The request that began the connection in another process, until it is answered anew.
+    replay: Cell<Option<Replay>>,
 }
 
 impl Service {
-    pub(super) fn new(routes: Routes, context: RequestContext, requests: RequestHandle) -> Self {
+    pub(super) fn new(
+        endpoint: Arc<Endpoint>,
+        context: RequestContext,
+        requests: RequestHandle,
+        return_path: ReturnPath,
+        replay: Option<Replay>,
+    ) -> Self {
         Self {
-            routes: routes.into(),
+            routes: endpoint.routes.clone().into(),
             context: Arc::new(context),
             requests,
-            declined: DeclinedUpgrade::default(),
+            endpoint,
+            upgrade: Upgrade::default(),
+            return_path,
+            replay: replay.into(),
         }
     }
 
-    /// The slot for an upgrade that the client offered and the response did not grant.
-    pub(super) fn declined_upgrade(&self) -> DeclinedUpgrade {
-        self.declined.clone()
+    /// What this service, the driver and the IO of the connection know about upgrades.
+    pub(super) fn upgrade(&self) -> Upgrade {
+        self.upgrade.clone()
+    }
+
+    /// The head of the request that has to be answered anew.
+    pub(super) fn replayed_head(&self) -> Option<Bytes> {
+        let replay = self.replay.take();
+        let head = replay.as_ref().map(|replay| replay.head.clone());
+        self.replay.set(replay);
+        head
+    }
+
+    /// The upgrade that a request offers.
+    fn offered_upgrade(&self, head: &Parts) -> Option<OfferedUpgrade> {
+        let prepared = head.extensions.get::<OnUpgrade>()?.clone();
+        let handle = self.requests.upgrade_handle();
+        let continuation = match self.replay.take() {
+            Some(replay) => Continuation::resumed(handle, replay),
+            None => Continuation::new(handle, replay::head_of(head)),
+        };
+        Some(OfferedUpgrade {
+            prepared,
+            upgrade: self.upgrade.clone(),
+            is_websocket: head.headers.get(UPGRADE).is_some_and(is_websocket),
+            continuation: Arc::new(continuation),
+            endpoint: self.endpoint.clone(),
+            return_path: self.return_path.clone(),
+        })
     }
 }
 
-/// An upgrade that hyper has prepared for a request, and the slot for it if the response does not grant it.
+fn is_websocket(protocol: &HeaderValue) -> bool {
+    protocol.as_bytes().eq_ignore_ascii_case(b"websocket")
+}
+
+/// An upgrade that a request offers.
 struct OfferedUpgrade {
-    upgrade: OnUpgrade,
-    declined: DeclinedUpgrade,
+    /// What hyper has prepared for it.
+    prepared: OnUpgrade,
+    upgrade: Upgrade,
+    is_websocket: bool,
+    continuation: Arc<Continuation>,
+    endpoint: Arc<Endpoint>,
+    return_path: ReturnPath,
+}
+
+impl OfferedUpgrade {
+    /// Tells the driver and the IO of the connection whether `response` grants the upgrade. Returns what hyper has to
+    /// send: another response if this one does not continue a connection that began in another process.
+    fn decide(self, response: Response<Body>, connects: bool) -> Response<Body> {
+        let Self { prepared, upgrade, is_websocket, continuation, endpoint, return_path } = self;
+        let agreement = replay::agreement(response.headers());
+        let is_granted = grants_upgrade(&response, connects);
+        let is_carried = is_granted && continuation.is_claimed();
+        // A connection that has to close after its next response cannot become a WebSocket again.
+        let is_continued = continuation
+            .received()
+            .is_none_or(|replay| is_carried && replay.agreement == agreement && continuation.is_movable());
+        if !is_continued {
+            upgrade.refuse();
+        }
+        if !is_granted || !is_continued {
+            upgrade.keep_declined(prepared);
+        } else if is_carried {
+            continuation.begin();
+            upgrade.grant(Granted { continuation, agreement, is_websocket, endpoint, return_path });
+        }
+        if is_continued { response } else { StatusCode::SERVICE_UNAVAILABLE.into_response() }
+    }
 }
 
 impl hyper::service::Service<Request<Incoming>> for Service {
@@ -65,8 +143,10 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
-        let offered = head.extensions.get::<OnUpgrade>().cloned();
-        let offered = offered.map(|upgrade| OfferedUpgrade { upgrade, declined: self.declined.clone() });
+        let offered = self.offered_upgrade(&head);
+        if let Some(offered) = &offered {
+            head.extensions.insert(offered.continuation.clone());
+        }
         head.extensions.insert(self.context.clone());
         let body = request_body(&guard, body);
         let future = self.routes.borrow_mut().answer(head, body);
@@ -92,16 +172,13 @@ impl Future for ResponseFuture {
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let guard = this.guard.as_mut().expect("the future is not polled after it has resolved");
-        let Poll::Ready(response) = this.future.poll(cx, guard.in_flight()) else {
+        let Poll::Ready(mut response) = this.future.poll(cx, guard.in_flight()) else {
             guard.track();
             return Poll::Pending;
         };
         let guard = this.guard.take().expect("it was present above");
-        let offered = this.offered.take();
-        if !grants_upgrade(&response, *this.connects)
-            && let Some(OfferedUpgrade { upgrade, declined }) = offered
-        {
-            declined.keep(upgrade);
+        if let Some(offered) = this.offered.take() {
+            response = offered.decide(response, *this.connects);
         }
         Poll::Ready(Ok(answer(guard, response, *this.connects, *this.version)))
     }

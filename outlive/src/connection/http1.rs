@@ -6,18 +6,24 @@
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::task::Poll;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::server::conn::http1::Builder;
 use hyper_util::rt::TokioIo;
+use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::{Io, Parts};
+use super::upgraded::{UpgradableIo, close_unadopted};
 use crate::registry::{DriverHandle, Stage};
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
+
+/// How long the handler may take to answer a replayed request. The client waits for messages meanwhile.
+const REPLAY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The response to a request whose head does not arrive within `--head-timeout`.
 const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
@@ -34,11 +40,16 @@ enum Turn {
     Done(hyper::Result<()>),
     Quiescent,
     Overdue(Stage),
+    /// The response to a replayed request does not continue the connection, or is late.
+    ReplayRefused,
 }
 
 pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Http1Outcome {
     let is_plain = io.is_plain();
-    let declined = service.declined_upgrade();
+    let upgrade = service.upgrade();
+    let replay = service.replayed_head();
+    let mut replay_deadline = replay.is_some().then(|| Box::pin(sleep(REPLAY_LIMIT)));
+    let io = UpgradableIo::new(io, upgrade.clone(), replay);
     // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
     let started_before = driver.started();
     let mut connection = Builder::new()
@@ -55,6 +66,12 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             }
             if let Poll::Ready(result) = driver.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
+            }
+            if let Some(deadline) = &mut replay_deadline
+                && (upgrade.is_refused() || deadline.as_mut().poll(cx).is_ready())
+            {
+                upgrade.refuse();
+                return Poll::Ready(Turn::ReplayRefused);
             }
             let state = driver.state();
             if driver.is_overdue() {
@@ -92,16 +109,23 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
 
     let stream = match connection.into_parts() {
         Some(parts) => Some((parts.io.into_inner(), parts.read_buf)),
-        None => declined.recover(),
+        None => upgrade.recover_declined(),
     };
     // A handler has accepted the upgrade and owns the stream.
     let Some((io, read)) = stream else { return Http1Outcome::Closed };
+    let io = io.into_io();
+    if replay_deadline.is_some() {
+        debug!(peer = %driver.peer(), "closing a WebSocket: this process does not answer its request as the one before did");
+        close_unadopted(io).await;
+        return Http1Outcome::Closed;
+    }
     match turn {
         Turn::Quiescent => {
             if let Some(parts) = io.into_parts() {
                 return Http1Outcome::Quiescent(parts, read);
             }
         }
+        Turn::ReplayRefused => {}
         Turn::Overdue(Stage::Head) => io.refuse(TIMEOUT).await,
         Turn::Overdue(Stage::InFlight) => {
             warn!(peer = %driver.peer(), "closed the connection: the client stopped reading the response (--request-timeout)");

@@ -17,9 +17,9 @@ pub mod tests;
 pub mod tls;
 #[cfg(test)]
 mod unread_tests;
-mod upgrade;
 #[cfg(test)]
 mod upgrade_tests;
+mod upgraded;
 
 use std::future::poll_fn;
 use std::sync::Arc;
@@ -35,23 +35,44 @@ use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::registry::{DriverHandle, Registration, Stage};
 use crate::transport::http2_state::Http2State;
+use crate::transport::replay::Replay;
 use crate::transport::stream::{Peer, Stream};
 use io::{Io, Wire};
+pub use upgraded::{ReturnPath, ReturnedConnection, ReturnedConnections, Succession};
 
 /// What connections of every endpoint need to be served.
 pub struct ConnectionContext {
-    pub process: Process,
-    pub shutdown: CancellationToken,
+    process: Process,
+    shutdown: CancellationToken,
     /// How long a busy HTTP/2 connection may take to become quiescent; after that it receives GOAWAY.
-    pub quiesce_limit: Duration,
+    quiesce_limit: Duration,
+    /// Where the handlers of upgraded connections give them back.
+    return_path: ReturnPath,
 }
 
 impl ConnectionContext {
+    /// Also returns the other end of the path on which the handlers of upgraded connections give them back.
+    pub fn new(
+        process: Process,
+        shutdown: CancellationToken,
+        quiesce_limit: Duration,
+    ) -> (Self, ReturnedConnections) {
+        let (return_path, returned) = ReturnPath::new();
+        (Self { process, shutdown, quiesce_limit, return_path }, returned)
+    }
+
     /// The hyper service of one connection.
-    fn service(&self, endpoint: &Endpoint, registration: &Registration, peer: Peer) -> exchange::Service {
-        let Self { process, shutdown, .. } = self;
+    fn service(
+        &self,
+        endpoint: &Arc<Endpoint>,
+        registration: &Registration,
+        peer: Peer,
+        replay: Option<Replay>,
+    ) -> exchange::Service {
+        let Self { process, shutdown, return_path, .. } = self;
         let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer };
-        exchange::Service::new(endpoint.routes.clone(), context, registration.requests())
+        let requests = registration.requests();
+        exchange::Service::new(endpoint.clone(), context, requests, return_path.clone(), replay)
     }
 }
 
@@ -108,7 +129,9 @@ async fn serve_plain(
     let driver = registration.driver();
     let mut bytes = [0; PREFACE.len()];
     let is_resumed = connection.http2.is_some();
-    let arrived = if connection.unread.is_empty() {
+    let arrived = if connection.replay.is_some() {
+        FirstBytes::Bytes(0)
+    } else if connection.unread.is_empty() {
         let is_enough =
             |bytes: &[u8]| is_resumed || bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
         first_bytes(&connection.socket, &driver, &mut bytes, is_enough).await
@@ -127,10 +150,10 @@ async fn serve_plain(
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
         FirstBytes::Gone | FirstBytes::Idle => return ConnectionOutcome::Closed,
     };
-    let Connection { socket, endpoint, unread, http2: state, .. } = connection;
+    let Connection { socket, endpoint, unread, http2: state, replay, .. } = connection;
     let io = Io::new(Wire::Left(socket), unread, registration, protocol);
     // Boxed, so that a connection on which nothing has arrived takes little memory.
-    Box::pin(drive(io, protocol, state, endpoint, context)).await
+    Box::pin(drive(io, protocol, state, replay, endpoint, context)).await
 }
 
 /// Drives HTTP on `io` until the connection closes or becomes quiescent.
@@ -138,11 +161,12 @@ async fn drive(
     io: Io,
     protocol: Protocol,
     state: Option<Box<Http2State>>,
+    replay: Option<Box<Replay>>,
     endpoint: Arc<Endpoint>,
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = io.registration().driver();
-    let service = context.service(&endpoint, io.registration(), driver.peer());
+    let service = context.service(&endpoint, io.registration(), driver.peer(), replay.map(|replay| *replay));
     let (parts, http2, unread) = match protocol {
         Protocol::Http1 => match http1::drive(io, service, &driver).await {
             http1::Http1Outcome::Quiescent(parts, unread) => (parts, None, unread),
@@ -158,7 +182,10 @@ async fn drive(
     };
     let io::Parts { stream, registration, tls, unread: behind } = parts;
     let unread = io::join(unread, behind);
-    ConnectionOutcome::Quiescent(Connection { socket: stream, endpoint, unread, http2, tls }, registration)
+    ConnectionOutcome::Quiescent(
+        Connection { socket: stream, endpoint, unread, http2, tls, replay: None },
+        registration,
+    )
 }
 
 /// Waits until the first bytes are `enough` to decide on. Consumes none of them, so that the connection can still be

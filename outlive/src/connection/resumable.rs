@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::Endpoint;
 use crate::transport::http2_state::Http2State;
+use crate::transport::replay::Replay;
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::tls_traffic::TlsTrafficState;
 
@@ -26,10 +27,12 @@ pub struct Connection<S = OwnedFd> {
     pub http2: Option<Box<Http2State>>,
     /// The TLS state, if it is a TLS connection whose handshake is complete.
     pub tls: Option<Box<TlsTrafficState>>,
+    /// What begins it anew, if it is an upgraded connection.
+    pub replay: Option<Box<Replay>>,
 }
 
 impl Connection {
-    /// Whether every release can continue it. Some earlier ones can continue neither HTTP/2 nor TLS connections.
+    /// Whether it has neither HTTP/2 nor TLS state, which some earlier releases cannot continue.
     pub fn is_plain_http1(&self) -> bool {
         self.http2.is_none() && self.tls.is_none()
     }
@@ -37,23 +40,23 @@ impl Connection {
     /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
     /// disconnected.
     pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
-        let Self { socket, endpoint, unread, http2, tls } = self;
+        let Self { socket, endpoint, unread, http2, tls, replay } = self;
         // The socket may come from another process, which may have left it in blocking mode.
         rustix::io::ioctl_fionbio(&socket, true)?;
         let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
-        Ok((Connection { socket: Stream::new(socket, peer)?, endpoint, unread, http2, tls }, peer))
+        Ok((Connection { socket: Stream::new(socket, peer)?, endpoint, unread, http2, tls, replay }, peer))
     }
 }
 
 impl Connection<Stream> {
     /// A connection that was just accepted.
     pub fn begun(stream: Stream, endpoint: Arc<Endpoint>) -> Self {
-        Self { socket: stream, endpoint, unread: Bytes::new(), http2: None, tls: None }
+        Self { socket: stream, endpoint, unread: Bytes::new(), http2: None, tls: None, replay: None }
     }
 
     /// Deregisters the socket from the runtime.
     pub fn unwatched(self) -> io::Result<Connection> {
-        let Self { socket, endpoint, unread, http2, tls } = self;
-        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls })
+        let Self { socket, endpoint, unread, http2, tls, replay } = self;
+        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls, replay })
     }
 }

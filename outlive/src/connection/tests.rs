@@ -67,7 +67,7 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
     let endpoint = endpoint(router, tls);
-    let context = ConnectionContext { process: Process::begin(1), shutdown, quiesce_limit: QUIESCE_LIMIT };
+    let context = ConnectionContext::new(Process::begin(1), shutdown, QUIESCE_LIMIT);
     let server = Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
         .expect("the server is made");
     let socket = TcpListener::bind("127.0.0.1:0")

@@ -380,6 +380,7 @@ mod tests {
             payload: Bytes::new(),
             http2: None,
             tls: None,
+            replay: None,
         };
         (0..count)
             .map(|number| (null.try_clone().expect("could not duplicate /dev/null"), record(number)))

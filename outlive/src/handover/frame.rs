@@ -12,13 +12,14 @@
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS
+//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
 //!           .  payload: of a connection, the bytes read and not consumed; of a listener, its ownership
 //!           .  HTTP/2 only: 4, a length; the state (`transport/http2_state.rs`)
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
+//!           .  upgraded only: 4, a length; the request (`transport/replay.rs`)
 //!           .  fields of later releases          version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd, because neither one message nor all messages that wait in the
@@ -117,6 +118,8 @@ pub struct SocketRecord {
     pub http2: Option<Bytes>,
     /// The encoded keys of a TLS connection, or TLS session ticket keys.
     pub tls: Option<Secret>,
+    /// The encoded request of an upgraded connection, and its state.
+    pub replay: Option<Bytes>,
 }
 
 /// Bytes that are wiped when they are dropped, and that `Debug` does not print.
@@ -225,13 +228,16 @@ impl SocketRecord {
         if self.protocols() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
     }
 
-    /// The sum of [`HTTP2`] and [`TLS`], as they apply.
+    /// The sum of [`HTTP2`], [`TLS`] and [`UPGRADED`], as they apply.
     fn protocols(&self) -> u16 {
-        (if self.http2.is_some() { HTTP2 } else { 0 }) | (if self.tls.is_some() { TLS } else { 0 })
+        let parts =
+            [(self.http2.is_some(), HTTP2), (self.tls.is_some(), TLS), (self.replay.is_some(), UPGRADED)];
+        parts.into_iter().filter(|part| part.0).map(|part| part.1).sum()
     }
 
     fn parts(&self) -> impl Iterator<Item = &[u8]> {
-        self.http2.as_deref().into_iter().chain(self.tls.as_ref().map(|tls| &tls.0[..]))
+        let tls = self.tls.as_ref().map(|tls| &tls.0[..]);
+        self.http2.as_deref().into_iter().chain(tls).chain(self.replay.as_deref())
     }
 
     /// The encoded length in version 2, in bytes. In version 1 a record is 6 bytes shorter.
@@ -265,7 +271,7 @@ impl SocketRecord {
         let length = bytes.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
         let mut body = take(bytes, length)?;
         let protocols = body.try_get_u16_le().map_err(|_| FrameError::TruncatedRecord)?;
-        if protocols & !(HTTP2 | TLS) != 0 {
+        if protocols & !(HTTP2 | TLS | UPGRADED) != 0 {
             return Err(FrameError::UnsupportedProtocols(protocols));
         }
         let mut record = Self::decode_body(&mut body)?;
@@ -279,6 +285,9 @@ impl SocketRecord {
         if protocols & TLS != 0 {
             record.tls = Some(Secret(Zeroizing::new(part()?.to_vec())));
         }
+        if protocols & UPGRADED != 0 {
+            record.replay = Some(Bytes::copy_from_slice(part()?));
+        }
         Ok(record)
     }
 
@@ -287,7 +296,7 @@ impl SocketRecord {
         let payload = bytes.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
         let listener = std::str::from_utf8(take(bytes, name.into())?).map_err(FrameError::Text)?.into();
         let payload = Bytes::copy_from_slice(take(bytes, payload)?);
-        Ok(Self { listener, payload, http2: None, tls: None })
+        Ok(Self { listener, payload, http2: None, tls: None, replay: None })
     }
 }
 
@@ -303,6 +312,8 @@ const HTTP1: u16 = 0;
 const HTTP2: u16 = 1;
 /// A connection with TLS; the bit of HTTP/2 says which protocol is inside.
 const TLS: u16 = 2;
+/// An upgraded connection; the bit of TLS says whether it is encrypted.
+const UPGRADED: u16 = 4;
 /// The two lengths at the beginning of the body, in bytes.
 const BODY_LENGTH: usize = 6;
 
@@ -325,12 +336,11 @@ mod tests {
 
     fn record() -> impl Strategy<Value = SocketRecord> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
-        (".{0,40}", bytes(), prop::option::of(bytes()), prop::option::of(bytes())).prop_map(
-            |(listener, payload, http2, tls)| {
-                let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
-                SocketRecord { listener, payload, http2, tls }
-            },
-        )
+        let part = || prop::option::of(bytes());
+        (".{0,40}", bytes(), part(), part(), part()).prop_map(|(listener, payload, http2, tls, replay)| {
+            let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
+            SocketRecord { listener, payload, http2, tls, replay }
+        })
     }
 
     proptest! {
@@ -373,7 +383,7 @@ mod tests {
                 let at = bytes.len() + 4;
                 record.encode(LAST_VERSION, &mut bytes).expect("a length above the limit");
                 if !is_known {
-                    bytes[at] = 7;
+                    bytes[at] = 15;
                 }
             }
             let mut bytes = &bytes[..];

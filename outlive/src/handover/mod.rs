@@ -29,17 +29,20 @@ pub use store::FdStore;
 
 use crate::connection::{Connection, Endpoint};
 use crate::transport::http2_state::Http2State;
+use crate::transport::replay::Replay;
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The name of the channel in systemd's file descriptor store (`FDNAME=` of sd_notify(3)).
 pub const STORE_NAME: &str = "connections";
 
 /// Which connections a process can adopt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Protocols {
     /// HTTP/1.1 without TLS: a release from before the handover of HTTP/2 and TLS.
     PlainHttp1,
-    /// HTTP/1.1 and HTTP/2, with and without TLS.
+    /// HTTP/1.1 and HTTP/2, with and without TLS: a release from before the handover of upgraded connections.
+    Http2AndTls,
+    /// Upgraded connections too.
     All,
 }
 
@@ -94,21 +97,34 @@ pub fn unpack(
         Some(Some(session)) => Some(Box::new(session)),
         None => None,
     };
+    let replay = match record.replay.as_ref().map(Replay::decode) {
+        Some(None) => return Err("could not decode the request of an upgraded connection".into()),
+        Some(Some(replay)) => Some(Box::new(replay)),
+        None => None,
+    };
+    if replay.is_some() && http2.is_some() {
+        return Err("an upgraded connection cannot have HTTP/2 state".into());
+    }
     let is_https = endpoint.tls().is_some();
-    if tls.is_some() && !is_https || tls.is_none() && is_https && http2.is_some() {
+    if tls.is_some() && !is_https || tls.is_none() && is_https && (http2.is_some() || replay.is_some()) {
         return Err(format!(
             "listener {} does not match the connection's protocol: one of them is without TLS",
             endpoint.name
         ));
     }
-    Ok(Connection { socket, endpoint: endpoint.clone(), unread: record.payload, http2, tls })
+    Ok(Connection { socket, endpoint: endpoint.clone(), unread: record.payload, http2, tls, replay })
 }
 
 /// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame
 /// needs one.
 pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, SocketRecord)>> {
-    let record =
-        SocketRecord { listener: String::new(), payload: Bytes::new(), http2: None, tls: Some(keys) };
+    let record = SocketRecord {
+        listener: String::new(),
+        payload: Bytes::new(),
+        http2: None,
+        tls: Some(keys),
+        replay: None,
+    };
     Ok(vec![(File::open("/dev/null")?.into(), record)])
 }
 
@@ -120,7 +136,13 @@ pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
 /// Encodes a channel that holds connections, to send it through another channel. Its record has the name
 /// [`STORE_NAME`] in the place of a listener's.
 pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
-    let record = SocketRecord { listener: STORE_NAME.into(), payload: Bytes::new(), http2: None, tls: None };
+    let record = SocketRecord {
+        listener: STORE_NAME.into(),
+        payload: Bytes::new(),
+        http2: None,
+        tls: None,
+        replay: None,
+    };
     vec![(channel.as_fd(), record)]
 }
 
@@ -130,6 +152,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
         payload: connection.unread.clone(),
         http2: connection.http2.as_deref().map(|state| state.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
+        replay: connection.replay.as_deref().map(|replay| replay.encode().into()),
     };
     connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()
 }

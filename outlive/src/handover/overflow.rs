@@ -246,6 +246,7 @@ mod tests {
                     unread: Bytes::new(),
                     http2: None,
                     tls: None,
+                    replay: None,
                 };
                 (client, connection)
             })

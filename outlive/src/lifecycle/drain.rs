@@ -108,9 +108,7 @@ impl<'a> Drain<'a> {
         // A port that this process bound itself closes with it. Its clients could not reconnect to a next process at
         // once, so its connections are told to close.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
-        if next_adopts == Protocols::PlainHttp1 {
-            self.server.registry().keep_http2_and_tls();
-        }
+        keep_unadopted(self.server.registry(), next_adopts);
         let handed_over = if let Some(store) = &store {
             self.hand_over(store).await
         } else {
@@ -119,7 +117,7 @@ impl<'a> Drain<'a> {
         };
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
-            if next_adopts == Protocols::All
+            if next_adopts >= Protocols::Http2AndTls
                 && let Some(keys) = self.server.ticket_keys()
             {
                 store.put_tickets(Origin::now(self.generation), keys);
@@ -237,9 +235,10 @@ impl<'a> Drain<'a> {
         // so only a second one cuts the drain short.
         limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
-        if adopts == Protocols::PlainHttp1 {
-            registry.keep_http2_and_tls();
-        } else if let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok()) {
+        keep_unadopted(registry, adopts);
+        if adopts >= Protocols::Http2AndTls
+            && let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok())
+        {
             let _ =
                 timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
         }
@@ -338,6 +337,16 @@ async fn serve_on(server: &Server, limit: &mut Limit<'_>, at_most: Duration) -> 
             () = &mut time_over => return false,
             connection = server.handover_queue().next() => server.adopt(connection),
         }
+    }
+}
+
+/// Excludes the connections that the next process cannot adopt from the handover.
+fn keep_unadopted(registry: &Registry, next_adopts: Protocols) {
+    if next_adopts < Protocols::Http2AndTls {
+        registry.keep_http2_and_tls();
+    }
+    if next_adopts < Protocols::All {
+        registry.keep_upgrades();
     }
 }
 

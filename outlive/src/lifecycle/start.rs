@@ -135,7 +135,7 @@ impl Started {
             Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind })
         };
         let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
-        let context = ConnectionContext { process, shutdown, quiesce_limit: config.drain_timeout / 2 };
+        let context = ConnectionContext::new(process, shutdown, config.drain_timeout / 2);
         let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);

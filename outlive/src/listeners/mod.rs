@@ -200,6 +200,7 @@ impl Listener {
                 payload: ownership.into(),
                 http2: None,
                 tls: None,
+                replay: None,
             },
         ))
     }

@@ -23,6 +23,10 @@ use crate::transport::stream::Peer;
 /// is not parked either, because its driver may not have read the bytes that have arrived.
 const PARK_AFTER: Duration = Duration::from_millis(1500);
 
+/// How long the client of an upgraded connection may read nothing while the process drains. It is shorter than the
+/// limit at other times, because the handler cannot hand the connection on in the middle of a message.
+const DRAIN_STALL: Duration = Duration::from_secs(5);
+
 /// One open connection. It is in the registry until its [`Registration`](super::Registration) is dropped.
 pub struct Entry {
     pub(super) id: u64,
@@ -233,6 +237,9 @@ impl Entry {
         let (limit, since) = match state.stage {
             Stage::Waiting => (limits.idle, self.since()),
             Stage::Head => (limits.head, self.since()),
+            Stage::Upgraded if !state.is_flushed() && self.phase() != Phase::Serving => {
+                (limits.stall.min(DRAIN_STALL), self.since())
+            }
             Stage::InFlight | Stage::Upgraded if !state.is_flushed() => (limits.stall, self.since()),
             Stage::InFlight => match self.pending.since() {
                 Some(since) => (limits.stall, since),

@@ -18,12 +18,13 @@ mod registration;
 mod request_handle;
 mod state;
 mod sync;
+mod upgrade_handle;
 
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::atomic::{AtomicU64 as Clock, AtomicUsize};
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicBool, AtomicU64 as Clock, AtomicUsize};
 use std::time::Duration;
 
 pub use driver_handle::DriverHandle;
@@ -33,9 +34,10 @@ use phase_word::{PendingCount, PhaseWord};
 pub use registration::Registration;
 pub use request_handle::{BodyGuard, PendingFrame, RequestGuard, RequestHandle};
 pub use state::{BodyEnd, Stage};
-use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+pub use upgrade_handle::UpgradeHandle;
 
 use crate::registry::sync::{Mutex, Notify, lock};
 use crate::transport::stream::Peer;
@@ -153,6 +155,10 @@ pub struct Registry {
     phase_word: PhaseWord,
     /// Notified when the phase or a watched connection has changed, and when the last pending work has ended.
     changed: Notify,
+    /// The phase again, for the handlers of upgraded connections. They have a channel of their own, because `changed`
+    /// would wake all of them at each change of a watched connection.
+    handler_phase: watch::Sender<Phase>,
+    keeps_upgrades: AtomicBool,
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
@@ -193,6 +199,8 @@ impl Registry {
             shutdown,
             phase_word: PhaseWord::new(),
             changed: Notify::new(),
+            handler_phase: watch::Sender::new(Phase::Serving),
+            keeps_upgrades: AtomicBool::new(false),
             connections: Mutex::new(Connections::default()),
             parked: AtomicUsize::new(0),
             now: Clock::new(0),
@@ -303,6 +311,7 @@ impl Registry {
     pub fn set_phase(&self, phase: Phase) {
         let before = self.phase_word.enter(phase);
         self.changed.notify_waiters();
+        self.handler_phase.send_replace(phase);
         if phase == Phase::Announcing {
             return;
         }
@@ -322,6 +331,29 @@ impl Registry {
     /// could be handed over before.
     pub fn keep_http2_and_tls(&self) {
         self.phase_word.keep_http2_and_tls();
+    }
+
+    /// Excludes upgraded connections from the handover, because the next process is a release that cannot adopt them.
+    /// Their handlers are asked to return as soon as the process drains, so that the connections can be closed.
+    pub fn keep_upgrades(&self) {
+        self.keeps_upgrades.store(true, SeqCst);
+        self.handler_phase.send_modify(|_| {});
+    }
+
+    /// See [`Registry::keep_upgrades`].
+    pub fn keeps_upgrades(&self) -> bool {
+        self.keeps_upgrades.load(SeqCst)
+    }
+
+    /// Waits until the handlers of upgraded connections have to return.
+    async fn handlers_must_return(&self) {
+        let mut phase = self.handler_phase.subscribe();
+        let must_return = |phase: &Phase| {
+            let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
+            phase.quiesces() || phase.ends(true) || is_draining && self.keeps_upgrades()
+        };
+        // The sender is not dropped before, because it is in this registry.
+        let _ = phase.wait_for(must_return).await;
     }
 
     /// See [`Registry::keep_http2_and_tls`].

@@ -39,6 +39,13 @@ impl Registration {
     }
 
     /// Restarts the time limit of the current stage.
+    /// The connection begins anew, as one that has just been accepted: an upgraded connection is continued by another
+    /// request.
+    pub fn restart(&self) {
+        self.entry.enter(Stage::Waiting);
+        self.entry.apply(Event::HandoverAllowed);
+    }
+
     pub fn touch(&self) {
         self.entry.touch();
     }

@@ -9,12 +9,17 @@ use tokio::time::Instant;
 
 use super::entry::{Entry, InFlight};
 use super::state::{BodyEnd, Event, Stage};
+use super::upgrade_handle::UpgradeHandle;
 
 pub struct RequestHandle(Arc<Entry>);
 
 impl RequestHandle {
     pub(super) fn new(entry: Arc<Entry>) -> Self {
         Self(entry)
+    }
+
+    pub fn upgrade_handle(&self) -> UpgradeHandle {
+        UpgradeHandle::new(self.0.clone())
     }
 
     /// A request begins.

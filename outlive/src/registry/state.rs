@@ -110,6 +110,8 @@ pub enum Event {
     HandoverForbidden,
     /// The connection can be handed over again, unless it closes after its response or is upgraded.
     HandoverAllowed,
+    /// The handler of an upgraded connection waits for the request to hand it on, so it can be handed over.
+    HandlerAwaitsHandover,
     /// The connection closes after its next response, and cannot be handed over until then.
     ClosesAfterResponse,
     /// The driver sets the stage itself.
@@ -242,6 +244,7 @@ impl State {
             Event::HandoverAllowed => {
                 next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded;
             }
+            Event::HandlerAwaitsHandover => next.is_movable = !self.closes_after_response,
             Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
             Event::WakerStored => next.has_waker = true,
             Event::WakerTaken => next.has_waker = false,

@@ -23,7 +23,10 @@ use tokio::time::{interval, sleep};
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use crate::connection::{self, Connection, ConnectionContext, ConnectionOutcome, Endpoint, EndpointKind};
+use crate::connection::{
+    self, Connection, ConnectionContext, ConnectionOutcome, Endpoint, EndpointKind, ReturnedConnection,
+    ReturnedConnections, Succession,
+};
 use crate::handover::{Overflow, Secret};
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
@@ -88,7 +91,7 @@ impl Queues {
 impl Server {
     /// Fails if epoll_create(2) fails.
     pub fn new(
-        context: ConnectionContext,
+        (context, returned): (ConnectionContext, ReturnedConnections),
         endpoints: &[Arc<Endpoint>],
         registry: Arc<Registry>,
         max_connections: u32,
@@ -106,6 +109,7 @@ impl Server {
         let server =
             Self { context, endpoints, registry, slots, admin_slots, parked, own_ports, queues, overflow };
         tokio::spawn(server.clone().serve_unparked());
+        tokio::spawn(server.clone().serve_returned(returned));
         Ok(server)
     }
 
@@ -246,6 +250,44 @@ impl Server {
                 warn!(%error, "epoll on parked connections failed; retrying");
                 sleep(ACCEPT_PAUSE).await;
             }
+        }
+    }
+
+    /// Continues the upgraded connections that their handlers have given back, or closes them.
+    async fn serve_returned(self, mut returned: ReturnedConnections) {
+        while let Some(connection) = returned.recv().await {
+            tokio::spawn(self.clone().continue_returned(connection));
+        }
+    }
+
+    async fn continue_returned(self, returned: ReturnedConnection) {
+        if !returned.was_requested() {
+            // Its handler waits for the shutdown, which begins with `Draining`. Continued in this phase, it would return
+            // at once, again and again.
+            self.registry.wait_for_phase(|phase| phase != Phase::Draining).await;
+        }
+        let can_continue = match self.registry.phase() {
+            Phase::Serving | Phase::Announcing => returned.was_requested(),
+            Phase::Draining | Phase::Quiescing | Phase::Holding => !self.registry.keeps_upgrades(),
+            Phase::Lingering | Phase::Closing | Phase::Finishing => false,
+        };
+        if !can_continue {
+            return returned.close().await;
+        }
+        match returned.succession() {
+            Succession::Continues(connection, registration) => {
+                registration.restart();
+                match self.parked.take(connection, registration) {
+                    Ok(None) => {}
+                    // A drain that has not succeeded continues in the phase `Draining`, and a reload may fail.
+                    Ok(Some((connection, registration))) => self.serve(connection, registration),
+                    Err(error) => {
+                        debug!(%error, "a client disconnected while its connection was handed over");
+                    }
+                }
+            }
+            Succession::Ends(returned) => returned.close().await,
+            Succession::Lost => debug!("closed an upgraded connection: its TLS state could not be extracted"),
         }
     }
 

@@ -89,8 +89,9 @@ impl ParkedConnections {
         // exits.
         let phase = self.registry.phase();
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
-        // Unread bytes belong to a request, and epoll would not report them.
-        if must_leave || !idle.connection.unread.is_empty() {
+        // Unread bytes belong to a request, and epoll would not report them. An upgraded connection needs its handler,
+        // which may have something to send.
+        if must_leave || !idle.connection.unread.is_empty() || idle.connection.replay.is_some() {
             return Err(idle);
         }
         let socket = &idle.connection.socket;
@@ -163,7 +164,8 @@ impl ParkedConnections {
 
     /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
-        connection.is_plain_http1() || !self.registry.keeps_http2_and_tls()
+        let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades();
+        !is_kept && (connection.is_plain_http1() || !self.registry.keeps_http2_and_tls())
     }
 
     /// Takes all connections, for the next process. Their sockets stay in the epoll instance, which reports each of
@@ -202,8 +204,14 @@ mod tests {
     fn idle() -> (ParkedConnection, UnixStream) {
         let (ours, peer) = UnixStream::pair().expect("could not create a socket pair");
         let endpoint = endpoint(Router::new(), None);
-        let connection =
-            Connection { socket: ours.into(), endpoint, unread: Bytes::new(), http2: None, tls: None };
+        let connection = Connection {
+            socket: ours.into(),
+            endpoint,
+            unread: Bytes::new(),
+            http2: None,
+            tls: None,
+            replay: None,
+        };
         (ParkedConnection { connection, slot: None, since: 0 }, peer)
     }
 

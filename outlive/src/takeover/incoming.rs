@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
-use super::{ADOPTS_HTTP2_AND_TLS, CREDENTIALS, OUTCOME_LIMIT};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT};
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, Listener, SocketFiles};
 use crate::observe::status::Status;
@@ -130,7 +130,7 @@ impl Committed {
     /// when the predecessor has exited.
     pub async fn take_over(self, server: Server, status: Arc<Status>, gone: CancellationToken) -> ResultPipe {
         let Self { channel, outcome, me } = self;
-        if let Err(error) = channel.send_text(MessageType::Accepting, me, "").await {
+        if let Err(error) = channel.send_text(MessageType::Accepting, me, ADOPTS_UPGRADES).await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();

@@ -21,7 +21,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{ADOPTS_HTTP2_AND_TLS, OUTCOME_LIMIT};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
 use crate::handover::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -90,12 +90,12 @@ impl Program {
     }
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
-    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`]. A file that is not an ELF binary, or cannot be read, counts
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`] and [`ADOPTS_UPGRADES`]. A file that is not an ELF binary, or cannot be read, counts
     /// as a release that adopts all of them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
-        let advertises = tokio::task::spawn_blocking(move || advertises(&path).unwrap_or(true)).await;
-        if advertises.unwrap_or(true) { Protocols::All } else { Protocols::PlainHttp1 }
+        let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::All)).await;
+        adopts.unwrap_or(Protocols::All)
     }
 
     fn command(&self, role: &str) -> Command {
@@ -134,26 +134,31 @@ impl Program {
     }
 }
 
-/// Whether a binary is the one of this process or contains [`ADOPTS_HTTP2_AND_TLS`]. True for a file that is not an ELF
-/// binary, because a script that starts the service does not contain the text.
-fn advertises(path: &Path) -> io::Result<bool> {
+/// Which connections the release in a binary can adopt: all if it is the binary of this process. All too for a file that
+/// is not an ELF binary, because a script that starts the service does not contain the texts.
+fn adopts(path: &Path) -> io::Result<Protocols> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
-        return Ok(true);
+        return Ok(Protocols::All);
     }
-    let text = memmem::Finder::new(ADOPTS_HTTP2_AND_TLS);
-    let mut buffer = Vec::with_capacity(READ_LENGTH + ADOPTS_HTTP2_AND_TLS.len());
+    let (tls, upgrades) = (memmem::Finder::new(ADOPTS_HTTP2_AND_TLS), memmem::Finder::new(ADOPTS_UPGRADES));
+    let longest = ADOPTS_HTTP2_AND_TLS.len().max(ADOPTS_UPGRADES.len());
+    let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
     let mut is_elf = None;
+    let mut found = Protocols::PlainHttp1;
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
-        if !is_elf || text.find(&buffer).is_some() {
-            return Ok(true);
+        if !is_elf || upgrades.find(&buffer).is_some() {
+            return Ok(Protocols::All);
         }
-        // The end is kept, because the text may begin in this part of the file and end in the next one.
-        buffer.drain(..buffer.len().saturating_sub(ADOPTS_HTTP2_AND_TLS.len()));
+        if tls.find(&buffer).is_some() {
+            found = Protocols::Http2AndTls;
+        }
+        // The end is kept, because a text may begin in this part of the file and end in the next one.
+        buffer.drain(..buffer.len().saturating_sub(longest));
     }
-    Ok(false)
+    Ok(found)
 }
 
 /// Waits until `fd` is readable. Returns false if it is not at the deadline.

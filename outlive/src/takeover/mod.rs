@@ -65,6 +65,9 @@ pub const STOPPED_DURING_RELOAD: &str = "the service is being stopped";
 /// restart the next process cannot be asked, so this text is searched for in its binary ([`Program::adopts`]). It must
 /// not change, because releases would no longer recognize each other.
 const ADOPTS_HTTP2_AND_TLS: &str = "takes-http2-and-tls";
+/// The text of `Accepting` from a successor that adopts upgraded connections too; earlier releases send no text. As
+/// [`ADOPTS_HTTP2_AND_TLS`], it is searched for in a binary, and must not change.
+const ADOPTS_UPGRADES: &str = "takes-upgraded-connections";
 
 /// The name of the credentials directory among the names of the listeners in the message `Listeners`.
 const CREDENTIALS: &str = "credentials";

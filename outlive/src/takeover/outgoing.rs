@@ -17,7 +17,7 @@ use tracing::{error, info};
 use super::launch::Program;
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
-use super::{ADOPTS_HTTP2_AND_TLS, COMMIT_LIMIT, CREDENTIALS};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
 use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
 use crate::listeners::Listener;
 use crate::observe::log::message_id;
@@ -58,6 +58,7 @@ impl SuccessorBundle {
                 payload: Bytes::new(),
                 http2: None,
                 tls: None,
+                replay: None,
             };
             fds.push((folder.as_fd().try_clone_to_owned()?, record));
         }
@@ -205,7 +206,11 @@ async fn prepare(
     let watchdog = bundle.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(MessageType::Listeners, origin, &bundle.fds, &watchdog).await?;
     let ready = expect(channel, MessageType::Ready).await?;
-    let adopts = if ready.text == ADOPTS_HTTP2_AND_TLS { Protocols::All } else { Protocols::PlainHttp1 };
+    // `Accepting` says whether it also adopts upgraded connections.
+    let adopts = match ready.text.as_str() {
+        ADOPTS_HTTP2_AND_TLS => Protocols::Http2AndTls,
+        _ => Protocols::PlainHttp1,
+    };
     Ok((successor, adopts))
 }
 
@@ -266,14 +271,18 @@ impl PreparedSuccessor {
 
     /// Makes the successor the main process of the service. Must not be cancelled: from `Commit` on the successor may
     /// serve, so this decides which of the two processes keeps serving. If it fails, the successor has been killed.
-    async fn hand_main_over(self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
+    async fn hand_main_over(mut self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
             self.channel.send_text(MessageType::Commit, origin, "").await?;
             expect(&self.channel, MessageType::Accepting).await
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
-        if let Err(reason) = answer.context("the successor did not answer Commit in time").flatten() {
+        let answer = answer.context("the successor did not answer Commit in time").flatten();
+        if answer.as_ref().is_ok_and(|accepting| accepting.text == ADOPTS_UPGRADES) {
+            self.adopts = Protocols::All;
+        }
+        if let Err(reason) = answer {
             // Killed before its channel is closed, because the successor would take a closed channel for the exit of
             // this process, and would serve beside it.
             let killed = tokio::task::spawn_blocking(move || {

@@ -4,6 +4,7 @@
 
 pub mod http2_state;
 pub mod listener_name;
+pub mod replay;
 pub mod stream;
 pub mod tickets;
 pub mod tls_config;

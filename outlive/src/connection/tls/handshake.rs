@@ -68,7 +68,7 @@ pub(in crate::connection) async fn serve(
         Protocol::Http1
     };
     let io = Io::new(Wire::Right(Tls::Left(Box::new(stream))), Bytes::new(), registration, protocol);
-    drive(io, protocol, None, connection.endpoint, context).await
+    drive(io, protocol, None, None, connection.endpoint, context).await
 }
 
 /// Continues a connection whose handshake was performed by another process, or by this one before it was parked.
@@ -79,7 +79,7 @@ async fn resume(
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = registration.driver();
-    if connection.unread.is_empty() && session.unread.is_empty() {
+    if connection.replay.is_none() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
             FirstBytes::Quiescent if !driver.keeps_http2_and_tls() => {
                 connection.tls = Some(session);
@@ -90,11 +90,11 @@ async fn resume(
         }
     }
     driver.enter(Stage::Waiting);
-    let Connection { socket, endpoint, unread, http2, .. } = connection;
+    let Connection { socket, endpoint, unread, http2, replay, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
     let records = RecordLayer::new(socket, *session);
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
-    drive(io, protocol, http2, endpoint, context).await
+    drive(io, protocol, http2, replay, endpoint, context).await
 }
 
 async fn perform_handshake(

@@ -1,0 +1,368 @@
+//! [`Carry`]: how the handler of an upgraded connection, such as a WebSocket, leaves its state for the handler of the
+//! next process, which continues the same connection.
+//!
+//! `connection` attaches a [`Continuation`] to each request that offers an upgrade. The handler's [`Carry`] and the IO
+//! of the connection (`connection/upgraded`) share it.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::marker::PhantomData;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::{Acquire, Release};
+use std::sync::{Arc, Mutex};
+
+use axum::extract::FromRequestParts;
+use bytes::Bytes;
+use bytesize::ByteSize;
+use hyper::http::request::Parts;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+use crate::app::context::Shutdown;
+use crate::os::lock::lock;
+use crate::registry::UpgradeHandle;
+use crate::transport::replay::Replay;
+
+/// The default limit for an encoded state, in bytes.
+const STATE_LIMIT: usize = 64 * 1024;
+
+/// Keeps a WebSocket open when the process is restarted or reloaded. A handler takes it as an argument; `S` is the state
+/// that the handler of this process leaves for the handler of the next one.
+///
+/// When the connection has to move, [`requested`](Self::requested) resolves. The handler then calls
+/// [`hand_on`](Self::hand_on) and returns. The next process calls the handler of the same route with the same request,
+/// where [`received`](Self::received) returns the state. The client notices nothing: it receives neither a response to
+/// that request nor a Close, and no message is lost, repeated or reordered.
+///
+/// ```
+/// use axum::extract::ws::{Message, WebSocketUpgrade};
+/// use axum::response::Response;
+/// use outlive::Carry;
+///
+/// #[derive(Default, serde::Serialize, serde::Deserialize)]
+/// struct Seat {
+///     messages: u64,
+/// }
+///
+/// async fn count(upgrade: WebSocketUpgrade, carry: Carry<Seat>) -> Response {
+///     // A state that this release cannot decode is dropped here; the handler could close the WebSocket instead.
+///     let mut seat = carry.received().ok().flatten().unwrap_or_default();
+///     upgrade.on_upgrade(async move |mut socket| loop {
+///         tokio::select! {
+///             message = socket.recv() => match message {
+///                 Some(Ok(Message::Text(_))) => {
+///                     seat.messages += 1;
+///                     let answer = Message::Text(seat.messages.to_string().into());
+///                     if socket.send(answer).await.is_err() {
+///                         return;
+///                     }
+///                 }
+///                 Some(Ok(_)) => {}
+///                 Some(Err(_)) | None => return,
+///             },
+///             () = carry.requested() => return carry.hand_on(&seat),
+///         }
+///     })
+/// }
+/// # let _: axum::Router = axum::Router::new().route("/", axum::routing::any(count));
+/// ```
+///
+/// # When the connection is closed instead
+///
+/// The library closes the WebSocket with the code 1012, service restart (RFC 6455 section 7.4), if it cannot continue:
+/// there is no next process that can adopt it (`systemctl stop`, or an older release at a reload), the state is above
+/// the [limit](Self::limit) or cannot be encoded, or the next process does not answer the request with the same
+/// subprotocol. A handler that does not return by the end of the drain is cut off (`--drain-timeout`).
+///
+/// # The state
+///
+/// It is encoded as `MessagePack` with the names of the fields, so a release may add fields that have a
+/// `#[serde(default)]`, and leave fields out. Rename a field only together with `#[serde(alias = "old_name")]`. The next
+/// process may be an older release, after a rollback.
+///
+/// # Upgrades to other protocols
+///
+/// For an upgrade to `websocket` the library delivers to the handler one message at a time, and keeps what the handler
+/// has read of an incomplete message, so the handler may return between any two calls of `recv`. For other protocols it
+/// cannot know where a message ends. There a handler may call `hand_on` only when it has consumed all bytes that it has
+/// read, and has flushed all that it has written; buffers such as `BufReader` must be empty.
+pub struct Carry<S> {
+    /// None if the request offers no upgrade, or if it was made by a unit test.
+    continuation: Option<Arc<Continuation>>,
+    shutdown: CancellationToken,
+    limit: usize,
+    state: PhantomData<fn(&S) -> S>,
+}
+
+/// The state that the previous process left cannot be decoded as the type of this release.
+#[derive(Debug)]
+pub struct UnreadableState(rmp_serde::decode::Error);
+
+impl fmt::Display for UnreadableState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "could not decode the state of a connection from the previous process: {}", self.0)
+    }
+}
+
+impl std::error::Error for UnreadableState {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.0)
+    }
+}
+
+impl<S> fmt::Debug for Carry<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Carry").field("limit", &self.limit).finish_non_exhaustive()
+    }
+}
+
+impl<S> Carry<S> {
+    /// Sets the largest encoded state, in bytes; the default is 64 KiB. A process holds the states of all connections
+    /// in memory while it hands them over.
+    #[must_use]
+    pub fn limit(mut self, bytes: usize) -> Self {
+        self.limit = bytes;
+        self
+    }
+
+    /// Resolves when the handler has to return, because another process continues the connection or the process stops.
+    /// It can be called again and again, as in a loop with `tokio::select!`.
+    pub async fn requested(&self) {
+        match &self.continuation {
+            Some(continuation) => continuation.requested(&self.shutdown).await,
+            None => self.shutdown.cancelled().await,
+        }
+    }
+}
+
+impl<S: DeserializeOwned> Carry<S> {
+    /// The state that the handler of the previous process left. `None` if the connection is new.
+    ///
+    /// # Errors
+    ///
+    /// If the state cannot be decoded as `S`, for example because another release has left it. The handler decides
+    /// whether to begin anew or to close the WebSocket.
+    pub fn received(&self) -> Result<Option<S>, UnreadableState> {
+        let received = self.continuation.as_ref().and_then(|continuation| continuation.received.as_ref());
+        received.map(|replay| rmp_serde::from_slice(&replay.state)).transpose().map_err(UnreadableState)
+    }
+}
+
+impl<S: Serialize> Carry<S> {
+    /// Leaves `state` for the handler of the next process. The connection moves when the handler drops the WebSocket,
+    /// so the handler should return now.
+    pub fn hand_on(&self, state: &S) {
+        let Some(continuation) = &self.continuation else { return };
+        match rmp_serde::to_vec_named(state) {
+            Ok(encoded) if encoded.len() <= self.limit => {
+                continuation.leave(Left::State(encoded.into()));
+                return;
+            }
+            Ok(encoded) => warn!(
+                peer = %continuation.handle.peer(),
+                "closing an upgraded connection: its state of {} is above the limit of {}",
+                ByteSize(encoded.len() as u64),
+                ByteSize(self.limit as u64)
+            ),
+            Err(error) => warn!(
+                peer = %continuation.handle.peer(),
+                %error,
+                "closing an upgraded connection: could not encode its state as MessagePack"
+            ),
+        }
+        continuation.leave(Left::Invalid);
+    }
+}
+
+impl<R: Sync, S> FromRequestParts<R> for Carry<S> {
+    type Rejection = Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, state: &R) -> Result<Self, Infallible> {
+        let continuation = parts.extensions.get::<Arc<Continuation>>().cloned();
+        if let Some(continuation) = &continuation {
+            continuation.is_claimed.store(true, Release);
+        }
+        let shutdown = match Shutdown::from_request_parts(parts, state).await {
+            Ok(Shutdown(shutdown)) => shutdown,
+            // A request of a unit test has no context. No process ends there.
+            Err(_) => CancellationToken::new(),
+        };
+        Ok(Self { continuation, shutdown, limit: STATE_LIMIT, state: PhantomData })
+    }
+}
+
+/// A request that offers an upgrade, and what is needed to continue its connection in the next process.
+pub struct Continuation {
+    handle: UpgradeHandle,
+    /// The head of the request. None if it is too large.
+    head: Option<Bytes>,
+    /// What the previous process left, if the connection began in another process.
+    received: Option<Replay>,
+    /// Whether the handler has a [`Carry`].
+    is_claimed: AtomicBool,
+    /// Whether the connection could be handed over when it was upgraded.
+    can_move: AtomicBool,
+    /// Whether [`Carry::requested`] has resolved.
+    is_requested: AtomicBool,
+    left: Mutex<Left>,
+}
+
+/// What the handler has left for the next one.
+#[derive(Default)]
+enum Left {
+    #[default]
+    Nothing,
+    State(Bytes),
+    /// The state could not be encoded, or was above the limit.
+    Invalid,
+}
+
+impl Continuation {
+    /// Of a request that a client has sent to this process.
+    pub fn new(handle: UpgradeHandle, head: Option<Bytes>) -> Self {
+        Self {
+            handle,
+            head,
+            received: None,
+            is_claimed: AtomicBool::new(false),
+            can_move: AtomicBool::new(false),
+            is_requested: AtomicBool::new(false),
+            left: Mutex::default(),
+        }
+    }
+
+    /// Of a request that began in another process.
+    pub fn resumed(handle: UpgradeHandle, replay: Replay) -> Self {
+        Self { received: Some(replay.clone()), ..Self::new(handle, Some(replay.head)) }
+    }
+
+    pub fn head(&self) -> Option<&Bytes> {
+        self.head.as_ref()
+    }
+
+    pub fn received(&self) -> Option<&Replay> {
+        self.received.as_ref()
+    }
+
+    pub fn is_claimed(&self) -> bool {
+        self.is_claimed.load(Acquire)
+    }
+
+    /// See [`UpgradeHandle::is_movable`].
+    pub fn is_movable(&self) -> bool {
+        self.handle.is_movable()
+    }
+
+    pub fn is_requested(&self) -> bool {
+        self.is_requested.load(Acquire)
+    }
+
+    async fn requested(&self, shutdown: &CancellationToken) {
+        if self.can_move.load(Acquire) {
+            self.handle.handover_requested().await;
+        } else {
+            shutdown.cancelled().await;
+        }
+        self.is_requested.store(true, Release);
+    }
+
+    /// The upgrade is about to be granted. If the connection cannot move, for example with TLS 1.2, the handler has to
+    /// return as soon as the process begins to drain.
+    pub fn begin(&self) {
+        self.can_move.store(self.handle.is_movable(), Release);
+    }
+
+    fn leave(&self, left: Left) {
+        *lock(&self.left) = left;
+    }
+
+    /// Whether the handler had to hand the connection on, or has tried to.
+    pub fn has_ended(&self) -> bool {
+        self.is_requested() || !matches!(*lock(&self.left), Left::Nothing)
+    }
+
+    /// The state that the handler has left. Later calls return None.
+    pub fn take_left(&self) -> Option<Bytes> {
+        match std::mem::take(&mut *lock(&self.left)) {
+            Left::State(state) => Some(state),
+            Left::Nothing | Left::Invalid => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde::Deserialize;
+
+    use super::*;
+    use crate::registry::{Limits, Registry};
+    use crate::transport::stream::Peer;
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct Old {
+        name: String,
+    }
+
+    #[derive(Debug, PartialEq, Serialize, Deserialize)]
+    struct New {
+        name: String,
+        #[serde(default)]
+        count: u32,
+    }
+
+    fn handle() -> UpgradeHandle {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None).requests().upgrade_handle()
+    }
+
+    fn carry<S>(continuation: &Arc<Continuation>) -> Carry<S> {
+        Carry {
+            continuation: Some(continuation.clone()),
+            shutdown: CancellationToken::new(),
+            limit: STATE_LIMIT,
+            state: PhantomData,
+        }
+    }
+
+    /// What the next process receives of a state.
+    fn handed_on<S: Serialize>(state: &S) -> Option<Arc<Continuation>> {
+        let continuation = Arc::new(Continuation::new(handle(), Some(Bytes::new())));
+        carry(&continuation).hand_on(state);
+        let state = continuation.take_left()?;
+        let replay = Replay { head: Bytes::new(), agreement: Bytes::new(), state };
+        Some(Arc::new(Continuation::resumed(handle(), replay)))
+    }
+
+    #[test]
+    fn state_with_more_or_fewer_fields_is_decoded_by_other_releases() {
+        let old = Old { name: "x".into() };
+        let next = handed_on(&old).expect("the state is small");
+        assert_eq!(carry(&next).received().expect("it is valid"), Some(New { name: "x".into(), count: 0 }));
+        let next = handed_on(&New { name: "y".into(), count: 7 }).expect("the state is small");
+        assert_eq!(carry(&next).received().expect("it is valid"), Some(Old { name: "y".into() }));
+    }
+
+    #[test]
+    fn state_of_another_type_is_an_error_for_the_handler() {
+        let next = handed_on(&vec![1, 2, 3]).expect("the state is small");
+        let error = carry::<Old>(&next).received().expect_err("it has another type");
+        assert!(error.to_string().starts_with("could not decode the state"), "{error}");
+    }
+
+    #[test]
+    fn state_above_the_limit_is_not_left() {
+        assert!(handed_on(&vec![0_u8; STATE_LIMIT - 3]).is_some());
+        assert!(handed_on(&vec![0_u8; STATE_LIMIT]).is_none());
+    }
+
+    #[test]
+    fn new_connection_has_received_no_state() {
+        let continuation = Arc::new(Continuation::new(handle(), Some(Bytes::new())));
+        assert_eq!(carry::<Old>(&continuation).received().expect("there is none"), None);
+    }
+}

@@ -1,0 +1,476 @@
+//! The boundaries of WebSocket messages (RFC 6455 section 5.2), in both directions.
+//!
+//! A WebSocket can move to another process only where no message is cut in two. [`Inbound`] limits what a handler reads
+//! at once to one frame, so that no further frame is in the handler's buffer when it returns, and keeps what it has read
+//! of a message that is not complete. [`Outbound`] tells whether the last message that was written is complete. Neither
+//! looks at a payload, and neither reports invalid frames: the handler's WebSocket library does that.
+
+use bytes::{Bytes, BytesMut};
+
+const FIRST_CONTROL: u8 = 8;
+const CLOSE: u8 = 8;
+const PING: u8 = 9;
+const PONG: u8 = 10;
+
+/// The longest head of a frame: 2 bytes, a length of 8 bytes, and a mask of 4 bytes.
+const LONGEST_HEAD: usize = 14;
+/// The largest payload of a control frame (RFC 6455 section 5.5).
+const CONTROL_LIMIT: u64 = 125;
+/// How much of an incomplete message is kept, in bytes; the default limit of axum and tungstenite for a message.
+const KEPT_LIMIT: usize = 64 * 1024 * 1024;
+
+/// The head of a frame of which no, some or all bytes have passed.
+#[derive(Clone, Copy, Default)]
+struct Head {
+    bytes: [u8; LONGEST_HEAD],
+    length: usize,
+}
+
+impl Head {
+    /// Takes the bytes of the head from the front of `bytes`. Returns whether the head is complete.
+    fn take(&mut self, bytes: &mut &[u8]) -> bool {
+        while self.length < self.whole() {
+            let Some((first, rest)) = bytes.split_first() else { return false };
+            self.bytes[self.length] = *first;
+            self.length += 1;
+            *bytes = rest;
+        }
+        true
+    }
+
+    /// The length of the whole head, as far as its first two bytes tell it.
+    fn whole(&self) -> usize {
+        if self.length < 2 {
+            return 2;
+        }
+        let mask = if self.bytes[1] & 0x80 == 0 { 0 } else { 4 };
+        mask + match self.bytes[1] & 0x7f {
+            126 => 4,
+            127 => 10,
+            _ => 2,
+        }
+    }
+
+    fn opcode(&self) -> u8 {
+        self.bytes[0] & 0x0f
+    }
+
+    fn is_control(&self) -> bool {
+        self.opcode() >= FIRST_CONTROL
+    }
+
+    fn is_final(&self) -> bool {
+        self.bytes[0] & 0x80 != 0
+    }
+
+    fn payload(&self) -> u64 {
+        match self.bytes[1] & 0x7f {
+            126 => u64::from(u16::from_be_bytes([self.bytes[2], self.bytes[3]])),
+            127 => {
+                let mut length = [0; 8];
+                length.copy_from_slice(&self.bytes[2..10]);
+                u64::from_be_bytes(length)
+            }
+            short => u64::from(short),
+        }
+    }
+}
+
+/// The position in a sequence of frames.
+#[derive(Default)]
+struct Position {
+    head: Head,
+    /// The bytes of the current frame's payload that are still missing. Zero while its head is incomplete.
+    payload_left: u64,
+    /// Whether the last data frame was not the final one of its message.
+    is_fragmented: bool,
+}
+
+impl Position {
+    /// Takes bytes from the front of `bytes`, up to the end of a frame. Returns the head of that frame; None if it does
+    /// not end in `bytes`.
+    fn advance(&mut self, bytes: &mut &[u8]) -> Option<Head> {
+        if self.payload_left == 0 {
+            if !self.head.take(bytes) {
+                return None;
+            }
+            self.payload_left = self.head.payload();
+        }
+        let taken = usize::try_from(self.payload_left).unwrap_or(usize::MAX).min(bytes.len());
+        *bytes = &bytes[taken..];
+        self.payload_left -= taken as u64;
+        if self.payload_left > 0 {
+            return None;
+        }
+        let head = std::mem::take(&mut self.head);
+        if !head.is_control() {
+            self.is_fragmented = !head.is_final();
+        }
+        Some(head)
+    }
+
+    fn is_between_messages(&self) -> bool {
+        self.is_between_frames() && !self.is_fragmented
+    }
+
+    fn is_between_frames(&self) -> bool {
+        self.payload_left == 0 && self.head.length == 0
+    }
+}
+
+/// What the handler reads.
+#[derive(Default)]
+pub(super) struct Inbound {
+    position: Position,
+    /// The bytes that were read of the current frame, if it is incomplete or may have to be read again.
+    frame: BytesMut,
+    /// The data frames that were read of an incomplete message. Control frames between them are left out.
+    message: BytesMut,
+    /// The last Ping that was read and not answered yet. It is enough to answer the last one (RFC 6455 section 5.5.3).
+    ping: Option<Bytes>,
+    state: InboundState,
+}
+
+#[derive(Default, PartialEq, Eq)]
+enum InboundState {
+    #[default]
+    Open,
+    /// The peer has sent Close.
+    Closed,
+    /// A frame was invalid, or a message too long to be kept.
+    Lost,
+}
+
+impl Inbound {
+    /// How many of the `bytes`, which arrived next, the handler may read now: up to the end of the first frame. The
+    /// caller must give it exactly these, and the others in a later read.
+    ///
+    /// With more than one frame at once, a handler could receive a Ping between two fragments of a message, and return
+    /// while the second fragment is in its buffer.
+    pub(super) fn admit(&mut self, bytes: &[u8]) -> usize {
+        if self.state != InboundState::Open {
+            return bytes.len();
+        }
+        let mut rest = bytes;
+        let end = self.position.advance(&mut rest);
+        let (taken, _) = bytes.split_at(bytes.len() - rest.len());
+        match end {
+            None => self.keep(taken),
+            Some(head) if head.is_control() => self.end_control(head, taken),
+            Some(head) => self.end_data(head, taken),
+        }
+        taken.len()
+    }
+
+    /// Keeps the beginning of a frame that is incomplete.
+    fn keep(&mut self, taken: &[u8]) {
+        self.frame.extend_from_slice(taken);
+        if self.frame.len() + self.message.len() > KEPT_LIMIT {
+            self.lose();
+        }
+    }
+
+    fn lose(&mut self) {
+        self.state = InboundState::Lost;
+        (self.frame, self.message) = (BytesMut::new(), BytesMut::new());
+    }
+
+    fn end_control(&mut self, head: Head, taken: &[u8]) {
+        if head.payload() > CONTROL_LIMIT || !head.is_final() {
+            return self.lose();
+        }
+        if head.opcode() == PING {
+            self.frame.extend_from_slice(taken);
+            self.ping = Some(self.frame.split().freeze());
+        }
+        if head.opcode() == CLOSE {
+            self.state = InboundState::Closed;
+        }
+        self.frame = BytesMut::new();
+    }
+
+    fn end_data(&mut self, head: Head, taken: &[u8]) {
+        if head.is_final() {
+            // The handler has the whole message. The buffers are dropped, because an idle WebSocket should have none.
+            (self.frame, self.message) = (BytesMut::new(), BytesMut::new());
+        } else {
+            self.keep(taken);
+            let frame = std::mem::take(&mut self.frame);
+            self.message.extend_from_slice(&frame);
+        }
+    }
+
+    /// A Pong was written, so no Ping that was read before has to be answered again.
+    pub(super) fn answered(&mut self) {
+        self.ping = None;
+    }
+
+    /// Whether another handler can continue to read: the peer has not sent Close, and each frame was valid.
+    pub(super) fn is_movable(&self) -> bool {
+        self.state == InboundState::Open
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.state == InboundState::Closed
+    }
+
+    /// The bytes that the handler of the next process has to read again: an unanswered Ping, and what this handler has
+    /// read of an incomplete message.
+    pub(super) fn unread(self) -> Bytes {
+        let mut unread = BytesMut::from(self.ping.unwrap_or_default());
+        unread.extend_from_slice(&self.message);
+        unread.extend_from_slice(&self.frame);
+        unread.freeze()
+    }
+}
+
+/// What the handler writes.
+#[derive(Default)]
+pub(super) struct Outbound {
+    position: Position,
+    is_closed: bool,
+}
+
+impl Outbound {
+    /// Records bytes that were written. Returns whether a Pong was among them.
+    pub(super) fn wrote(&mut self, mut bytes: &[u8]) -> bool {
+        let mut has_pong = false;
+        while let Some(head) = self.position.advance(&mut bytes) {
+            has_pong |= head.opcode() == PONG;
+            self.is_closed |= head.opcode() == CLOSE;
+        }
+        has_pong
+    }
+
+    /// Whether another process may write the next message: the last one is complete, and it was not a Close.
+    pub(super) fn is_movable(&self) -> bool {
+        self.position.is_between_messages() && !self.is_closed
+    }
+
+    /// Whether a Close may follow: the last frame is complete, and it was not a Close.
+    pub(super) fn may_close(&self) -> bool {
+        self.position.is_between_frames() && !self.is_closed
+    }
+}
+
+/// A Close frame with this code (RFC 6455 section 7.4), as a server sends it.
+pub(super) fn close(code: u16) -> [u8; 4] {
+    let [high, low] = code.to_be_bytes();
+    [0x80 | CLOSE, 2, high, low]
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const CONTINUATION: u8 = 0;
+
+    /// A frame as a client sends it if it has a `mask`, or as a server does.
+    fn frame(opcode: u8, is_final: bool, mask: Option<[u8; 4]>, payload: &[u8]) -> Vec<u8> {
+        let masked = if mask.is_some() { 0x80 } else { 0 };
+        let mut bytes = vec![if is_final { 0x80 } else { 0 } | opcode];
+        match payload.len() {
+            length @ 0..126 => bytes.push(masked | u8::try_from(length).expect("it is short")),
+            length @ 126..65_536 => {
+                bytes.push(masked + 126);
+                bytes.extend(u16::try_from(length).expect("it is short").to_be_bytes());
+            }
+            length => {
+                bytes.push(masked + 127);
+                bytes.extend((length as u64).to_be_bytes());
+            }
+        }
+        bytes.extend(mask.into_iter().flatten());
+        bytes.extend(payload);
+        bytes
+    }
+
+    /// What a client sends.
+    #[derive(Clone, Debug)]
+    enum Sent {
+        /// A message in fragments, with a control frame (its opcode) after some of them.
+        Message(Vec<(Vec<u8>, Option<u8>)>),
+        Control(u8, Vec<u8>),
+    }
+
+    fn sent() -> impl Strategy<Value = Sent> {
+        let payload = || {
+            prop_oneof![
+                prop::collection::vec(any::<u8>(), 0..10),
+                prop::collection::vec(any::<u8>(), 120..140),
+                Just(vec![7; 70_000]),
+            ]
+        };
+        let control = || prop_oneof![Just(PING), Just(PONG)];
+        prop_oneof![
+            3 => prop::collection::vec((payload(), prop::option::of(control())), 1..4).prop_map(Sent::Message),
+            1 => (control(), prop::collection::vec(any::<u8>(), 0..126)).prop_map(|(opcode, p)| Sent::Control(opcode, p)),
+        ]
+    }
+
+    /// Each frame that is sent: its bytes, whether it is a data frame, and whether a message ends with it.
+    fn frames(sent: &[Sent]) -> Vec<(Vec<u8>, bool, bool)> {
+        let mask = Some([1, 2, 3, 4]);
+        let mut frames = Vec::new();
+        for one in sent {
+            match one {
+                Sent::Control(opcode, payload) => {
+                    frames.push((frame(*opcode, true, mask, payload), false, true));
+                }
+                Sent::Message(fragments) => {
+                    for (index, (payload, control)) in fragments.iter().enumerate() {
+                        let is_last = index + 1 == fragments.len();
+                        let opcode = if index == 0 { 2 } else { CONTINUATION };
+                        frames.push((frame(opcode, is_last, mask, payload), true, is_last));
+                        if let Some(control) = control.filter(|_| !is_last) {
+                            frames.push((frame(control, true, mask, b"x"), false, false));
+                        }
+                    }
+                }
+            }
+        }
+        frames
+    }
+
+    proptest! {
+        /// Reads in pieces of any size, and moves after any of them: the data frames that all handlers have read
+        /// completely, and those that the last one reads again, are the ones that were sent.
+        #[test]
+        fn next_handler_reads_each_message_that_no_handler_has_read_completely(
+            sent in prop::collection::vec(sent(), 0..6),
+            pieces in prop::collection::vec((1..200_usize, any::<bool>()), 1..40),
+        ) {
+            let frames = frames(&sent);
+            let all: Vec<u8> = frames.iter().flat_map(|(bytes, ..)| bytes.clone()).collect();
+            let data: Vec<u8> = frames.iter().filter(|frame| frame.1).flat_map(|frame| frame.0.clone()).collect();
+            let mut inbound = Inbound::default();
+            // What arrives next, and the complete messages that the handlers have read.
+            let (mut arriving, mut complete) = (all.clone(), Vec::new());
+            // What the current handler has read of an incomplete message.
+            let (mut begun, mut move_count) = (Vec::new(), 0);
+            for (length, moves) in pieces.into_iter().cycle() {
+                if arriving.is_empty() {
+                    break;
+                }
+                let piece = &arriving[..length.min(arriving.len())];
+                let admitted = inbound.admit(piece);
+                prop_assert!(admitted > 0);
+                begun.extend_from_slice(&piece[..admitted]);
+                arriving.drain(..admitted);
+                if inbound.position.is_between_messages() {
+                    complete.append(&mut begun);
+                }
+                if moves && move_count < 30 {
+                    move_count += 1;
+                    let ping = inbound.ping.clone().unwrap_or_default();
+                    let again = std::mem::take(&mut inbound).unread();
+                    prop_assert!(again.starts_with(&ping));
+                    // A Pong ends the wait of each Ping here, so that the same one is not read for ever.
+                    arriving.splice(..0, again[ping.len()..].iter().copied());
+                    begun.clear();
+                }
+            }
+            prop_assert!(begun.is_empty());
+            let data_read: Vec<u8> = {
+                let mut rest = &complete[..];
+                let mut position = Position::default();
+                let mut data = Vec::new();
+                while !rest.is_empty() {
+                    let before = rest;
+                    let Some(head) = position.advance(&mut rest) else { break };
+                    if !head.is_control() {
+                        data.extend_from_slice(&before[..before.len() - rest.len()]);
+                    }
+                }
+                data
+            };
+            prop_assert!(data_read == data, "{} of {} bytes", data_read.len(), data.len());
+        }
+
+        #[test]
+        fn handler_reads_at_most_one_frame_at_once(sent in prop::collection::vec(sent(), 1..6)) {
+            let frames = frames(&sent);
+            let all: Vec<u8> = frames.iter().flat_map(|(bytes, ..)| bytes.clone()).collect();
+            let (mut inbound, mut at, mut reads) = (Inbound::default(), 0, 0);
+            while at < all.len() {
+                at += inbound.admit(&all[at..]);
+                reads += 1;
+            }
+            prop_assert_eq!(reads, frames.len());
+        }
+
+        #[test]
+        fn outbound_is_movable_exactly_between_messages(
+            messages in prop::collection::vec(prop::collection::vec(0..300_usize, 1..4), 1..5),
+        ) {
+            let mut outbound = Outbound::default();
+            for fragments in messages {
+                for (index, length) in fragments.iter().enumerate() {
+                    let is_last = index + 1 == fragments.len();
+                    let opcode = if index == 0 { 1 } else { CONTINUATION };
+                    let bytes = frame(opcode, is_last, None, &vec![0; *length]);
+                    for (position, byte) in bytes.iter().enumerate() {
+                        prop_assert_eq!(outbound.is_movable(), position == 0 && index == 0);
+                        prop_assert!(!outbound.wrote(&[*byte]));
+                    }
+                }
+                prop_assert!(outbound.is_movable());
+            }
+        }
+
+        #[test]
+        fn any_bytes_are_admitted_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+            let mut inbound = Inbound::default();
+            let mut at = 0;
+            while at < bytes.len() {
+                let admitted = inbound.admit(&bytes[at..]);
+                prop_assert!(admitted > 0);
+                at += admitted;
+            }
+            let _ = inbound.unread();
+            Outbound::default().wrote(&bytes);
+        }
+    }
+
+    #[test]
+    fn ping_is_read_again_until_a_pong_was_written() {
+        let ping = frame(PING, true, Some([1, 2, 3, 4]), b"hello");
+        let mut inbound = Inbound::default();
+        assert_eq!(inbound.admit(&ping[..3]), 3);
+        assert_eq!(inbound.admit(&ping[3..]), ping.len() - 3);
+        assert_eq!(inbound.unread(), ping);
+        let mut inbound = Inbound::default();
+        inbound.admit(&ping);
+        assert!(Outbound::default().wrote(&frame(PONG, true, None, b"hello")));
+        inbound.answered();
+        assert_eq!(inbound.unread(), "");
+    }
+
+    #[test]
+    fn websocket_is_not_movable_once_either_side_has_sent_close() {
+        let mut inbound = Inbound::default();
+        inbound.admit(&frame(CLOSE, true, Some([0; 4]), &[3, 232]));
+        assert!(inbound.is_closed() && !inbound.is_movable());
+        let mut outbound = Outbound::default();
+        outbound.wrote(&close(1012));
+        assert!(!outbound.is_movable() && !outbound.may_close());
+    }
+
+    #[cfg(feature = "fuzz-tests")]
+    #[test]
+    fn fuzzed_frames_of_a_websocket_do_not_panic() {
+        crate::fuzz::target!("websocket_frames").for_each(|bytes| {
+            let mut inbound = Inbound::default();
+            let mut at = 0;
+            while at < bytes.len() {
+                let admitted = inbound.admit(&bytes[at..]);
+                assert!(admitted > 0);
+                at += admitted;
+            }
+            let _ = inbound.unread();
+            Outbound::default().wrote(bytes);
+        });
+    }
+}

@@ -1,0 +1,120 @@
+//! An upgraded connection that its handler has given back, on its way to the next process.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+
+use super::frames::close;
+use super::{Frames, Granted};
+use crate::connection::io::{self, Io};
+use crate::connection::{Connection, Endpoint};
+use crate::registry::Registration;
+use crate::transport::replay::Replay;
+use crate::transport::stream::Stream;
+
+/// The codes of a Close frame (RFC 6455 section 7.4): the peer has closed; the service restarts.
+const NORMAL: u16 = 1000;
+const SERVICE_RESTART: u16 = 1012;
+
+/// Closes a connection that another process has upgraded, and that this process cannot continue.
+pub(in crate::connection) async fn close_unadopted(io: Io) {
+    io.refuse(&close(SERVICE_RESTART)).await;
+}
+
+/// Where handlers give connections back.
+#[derive(Clone)]
+pub struct ReturnPath(mpsc::UnboundedSender<ReturnedConnection>);
+
+/// The connections that handlers have given back. The server reads them.
+pub type ReturnedConnections = mpsc::UnboundedReceiver<ReturnedConnection>;
+
+impl ReturnPath {
+    pub fn new() -> (Self, ReturnedConnections) {
+        let (sender, receiver) = mpsc::unbounded_channel();
+        (Self(sender), receiver)
+    }
+
+    /// Closes the connection at once if the process is exiting, so that no one reads the other end.
+    pub(super) fn send(&self, returned: ReturnedConnection) {
+        let _ = self.0.send(returned);
+    }
+}
+
+/// An upgraded connection whose handler has returned. It counts as open until it is continued or closed.
+pub struct ReturnedConnection {
+    io: Io,
+    endpoint: Arc<Endpoint>,
+    /// None if the connection cannot be continued, because the handler left no state or its request was too large.
+    replay: Option<Replay>,
+    /// Whether the handler waited for the request to hand the connection on.
+    was_requested: bool,
+    /// Present for a WebSocket.
+    frames: Option<Frames>,
+}
+
+/// What becomes of an upgraded connection.
+pub enum Succession {
+    Continues(Connection<Stream>, Registration),
+    /// It cannot be continued, and has to be closed.
+    Ends(Box<ReturnedConnection>),
+    /// It is closed, because its TLS state could not be extracted.
+    Lost,
+}
+
+impl ReturnedConnection {
+    /// `is_followed`: the frames were followed from the first byte after the head on.
+    pub(super) fn new(io: Io, granted: &Granted, frames: Option<Frames>, is_followed: bool) -> Self {
+        let Granted { continuation, agreement, endpoint, .. } = granted;
+        let replay = continuation.take_left().filter(|_| is_followed).and_then(|state| {
+            Some(Replay { head: continuation.head()?.clone(), agreement: agreement.clone(), state })
+        });
+        let was_requested = continuation.is_requested();
+        Self { io, endpoint: endpoint.clone(), replay, was_requested, frames }
+    }
+
+    pub fn was_requested(&self) -> bool {
+        self.was_requested
+    }
+
+    /// Takes the connection apart, so that this or another process can continue it.
+    pub fn succession(mut self) -> Succession {
+        let Some(replay) = self.replay.take_if(|_| self.frames.as_ref().is_none_or(Frames::are_movable))
+        else {
+            return Succession::Ends(Box::new(self));
+        };
+        let Some(io::Parts { stream, registration, tls, unread }) = self.io.into_parts() else {
+            return Succession::Lost;
+        };
+        let unread = match self.frames {
+            Some(Frames { inbound, excess, .. }) => io::join(io::join(inbound.unread(), excess), unread),
+            None => unread,
+        };
+        let connection = Connection {
+            socket: stream,
+            endpoint: self.endpoint,
+            unread,
+            http2: None,
+            tls,
+            replay: Some(Box::new(replay)),
+        };
+        Succession::Continues(connection, registration)
+    }
+
+    /// Closes the connection; a WebSocket with the code 1012, service restart.
+    pub async fn close(self) {
+        match &self.frames {
+            Some(frames) if frames.response.is_none() && frames.outbound.may_close() => {
+                let code = if frames.inbound.is_closed() { NORMAL } else { SERVICE_RESTART };
+                self.io.refuse(&close(code)).await;
+            }
+            _ => self.io.close().await,
+        }
+    }
+}
+
+impl Frames {
+    /// Whether no message is cut in two, so that another process can continue.
+    fn are_movable(&self) -> bool {
+        self.response.is_none() && self.inbound.is_movable() && self.outbound.is_movable()
+    }
+}

@@ -1,0 +1,373 @@
+//! WebSockets and other upgraded connections that move between servers in this process, as they move between processes.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::Request;
+use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
+use axum::http::StatusCode;
+use axum::response::Response;
+use axum::routing::any;
+use futures_util::{SinkExt, StreamExt};
+use hyper::header::{CONNECTION, UPGRADE};
+use hyper_util::rt::TokioIo;
+use serde::{Deserialize, Serialize};
+use testkit::client::{self, Target};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::protocol::Message as Sent;
+use tokio_tungstenite::tungstenite::protocol::frame::Frame;
+use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+
+use crate::app::carry::Carry;
+use crate::connection::tests::{Served, move_to, serve};
+use crate::registry::Phase;
+
+/// How long a test waits for an event before it fails.
+const PATIENCE: Duration = Duration::from_secs(120);
+const SERVICE_RESTART: u16 = 1012;
+
+#[derive(Default, Serialize, Deserialize)]
+struct Seat {
+    messages: u64,
+    padding: Vec<u8>,
+}
+
+/// Answers each message with the number of messages so far, in all processes, and the message.
+async fn count(upgrade: WebSocketUpgrade, carry: Carry<Seat>) -> Response {
+    let mut seat = carry.received().expect("the state is valid").unwrap_or_default();
+    upgrade.on_upgrade(async move |mut socket: WebSocket| {
+        loop {
+            let message = tokio::select! {
+                message = socket.recv() => message,
+                () = carry.requested() => return carry.hand_on(&seat),
+            };
+            let Some(Ok(message)) = message else { return };
+            if let Message::Text(text) = message {
+                seat.messages += 1;
+                let answer = format!("{} {text}", seat.messages);
+                if socket.send(Message::Text(answer.into())).await.is_err() {
+                    return;
+                }
+            }
+        }
+    })
+}
+
+fn counting() -> Router {
+    Router::new().route("/", any(count))
+}
+
+async fn connect(served: &Served) -> WebSocketStream<TcpStream> {
+    let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    tokio_tungstenite::client_async("ws://test/", stream).await.expect("the upgrade is granted").0
+}
+
+async fn next_text(client: &mut WebSocketStream<TcpStream>) -> String {
+    loop {
+        let message = timeout(PATIENCE, client.next()).await.expect("a message arrives in time");
+        match message.expect("the WebSocket is open").expect("no error occurs") {
+            Sent::Text(text) => return text.to_string(),
+            Sent::Ping(_) | Sent::Pong(_) => {}
+            other => panic!("expected text, got {other:?}"),
+        }
+    }
+}
+
+/// The code of the Close frame that arrives next.
+async fn close_code(client: &mut WebSocketStream<TcpStream>) -> u16 {
+    loop {
+        let message = timeout(PATIENCE, client.next()).await.expect("a message arrives in time");
+        if let Sent::Close(close) = message.expect("the WebSocket is open").expect("no error occurs") {
+            return close.expect("the Close frame has a code").code.into();
+        }
+    }
+}
+
+async fn moved(served: Served, router: Router) -> Served {
+    let next = serve(router).await;
+    move_to(&next, served).await;
+    next
+}
+
+fn fragment(opcode: Data, is_final: bool, payload: &str) -> Sent {
+    Sent::Frame(Frame::message(payload.to_owned(), OpCode::Data(opcode), is_final))
+}
+
+/// Sends messages of several sizes, some in two fragments and some with a Ping in between, without waiting for the
+/// answers, while the connection moves.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
+    const MESSAGES: usize = 3_000;
+    let mut served = serve(counting()).await;
+    let (mut sender, mut receiver) = connect(&served).await.split();
+    let text = |number: usize| format!("{number}:{}", "y".repeat([0, 5, 130, 70_000, 40][number % 5]));
+    let sending = tokio::spawn(async move {
+        for number in 0..MESSAGES {
+            let text = text(number);
+            let messages = match number % 7 {
+                0 => {
+                    vec![fragment(Data::Text, false, &text[..1]), fragment(Data::Continue, true, &text[1..])]
+                }
+                1 => vec![
+                    fragment(Data::Text, false, &text[..2]),
+                    Sent::Ping(vec![7].into()),
+                    fragment(Data::Continue, true, &text[2..]),
+                ],
+                2 => vec![Sent::Ping(vec![1, 2].into()), Sent::Text(text.into())],
+                _ => vec![Sent::Text(text.into())],
+            };
+            for message in messages {
+                sender.send(message).await.expect("the WebSocket is open");
+            }
+        }
+        sender
+    });
+    let (progress, mut answers) = mpsc::unbounded_channel();
+    let receiving = tokio::spawn(async move {
+        for number in 0..MESSAGES {
+            let answer = loop {
+                let message = timeout(PATIENCE, receiver.next()).await.expect("an answer arrives in time");
+                match message.expect("the WebSocket is open").expect("no error occurs") {
+                    Sent::Text(text) => break text,
+                    Sent::Pong(_) => {}
+                    other => panic!("{other:?}"),
+                }
+            };
+            assert!(
+                answer == format!("{} {}", number + 1, text(number)),
+                "message {number}: {:.80}",
+                answer.as_str()
+            );
+            let _ = progress.send(());
+        }
+    });
+    let mut moves = 0;
+    while answers.recv().await.is_some() {
+        // Moves about every 40 messages.
+        for _ in 0..40 {
+            answers.recv().await;
+        }
+        served = moved(served, counting()).await;
+        moves += 1;
+    }
+    receiving.await.expect("all answers are right");
+    drop(sending.await.expect("all messages are sent"));
+    assert!(moves > 20, "{moves} moves");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn incomplete_message_is_completed_after_a_move() {
+    let mut served = serve(counting()).await;
+    let mut client = connect(&served).await.into_inner();
+    // A text frame of 5 bytes with a mask of zeros, and then one in two fragments, cut at each byte.
+    let whole = [&[0x81, 0x85, 0, 0, 0, 0][..], b"hello"].concat();
+    let fragments =
+        [&[0x01, 0x83, 0, 0, 0, 0][..], b"hel", &[0x89, 0x80, 0, 0, 0, 0], &[0x80, 0x82, 0, 0, 0, 0], b"lo"]
+            .concat();
+    let mut messages = 0;
+    for message in [&whole, &fragments] {
+        for cut in 1..message.len() {
+            client.write_all(&message[..cut]).await.expect("the connection is open");
+            served = moved(served, counting()).await;
+            client.write_all(&message[cut..]).await.expect("the connection is open");
+            messages += 1;
+            let expected = format!("{messages} hello");
+            let mut answer = Vec::new();
+            while !answer.ends_with(expected.as_bytes()) {
+                let read = timeout(PATIENCE, client.read_buf(&mut answer)).await.expect("an answer arrives");
+                assert!(read.expect("the connection is open") > 0, "{answer:?}");
+            }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ping_during_a_move_is_answered() {
+    let mut served = serve(counting()).await;
+    let mut client = connect(&served).await;
+    for number in 0..100_u8 {
+        client.send(Sent::Ping(vec![number].into())).await.expect("the WebSocket is open");
+        served = moved(served, counting()).await;
+        let pong = timeout(PATIENCE, client.next()).await.expect("a Pong arrives in time");
+        let pong = pong.expect("the WebSocket is open").expect("no error occurs");
+        assert_eq!(pong, Sent::Pong(vec![number].into()));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn close_during_a_move_ends_with_a_close() {
+    for _ in 0..50 {
+        let served = serve(counting()).await;
+        let mut client = connect(&served).await;
+        client.close(None).await.expect("the WebSocket is open");
+        let _next = moved(served, counting()).await;
+        while let Some(message) = timeout(PATIENCE, client.next()).await.expect("the WebSocket ends in time")
+        {
+            assert!(matches!(message, Ok(Sent::Close(_))), "{message:?}");
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_is_closed_with_1012_if_the_next_process_answers_otherwise() {
+    let refusing = Router::new().route("/", any(async || StatusCode::UNAUTHORIZED));
+    let endless = Router::new().route("/", any(async || axum::body::Body::from_stream(endless())));
+    let without_carry = async |upgrade: WebSocketUpgrade| upgrade.on_upgrade(async move |_| ());
+    let without_carry = Router::new().route("/", any(without_carry));
+    let redirecting = Router::new().route("/", any(async || axum::response::Redirect::to("/elsewhere")));
+    for router in [Router::new(), refusing, endless, without_carry, redirecting] {
+        let served = serve(counting()).await;
+        let mut client = connect(&served).await;
+        client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+        assert_eq!(next_text(&mut client).await, "1 x");
+        let _next = moved(served, router).await;
+        assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+    }
+}
+
+fn endless() -> impl futures_util::Stream<Item = Result<&'static str, std::convert::Infallible>> {
+    futures_util::stream::repeat(Ok("x"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_is_closed_with_1012_if_the_subprotocol_changes() {
+    fn speaking(protocol: &'static str) -> Router {
+        let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+            upgrade.protocols([protocol]).on_upgrade(async move |mut socket: WebSocket| {
+                tokio::select! {
+                    _ = socket.recv() => {}
+                    () = carry.requested() => carry.hand_on(&Seat::default()),
+                }
+            })
+        };
+        Router::new().route("/", any(handler))
+    }
+    let served = serve(speaking("one")).await;
+    let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    let request = hyper::Request::builder()
+        .uri("ws://test/")
+        .header("host", "test")
+        .header("connection", "upgrade")
+        .header("upgrade", "websocket")
+        .header("sec-websocket-version", "13")
+        .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+        .header("sec-websocket-protocol", "one, two")
+        .body(())
+        .expect("the request is valid");
+    let mut client =
+        tokio_tungstenite::client_async(request, stream).await.expect("the upgrade is granted").0;
+    let served = moved(served, speaking("one")).await;
+    let _served = moved(served, speaking("two")).await;
+    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_is_closed_with_1012_if_its_state_is_too_large() {
+    let handler = async |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+        let carry = carry.limit(100);
+        upgrade.on_upgrade(async move |_socket| {
+            carry.requested().await;
+            carry.hand_on(&Seat { padding: vec![0; 100], ..Seat::default() });
+        })
+    };
+    let served = serve(Router::new().route("/", any(handler))).await;
+    let mut client = connect(&served).await;
+    let _next = moved(served, counting()).await;
+    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_is_closed_with_1012_if_there_is_no_next_process() {
+    let served = serve(counting()).await;
+    let mut client = connect(&served).await;
+    served.server.enter(Phase::Lingering);
+    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+    drop(client);
+    served.server.enter(Phase::Closing);
+    let drained = served.registry().wait_until(|| served.registry().is_drained());
+    timeout(PATIENCE, drained).await.expect("the drain ends");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn handler_that_closes_with_its_own_code_is_not_replaced() {
+    let handler = async |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+        upgrade.on_upgrade(async move |mut socket: WebSocket| {
+            carry.requested().await;
+            let close = CloseFrame { code: 4001, reason: "enough".into() };
+            let _ = socket.send(Message::Close(Some(close))).await;
+            while let Some(Ok(_)) = socket.recv().await {}
+        })
+    };
+    let served = serve(Router::new().route("/", any(handler))).await;
+    let mut client = connect(&served).await;
+    served.server.enter(Phase::Quiescing);
+    assert_eq!(close_code(&mut client).await, 4001);
+    while timeout(PATIENCE, client.next()).await.expect("the WebSocket ends in time").is_some() {}
+    let drained = served.registry().wait_until(|| served.registry().is_drained());
+    timeout(PATIENCE, drained).await.expect("the drain ends");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_continues_in_its_process_if_the_drain_goes_back_to_serving() {
+    let served = serve(counting()).await;
+    let mut client = connect(&served).await;
+    for number in 1..20 {
+        served.server.enter(Phase::Quiescing);
+        let drained = served.registry().wait_until(|| served.registry().is_drained());
+        timeout(PATIENCE, drained).await.expect("the connection becomes quiescent");
+        served.registry().set_phase(Phase::Draining);
+        let connection = served.server.handover_queue().take().expect("the connection is quiescent");
+        served.server.adopt(connection);
+        client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+        assert_eq!(next_text(&mut client).await, format!("{number} x"));
+    }
+}
+
+/// A protocol of one line for each line, where the handler decides at which points it can be replaced.
+#[tokio::test(flavor = "multi_thread")]
+async fn upgrade_to_another_protocol_moves_at_the_points_that_its_handler_chooses() {
+    fn router() -> Router {
+        let handler = async |carry: Carry<u64>, request: Request| {
+            let mut lines = carry.received().expect("the state is valid").unwrap_or_default();
+            tokio::spawn(async move {
+                let upgraded = hyper::upgrade::on(request).await.expect("the upgrade is granted");
+                let mut io = TokioIo::new(upgraded);
+                loop {
+                    let mut byte = [0];
+                    // Between two lines nothing is buffered.
+                    tokio::select! {
+                        read = io.read_exact(&mut byte) => if read.is_err() { return },
+                        () = carry.requested() => return carry.hand_on(&lines),
+                    }
+                    while byte != *b"\n" {
+                        if io.read_exact(&mut byte).await.is_err() {
+                            return;
+                        }
+                    }
+                    lines += 1;
+                    if io.write_all(format!("{lines}\n").as_bytes()).await.is_err() {
+                        return;
+                    }
+                    io.flush().await.expect("the connection is open");
+                }
+            });
+            (StatusCode::SWITCHING_PROTOCOLS, [(CONNECTION, "upgrade"), (UPGRADE, "lines")])
+        };
+        Router::new().route("/", any(handler))
+    }
+    let mut served = serve(router()).await;
+    let mut client =
+        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    let request = b"GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade\r\nupgrade: lines\r\n\r\n";
+    assert_eq!(client.ask(request).await.expect("the server answers").status, 101);
+    for number in 1..20 {
+        client.send(b"hello\n").await.expect("the connection is open");
+        let expected = format!("{number}\n");
+        assert_eq!(client.take(expected.len()).await.expect("the connection is open"), expected.as_bytes());
+        served = moved(served, router()).await;
+    }
+}

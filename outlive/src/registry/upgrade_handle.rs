@@ -1,0 +1,49 @@
+//! [`UpgradeHandle`], the registry as the handler of an upgraded connection uses it.
+
+use std::sync::Arc;
+
+use super::entry::Entry;
+use super::state::Event;
+use crate::transport::stream::Peer;
+
+#[derive(Clone)]
+pub struct UpgradeHandle(Arc<Entry>);
+
+impl UpgradeHandle {
+    pub(super) fn new(entry: Arc<Entry>) -> Self {
+        Self(entry)
+    }
+
+    pub fn peer(&self) -> Peer {
+        self.0.peer
+    }
+
+    /// Whether the connection can be handed over before it is upgraded; an upgrade alone forbids the handover.
+    pub fn is_movable(&self) -> bool {
+        self.0.state().is_movable()
+    }
+
+    /// Waits until the handler has to return, because the phase hands connections over or ends them. While this is
+    /// polled, the connection counts as one that can be handed over at any time, so a drain does not wait for it. At other
+    /// times the handler works, and a drain waits for it as for a request in flight.
+    pub async fn handover_requested(&self) {
+        let _awaits = AwaitsHandover::begin(&self.0);
+        self.0.registry.handlers_must_return().await;
+    }
+}
+
+/// The handler waits for the request to hand the connection on, until this is dropped.
+struct AwaitsHandover<'a>(&'a Entry);
+
+impl<'a> AwaitsHandover<'a> {
+    fn begin(entry: &'a Entry) -> Self {
+        entry.apply(Event::HandlerAwaitsHandover);
+        Self(entry)
+    }
+}
+
+impl Drop for AwaitsHandover<'_> {
+    fn drop(&mut self) {
+        self.0.apply(Event::HandoverForbidden);
+    }
+}

@@ -1,0 +1,161 @@
+//! What the next process needs to continue a response that has no end: a WebSocket, or another upgraded connection.
+//!
+//! The next process begins the request anew: its own route answers the very same head, with the state that the handler
+//! of this process left, and the head of that answer is discarded because the client has received it long ago.
+
+use bytes::{Buf, BufMut, Bytes};
+use hyper::http::request::Parts;
+use hyper::{HeaderMap, Method, Uri};
+
+/// The largest encoded head of a request, in bytes. hyper refuses a request whose head is larger.
+const HEAD_LIMIT: usize = 64 * 1024;
+/// The largest state that a record may contain, in bytes. A handler is limited to less (`app/carry.rs`).
+const STATE_LIMIT: usize = 16 * 1024 * 1024;
+/// The largest agreement, in bytes.
+const AGREEMENT_LIMIT: usize = 4096;
+const VERSION: u8 = 1;
+
+/// A request that was answered with an upgrade, and the state that its handler left for the handler of the next process.
+///
+/// Encoded as a version (1 byte), and three times a length (4 bytes, little-endian) and as many bytes. Fields of later
+/// releases may follow.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Replay {
+    /// The head of the request in HTTP/1.1, with the empty line at its end.
+    pub head: Bytes,
+    /// What the answer promised to the client, see [`agreement`]. Another answer cannot continue the connection.
+    pub agreement: Bytes,
+    /// The state that the handler left, encoded by `app/carry.rs`.
+    pub state: Bytes,
+}
+
+impl Replay {
+    pub fn encode(&self) -> Vec<u8> {
+        let parts = [&self.head, &self.agreement, &self.state];
+        let mut bytes = Vec::with_capacity(1 + parts.iter().map(|part| 4 + part.len()).sum::<usize>());
+        bytes.put_u8(VERSION);
+        for part in parts {
+            // Each part is limited to far less than 4 GiB where it is made.
+            bytes.put_u32_le(u32::try_from(part.len()).unwrap_or(u32::MAX));
+            bytes.put_slice(part);
+        }
+        bytes
+    }
+
+    /// None if the bytes are not a valid encoding, or a part is above its limit.
+    pub fn decode(bytes: &Bytes) -> Option<Self> {
+        let mut rest = bytes.clone();
+        if rest.try_get_u8().ok()? != VERSION {
+            return None;
+        }
+        let mut part = |limit: usize| {
+            let length = rest.try_get_u32_le().ok()? as usize;
+            (length <= limit && length <= rest.len()).then(|| rest.split_to(length))
+        };
+        let (head, agreement, state) = (part(HEAD_LIMIT)?, part(AGREEMENT_LIMIT)?, part(STATE_LIMIT)?);
+        head.ends_with(b"\r\n\r\n").then_some(Self { head, agreement, state })
+    }
+}
+
+/// The head of a request, in HTTP/1.1. None if it is larger than every head that hyper accepts.
+pub fn head(method: &Method, uri: &Uri, headers: &HeaderMap) -> Option<Bytes> {
+    let target = uri.path_and_query().map_or("/", |target| target.as_str());
+    let mut head = Vec::with_capacity(512);
+    for part in [method.as_str(), " ", target, " HTTP/1.1\r\n"] {
+        head.put_slice(part.as_bytes());
+    }
+    for (name, value) in headers {
+        for part in [name.as_str().as_bytes(), b": ", value.as_bytes(), b"\r\n"] {
+            head.put_slice(part);
+        }
+    }
+    head.put_slice(b"\r\n");
+    (head.len() <= HEAD_LIMIT).then(|| head.into())
+}
+
+/// As [`head`], of a request that hyper has parsed.
+pub fn head_of(parts: &Parts) -> Option<Bytes> {
+    head(&parts.method, &parts.uri, &parts.headers)
+}
+
+/// What an answer that grants an upgrade promises: the protocol, and the subprotocol and extensions of a WebSocket. The
+/// fields of `Sec-WebSocket-Accept` and `Date` differ from answer to answer without a meaning for the connection.
+pub fn agreement(headers: &HeaderMap) -> Bytes {
+    let mut agreement = Vec::new();
+    for name in ["upgrade", "sec-websocket-protocol", "sec-websocket-extensions"] {
+        for value in headers.get_all(name) {
+            for part in [name.as_bytes(), b": ", value.as_bytes(), b"\n"] {
+                agreement.put_slice(part);
+            }
+        }
+    }
+    agreement.truncate(AGREEMENT_LIMIT);
+    agreement.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Request;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn decode_reverses_encode_and_ignores_later_fields(
+            head in prop::collection::vec(any::<u8>(), 0..300),
+            agreement in prop::collection::vec(any::<u8>(), 0..100),
+            state in prop::collection::vec(any::<u8>(), 0..300),
+            later in prop::collection::vec(any::<u8>(), 0..20),
+        ) {
+            let head = [&head[..], b"\r\n\r\n"].concat().into();
+            let replay = Replay { head, agreement: agreement.into(), state: state.into() };
+            let encoded = [replay.encode(), later].concat().into();
+            prop_assert_eq!(Replay::decode(&encoded), Some(replay));
+        }
+
+        #[test]
+        fn truncated_replays_are_refused(length in 0..30_usize) {
+            let replay = Replay {
+                head: Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n"),
+                agreement: Bytes::new(),
+                state: Bytes::new(),
+            };
+            let encoded = Bytes::from(replay.encode());
+            prop_assert_eq!(Replay::decode(&encoded.slice(..length)), None);
+        }
+    }
+
+    #[test]
+    fn lengths_above_the_limits_are_refused() {
+        let mut bytes = vec![VERSION];
+        bytes.put_u32_le(u32::MAX);
+        bytes.put_slice(&[0; 100]);
+        assert_eq!(Replay::decode(&bytes.into()), None);
+    }
+
+    #[test]
+    fn head_has_the_target_and_all_values_of_a_field_in_their_order() {
+        let request = Request::builder()
+            .uri("http://example.org/socket?room=1")
+            .header("host", "example.org")
+            .header("cookie", "a=1")
+            .header("cookie", "b=\u{fc}")
+            .body(());
+        let (parts, ()) = request.expect("the request is valid").into_parts();
+        let head = head_of(&parts).expect("the head is small");
+        let expected =
+            "GET /socket?room=1 HTTP/1.1\r\nhost: example.org\r\ncookie: a=1\r\ncookie: b=\u{fc}\r\n\r\n";
+        assert_eq!(head, expected);
+    }
+
+    #[cfg(feature = "fuzz-tests")]
+    #[test]
+    fn fuzzed_bytes_do_not_panic_the_replay_decoder() {
+        crate::fuzz::target!("replays").for_each(|bytes| {
+            if let Some(replay) = Replay::decode(&Bytes::copy_from_slice(bytes)) {
+                assert_eq!(Replay::decode(&replay.encode().into()), Some(replay));
+            }
+        });
+    }
+}
