@@ -2,8 +2,8 @@
 //!
 //! A handler can take these arguments, besides the extractors of axum:
 //! - `process: Process`: the process that serves the request;
-//! - `Shutdown(shutdown): Shutdown`: cancelled when the process begins to drain, so that endless responses can end;
 //! - `carry: Carry<State>`: hands a WebSocket and its state on to the next process;
+//! - `Shutdown(shutdown): Shutdown`: cancelled when the process begins to drain, so that other endless responses can end;
 //! - `peer: Peer`: the address of the client.
 //!
 //! With `--log info,request=debug` each `tracing` event of a handler has the id of its request.
@@ -21,7 +21,12 @@ use axum::response::sse::{Event, Sse};
 use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
 
-use outlive::{Carry, Process, Setup, Shutdown};
+use outlive::{Carry, EventStream, Process, Setup};
+
+/// The time between two events.
+const TICK: Duration = Duration::from_secs(1);
+/// How long a client waits that has to reconnect. Browsers wait for several seconds otherwise.
+const RETRY: Duration = Duration::from_millis(100);
 
 /// An HTTP service for systemd whose connections survive restarts.
 #[derive(Debug, clap::Parser)]
@@ -79,21 +84,17 @@ async fn echo(body: Body) -> Body {
     Body::from_stream(chunks)
 }
 
-/// Sends an event each second until the process drains. The client then reconnects to the next process and sends the id
-/// of the last event that it received (`Last-Event-ID`), so that it misses none.
-async fn events(
-    Shutdown(shutdown): Shutdown,
-    headers: HeaderMap,
-) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+/// Sends an event each second. At a restart or reload the next process continues the response: it calls this handler with
+/// the id of the last event (`Last-Event-ID`), as a client that has to reconnect does.
+async fn events(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Event, Infallible>>> {
     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
-    let first = (last.map_or(0, |last| last.wrapping_add(1)), Duration::ZERO);
+    let first = last.map_or((0, Duration::ZERO), |last| (last.wrapping_add(1), TICK));
     let event = async |(number, wait): (u64, Duration)| {
         tokio::time::sleep(wait).await;
-        let event = Event::default().id(number.to_string()).data("tick");
-        Some((Ok(event), (number.wrapping_add(1), Duration::from_secs(1))))
+        let event = Event::default().id(number.to_string()).data("tick").retry(RETRY);
+        Some((Ok(event), (number.wrapping_add(1), TICK)))
     };
-    let end = async move { shutdown.cancelled().await };
-    Sse::new(stream::unfold(first, event).take_until(Box::pin(end)))
+    EventStream(Sse::new(stream::unfold(first, event)))
 }
 
 /// Sends each message back. At a restart or reload the next process continues the WebSocket, and its client notices

@@ -17,6 +17,7 @@ mod transport;
 
 pub use app::carry::{Carry, UnreadableState};
 pub use app::context::Shutdown;
+pub use app::event_stream::EventStream;
 pub use app::process::Process;
 pub use app::setup::{Setup, TaskOptions};
 pub use app::testing;

@@ -193,7 +193,7 @@ impl<R: Sync, S> FromRequestParts<R> for Carry<S> {
     }
 }
 
-/// A request that offers an upgrade, and what is needed to continue its connection in the next process.
+/// A request that may have a response without end, and what is needed to continue its connection in the next process.
 pub struct Continuation {
     handle: UpgradeHandle,
     /// The head of the request. None if it is too large.
@@ -257,6 +257,26 @@ impl Continuation {
 
     pub fn is_requested(&self) -> bool {
         self.is_requested.load(Acquire)
+    }
+
+    /// Waits until an event stream has to end or move.
+    pub async fn must_return(&self) {
+        self.handle.handover_requested().await;
+    }
+
+    /// See [`UpgradeHandle::is_flushed`].
+    pub fn is_flushed(&self) -> bool {
+        self.handle.is_flushed()
+    }
+
+    /// Whether another process continues the connection now. Otherwise its response has to end.
+    pub fn hands_over(&self) -> bool {
+        self.handle.is_movable() && self.handle.hands_over()
+    }
+
+    /// See [`UpgradeHandle::is_draining`].
+    pub fn is_draining(&self) -> bool {
+        self.handle.is_draining()
     }
 
     async fn requested(&self, shutdown: &CancellationToken) {

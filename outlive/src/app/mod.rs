@@ -4,6 +4,7 @@
 
 pub mod carry;
 pub mod context;
+pub mod event_stream;
 pub mod process;
 pub mod readiness;
 pub mod setup;

@@ -15,17 +15,19 @@ use axum::response::IntoResponse;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderValue, UPGRADE};
+use hyper::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HeaderValue, UPGRADE};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
+use memchr::memmem;
 use pin_project_lite::pin_project;
 
 use super::Endpoint;
 use super::body_chunks::ChunkedBody;
-use super::upgraded::{Granted, ReturnPath, Upgrade};
+use super::upgraded::{EventBody, EventTurn, Granted, ReturnPath, Upgrade};
 use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
+use crate::app::event_stream::IsEventStream;
 use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle};
 use crate::requests::{self, Routes};
 use crate::transport::replay::{self, Replay};
@@ -66,31 +68,92 @@ impl Service {
         self.upgrade.clone()
     }
 
-    /// The head of the request that has to be answered anew.
-    pub(super) fn replayed_head(&self) -> Option<Bytes> {
+    /// The head of the request that has to be answered anew, and what its response is.
+    pub(super) fn replayed(&self) -> Option<(Bytes, replay::Kind)> {
         let replay = self.replay.take();
-        let head = replay.as_ref().map(|replay| replay.head.clone());
+        let replayed = replay.as_ref().map(|replay| (replay.head.clone(), replay.kind()));
         self.replay.set(replay);
-        head
+        replayed
     }
 
-    /// The upgrade that a request offers.
-    fn offered_upgrade(&self, head: &Parts) -> Option<OfferedUpgrade> {
-        let prepared = head.extensions.get::<OnUpgrade>()?.clone();
+    /// What a request offers besides a response that ends. `body`: whether the request has one.
+    fn offered(&self, head: &Parts, body: bool) -> Option<Offered> {
+        let replay = self.replay.take();
+        let prepared = head.extensions.get::<OnUpgrade>().cloned();
+        if prepared.is_none() && replay.is_none() && (body || !accepts_events(head)) {
+            return None;
+        }
         let handle = self.requests.upgrade_handle();
-        let continuation = match self.replay.take() {
+        let continuation = Arc::new(match replay {
             Some(replay) => Continuation::resumed(handle, replay),
             None => Continuation::new(handle, replay::head_of(head)),
-        };
-        Some(OfferedUpgrade {
-            prepared,
-            upgrade: self.upgrade.clone(),
-            is_websocket: head.headers.get(UPGRADE).is_some_and(is_websocket),
-            continuation: Arc::new(continuation),
-            endpoint: self.endpoint.clone(),
-            return_path: self.return_path.clone(),
+        });
+        let upgrade = self.upgrade.clone();
+        Some(match prepared {
+            Some(prepared) => Offered::Upgrade(Box::new(OfferedUpgrade {
+                prepared,
+                upgrade,
+                is_websocket: head.headers.get(UPGRADE).is_some_and(is_websocket),
+                continuation,
+                endpoint: self.endpoint.clone(),
+                return_path: self.return_path.clone(),
+            })),
+            None => Offered::Events { continuation, upgrade },
         })
     }
+}
+
+/// Whether the response to a request may be an event stream that can be continued. With HTTP/1.0 the end of the
+/// connection would be the end of the response.
+fn accepts_events(head: &Parts) -> bool {
+    let accepts = |value: &HeaderValue| memmem::find(value.as_bytes(), b"text/event-stream").is_some();
+    head.method == Method::GET
+        && head.version == Version::HTTP_11
+        && head.headers.get_all(ACCEPT).iter().any(accepts)
+}
+
+/// What a request offers besides a response that ends.
+enum Offered {
+    Upgrade(Box<OfferedUpgrade>),
+    Events { continuation: Arc<Continuation>, upgrade: Upgrade },
+}
+
+impl Offered {
+    fn continuation(&self) -> &Arc<Continuation> {
+        match self {
+            Self::Upgrade(offered) => &offered.continuation,
+            Self::Events { continuation, .. } => continuation,
+        }
+    }
+
+    /// Returns what hyper has to send in the place of `response`, and what follows the events in its body.
+    fn decide(self, response: Response<Body>, connects: bool) -> (Response<Body>, Option<Box<EventBody>>) {
+        match self {
+            Self::Upgrade(offered) => (offered.decide(response, connects), None),
+            Self::Events { continuation, upgrade } => decide_on_events(continuation, upgrade, response),
+        }
+    }
+}
+
+fn decide_on_events(
+    continuation: Arc<Continuation>,
+    upgrade: Upgrade,
+    response: Response<Body>,
+) -> (Response<Body>, Option<Box<EventBody>>) {
+    let is_event_stream = response.extensions().get::<IsEventStream>().is_some()
+        && response.status() == StatusCode::OK
+        && !response.headers().contains_key(CONTENT_LENGTH)
+        && continuation.is_movable();
+    let agreement = replay::agreement_of_events(response.headers());
+    if let Some(replay) = continuation.received() {
+        if !is_event_stream || replay.agreement != agreement {
+            upgrade.refuse();
+            return (StatusCode::SERVICE_UNAVAILABLE.into_response(), None);
+        }
+        upgrade.accept();
+    }
+    let events = is_event_stream.then(|| Box::new(EventBody::moving(continuation, agreement, upgrade)));
+    (response, events)
 }
 
 fn is_websocket(protocol: &HeaderValue) -> bool {
@@ -126,6 +189,7 @@ impl OfferedUpgrade {
         if !is_granted || !is_continued {
             upgrade.keep_declined(prepared);
         } else if is_carried {
+            upgrade.accept();
             continuation.begin();
             upgrade.grant(Granted { continuation, agreement, is_websocket, endpoint, return_path });
         }
@@ -143,9 +207,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
-        let offered = self.offered_upgrade(&head);
+        let offered = self.offered(&head, !body.is_end_stream());
         if let Some(offered) = &offered {
-            head.extensions.insert(offered.continuation.clone());
+            head.extensions.insert(offered.continuation().clone());
         }
         head.extensions.insert(self.context.clone());
         let body = request_body(&guard, body);
@@ -162,7 +226,7 @@ pin_project! {
         guard: Option<RequestGuard>,
         connects: bool,
         version: Version,
-        offered: Option<OfferedUpgrade>,
+        offered: Option<Offered>,
     }
 }
 
@@ -177,10 +241,14 @@ impl Future for ResponseFuture {
             return Poll::Pending;
         };
         let guard = this.guard.take().expect("it was present above");
+        let mut events = None;
         if let Some(offered) = this.offered.take() {
-            response = offered.decide(response, *this.connects);
+            (response, events) = offered.decide(response, *this.connects);
         }
-        Poll::Ready(Ok(answer(guard, response, *this.connects, *this.version)))
+        if events.is_none() && response.extensions().get::<IsEventStream>().is_some() {
+            events = Some(Box::new(EventBody::ending(guard.upgrade_handle())));
+        }
+        Poll::Ready(Ok(answer(guard, response, events, *this.connects, *this.version)))
     }
 }
 
@@ -198,6 +266,7 @@ fn request_body(guard: &RequestGuard, body: Incoming) -> Option<RequestBody> {
 fn answer(
     mut guard: RequestGuard,
     mut response: Response<Body>,
+    events: Option<Box<EventBody>>,
     connects: bool,
     version: Version,
 ) -> Response<ResponseBody> {
@@ -212,7 +281,7 @@ fn answer(
         response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     }
     let window = (version == Version::HTTP_2).then(|| Box::new(ChunkedBody::new(&guard)));
-    response.map(|body| ResponseBody { body, guard, window })
+    response.map(|body| ResponseBody { body, guard, window, events })
 }
 
 pin_project! {
@@ -232,8 +301,22 @@ pin_project! {
         guard: RequestGuard,
         // Present for HTTP/2 only; boxed, so that HTTP/1.1 responses stay small.
         window: Option<Box<ChunkedBody>>,
+        // Present for an event stream that can move to another process.
+        events: Option<Box<EventBody>>,
     }
 }
+
+/// The response continues in another process.
+#[derive(Debug)]
+struct MovedOn;
+
+impl std::fmt::Display for MovedOn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the response continues in another process")
+    }
+}
+
+impl std::error::Error for MovedOn {}
 
 impl HttpBody for RequestBody {
     type Data = Bytes;
@@ -280,12 +363,29 @@ impl HttpBody for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
+        if let Some(events) = this.events {
+            match events.poll_turn(cx) {
+                EventTurn::Polls => {}
+                EventTurn::Waits => return Poll::Pending,
+                // An error makes hyper stop without a byte, where the end of the body would end the response.
+                EventTurn::Moves => return Poll::Ready(Some(Err(axum::Error::new(MovedOn)))),
+                EventTurn::Ends => return Poll::Ready(None),
+            }
+        }
         let frame = match this.window {
             Some(window) => window.poll_chunk(this.body.as_mut(), cx, this.guard),
             None => this.body.as_mut().poll_frame(cx),
         };
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {
             this.guard.track();
+        }
+        if let Some(events) = this.events {
+            match &frame {
+                Poll::Ready(Some(Ok(frame))) => events.follow(frame.data_ref().map_or(&[][..], |data| data)),
+                // `poll_turn` has stored the waker above, for the request to move.
+                Poll::Ready(None) if !events.end() => return Poll::Pending,
+                Poll::Ready(_) | Poll::Pending => {}
+            }
         }
         frame
     }
@@ -323,7 +423,7 @@ mod tests {
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
         let registration = Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None);
         let guard = registration.requests().begin(&Uri::from_static("/"));
-        let response = super::answer(guard, Response::new(Body::from(body)), false, version);
+        let response = super::answer(guard, Response::new(Body::from(body)), None, false, version);
         (registration.driver(), response.into_body())
     }
 

@@ -18,6 +18,7 @@ use super::exchange::Service;
 use super::io::{Io, Parts};
 use super::upgraded::{UpgradableIo, close_unadopted};
 use crate::registry::{DriverHandle, Stage};
+use crate::transport::replay::Replay;
 
 /// The largest head of a request, in bytes; a larger one is answered with 431.
 const HEAD_LIMIT: usize = 64 * 1024;
@@ -30,8 +31,8 @@ const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\nco
 
 pub(super) enum Http1Outcome {
     Closed,
-    /// The connection, and the bytes that hyper has read and not consumed.
-    Quiescent(Parts, Bytes),
+    /// The connection, the bytes that hyper has read and not consumed, and the event stream that was sent.
+    Quiescent(Parts, Bytes, Option<Box<Replay>>),
 }
 
 /// Why the driver stops polling hyper.
@@ -47,9 +48,10 @@ enum Turn {
 pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Http1Outcome {
     let is_plain = io.is_plain();
     let upgrade = service.upgrade();
-    let replay = service.replayed_head();
-    let mut replay_deadline = replay.is_some().then(|| Box::pin(sleep(REPLAY_LIMIT)));
-    let io = UpgradableIo::new(io, upgrade.clone(), replay);
+    let (head, kind) = service.replayed().unzip();
+    // Present until the replayed request is answered.
+    let mut replay_deadline = kind.is_some().then(|| Box::pin(sleep(REPLAY_LIMIT)));
+    let io = UpgradableIo::new(io, upgrade.clone(), head);
     // A connection can be served more than once in this process (after parking), each time by a new hyper instance.
     let started_before = driver.started();
     let mut connection = Builder::new()
@@ -66,6 +68,9 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             }
             if let Poll::Ready(result) = driver.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
+            }
+            if upgrade.is_continued() {
+                replay_deadline = None;
             }
             if let Some(deadline) = &mut replay_deadline
                 && (upgrade.is_refused() || deadline.as_mut().poll(cx).is_ready())
@@ -114,15 +119,23 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
     // A handler has accepted the upgrade and owns the stream.
     let Some((io, read)) = stream else { return Http1Outcome::Closed };
     let io = io.into_io();
-    if replay_deadline.is_some() {
-        debug!(peer = %driver.peer(), "closing a WebSocket: this process does not answer its request as the one before did");
-        close_unadopted(io).await;
+    if let Some(kind) = kind
+        && !upgrade.is_continued()
+    {
+        debug!(peer = %driver.peer(), ?kind, "closing a connection: this process does not answer its request as the one before did");
+        close_unadopted(io, kind).await;
         return Http1Outcome::Closed;
+    }
+    if let Some(replay) = upgrade.take_handed_on() {
+        return match io.into_parts() {
+            Some(parts) => Http1Outcome::Quiescent(parts, read, Some(Box::new(replay))),
+            None => Http1Outcome::Closed,
+        };
     }
     match turn {
         Turn::Quiescent => {
             if let Some(parts) = io.into_parts() {
-                return Http1Outcome::Quiescent(parts, read);
+                return Http1Outcome::Quiescent(parts, read, None);
             }
         }
         Turn::ReplayRefused => {}

@@ -167,15 +167,15 @@ async fn drive(
 ) -> ConnectionOutcome {
     let driver = io.registration().driver();
     let service = context.service(&endpoint, io.registration(), driver.peer(), replay.map(|replay| *replay));
-    let (parts, http2, unread) = match protocol {
+    let (parts, http2, unread, replay) = match protocol {
         Protocol::Http1 => match http1::drive(io, service, &driver).await {
-            http1::Http1Outcome::Quiescent(parts, unread) => (parts, None, unread),
+            http1::Http1Outcome::Quiescent(parts, unread, replay) => (parts, None, unread, replay),
             http1::Http1Outcome::Closed => return ConnectionOutcome::Closed,
         },
         Protocol::Http2 => {
             let state = state.map(|state| *state);
             match http2::drive(io, state, service, &driver, context.quiesce_limit).await {
-                http2::Http2Outcome::Quiescent(parts, state, unread) => (parts, Some(state), unread),
+                http2::Http2Outcome::Quiescent(parts, state, unread) => (parts, Some(state), unread, None),
                 http2::Http2Outcome::Closed => return ConnectionOutcome::Closed,
             }
         }
@@ -183,7 +183,7 @@ async fn drive(
     let io::Parts { stream, registration, tls, unread: behind } = parts;
     let unread = io::join(unread, behind);
     ConnectionOutcome::Quiescent(
-        Connection { socket: stream, endpoint, unread, http2, tls, replay: None },
+        Connection { socket: stream, endpoint, unread, http2, tls, replay },
         registration,
     )
 }

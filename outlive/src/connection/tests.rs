@@ -102,7 +102,7 @@ impl Served {
     }
 
     /// Waits until `count` connections are open.
-    async fn until_connections(&self, count: usize) {
+    pub async fn until_connections(&self, count: usize) {
         let reached = async {
             while self.registry().counts().connections != count {
                 tokio::time::sleep(Duration::from_millis(1)).await;

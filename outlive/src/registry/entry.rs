@@ -81,6 +81,8 @@ impl PendingWork {
         match state.stage {
             Stage::Closing | Stage::Closed => false,
             Stage::Ending | Stage::Discarding => true,
+            // It becomes quiescent as soon as the phase asks for it.
+            _ if state.awaits_handover => false,
             Stage::InFlight if self.entry.started() == self.started => true,
             // HTTP/2: newer requests have begun, and an older one is still in flight beside them.
             Stage::InFlight if self.entry.has_tracked_before(self.started) => true,

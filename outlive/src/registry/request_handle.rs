@@ -54,6 +54,10 @@ impl RequestGuard {
         }
     }
 
+    pub fn upgrade_handle(&self) -> UpgradeHandle {
+        UpgradeHandle::new(self.entry.clone())
+    }
+
     /// See [`DriverHandle::must_close`](super::DriverHandle::must_close).
     pub fn must_close(&self) -> bool {
         self.entry.must_close()

@@ -110,8 +110,10 @@ pub enum Event {
     HandoverForbidden,
     /// The connection can be handed over again, unless it closes after its response or is upgraded.
     HandoverAllowed,
-    /// The handler of an upgraded connection waits for the request to hand it on, so it can be handed over.
+    /// The handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
     HandlerAwaitsHandover,
+    /// That handler works again, so another process cannot continue for it.
+    HandlerWorks,
     /// The connection closes after its next response, and cannot be handed over until then.
     ClosesAfterResponse,
     /// The driver sets the stage itself.
@@ -146,6 +148,8 @@ pub struct State {
     has_left_body: bool,
     /// Whether a task in [`Registry::wait_until`](super::Registry::wait_until) watches this connection.
     is_watched: bool,
+    /// Whether the handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
+    pub awaits_handover: bool,
     /// Whether the driver's waker is stored, so that other tasks can wake the driver.
     pub has_waker: bool,
     /// Requests that have begun and not ended.
@@ -168,6 +172,7 @@ impl State {
         closes_after_response: false,
         has_left_body: false,
         is_watched: false,
+        awaits_handover: false,
         has_waker: false,
         in_flight: 0,
         reading: 0,
@@ -244,7 +249,8 @@ impl State {
             Event::HandoverAllowed => {
                 next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded;
             }
-            Event::HandlerAwaitsHandover => next.is_movable = !self.closes_after_response,
+            Event::HandlerAwaitsHandover => next.awaits_handover = true,
+            Event::HandlerWorks => next.awaits_handover = false,
             Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
             Event::WakerStored => next.has_waker = true,
             Event::WakerTaken => next.has_waker = false,
@@ -256,7 +262,9 @@ impl State {
         }
         let has_ended =
             self.is_in_flight() && !next.is_in_flight() || self.is_reading() && !next.is_reading();
-        let is_other = next.stage != self.stage || next.is_movable != self.is_movable;
+        let is_other = next.stage != self.stage
+            || next.is_movable != self.is_movable
+            || next.awaits_handover != self.awaits_handover;
         let effects = Effects {
             driver: has_ended && !self.is_driven && self.stage.is_unanswered(),
             // Both events can end the wait for a request: HTTP/1.1 begins one only after the one before, and with
@@ -279,6 +287,7 @@ impl State {
             | u64::from(self.reading) << (8 + COUNT_BITS)
             | u64::from(self.is_watched) << Self::WATCHED.trailing_zeros()
             | u64::from(self.has_waker) << (Self::WATCHED.trailing_zeros() + 1)
+            | u64::from(self.awaits_handover) << (Self::WATCHED.trailing_zeros() + 2)
     }
 
     pub fn unpack(word: u64) -> Self {
@@ -293,6 +302,7 @@ impl State {
             closes_after_response: is_set(7),
             is_watched: is_set(Self::WATCHED.trailing_zeros()),
             has_waker: is_set(Self::WATCHED.trailing_zeros() + 1),
+            awaits_handover: is_set(Self::WATCHED.trailing_zeros() + 2),
             in_flight: count(8),
             reading: count(8 + COUNT_BITS),
         }
@@ -335,12 +345,15 @@ mod tests {
     proptest! {
         #[test]
         fn unpack_reverses_pack(
-            stage in 0..Stage::ALL.len(), flags: [bool; 7], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
+            stage in 0..Stage::ALL.len(), flags: [bool; 8], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
         ) {
-            let [is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, has_waker] = flags;
+            let [
+                is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, awaits_handover, has_waker,
+            ] = flags;
             let stage = Stage::ALL[stage];
             let state = State {
-                stage, is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, has_waker, in_flight, reading,
+                stage, is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched,
+                awaits_handover, has_waker, in_flight, reading,
             };
             prop_assert_eq!(State::unpack(state.pack()), state);
         }

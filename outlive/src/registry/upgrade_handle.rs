@@ -1,7 +1,8 @@
-//! [`UpgradeHandle`], the registry as the handler of an upgraded connection uses it.
+//! [`UpgradeHandle`], the registry as the handler of an upgraded connection, or of a response without end, uses it.
 
 use std::sync::Arc;
 
+use super::Phase;
 use super::entry::Entry;
 use super::state::Event;
 use crate::transport::stream::Peer;
@@ -21,6 +22,28 @@ impl UpgradeHandle {
     /// Whether the connection can be handed over before it is upgraded; an upgrade alone forbids the handover.
     pub fn is_movable(&self) -> bool {
         self.0.state().is_movable()
+    }
+
+    /// Whether the socket has all bytes that hyper had to send.
+    pub fn is_flushed(&self) -> bool {
+        self.0.state().is_flushed()
+    }
+
+    /// Whether the process has begun to drain, so that [`Shutdown`](crate::Shutdown) is cancelled.
+    pub fn is_draining(&self) -> bool {
+        !matches!(self.0.phase(), Phase::Serving | Phase::Announcing)
+    }
+
+    /// Waits until the process begins to drain.
+    pub async fn drains(&self) {
+        let mut phase = self.0.registry.handler_phase.subscribe();
+        // The sender is not dropped before, because it is in the registry.
+        let _ = phase.wait_for(|phase| !matches!(phase, Phase::Serving | Phase::Announcing)).await;
+    }
+
+    /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
+    pub fn hands_over(&self) -> bool {
+        self.0.phase().quiesces() && !self.0.registry.keeps_upgrades()
     }
 
     /// Waits until the handler has to return, because the phase hands connections over or ends them. While this is
@@ -44,6 +67,6 @@ impl<'a> AwaitsHandover<'a> {
 
 impl Drop for AwaitsHandover<'_> {
     fn drop(&mut self) {
-        self.0.apply(Event::HandoverForbidden);
+        self.0.apply(Event::HandlerWorks);
     }
 }

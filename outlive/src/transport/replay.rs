@@ -1,4 +1,5 @@
-//! What the next process needs to continue a response that has no end: a WebSocket, or another upgraded connection.
+//! What the next process needs to continue a response that has no end: a WebSocket or another upgraded connection, or an
+//! event stream.
 //!
 //! The next process begins the request anew: its own route answers the very same head, with the state that the handler
 //! of this process left, and the head of that answer is discarded because the client has received it long ago.
@@ -15,7 +16,8 @@ const STATE_LIMIT: usize = 16 * 1024 * 1024;
 const AGREEMENT_LIMIT: usize = 4096;
 const VERSION: u8 = 1;
 
-/// A request that was answered with an upgrade, and the state that its handler left for the handler of the next process.
+/// A request that was answered with a response without end, and the state that its handler left for the handler of the
+/// next process.
 ///
 /// Encoded as a version (1 byte), and three times a length (4 bytes, little-endian) and as many bytes. Fields of later
 /// releases may follow.
@@ -78,19 +80,73 @@ pub fn head_of(parts: &Parts) -> Option<Bytes> {
     head(&parts.method, &parts.uri, &parts.headers)
 }
 
+/// What the peer of a connection that cannot be continued has to receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A Close frame.
+    WebSocket,
+    /// The last chunk of the response's body.
+    EventStream,
+    /// Nothing: the library does not know the protocol.
+    Other,
+}
+
+impl Replay {
+    pub fn kind(&self) -> Kind {
+        if self.agreement.starts_with(EVENT_STREAM) {
+            Kind::EventStream
+        } else if self.agreement.to_ascii_lowercase().starts_with(b"upgrade: websocket\n") {
+            Kind::WebSocket
+        } else {
+            Kind::Other
+        }
+    }
+}
+
+/// The first line in the agreement of an event stream.
+const EVENT_STREAM: &[u8] = b"event stream\n";
+
+/// What the head of an event stream promises.
+pub fn agreement_of_events(headers: &HeaderMap) -> Bytes {
+    let mut agreement = EVENT_STREAM.to_vec();
+    put_fields(&mut agreement, headers, &["content-type", "content-encoding"]);
+    agreement.into()
+}
+
 /// What an answer that grants an upgrade promises: the protocol, and the subprotocol and extensions of a WebSocket. The
 /// fields of `Sec-WebSocket-Accept` and `Date` differ from answer to answer without a meaning for the connection.
 pub fn agreement(headers: &HeaderMap) -> Bytes {
     let mut agreement = Vec::new();
-    for name in ["upgrade", "sec-websocket-protocol", "sec-websocket-extensions"] {
-        for value in headers.get_all(name) {
+    put_fields(&mut agreement, headers, &["upgrade", "sec-websocket-protocol", "sec-websocket-extensions"]);
+    agreement.into()
+}
+
+fn put_fields(agreement: &mut Vec<u8>, headers: &HeaderMap, names: &[&str]) {
+    for name in names {
+        for value in headers.get_all(*name) {
             for part in [name.as_bytes(), b": ", value.as_bytes(), b"\n"] {
                 agreement.put_slice(part);
             }
         }
     }
     agreement.truncate(AGREEMENT_LIMIT);
-    agreement.into()
+}
+
+/// The head of a request with `Last-Event-ID: id` in the place of the one that it had. None if it would be too large, or
+/// the id is not a valid value of a field.
+pub fn with_last_event_id(head: &[u8], id: &[u8]) -> Option<Bytes> {
+    const NAME: &[u8] = b"last-event-id: ";
+    let is_valid = |byte: &u8| *byte == b'\t' || *byte >= b' ' && *byte != 0x7f;
+    if !id.iter().all(is_valid) {
+        return None;
+    }
+    let lines = head.split_inclusive(|byte| *byte == b'\n');
+    let mut next: Vec<u8> =
+        lines.filter(|line| !line.starts_with(NAME) && *line != b"\r\n").flatten().copied().collect();
+    for part in [NAME, id, b"\r\n\r\n"] {
+        next.put_slice(part);
+    }
+    (next.len() <= HEAD_LIMIT).then(|| next.into())
 }
 
 #[cfg(test)]
@@ -147,6 +203,14 @@ mod tests {
         let expected =
             "GET /socket?room=1 HTTP/1.1\r\nhost: example.org\r\ncookie: a=1\r\ncookie: b=\u{fc}\r\n\r\n";
         assert_eq!(head, expected);
+    }
+
+    #[test]
+    fn last_event_id_is_replaced_and_other_fields_are_kept() {
+        let head = b"GET /events HTTP/1.1\r\nlast-event-id: 3\r\nhost: x\r\n\r\n";
+        let next = with_last_event_id(head, b"17").expect("the id is valid");
+        assert_eq!(next, "GET /events HTTP/1.1\r\nhost: x\r\nlast-event-id: 17\r\n\r\n");
+        assert_eq!(with_last_event_id(head, b"1\r\nx: y"), None);
     }
 
     #[cfg(feature = "fuzz-tests")]

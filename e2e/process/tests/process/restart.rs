@@ -423,7 +423,27 @@ fn a_websocket_whose_client_does_not_read_does_not_delay_the_exit() {
 }
 
 #[test]
-fn an_event_stream_ends_at_a_restart_and_its_connection_is_handed_over() {
+fn an_event_stream_continues_over_restarts_in_the_same_response() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        let request = b"GET /events HTTP/1.1\r\nhost: x\r\naccept: text/event-stream\r\n\r\n";
+        connection.send(request).await.expect("the bytes are sent");
+        assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
+        for number in 0..4 {
+            let event = format!("id: {number}\ndata: tick\nretry: 100\n\n");
+            let chunk = format!("{:X}\r\n{event}\r\n", event.len());
+            let bytes = connection.take(chunk.len()).await.expect("an event arrives");
+            assert_eq!(String::from_utf8_lossy(&bytes), chunk);
+            service.signal(Signal::TERM);
+            service = service.restart(app_binary()).expect("the next process starts");
+        }
+        drop(service);
+    });
+}
+
+#[test]
+fn an_event_stream_of_a_client_that_does_not_accept_one_ends_and_its_connection_is_handed_over() {
     let service = start();
     block_on(async {
         let mut connection = service.connect().await;

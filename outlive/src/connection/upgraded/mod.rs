@@ -12,6 +12,7 @@
 //! driver could neither hand such a connection over nor park it, so every client that offers an upgrade with each
 //! request (the JDK's HttpClient does) would lose its connections at each restart.
 
+mod events;
 mod frames;
 mod returned;
 #[cfg(test)]
@@ -34,6 +35,8 @@ use super::Endpoint;
 use super::io::Io;
 use crate::app::carry::Continuation;
 use crate::os::lock::lock;
+use crate::transport::replay::Replay;
+pub(super) use events::{EventBody, Turn as EventTurn};
 use frames::{Inbound, Outbound};
 pub(super) use returned::close_unadopted;
 pub use returned::{ReturnPath, ReturnedConnection, ReturnedConnections, Succession};
@@ -53,6 +56,10 @@ struct Shared {
     granted: OnceLock<Granted>,
     /// Whether the response to a replayed request does not continue the connection.
     is_refused: AtomicBool,
+    /// Whether it does.
+    is_continued: AtomicBool,
+    /// Set when an event stream has to continue in another process.
+    handed_on: Mutex<Option<Replay>>,
 }
 
 /// An upgrade whose handler has a `Carry`.
@@ -92,6 +99,25 @@ impl Upgrade {
     /// The response to the replayed request does not continue the connection.
     pub(super) fn refuse(&self) {
         self.0.is_refused.store(true, Release);
+    }
+
+    /// The response to the replayed request continues the connection.
+    pub(super) fn accept(&self) {
+        self.0.is_continued.store(true, Release);
+    }
+
+    pub(super) fn is_continued(&self) -> bool {
+        self.0.is_continued.load(Acquire)
+    }
+
+    /// The event stream continues in another process. Its body must not end here.
+    fn hand_on(&self, replay: Replay) {
+        *lock(&self.0.handed_on) = Some(replay);
+    }
+
+    /// The event stream that hyper has stopped sending, because it continues in another process.
+    pub(super) fn take_handed_on(&self) -> Option<Replay> {
+        lock(&self.0.handed_on).take()
     }
 
     pub(super) fn is_refused(&self) -> bool {

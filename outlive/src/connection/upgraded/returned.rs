@@ -9,16 +9,23 @@ use super::{Frames, Granted};
 use crate::connection::io::{self, Io};
 use crate::connection::{Connection, Endpoint};
 use crate::registry::Registration;
-use crate::transport::replay::Replay;
+use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::Stream;
 
 /// The codes of a Close frame (RFC 6455 section 7.4): the peer has closed; the service restarts.
 const NORMAL: u16 = 1000;
 const SERVICE_RESTART: u16 = 1012;
 
-/// Closes a connection that another process has upgraded, and that this process cannot continue.
-pub(in crate::connection) async fn close_unadopted(io: Io) {
-    io.refuse(&close(SERVICE_RESTART)).await;
+/// The last chunk of a chunked body (RFC 9112 section 7.1).
+const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
+
+/// Closes a connection that began in another process, and that this process cannot continue.
+pub(in crate::connection) async fn close_unadopted(io: Io, kind: Kind) {
+    match kind {
+        Kind::WebSocket => io.refuse(&close(SERVICE_RESTART)).await,
+        Kind::EventStream => io.refuse(LAST_CHUNK).await,
+        Kind::Other => io.close().await,
+    }
 }
 
 /// Where handlers give connections back.

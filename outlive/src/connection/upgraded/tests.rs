@@ -1,14 +1,17 @@
-//! WebSockets and other upgraded connections that move between servers in this process, as they move between processes.
+//! WebSockets, other upgraded connections and event streams that move between servers in this process, as they move
+//! between processes.
 
+use std::convert::Infallible;
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::Request;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
-use axum::routing::any;
-use futures_util::{SinkExt, StreamExt};
+use axum::response::sse::{Event, Sse};
+use axum::routing::{any, get};
+use futures_util::{SinkExt, Stream, StreamExt, stream};
 use hyper::header::{CONNECTION, UPGRADE};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
@@ -21,8 +24,10 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Message as Sent;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
+use tokio_util::sync::CancellationToken;
 
 use crate::app::carry::Carry;
+use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve};
 use crate::registry::Phase;
 
@@ -229,8 +234,8 @@ async fn websocket_is_closed_with_1012_if_the_next_process_answers_otherwise() {
     }
 }
 
-fn endless() -> impl futures_util::Stream<Item = Result<&'static str, std::convert::Infallible>> {
-    futures_util::stream::repeat(Ok("x"))
+fn endless() -> impl Stream<Item = Result<&'static str, Infallible>> {
+    stream::repeat(Ok("x"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -370,4 +375,210 @@ async fn upgrade_to_another_protocol_moves_at_the_points_that_its_handler_choose
         assert_eq!(client.take(expected.len()).await.expect("the connection is open"), expected.as_bytes());
         served = moved(served, router()).await;
     }
+}
+
+// ---- event streams ----
+
+const EVENTS: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
+
+/// Sends an event each millisecond, with its number as the id, from the one after `Last-Event-ID` on.
+async fn numbers(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Event, Infallible>>> {
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let event = async |number: u64| {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        let length = usize::try_from(number % 700 + 1).expect("it is small");
+        let event = Event::default().id(number.to_string()).data("x".repeat(length));
+        Some((Ok(event), number + 1))
+    };
+    EventStream(Sse::new(stream::unfold(last.map_or(0, |last| last + 1), event)))
+}
+
+fn numbering() -> Router {
+    Router::new().route("/", get(numbers))
+}
+
+/// A client of an event stream.
+struct Reader {
+    client: client::Connection,
+    text: String,
+}
+
+impl Reader {
+    async fn open(served: &Served) -> Self {
+        Self::begin(served, EVENTS).await
+    }
+
+    async fn begin(served: &Served, request: &[u8]) -> Self {
+        let mut client =
+            client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+        client.send(request).await.expect("the bytes are sent");
+        assert_eq!(client.head().await.expect("the server answers").status, 200);
+        Self { client, text: String::new() }
+    }
+
+    /// The next chunk of the body. Empty at the end of the body.
+    async fn chunk(&mut self) -> String {
+        let line = loop {
+            let unread = self.client.unread();
+            if let Some(end) = memchr::memmem::find(unread, b"\r\n") {
+                break end + 2;
+            }
+            let read = timeout(PATIENCE, self.client.read_more()).await.expect("a chunk arrives in time");
+            assert!(read.expect("the connection is open") > 0, "the connection ends");
+        };
+        let line = self.client.take(line).await.expect("the line has arrived");
+        let length = std::str::from_utf8(&line[..line.len() - 2]).expect("the length is text");
+        let length = usize::from_str_radix(length, 16).expect("the length is a number");
+        let chunk = self.client.take(length + 2).await.expect("the chunk arrives");
+        String::from_utf8(chunk[..length].to_vec()).expect("the chunk is text")
+    }
+
+    /// The next event; None at the end of the response.
+    async fn event(&mut self) -> Option<String> {
+        while !self.text.contains("\n\n") {
+            let chunk = self.chunk().await;
+            if chunk.is_empty() {
+                return None;
+            }
+            self.text.push_str(&chunk);
+        }
+        let (event, rest) = self.text.split_once("\n\n").expect("it was found");
+        let event = event.to_owned();
+        self.text = rest.to_owned();
+        Some(event)
+    }
+
+    /// Reads events up to the end of the response.
+    async fn reaches_the_end(&mut self) {
+        while self.event().await.is_some() {}
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
+    let mut served = serve(numbering()).await;
+    let mut reader = Reader::open(&served).await;
+    for number in 0..1_500_usize {
+        let event = reader.event().await.expect("the response has not ended");
+        let expected = format!("id: {number}\ndata: {}", "x".repeat(number % 700 + 1));
+        assert!(event == expected, "{event:.60}");
+        if number % 50 == 49 {
+            served = moved(served, numbering()).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_that_ends_at_the_shutdown_continues_in_the_next_process() {
+    fn router(shutdown: &CancellationToken) -> Router {
+        let shutdown = shutdown.clone();
+        let handler = async move |headers: HeaderMap| {
+            let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+            let event = async |number: u64| {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                Some((Ok::<_, Infallible>(Event::default().id(number.to_string()).data("x")), number + 1))
+            };
+            let events = stream::unfold(last.map_or(0, |last| last + 1), event);
+            EventStream(Sse::new(events.take_until(Box::pin(shutdown.cancelled_owned()))))
+        };
+        Router::new().route("/", get(handler))
+    }
+    let mut shutdown = CancellationToken::new();
+    let mut served = serve(router(&shutdown)).await;
+    let mut reader = Reader::open(&served).await;
+    for number in 0..200 {
+        let event = reader.event().await.expect("the response has not ended");
+        assert_eq!(event, format!("id: {number}\ndata: x"));
+        if number % 20 == 19 {
+            // As in a restart: the shutdown comes first.
+            served.registry().set_phase(Phase::Draining);
+            shutdown.cancel();
+            tokio::task::yield_now().await;
+            shutdown = CancellationToken::new();
+            served = moved(served, router(&shutdown)).await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_ends_after_a_whole_event_if_it_cannot_continue() {
+    let plain = Router::new().route("/", get(async || "text"));
+    let without_wrapper = async |headers: HeaderMap| numbers(headers).await.0;
+    let without_wrapper = Router::new().route("/", get(without_wrapper));
+    let redirecting = Router::new().route("/", get(async || axum::response::Redirect::to("/elsewhere")));
+    for router in [Router::new(), plain, without_wrapper, redirecting] {
+        let served = serve(numbering()).await;
+        let mut reader = Reader::open(&served).await;
+        reader.event().await.expect("the response has not ended");
+        let _next = moved(served, router).await;
+        reader.reaches_the_end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_ends_if_there_is_no_next_process() {
+    let served = serve(numbering()).await;
+    let mut reader = Reader::open(&served).await;
+    reader.event().await.expect("the response has not ended");
+    served.server.enter(Phase::Lingering);
+    reader.reaches_the_end().await;
+    drop(reader);
+    served.server.enter(Phase::Closing);
+    let drained = served.registry().wait_until(|| served.registry().is_drained());
+    timeout(PATIENCE, drained).await.expect("the drain ends");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_without_ids_ends_at_a_move() {
+    let handler = async || {
+        let event = async |()| {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            Some((Ok::<_, Infallible>(Event::default().data("x")), ()))
+        };
+        EventStream(Sse::new(stream::unfold((), event)))
+    };
+    let router = || Router::new().route("/", get(handler));
+    let served = serve(router()).await;
+    let mut reader = Reader::open(&served).await;
+    reader.event().await.expect("the response has not ended");
+    let next = moved(served, router()).await;
+    reader.reaches_the_end().await;
+    // The connection itself has moved, and serves the next request.
+    let _next = next;
+    reader.client.send(EVENTS).await.expect("the connection is open");
+    assert_eq!(reader.client.head().await.expect("the server answers").status, 200);
+}
+
+/// Without `Accept: text/event-stream` the head of the request is not kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_of_a_client_that_does_not_ask_for_one_ends_at_the_drain() {
+    let served = serve(numbering()).await;
+    let mut reader = Reader::begin(&served, &client::get("/")).await;
+    reader.event().await.expect("the response has not ended");
+    served.registry().set_phase(Phase::Draining);
+    reader.reaches_the_end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_ends_at_the_drain() {
+    let served = serve(numbering()).await;
+    let mut client = client::Http2::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    let all = tokio::spawn(async move { client.get("/").await });
+    let begun = async {
+        while served.registry().counts().in_flight == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, begun).await.expect("the request begins");
+    served.registry().set_phase(Phase::Draining);
+    let all = timeout(PATIENCE, all).await.expect("the response ends in time").expect("no panic");
+    assert_eq!(all.expect("the response is complete").expect("no GOAWAY arrives").0, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_ends_when_its_client_disconnects() {
+    let served = serve(numbering()).await;
+    let reader = Reader::open(&served).await;
+    drop(reader);
+    served.until_connections(0).await;
 }

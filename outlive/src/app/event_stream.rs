@@ -1,0 +1,65 @@
+//! [`EventStream`], a response whose events continue in the next process.
+
+use axum::BoxError;
+use axum::response::sse::Event;
+use axum::response::{IntoResponse, Response, Sse};
+use futures_util::Stream;
+
+/// Keeps an event stream open when the process is restarted or reloaded. A handler that honours `Last-Event-ID` returns
+/// it in the place of [`Sse`].
+///
+/// When the connection has to move, the stream is dropped after a whole event. The next process calls the handler of the
+/// same route with the same request, whose `Last-Event-ID` is now the id of the last event that was sent, and its events
+/// follow in the same response. The client notices nothing: it receives no second head, and no event is lost or repeated.
+///
+/// ```
+/// use std::convert::Infallible;
+///
+/// use axum::http::HeaderMap;
+/// use axum::response::IntoResponse;
+/// use axum::response::sse::{Event, Sse};
+/// use futures_util::stream;
+/// use outlive::EventStream;
+///
+/// async fn count(headers: HeaderMap) -> impl IntoResponse {
+///     let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+///     let event = async |number: u64| {
+///         tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+///         let event = Event::default().id(number.to_string()).data("tick");
+///         Some((Ok::<_, Infallible>(event), number + 1))
+///     };
+///     EventStream(Sse::new(stream::unfold(last.map_or(0, |last| last + 1), event)))
+/// }
+/// # let _: axum::Router = axum::Router::new().route("/events", axum::routing::get(count));
+/// ```
+///
+/// # When the response ends instead
+///
+/// The response ends after a whole event, and the client has to reconnect, if it cannot continue:
+///
+/// - The request has no `Accept: text/event-stream`, as browsers send it, or is not a GET request in HTTP/1.1.
+/// - The last event that was sent has data and no id.
+/// - There is no next process that can adopt the connection (`systemctl stop`, or an older release at a reload).
+/// - The next process answers the request with another status, content type or content encoding, or not within ten
+///   seconds.
+///
+/// Set `retry` ([`Event::retry`]) in the first event, so that clients that have to reconnect do so at once; browsers wait
+/// for several seconds otherwise.
+#[derive(Clone, Debug)]
+pub struct EventStream<S>(pub Sse<S>);
+
+/// Marks a response as an event stream that can be continued.
+#[derive(Clone, Copy)]
+pub struct IsEventStream;
+
+impl<S, E> IntoResponse for EventStream<S>
+where
+    S: Stream<Item = Result<Event, E>> + Send + 'static,
+    E: Into<BoxError>,
+{
+    fn into_response(self) -> Response {
+        let mut response = self.0.into_response();
+        response.extensions_mut().insert(IsEventStream);
+        response
+    }
+}
