@@ -1,15 +1,19 @@
-//! Tests of the binaries in `examples`: background tasks, readiness checks, exit hooks and errors of `start` over
-//! restarts and reloads. `minimal` and `state` are for readers; `slow` exists for these tests.
+//! Tests of the binaries in `examples`: WebSockets, background tasks, readiness checks, exit hooks and errors of `start`
+//! over restarts and reloads. `chat`, `minimal` and `state` are for readers; `slow` exists for these tests.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
+use futures_util::{SinkExt, StreamExt};
 use rustix::process::Signal;
 use testkit::client::{Connection, Target, get};
 use testkit::process::{Notifications, Process, terminate};
 use testkit::service::{Service, command, run_to_end};
 use testkit::tls_service::TlsService;
 use testkit::{block_on, wait_until};
+use tokio::net::TcpStream;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::Message;
 
 /// The path of an example. cargo builds the examples only when it runs all tests of the package, as `make test` does.
 /// Before a run of this test alone (`--test examples`), run `cargo build --workspace --examples`.
@@ -35,6 +39,55 @@ fn the_minimal_example_keeps_its_connection_over_a_restart() {
         service.signal(Signal::TERM);
         let _next = service.restart(&binary).expect("the next process starts");
         assert_eq!(connection.ask(&get("/")).await.expect("the server answers").text(), "hello\n");
+    });
+}
+
+/// A member of the room of the example `chat`.
+struct Member(WebSocketStream<TcpStream>);
+
+impl Member {
+    async fn join(service: &Service, name: &str) -> Self {
+        let stream = TcpStream::connect(service.address()).await.expect("the service listens");
+        let opened = tokio_tungstenite::client_async("ws://test/chat", stream).await;
+        let mut member = Self(opened.expect("the upgrade is granted").0);
+        member.say(name).await;
+        member
+    }
+
+    async fn say(&mut self, text: &str) {
+        self.0.send(Message::text(text)).await.expect("the WebSocket is open");
+    }
+
+    /// Waits for `line`. Other lines may come before it, but no Close.
+    async fn hear(&mut self, line: &str) {
+        loop {
+            match self.0.next().await.expect("the WebSocket is open").expect("no error occurs") {
+                Message::Text(text) if text.as_str() == line => return,
+                Message::Text(_) => {}
+                other => panic!("expected {line:?}, got {other:?}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn the_chat_example_keeps_its_websockets_and_their_state_over_restarts() {
+    let binary = example("chat");
+    let mut service = Service::start_with_store(&binary, &[]).expect("the service starts");
+    block_on(async {
+        let (mut ann, mut bob) = (Member::join(&service, "ann").await, Member::join(&service, "bob").await);
+        for number in 1..6 {
+            // A member that has heard its own line is served by this process, so it hears the next lines of others.
+            ann.say("hello").await;
+            ann.hear(&format!("ann {number}: hello")).await;
+            bob.say("hi").await;
+            let line = format!("bob {number}: hi");
+            bob.hear(&line).await;
+            ann.hear(&line).await;
+            service.signal(Signal::TERM);
+            service = service.restart(&binary).expect("the next process starts");
+        }
+        drop(service);
     });
 }
 

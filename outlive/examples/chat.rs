@@ -1,0 +1,94 @@
+//! A chat room whose WebSockets stay open when the service is restarted or reloaded, with the name and the count of each
+//! member. docs/recipes/long-lived.md explains it.
+//!
+//! `cargo run --example chat`, and then for each member `websocat ws://127.0.0.1:8080/chat`
+
+use std::process::ExitCode;
+
+use axum::Router;
+use axum::extract::State;
+use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::any;
+use outlive::Carry;
+use serde::{Deserialize, Serialize};
+use tokio::sync::broadcast;
+
+/// How many lines a member may fall behind. One that falls further behind is disconnected.
+const BACKLOG: usize = 1024;
+
+/// A chat room.
+#[derive(clap::Parser)]
+#[command(name = "chat", version, about)]
+struct Config {}
+
+/// Sends a line to each member that this process serves.
+type Room = broadcast::Sender<String>;
+
+/// What the next process has to know of a member. A field that a later release adds needs a default.
+#[derive(Default, Serialize, Deserialize)]
+struct Member {
+    name: String,
+    #[serde(default)]
+    lines: u64,
+}
+
+async fn join(upgrade: WebSocketUpgrade, carry: Carry<Member>, State(room): State<Room>) -> Response {
+    let member = match carry.received() {
+        Ok(member) => member.unwrap_or_default(),
+        // Any other answer than before closes the WebSocket with 1012, and the client joins anew.
+        Err(error) => return (StatusCode::CONFLICT, error.to_string()).into_response(),
+    };
+    upgrade.on_upgrade(move |socket| converse(socket, carry, member, room))
+}
+
+async fn converse(mut socket: WebSocket, carry: Carry<Member>, mut member: Member, room: Room) {
+    let mut lines = room.subscribe();
+    loop {
+        tokio::select! {
+            message = socket.recv() => match message {
+                Some(Ok(Message::Text(text))) => member.says(&text, &room),
+                // axum answers Ping and Close itself.
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
+            },
+            line = lines.recv() => {
+                let Ok(line) = line else { return };
+                if socket.send(line.into()).await.is_err() {
+                    return;
+                }
+            }
+            () = carry.requested() => break,
+        }
+    }
+    // The next process does not have the lines that wait for this member, so they are sent now.
+    while !lines.is_empty() {
+        let Ok(line) = lines.recv().await else { return };
+        if socket.send(line.into()).await.is_err() {
+            return;
+        }
+    }
+    carry.hand_on(&member);
+}
+
+impl Member {
+    /// The first text is the name of the member.
+    fn says(&mut self, text: &str, room: &Room) {
+        if self.name.is_empty() {
+            text.clone_into(&mut self.name);
+        } else {
+            self.lines += 1;
+            // There is at least one receiver, which is that of this member.
+            let _ = room.send(format!("{} {}: {text}", self.name, self.lines));
+        }
+    }
+}
+
+async fn start(_: Config, _: &mut outlive::Setup) -> anyhow::Result<Router> {
+    Ok(Router::new().route("/chat", any(join)).with_state(Room::new(BACKLOG)))
+}
+
+fn main() -> ExitCode {
+    outlive::run(start)
+}
