@@ -1,5 +1,5 @@
-//! A chat room whose WebSockets stay open when the service is restarted or reloaded, with the name and the count of each
-//! member. docs/recipes/long-lived.md explains it.
+//! A chat room whose WebSockets stay open when the service is restarted or reloaded. Each member keeps the name, which is
+//! its first message, and the number of its lines. The recipe `docs/recipes/long-lived.md` explains it.
 //!
 //! `cargo run --example chat`, and then for each member `websocat ws://127.0.0.1:8080/chat`
 
@@ -47,40 +47,25 @@ async fn converse(mut socket: WebSocket, carry: Carry<Member>, mut member: Membe
     let mut lines = room.subscribe();
     loop {
         tokio::select! {
-            message = socket.recv() => match message {
-                Some(Ok(Message::Text(text))) => member.says(&text, &room),
-                // axum answers Ping and Close itself.
-                Some(Ok(_)) => {}
-                Some(Err(_)) | None => return,
-            },
+            // Lines come first, because the next process does not have those that still wait for this member.
+            biased;
             line = lines.recv() => {
                 let Ok(line) = line else { return };
                 if socket.send(line.into()).await.is_err() {
                     return;
                 }
             }
-            () = carry.requested() => break,
-        }
-    }
-    // The next process does not have the lines that wait for this member, so they are sent now.
-    while !lines.is_empty() {
-        let Ok(line) = lines.recv().await else { return };
-        if socket.send(line.into()).await.is_err() {
-            return;
-        }
-    }
-    carry.hand_on(&member);
-}
-
-impl Member {
-    /// The first text is the name of the member.
-    fn says(&mut self, text: &str, room: &Room) {
-        if self.name.is_empty() {
-            text.clone_into(&mut self.name);
-        } else {
-            self.lines += 1;
-            // There is at least one receiver, which is that of this member.
-            let _ = room.send(format!("{} {}: {text}", self.name, self.lines));
+            () = carry.requested() => return carry.hand_on(&member),
+            message = socket.recv() => match message {
+                Some(Ok(Message::Text(name))) if member.name.is_empty() => member.name = name.to_string(),
+                Some(Ok(Message::Text(text))) => {
+                    member.lines += 1;
+                    let _ = room.send(format!("{} {}: {text}", member.name, member.lines));
+                }
+                // axum answers Ping and Close itself.
+                Some(Ok(_)) => {}
+                Some(Err(_)) | None => return,
+            },
         }
     }
 }

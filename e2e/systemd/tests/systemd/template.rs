@@ -71,6 +71,7 @@ fn code_in_documents_is_taken_from_examples() {
     for (document, example) in [
         ("README.md", "outlive/examples/minimal.rs"),
         ("docs/recipes/application.md", "e2e/links/src/app.rs"),
+        ("docs/recipes/long-lived.md", "outlive/examples/chat.rs"),
     ] {
         let text = read(document);
         let shown = text.split("```rust\n").nth(1).and_then(|rest| rest.split("```").next());
