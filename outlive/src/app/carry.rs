@@ -72,9 +72,10 @@ const STATE_LIMIT: usize = 64 * 1024;
 /// # When the connection is closed instead
 ///
 /// The library closes the WebSocket with the code 1012, service restart (RFC 6455 section 7.4), if it cannot continue:
-/// there is no next process that can adopt it (`systemctl stop`, or an older release at a reload), the state is above
-/// the [limit](Self::limit) or cannot be encoded, or the next process does not answer the request with the same
-/// subprotocol. A handler that does not return by the end of the drain is cut off (`--drain-timeout`).
+/// there is no next process that can adopt it (an older release, or no file descriptor store), the state is above the
+/// [limit](Self::limit) or cannot be encoded, or the next process does not answer the request with the same subprotocol.
+/// `systemctl stop` ends it without a Close frame, because the process stores it as for a restart, and systemd then
+/// empties the store. A handler that does not return by the end of the drain is cut off (`--drain-timeout`).
 ///
 /// # The state
 ///
