@@ -281,7 +281,7 @@ impl Continuation {
     }
 
     async fn requested(&self, shutdown: &CancellationToken) {
-        if self.can_move.load(Acquire) {
+        if self.can_move() {
             self.handle.handover_requested().await;
         } else {
             shutdown.cancelled().await;
@@ -289,10 +289,14 @@ impl Continuation {
         self.is_requested.store(true, Release);
     }
 
-    /// The upgrade is about to be granted. If the connection cannot move, for example with TLS 1.2, the handler has to
-    /// return as soon as the process begins to drain.
-    pub fn begin(&self) {
-        self.can_move.store(self.handle.is_movable(), Release);
+    /// The upgrade is about to be granted. If the connection cannot move, for example with TLS 1.2 or because the protocol
+    /// does not permit it, the handler has to return as soon as the process begins to drain.
+    pub fn begin(&self, protocol_permits: bool) {
+        self.can_move.store(protocol_permits && self.handle.is_movable(), Release);
+    }
+
+    pub fn can_move(&self) -> bool {
+        self.can_move.load(Acquire)
     }
 
     fn leave(&self, left: Left) {

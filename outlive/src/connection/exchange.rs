@@ -15,7 +15,7 @@ use axum::response::IntoResponse;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HeaderValue, UPGRADE};
+use hyper::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HeaderValue, SEC_WEBSOCKET_EXTENSIONS, UPGRADE};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -178,6 +178,8 @@ impl OfferedUpgrade {
         let Self { prepared, upgrade, is_websocket, continuation, endpoint, return_path } = self;
         let agreement = replay::agreement(response.headers());
         let is_granted = grants_upgrade(&response, connects);
+        // An extension such as permessage-deflate has state that cannot be handed over.
+        let is_extended = response.headers().contains_key(SEC_WEBSOCKET_EXTENSIONS);
         let is_carried = is_granted && continuation.is_claimed();
         // A connection that has to close after its next response cannot become a WebSocket again.
         let is_continued = continuation
@@ -186,11 +188,11 @@ impl OfferedUpgrade {
         if !is_continued {
             upgrade.refuse();
         }
-        if !is_granted || !is_continued {
+        if !is_granted {
             upgrade.keep_declined(prepared);
-        } else if is_carried {
+        } else if is_continued && is_carried {
             upgrade.accept();
-            continuation.begin();
+            continuation.begin(!is_extended);
             upgrade.grant(Granted { continuation, agreement, is_websocket, endpoint, return_path });
         }
         if is_continued { response } else { StatusCode::SERVICE_UNAVAILABLE.into_response() }

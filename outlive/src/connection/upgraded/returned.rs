@@ -72,9 +72,10 @@ impl ReturnedConnection {
     /// `is_followed`: the frames were followed from the first byte after the head on.
     pub(super) fn new(io: Io, granted: &Granted, frames: Option<Frames>, is_followed: bool) -> Self {
         let Granted { continuation, agreement, endpoint, .. } = granted;
-        let replay = continuation.take_left().filter(|_| is_followed).and_then(|state| {
-            Some(Replay { head: continuation.head()?.clone(), agreement: agreement.clone(), state })
-        });
+        let replay =
+            continuation.take_left().filter(|_| is_followed && continuation.can_move()).and_then(|state| {
+                Some(Replay { head: continuation.head()?.clone(), agreement: agreement.clone(), state })
+            });
         let was_requested = continuation.is_requested();
         Self { io, endpoint: endpoint.clone(), replay, was_requested, frames }
     }

@@ -2,6 +2,7 @@
 //! between processes.
 
 use std::convert::Infallible;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
@@ -15,11 +16,16 @@ use futures_util::{SinkExt, Stream, StreamExt, stream};
 use hyper::header::{CONNECTION, UPGRADE};
 use hyper_util::rt::TokioIo;
 use serde::{Deserialize, Serialize};
+use testkit::certificate::Certificate;
 use testkit::client::{self, Target};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::client::TlsStream;
+use tokio_rustls::rustls::version::{TLS12, TLS13};
+use tokio_rustls::rustls::{self, SupportedProtocolVersion};
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::protocol::Message as Sent;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
@@ -28,7 +34,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::app::carry::Carry;
 use crate::app::event_stream::EventStream;
-use crate::connection::tests::{Served, move_to, serve};
+use crate::connection::tests::{Served, move_to, serve, serve_with};
+use crate::connection::unread_tests::tls_of;
 use crate::registry::Phase;
 
 /// How long a test waits for an event before it fails.
@@ -71,7 +78,7 @@ async fn connect(served: &Served) -> WebSocketStream<TcpStream> {
     tokio_tungstenite::client_async("ws://test/", stream).await.expect("the upgrade is granted").0
 }
 
-async fn next_text(client: &mut WebSocketStream<TcpStream>) -> String {
+async fn next_text<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>) -> String {
     loop {
         let message = timeout(PATIENCE, client.next()).await.expect("a message arrives in time");
         match message.expect("the WebSocket is open").expect("no error occurs") {
@@ -83,7 +90,7 @@ async fn next_text(client: &mut WebSocketStream<TcpStream>) -> String {
 }
 
 /// The code of the Close frame that arrives next.
-async fn close_code(client: &mut WebSocketStream<TcpStream>) -> u16 {
+async fn close_code<S: AsyncRead + AsyncWrite + Unpin>(client: &mut WebSocketStream<S>) -> u16 {
     loop {
         let message = timeout(PATIENCE, client.next()).await.expect("a message arrives in time");
         if let Sent::Close(close) = message.expect("the WebSocket is open").expect("no error occurs") {
@@ -330,6 +337,72 @@ async fn websocket_continues_in_its_process_if_the_drain_goes_back_to_serving() 
         client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
         assert_eq!(next_text(&mut client).await, format!("{number} x"));
     }
+}
+
+/// Opens a WebSocket over this version of TLS.
+async fn connect_over(
+    served: &Served,
+    certificate: &Certificate,
+    version: &'static SupportedProtocolVersion,
+) -> WebSocketStream<TlsStream<TcpStream>> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[version])
+        .expect("the provider supports the version")
+        .with_root_certificates(certificate.roots().expect("the certificate is readable"))
+        .with_no_client_auth();
+    let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    let name = "localhost".try_into().expect("the name is valid");
+    let stream = TlsConnector::from(Arc::new(config)).connect(name, stream).await.expect("TLS is accepted");
+    tokio_tungstenite::client_async("ws://test/", stream).await.expect("the upgrade is granted").0
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_over_tls_1_3_answers_each_message_over_moves() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    let mut served = serve_with(counting(), Some(tls_of(&certificate))).await;
+    let mut client = connect_over(&served, &certificate, &TLS13).await;
+    for number in 1..=30 {
+        // Some of these are longer than a record.
+        let text = "y".repeat(number * 1_000);
+        client.send(Sent::Text(text.clone().into())).await.expect("the WebSocket is open");
+        let next = serve_with(counting(), Some(tls_of(&certificate))).await;
+        move_to(&next, served).await;
+        served = next;
+        let answer = next_text(&mut client).await;
+        assert!(answer == format!("{number} {text}"), "{answer:.40}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_over_tls_1_2_is_closed_with_1012() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    let served = serve_with(counting(), Some(tls_of(&certificate))).await;
+    let mut client = connect_over(&served, &certificate, &TLS12).await;
+    client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+    assert_eq!(next_text(&mut client).await, "1 x");
+    served.registry().set_phase(Phase::Draining);
+    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+}
+
+/// The state of an extension cannot be handed over.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_with_an_extension_is_closed_with_1012() {
+    let handler = async |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+        let mut response = upgrade.on_upgrade(async move |_socket| {
+            carry.requested().await;
+            carry.hand_on(&Seat::default());
+        });
+        let extension = "permessage-deflate".parse().expect("the value is valid");
+        response.headers_mut().insert("sec-websocket-extensions", extension);
+        response
+    };
+    let served = serve(Router::new().route("/socket", any(handler))).await;
+    let mut client =
+        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    assert_eq!(client.ask(client::WEBSOCKET).await.expect("the server answers").status, 101);
+    served.registry().set_phase(Phase::Draining);
+    assert_eq!(client.take(4).await.expect("a Close frame arrives"), b"\x88\x02\x03\xf4");
 }
 
 /// A protocol of one line for each line, where the handler decides at which points it can be replaced.
