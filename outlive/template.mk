@@ -51,7 +51,7 @@ static:
 
 # Built again if a source is newer, because otherwise an old binary would be installed. Copied, because `make run` builds a
 # binary without jemalloc in the place where cargo puts this one.
-$(TARGET)/production/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -name '*.rs')
+$(TARGET)/production/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -type f)
 	cargo build --release --features jemalloc
 	install -D -t $(@D) $(TARGET)/release/$(PACKAGE)
 

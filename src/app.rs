@@ -16,8 +16,8 @@ use axum::body::Body;
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, StatusCode};
-use axum::response::Response;
 use axum::response::sse::{Event, Sse};
+use axum::response::{Html, Response};
 use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
 
@@ -25,8 +25,6 @@ use outlive::{Carry, EventStream, Process, Setup};
 
 /// The time between two events.
 const TICK: Duration = Duration::from_secs(1);
-/// How long a client waits that has to reconnect. Browsers wait for several seconds otherwise.
-const RETRY: Duration = Duration::from_millis(100);
 
 /// An HTTP service for systemd whose connections survive restarts.
 #[derive(Debug, clap::Parser)]
@@ -52,6 +50,7 @@ fn routes(nap: Duration) -> Router {
         .route("/echo", any(echo))
         .route("/events", get(events))
         .route("/socket", any(socket))
+        .route("/live", get(async || Html(include_str!("live.html")))) // shows the two above in a browser
         .with_state(nap)
 }
 
@@ -91,7 +90,8 @@ async fn events(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Eve
     let first = last.map_or((0, Duration::ZERO), |last| (last.wrapping_add(1), TICK));
     let event = async |(number, wait): (u64, Duration)| {
         tokio::time::sleep(wait).await;
-        let event = Event::default().id(number.to_string()).data("tick").retry(RETRY);
+        // A browser that has to reconnect would otherwise wait for several seconds.
+        let event = Event::default().retry(Duration::from_millis(100)).id(number.to_string()).data("tick");
         Some((Ok(event), (number.wrapping_add(1), TICK)))
     };
     EventStream(Sse::new(stream::unfold(first, event)))
@@ -106,15 +106,11 @@ async fn socket(upgrade: WebSocketUpgrade, carry: Carry<()>) -> Response {
                 message = socket.recv() => message,
                 () = carry.requested() => return carry.hand_on(&()),
             };
-            match message {
-                Some(Ok(message @ (Message::Text(_) | Message::Binary(_)))) => {
-                    if socket.send(message).await.is_err() {
-                        return;
-                    }
-                }
-                // axum answers Ping and Close frames itself.
-                Some(Ok(_)) => {}
-                Some(Err(_)) | None => return,
+            let Some(Ok(message)) = message else { return };
+            // axum answers Ping and Close frames itself.
+            let has_content = matches!(message, Message::Text(_) | Message::Binary(_));
+            if has_content && socket.send(message).await.is_err() {
+                return;
             }
         }
     })

@@ -431,7 +431,7 @@ fn an_event_stream_continues_over_restarts_in_the_same_response() {
         connection.send(request).await.expect("the bytes are sent");
         assert_eq!(connection.head().await.expect("a response head arrives").status, 200);
         for number in 0..4 {
-            let event = format!("id: {number}\ndata: tick\nretry: 100\n\n");
+            let event = format!("retry: 100\nid: {number}\ndata: tick\n\n");
             let chunk = format!("{:X}\r\n{event}\r\n", event.len());
             let bytes = connection.take(chunk.len()).await.expect("an event arrives");
             assert_eq!(String::from_utf8_lossy(&bytes), chunk);
