@@ -41,7 +41,7 @@ pub(super) struct Service {
     upgrade: Upgrade,
     return_path: ReturnPath,
     /// The request that began the connection in another process, until it is answered anew.
-    replay: Cell<Option<Replay>>,
+    replay: Cell<Option<Box<Replay>>>,
 }
 
 impl Service {
@@ -50,7 +50,7 @@ impl Service {
         context: RequestContext,
         requests: RequestHandle,
         return_path: ReturnPath,
-        replay: Option<Replay>,
+        replay: Option<Box<Replay>>,
     ) -> Self {
         Self {
             routes: endpoint.routes.clone().into(),
@@ -85,7 +85,7 @@ impl Service {
         }
         let handle = self.requests.upgrade_handle();
         let continuation = Arc::new(match replay {
-            Some(replay) => Continuation::resumed(handle, replay),
+            Some(replay) => Continuation::resumed(handle, *replay),
             None => Continuation::new(handle, replay::head_of(head)),
         });
         let upgrade = self.upgrade.clone();
@@ -103,10 +103,16 @@ impl Service {
     }
 }
 
+/// The media type of an event stream (HTML standard section 9.2.5).
+const EVENT_STREAM: &[u8] = b"text/event-stream";
+
 /// Whether the response to a request may be an event stream that can be continued. With HTTP/1.0 the end of the
 /// connection would be the end of the response.
 fn accepts_events(head: &Parts) -> bool {
-    let accepts = |value: &HeaderValue| memmem::find(value.as_bytes(), b"text/event-stream").is_some();
+    // Most values are shorter, and a search takes more time than the other checks together.
+    let accepts = |value: &HeaderValue| {
+        value.len() >= EVENT_STREAM.len() && memmem::find(value.as_bytes(), EVENT_STREAM).is_some()
+    };
     head.method == Method::GET
         && head.version == Version::HTTP_11
         && head.headers.get_all(ACCEPT).iter().any(accepts)

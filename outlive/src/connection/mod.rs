@@ -67,7 +67,7 @@ impl ConnectionContext {
         endpoint: &Arc<Endpoint>,
         registration: &Registration,
         peer: Peer,
-        replay: Option<Replay>,
+        replay: Option<Box<Replay>>,
     ) -> exchange::Service {
         let Self { process, shutdown, return_path, .. } = self;
         let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer };
@@ -166,7 +166,7 @@ async fn drive(
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = io.registration().driver();
-    let service = context.service(&endpoint, io.registration(), driver.peer(), replay.map(|replay| *replay));
+    let service = context.service(&endpoint, io.registration(), driver.peer(), replay);
     let (parts, http2, unread, replay) = match protocol {
         Protocol::Http1 => match http1::drive(io, service, &driver).await {
             http1::Http1Outcome::Quiescent(parts, unread, replay) => (parts, None, unread, replay),

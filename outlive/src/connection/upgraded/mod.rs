@@ -267,9 +267,12 @@ impl AsyncRead for UpgradableIo {
         let before = into.filled().len();
         std::task::ready!(this.io().poll_read(cx, into))?;
         let read = &into.filled()[before..];
-        let kept = read.len().min(BLANK_LINE.len());
-        this.last_read.rotate_left(kept);
-        this.last_read[BLANK_LINE.len() - kept..].copy_from_slice(&read[read.len() - kept..]);
+        if let Some(last) = read.last_chunk() {
+            this.last_read = *last;
+        } else {
+            this.last_read.rotate_left(read.len());
+            this.last_read[BLANK_LINE.len() - read.len()..].copy_from_slice(read);
+        }
         Poll::Ready(Ok(()))
     }
 }
