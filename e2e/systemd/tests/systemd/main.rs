@@ -24,6 +24,7 @@ mod stalls;
 mod template;
 mod third_party_clients;
 mod upgrades;
+mod websockets;
 
 use testkit::binaries::root_package;
 use testkit::certificate::Certificate;

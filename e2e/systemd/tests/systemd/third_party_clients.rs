@@ -21,9 +21,9 @@ const TLS: &str = "https://127.0.0.1:8443";
 const PLAIN_PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
 /// How often the service is reloaded and restarted while clients send requests.
-const ROUNDS: usize = 5;
+pub const ROUNDS: usize = 5;
 /// Seconds after which a client exits by itself, so that a test that hangs does not leave it behind.
-const LIMIT: &str = "300";
+pub const LIMIT: &str = "300";
 
 on_each_systemd! {
     h2load_and_curl_keep_their_connections
@@ -38,7 +38,7 @@ fn boot(systemd: Systemd, binary: &str) -> Container {
 }
 
 /// A running client.
-struct Client {
+pub struct Client {
     name: String,
     process: Process,
     /// The client exits when this is closed.
@@ -49,7 +49,7 @@ struct Client {
 }
 
 impl Client {
-    fn start(container: &Container, command: &[&str]) -> Self {
+    pub fn start(container: &Container, command: &[&str]) -> Self {
         let name = command.join(" ");
         let mut command = container.outside(command);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -106,7 +106,7 @@ impl Client {
     }
 
     /// As `output`; returns the numbers of its last line.
-    fn last_numbers(self) -> Vec<u64> {
+    pub fn last_numbers(self) -> Vec<u64> {
         let name = self.name.clone();
         let output = self.output();
         let last = output.lines().next_back().expect("a line is printed");
@@ -116,7 +116,7 @@ impl Client {
 }
 
 /// Reloads and restarts the service while all of these clients send requests, and calls `check` after each round.
-fn reload_and_restart(
+pub fn reload_and_restart(
     container: &Container,
     clients: &mut [Client],
     mut check: impl FnMut(&mut [Client], usize),
