@@ -10,12 +10,13 @@ use testkit::client::{Connection, Http2, Target, get, post};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
 
 use crate::record::{Complaint, Record};
 
 /// A request without a response in this time is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+/// The number of WebSockets, and of event streams.
+const STREAMS: usize = 2;
 /// Pause between two messages on a WebSocket.
 const MESSAGE_PAUSE: Duration = Duration::from_millis(20);
 
@@ -68,7 +69,7 @@ impl Clients {
 
     /// The number of clients that must receive responses after each event.
     pub fn count(&self) -> usize {
-        self.0.iter().map(|group| group.count).sum()
+        self.0.iter().map(|group| group.count).sum::<usize>() + STREAMS
     }
 
     /// Runs all clients until `Record::stop`.
@@ -76,9 +77,10 @@ impl Clients {
         let mut clients = JoinSet::new();
         let mut number = 0;
         if let Some(Target::Tcp(address)) = self.0.first().map(|group| group.target.clone()) {
-            for _ in 0..2 {
-                clients.spawn(websocket(address, record.clone()));
+            for _ in 0..STREAMS {
+                clients.spawn(websocket(address, number, record.clone()));
                 clients.spawn(events(address, record.clone()));
+                number += 1;
             }
         }
         for group in self.0 {
@@ -186,32 +188,30 @@ impl Client {
     }
 }
 
-/// Sends messages and expects each echo. The server may close the WebSocket only with 1012 (Service Restart), after
-/// which the client reconnects.
-async fn websocket(address: SocketAddr, record: Arc<Record>) {
+/// Sends messages on one WebSocket and expects each echo. Its end is a loss, after which the client connects again.
+async fn websocket(address: SocketAddr, number: usize, record: Arc<Record>) {
     while !record.is_stopped() {
-        if let Err(error) = timeout(ANSWER_LIMIT, converse(address, &record)).await.unwrap_or(Ok(())) {
+        if let Err(error) = converse(address, number, &record).await {
             record.complain(record.event(), Complaint::Lost, "WebSocket", format!("{error:#}"));
+            record.done(number);
         }
     }
 }
 
-async fn converse(address: SocketAddr, record: &Record) -> Result<()> {
-    let (mut socket, _) = tokio_tungstenite::connect_async(format!("ws://{address}/socket")).await?;
+async fn converse(address: SocketAddr, client: usize, record: &Record) -> Result<()> {
+    let too_late = || format!("no answer within {ANSWER_LIMIT:?}");
+    let opened = tokio_tungstenite::connect_async(format!("ws://{address}/socket"));
+    let (mut socket, _) = timeout(ANSWER_LIMIT, opened).await.with_context(too_late)??;
     for number in 0_u64.. {
         if record.is_stopped() {
             break;
         }
         let text = number.to_string();
-        // A failed send is not an error: the reason is in the close frame that is read next.
+        // A failed send is not an error: the reason is in what is read next.
         let _ = socket.send(Message::text(text.as_str())).await;
-        match socket.next().await {
-            Some(Ok(Message::Text(back))) if back.as_str() == text => {}
-            Some(Ok(Message::Close(Some(frame)))) if frame.code == CloseCode::Restart => {
-                while let Some(Ok(_)) = socket.next().await {}
-                return Ok(());
-            }
-            other => bail!("expected an echo or 1012, got {other:?}"),
+        match timeout(ANSWER_LIMIT, socket.next()).await.with_context(too_late)? {
+            Some(Ok(Message::Text(back))) if back.as_str() == text => record.done(client),
+            other => bail!("expected an echo, got {other:?}"),
         }
         sleep(MESSAGE_PAUSE).await;
     }
