@@ -91,26 +91,23 @@ function events() {
   };
 }
 
-// A WebSocket, which is opened again as soon as it is closed. Reports when its message was echoed.
-function webSockets() {
-  const counts = { opened: 0, ended: 0, errors: 0, closed: {} };
-  const open = () => {
-    const socket = new WebSocket(`ws://${SERVICE}/socket`);
-    const text = `message ${counts.opened}`;
-    socket.onopen = () => {
-      counts.opened += 1;
-      socket.send(text);
-    };
-    socket.onmessage = (event) => {
-      if (event.data === text) report(counts);
-    };
-    socket.onerror = () => { counts.errors += 1; };
-    socket.onclose = (event) => {
-      const how = `${event.code} ${event.reason}${event.wasClean ? "" : ", not clean"}`;
-      counts.ended += 1;
-      counts.closed[how] = (counts.closed[how] ?? 0) + 1;
-      open();
-    };
+// A WebSocket. Reports each echo, after which it sends the next message, and the end of the connection.
+function webSocket() {
+  const counts = { opened: 0, echoed: 0, wrong: 0, errors: 0, closed: [] };
+  const socket = new WebSocket(`ws://${SERVICE}/socket`);
+  const text = () => `message ${counts.echoed}`;
+  socket.onopen = () => {
+    counts.opened += 1;
+    socket.send(text());
   };
-  open();
+  socket.onmessage = async (event) => {
+    if (event.data === text()) counts.echoed += 1; else counts.wrong += 1;
+    await report(counts);
+    socket.send(text());
+  };
+  socket.onerror = () => { counts.errors += 1; };
+  socket.onclose = (event) => {
+    counts.closed.push(`${event.code} ${event.reason}${event.wasClean ? "" : ", not clean"}`);
+    report(counts);
+  };
 }
