@@ -2,7 +2,8 @@
 //! next process, which continues the same connection.
 //!
 //! `connection` attaches a [`Continuation`] to each request that offers an upgrade. The handler's [`Carry`] and the IO
-//! of the connection (`connection/upgraded`) share it.
+//! of the connection (`connection/upgraded`) share it. A request that accepts an event stream has one too, which the body
+//! of an [`EventStream`](crate::EventStream) uses.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -90,7 +91,7 @@ const STATE_LIMIT: usize = 64 * 1024;
 /// cannot know where a message ends. There a handler may call `hand_on` only when it has consumed all bytes that it has
 /// read, and has flushed all that it has written; buffers such as `BufReader` must be empty.
 pub struct Carry<S> {
-    /// None if the request offers no upgrade, or if it was made by a unit test.
+    /// None if the request neither offers an upgrade nor accepts an event stream, or if it was made by a unit test.
     continuation: Option<Arc<Continuation>>,
     shutdown: CancellationToken,
     limit: usize,
@@ -120,8 +121,8 @@ impl<S> fmt::Debug for Carry<S> {
 }
 
 impl<S> Carry<S> {
-    /// Sets the largest encoded state, in bytes; the default is 64 KiB. A process holds the states of all connections
-    /// in memory while it hands them over.
+    /// Sets the largest encoded state, in bytes; the default is 64 KiB. The next process accepts at most 16 MiB. A
+    /// process holds the states of all connections in memory while it hands them over.
     #[must_use]
     pub fn limit(mut self, bytes: usize) -> Self {
         self.limit = bytes;
@@ -153,7 +154,8 @@ impl<S: DeserializeOwned> Carry<S> {
 
 impl<S: Serialize> Carry<S> {
     /// Leaves `state` for the handler of the next process. The connection moves when the handler drops the WebSocket,
-    /// so the handler should return now.
+    /// so the handler should return now. Call it when [`requested`](Self::requested) has resolved: a connection that is
+    /// left to a process that does not end is closed.
     pub fn hand_on(&self, state: &S) {
         let Some(continuation) = &self.continuation else { return };
         match rmp_serde::to_vec_named(state) {

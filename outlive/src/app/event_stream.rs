@@ -11,6 +11,11 @@ use futures_util::Stream;
 /// When the connection has to move, the stream is dropped after a whole event. The next process calls the handler of the
 /// same route with the same request, whose `Last-Event-ID` is now the id of the last event that was sent, and its events
 /// follow in the same response. The client notices nothing: it receives no second head, and no event is lost or repeated.
+/// The stream does not have to end at the [`Shutdown`](crate::Shutdown).
+///
+/// The handler has to begin after the event that `Last-Event-ID` names, in another process too. So it takes the events
+/// from a place that both processes can read, such as a database: a channel is not handed over. Middleware must neither
+/// compress nor change the body, because the library finds the ends and the ids of the events in it.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -37,11 +42,16 @@ use futures_util::Stream;
 ///
 /// The response ends after a whole event, and the client has to reconnect, if it cannot continue:
 ///
-/// - The request has no `Accept: text/event-stream`, as browsers send it, or is not a GET request in HTTP/1.1.
-/// - The last event that was sent has data and no id.
-/// - There is no next process that can adopt the connection (`systemctl stop`, or an older release at a reload).
-/// - The next process answers the request with another status, content type or content encoding, or not within ten
-///   seconds.
+/// - The request has no `Accept: text/event-stream`, which browsers send, is not a GET request in HTTP/1.1, or has a
+///   body or offers an upgrade (the HttpClient of the JDK offers one without TLS, unless it is set to HTTP/1.1).
+/// - The connection cannot be handed over, for example because it uses TLS 1.2.
+/// - The last event that was sent has data and no id, or an id above 4 KB.
+/// - There is no next process that can adopt the connection: an older release, or no file descriptor store.
+/// - The next process answers the request with another status, content type or content encoding, not with an
+///   `EventStream`, or not within ten seconds.
+///
+/// `systemctl stop` closes the connection after a whole event, but without the end of the response, because the process
+/// stores it as for a restart, and systemd then empties the store. A crash cuts the response off.
 ///
 /// Set `retry` ([`Event::retry`]) in the first event, so that clients that have to reconnect do so at once; browsers wait
 /// for several seconds otherwise.
