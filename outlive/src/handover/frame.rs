@@ -12,14 +12,14 @@
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded
+//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded or events
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
 //!           .  payload: of a connection, the bytes read and not consumed; of a listener, its ownership
 //!           .  HTTP/2 only: 4, a length; the state (`transport/http2_state.rs`)
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
-//!           .  upgraded only: 4, a length; the request (`transport/replay.rs`)
+//!           .  upgraded, or an event stream, only: 4, a length; the request (`transport/replay.rs`)
 //!           .  fields of later releases          version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd, because neither one message nor all messages that wait in the
