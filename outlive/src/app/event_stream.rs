@@ -15,7 +15,8 @@ use futures_util::Stream;
 ///
 /// The handler has to begin after the event that `Last-Event-ID` names, in another process too. So it takes the events
 /// from a place that both processes can read, such as a database: a channel is not handed over. Middleware must neither
-/// compress nor change the body, because the library finds the ends and the ids of the events in it.
+/// compress nor change the body, because the library finds the ends and the ids of the events in it. Otherwise the
+/// response delays the drain, and is cut off at `--drain-timeout`.
 ///
 /// ```
 /// use std::convert::Infallible;
