@@ -100,7 +100,8 @@ async fn events(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Eve
 /// Sends each message back. At a restart or reload the next process continues the WebSocket, and its client notices
 /// nothing. This handler has no state to hand on.
 async fn socket(upgrade: WebSocketUpgrade, carry: Carry<()>) -> Response {
-    upgrade.on_upgrade(async move |mut socket| {
+    // The default of 128 KiB is the memory of each idle WebSocket.
+    upgrade.read_buffer_size(4096).on_upgrade(async move |mut socket| {
         loop {
             let message = tokio::select! {
                 message = socket.recv() => message,

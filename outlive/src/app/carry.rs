@@ -24,7 +24,7 @@ use tracing::warn;
 use crate::app::context::Shutdown;
 use crate::os::lock::lock;
 use crate::registry::UpgradeHandle;
-use crate::transport::replay::Replay;
+use crate::transport::replay::{Kind, Replay};
 
 /// The default limit for an encoded state, in bytes.
 const STATE_LIMIT: usize = 64 * 1024;
@@ -148,6 +148,8 @@ impl<S: DeserializeOwned> Carry<S> {
     /// whether to begin anew or to close the WebSocket.
     pub fn received(&self) -> Result<Option<S>, UnreadableState> {
         let received = self.continuation.as_ref().and_then(|continuation| continuation.received.as_ref());
+        // An event stream has no state.
+        let received = received.filter(|replay| replay.kind() != Kind::EventStream);
         received.map(|replay| rmp_serde::from_slice(&replay.state)).transpose().map_err(UnreadableState)
     }
 }

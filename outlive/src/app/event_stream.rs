@@ -15,8 +15,9 @@ use futures_util::Stream;
 ///
 /// The handler has to begin after the event that `Last-Event-ID` names, in another process too. So it takes the events
 /// from a place that both processes can read, such as a database: a channel is not handed over. Middleware must neither
-/// compress nor change the body, because the library finds the ends and the ids of the events in it. Otherwise the
-/// response delays the drain, and is cut off at `--drain-timeout`.
+/// compress nor change the body, because the library finds the ends and the ids of the events in it. A response with a
+/// `Content-Encoding` ends when the drain begins. One whose events have no end otherwise delays the drain, and is cut off
+/// at `--drain-timeout`.
 ///
 /// ```
 /// use std::convert::Infallible;
@@ -49,7 +50,7 @@ use futures_util::Stream;
 /// - The connection cannot be handed over, for example because it uses TLS 1.2.
 /// - The last event that was sent has data and no id, or an id above 4 KB.
 /// - There is no next process that can adopt the connection: an older release, or no file descriptor store.
-/// - The next process answers the request with another status, content type or content encoding, not with an
+/// - The next process answers the request with another status or content type, with a content encoding, not with an
 ///   `EventStream`, or not within ten seconds.
 ///
 /// `systemctl stop` closes the connection after a whole event, but without the end of the response, because the process

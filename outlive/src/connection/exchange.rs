@@ -15,7 +15,9 @@ use axum::response::IntoResponse;
 use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
-use hyper::header::{ACCEPT, CONNECTION, CONTENT_LENGTH, HeaderValue, SEC_WEBSOCKET_EXTENSIONS, UPGRADE};
+use hyper::header::{
+    ACCEPT, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderValue, SEC_WEBSOCKET_EXTENSIONS, UPGRADE,
+};
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode, Version};
@@ -149,6 +151,7 @@ fn decide_on_events(
     let is_event_stream = response.extensions().get::<IsEventStream>().is_some()
         && response.status() == StatusCode::OK
         && !response.headers().contains_key(CONTENT_LENGTH)
+        && !response.headers().contains_key(CONTENT_ENCODING)
         && continuation.is_movable();
     let agreement = replay::agreement_of_events(response.headers());
     if let Some(replay) = continuation.received() {
@@ -254,7 +257,8 @@ impl Future for ResponseFuture {
             (response, events) = offered.decide(response, *this.connects);
         }
         if events.is_none() && response.extensions().get::<IsEventStream>().is_some() {
-            events = Some(Box::new(EventBody::ending(guard.upgrade_handle())));
+            let is_encoded = response.headers().contains_key(CONTENT_ENCODING);
+            events = Some(Box::new(EventBody::ending(guard.upgrade_handle(), is_encoded)));
         }
         Poll::Ready(Ok(answer(guard, response, events, *this.connects, *this.version)))
     }

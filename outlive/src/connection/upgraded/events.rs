@@ -27,6 +27,7 @@ pub(in crate::connection) struct EventBody {
     /// Whether `must_return` has resolved.
     is_requested: bool,
     flushed: Option<Pin<Box<Sleep>>>,
+    is_encoded: bool,
     /// Whether the handler's stream has ended before.
     has_ended: bool,
     events: Events,
@@ -62,14 +63,24 @@ impl EventBody {
         Self::new(Some(Movable { continuation, agreement, upgrade }), must_return)
     }
 
-    /// Of a response that ends when the process drains.
-    pub(in crate::connection) fn ending(handle: UpgradeHandle) -> Self {
-        Self::new(None, Box::pin(async move { handle.drains().await }))
+    /// Of a response that ends when the process drains. The events of one that `is_encoded` (`Content-Encoding`) cannot
+    /// be followed, so it ends after any chunk.
+    pub(in crate::connection) fn ending(handle: UpgradeHandle, is_encoded: bool) -> Self {
+        let body = Self::new(None, Box::pin(async move { handle.drains().await }));
+        Self { is_encoded, ..body }
     }
 
     fn new(continuation: Option<Movable>, must_return: Pin<Box<dyn Future<Output = ()> + Send>>) -> Self {
         let events = Events::default();
-        Self { continuation, must_return, is_requested: false, flushed: None, has_ended: false, events }
+        Self {
+            continuation,
+            must_return,
+            is_requested: false,
+            flushed: None,
+            is_encoded: false,
+            has_ended: false,
+            events,
+        }
     }
 
     pub(in crate::connection) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Turn {
@@ -77,7 +88,7 @@ impl EventBody {
             return if self.has_ended { Turn::Waits } else { Turn::Polls };
         }
         self.is_requested = true;
-        if !self.has_ended && !self.events.is_between_events() {
+        if !self.has_ended && !self.is_encoded && !self.events.is_between_events() {
             return Turn::Polls;
         }
         let Some(movable) = &self.continuation else { return Turn::Ends };
