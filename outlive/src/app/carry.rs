@@ -269,6 +269,11 @@ impl Continuation {
         self.handle.handover_requested().await;
     }
 
+    /// See [`UpgradeHandle::writing`].
+    pub fn writing(&self) {
+        self.handle.writing();
+    }
+
     /// See [`UpgradeHandle::is_flushed`].
     pub fn is_flushed(&self) -> bool {
         self.handle.is_flushed()

@@ -259,6 +259,22 @@ impl Entry {
         self.since.store(self.registry.now(), Relaxed);
     }
 
+    /// hyper has bytes to send.
+    pub(super) fn begin_writing(&self) {
+        if self.state().is_flushed() {
+            self.apply(Event::Writing);
+            self.touch_unless_idle();
+        }
+    }
+
+    /// An idle HTTP/2 connection stays idle when it answers a PING; otherwise a client that sends PINGs would keep it
+    /// open beyond `--idle-timeout`.
+    pub(super) fn touch_unless_idle(&self) {
+        if self.stage() != Stage::Waiting {
+            self.touch();
+        }
+    }
+
     // ---- requests ----
 
     /// Counts a request that begins, and returns its number.

@@ -57,23 +57,12 @@ impl<'a> IoHandle<'a> {
     }
 
     pub fn writing(self) {
-        if self.state().is_flushed() {
-            self.0.apply(Event::Writing);
-            self.touch_unless_idle();
-        }
+        self.0.begin_writing();
     }
 
     /// The socket has accepted some of the bytes to send, so the limit for a stalled peer starts again.
     pub fn wrote(self) {
-        self.touch_unless_idle();
-    }
-
-    /// An idle HTTP/2 connection stays idle when it answers a PING; otherwise a client that sends PINGs would keep it
-    /// open beyond `--idle-timeout`.
-    fn touch_unless_idle(self) {
-        if self.stage() != Stage::Waiting {
-            self.0.touch();
-        }
+        self.0.touch_unless_idle();
     }
 
     /// The socket has accepted all bytes that hyper had to send.

@@ -29,6 +29,11 @@ impl UpgradeHandle {
         self.0.state().is_flushed()
     }
 
+    /// hyper is about to receive bytes, and counts as unflushed until it has flushed them.
+    pub fn writing(&self) {
+        self.0.begin_writing();
+    }
+
     /// Whether the process has begun to drain, so that [`Shutdown`](crate::Shutdown) is cancelled.
     pub fn is_draining(&self) -> bool {
         !matches!(self.0.phase(), Phase::Serving | Phase::Announcing)

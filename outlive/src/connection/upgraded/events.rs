@@ -19,11 +19,13 @@ const FLUSH_INTERVAL: Duration = Duration::from_millis(2);
 /// The longest line that is looked at, in bytes. An id that is longer cannot be sent as `Last-Event-ID`.
 const LINE_LIMIT: usize = 4096;
 
+type MustReturn = Pin<Box<dyn Future<Output = ()> + Send>>;
+
 /// Follows the events of a response, and ends or moves it when its handler has to return.
 pub(in crate::connection) struct EventBody {
     /// None if the response cannot move.
     continuation: Option<Movable>,
-    must_return: Pin<Box<dyn Future<Output = ()> + Send>>,
+    must_return: MustReturn,
     /// Whether `must_return` has resolved.
     is_requested: bool,
     flushed: Option<Pin<Box<Sleep>>>,
@@ -37,6 +39,11 @@ struct Movable {
     continuation: Arc<Continuation>,
     agreement: Bytes,
     upgrade: Upgrade,
+}
+
+fn must_return(continuation: &Arc<Continuation>) -> MustReturn {
+    let continuation = continuation.clone();
+    Box::pin(async move { continuation.must_return().await })
 }
 
 /// What the body of an event stream does next.
@@ -58,8 +65,9 @@ impl EventBody {
         agreement: Bytes,
         upgrade: Upgrade,
     ) -> Self {
-        let waiting = continuation.clone();
-        let must_return = Box::pin(async move { waiting.must_return().await });
+        // hyper asks for the first event before it writes the head.
+        continuation.writing();
+        let must_return = must_return(&continuation);
         Self::new(Some(Movable { continuation, agreement, upgrade }), must_return)
     }
 
@@ -70,7 +78,7 @@ impl EventBody {
         Self { is_encoded, ..body }
     }
 
-    fn new(continuation: Option<Movable>, must_return: Pin<Box<dyn Future<Output = ()> + Send>>) -> Self {
+    fn new(continuation: Option<Movable>, must_return: MustReturn) -> Self {
         let events = Events::default();
         Self {
             continuation,
@@ -117,7 +125,12 @@ impl EventBody {
         self.continuation.as_ref().is_none_or(|movable| !movable.continuation.is_draining())
     }
 
+    /// hyper receives `chunk` next.
     pub(in crate::connection) fn follow(&mut self, chunk: &[u8]) {
+        // hyper asks for more before it writes this chunk, so without this the chunk would count as sent.
+        if let Some(movable) = &self.continuation {
+            movable.continuation.writing();
+        }
         self.events.follow(chunk);
     }
 

@@ -677,3 +677,59 @@ async fn event_stream_ends_when_its_client_disconnects() {
     drop(reader);
     served.until_connections(0).await;
 }
+
+/// A handler may answer only after the phase has begun to hand connections over. The head of its response is then in
+/// hyper's buffer, and must reach the client.
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_that_begins_while_connections_move_has_a_head() {
+    let (gates, mut opened) = mpsc::unbounded_channel();
+    let slow = async move |headers: HeaderMap| {
+        let (open, gate) = tokio::sync::oneshot::channel::<()>();
+        gates.send(open).expect("the test waits");
+        let _ = gate.await;
+        numbers(headers).await
+    };
+    let served = serve(Router::new().route("/", get(slow))).await;
+    let mut client =
+        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    client.send(EVENTS).await.expect("the bytes are sent");
+    let gate = opened.recv().await.expect("the handler runs");
+    served.server.enter(Phase::Quiescing);
+    gate.send(()).expect("the handler waits");
+    let _next = moved(served, numbering()).await;
+    assert_eq!(client.head().await.expect("the server answers").status, 200);
+    let mut reader = Reader { client, text: String::new() };
+    for number in 0..20 {
+        let event = reader.event().await.expect("the response has not ended");
+        assert!(event.starts_with(&format!("id: {number}\n")), "{event:.60}");
+    }
+}
+
+/// Sends numbered events without a pause.
+async fn quick_numbers(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Event, Infallible>>> {
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let numbers = stream::iter(last.map_or(0, |last| last + 1)..);
+    EventStream(Sse::new(numbers.map(|number| Ok(Event::default().id(number.to_string()).data("x")))))
+}
+
+/// Of a stream that always has an event, hyper buffers many events before it writes them.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_without_a_pause_are_neither_lost_nor_repeated_over_moves() {
+    let router = || Router::new().route("/", get(quick_numbers));
+    let mut served = serve(router()).await;
+    let mut reader = Reader::open(&served).await;
+    let (progress, mut events) = mpsc::channel(1);
+    let reading = tokio::spawn(async move {
+        for number in 0..400_000 {
+            let event = reader.event().await.expect("the response has not ended");
+            assert_eq!(event, format!("id: {number}\ndata: x"));
+            if number % 4_000 == 0 {
+                let _ = progress.send(()).await;
+            }
+        }
+    });
+    while events.recv().await.is_some() {
+        served = moved(served, router()).await;
+    }
+    reading.await.expect("all events are right");
+}
