@@ -269,6 +269,11 @@ impl Continuation {
         self.handle.handover_requested().await;
     }
 
+    /// See [`UpgradeHandle::still_has_to_return`].
+    pub fn still_has_to_return(&self) -> bool {
+        self.handle.still_has_to_return()
+    }
+
     /// See [`UpgradeHandle::writing`].
     pub fn writing(&self) {
         self.handle.writing();

@@ -348,12 +348,14 @@ impl Registry {
     /// Waits until the handlers of upgraded connections have to return.
     async fn handlers_must_return(&self) {
         let mut phase = self.handler_phase.subscribe();
-        let must_return = |phase: &Phase| {
-            let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
-            phase.quiesces() || phase.ends(true) || is_draining && self.keeps_upgrades()
-        };
         // The sender is not dropped before, because it is in this registry.
-        let _ = phase.wait_for(must_return).await;
+        let _ = phase.wait_for(|phase| self.handlers_return_in(*phase)).await;
+    }
+
+    /// Whether the handlers of upgraded connections have to return in this phase.
+    fn handlers_return_in(&self, phase: Phase) -> bool {
+        let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
+        phase.quiesces() || phase.ends(true) || is_draining && self.keeps_upgrades()
     }
 
     /// See [`Registry::keep_http2_and_tls`].

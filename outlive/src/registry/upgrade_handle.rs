@@ -48,7 +48,18 @@ impl UpgradeHandle {
 
     /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
     pub fn hands_over(&self) -> bool {
-        self.0.phase().quiesces() && !self.0.registry.keeps_upgrades()
+        self.handler_phase().quiesces() && !self.0.registry.keeps_upgrades()
+    }
+
+    /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the
+    /// phase `Draining`.
+    pub fn still_has_to_return(&self) -> bool {
+        self.0.registry.handlers_return_in(self.handler_phase())
+    }
+
+    /// The phase that [`UpgradeHandle::handover_requested`] has seen, which the registry sets last.
+    fn handler_phase(&self) -> Phase {
+        *self.0.registry.handler_phase.borrow()
     }
 
     /// Waits until the handler has to return, because the phase hands connections over or ends them. While this is

@@ -92,10 +92,9 @@ impl EventBody {
     }
 
     pub(in crate::connection) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Turn {
-        if !self.is_requested && self.must_return.as_mut().poll(cx).is_pending() {
+        if !self.poll_request(cx) {
             return if self.has_ended { Turn::Waits } else { Turn::Polls };
         }
-        self.is_requested = true;
         if !self.has_ended && !self.is_encoded && !self.events.is_between_events() {
             return Turn::Polls;
         }
@@ -116,6 +115,19 @@ impl EventBody {
             }
             _ => Turn::Ends,
         }
+    }
+
+    /// Whether the response has to end or move now.
+    fn poll_request(&mut self, cx: &mut Context<'_>) -> bool {
+        if self.is_requested
+            && let Some(Movable { continuation, .. }) = &self.continuation
+            && !continuation.still_has_to_return()
+        {
+            // The drain has not succeeded, and serves again.
+            (self.is_requested, self.must_return) = (false, must_return(continuation));
+        }
+        self.is_requested = self.is_requested || self.must_return.as_mut().poll(cx).is_ready();
+        self.is_requested
     }
 
     /// The handler's stream has ended. Returns whether that is the end of the response: a handler may end its stream at
@@ -223,9 +235,16 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+    use std::task::Poll;
+
+    use futures_util::FutureExt;
     use proptest::prelude::*;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
+    use crate::registry::{Limits, Phase, Registry};
+    use crate::transport::stream::Peer;
 
     fn followed(chunks: &[&[u8]]) -> Events {
         let mut events = Events::default();
@@ -251,6 +270,30 @@ mod tests {
             let events = followed(chunks);
             assert_eq!((&events.last_id, events.is_between_events()), (&last_id, is_between), "{chunks:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn response_continues_if_the_drain_goes_back_to_serving() {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let registry = Registry::new(limits, CancellationToken::new());
+        let registration = registry.register(Peer::Unix, None);
+        let continuation =
+            Arc::new(Continuation::new(registration.requests().upgrade_handle(), Some(Bytes::new())));
+        let mut body = EventBody::moving(continuation, Bytes::new(), Upgrade::default());
+        let mut turn = || poll_fn(|cx| Poll::Ready(body.poll_turn(cx))).now_or_never();
+        assert!(matches!(turn(), Some(Turn::Polls)));
+        for _ in 0..2 {
+            // The client reads slowly.
+            registry.set_phase(Phase::Quiescing);
+            assert!(matches!(turn(), Some(Turn::Waits)));
+            registry.set_phase(Phase::Draining);
+            assert!(matches!(turn(), Some(Turn::Polls)));
+        }
+        registration.io().flushed();
+        assert!(matches!(turn(), Some(Turn::Polls)));
+        registry.set_phase(Phase::Quiescing);
+        assert!(matches!(turn(), Some(Turn::Moves)));
     }
 
     proptest! {
