@@ -281,8 +281,10 @@ impl AsyncWrite for UpgradableIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
         if this.upgrade.is_refused() {
-            // The driver closes the connection after this poll. The client must not receive the response.
-            return Poll::Ready(Ok(bytes.len()));
+            // The client must not receive the response. With an error hyper leaves the connection to the driver, which
+            // closes it. After a whole response hyper could end it, and would give it to the handler whose upgrade is
+            // refused.
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
         if let Some(replay) = &mut this.replay {
             let (discarded, is_complete) = replay.response.length_in(bytes);

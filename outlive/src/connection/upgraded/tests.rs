@@ -733,3 +733,56 @@ async fn events_without_a_pause_are_neither_lost_nor_repeated_over_moves() {
     }
     reading.await.expect("all events are right");
 }
+
+fn upgrade_request(fields: &str) -> String {
+    format!(
+        "GET / HTTP/1.1\r\nhost: test\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{fields}\r\n"
+    )
+}
+
+/// hyper ends a connection with `Connection: close` as soon as the refused response is written.
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_websocket_that_does_not_keep_alive_is_closed_with_1012() {
+    fn speaking(protocol: &'static str) -> Router {
+        let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+            upgrade.protocols([protocol]).on_upgrade(async move |mut socket: WebSocket| {
+                tokio::select! {
+                    _ = socket.recv() => {}
+                    () = carry.requested() => carry.hand_on(&Seat::default()),
+                }
+            })
+        };
+        Router::new().route("/", any(handler))
+    }
+    for _ in 0..20 {
+        let served = serve(speaking("one")).await;
+        let mut client =
+            client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+        let request = upgrade_request("connection: close, upgrade\r\nsec-websocket-protocol: one, two\r\n");
+        assert_eq!(client.ask(request.as_bytes()).await.expect("the server answers").status, 101);
+        let next = moved(served, speaking("two")).await;
+        let close =
+            timeout(Duration::from_secs(5), client.take(4)).await.expect("a Close frame arrives in time");
+        assert_eq!(close.expect("the connection is open"), b"\x88\x02\x03\xf4");
+        drop(client);
+        next.until_connections(0).await;
+    }
+}
+
+/// A connection for which there was no file descriptor.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_of_the_overflow_is_closed_with_1012() {
+    for _ in 0..20 {
+        let served = serve(counting()).await;
+        let mut client = connect(&served).await;
+        served.server.enter(Phase::Quiescing);
+        let drained = served.registry().wait_until(|| served.registry().is_drained());
+        timeout(PATIENCE, drained).await.expect("the connection becomes quiescent");
+        let connection = served.server.handover_queue().take().expect("the connection is quiescent");
+        let next = serve(counting()).await;
+        next.server.finish(connection);
+        let code = timeout(Duration::from_secs(5), close_code(&mut client)).await;
+        assert_eq!(code.expect("a Close frame arrives in time"), SERVICE_RESTART);
+    }
+}
