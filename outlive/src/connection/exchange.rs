@@ -151,6 +151,7 @@ fn decide_on_events(
     let is_event_stream = response.extensions().get::<IsEventStream>().is_some()
         && response.status() == StatusCode::OK
         && !response.headers().contains_key(CONTENT_LENGTH)
+        // An encoder such as gzip has state that cannot be handed over.
         && !response.headers().contains_key(CONTENT_ENCODING)
         && continuation.is_movable();
     let agreement = replay::agreement_of_events(response.headers());

@@ -29,10 +29,10 @@ pub(in crate::connection) struct EventBody {
     /// Whether `must_return` has resolved.
     is_requested: bool,
     flushed: Option<Pin<Box<Sleep>>>,
-    is_encoded: bool,
     /// Whether the handler's stream has ended before.
     has_ended: bool,
-    events: Events,
+    /// None if the events cannot be followed, because they are encoded.
+    events: Option<Events>,
 }
 
 struct Movable {
@@ -68,34 +68,24 @@ impl EventBody {
         // hyper asks for the first event before it writes the head.
         continuation.writing();
         let must_return = must_return(&continuation);
-        Self::new(Some(Movable { continuation, agreement, upgrade }), must_return)
+        Self::new(Some(Movable { continuation, agreement, upgrade }), must_return, Some(Events::default()))
     }
 
-    /// Of a response that ends when the process drains. The events of one that `is_encoded` (`Content-Encoding`) cannot
-    /// be followed, so it ends after any chunk.
+    /// Of a response that ends when the process drains, after a whole event unless the response is encoded.
     pub(in crate::connection) fn ending(handle: UpgradeHandle, is_encoded: bool) -> Self {
-        let body = Self::new(None, Box::pin(async move { handle.drains().await }));
-        Self { is_encoded, ..body }
+        let events = (!is_encoded).then(Events::default);
+        Self::new(None, Box::pin(async move { handle.drains().await }), events)
     }
 
-    fn new(continuation: Option<Movable>, must_return: MustReturn) -> Self {
-        let events = Events::default();
-        Self {
-            continuation,
-            must_return,
-            is_requested: false,
-            flushed: None,
-            is_encoded: false,
-            has_ended: false,
-            events,
-        }
+    fn new(continuation: Option<Movable>, must_return: MustReturn, events: Option<Events>) -> Self {
+        Self { continuation, must_return, is_requested: false, flushed: None, has_ended: false, events }
     }
 
     pub(in crate::connection) fn poll_turn(&mut self, cx: &mut Context<'_>) -> Turn {
         if !self.poll_request(cx) {
             return if self.has_ended { Turn::Waits } else { Turn::Polls };
         }
-        if !self.has_ended && !self.is_encoded && !self.events.is_between_events() {
+        if !self.has_ended && !self.events.as_ref().is_none_or(Events::is_between_events) {
             return Turn::Polls;
         }
         let Some(movable) = &self.continuation else { return Turn::Ends };
@@ -143,16 +133,16 @@ impl EventBody {
         if let Some(movable) = &self.continuation {
             movable.continuation.writing();
         }
-        self.events.follow(chunk);
+        if let Some(events) = &mut self.events {
+            events.follow(chunk);
+        }
     }
 
     /// What the next process needs. None if it could not begin after the last event.
     fn replay(&self, movable: &Movable) -> Option<Replay> {
-        if !self.events.is_between_events() {
-            return None;
-        }
+        let events = self.events.as_ref().filter(|events| events.is_between_events())?;
         let head = movable.continuation.head()?;
-        let head = match &self.events.last_id {
+        let head = match &events.last_id {
             LastId::None => head.clone(),
             LastId::Id(id) => with_last_event_id(head, id)?,
             LastId::Unknown => return None,

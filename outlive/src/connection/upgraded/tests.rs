@@ -786,3 +786,17 @@ async fn websocket_of_the_overflow_is_closed_with_1012() {
         assert_eq!(code.expect("a Close frame arrives in time"), SERVICE_RESTART);
     }
 }
+
+/// What a middleware has encoded cannot be followed.
+#[tokio::test(flavor = "multi_thread")]
+async fn encoded_event_stream_ends_at_the_drain() {
+    fn router() -> Router {
+        let handler = async |headers: HeaderMap| ([("content-encoding", "gzip")], numbers(headers).await);
+        Router::new().route("/", get(handler))
+    }
+    let served = serve(router()).await;
+    let mut reader = Reader::open(&served).await;
+    reader.event().await.expect("the response has not ended");
+    let _next = moved(served, router()).await;
+    timeout(Duration::from_secs(10), reader.reaches_the_end()).await.expect("the response ends in time");
+}
