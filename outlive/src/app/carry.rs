@@ -201,7 +201,7 @@ impl<R: Sync, S> FromRequestParts<R> for Carry<S> {
 /// A request that may have a response without end, and what is needed to continue its connection in the next process.
 pub struct Continuation {
     handle: UpgradeHandle,
-    /// The head of the request. None if it is too large.
+    /// The head of the request. None if it cannot be answered anew, because it is too large or has a body.
     head: Option<Bytes>,
     /// What the previous process left, if the connection began in another process.
     received: Option<Replay>,
@@ -306,7 +306,8 @@ impl Continuation {
     /// The upgrade is about to be granted. If the connection cannot move, for example with TLS 1.2 or because the protocol
     /// does not permit it, the handler has to return as soon as the process begins to drain.
     pub fn begin(&self, protocol_permits: bool) {
-        self.can_move.store(protocol_permits && self.handle.is_movable(), Release);
+        let can_move = protocol_permits && self.head.is_some() && self.handle.is_movable();
+        self.can_move.store(can_move, Release);
     }
 
     pub fn can_move(&self) -> bool {

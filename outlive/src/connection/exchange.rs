@@ -88,7 +88,8 @@ impl Service {
         let handle = self.requests.upgrade_handle();
         let continuation = Arc::new(match replay {
             Some(replay) => Continuation::resumed(handle, *replay),
-            None => Continuation::new(handle, replay::head_of(head)),
+            // The next process would wait for the body, which the client has sent long ago.
+            None => Continuation::new(handle, replay::head_of(head).filter(|_| !body)),
         });
         let upgrade = self.upgrade.clone();
         Some(match prepared {

@@ -800,3 +800,25 @@ async fn encoded_event_stream_ends_at_the_drain() {
     let _next = moved(served, router()).await;
     timeout(Duration::from_secs(10), reader.reaches_the_end()).await.expect("the response ends in time");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_whose_request_has_a_body_is_closed_with_1012() {
+    let handler = async |upgrade: WebSocketUpgrade, carry: Carry<Seat>, body: axum::body::Bytes| {
+        assert_eq!(body, "\r\n\r\n");
+        upgrade.on_upgrade(async move |mut socket: WebSocket| {
+            tokio::select! {
+                _ = socket.recv() => {}
+                () = carry.requested() => carry.hand_on(&Seat::default()),
+            }
+        })
+    };
+    let router = || Router::new().route("/", any(handler));
+    let served = serve(router()).await;
+    let mut client =
+        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    let request = upgrade_request("connection: upgrade\r\ncontent-length: 4\r\n") + "\r\n\r\n";
+    assert_eq!(client.ask(request.as_bytes()).await.expect("the server answers").status, 101);
+    let _next = moved(served, router()).await;
+    let close = timeout(Duration::from_secs(5), client.take(4)).await.expect("a Close frame arrives in time");
+    assert_eq!(close.expect("the connection is open"), b"\x88\x02\x03\xf4");
+}
