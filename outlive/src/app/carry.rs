@@ -24,7 +24,7 @@ use tracing::warn;
 use crate::app::context::Shutdown;
 use crate::os::lock::lock;
 use crate::registry::UpgradeHandle;
-use crate::transport::replay::{Kind, Replay};
+use crate::transport::replay::{Kind, Replay, STATE_LIMIT as LARGEST_STATE};
 
 /// The default limit for an encoded state, in bytes.
 const STATE_LIMIT: usize = 64 * 1024;
@@ -121,11 +121,12 @@ impl<S> fmt::Debug for Carry<S> {
 }
 
 impl<S> Carry<S> {
-    /// Sets the largest encoded state, in bytes; the default is 64 KiB. The next process accepts at most 16 MiB. A
-    /// process holds the states of all connections in memory while it hands them over.
+    /// Sets the largest encoded state, in bytes; the default is 64 KiB, and more than 16 MiB has no effect. A process
+    /// holds the states of all connections in memory while it hands them over.
     #[must_use]
     pub fn limit(mut self, bytes: usize) -> Self {
-        self.limit = bytes;
+        // The next process refuses a connection with a larger state.
+        self.limit = bytes.min(LARGEST_STATE);
         self
     }
 
@@ -398,6 +399,13 @@ mod tests {
     fn state_above_the_limit_is_not_left() {
         assert!(handed_on(&vec![0_u8; STATE_LIMIT - 3]).is_some());
         assert!(handed_on(&vec![0_u8; STATE_LIMIT]).is_none());
+    }
+
+    #[test]
+    fn state_that_the_next_process_would_refuse_is_not_left() {
+        let continuation = Arc::new(Continuation::new(handle(), Some(Bytes::new())));
+        carry(&continuation).limit(usize::MAX).hand_on(&"x".repeat(LARGEST_STATE));
+        assert!(continuation.has_ended() && continuation.take_left().is_none());
     }
 
     #[test]

@@ -10,8 +10,8 @@ use hyper::{HeaderMap, Method, Uri};
 
 /// The largest encoded head of a request, in bytes. hyper refuses a request whose head is larger.
 const HEAD_LIMIT: usize = 64 * 1024;
-/// The largest state that a record may contain, in bytes. A handler is limited to less (`app/carry.rs`).
-const STATE_LIMIT: usize = 16 * 1024 * 1024;
+/// The largest state that a record may contain, in bytes. A handler is limited to less by default (`app/carry.rs`).
+pub const STATE_LIMIT: usize = 16 * 1024 * 1024;
 /// The largest agreement, in bytes.
 const AGREEMENT_LIMIT: usize = 4096;
 const VERSION: u8 = 1;
