@@ -61,7 +61,11 @@ impl Replay {
 
 /// The head of a request, in HTTP/1.1. None if it is larger than every head that hyper accepts.
 pub fn head(method: &Method, uri: &Uri, headers: &HeaderMap) -> Option<Bytes> {
-    let target = uri.path_and_query().map_or("/", |target| target.as_str());
+    // The target of CONNECT is only an authority.
+    let target = match (uri.path_and_query(), uri.authority()) {
+        (Some(target), _) => target.as_str(),
+        (None, authority) => authority.map_or("/", |authority| authority.as_str()),
+    };
     let mut head = Vec::with_capacity(512);
     for part in [method.as_str(), " ", target, " HTTP/1.1\r\n"] {
         head.put_slice(part.as_bytes());
@@ -203,6 +207,13 @@ mod tests {
         let expected =
             "GET /socket?room=1 HTTP/1.1\r\nhost: example.org\r\ncookie: a=1\r\ncookie: b=\u{fc}\r\n\r\n";
         assert_eq!(head, expected);
+    }
+
+    #[test]
+    fn head_of_a_connect_request_has_its_authority() {
+        let request = Request::builder().method("CONNECT").uri("example.org:443").body(());
+        let (parts, ()) = request.expect("the request is valid").into_parts();
+        assert_eq!(head_of(&parts).expect("the head is small"), "CONNECT example.org:443 HTTP/1.1\r\n\r\n");
     }
 
     #[test]
