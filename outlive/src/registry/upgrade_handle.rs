@@ -66,20 +66,19 @@ impl UpgradeHandle {
     /// polled, the connection counts as one that can be handed over at any time, so a drain does not wait for it. At other
     /// times the handler works, and a drain waits for it as for a request in flight.
     pub async fn handover_requested(&self) {
-        let _awaits = AwaitsHandover::begin(&self.0);
+        let _awaits = self.awaits_handover();
         self.0.registry.handlers_must_return().await;
     }
-}
 
-/// The handler waits for the request to hand the connection on, until this is dropped.
-struct AwaitsHandover<'a>(&'a Entry);
-
-impl<'a> AwaitsHandover<'a> {
-    fn begin(entry: &'a Entry) -> Self {
-        entry.apply(Event::HandlerAwaitsHandover);
-        Self(entry)
+    /// The connection counts as one that can be handed over at any time, until the guard is dropped.
+    pub fn awaits_handover(&self) -> AwaitsHandover<'_> {
+        self.0.apply(Event::HandlerAwaitsHandover);
+        AwaitsHandover(&self.0)
     }
 }
+
+/// The guard of [`UpgradeHandle::awaits_handover`].
+pub struct AwaitsHandover<'a>(&'a Entry);
 
 impl Drop for AwaitsHandover<'_> {
     fn drop(&mut self) {

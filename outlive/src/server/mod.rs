@@ -263,7 +263,9 @@ impl Server {
     async fn continue_returned(self, returned: ReturnedConnection) {
         if !returned.was_requested() {
             // Its handler waits for the shutdown, which begins with `Draining`. Continued in this phase, it would return
-            // at once, again and again.
+            // at once, again and again. The drain must not wait for it meanwhile.
+            let waiting = returned.handle();
+            let _awaits = waiting.awaits_handover();
             self.registry.wait_for_phase(|phase| phase != Phase::Draining).await;
         }
         let can_continue = match self.registry.phase() {

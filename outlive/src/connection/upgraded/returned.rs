@@ -8,7 +8,7 @@ use super::frames::close;
 use super::{Frames, Granted};
 use crate::connection::io::{self, Io};
 use crate::connection::{Connection, Endpoint};
-use crate::registry::Registration;
+use crate::registry::{Registration, UpgradeHandle};
 use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::Stream;
 
@@ -82,6 +82,10 @@ impl ReturnedConnection {
 
     pub fn was_requested(&self) -> bool {
         self.was_requested
+    }
+
+    pub fn handle(&self) -> UpgradeHandle {
+        self.io.registration().requests().upgrade_handle()
     }
 
     /// Takes the connection apart, so that this or another process can continue it.

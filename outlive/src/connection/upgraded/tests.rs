@@ -822,3 +822,29 @@ async fn websocket_whose_request_has_a_body_is_closed_with_1012() {
     let close = timeout(Duration::from_secs(5), client.take(4)).await.expect("a Close frame arrives in time");
     assert_eq!(close.expect("the connection is open"), b"\x88\x02\x03\xf4");
 }
+
+/// The drain waits for the handlers that are at work, and this one has returned.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_that_is_handed_on_at_the_shutdown_does_not_delay_the_drain() {
+    let handler =
+        async |upgrade: WebSocketUpgrade, carry: Carry<Seat>, shutdown: crate::app::context::Shutdown| {
+            upgrade.on_upgrade(async move |mut socket: WebSocket| {
+                tokio::select! {
+                    _ = socket.recv() => {}
+                    () = shutdown.0.cancelled() => carry.hand_on(&Seat::default()),
+                }
+            })
+        };
+    let served = serve(Router::new().route("/", any(handler))).await;
+    let mut client = connect(&served).await;
+    served.registry().set_phase(Phase::Draining);
+    let mut pending = served.registry().pending_work();
+    let ended = served.registry().wait_until(|| {
+        pending.retain(crate::registry::PendingWork::is_pending);
+        pending.is_empty()
+    });
+    timeout(Duration::from_secs(5), ended).await.expect("the work ends");
+    let _next = moved(served, counting()).await;
+    client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+    assert_eq!(next_text(&mut client).await, "1 x");
+}
