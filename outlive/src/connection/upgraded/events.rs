@@ -121,10 +121,12 @@ impl EventBody {
     }
 
     /// The handler's stream has ended. Returns whether that is the end of the response: a handler may end its stream at
-    /// the shutdown, which precedes the request to move.
+    /// the shutdown, which precedes the request to move. A response that cannot move ends at once.
     pub(in crate::connection) fn end(&mut self) -> bool {
         self.has_ended = true;
-        self.continuation.as_ref().is_none_or(|movable| !movable.continuation.is_draining())
+        let continues =
+            |movable: &Movable| movable.continuation.is_draining() && self.replay(movable).is_some();
+        !self.continuation.as_ref().is_some_and(continues)
     }
 
     /// hyper receives `chunk` next.

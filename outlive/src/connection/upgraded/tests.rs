@@ -848,3 +848,25 @@ async fn websocket_that_is_handed_on_at_the_shutdown_does_not_delay_the_drain() 
     client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
     assert_eq!(next_text(&mut client).await, "1 x");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_that_ends_without_an_id_ends_at_once_during_the_drain() {
+    let (to_stream, events) = mpsc::unbounded_channel::<()>();
+    let events = std::sync::Mutex::new(Some(events));
+    let handler = async move || {
+        let events = events.lock().expect("no panic").take().expect("one request");
+        let events = stream::unfold(events, async |mut events: mpsc::UnboundedReceiver<()>| {
+            events.recv().await.map(|()| (Ok::<_, Infallible>(Event::default().data("x")), events))
+        });
+        EventStream(Sse::new(events))
+    };
+    let handler = Arc::new(handler);
+    let router = Router::new().route("/", get(async move || handler().await));
+    let served = serve(router).await;
+    to_stream.send(()).expect("the stream is open");
+    let mut reader = Reader::open(&served).await;
+    reader.event().await.expect("the response has not ended");
+    served.registry().set_phase(Phase::Draining);
+    drop(to_stream);
+    timeout(Duration::from_secs(10), reader.reaches_the_end()).await.expect("the response ends in time");
+}
