@@ -82,7 +82,8 @@ impl Service {
     fn offered(&self, head: &Parts, body: bool) -> Option<Offered> {
         let replay = self.replay.take();
         let prepared = head.extensions.get::<OnUpgrade>().cloned();
-        if prepared.is_none() && replay.is_none() && (body || !accepts_events(head)) {
+        let accepts_events = !body && accepts_events(head);
+        if prepared.is_none() && replay.is_none() && !accepts_events {
             return None;
         }
         let handle = self.requests.upgrade_handle();
@@ -97,6 +98,7 @@ impl Service {
                 prepared,
                 upgrade,
                 is_websocket: head.headers.get(UPGRADE).is_some_and(is_websocket),
+                accepts_events,
                 continuation,
                 endpoint: self.endpoint.clone(),
                 return_path: self.return_path.clone(),
@@ -138,6 +140,10 @@ impl Offered {
     /// Returns what hyper has to send in the place of `response`, and what follows the events in its body.
     fn decide(self, response: Response<Body>, connects: bool) -> (Response<Body>, Option<Box<EventBody>>) {
         match self {
+            Self::Upgrade(offered) if offered.accepts_events && !grants_upgrade(&response, connects) => {
+                offered.upgrade.keep_declined(offered.prepared);
+                decide_on_events(offered.continuation, offered.upgrade, response)
+            }
             Self::Upgrade(offered) => (offered.decide(response, connects), None),
             Self::Events { continuation, upgrade } => decide_on_events(continuation, upgrade, response),
         }
@@ -177,6 +183,8 @@ struct OfferedUpgrade {
     prepared: OnUpgrade,
     upgrade: Upgrade,
     is_websocket: bool,
+    /// Whether the response may be an event stream, if it declines the upgrade. Some clients offer one with each request.
+    accepts_events: bool,
     continuation: Arc<Continuation>,
     endpoint: Arc<Endpoint>,
     return_path: ReturnPath,
@@ -186,7 +194,7 @@ impl OfferedUpgrade {
     /// Tells the driver and the IO of the connection whether `response` grants the upgrade. Returns what hyper has to
     /// send: another response if this one does not continue a connection that began in another process.
     fn decide(self, response: Response<Body>, connects: bool) -> Response<Body> {
-        let Self { prepared, upgrade, is_websocket, continuation, endpoint, return_path } = self;
+        let Self { prepared, upgrade, is_websocket, continuation, endpoint, return_path, .. } = self;
         let agreement = replay::agreement(response.headers());
         let is_granted = grants_upgrade(&response, connects);
         // An extension such as permessage-deflate has state that cannot be handed over.

@@ -870,3 +870,19 @@ async fn event_stream_that_ends_without_an_id_ends_at_once_during_the_drain() {
     drop(to_stream);
     timeout(Duration::from_secs(10), reader.reaches_the_end()).await.expect("the response ends in time");
 }
+
+/// Some clients, such as the JDK's, offer an upgrade to HTTP/2 with each request.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_continue_on_a_connection_with_a_declined_upgrade() {
+    let request = "GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n\
+        http2-settings: AAEAAEAAAAIAAAAA\r\naccept: text/event-stream\r\n\r\n";
+    let mut served = serve(numbering()).await;
+    let mut reader = Reader::begin(&served, request.as_bytes()).await;
+    for number in 0..200_usize {
+        let event = reader.event().await.expect("the response has not ended");
+        assert!(event.starts_with(&format!("id: {number}\n")), "{event:.60}");
+        if number % 50 == 49 {
+            served = moved(served, numbering()).await;
+        }
+    }
+}
