@@ -260,7 +260,11 @@ impl Server {
         }
     }
 
-    async fn continue_returned(self, returned: ReturnedConnection) {
+    async fn continue_returned(self, mut returned: ReturnedConnection) {
+        if let Err(error) = returned.flush().await {
+            debug!(%error, "closed an upgraded connection: its client does not receive the last messages");
+            return;
+        }
         if !returned.was_requested() {
             // Its handler waits for the shutdown, which begins with `Draining`. Continued in this phase, it would return
             // at once, again and again. The drain must not wait for it meanwhile.

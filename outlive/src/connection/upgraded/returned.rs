@@ -1,12 +1,16 @@
 //! An upgraded connection that its handler has given back, on its way to the next process.
 
+use std::future::poll_fn;
+use std::io;
+use std::pin::Pin;
 use std::sync::Arc;
 
+use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 
 use super::frames::close;
 use super::{Frames, Granted};
-use crate::connection::io::{self, Io};
+use crate::connection::io::{Io, Parts, join};
 use crate::connection::{Connection, Endpoint};
 use crate::registry::{Registration, UpgradeHandle};
 use crate::transport::replay::{Kind, Replay};
@@ -84,6 +88,12 @@ impl ReturnedConnection {
         self.was_requested
     }
 
+    /// Sends what the handler has written and TLS has not sent yet. Fails if the client has disconnected, or reads
+    /// nothing for as long as the stall limit permits.
+    pub async fn flush(&mut self) -> io::Result<()> {
+        poll_fn(|cx| Pin::new(&mut self.io).poll_flush(cx)).await
+    }
+
     pub fn handle(&self) -> UpgradeHandle {
         self.io.registration().requests().upgrade_handle()
     }
@@ -94,11 +104,11 @@ impl ReturnedConnection {
         else {
             return Succession::Ends(Box::new(self));
         };
-        let Some(io::Parts { stream, registration, tls, unread }) = self.io.into_parts() else {
+        let Some(Parts { stream, registration, tls, unread }) = self.io.into_parts() else {
             return Succession::Lost;
         };
         let unread = match self.frames {
-            Some(Frames { inbound, excess, .. }) => io::join(io::join(inbound.unread(), excess), unread),
+            Some(Frames { inbound, excess, .. }) => join(join(inbound.unread(), excess), unread),
             None => unread,
         };
         let connection = Connection {

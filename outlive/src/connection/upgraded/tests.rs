@@ -886,3 +886,40 @@ async fn events_continue_on_a_connection_with_a_declined_upgrade() {
         }
     }
 }
+
+/// Of what a handler writes to a client that reads slowly, TLS keeps the last part.
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_in_the_buffer_of_tls_are_not_lost() {
+    fn router() -> Router {
+        let handler = async |upgrade: WebSocketUpgrade, carry: Carry<u64>| {
+            let mut number = carry.received().expect("the state is valid").unwrap_or_default();
+            upgrade.on_upgrade(async move |mut socket: WebSocket| {
+                loop {
+                    let message = Message::Text(format!("{number} {}", "x".repeat(4_000)).into());
+                    number += 1;
+                    tokio::select! {
+                        biased;
+                        sent = socket.send(message) => if sent.is_err() { return },
+                        () = carry.requested() => return carry.hand_on(&number),
+                    }
+                }
+            })
+        };
+        Router::new().route("/", any(handler))
+    }
+    let certificate = Certificate::new().expect("the certificate is made");
+    let served = serve_with(router(), Some(tls_of(&certificate))).await;
+    let mut client = connect_over(&served, &certificate, &TLS13).await;
+    // The buffers of the sockets fill up.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    served.server.enter(Phase::Quiescing);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let next = serve_with(router(), Some(tls_of(&certificate))).await;
+    let reading = async {
+        for number in 0..5_000 {
+            let text = next_text(&mut client).await;
+            assert!(text.starts_with(&format!("{number} ")), "{number}: {text:.20}");
+        }
+    };
+    tokio::join!(reading, move_to(&next, served));
+}
