@@ -9,8 +9,8 @@ use axum::Router;
 use axum::extract::Request;
 use axum::extract::ws::{CloseFrame, Message, WebSocket, WebSocketUpgrade};
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::Response;
 use axum::response::sse::{Event, Sse};
-use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get};
 use futures_util::{SinkExt, Stream, StreamExt, stream};
 use hyper::header::{CONNECTION, UPGRADE};
@@ -630,28 +630,6 @@ async fn event_stream_of_a_client_that_does_not_ask_for_one_ends_at_the_drain() 
     reader.event().await.expect("the response has not ended");
     served.registry().set_phase(Phase::Draining);
     reader.reaches_the_end().await;
-}
-
-/// Its events cannot be followed.
-#[tokio::test(flavor = "multi_thread")]
-async fn encoded_event_stream_ends_at_the_drain() {
-    let handler = async || {
-        let chunks = stream::unfold((), async |()| {
-            tokio::time::sleep(Duration::from_millis(1)).await;
-            Some((Ok::<_, Infallible>(Event::default().id("1").data("x")), ()))
-        });
-        let mut response = EventStream(Sse::new(chunks)).into_response();
-        response.headers_mut().insert("content-encoding", "x".parse().expect("the value is valid"));
-        response.map(|body| {
-            let changed = body.into_data_stream().map(|chunk| chunk.map(|_| "encoded"));
-            axum::body::Body::from_stream(changed)
-        })
-    };
-    let served = serve(Router::new().route("/", get(handler))).await;
-    let mut reader = Reader::open(&served).await;
-    assert_eq!(reader.chunk().await, "encoded");
-    served.registry().set_phase(Phase::Draining);
-    while !reader.chunk().await.is_empty() {}
 }
 
 #[tokio::test(flavor = "multi_thread")]
