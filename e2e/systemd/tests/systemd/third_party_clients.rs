@@ -78,12 +78,17 @@ impl Client {
     }
 
     /// Waits until the client has printed the line `wanted` `count` times.
-    fn wait_for(&mut self, wanted: &str, count: usize) {
+    pub fn wait_for(&mut self, wanted: &str, count: usize) {
         while self.printed.iter().filter(|line| *line == wanted).count() < count {
             let line = self.lines.recv_timeout(TEST_TIMEOUT);
             let line = line.unwrap_or_else(|_| panic!("{}: {count} times {wanted:?}", self.name));
             self.printed.push(line);
         }
+    }
+
+    /// The lines that were read so far.
+    pub fn printed(&self) -> &[String] {
+        &self.printed
     }
 
     /// Waits until a request that begins after this call is answered. The client has to print "answered" for each line

@@ -234,7 +234,7 @@ impl Traffic {
 }
 
 /// Runs `systemctl VERB`, and asserts that another process is the main process afterwards.
-fn replace_process(container: &Container, verb: &str) {
+pub fn replace_process(container: &Container, verb: &str) {
     let before = container.show("MainPID").expect("systemctl show succeeds");
     container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
     let after = container.show("MainPID").expect("systemctl show succeeds");
