@@ -218,25 +218,23 @@ async fn converse(address: SocketAddr, client: usize, record: &Record) -> Result
     Ok(())
 }
 
-/// Reads an event stream and expects no gap and no duplicate. Each response must end with its last chunk, after which
-/// the client resumes with Last-Event-ID.
+/// Reads an event stream and expects no gap and no duplicate. The response must not end, because the next process
+/// continues it.
 async fn events(address: SocketAddr, record: Arc<Record>) {
-    let mut last = None;
     while !record.is_stopped() {
-        if let Err(error) = listen(address, &mut last, &record).await {
+        if let Err(error) = listen(address, &record).await {
             record.complain(record.event(), Complaint::Lost, "event stream", format!("{error:#}"));
-            last = None;
         }
     }
 }
 
-async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) -> Result<()> {
+async fn listen(address: SocketAddr, record: &Record) -> Result<()> {
     let mut connection = Connection::open(&Target::Tcp(address)).await.context("could not connect")?;
-    let seen = last.map_or(String::new(), |last| format!("last-event-id: {last}\r\n"));
-    connection.send(format!("GET /events HTTP/1.1\r\nhost: test\r\n{seen}\r\n").as_bytes()).await?;
+    let request = b"GET /events HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
+    connection.send(request).await?;
     let head = timeout(ANSWER_LIMIT, connection.head()).await.context("no response in time")??;
     ensure!(head.status == 200, "status {}", head.status);
-    let mut read = 0;
+    let (mut read, mut wanted) = (0, 0);
     loop {
         let text = String::from_utf8_lossy(connection.unread()).into_owned();
         // Only complete events, because the last one may have arrived in part.
@@ -244,18 +242,15 @@ async fn listen(address: SocketAddr, last: &mut Option<u64>, record: &Record) ->
         for id in text.get(read..end).unwrap_or_default().lines().filter_map(|line| line.strip_prefix("id: "))
         {
             let id: u64 = id.trim().parse()?;
-            let wanted = last.map_or(0, |last| last + 1);
             ensure!(id == wanted, "expected event {wanted}, got {id}");
-            *last = Some(id);
+            wanted += 1;
         }
         read = end.max(read);
-        if text.ends_with("0\r\n\r\n") {
-            return Ok(());
-        }
         if record.is_stopped() {
             return Ok(());
         }
+        ensure!(!text.ends_with("\n0\r\n\r\n"), "the response ended");
         let more = timeout(ANSWER_LIMIT, connection.read_more()).await.context("no event in time")??;
-        ensure!(more > 0, "the stream ended without its last chunk");
+        ensure!(more > 0, "the connection ended");
     }
 }

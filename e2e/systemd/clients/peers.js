@@ -70,24 +70,24 @@ async function requests(clients, ask) {
   await report(counts);
 }
 
-// An event stream, which the browser opens again after its end. Reports the first event of each connection.
+// An event stream. Reports the counts after each event, and at the end of the connection.
 function events() {
-  const counts = { opened: 0, ended: 0, given_up: 0, events: 0, missed_or_repeated: 0 };
-  let isFirst = false;
-  const source = new EventSource(`http://${SERVICE}/events`);
-  source.onopen = () => {
-    counts.opened += 1;
-    isFirst = true;
+  const counts = { opened: 0, ended: 0, events: 0, missed_or_repeated: 0 };
+  let reports = Promise.resolve();
+  const reportInOrder = () => {
+    const now = { ...counts };
+    reports = reports.then(() => report(now));
   };
+  const source = new EventSource(`http://${SERVICE}/events`);
+  source.onopen = () => { counts.opened += 1; };
   source.onerror = () => {
     counts.ended += 1;
-    if (source.readyState === EventSource.CLOSED) counts.given_up += 1;
+    reportInOrder();
   };
   source.onmessage = (event) => {
     if (event.lastEventId !== String(counts.events)) counts.missed_or_repeated += 1;
     counts.events += 1;
-    if (isFirst) report(counts);
-    isFirst = false;
+    reportInOrder();
   };
 }
 

@@ -146,19 +146,18 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     let longest = ADOPTS_HTTP2_AND_TLS.len().max(ADOPTS_UPGRADES.len());
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
     let mut is_elf = None;
-    let mut found = Protocols::PlainHttp1;
+    let (mut has_tls, mut has_upgrades) = (false, false);
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
-        if !is_elf || upgrades.find(&buffer).is_some() {
+        has_tls |= tls.find(&buffer).is_some();
+        has_upgrades |= upgrades.find(&buffer).is_some();
+        if !is_elf || has_tls && has_upgrades {
             return Ok(Protocols::All);
-        }
-        if tls.find(&buffer).is_some() {
-            found = Protocols::Http2AndTls;
         }
         // The end is kept, because a text may begin in this part of the file and end in the next one.
         buffer.drain(..buffer.len().saturating_sub(longest));
     }
-    Ok(found)
+    Ok(if has_tls { Protocols::Http2AndTls } else { Protocols::PlainHttp1 })
 }
 
 /// Waits until `fd` is readable. Returns false if it is not at the deadline.

@@ -279,7 +279,8 @@ impl PreparedSuccessor {
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
         let answer = answer.context("the successor did not answer Commit in time").flatten();
-        if answer.as_ref().is_ok_and(|accepting| accepting.text == ADOPTS_UPGRADES) {
+        let is_newest = self.adopts == Protocols::Http2AndTls;
+        if is_newest && answer.as_ref().is_ok_and(|accepting| accepting.text == ADOPTS_UPGRADES) {
             self.adopts = Protocols::All;
         }
         if let Err(reason) = answer {

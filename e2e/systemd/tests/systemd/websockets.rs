@@ -1,6 +1,7 @@
 //! WebSockets over restarts and reloads on real systemds. Each stays open, and each of its messages is answered once
 //! and in order by whichever process serves it.
 
+use std::path::Path;
 use std::pin::Pin;
 use std::process::Stdio;
 use std::sync::Arc;
@@ -28,8 +29,9 @@ use tokio_tungstenite::tungstenite::protocol::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::frame::Frame;
 use tokio_tungstenite::tungstenite::protocol::frame::coding::{CloseCode, Data, OpCode};
 
+use crate::on_systemd::release_without;
 use crate::third_party_clients::{Client, LIMIT, ROUNDS, connections, reload_and_restart};
-use crate::{FOLDER, boot_with_tls, tls_target};
+use crate::{FOLDER, app_binary, app_package, boot_with_tls, tls_target};
 
 const PLAIN_PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
@@ -48,6 +50,7 @@ on_each_systemd! {
     websockets_lose_no_message_over_restarts_and_reloads
     python_websockets_client_keeps_its_connection
     websocket_is_closed_with_1012_by_systemctl_stop
+    websocket_is_closed_with_1012_before_a_release_that_cannot_adopt_it
     thousand_idle_websockets_are_handed_over
 }
 
@@ -317,6 +320,30 @@ fn websocket_is_closed_with_1012_by_systemctl_stop(systemd: Systemd) {
         }
         assert!(stop.wait().expect("systemctl ends").success());
     });
+}
+
+/// An older release announces nothing: neither its binary, which a restart looks at, nor the process itself at a reload.
+fn websocket_is_closed_with_1012_before_a_release_that_cannot_adopt_it(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    let older = release_without(&container, "takes-upgraded-connections");
+    for verb in ["restart", "reload"] {
+        container.replace_binary(Path::new(app_binary())).expect("the binary is replaced");
+        container.systemctl("restart").expect("the restart succeeds");
+        container.inside(async || {
+            let mut socket = open(None).await;
+            socket.send(Message::text("hi")).await.expect("the message is sent");
+            assert_eq!(next(&mut socket).await, Some(Message::text("hi")));
+            container.replace_binary(older.path()).expect("the binary is replaced");
+            let mut verb = container.command(&["systemctl", verb, &container.unit("service")]);
+            let mut verb = Process::spawn(verb.stderr(Stdio::null())).expect("systemctl starts");
+            let Some(Message::Close(Some(close))) = next(&mut socket).await else {
+                panic!("expected a Close")
+            };
+            assert_eq!(close.code, CloseCode::Restart);
+            assert_eq!(next(&mut socket).await, None);
+            assert!(verb.wait().expect("systemctl ends").success());
+        });
+    }
 }
 
 /// The next message; `None` when the connection was closed after a Close.
