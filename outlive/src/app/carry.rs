@@ -72,11 +72,11 @@ const STATE_LIMIT: usize = 64 * 1024;
 ///
 /// # When the connection is closed instead
 ///
-/// The library closes the WebSocket with the code 1012, service restart (RFC 6455 section 7.4), if it cannot continue:
-/// there is no next process that can adopt it (an older release, or no file descriptor store), the state is above the
-/// [limit](Self::limit) or cannot be encoded, or the next process does not answer the request with the same subprotocol.
-/// `systemctl stop` ends it without a Close frame, because the process stores it as for a restart, and systemd then
-/// empties the store. A handler that does not return by the end of the drain is cut off (`--drain-timeout`).
+/// The library closes the WebSocket with the code 1012, service restart (RFC 6455 section 7.4), if it cannot continue,
+/// for example because of TLS 1.2, an older release as the next process, no file descriptor store, a state above the
+/// [limit](Self::limit), or a next process that does not answer the request with the same status and subprotocol within
+/// ten seconds. With a store, `systemctl stop` ends it without a Close frame, because the process stores it as for a
+/// restart, and systemd then empties the store. A handler that does not return by the end of the drain is cut off (`--drain-timeout`).
 ///
 /// # The state
 ///
@@ -157,8 +157,8 @@ impl<S: DeserializeOwned> Carry<S> {
 
 impl<S: Serialize> Carry<S> {
     /// Leaves `state` for the handler of the next process. The connection moves when the handler drops the WebSocket,
-    /// so the handler should return now. Call it when [`requested`](Self::requested) has resolved: a connection that is
-    /// left to a process that does not end is closed.
+    /// so the handler should return now. Call it only after [`requested`](Self::requested) has resolved, because a
+    /// connection that is handed on while no process takes over is closed.
     pub fn hand_on(&self, state: &S) {
         let Some(continuation) = &self.continuation else { return };
         match rmp_serde::to_vec_named(state) {

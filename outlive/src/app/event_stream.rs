@@ -10,14 +10,15 @@ use futures_util::Stream;
 ///
 /// When the connection has to move, the stream is dropped after a whole event. The next process calls the handler of the
 /// same route with the same request, whose `Last-Event-ID` is now the id of the last event that was sent, and its events
-/// follow in the same response. The client notices nothing: it receives no second head, and no event is lost or repeated.
+/// follow in the same response. The client receives no second head, and no event is lost or repeated if the handler begins
+/// after `Last-Event-ID`.
 /// The stream does not have to end at the [`Shutdown`](crate::Shutdown).
 ///
 /// The handler has to begin after the event that `Last-Event-ID` names, in another process too. So it takes the events
 /// from a place that both processes can read, such as a database: a channel is not handed over. Middleware must neither
 /// compress nor change the body, because the library finds the ends and the ids of the events in it. A response with a
-/// `Content-Encoding` ends when the drain begins. One whose events have no end otherwise delays the drain, and is cut off
-/// at `--drain-timeout`.
+/// `Content-Encoding` ends when the drain begins, perhaps within an event. If middleware removes the empty lines that end
+/// events, the drain waits for the response, and cuts it off at `--drain-timeout`.
 ///
 /// ```
 /// use std::convert::Infallible;
