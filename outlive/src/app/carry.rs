@@ -86,12 +86,12 @@ const STATE_LIMIT: usize = 64 * 1024;
 ///
 /// # Upgrades to other protocols
 ///
-/// For an upgrade to `websocket` the library delivers to the handler one message at a time, and keeps what the handler
-/// has read of an incomplete message, so the handler may return between any two calls of `recv`. For other protocols it
+/// For an upgrade to `websocket` the library lets the handler read one frame at a time, and keeps what the handler has
+/// read of an incomplete message, so the handler may return between any two calls of `recv`. For other protocols it
 /// cannot know where a message ends. There a handler may call `hand_on` only when it has consumed all bytes that it has
 /// read, and has flushed all that it has written; buffers such as `BufReader` must be empty.
 pub struct Carry<S> {
-    /// None if the request neither offers an upgrade nor accepts an event stream, or if it was made by a unit test.
+    /// None if the request offers no upgrade and accepts no event stream, or if a unit test has made it.
     continuation: Option<Arc<Continuation>>,
     shutdown: CancellationToken,
     limit: usize,
@@ -226,7 +226,7 @@ enum Left {
 }
 
 impl Continuation {
-    /// Of a request that a client has sent to this process.
+    /// For a request that a client has sent to this process.
     pub fn new(handle: UpgradeHandle, head: Option<Bytes>) -> Self {
         Self {
             handle,
@@ -239,7 +239,7 @@ impl Continuation {
         }
     }
 
-    /// Of a request that began in another process.
+    /// For a request that began in another process.
     pub fn resumed(handle: UpgradeHandle, replay: Replay) -> Self {
         Self { received: Some(replay.clone()), ..Self::new(handle, Some(replay.head)) }
     }

@@ -38,7 +38,6 @@ impl Registration {
         self.entry.since()
     }
 
-    /// Restarts the time limit of the current stage.
     /// The connection begins anew, as one that has just been accepted: an upgraded connection is continued by another
     /// request.
     pub fn restart(&self) {
@@ -46,6 +45,7 @@ impl Registration {
         self.entry.apply(Event::HandoverAllowed);
     }
 
+    /// Restarts the time limit of the current stage.
     pub fn touch(&self) {
         self.entry.touch();
     }

@@ -2,7 +2,8 @@
 //!
 //! [`Server`] accepts from the listeners (`listeners/`) within `--max-connections`, registers each connection
 //! (`registry/`), and serves it (`connection/`). A connection that becomes quiescent is parked (`parked.rs`), or
-//! added to the queue of the drain (`handover_queue.rs`), which hands it over (`lifecycle/drain.rs`). [`Server::adopt`] continues connections of the predecessor
+//! added to the queue of the drain (`handover_queue.rs`), which hands it over (`lifecycle/drain.rs`). Handlers give
+//! upgraded connections back to [`Server::serve_returned`]. [`Server::adopt`] continues connections of the predecessor
 //! (`takeover/adopter.rs`).
 
 pub mod allocator;

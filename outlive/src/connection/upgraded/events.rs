@@ -59,7 +59,7 @@ pub(in crate::connection) enum Turn {
 }
 
 impl EventBody {
-    /// Of a response that moves when the phase hands connections over.
+    /// For a response that moves when the phase hands connections over.
     pub(in crate::connection) fn moving(
         continuation: Arc<Continuation>,
         agreement: Bytes,
@@ -71,7 +71,7 @@ impl EventBody {
         Self::new(Some(Movable { continuation, agreement, upgrade }), must_return, Some(Events::default()))
     }
 
-    /// Of a response that ends when the process drains, after a whole event unless the response is encoded.
+    /// For a response that ends when the process drains, after a whole event unless the response is encoded.
     pub(in crate::connection) fn ending(handle: UpgradeHandle, is_encoded: bool) -> Self {
         let events = (!is_encoded).then(Events::default);
         Self::new(None, Box::pin(async move { handle.drains().await }), events)

@@ -1,4 +1,5 @@
-//! Connections that leave HTTP/1.1 (RFC 9110 section 7.8), such as WebSockets.
+//! Connections whose response does not end: those that leave HTTP/1.1 (RFC 9110 section 7.8), such as WebSockets, and
+//! event streams (`events.rs`).
 //!
 //! hyper reads and writes an [`UpgradableIo`], and gives it to the handler when a response grants an upgrade. If the
 //! handler has a [`Carry`](crate::Carry), this IO follows the frames that pass through it (`frames.rs`). When the
@@ -56,7 +57,7 @@ struct Shared {
     granted: OnceLock<Granted>,
     /// Whether the response to a replayed request does not continue the connection.
     is_refused: AtomicBool,
-    /// Whether it does.
+    /// Whether the response to a replayed request continues the connection.
     is_continued: AtomicBool,
     /// Set when an event stream has to continue in another process.
     handed_on: Mutex<Option<Replay>>,

@@ -245,19 +245,21 @@ fn endless() -> impl Stream<Item = Result<&'static str, Infallible>> {
     stream::repeat(Ok("x"))
 }
 
+/// A route that selects this subprotocol of a WebSocket.
+fn speaking(protocol: &'static str) -> Router {
+    let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
+        upgrade.protocols([protocol]).on_upgrade(async move |mut socket: WebSocket| {
+            tokio::select! {
+                _ = socket.recv() => {}
+                () = carry.requested() => carry.hand_on(&Seat::default()),
+            }
+        })
+    };
+    Router::new().route("/", any(handler))
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn websocket_is_closed_with_1012_if_the_subprotocol_changes() {
-    fn speaking(protocol: &'static str) -> Router {
-        let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
-            upgrade.protocols([protocol]).on_upgrade(async move |mut socket: WebSocket| {
-                tokio::select! {
-                    _ = socket.recv() => {}
-                    () = carry.requested() => carry.hand_on(&Seat::default()),
-                }
-            })
-        };
-        Router::new().route("/", any(handler))
-    }
     let served = serve(speaking("one")).await;
     let stream = TcpStream::connect(served.address).await.expect("the server accepts");
     let request = hyper::Request::builder()
@@ -722,17 +724,6 @@ fn upgrade_request(fields: &str) -> String {
 /// hyper ends a connection with `Connection: close` as soon as the refused response is written.
 #[tokio::test(flavor = "multi_thread")]
 async fn refused_websocket_that_does_not_keep_alive_is_closed_with_1012() {
-    fn speaking(protocol: &'static str) -> Router {
-        let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>| {
-            upgrade.protocols([protocol]).on_upgrade(async move |mut socket: WebSocket| {
-                tokio::select! {
-                    _ = socket.recv() => {}
-                    () = carry.requested() => carry.hand_on(&Seat::default()),
-                }
-            })
-        };
-        Router::new().route("/", any(handler))
-    }
     for _ in 0..20 {
         let served = serve(speaking("one")).await;
         let mut client =
