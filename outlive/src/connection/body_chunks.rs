@@ -33,12 +33,18 @@ impl ChunkedBody {
         self.buffer.len() as u64
     }
 
-    /// The next chunk of `body`. hyper calls this once the client's windows have room for it.
+    /// The response does not wait for room in the client's windows.
+    pub(super) fn rest(&mut self) {
+        self.pending = None;
+    }
+
+    /// The next chunk of `body`, of at most `limit` bytes. hyper calls this once the client's windows have room for it.
     pub(super) fn poll_chunk(
         &mut self,
         body: Pin<&mut Body>,
         cx: &mut Context<'_>,
         request: &RequestGuard,
+        limit: usize,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         self.pending = None;
         if self.buffer.is_empty() {
@@ -50,7 +56,7 @@ impl ChunkedBody {
             }
         }
         self.pending = Some(request.pending_frame());
-        let chunk = self.buffer.split_to(self.buffer.len().min(CHUNK));
+        let chunk = self.buffer.split_to(self.buffer.len().min(limit));
         Poll::Ready(Some(Ok(Frame::data(chunk))))
     }
 }

@@ -25,12 +25,13 @@ use memchr::memmem;
 use pin_project_lite::pin_project;
 
 use super::Endpoint;
-use super::body_chunks::ChunkedBody;
+use super::body_chunks::{CHUNK, ChunkedBody};
+use super::http2::{BodyTurn, EndlessStreams, STREAM_FIELD, StreamBody};
 use super::upgraded::{EventBody, EventTurn, Granted, ReturnPath, Upgrade};
 use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
 use crate::app::event_stream::IsEventStream;
-use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle};
+use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle, UpgradeHandle};
 use crate::requests::{self, Routes};
 use crate::transport::replay::{self, Replay};
 
@@ -44,6 +45,8 @@ pub(super) struct Service {
     return_path: ReturnPath,
     /// The request that began the connection in another process, until it is answered anew.
     replay: Cell<Option<Box<Replay>>>,
+    /// Present for HTTP/2.
+    streams: Option<EndlessStreams>,
 }
 
 impl Service {
@@ -62,7 +65,13 @@ impl Service {
             upgrade: Upgrade::default(),
             return_path,
             replay: replay.into(),
+            streams: None,
         }
+    }
+
+    /// The service of an HTTP/2 connection.
+    pub(super) fn with_streams(self, streams: EndlessStreams) -> Self {
+        Self { streams: Some(streams), ..self }
     }
 
     /// What this service, the driver and the IO of the connection know about upgrades.
@@ -79,7 +88,10 @@ impl Service {
     }
 
     /// What a request offers besides a response that ends. `body`: whether the request has one.
-    fn offered(&self, head: &Parts, body: bool) -> Option<Offered> {
+    fn offered(&self, head: &mut Parts, body: bool) -> Option<Offered> {
+        if let Some(streams) = &self.streams {
+            return self.offered_stream(streams, head);
+        }
         let replay = self.replay.take();
         let prepared = head.extensions.get::<OnUpgrade>().cloned();
         let accepts_events = !body && accepts_events(head);
@@ -106,6 +118,20 @@ impl Service {
             None => Offered::Events { continuation, upgrade },
         })
     }
+
+    /// As [`Service::offered`], for HTTP/2. Removes the field that the interposer has appended to the request.
+    fn offered_stream(&self, streams: &EndlessStreams, head: &mut Parts) -> Option<Offered> {
+        let number = head.headers.get_all(STREAM_FIELD).iter().next_back()?.to_str().ok()?.parse();
+        head.headers.remove(STREAM_FIELD);
+        let stream = number.ok()?;
+        let agreement = streams.request(stream)?;
+        Some(Offered::Stream(OfferedStream {
+            streams: streams.clone(),
+            stream,
+            agreement,
+            handle: self.requests.upgrade_handle(),
+        }))
+    }
 }
 
 /// The media type of an event stream (HTML standard section 9.2.5).
@@ -127,18 +153,21 @@ fn accepts_events(head: &Parts) -> bool {
 enum Offered {
     Upgrade(Box<OfferedUpgrade>),
     Events { continuation: Arc<Continuation>, upgrade: Upgrade },
+    Stream(OfferedStream),
 }
 
 impl Offered {
-    fn continuation(&self) -> &Arc<Continuation> {
+    /// What the handler's [`Carry`](crate::Carry) uses. None for HTTP/2, which has no upgrades.
+    fn continuation(&self) -> Option<&Arc<Continuation>> {
         match self {
-            Self::Upgrade(offered) => &offered.continuation,
-            Self::Events { continuation, .. } => continuation,
+            Self::Upgrade(offered) => Some(&offered.continuation),
+            Self::Events { continuation, .. } => Some(continuation),
+            Self::Stream(_) => None,
         }
     }
 
     /// Returns what hyper has to send in the place of `response`, and what follows the events in its body.
-    fn decide(self, response: Response<Body>, connects: bool) -> (Response<Body>, Option<Box<EventBody>>) {
+    fn decide(self, response: Response<Body>, connects: bool) -> (Response<Body>, Option<Following>) {
         match self {
             Self::Upgrade(offered) if offered.accepts_events && !grants_upgrade(&response, connects) => {
                 offered.upgrade.keep_declined(offered.prepared);
@@ -146,21 +175,26 @@ impl Offered {
             }
             Self::Upgrade(offered) => (offered.decide(response, connects), None),
             Self::Events { continuation, upgrade } => decide_on_events(continuation, upgrade, response),
+            Self::Stream(offered) => offered.decide(response),
         }
     }
+}
+
+/// Whether a response is an event stream that another process could continue.
+fn is_event_stream(response: &Response<Body>) -> bool {
+    response.extensions().get::<IsEventStream>().is_some()
+        && response.status() == StatusCode::OK
+        && !response.headers().contains_key(CONTENT_LENGTH)
+        // An encoder such as gzip has state that cannot be handed over.
+        && !response.headers().contains_key(CONTENT_ENCODING)
 }
 
 fn decide_on_events(
     continuation: Arc<Continuation>,
     upgrade: Upgrade,
     response: Response<Body>,
-) -> (Response<Body>, Option<Box<EventBody>>) {
-    let is_event_stream = response.extensions().get::<IsEventStream>().is_some()
-        && response.status() == StatusCode::OK
-        && !response.headers().contains_key(CONTENT_LENGTH)
-        // An encoder such as gzip has state that cannot be handed over.
-        && !response.headers().contains_key(CONTENT_ENCODING)
-        && continuation.is_movable();
+) -> (Response<Body>, Option<Following>) {
+    let is_event_stream = is_event_stream(&response) && continuation.is_movable();
     let agreement = replay::agreement_of_events(response.headers());
     if let Some(replay) = continuation.received() {
         if !is_event_stream || replay.agreement != agreement {
@@ -169,8 +203,44 @@ fn decide_on_events(
         }
         upgrade.accept();
     }
-    let events = is_event_stream.then(|| Box::new(EventBody::moving(continuation, agreement, upgrade)));
+    let moving = || Following::Connection(Box::new(EventBody::moving(continuation, agreement, upgrade)));
+    let events = is_event_stream.then(moving);
     (response, events)
+}
+
+/// An HTTP/2 stream whose response may have no end.
+struct OfferedStream {
+    streams: EndlessStreams,
+    stream: u32,
+    /// What the response has to agree with, if the stream began in another process.
+    agreement: Option<Bytes>,
+    handle: UpgradeHandle,
+}
+
+impl OfferedStream {
+    fn decide(self, response: Response<Body>) -> (Response<Body>, Option<Following>) {
+        let Self { streams, stream, agreement: expected, handle } = self;
+        let agreement = replay::agreement_of_events(response.headers());
+        let is_continued = expected.as_ref().is_none_or(|expected| *expected == agreement);
+        if !is_event_stream(&response) || !is_continued {
+            streams.end(stream);
+            // The interposer discards the head of this response, and ends the stream.
+            let is_replay = expected.is_some();
+            let response = if is_replay { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response };
+            return (response, None);
+        }
+        let Some(block) = streams.open(stream) else { return (response, None) };
+        let body = StreamBody::new(streams, stream, block, agreement, handle);
+        (response, Some(Following::Stream(Box::new(body))))
+    }
+}
+
+/// What follows the events of a response.
+enum Following {
+    /// The response moves with its HTTP/1.1 connection, or ends.
+    Connection(Box<EventBody>),
+    /// The response moves with its HTTP/2 connection.
+    Stream(Box<StreamBody>),
 }
 
 fn is_websocket(protocol: &HeaderValue) -> bool {
@@ -228,9 +298,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
-        let offered = self.offered(&head, !body.is_end_stream());
-        if let Some(offered) = &offered {
-            head.extensions.insert(offered.continuation().clone());
+        let offered = self.offered(&mut head, !body.is_end_stream());
+        if let Some(continuation) = offered.as_ref().and_then(Offered::continuation) {
+            head.extensions.insert(continuation.clone());
         }
         head.extensions.insert(self.context.clone());
         let body = request_body(&guard, body);
@@ -268,7 +338,8 @@ impl Future for ResponseFuture {
         }
         if events.is_none() && response.extensions().get::<IsEventStream>().is_some() {
             let is_encoded = response.headers().contains_key(CONTENT_ENCODING);
-            events = Some(Box::new(EventBody::ending(guard.upgrade_handle(), is_encoded)));
+            let ending = EventBody::ending(guard.upgrade_handle(), is_encoded);
+            events = Some(Following::Connection(Box::new(ending)));
         }
         Poll::Ready(Ok(answer(guard, response, events, *this.connects, *this.version)))
     }
@@ -288,7 +359,7 @@ fn request_body(guard: &RequestGuard, body: Incoming) -> Option<RequestBody> {
 fn answer(
     mut guard: RequestGuard,
     mut response: Response<Body>,
-    events: Option<Box<EventBody>>,
+    events: Option<Following>,
     connects: bool,
     version: Version,
 ) -> Response<ResponseBody> {
@@ -297,6 +368,9 @@ fn answer(
         // HTTP/2 has GOAWAY instead of `Connection: close`. The request is tracked now, because hyper may not poll the
         // body for a long time if the client's windows are full.
         guard.track();
+        if matches!(events, Some(Following::Stream(_))) {
+            guard.await_handover();
+        }
     } else if upgrades {
         guard.upgrade();
     } else if guard.must_close() {
@@ -323,8 +397,8 @@ pin_project! {
         guard: RequestGuard,
         // Present for HTTP/2 only; boxed, so that HTTP/1.1 responses stay small.
         window: Option<Box<ChunkedBody>>,
-        // Present for an event stream that can move to another process.
-        events: Option<Box<EventBody>>,
+        // Present for an event stream.
+        events: Option<Following>,
     }
 }
 
@@ -369,6 +443,24 @@ impl HttpBody for RequestBody {
     }
 }
 
+impl Following {
+    /// hyper receives `chunk` next.
+    fn follow(&mut self, chunk: &[u8]) {
+        match self {
+            Self::Connection(events) => events.follow(chunk),
+            Self::Stream(events) => events.follow(chunk),
+        }
+    }
+
+    /// The handler's stream has ended. Returns whether that is the end of the response.
+    fn end(&mut self) -> bool {
+        match self {
+            Self::Connection(events) => events.end(),
+            Self::Stream(events) => events.end(),
+        }
+    }
+}
+
 impl ResponseBody {
     /// See [`ChunkedBody::buffered`].
     fn buffered(&self) -> u64 {
@@ -385,17 +477,30 @@ impl HttpBody for ResponseBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
-        if let Some(events) = this.events {
-            match events.poll_turn(cx) {
+        let mut limit = CHUNK;
+        match this.events {
+            None => {}
+            Some(Following::Connection(events)) => match events.poll_turn(cx) {
                 EventTurn::Polls => {}
                 EventTurn::Waits => return Poll::Pending,
                 // An error makes hyper stop without a byte, where the end of the body would end the response.
                 EventTurn::Moves => return Poll::Ready(Some(Err(axum::Error::new(MovedOn)))),
                 EventTurn::Ends => return Poll::Ready(None),
-            }
+            },
+            Some(Following::Stream(events)) => match events.poll_turn(cx) {
+                BodyTurn::Polls(room) => limit = room,
+                BodyTurn::Rests => {
+                    if let Some(window) = this.window {
+                        window.rest();
+                    }
+                    return Poll::Pending;
+                }
+                BodyTurn::WaitsForWindow => return Poll::Pending,
+                BodyTurn::Ends => return Poll::Ready(None),
+            },
         }
         let frame = match this.window {
-            Some(window) => window.poll_chunk(this.body.as_mut(), cx, this.guard),
+            Some(window) => window.poll_chunk(this.body.as_mut(), cx, this.guard, limit),
             None => this.body.as_mut().poll_frame(cx),
         };
         if !matches!(frame, Poll::Ready(None)) && !this.body.is_end_stream() {

@@ -129,7 +129,7 @@ async fn serve_plain(
     let driver = registration.driver();
     let mut bytes = [0; PREFACE.len()];
     let is_resumed = connection.http2.is_some();
-    let arrived = if connection.replay.is_some() {
+    let arrived = if connection.has_endless_response() {
         FirstBytes::Bytes(0)
     } else if connection.unread.is_empty() {
         let is_enough =

@@ -11,6 +11,7 @@ use super::Endpoint;
 use crate::transport::http2_state::Http2State;
 use crate::transport::replay::Replay;
 use crate::transport::stream::{Peer, Stream};
+use crate::transport::stream_replay::StreamReplay;
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// A connection with everything that is needed to continue it, in this or in the next process.
@@ -37,6 +38,11 @@ impl Connection {
         self.http2.is_none() && self.tls.is_none()
     }
 
+    /// The open streams of an HTTP/2 connection. None if there are none.
+    pub fn open_streams(&self) -> Option<&[StreamReplay]> {
+        self.http2.as_ref().map(|state| &state.streams[..]).filter(|streams| !streams.is_empty())
+    }
+
     /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
     /// disconnected.
     pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
@@ -45,6 +51,13 @@ impl Connection {
         rustix::io::ioctl_fionbio(&socket, true)?;
         let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
         Ok((Connection { socket: Stream::new(socket, peer)?, endpoint, unread, http2, tls, replay }, peer))
+    }
+}
+
+impl<S> Connection<S> {
+    /// Whether a response of it has no end, so that the handler has to be called before the client sends anything.
+    pub fn has_endless_response(&self) -> bool {
+        self.replay.is_some() || self.http2.as_ref().is_some_and(|state| !state.streams.is_empty())
     }
 }
 

@@ -375,13 +375,7 @@ mod tests {
     /// Descriptors of `/dev/null`, with numbers as the names of their listeners.
     fn sockets(count: usize) -> Vec<(File, SocketRecord)> {
         let null = File::open("/dev/null").expect("could not open /dev/null");
-        let record = |number: usize| SocketRecord {
-            listener: number.to_string(),
-            payload: Bytes::new(),
-            http2: None,
-            tls: None,
-            replay: None,
-        };
+        let record = |number: usize| SocketRecord::new(number.to_string(), Bytes::new());
         (0..count)
             .map(|number| (null.try_clone().expect("could not duplicate /dev/null"), record(number)))
             .collect()

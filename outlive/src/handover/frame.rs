@@ -12,7 +12,8 @@
 //! fds       1  a memfd with N records, if N > 0
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
-//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded or events
+//!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded or events,
+//!                                                8: open HTTP/2 streams
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
@@ -20,6 +21,7 @@
 //!           .  HTTP/2 only: 4, a length; the state (`transport/http2_state.rs`)
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
 //!           .  upgraded, or an event stream, only: 4, a length; the request (`transport/replay.rs`)
+//!           .  open HTTP/2 streams only: 4, a length; their requests (`transport/stream_replay.rs`)
 //!           .  fields of later releases          version 2 only
 //! ```
 //! Numbers are little-endian. The records are in a memfd, because neither one message nor all messages that wait in the
@@ -120,6 +122,8 @@ pub struct SocketRecord {
     pub tls: Option<Secret>,
     /// The encoded request of an upgraded connection, and its state.
     pub replay: Option<Bytes>,
+    /// The encoded requests of the open streams of an HTTP/2 connection.
+    pub streams: Option<Bytes>,
 }
 
 /// Bytes that are wiped when they are dropped, and that `Debug` does not print.
@@ -223,21 +227,35 @@ impl Header {
 }
 
 impl SocketRecord {
+    /// A record of an HTTP/1.1 connection, or of a socket that is no connection.
+    pub fn new(listener: String, payload: Bytes) -> Self {
+        Self { listener, payload, http2: None, tls: None, replay: None, streams: None }
+    }
+
     /// The first version of a frame that can express this record.
     pub(super) fn version(&self) -> u16 {
         if self.protocols() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
     }
 
-    /// The sum of [`HTTP2`], [`TLS`] and [`UPGRADED`], as they apply.
+    /// The sum of [`HTTP2`], [`TLS`], [`UPGRADED`] and [`STREAMS`], as they apply.
     fn protocols(&self) -> u16 {
-        let parts =
-            [(self.http2.is_some(), HTTP2), (self.tls.is_some(), TLS), (self.replay.is_some(), UPGRADED)];
+        let parts = [
+            (self.http2.is_some(), HTTP2),
+            (self.tls.is_some(), TLS),
+            (self.replay.is_some(), UPGRADED),
+            (self.streams.is_some(), STREAMS),
+        ];
         parts.into_iter().filter(|part| part.0).map(|part| part.1).sum()
     }
 
     fn parts(&self) -> impl Iterator<Item = &[u8]> {
         let tls = self.tls.as_ref().map(|tls| &tls.0[..]);
-        self.http2.as_deref().into_iter().chain(tls).chain(self.replay.as_deref())
+        self.http2
+            .as_deref()
+            .into_iter()
+            .chain(tls)
+            .chain(self.replay.as_deref())
+            .chain(self.streams.as_deref())
     }
 
     /// The encoded length in version 2, in bytes. In version 1 a record is 6 bytes shorter.
@@ -271,7 +289,7 @@ impl SocketRecord {
         let length = bytes.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
         let mut body = take(bytes, length)?;
         let protocols = body.try_get_u16_le().map_err(|_| FrameError::TruncatedRecord)?;
-        if protocols & !(HTTP2 | TLS | UPGRADED) != 0 {
+        if protocols & !(HTTP2 | TLS | UPGRADED | STREAMS) != 0 {
             return Err(FrameError::UnsupportedProtocols(protocols));
         }
         let mut record = Self::decode_body(&mut body)?;
@@ -288,6 +306,9 @@ impl SocketRecord {
         if protocols & UPGRADED != 0 {
             record.replay = Some(Bytes::copy_from_slice(part()?));
         }
+        if protocols & STREAMS != 0 {
+            record.streams = Some(Bytes::copy_from_slice(part()?));
+        }
         Ok(record)
     }
 
@@ -296,7 +317,7 @@ impl SocketRecord {
         let payload = bytes.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
         let listener = std::str::from_utf8(take(bytes, name.into())?).map_err(FrameError::Text)?.into();
         let payload = Bytes::copy_from_slice(take(bytes, payload)?);
-        Ok(Self { listener, payload, http2: None, tls: None, replay: None })
+        Ok(Self::new(listener, payload))
     }
 }
 
@@ -314,6 +335,8 @@ const HTTP2: u16 = 1;
 const TLS: u16 = 2;
 /// An upgraded connection; the bit of TLS says whether it is encrypted.
 const UPGRADED: u16 = 4;
+/// An HTTP/2 connection with open streams.
+const STREAMS: u16 = 8;
 /// The two lengths at the beginning of the body, in bytes.
 const BODY_LENGTH: usize = 6;
 
@@ -337,10 +360,12 @@ mod tests {
     fn record() -> impl Strategy<Value = SocketRecord> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
         let part = || prop::option::of(bytes());
-        (".{0,40}", bytes(), part(), part(), part()).prop_map(|(listener, payload, http2, tls, replay)| {
-            let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
-            SocketRecord { listener, payload, http2, tls, replay }
-        })
+        (".{0,40}", bytes(), part(), part(), part(), part()).prop_map(
+            |(listener, payload, http2, tls, replay, streams)| {
+                let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
+                SocketRecord { listener, payload, http2, tls, replay, streams }
+            },
+        )
     }
 
     proptest! {

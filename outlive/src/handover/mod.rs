@@ -30,6 +30,7 @@ pub use store::FdStore;
 use crate::connection::{Connection, Endpoint};
 use crate::transport::http2_state::Http2State;
 use crate::transport::replay::Replay;
+use crate::transport::stream_replay;
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The name of the channel in systemd's file descriptor store (`FDNAME=` of sd_notify(3)).
@@ -42,7 +43,9 @@ pub enum Protocols {
     PlainHttp1,
     /// HTTP/1.1 and HTTP/2, with and without TLS: a release from before the handover of upgraded connections.
     Http2AndTls,
-    /// Upgraded connections too.
+    /// Upgraded connections too: a release from before the handover of event streams over HTTP/2.
+    Upgrades,
+    /// Event streams over HTTP/2 too.
     All,
 }
 
@@ -92,6 +95,17 @@ pub fn unpack(
         Some(Some(state)) => Some(Box::new(state)),
         None => None,
     };
+    let http2 = match (http2, record.streams.as_ref().map(stream_replay::decode)) {
+        (_, Some(None)) => return Err("could not decode the open streams of an HTTP/2 connection".into()),
+        (None, Some(Some(_))) => return Err("only an HTTP/2 connection can have open streams".into()),
+        (Some(http2), Some(Some(streams))) => {
+            if streams.last().is_some_and(|last| last.stream > http2.last_stream) {
+                return Err("an HTTP/2 connection has an open stream after its last one".into());
+            }
+            Some(Box::new(Http2State { streams, ..*http2 }))
+        }
+        (http2, None) => http2,
+    };
     let tls = match record.tls.map(|secret| TlsTrafficState::decode(&secret.0)) {
         Some(None) => return Err("could not decode the keys of a TLS connection".into()),
         Some(Some(session)) => Some(Box::new(session)),
@@ -118,13 +132,7 @@ pub fn unpack(
 /// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame
 /// needs one.
 pub fn pack_tickets(keys: Secret) -> io::Result<Vec<(OwnedFd, SocketRecord)>> {
-    let record = SocketRecord {
-        listener: String::new(),
-        payload: Bytes::new(),
-        http2: None,
-        tls: Some(keys),
-        replay: None,
-    };
+    let record = SocketRecord { tls: Some(keys), ..SocketRecord::new(String::new(), Bytes::new()) };
     Ok(vec![(File::open("/dev/null")?.into(), record)])
 }
 
@@ -136,14 +144,7 @@ pub fn unpack_tickets(frame: Frame) -> Option<Secret> {
 /// Encodes a channel that holds connections, to send it through another channel. Its record has the name
 /// [`STORE_NAME`] in the place of a listener's.
 pub fn pack_channel(channel: &OwnedFd) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
-    let record = SocketRecord {
-        listener: STORE_NAME.into(),
-        payload: Bytes::new(),
-        http2: None,
-        tls: None,
-        replay: None,
-    };
-    vec![(channel.as_fd(), record)]
+    vec![(channel.as_fd(), SocketRecord::new(STORE_NAME.into(), Bytes::new()))]
 }
 
 pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
@@ -153,6 +154,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
         http2: connection.http2.as_deref().map(|state| state.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
         replay: connection.replay.as_deref().map(|replay| replay.encode().into()),
+        streams: connection.open_streams().map(|streams| stream_replay::encode(streams).into()),
     };
     connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()
 }

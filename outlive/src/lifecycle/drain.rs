@@ -345,8 +345,11 @@ fn keep_unadopted(registry: &Registry, next_adopts: Protocols) {
     if next_adopts < Protocols::Http2AndTls {
         registry.keep_http2_and_tls();
     }
-    if next_adopts < Protocols::All {
+    if next_adopts < Protocols::Upgrades {
         registry.keep_upgrades();
+    }
+    if next_adopts < Protocols::All {
+        registry.keep_streams();
     }
 }
 

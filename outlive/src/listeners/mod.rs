@@ -193,16 +193,7 @@ impl Listener {
                 [b"nobody", path].concat()
             }
         };
-        Ok((
-            fd,
-            SocketRecord {
-                listener: self.name.to_string(),
-                payload: ownership.into(),
-                http2: None,
-                tls: None,
-                replay: None,
-            },
-        ))
+        Ok((fd, SocketRecord::new(self.name.to_string(), ownership.into())))
     }
 
     /// The listener that the predecessor has packed into `record`.

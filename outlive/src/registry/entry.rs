@@ -46,7 +46,14 @@ pub struct Entry {
     started: AtomicU64,
     /// The requests in flight whose response was not ready at once, and those of HTTP/2. The others are only counted,
     /// so that an HTTP/1.1 request that is answered at once takes no lock.
-    tracked: Mutex<Vec<InFlight>>,
+    tracked: Mutex<Vec<Tracked>>,
+}
+
+struct Tracked {
+    request: InFlight,
+    /// Whether another process can continue its response at any time, because it has no end (HTTP/2). An HTTP/1.1
+    /// connection has `State::awaits_handover` instead.
+    awaits_handover: bool,
 }
 
 /// A request in flight.
@@ -83,6 +90,7 @@ impl PendingWork {
             Stage::Ending | Stage::Discarding => true,
             // It becomes quiescent as soon as the phase asks for it.
             _ if state.awaits_handover => false,
+            Stage::InFlight if self.entry.only_awaits_handover(state) => !state.is_movable(),
             Stage::InFlight if self.entry.started() == self.started => true,
             // HTTP/2: newer requests have begun, and an older one is still in flight beside them.
             Stage::InFlight if self.entry.has_tracked_before(self.started) => true,
@@ -287,11 +295,28 @@ impl Entry {
     /// Records a request by its number and path, so that a drain can tell it from newer ones, and the log can name it
     /// if it is cut off.
     pub(super) fn track(&self, request: InFlight) {
-        lock(&self.tracked).push(request);
+        lock(&self.tracked).push(Tracked { request, awaits_handover: false });
+    }
+
+    /// Records that another process can continue the response to a tracked request at any time.
+    pub(super) fn await_handover(&self, request: &InFlight) {
+        for tracked in lock(&self.tracked).iter_mut().filter(|other| other.request.number == request.number) {
+            tracked.awaits_handover = true;
+        }
+        if self.state().is_watched() {
+            self.registry.notify_of_watched();
+        }
+    }
+
+    /// Whether another process can continue all requests in flight (HTTP/2).
+    fn only_awaits_handover(&self, state: State) -> bool {
+        let tracked = lock(&self.tracked);
+        let awaiting = tracked.iter().filter(|request| request.awaits_handover).count();
+        awaiting > 0 && usize::try_from(state.in_flight()) == Ok(awaiting)
     }
 
     pub(super) fn untrack(&self, request: &InFlight) {
-        lock(&self.tracked).retain(|other| other.number != request.number);
+        lock(&self.tracked).retain(|other| other.request.number != request.number);
     }
 
     /// Counts one more response frame that waits for room in the client's windows.
@@ -304,7 +329,7 @@ impl Entry {
     }
 
     fn has_tracked_before(&self, count: u64) -> bool {
-        lock(&self.tracked).iter().any(|request| request.number < count)
+        lock(&self.tracked).iter().any(|other| other.request.number < count && !other.awaits_handover)
     }
 
     /// How many requests have begun on this connection in this process.
@@ -315,7 +340,7 @@ impl Entry {
     /// When its newest request in flight began. For a response that is not tracked and not fully sent, this is when the
     /// peer last received bytes of it.
     pub(super) fn last_request(&self) -> Option<Instant> {
-        let tracked = lock(&self.tracked).iter().map(|request| request.since).max();
+        let tracked = lock(&self.tracked).iter().map(|other| other.request.since).max();
         let is_in_flight = self.stage() == Stage::InFlight;
         tracked
             .or_else(|| is_in_flight.then(|| Instant::now().checked_sub(self.registry.age(self.since())))?)
@@ -325,7 +350,7 @@ impl Entry {
         CutOffConnection {
             peer: self.peer,
             age: self.registry.age(self.registered),
-            requests: lock(&self.tracked).clone(),
+            requests: lock(&self.tracked).iter().map(|other| other.request.clone()).collect(),
         }
     }
 }

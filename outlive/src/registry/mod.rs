@@ -159,6 +159,7 @@ pub struct Registry {
     /// would wake all of them at each change of a watched connection.
     handler_phase: watch::Sender<Phase>,
     keeps_upgrades: AtomicBool,
+    keeps_streams: AtomicBool,
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
@@ -201,6 +202,7 @@ impl Registry {
             changed: Notify::new(),
             handler_phase: watch::Sender::new(Phase::Serving),
             keeps_upgrades: AtomicBool::new(false),
+            keeps_streams: AtomicBool::new(false),
             connections: Mutex::new(Connections::default()),
             parked: AtomicUsize::new(0),
             now: Clock::new(0),
@@ -343,6 +345,18 @@ impl Registry {
     /// See [`Registry::keep_upgrades`].
     pub fn keeps_upgrades(&self) -> bool {
         self.keeps_upgrades.load(SeqCst)
+    }
+
+    /// Excludes the HTTP/2 streams of responses without end from the handover, because the next process is a release that
+    /// cannot adopt them. They end as soon as the process drains.
+    pub fn keep_streams(&self) {
+        self.keeps_streams.store(true, SeqCst);
+        self.handler_phase.send_modify(|_| {});
+    }
+
+    /// See [`Registry::keep_streams`].
+    pub fn keeps_streams(&self) -> bool {
+        self.keeps_streams.load(SeqCst)
     }
 
     /// Waits until the handlers of upgraded connections have to return.

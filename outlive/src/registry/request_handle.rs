@@ -54,6 +54,12 @@ impl RequestGuard {
         }
     }
 
+    /// Another process can continue the response at any time (HTTP/2), so a drain need not wait for its end. The request
+    /// has to be tracked.
+    pub fn await_handover(&self) {
+        self.entry.await_handover(&self.in_flight);
+    }
+
     pub fn upgrade_handle(&self) -> UpgradeHandle {
         UpgradeHandle::new(self.entry.clone())
     }

@@ -197,6 +197,11 @@ impl State {
         self.is_flushed
     }
 
+    /// See [`Entry::watch`](super::entry::Entry).
+    pub fn is_watched(self) -> bool {
+        self.is_watched
+    }
+
     pub fn is_movable(self) -> bool {
         self.is_movable
     }
@@ -213,6 +218,15 @@ impl State {
     /// Whether nothing is in flight, nothing is unsent, and the connection can be handed over.
     pub fn is_quiescent(self) -> bool {
         matches!(self.stage, Stage::Waiting | Stage::Head) && self.is_flushed && self.is_movable
+    }
+
+    /// As [`State::is_quiescent`], while so many responses without end have stopped.
+    pub fn is_quiescent_beside(self, endless: usize) -> bool {
+        if endless == 0 {
+            return self.is_quiescent();
+        }
+        let has_only_endless = usize::try_from(self.in_flight) == Ok(endless) && !self.is_reading();
+        self.stage == Stage::InFlight && has_only_endless && self.is_flushed && self.is_movable
     }
 
     /// The state after `event`, and the tasks to wake.

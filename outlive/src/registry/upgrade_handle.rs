@@ -46,6 +46,19 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| !matches!(phase, Phase::Serving | Phase::Announcing)).await;
     }
 
+    /// Waits until a response without end has to end over HTTP/2, because the process does not hand it over. To hand it over,
+    /// its connection stops it.
+    pub async fn streams_must_end(&self) {
+        let registry = &self.0.registry;
+        let mut phase = registry.handler_phase.subscribe();
+        let must_end = |phase: &Phase| {
+            let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
+            phase.ends(true) || is_draining && registry.keeps_streams()
+        };
+        // The sender is not dropped before, because it is in the registry.
+        let _ = phase.wait_for(must_end).await;
+    }
+
     /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
     pub fn hands_over(&self) -> bool {
         self.handler_phase().quiesces() && !self.0.registry.keeps_upgrades()

@@ -89,9 +89,9 @@ impl ParkedConnections {
         // exits.
         let phase = self.registry.phase();
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
-        // Unread bytes belong to a request, and epoll would not report them. An upgraded connection needs its handler,
+        // Unread bytes belong to a request, and epoll would not report them. A response without end needs its handler,
         // which may have something to send.
-        if must_leave || !idle.connection.unread.is_empty() || idle.connection.replay.is_some() {
+        if must_leave || !idle.connection.unread.is_empty() || idle.connection.has_endless_response() {
             return Err(idle);
         }
         let socket = &idle.connection.socket;
@@ -164,7 +164,8 @@ impl ParkedConnections {
 
     /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
-        let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades();
+        let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades()
+            || connection.open_streams().is_some() && self.registry.keeps_streams();
         !is_kept && (connection.is_plain_http1() || !self.registry.keeps_http2_and_tls())
     }
 

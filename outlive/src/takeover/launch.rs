@@ -21,7 +21,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
 use crate::handover::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -90,8 +90,8 @@ impl Program {
     }
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
-    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`] and [`ADOPTS_UPGRADES`]. A file that is not an ELF binary, or cannot be read, counts
-    /// as a release that adopts all of them.
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`] and [`ADOPTS_STREAMS`]. A file that is not
+    /// an ELF binary, or cannot be read, counts as a release that adopts all of them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
         let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::All)).await;
@@ -136,28 +136,33 @@ impl Program {
 
 /// Which connections the release in a binary can adopt: all if it is the binary of this process. All too for a file that
 /// is not an ELF binary, because a script that starts the service does not contain the texts.
-fn adopts(path: &Path) -> io::Result<Protocols> {
+pub(super) fn adopts(path: &Path) -> io::Result<Protocols> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(Protocols::All);
     }
-    let (tls, upgrades) = (memmem::Finder::new(ADOPTS_HTTP2_AND_TLS), memmem::Finder::new(ADOPTS_UPGRADES));
-    let longest = ADOPTS_HTTP2_AND_TLS.len().max(ADOPTS_UPGRADES.len());
+    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS];
+    let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
+    let mut wanted = texts.map(|text| (memmem::Finder::new(text), false));
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
     let mut is_elf = None;
-    let (mut has_tls, mut has_upgrades) = (false, false);
     while Read::by_ref(&mut file).take(READ_LENGTH as u64).read_to_end(&mut buffer)? > 0 {
         let is_elf = *is_elf.get_or_insert_with(|| buffer.starts_with(b"\x7fELF"));
-        has_tls |= tls.find(&buffer).is_some();
-        has_upgrades |= upgrades.find(&buffer).is_some();
-        if !is_elf || has_tls && has_upgrades {
+        for (text, is_found) in &mut wanted {
+            *is_found = *is_found || text.find(&buffer).is_some();
+        }
+        if !is_elf || wanted.iter().all(|(_, is_found)| *is_found) {
             return Ok(Protocols::All);
         }
         // The end is kept, because a text may begin in this part of the file and end in the next one.
         buffer.drain(..buffer.len().saturating_sub(longest));
     }
-    Ok(if has_tls { Protocols::Http2AndTls } else { Protocols::PlainHttp1 })
+    Ok(match wanted.map(|(_, is_found)| is_found) {
+        [false, ..] => Protocols::PlainHttp1,
+        [true, false, _] => Protocols::Http2AndTls,
+        [true, true, _] => Protocols::Upgrades,
+    })
 }
 
 /// Waits until `fd` is readable. Returns false if it is not at the deadline.

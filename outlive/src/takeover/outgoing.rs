@@ -6,6 +6,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
@@ -14,7 +15,7 @@ use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::{error, info};
 
-use super::launch::Program;
+use super::launch::{Program, adopts};
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
@@ -53,13 +54,7 @@ impl SuccessorBundle {
     ) -> io::Result<Self> {
         let mut fds = listeners.iter().map(Listener::pack).collect::<io::Result<Vec<_>>>()?;
         if let Some(folder) = credentials.folder() {
-            let record = SocketRecord {
-                listener: CREDENTIALS.to_owned(),
-                payload: Bytes::new(),
-                http2: None,
-                tls: None,
-                replay: None,
-            };
+            let record = SocketRecord::new(CREDENTIALS.to_owned(), Bytes::new());
             fds.push((folder.as_fd().try_clone_to_owned()?, record));
         }
         Ok(Self { fds, generation, watchdog, program, limit })
@@ -141,10 +136,7 @@ async fn refuse(channel: &Channel, generation: u64) {
 /// exited.
 async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<PreparedSuccessor> {
     match timeout(bundle.limit, prepare(bundle, &channel, Parent::Unknown)).await {
-        Ok(prepared) => {
-            let (process, adopts) = prepared?;
-            Ok(PreparedSuccessor { channel, process, adopts })
-        }
+        Ok(prepared) => Ok(prepared?.with(channel)),
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
 }
@@ -158,7 +150,7 @@ async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> 
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     let reason = match timeout(limit, prepare(bundle, &channel, Parent::ServiceManager)).await {
-        Ok(Ok((process, adopts))) => return Ok(PreparedSuccessor { channel, process, adopts }),
+        Ok(Ok(prepared)) => return Ok(prepared.with(channel)),
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready within --takeover-timeout"),
     };
@@ -177,12 +169,24 @@ enum Parent {
     ServiceManager,
 }
 
+/// A successor that has sent `Ready`.
+struct Prepared {
+    process: ProcessHandle,
+    /// What its messages say that it adopts.
+    adopts: Protocols,
+    /// What its binary says that it adopts.
+    in_binary: Protocols,
+}
+
+impl Prepared {
+    fn with(self, channel: Channel) -> PreparedSuccessor {
+        let Self { process, adopts, in_binary } = self;
+        PreparedSuccessor { channel, process, adopts, in_binary }
+    }
+}
+
 /// Exchanges the messages up to `Ready`.
-async fn prepare(
-    bundle: &SuccessorBundle,
-    channel: &Channel,
-    mut parent: Parent,
-) -> Result<(ProcessHandle, Protocols)> {
+async fn prepare(bundle: &SuccessorBundle, channel: &Channel, mut parent: Parent) -> Result<Prepared> {
     let origin = Origin::now(bundle.generation);
     let mut successor = None;
     while successor.is_none() || parent == Parent::Unknown {
@@ -191,17 +195,22 @@ async fn prepare(
             MessageType::Hello => {
                 let pid =
                     frame.text.parse::<u32>().map_err(anyhow::Error::from).and_then(ProcessHandle::open);
-                successor = Some(pid.context("could not identify the successor")?);
+                let process = pid.context("could not identify the successor")?;
+                let path = PathBuf::from(format!("/proc/{}/exe", process.pid()));
+                // A successor whose binary cannot be read counts as an earlier release.
+                let in_binary =
+                    tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::Upgrades));
+                successor = Some((process, in_binary));
             }
             MessageType::Go => parent = Parent::ServiceManager,
             other => bail!("protocol error: expected Hello from the successor, got {other:?}"),
         }
     }
-    let successor = successor.context("protocol error: no Hello from the successor")?;
+    let (process, in_binary) = successor.context("protocol error: no Hello from the successor")?;
     systemd::reloading(&format!(
         "reloading: generation {} starts as pid {}",
         bundle.generation + 1,
-        successor.pid()
+        process.pid()
     ));
     let watchdog = bundle.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(MessageType::Listeners, origin, &bundle.fds, &watchdog).await?;
@@ -211,7 +220,7 @@ async fn prepare(
         ADOPTS_HTTP2_AND_TLS => Protocols::Http2AndTls,
         _ => Protocols::PlainHttp1,
     };
-    Ok((successor, adopts))
+    Ok(Prepared { process, adopts, in_binary: in_binary.await? })
 }
 
 /// A successor that has sent `Ready`, and can serve as soon as it receives `Commit`.
@@ -219,6 +228,8 @@ pub struct PreparedSuccessor {
     channel: Channel,
     process: ProcessHandle,
     adopts: Protocols,
+    /// See [`Prepared`].
+    in_binary: Protocols,
 }
 
 /// A successor that serves, and adopts the connections of this process.
@@ -259,7 +270,7 @@ impl PreparedSuccessor {
                 committed = &mut committed => break committed,
             }
         };
-        let successor = committed.map(|Self { channel, process, adopts }| {
+        let successor = committed.map(|Self { channel, process, adopts, .. }| {
             // Without a service manager, only this process received the stop signal, so it passes the signal on.
             if stop_signals > 0 && !systemd::is_reachable() {
                 process.terminate();
@@ -281,7 +292,7 @@ impl PreparedSuccessor {
         let answer = answer.context("the successor did not answer Commit in time").flatten();
         let is_newest = self.adopts == Protocols::Http2AndTls;
         if is_newest && answer.as_ref().is_ok_and(|accepting| accepting.text == ADOPTS_UPGRADES) {
-            self.adopts = Protocols::All;
+            self.adopts = self.in_binary.max(Protocols::Upgrades);
         }
         if let Err(reason) = answer {
             // Killed before its channel is closed, because the successor would take a closed channel for the exit of

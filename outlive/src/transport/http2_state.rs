@@ -1,10 +1,12 @@
 //! [`Http2State`], the state of an HTTP/2 connection that the next process needs to continue it, and its encoding.
 //!
-//! Only connections without open streams are handed over, so the state consists of what is shared by all streams: the
-//! settings of both sides, the windows of the connection, the last stream, and the header compression (HPACK, RFC
-//! 7541).
+//! A connection is handed over when its streams have ended, except those whose response has no end. So the state consists
+//! of what is shared by all streams: the settings of both sides, the windows of the connection, the last stream, and the
+//! header compression (HPACK, RFC 7541); and of the requests of those streams (`stream_replay.rs`).
 
 use bytes::{Buf, BufMut};
+
+use super::stream_replay::StreamReplay;
 
 /// The maximum number of different settings that a client may send. It is larger than the number of settings that are
 /// defined (RFC 9113 section 6.5.2 and extensions); without it a client could make this process keep any number of
@@ -17,6 +19,8 @@ const WINDOW_LIMIT: i64 = (1 << 31) - 1;
 /// `SETTINGS_HEADER_TABLE_SIZE` (RFC 9113 section 6.5.2), and its initial value, in bytes.
 pub const HEADER_TABLE_SIZE: u16 = 1;
 pub const FIRST_HEADER_TABLE_SIZE: u32 = 4096;
+/// `SETTINGS_INITIAL_WINDOW_SIZE` (RFC 9113 section 6.5.2).
+pub const INITIAL_WINDOW_SIZE: u16 = 4;
 /// The highest stream identifier.
 const STREAM_LIMIT: u32 = (1 << 31) - 1;
 
@@ -36,6 +40,17 @@ impl Settings {
             }
         }
         payload.is_empty()
+    }
+
+    pub fn get(&self, key: u16) -> Option<u32> {
+        self.0.iter().find(|(known, _)| *known == key).map(|(_, value)| *value)
+    }
+
+    /// The same settings, with `value` for `key`.
+    pub fn with(mut self, key: u16, value: u32) -> Self {
+        self.0.retain(|(known, _)| *known != key);
+        self.0.push((key, value));
+        self
     }
 
     /// The same settings, with `value` for `key` if they have no value for it.
@@ -91,7 +106,7 @@ pub enum Table {
     InUse,
 }
 
-/// The state of an HTTP/2 connection without open streams.
+/// The state of an HTTP/2 connection without open streams, except those whose response has no end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Http2State {
     /// The settings of the client.
@@ -105,6 +120,8 @@ pub struct Http2State {
     /// How many bytes the server may still send on the connection.
     pub send_window: i64,
     pub table: Table,
+    /// The open streams, in ascending order. They are not part of the encoding, because earlier releases do not adopt them.
+    pub streams: Vec<StreamReplay>,
 }
 
 impl Default for Http2State {
@@ -116,6 +133,7 @@ impl Default for Http2State {
             receive_window: FIRST_WINDOW,
             send_window: FIRST_WINDOW,
             table: Table::Unknown,
+            streams: Vec::new(),
         }
     }
 }
@@ -142,7 +160,7 @@ impl Http2State {
         let (receive_window, send_window) = (window()?, window()?);
         let table = bytes.try_get_u8().ok()?;
         let table = [Table::Unknown, Table::Empty].into_iter().find(|known| *known as u8 == table)?;
-        Some(Self { theirs, ours, last_stream, receive_window, send_window, table })
+        Some(Self { theirs, ours, last_stream, receive_window, send_window, table, streams: Vec::new() })
     }
 }
 
@@ -165,7 +183,8 @@ mod tests {
             is_empty: bool, more: Vec<u8>,
         ) {
             let table = if is_empty { Table::Empty } else { Table::Unknown };
-            let state = Http2State { theirs, ours, last_stream, receive_window, send_window, table };
+            let streams = Vec::new();
+            let state = Http2State { theirs, ours, last_stream, receive_window, send_window, table, streams };
             let bytes = state.encode();
             prop_assert_eq!(Http2State::decode(&[&bytes[..], &more].concat()), Some(state));
             for cut in 0..bytes.len() {

@@ -6,6 +6,7 @@ pub mod http2_state;
 pub mod listener_name;
 pub mod replay;
 pub mod stream;
+pub mod stream_replay;
 pub mod tickets;
 pub mod tls_config;
 pub mod tls_traffic;

@@ -29,7 +29,8 @@ pub enum Target {
 }
 
 impl Target {
-    async fn connect(&self) -> io::Result<Stream> {
+    /// Opens a connection, with its TLS handshake.
+    pub async fn connect(&self) -> io::Result<Stream> {
         Ok(match self {
             Self::Tcp(address) => Box::pin(connect(*address).await?),
             Self::Unix(path) => Box::pin(UnixStream::connect(path).await?),
@@ -48,7 +49,7 @@ async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// The byte stream below HTTP.
-trait Duplex: AsyncRead + AsyncWrite + Send {
+pub trait Duplex: AsyncRead + AsyncWrite + Send {
     /// Updates the keys of both directions: the next write is preceded by a KeyUpdate that requests one from the
     /// server.
     fn update_keys(self: Pin<&mut Self>) -> Result<()> {
@@ -63,7 +64,7 @@ impl Duplex for TlsStream<TcpStream> {
         Ok(self.get_mut().get_mut().1.refresh_traffic_keys()?)
     }
 }
-type Stream = Pin<Box<dyn Duplex>>;
+pub type Stream = Pin<Box<dyn Duplex>>;
 
 /// A response; [`Connection::head`] leaves the body empty.
 #[derive(Clone, Debug)]

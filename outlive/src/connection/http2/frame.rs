@@ -80,10 +80,22 @@ impl Head {
         is_empty
     }
 
+    /// The header block in the payload of HEADERS that is a whole request without a body. None if the frame is something
+    /// else, or is padded.
+    pub fn whole_request(self, payload: &[u8]) -> Option<&[u8]> {
+        let is_whole = self.frame_type == HEADERS && self.has(END_STREAM) && self.has(END_HEADERS);
+        let before = 5 * usize::from(self.has(WITH_PRIORITY));
+        payload.get(before..).filter(|_| is_whole && !self.has(PADDED))
+    }
+
     pub fn put(self, into: &mut BytesMut) {
-        into.put_uint(self.length as u64, 3);
-        into.put_slice(&[self.frame_type, self.flags]);
-        into.put_u32(self.stream);
+        into.put_slice(&self.encode());
+    }
+
+    pub fn encode(self) -> [u8; HEAD_LENGTH] {
+        let [.., a, b, c] = self.length.to_be_bytes();
+        let [d, e, f, g] = self.stream.to_be_bytes();
+        [a, b, c, self.frame_type, self.flags, d, e, f, g]
     }
 }
 
@@ -92,8 +104,9 @@ pub fn increment(payload: &[u8]) -> Option<u32> {
     Some(u32::from_be_bytes(payload.try_into().ok()?) & !(1 << 31))
 }
 
-pub fn put_window_update(increment: u32, into: &mut BytesMut) {
-    Head::new(WINDOW_UPDATE, 0, 4).put(into);
+/// `stream`: 0 for the connection.
+pub fn put_window_update(stream: u32, increment: u32, into: &mut BytesMut) {
+    Head { stream, ..Head::new(WINDOW_UPDATE, 0, 4) }.put(into);
     into.put_u32(increment);
 }
 
@@ -104,6 +117,18 @@ pub fn put_settings(payload: &[u8], into: &mut BytesMut) {
 
 pub fn put_settings_ack(into: &mut BytesMut) {
     Head::new(SETTINGS, ACK, 0).put(into);
+}
+
+/// Appends an empty DATA frame that ends the stream.
+pub fn put_end_of_stream(stream: u32, into: &mut BytesMut) {
+    Head { stream, ..Head::new(DATA, END_STREAM, 0) }.put(into);
+}
+
+/// Appends RST_STREAM with the error code CANCEL (RFC 9113 section 7).
+pub fn put_cancel(stream: u32, into: &mut BytesMut) {
+    const CANCEL: u32 = 8;
+    Head { stream, ..Head::new(RST_STREAM, 0, 4) }.put(into);
+    into.put_u32(CANCEL);
 }
 
 /// Appends GOAWAY without an error: streams after `last_stream` were not served (RFC 9113 section 6.8).

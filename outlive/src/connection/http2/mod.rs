@@ -3,13 +3,19 @@
 //! [`drive`] polls hyper, and with it h2, on a `Relay` (`relay.rs`), through which all bytes pass an `Interposer`
 //! (`interposer/`). The interposer records what another process needs to continue the connection, and can hold the
 //! frames of new streams. `Quiescer` decides when they are held. A connection that cannot be handed over receives
-//! GOAWAY.
+//! GOAWAY. Streams whose response has no end (`endless.rs`, `stream_body.rs`) stop when all others have ended, and
+//! continue in the next process.
 
+mod endless;
 pub(super) mod frame;
+mod header_block;
 mod interposer;
 #[cfg(test)]
 mod reaction_tests;
 mod relay;
+mod stream_body;
+#[cfg(test)]
+mod stream_tests;
 #[cfg(test)]
 mod tests;
 
@@ -28,8 +34,11 @@ use super::exchange::Service;
 use super::io::{Io, Parts};
 use crate::registry::{DriverHandle, Phase, Stage};
 use crate::transport::http2_state::Http2State;
+pub(super) use endless::{BodyTurn, EndlessStreams};
+pub(super) use header_block::STREAM_FIELD;
 use interposer::Interposer;
 use relay::Relay;
+pub(super) use stream_body::StreamBody;
 
 /// The interval of pings, and how long a peer may take to answer one before the connection is closed.
 const PING_INTERVAL: Duration = Duration::from_secs(20);
@@ -53,6 +62,10 @@ const LONGEST_HOLD: Duration = Duration::from_secs(2);
 /// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests on streams above its
 /// last stream.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long the handlers may take to answer the requests that began in another process. Their clients wait for the next
+/// events meanwhile.
+const REPLAY_LIMIT: Duration = Duration::from_secs(10);
 
 pub(super) enum Http2Outcome {
     Closed,
@@ -82,11 +95,14 @@ pub(super) async fn drive(
     handle: &DriverHandle,
     quiesce_limit: Duration,
 ) -> Http2Outcome {
-    let relay = Relay::new(io, state.map_or_else(Interposer::new, Interposer::resume));
+    let interposer = state.map_or_else(Interposer::new, Interposer::resume);
+    let service = service.with_streams(interposer.endless());
+    let replay_deadline = interposer.is_replaying().then(|| Box::pin(sleep(REPLAY_LIMIT)));
+    let relay = Relay::new(io, interposer);
     let connection = serve_connection(relay.clone(), service);
     handle.enter(Stage::Waiting);
-    let mut driver =
-        Driver { connection, relay, handle, goaway_deadline: None, quiescer: Quiescer::new(quiesce_limit) };
+    let quiescer = Quiescer::new(quiesce_limit);
+    let mut driver = Driver { connection, relay, handle, goaway_deadline: None, replay_deadline, quiescer };
     loop {
         match poll_fn(|cx| driver.poll_turn(cx)).await {
             Turn::MustClose => driver.send_goaway(),
@@ -136,6 +152,8 @@ struct Driver<'a> {
     handle: &'a DriverHandle,
     /// Set when GOAWAY is sent: until then the client need not react.
     goaway_deadline: Option<Pin<Box<Sleep>>>,
+    /// Present until the requests that began in another process are answered.
+    replay_deadline: Option<Pin<Box<Sleep>>>,
     quiescer: Quiescer,
 }
 
@@ -144,8 +162,9 @@ impl Driver<'_> {
         loop {
             let phase = self.handle.phase();
             if self.cannot_move(phase) {
-                self.handle.forbid_handover();
+                keep(self.handle, &self.relay);
             }
+            self.limit_replays(cx);
             let connection = &mut self.connection;
             if let Poll::Ready(result) = self.handle.poll_driver(cx, |cx| Pin::new(connection).poll(cx)) {
                 return Poll::Ready(Turn::Done(result));
@@ -158,6 +177,18 @@ impl Driver<'_> {
                 Progress::Released => {}
                 Progress::Waits => return Poll::Pending,
             }
+        }
+    }
+
+    /// Ends the streams of another process whose handlers do not answer in time.
+    fn limit_replays(&mut self, cx: &mut Context<'_>) {
+        let Some(deadline) = &mut self.replay_deadline else { return };
+        if self.relay.with(|interposer| interposer.is_replaying()) != Some(true) {
+            self.replay_deadline = None;
+        } else if deadline.as_mut().poll(cx).is_ready() {
+            self.replay_deadline = None;
+            debug!(peer = %self.handle.peer(), "ending streams of the previous process: their handlers did not answer in time");
+            self.relay.with(Interposer::end_replays);
         }
     }
 
@@ -201,7 +232,7 @@ impl Driver<'_> {
 
     fn send_goaway(&mut self) {
         self.goaway_deadline = Some(Box::pin(sleep(GOAWAY_LIMIT)));
-        self.handle.forbid_handover();
+        keep(self.handle, &self.relay);
         // The time limit of the stage begins again, so that the peer has time to close.
         self.handle.touch();
         self.relay.with(Interposer::release);
@@ -215,6 +246,13 @@ impl Driver<'_> {
         let (state, unread) = interposer.into_state();
         Http2Outcome::Quiescent(parts, Box::new(state), unread)
     }
+}
+
+/// Keeps the connection in this process until it closes. Its responses without end have to end, because otherwise it would
+/// not close.
+fn keep(handle: &DriverHandle, relay: &Relay) {
+    handle.forbid_handover();
+    relay.with(|interposer| interposer.endless().must_end());
 }
 
 /// Makes a busy connection quiescent: holds new streams so that the open ones can end. If they do not end in time, it
@@ -266,11 +304,11 @@ impl Quiescer {
             {
                 return Progress::Waits;
             }
-            return self.hold_until_idle(handle, relay);
+            return self.hold_until_idle(cx, handle, relay);
         }
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Attempt::None;
-            handle.forbid_handover();
+            keep(handle, relay);
             return Self::release(relay);
         }
         self.attempt(cx, handle, relay)
@@ -298,8 +336,7 @@ impl Quiescer {
                     self.now = Attempt::Holding(Box::pin(sleep(self.hold)));
                 }
                 Attempt::Holding(end) => {
-                    let is_quiescent = relay.with(|interposer| interposer.is_quiescent()).unwrap_or(false);
-                    if is_quiescent && handle.state().is_quiescent() {
+                    if is_quiescent(cx, handle, relay) {
                         return Progress::Quiescent;
                     }
                     let is_full = relay.with(|interposer| interposer.is_full()).unwrap_or(false);
@@ -321,10 +358,10 @@ impl Quiescer {
 
     /// Holds new streams until the open ones have ended, however long that takes, because a request that begins this
     /// late in a drain might be cut off.
-    fn hold_until_idle(&mut self, handle: &DriverHandle, relay: &Relay) -> Progress {
+    fn hold_until_idle(&mut self, cx: &Context<'_>, handle: &DriverHandle, relay: &Relay) -> Progress {
         relay.with(Interposer::hold);
         self.now = Attempt::HoldingUntilIdle;
-        if relay.with(|interposer| interposer.is_quiescent()) == Some(true) && handle.state().is_quiescent() {
+        if is_quiescent(cx, handle, relay) {
             return Progress::Quiescent;
         }
         let is_full = relay.with(|interposer| interposer.is_full()) == Some(true);
@@ -337,7 +374,7 @@ impl Quiescer {
         // this busy until the limit receives GOAWAY.
         if self.begun.get_or_insert_with(Instant::now).elapsed() >= self.limit {
             self.now = Attempt::None;
-            handle.forbid_handover();
+            keep(handle, relay);
         } else {
             self.pause();
         }
@@ -353,4 +390,14 @@ impl Quiescer {
         relay.with(Interposer::release);
         Progress::Released
     }
+}
+
+/// Whether the connection can be handed over now. If only responses without end are in flight, asks them to stop, and then
+/// wakes the task of `cx`.
+fn is_quiescent(cx: &Context<'_>, handle: &DriverHandle, relay: &Relay) -> bool {
+    let endless = relay.with(|interposer| {
+        interposer.stop_endless(cx.waker());
+        interposer.is_quiescent().then(|| interposer.count_open())
+    });
+    endless.flatten().is_some_and(|endless| handle.state().is_quiescent_beside(endless))
 }

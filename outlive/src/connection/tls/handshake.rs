@@ -79,7 +79,7 @@ async fn resume(
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = registration.driver();
-    if connection.replay.is_none() && connection.unread.is_empty() && session.unread.is_empty() {
+    if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
             FirstBytes::Quiescent if !driver.keeps_http2_and_tls() => {
                 connection.tls = Some(session);

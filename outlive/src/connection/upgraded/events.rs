@@ -155,7 +155,7 @@ impl EventBody {
 
 /// The id of the last event.
 #[derive(Debug, Default, PartialEq, Eq)]
-enum LastId {
+pub(in crate::connection) enum LastId {
     /// No event has data so far.
     #[default]
     None,
@@ -166,7 +166,7 @@ enum LastId {
 
 /// The lines of an event stream so far.
 #[derive(Default)]
-struct Events {
+pub(in crate::connection) struct Events {
     /// The beginning of the current line, up to [`LINE_LIMIT`] bytes.
     line: Vec<u8>,
     /// Whether the last line ended with a carriage return, so that a line feed belongs to its end.
@@ -179,7 +179,7 @@ struct Events {
 }
 
 impl Events {
-    fn follow(&mut self, chunk: &[u8]) {
+    pub(in crate::connection) fn follow(&mut self, chunk: &[u8]) {
         for byte in chunk {
             match byte {
                 b'\n' if self.ends_with_cr => self.ends_with_cr = false,
@@ -220,7 +220,11 @@ impl Events {
         }
     }
 
-    fn is_between_events(&self) -> bool {
+    pub(in crate::connection) fn last_id(&self) -> &LastId {
+        &self.last_id
+    }
+
+    pub(in crate::connection) fn is_between_events(&self) -> bool {
         !self.has_lines && self.line.is_empty()
     }
 }

@@ -37,7 +37,7 @@ use super::io::Io;
 use crate::app::carry::Continuation;
 use crate::os::lock::lock;
 use crate::transport::replay::Replay;
-pub(super) use events::{EventBody, Turn as EventTurn};
+pub(super) use events::{EventBody, Events, LastId, Turn as EventTurn};
 use frames::{Inbound, Outbound};
 pub(super) use returned::close_unadopted;
 pub use returned::{ReturnPath, ReturnedConnection, ReturnedConnections, Succession};

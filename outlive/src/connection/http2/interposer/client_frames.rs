@@ -7,7 +7,10 @@ use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
 };
-use crate::transport::http2_state::{Settings, Table};
+use crate::connection::http2::header_block::{
+    STREAM_FIELD_LENGTH, is_of_event_stream, put_stream_field, without_size_updates,
+};
+use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings, Table};
 
 impl Interposer {
     /// Whether the client's bytes may reach h2.
@@ -51,8 +54,13 @@ impl Interposer {
                     let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.frame_type {
                         DATA => true,
                         SETTINGS => false,
-                        WINDOW_UPDATE if head.stream == 0 => false,
-                        _ => bytes.len() >= HEAD_LENGTH + head.length,
+                        WINDOW_UPDATE if head.stream == 0 || self.maybe_endless.contains(&head.stream) => {
+                            false
+                        }
+                        _ => {
+                            let payload = bytes.get(HEAD_LENGTH..HEAD_LENGTH + head.length);
+                            payload.is_some_and(|payload| endless_request(*head, payload).is_none())
+                        }
                     };
                     let Some((raw, head)) = head.filter(is_plain) else {
                         self.receive(bytes);
@@ -186,7 +194,10 @@ impl Interposer {
             }
             // A client must not send this frame. h2 refuses it when its header block is complete.
             PUSH_PROMISE => self.block = (!head.has(END_HEADERS)).then_some(disposition),
-            RST_STREAM if !is_new => self.end_stream(stream),
+            RST_STREAM if !is_new => {
+                self.end_stream(stream);
+                self.end_replay(stream);
+            }
             PING if head.has(ACK) && stream == 0 && length == PING_LENGTH => {
                 match self.unanswered.own_pings.checked_sub(1) {
                     Some(left) => self.unanswered.own_pings = left,
@@ -237,6 +248,7 @@ impl Interposer {
             end(ended);
             if ended.client && ended.h2 {
                 self.open.remove(at);
+                self.forget_endless(stream);
             }
         }
     }
@@ -245,9 +257,16 @@ impl Interposer {
         self.end_half(stream, |ended| *ended = Ended { client: true, h2: true });
     }
 
+    fn forget_endless(&mut self, stream: u32) {
+        if self.maybe_endless.contains(&stream) {
+            self.maybe_endless.retain(|other| *other != stream);
+            self.endless.end(stream);
+        }
+    }
+
     /// Processes a complete frame of the client.
     pub(super) fn receive_whole(&mut self) {
-        let FrameParser::Whole(head, bytes, payload) =
+        let FrameParser::Whole(head, mut bytes, mut payload) =
             std::mem::replace(&mut self.from_client, FrameParser::START)
         else {
             unreachable!("only called when a frame is complete")
@@ -263,14 +282,50 @@ impl Interposer {
                 self.receive_acknowledgement()
             }
             Head { frame_type: SETTINGS, stream: 0, .. } if !head.has(ACK) => {
+                let window = self.initial_window();
                 // Settings that cannot be recorded cannot be handed over. h2 refuses those that are invalid.
                 self.is_ending |= !self.state.theirs.set(&payload);
                 self.unanswered.theirs = self.unanswered.theirs.saturating_add(1);
+                if !self.maybe_endless.is_empty() {
+                    self.endless.change_windows(self.initial_window() - window);
+                }
+                if self.is_replaying() && payload.len().is_multiple_of(6) {
+                    // h2 must not use its table yet. Of two values of a setting the last one counts.
+                    payload.extend(Settings::default().or(HEADER_TABLE_SIZE, 0).payload());
+                    bytes = Head { length: payload.len(), ..head }.encode();
+                }
                 Disposition::Forward
+            }
+            Head { frame_type: WINDOW_UPDATE, stream, length: 4, .. }
+                if self.maybe_endless.contains(&stream) =>
+            {
+                let granted = increment(&payload).expect("four bytes");
+                let left = self.endless.granted(stream, granted);
+                if left == granted {
+                    Disposition::Forward
+                } else {
+                    if left > 0 {
+                        put_window_update(stream, left, &mut self.to_h2);
+                    }
+                    Disposition::Discard
+                }
             }
             _ => {
                 self.note_table_size(head, &payload);
-                self.on_client_frame(head, &payload)
+                let is_new = head.stream > self.state.last_stream;
+                let disposition = self.on_client_frame(head, &payload);
+                if is_new
+                    && disposition == Disposition::Forward
+                    && self.state.last_stream == head.stream
+                    && let Some(block) = endless_request(head, &payload)
+                {
+                    let block = without_size_updates(block);
+                    self.endless.begin(head.stream, block, self.initial_window());
+                    self.maybe_endless.push(head.stream);
+                    put_stream_field(head.stream, &mut payload);
+                    bytes = Head { length: payload.len(), ..head }.encode();
+                }
+                disposition
             }
         };
         self.go(disposition, &bytes);
@@ -297,8 +352,14 @@ impl Interposer {
         let left = granted - u32::try_from(paid).expect("at most what was granted");
         // An increment of zero is an error, which h2 must see to refuse it.
         if left > 0 || granted == 0 {
-            put_window_update(left, &mut self.to_h2);
+            put_window_update(0, left, &mut self.to_h2);
         }
         self.send_waiting();
     }
+}
+
+/// The header block of a request whose response may have no end. None if the frame is something else.
+fn endless_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
+    let has_room = payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT;
+    head.whole_request(payload).filter(|block| has_room && is_of_event_stream(block))
 }

@@ -5,8 +5,9 @@ use bytes::BytesMut;
 
 use super::{Interposer, ToldToH2, size};
 use crate::connection::http2::frame::{
-    ACK, CONTINUATION, DATA, Disposition, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING,
-    RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_settings, put_settings_ack, put_window_update, take,
+    ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
+    Head, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_cancel, put_end_of_stream, put_settings,
+    put_settings_ack, put_window_update, take,
 };
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
 
@@ -14,6 +15,9 @@ impl Interposer {
     /// Whether the bytes of h2 must pass through `rewrite`. Otherwise they are sent unchanged, and recorded by `sent`.
     pub fn must_rewrite(&self) -> bool {
         self.preamble.is_some()
+            || self.is_replaying()
+            || self.replays.discards_block
+            || self.replays.acknowledgement.is_some()
             || self.debt > 0
             || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
     }
@@ -67,7 +71,7 @@ impl Interposer {
                 break;
             }
             let frame = self.partial.split_to(HEAD_LENGTH + head.length);
-            if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) {
+            if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) || self.absorb_replay(head) {
                 continue;
             }
             // Frames of the connection, for example PING, may overtake the waiting frames of its streams.
@@ -112,9 +116,14 @@ impl Interposer {
             HEADERS | RST_STREAM
                 if preamble.told == ToldToH2::FormerStreams && head.stream == self.former =>
             {
-                preamble.told = ToldToH2::Settings;
-                let theirs = self.state.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
-                put_settings(&theirs.payload(), &mut self.to_h2);
+                if preamble.replays {
+                    // h2 has the client's settings already. `end_replay` adds the size of the table.
+                    preamble.told = ToldToH2::All;
+                } else {
+                    preamble.told = ToldToH2::Settings;
+                    let theirs = self.state.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
+                    put_settings(&theirs.payload(), &mut self.to_h2);
+                }
             }
             SETTINGS if !preamble.has_sent_settings => {
                 preamble.has_sent_settings = true;
@@ -133,7 +142,7 @@ impl Interposer {
                 let wanted = FIRST_WINDOW + increment(payload).map_or(0, i64::from);
                 if let Ok(missing @ 1..) = u32::try_from(wanted - self.state.receive_window) {
                     self.state.receive_window = wanted;
-                    put_window_update(missing, &mut self.to_client);
+                    put_window_update(0, missing, &mut self.to_client);
                 }
             }
             _ => return false,
@@ -144,11 +153,72 @@ impl Interposer {
         true
     }
 
+    /// Absorbs the head of a response to a request of the former process, and what belongs to the table size that h2
+    /// received because of it. False if the frame is for the client.
+    fn absorb_replay(&mut self, head: Head) -> bool {
+        match head.frame_type {
+            CONTINUATION if self.replays.discards_block => {
+                self.replays.discards_block = !head.has(END_HEADERS);
+                true
+            }
+            HEADERS | RST_STREAM if self.replays.awaited.contains(&head.stream) => {
+                self.replays.discards_block = head.frame_type == HEADERS && !head.has(END_HEADERS);
+                if head.frame_type == RST_STREAM || head.has(END_STREAM) {
+                    // The response does not continue the stream, so the client receives its end.
+                    put_end_of_stream(head.stream, &mut self.to_client);
+                    self.end_stream(head.stream);
+                }
+                self.end_replay(head.stream);
+                true
+            }
+            SETTINGS if head.has(ACK) => match self.replays.acknowledgement {
+                Some(0) => {
+                    self.replays.acknowledgement = None;
+                    true
+                }
+                Some(before) => {
+                    self.replays.acknowledgement = Some(before - 1);
+                    false
+                }
+                None => false,
+            },
+            _ => false,
+        }
+    }
+
+    /// h2 has answered a request of the former process, or need not answer it. After the last one, h2 receives the table
+    /// size of the client.
+    pub(super) fn end_replay(&mut self, stream: u32) {
+        if !self.is_replaying() {
+            return;
+        }
+        self.replays.awaited.retain(|other| *other != stream);
+        if !self.is_replaying() {
+            let size = self.state.theirs.get(HEADER_TABLE_SIZE).unwrap_or(FIRST_HEADER_TABLE_SIZE);
+            let settings = Settings::default().or(HEADER_TABLE_SIZE, size);
+            put_settings(&settings.payload(), &mut self.to_h2);
+            self.replays.acknowledgement = Some(self.unanswered.theirs);
+        }
+    }
+
+    /// Ends the streams of the former process whose requests h2 has not answered.
+    pub fn end_replays(&mut self) {
+        for stream in self.replays.awaited.clone() {
+            put_cancel(stream, &mut self.to_h2);
+            put_end_of_stream(stream, &mut self.to_client);
+            self.end_stream(stream);
+            self.end_replay(stream);
+        }
+    }
+
     /// Records what a frame changes that is sent to the client.
     pub(super) fn note_sent(&mut self, head: Head, payload: &[u8]) {
         match head.frame_type {
             DATA => {
                 self.state.send_window -= size(head.length);
+                if self.maybe_endless.contains(&head.stream) {
+                    self.endless.sent(head.stream, head.length);
+                }
                 if head.has(END_STREAM) {
                     self.end_half(head.stream, |ended| ended.h2 = true);
                 }

@@ -19,6 +19,9 @@
 //!   connection errors. Therefore h2 first receives a request on the last of these streams, and refuses it. From then
 //!   on h2 knows that all of them are closed, and judges late frames on them as if it had served them. The interposer
 //!   judges no frames.
+//! - Responses without end: before that, h2 receives the requests of the streams that have stopped (`endless.rs`). The
+//!   client does not receive the heads of their responses, so the encoder must not enter them into its table: for h2 the
+//!   client's table has size 0 until all of them are there.
 //!
 //! `client_frames.rs` and `h2_frames.rs` handle the two directions, `quiesce.rs` decides when the connection can be
 //! handed over.
@@ -30,9 +33,17 @@ mod quiesce;
 use bytes::BytesMut;
 
 use super::HEADER_LIST_LIMIT;
-use super::frame::{Disposition, FrameParser, put_oversized_request, put_settings, put_window_update};
+use super::endless::EndlessStreams;
+use super::frame::{
+    Disposition, END_HEADERS, END_STREAM, FrameParser, HEADERS, Head, put_oversized_request, put_settings,
+    put_window_update,
+};
+use super::header_block::put_stream_field;
 use crate::connection::PREFACE;
-use crate::transport::http2_state::{FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, Settings};
+use crate::transport::http2_state::{
+    FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, INITIAL_WINDOW_SIZE, Settings,
+};
+use crate::transport::stream_replay::StreamReplay;
 
 /// If a client sends more than this while new streams are held, in bytes, they are released.
 const HELD_LIMIT: usize = 1280 * 1024;
@@ -58,6 +69,11 @@ pub struct Interposer {
     former: u32,
     /// The open streams of this process, in ascending order, and which of their sides have ended.
     open: Vec<(u32, Ended)>,
+    /// The open streams whose responses may have no end.
+    endless: EndlessStreams,
+    /// Their numbers, so that frames of other streams need no lock.
+    maybe_endless: Vec<u32>,
+    replays: Replays,
     /// How many bytes of the preface the client has not sent.
     preface_left: usize,
     /// The position in the client's byte stream.
@@ -82,6 +98,18 @@ pub struct Interposer {
     unanswered: Unanswered,
     /// Whether the connection must end in this process.
     is_ending: bool,
+}
+
+/// The requests of another process that h2 has to answer anew.
+#[derive(Default)]
+struct Replays {
+    /// The streams whose heads have not been discarded yet.
+    awaited: Vec<u32>,
+    /// Whether the rest of a header block has to be discarded.
+    discards_block: bool,
+    /// Set when h2 has received the client's table size at last: the number of the client's SETTINGS that h2 acknowledges
+    /// before.
+    acknowledgement: Option<u32>,
 }
 
 /// Which sides of a stream have ended.
@@ -111,6 +139,8 @@ struct Preamble {
     has_sent_settings: bool,
     has_sent_window: bool,
     told: ToldToH2,
+    /// Whether h2 has received requests of the former process. Then it has received the client's settings before.
+    replays: bool,
 }
 
 /// What a fresh h2 has received in the client's name.
@@ -148,6 +178,9 @@ impl Interposer {
             state: Http2State::default(),
             former: 0,
             open: Vec::new(),
+            endless: EndlessStreams::default(),
+            maybe_endless: Vec::new(),
+            replays: Replays::default(),
             preface_left: PREFACE.len(),
             from_client: FrameParser::START,
             block: None,
@@ -166,30 +199,76 @@ impl Interposer {
     }
 
     /// For a connection that continues with a fresh h2, after it was parked or handed over.
-    pub fn resume(state: Http2State) -> Self {
+    pub fn resume(mut state: Http2State) -> Self {
         let former = state.last_stream;
+        let replays = std::mem::take(&mut state.streams);
         let mut to_h2 = BytesMut::from(PREFACE);
-        let told = if former > 0 {
-            put_settings(&Settings::default().or(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
-            put_oversized_request(former, HEADER_LIST_LIMIT, &mut to_h2);
-            ToldToH2::FormerStreams
-        } else {
+        let told = if former == 0 {
             put_settings(&state.theirs.payload(), &mut to_h2);
             ToldToH2::Settings
+        } else if let Some(last) = replays.last() {
+            put_settings(&state.theirs.clone().with(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
+            if last.stream == former { ToldToH2::Settings } else { ToldToH2::FormerStreams }
+        } else {
+            put_settings(&Settings::default().or(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
+            ToldToH2::FormerStreams
         };
         let granted = state.send_window - FIRST_WINDOW;
-        if let Ok(granted @ 1..) = u32::try_from(granted) {
-            put_window_update(granted, &mut to_h2);
-        }
-        Self {
+        let mut resumed = Self {
             former,
             state,
             preface_left: 0,
             to_h2,
-            preamble: Some(Preamble { has_sent_settings: false, has_sent_window: false, told }),
+            preamble: Some(Preamble {
+                has_sent_settings: false,
+                has_sent_window: false,
+                told,
+                replays: !replays.is_empty(),
+            }),
             debt: (-granted).max(0),
             ..Self::new()
+        };
+        replays.into_iter().for_each(|replay| resumed.replay(replay));
+        if told == ToldToH2::FormerStreams {
+            put_oversized_request(former, HEADER_LIST_LIMIT, &mut resumed.to_h2);
         }
+        if let Ok(granted @ 1..) = u32::try_from(granted) {
+            put_window_update(0, granted, &mut resumed.to_h2);
+        }
+        resumed
+    }
+
+    /// Gives h2 a request of the former process, whose response has no end.
+    fn replay(&mut self, replay: StreamReplay) {
+        let stream = replay.stream;
+        let mut block = BytesMut::from(&replay.block[..]);
+        put_stream_field(stream, &mut block);
+        Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, block.len()) }.put(&mut self.to_h2);
+        self.to_h2.extend_from_slice(&block);
+        let assumed = self.initial_window();
+        let missing = u32::try_from(replay.send_window - assumed).unwrap_or(0);
+        if missing > 0 {
+            put_window_update(stream, missing, &mut self.to_h2);
+        }
+        self.endless.resume(replay, assumed + i64::from(missing));
+        self.open.push((stream, Ended { client: true, h2: false }));
+        self.maybe_endless.push(stream);
+        self.replays.awaited.push(stream);
+    }
+
+    /// The initial window of the client's streams, in bytes.
+    fn initial_window(&self) -> i64 {
+        self.state.theirs.get(INITIAL_WINDOW_SIZE).map_or(FIRST_WINDOW, i64::from)
+    }
+
+    /// The streams whose responses may have no end.
+    pub fn endless(&self) -> EndlessStreams {
+        self.endless.clone()
+    }
+
+    /// Whether h2 has not answered all requests of the former process.
+    pub fn is_replaying(&self) -> bool {
+        !self.replays.awaited.is_empty()
     }
 }
 

@@ -1,5 +1,7 @@
 //! Decides when the connection is quiescent, and holds the frames of new streams until the open ones have ended.
 
+use std::task::Waker;
+
 use bytes::{Bytes, BytesMut};
 
 use super::{HELD_BESIDE_UPLOADS, HELD_LIMIT, HoldState, Interposer, Unanswered, WAITING_LIMIT};
@@ -16,6 +18,9 @@ impl Interposer {
 
     /// Passes the held frames on to h2, and lets new streams begin.
     pub fn release(&mut self) {
+        if !self.maybe_endless.is_empty() {
+            self.endless.go_on();
+        }
         if self.hold_state == HoldState::Holding {
             self.hold_state = HoldState::Releasing;
             self.release_held();
@@ -50,16 +55,39 @@ impl Interposer {
 
     /// As `is_quiescent`, except that new streams may still begin.
     pub(super) fn is_settled(&self) -> bool {
-        self.open.is_empty()
+        self.have_endless_stopped()
             && self.is_between_frames()
             && self.preface_left == 0
             && self.preamble.is_none()
+            && !self.is_replaying()
+            && !self.replays.discards_block
+            && self.replays.acknowledgement.is_none()
             && self.from_h2.is_start()
             && [&self.to_h2, &self.partial, &self.to_client, &self.waiting]
                 .into_iter()
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
             && !self.is_immovable()
+    }
+
+    /// Whether no stream is open, except those whose response has no end and has stopped.
+    fn have_endless_stopped(&self) -> bool {
+        self.open.is_empty() || self.has_only_endless() && self.endless.have_stopped()
+    }
+
+    fn has_only_endless(&self) -> bool {
+        self.open.len() == self.endless.count_endless()
+    }
+
+    /// Asks the responses without end to stop, if all other streams have ended.
+    pub fn stop_endless(&self, driver: &Waker) {
+        if !self.open.is_empty() && self.has_only_endless() {
+            self.endless.stop(driver);
+        }
+    }
+
+    pub fn count_open(&self) -> usize {
+        self.open.len()
     }
 
     /// Whether only the client can make the connection quiescent: no request is unanswered, but the client has not sent
@@ -104,7 +132,8 @@ impl Interposer {
     pub fn into_state(self) -> (Http2State, Bytes) {
         let mut unread = self.held;
         unread.extend_from_slice(&self.from_client.buffered());
-        (self.state, unread.freeze())
+        let state = Http2State { streams: self.endless.take_stopped(), ..self.state };
+        (state, unread.freeze())
     }
 
     #[cfg(test)]

@@ -1,0 +1,348 @@
+//! Header blocks of requests (HPACK, RFC 7541), as far as they can be read without a header table.
+//!
+//! The request of an event stream is played to a fresh h2 in another process. Its header block can be kept as the client
+//! has encoded it, because this server permits its clients no dynamic table. So only the boundaries of the fields have to
+//! be found; a few names and values are compared in the two ways in which they can be encoded.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+
+/// The name of a field that the interposer appends to the request of a stream that may have a response without end. Its
+/// value is the number of the stream, which hyper does not tell. A handler never sees it.
+pub const STREAM_FIELD: &str = "outlive-stream";
+/// How much [`put_stream_field`] appends at most, in bytes.
+pub const STREAM_FIELD_LENGTH: usize = 1 + 1 + STREAM_FIELD.len() + 1 + 10;
+/// The largest header block that is kept, in bytes. It has to fit into one frame with the fields that are appended.
+const BLOCK_LIMIT: usize = 8 * 1024;
+
+/// Indices of the static table (RFC 7541 appendix A).
+const METHOD_GET: usize = 2;
+const ACCEPT: usize = 19;
+const LAST_STATIC: usize = 61;
+
+/// A literal field without indexing, with a literal name (RFC 7541 section 6.2.2).
+const LITERAL: u8 = 0;
+
+/// A text in both of its encodings.
+struct Text<const N: usize> {
+    plain: &'static str,
+    /// The Huffman code (RFC 7541 appendix B), without padding.
+    huffman: [u8; N],
+    bits: usize,
+}
+
+const EVENT_STREAM: Text<12> = Text::new("text/event-stream");
+const LAST_EVENT_ID: Text<9> = Text::new("last-event-id");
+
+impl<const N: usize> Text<N> {
+    const fn new(plain: &'static str) -> Self {
+        let (mut huffman, mut bits) = ([0; N], 0);
+        let mut at = 0;
+        while at < plain.len() {
+            let (code, length) = huffman_code(plain.as_bytes()[at]);
+            let mut bit = 0;
+            while bit < length {
+                if code >> (length - 1 - bit) & 1 == 1 {
+                    huffman[bits / 8] |= 0x80 >> (bits % 8);
+                }
+                bits += 1;
+                bit += 1;
+            }
+            at += 1;
+        }
+        Self { plain, huffman, bits }
+    }
+
+    fn is(&self, string: Encoded<'_>) -> bool {
+        // The padding has the bits of a code that is longer, and all of them are set (RFC 7541 section 5.2).
+        let is_padded = || {
+            let used = self.bits % 8;
+            used == 0 || string.bytes[N - 1] | !(0xff >> used) == 0xff
+        };
+        string.bytes.len() == self.length(string)
+            && self.begins(string)
+            && (!string.is_huffman || is_padded())
+    }
+
+    fn begins(&self, string: Encoded<'_>) -> bool {
+        if !string.is_huffman {
+            return string.bytes.starts_with(self.plain.as_bytes());
+        }
+        let (whole, used) = (self.bits / 8, self.bits % 8);
+        let mask = !(0xff_u8 >> used);
+        string.bytes.get(..whole) == Some(&self.huffman[..whole])
+            && (used == 0 || string.bytes.get(whole).is_some_and(|last| last & mask == self.huffman[whole]))
+    }
+
+    fn length(&self, string: Encoded<'_>) -> usize {
+        if string.is_huffman { N } else { self.plain.len() }
+    }
+}
+
+/// The code of a letter that occurs in the texts above, and its length in bits (RFC 7541 appendix B).
+const fn huffman_code(letter: u8) -> (u32, usize) {
+    match letter {
+        b'a' => (0x3, 5),
+        b'e' => (0x5, 5),
+        b'i' => (0x6, 5),
+        b's' => (0x8, 5),
+        b't' => (0x9, 5),
+        b'-' => (0x16, 6),
+        b'/' => (0x18, 6),
+        b'd' => (0x24, 6),
+        b'l' => (0x28, 6),
+        b'm' => (0x29, 6),
+        b'n' => (0x2a, 6),
+        b'r' => (0x2c, 6),
+        b'v' => (0x77, 7),
+        b'x' => (0x79, 7),
+        _ => panic!("add the code of this letter"),
+    }
+}
+
+/// A string as it is encoded (RFC 7541 section 5.2).
+#[derive(Clone, Copy)]
+struct Encoded<'a> {
+    is_huffman: bool,
+    bytes: &'a [u8],
+}
+
+/// One field, or an instruction for the table.
+enum Field<'a> {
+    /// Both name and value, by their index.
+    Indexed(usize),
+    Literal {
+        name: Name<'a>,
+        value: Encoded<'a>,
+    },
+    SizeUpdate,
+}
+
+enum Name<'a> {
+    Indexed(usize),
+    Literal(Encoded<'a>),
+}
+
+/// Splits the first field off the front of `block`. None if the block is malformed.
+fn next_field<'a>(block: &mut &'a [u8]) -> Option<Field<'a>> {
+    let first = *block.first()?;
+    match first {
+        0x80.. => Some(Field::Indexed(take_integer(block, 7)?)),
+        0x20..=0x3f => take_integer(block, 5).map(|_| Field::SizeUpdate),
+        _ => {
+            let bits = if first & 0x40 == 0 { 4 } else { 6 };
+            let name = match take_integer(block, bits)? {
+                0 => Name::Literal(take_string(block)?),
+                index => Name::Indexed(index),
+            };
+            Some(Field::Literal { name, value: take_string(block)? })
+        }
+    }
+}
+
+/// Splits an integer off whose first byte has it in the last `bits` (RFC 7541 section 5.1).
+fn take_integer(block: &mut &[u8], bits: u32) -> Option<usize> {
+    let limit = (1 << bits) - 1;
+    let mut value = usize::from(block.try_get_u8().ok()?) & limit;
+    if value < limit {
+        return Some(value);
+    }
+    for shift in [0, 7, 14, 21] {
+        let byte = block.try_get_u8().ok()?;
+        value += usize::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return Some(value);
+        }
+    }
+    None
+}
+
+fn take_string<'a>(block: &mut &'a [u8]) -> Option<Encoded<'a>> {
+    let is_huffman = *block.first()? & 0x80 != 0;
+    let length = take_integer(block, 7)?;
+    let (bytes, rest) = block.split_at_checked(length)?;
+    *block = rest;
+    Some(Encoded { is_huffman, bytes })
+}
+
+/// Whether the fields are those of a GET request that accepts first of all an event stream, and refer to no dynamic
+/// table, so that another decoder can decode them.
+pub fn is_of_event_stream(mut block: &[u8]) -> bool {
+    let (mut is_get, mut accepts_events) = (false, false);
+    if block.len() > BLOCK_LIMIT {
+        return false;
+    }
+    while !block.is_empty() {
+        match next_field(&mut block) {
+            Some(Field::Indexed(index)) if index <= LAST_STATIC => is_get |= index == METHOD_GET,
+            Some(Field::Literal { name: Name::Indexed(index), value }) if index <= LAST_STATIC => {
+                accepts_events |= index == ACCEPT && EVENT_STREAM.begins(value);
+            }
+            Some(Field::Literal { name: Name::Literal(_), .. } | Field::SizeUpdate) => {}
+            Some(_) | None => return false,
+        }
+    }
+    is_get && accepts_events
+}
+
+/// The same fields without the size updates at their beginning, which belong to the table of the client's encoder and not
+/// to the request.
+pub fn without_size_updates(block: &[u8]) -> Bytes {
+    Bytes::copy_from_slice(after_size_updates(block))
+}
+
+fn after_size_updates(mut block: &[u8]) -> &[u8] {
+    loop {
+        let mut rest = block;
+        match next_field(&mut rest) {
+            Some(Field::SizeUpdate) => block = rest,
+            _ => return block,
+        }
+    }
+}
+
+/// The same fields with `last-event-id: id` in the place of the one that they had. None if the block would be too large,
+/// or the id is not a valid value of a field.
+pub fn with_last_event_id(block: &[u8], id: &[u8]) -> Option<Bytes> {
+    let is_valid = |byte: &u8| *byte == b'\t' || *byte >= b' ' && *byte != 0x7f;
+    if !id.iter().all(is_valid) {
+        return None;
+    }
+    let mut next = BytesMut::with_capacity(block.len() + 4 + LAST_EVENT_ID.plain.len() + id.len());
+    let mut rest = block;
+    while !rest.is_empty() {
+        let before = rest;
+        let field = next_field(&mut rest)?;
+        let is_old =
+            matches!(&field, Field::Literal { name: Name::Literal(name), .. } if LAST_EVENT_ID.is(*name));
+        if !is_old {
+            next.put_slice(&before[..before.len() - rest.len()]);
+        }
+    }
+    put_field(LAST_EVENT_ID.plain.as_bytes(), id, &mut next);
+    (next.len() <= BLOCK_LIMIT).then(|| next.freeze())
+}
+
+/// Appends [`STREAM_FIELD`] to a header block.
+pub fn put_stream_field(stream: u32, into: &mut impl BufMut) {
+    put_field(STREAM_FIELD.as_bytes(), stream.to_string().as_bytes(), into);
+}
+
+fn put_field(name: &[u8], value: &[u8], into: &mut impl BufMut) {
+    into.put_u8(LITERAL);
+    for string in [name, value] {
+        put_integer(string.len(), 7, into);
+        into.put_slice(string);
+    }
+}
+
+/// Appends an integer with `bits` in its first byte, whose other bits are clear.
+fn put_integer(value: usize, bits: u32, into: &mut impl BufMut) {
+    let limit = (1 << bits) - 1;
+    let small = |value: usize| u8::try_from(value).expect("at most seven bits");
+    if value < limit {
+        into.put_u8(small(value));
+        return;
+    }
+    into.put_u8(small(limit));
+    let mut rest = value - limit;
+    while rest > 0x7f {
+        into.put_u8(0x80 | small(rest & 0x7f));
+        rest >>= 7;
+    }
+    into.put_u8(small(rest));
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn block(fields: &[(&str, &str)]) -> Vec<u8> {
+        let mut block = BytesMut::from(&[0x82, 0x87][..]);
+        for (name, value) in fields {
+            put_field(name.as_bytes(), value.as_bytes(), &mut block);
+        }
+        block.to_vec()
+    }
+
+    fn accept(value: &[u8]) -> Vec<u8> {
+        let mut block = BytesMut::from(&[0x82, 0x0f, 4][..]);
+        put_integer(value.len(), 7, &mut block);
+        block.put_slice(value);
+        block.to_vec()
+    }
+
+    /// The names of literal fields, and the indices of the others.
+    fn names(mut block: &[u8]) -> Vec<String> {
+        let mut names = Vec::new();
+        while !block.is_empty() {
+            names.push(match next_field(&mut block).expect("the block is valid") {
+                Field::Indexed(index) | Field::Literal { name: Name::Indexed(index), .. } => {
+                    index.to_string()
+                }
+                Field::Literal { name: Name::Literal(name), .. } => {
+                    String::from_utf8_lossy(name.bytes).into()
+                }
+                Field::SizeUpdate => "size".into(),
+            });
+        }
+        names
+    }
+
+    #[test]
+    fn request_of_an_event_stream_is_recognized_by_its_method_and_accept() {
+        for (value, is_accepted) in [
+            (&b"text/event-stream"[..], true),
+            (b"text/event-stream, */*", true),
+            (b"text/event-strea", false),
+            (b"text/html", false),
+        ] {
+            assert_eq!(is_of_event_stream(&accept(value)), is_accepted, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn request_that_refers_to_the_dynamic_table_is_not_recognized() {
+        let valid = accept(b"text/event-stream");
+        for (more, is_accepted) in [(&[0x84][..], true), (&[0x80 | 62], false), (&[0x0f, 47, 0], false)] {
+            assert_eq!(is_of_event_stream(&[&valid, more].concat()), is_accepted, "{more:?}");
+        }
+    }
+
+    #[test]
+    fn size_updates_are_removed_from_the_beginning_only() {
+        assert_eq!(without_size_updates(&[0x20, 0x3f, 0xe1, 0x1f, 0x82]), &[0x82][..]);
+        assert_eq!(without_size_updates(&[0x82, 0x20]), &[0x82, 0x20][..]);
+    }
+
+    #[test]
+    fn last_event_id_replaces_the_one_before() {
+        let first = block(&[("last-event-id", "7"), ("x", "y")]);
+        let second = with_last_event_id(&first, b"123").expect("the id is valid");
+        assert_eq!(names(&second), ["2", "7", "x", "last-event-id"]);
+        let third = with_last_event_id(&second, &[b'z'; 300]).expect("the id is valid");
+        assert_eq!(names(&third), ["2", "7", "x", "last-event-id"]);
+        assert!(third.ends_with(&[b'z'; 300]));
+        assert_eq!(with_last_event_id(&first, b"a\nb"), None);
+        assert_eq!(with_last_event_id(&first, &[b'z'; BLOCK_LIMIT]), None);
+    }
+
+    proptest! {
+        #[test]
+        fn integers_are_read_as_they_are_written(value in 0..2_000_000_usize, bits in 4..8_u32) {
+            let mut bytes = BytesMut::new();
+            put_integer(value, bits, &mut bytes);
+            let mut rest = &bytes[..];
+            prop_assert_eq!(take_integer(&mut rest, bits), Some(value));
+            prop_assert!(rest.is_empty());
+        }
+
+        #[test]
+        fn any_bytes_are_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), id: Vec<u8>) {
+            let _ = is_of_event_stream(&bytes);
+            let _ = without_size_updates(&bytes);
+            let _ = with_last_event_id(&bytes, &id);
+        }
+    }
+}

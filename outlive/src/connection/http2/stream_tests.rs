@@ -1,0 +1,387 @@
+//! Event streams over HTTP/2 that move between servers in this process, with the client of the crate `h2`.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::time::Duration;
+
+use axum::Router;
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::response::sse::{Event, Sse};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use bytes::Bytes;
+use futures_util::{Stream, stream};
+use h2::RecvStream;
+use h2::client::{Builder, SendRequest};
+use hyper::Request;
+use testkit::certificate::Certificate;
+use testkit::client::Target;
+use tokio::sync::{Semaphore, watch};
+use tokio::time::timeout;
+
+use crate::app::event_stream::EventStream;
+use crate::connection::tests::{Served, move_to, serve, serve_with};
+use crate::connection::unread_tests::tls_of;
+use crate::registry::Phase;
+
+/// How long a test waits for an event before it fails.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// The initial window of streams (RFC 9113 section 6.9.2).
+const FIRST_WINDOW: u32 = 65_535;
+
+/// Events with their numbers as ids, from the one after `Last-Event-ID` on; one in each millisecond.
+fn numbers(headers: &HeaderMap) -> impl Stream<Item = Result<Event, Infallible>> + Send + use<> {
+    let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+    let event = async |number: u64| {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        Some((Ok(Event::default().id(number.to_string()).data(data(number))), number + 1))
+    };
+    stream::unfold(last.map_or(0, |last| last + 1), event)
+}
+
+/// Those of a part of the numbers are large, because the crate `h2` closes a connection with too many small frames.
+fn data(number: u64) -> String {
+    let length = if number % 3 == 0 { 5_000 } else { number % 700 + 1 };
+    "x".repeat(usize::try_from(length).expect("it is small"))
+}
+
+async fn events(headers: HeaderMap) -> Response {
+    let mut response = EventStream(Sse::new(numbers(&headers))).into_response();
+    // A field that h2 enters into its header table.
+    response.headers_mut().insert("x-events", HeaderValue::from_static("one"));
+    response
+}
+
+/// Answers with fields that h2 enters into its header table.
+async fn plain(headers: HeaderMap) -> ([(&'static str, String); 2], &'static str) {
+    let number =
+        headers.get("x-number").and_then(|number| number.to_str().ok()).unwrap_or_default().to_owned();
+    ([("x-number", number), ("x-constant", "a value that is in the table".into())], "plain")
+}
+
+fn router() -> Router {
+    Router::new().route("/", get(events)).route("/plain", get(plain))
+}
+
+async fn moved(served: Served, router: Router) -> Served {
+    let next = serve(router).await;
+    move_to(&next, served).await;
+    next
+}
+
+struct Client(SendRequest<Bytes>);
+
+impl Client {
+    async fn open(target: &Target, window: u32) -> Self {
+        let stream = target.connect().await.expect("the server accepts");
+        let (sender, connection) = Builder::new()
+            .initial_window_size(window)
+            .handshake(stream)
+            .await
+            .expect("the handshake succeeds");
+        tokio::spawn(async move { drop(connection.await) });
+        Self(sender)
+    }
+
+    async fn of(served: &Served) -> Self {
+        Self::open(&Target::Tcp(served.address), FIRST_WINDOW).await
+    }
+
+    async fn send(&mut self, request: Request<()>) -> hyper::Response<RecvStream> {
+        poll_fn(|cx| self.0.poll_ready(cx)).await.expect("the connection is open");
+        let response = self.0.send_request(request, true).expect("the request is sent").0;
+        timeout(PATIENCE, response).await.expect("the server answers in time").expect("the server answers")
+    }
+
+    async fn events(&mut self) -> Reader {
+        let request = Request::get("http://test/").header("accept", "text/event-stream").body(());
+        let response = self.send(request.expect("the request is valid")).await;
+        assert_eq!(response.status(), 200);
+        Reader { body: response.into_body(), text: String::new() }
+    }
+
+    async fn plain(&mut self, number: usize) {
+        let request = Request::get("http://test/plain").header("x-number", number.to_string()).body(());
+        let response = self.send(request.expect("the request is valid")).await;
+        let field = |name| response.headers().get(name).and_then(|value| value.to_str().ok());
+        assert_eq!(field("x-number"), Some(number.to_string().as_str()));
+        assert_eq!(field("x-constant"), Some("a value that is in the table"));
+    }
+}
+
+struct Reader {
+    body: RecvStream,
+    text: String,
+}
+
+impl Reader {
+    /// The next event; None at the end of the response.
+    async fn event(&mut self) -> Option<String> {
+        while !self.text.contains("\n\n") {
+            let chunk = timeout(PATIENCE, self.body.data()).await.expect("an event arrives in time");
+            let Some(chunk) = chunk else {
+                assert_eq!(self.text, "", "the response ends within an event");
+                return None;
+            };
+            let chunk = chunk.expect("the stream is open");
+            self.body.flow_control().release_capacity(chunk.len()).expect("the window is released");
+            self.text.push_str(std::str::from_utf8(&chunk).expect("the chunk is text"));
+        }
+        let (event, rest) = self.text.split_once("\n\n").expect("it was found");
+        let event = event.to_owned();
+        self.text = rest.to_owned();
+        Some(event)
+    }
+
+    async fn expect(&mut self, number: u64) {
+        let event = self.event().await.expect("the response has not ended");
+        let expected = format!("id: {number}\ndata: {}", data(number));
+        assert!(event == expected, "expected event {number}, got {event:.60}");
+    }
+
+    async fn reaches_the_end(&mut self) {
+        while self.event().await.is_some() {}
+    }
+}
+
+/// Reads `events` events of each of three streams, with other requests in between, while the connection moves again and
+/// again.
+async fn follow(
+    mut served: Served,
+    target: &Target,
+    window: u32,
+    events: u64,
+    next: impl AsyncFn() -> Served,
+) {
+    let mut client = Client::open(target, window).await;
+    let (progress, mut has_read) = watch::channel(0);
+    let mut reading = Vec::new();
+    for _ in 0..3 {
+        let mut reader = client.events().await;
+        client.plain(0).await;
+        let progress = progress.clone();
+        reading.push(tokio::spawn(async move {
+            for number in 0..events {
+                reader.expect(number).await;
+                progress.send_modify(|all| *all += 1);
+            }
+        }));
+    }
+    for part in 1..30 {
+        let enough = 3 * events * part / 30;
+        timeout(PATIENCE, has_read.wait_for(|all| *all >= enough))
+            .await
+            .expect("events arrive")
+            .expect("open");
+        let next = next().await;
+        let ((), ()) =
+            tokio::join!(move_to(&next, served), client.plain(usize::try_from(part).expect("small")));
+        served = next;
+        client.plain(0).await;
+    }
+    for reader in reading {
+        reader.await.expect("all events arrive");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_over_http2_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
+    // A window that is smaller than most events, the initial one, and one that is never used up.
+    for window in [100, FIRST_WINDOW, 16 << 20] {
+        let served = serve(router()).await;
+        let target = Target::Tcp(served.address);
+        follow(served, &target, window, 1_000, async || serve(router()).await).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn events_over_http2_and_tls_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    let tls = || Some(tls_of(&certificate));
+    let served = serve_with(router(), tls()).await;
+    let target = Target::Tls(served.address, certificate.client(&["h2"]).expect("the client is made"));
+    follow(served, &target, FIRST_WINDOW, 1_000, async || serve_with(router(), tls()).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_ends_if_the_next_process_does_not_answer_as_the_one_before() {
+    let text = get(async || "text");
+    let without_wrapper = get(async |headers: HeaderMap| Sse::new(numbers(&headers)));
+    let forbidden = get(async || (StatusCode::FORBIDDEN, "no"));
+    for route in [None, Some(text), Some(without_wrapper), Some(forbidden)] {
+        let served = serve(router()).await;
+        let mut client = Client::of(&served).await;
+        let mut reader = client.events().await;
+        reader.expect(0).await;
+        let others = Router::new().route("/plain", get(plain));
+        let next = match route {
+            Some(route) => others.route("/", route),
+            None => others,
+        };
+        let _next = moved(served, next).await;
+        reader.reaches_the_end().await;
+        client.plain(7).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_ends_if_the_next_process_does_not_answer_in_time() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    reader.expect(0).await;
+    let hanging = Router::new()
+        .route("/", get(async || std::future::pending::<()>().await))
+        .route("/plain", get(plain));
+    let next = moved(served, hanging).await;
+    // Other requests do not wait for the handler.
+    client.plain(1).await;
+    reader.reaches_the_end().await;
+    client.plain(2).await;
+    let next = moved(next, router()).await;
+    client.plain(3).await;
+    client.events().await.expect(0).await;
+    drop(next);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_without_ids_ends_and_the_others_of_the_connection_continue() {
+    let router = || {
+        let handler = async || {
+            let event = async |()| {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+                Some((Ok::<_, Infallible>(Event::default().data("x")), ()))
+            };
+            EventStream(Sse::new(stream::unfold((), event)))
+        };
+        router().route("/without", get(handler))
+    };
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    let request = Request::get("http://test/without").header("accept", "text/event-stream").body(());
+    let response = client.send(request.expect("the request is valid")).await;
+    let mut without = Reader { body: response.into_body(), text: String::new() };
+    assert_eq!(without.event().await.as_deref(), Some("data: x"));
+    reader.expect(0).await;
+    let _next = moved(served, router()).await;
+    without.reaches_the_end().await;
+    for number in 1..100 {
+        reader.expect(number).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_ends_if_there_is_no_next_process() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    reader.expect(0).await;
+    served.server.enter(Phase::Lingering);
+    reader.reaches_the_end().await;
+    served.server.enter(Phase::Closing);
+    let drained = served.registry().wait_until(|| served.registry().is_drained());
+    timeout(PATIENCE, drained).await.expect("the drain ends");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_ends_at_the_drain_if_the_next_process_does_not_adopt_it() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    reader.expect(0).await;
+    served.registry().keep_streams();
+    served.registry().set_phase(Phase::Draining);
+    reader.reaches_the_end().await;
+    let _next = moved(served, router()).await;
+    client.plain(1).await;
+}
+
+/// A slow request is in flight while the connection has to move, so its event stream must not stop yet.
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_goes_on_while_its_connection_waits_for_another_request() {
+    static GATE: Semaphore = Semaphore::const_new(0);
+    let router = || {
+        let slow = get(async || drop(GATE.acquire().await));
+        router().route("/slow", slow)
+    };
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    poll_fn(|cx| client.0.poll_ready(cx)).await.expect("the connection is open");
+    let slow = Request::get("http://test/slow").body(()).expect("the request is valid");
+    let slow = client.0.send_request(slow, true).expect("the request is sent").0;
+    while served.registry().counts().in_flight < 2 {
+        reader.event().await.expect("the response has not ended");
+    }
+    let begun = reader.event().await.expect("the response has not ended");
+    let begun: u64 = begun[4..].split('\n').next().and_then(|id| id.parse().ok()).expect("an id");
+    served.server.enter(Phase::Quiescing);
+    for number in begun + 1..begun + 200 {
+        reader.expect(number).await;
+    }
+    GATE.add_permits(1);
+    let _next = moved(served, router()).await;
+    assert_eq!(slow.await.expect("the server answers").status(), 200);
+    for number in begun + 200..begun + 300 {
+        reader.expect(number).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_that_its_client_resets_does_not_move() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    let mut kept = client.events().await;
+    reader.expect(0).await;
+    drop(reader);
+    kept.expect(0).await;
+    let next = moved(served, router()).await;
+    kept.expect(1).await;
+    assert_eq!(next.registry().counts().in_flight, 1);
+    drop(kept);
+    while next.registry().counts().in_flight > 0 {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    client.plain(1).await;
+}
+
+/// hyper asks for events without a pause, so they fill the client's window, which it opens only now and then.
+#[tokio::test(flavor = "multi_thread")]
+async fn events_over_http2_without_a_pause_stay_within_the_window_over_moves() {
+    async fn quick(headers: HeaderMap) -> Response {
+        let last = headers.get("last-event-id").and_then(|id| id.to_str().ok()?.parse::<u64>().ok());
+        let event = async |number: u64| {
+            Some((
+                Ok::<_, Infallible>(Event::default().id(number.to_string()).data(data(number))),
+                number + 1,
+            ))
+        };
+        EventStream(Sse::new(stream::unfold(last.map_or(0, |last| last + 1), event))).into_response()
+    }
+    let router = || Router::new().route("/", get(quick)).route("/plain", get(plain));
+    for window in [5_000, FIRST_WINDOW] {
+        let served = serve(router()).await;
+        let target = Target::Tcp(served.address);
+        follow(served, &target, window, 10_000, async || serve(router()).await).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn field_of_the_library_is_hidden_from_handlers_and_ignored_from_clients() {
+    let seen = async |headers: HeaderMap| format!("{}", headers.contains_key(super::STREAM_FIELD));
+    let router = Router::new().route("/", get(seen));
+    let served = serve(router).await;
+    let mut client = Client::of(&served).await;
+    for number in ["1", "3", "99", "x", ""] {
+        for accept in ["text/event-stream", "text/plain"] {
+            let request =
+                Request::get("http://test/").header(super::STREAM_FIELD, number).header("accept", accept);
+            let response = client.send(request.body(()).expect("the request is valid")).await;
+            let mut body = response.into_body();
+            let chunk = body.data().await.expect("the body has a chunk").expect("the stream is open");
+            assert_eq!(chunk, "false");
+        }
+    }
+}
