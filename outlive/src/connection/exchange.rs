@@ -26,7 +26,7 @@ use pin_project_lite::pin_project;
 
 use super::Endpoint;
 use super::body_chunks::{CHUNK, ChunkedBody};
-use super::http2::{BodyTurn, EndlessStreams, STREAM_FIELD, StreamBody};
+use super::http2::{Begun, BodyTurn, EndlessStreams, STREAM_FIELD, StreamBody};
 use super::upgraded::{EventBody, EventTurn, Granted, ReturnPath, Upgrade};
 use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
@@ -124,11 +124,11 @@ impl Service {
         let number = head.headers.get_all(STREAM_FIELD).iter().next_back()?.to_str().ok()?.parse();
         head.headers.remove(STREAM_FIELD);
         let stream = number.ok()?;
-        let agreement = streams.request(stream)?;
+        let begun = streams.request(stream)?;
         Some(Offered::Stream(OfferedStream {
             streams: streams.clone(),
             stream,
-            agreement,
+            begun,
             handle: self.requests.upgrade_handle(),
         }))
     }
@@ -212,20 +212,19 @@ fn decide_on_events(
 struct OfferedStream {
     streams: EndlessStreams,
     stream: u32,
-    /// What the response has to agree with, if the stream began in another process.
-    agreement: Option<Bytes>,
+    begun: Begun,
     handle: UpgradeHandle,
 }
 
 impl OfferedStream {
     fn decide(self, response: Response<Body>) -> (Response<Body>, Option<Following>) {
-        let Self { streams, stream, agreement: expected, handle } = self;
+        let Self { streams, stream, begun, handle } = self;
         let agreement = replay::agreement_of_events(response.headers());
-        let is_continued = expected.as_ref().is_none_or(|expected| *expected == agreement);
+        let is_replay = begun != Begun::Here;
+        let is_continued = !is_replay || begun == Begun::Elsewhere(agreement.clone());
         if !is_event_stream(&response) || !is_continued {
             streams.end(stream);
             // The interposer discards the head of this response, and ends the stream.
-            let is_replay = expected.is_some();
             let response = if is_replay { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response };
             return (response, None);
         }

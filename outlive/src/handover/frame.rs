@@ -408,7 +408,7 @@ mod tests {
                 let at = bytes.len() + 4;
                 record.encode(LAST_VERSION, &mut bytes).expect("a length above the limit");
                 if !is_known {
-                    bytes[at] = 15;
+                    bytes[at] = 31;
                 }
             }
             let mut bytes = &bytes[..];

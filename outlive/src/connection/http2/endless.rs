@@ -64,6 +64,14 @@ enum Response {
     Stopped(Continuation),
 }
 
+/// Where a stream began.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Begun {
+    Here,
+    /// In another process: what its response has to agree with.
+    Elsewhere(Bytes),
+}
+
 /// How the next process continues a stream.
 pub struct Continuation {
     /// The header block of its request.
@@ -160,6 +168,11 @@ impl EndlessStreams {
         stopped.collect()
     }
 
+    #[cfg(test)]
+    pub fn window(&self, stream: u32) -> Option<i64> {
+        lock(&self.0).with(stream, |stream| stream.window)
+    }
+
     // ---- for the driver ----
 
     /// Asks all bodies to stop after a whole event. `driver` is woken when one has stopped.
@@ -189,14 +202,13 @@ impl EndlessStreams {
 
     // ---- for the hyper service ----
 
-    /// What the response to the request of `stream` has to agree with, if the stream began in another process. Outer None
-    /// if the request is not of a stream whose response may have no end.
-    pub fn request(&self, stream: u32) -> Option<Option<Bytes>> {
+    /// The request of `stream` has reached the hyper service. None if its response cannot be continued.
+    pub fn request(&self, stream: u32) -> Option<Begun> {
         let requested = lock(&self.0).with(stream, |stream| match &mut stream.response {
             Response::Unrequested(agreement) => {
-                let agreement = agreement.take();
+                let begun = agreement.take().map_or(Begun::Here, Begun::Elsewhere);
                 stream.response = Response::Awaited;
-                Some(agreement)
+                Some(begun)
             }
             Response::Awaited | Response::Open | Response::Stopped(_) => None,
         });

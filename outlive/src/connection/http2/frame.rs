@@ -93,9 +93,11 @@ impl Head {
     }
 
     pub fn encode(self) -> [u8; HEAD_LENGTH] {
-        let [.., a, b, c] = self.length.to_be_bytes();
-        let [d, e, f, g] = self.stream.to_be_bytes();
-        [a, b, c, self.frame_type, self.flags, d, e, f, g]
+        let mut bytes = [0; HEAD_LENGTH];
+        let [.., high, middle, low] = self.length.to_be_bytes();
+        bytes[..5].copy_from_slice(&[high, middle, low, self.frame_type, self.flags]);
+        bytes[5..].copy_from_slice(&self.stream.to_be_bytes());
+        bytes
     }
 }
 

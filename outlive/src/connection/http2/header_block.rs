@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn request_that_refers_to_the_dynamic_table_is_not_recognized() {
         let valid = accept(b"text/event-stream");
-        for (more, is_accepted) in [(&[0x84][..], true), (&[0x80 | 62], false), (&[0x0f, 47, 0], false)] {
+        for (more, is_accepted) in [(&[0x84][..], true), (&[0xbe], false), (&[0x0f, 47, 0], false)] {
             assert_eq!(is_of_event_stream(&[&valid, more].concat()), is_accepted, "{more:?}");
         }
     }

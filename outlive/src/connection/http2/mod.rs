@@ -34,7 +34,7 @@ use super::exchange::Service;
 use super::io::{Io, Parts};
 use crate::registry::{DriverHandle, Phase, Stage};
 use crate::transport::http2_state::Http2State;
-pub(super) use endless::{BodyTurn, EndlessStreams};
+pub(super) use endless::{Begun, BodyTurn, EndlessStreams};
 pub(super) use header_block::STREAM_FIELD;
 use interposer::Interposer;
 use relay::Relay;

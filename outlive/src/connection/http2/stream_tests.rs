@@ -41,7 +41,7 @@ fn numbers(headers: &HeaderMap) -> impl Stream<Item = Result<Event, Infallible>>
 
 /// Those of a part of the numbers are large, because the crate `h2` closes a connection with too many small frames.
 fn data(number: u64) -> String {
-    let length = if number % 3 == 0 { 5_000 } else { number % 700 + 1 };
+    let length = if number.is_multiple_of(3) { 5_000 } else { number % 700 + 1 };
     "x".repeat(usize::try_from(length).expect("it is small"))
 }
 

@@ -1,19 +1,24 @@
 //! The interposer between a model of a client and models of h2, with a fresh h2 after each handover. Each side must
 //! receive what the other has sent, and both must agree on the windows of the connection.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
+use bytes::Bytes;
 use proptest::prelude::*;
 
+use super::endless::{Begun, BodyTurn, Continuation, EndlessStreams};
 use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM,
     SETTINGS, WINDOW_UPDATE, increment,
 };
+use super::header_block::STREAM_FIELD;
 use super::interposer::Interposer;
 use super::{LONGEST_HOLD, Quiescer};
 use crate::connection::PREFACE;
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, Http2State};
+use crate::transport::stream_replay;
 
 const PRIORITY: u8 = 2;
 const GREASE: u8 = 0xb;
@@ -22,6 +27,12 @@ const TARGET: i64 = 200_000;
 /// The settings of h2: `SETTINGS_HEADER_TABLE_SIZE=0`.
 const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
 const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
+/// A request that accepts an event stream: a size update, GET, and the field `accept`.
+const EVENTS: &[u8] = b"\x20\x82\x0f\x04\x11text/event-stream";
+/// What the response to it promises.
+const AGREEMENT: &[u8] = b"events";
+/// The initial window of the client's streams after it has sent SETTINGS again, in bytes.
+const LATER_WINDOW: i64 = 51_200;
 
 fn frame(frame_type: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     let mut bytes = bytes::BytesMut::new();
@@ -72,6 +83,11 @@ struct Client {
     open: Vec<u32>,
     /// How many bytes it has sent on each stream.
     bytes: BTreeMap<u32, i64>,
+    /// The initial window of its streams, and by how much each SETTINGS that is not acknowledged changes it.
+    initial_window: i64,
+    window_changes: VecDeque<i64>,
+    /// Its open event streams: how many bytes it accepts on each, and whether it has the head of the response.
+    events: BTreeMap<u32, (i64, bool)>,
 }
 
 impl Client {
@@ -88,11 +104,32 @@ impl Client {
             next_stream: 1,
             open: Vec::new(),
             bytes: BTreeMap::new(),
+            initial_window: FIRST_WINDOW,
+            window_changes: VecDeque::from([0]),
+            events: BTreeMap::new(),
         }
     }
 
     fn receive(&mut self) {
         for (head, payload) in frames(&mut self.received) {
+            if head.frame_type == SETTINGS && head.has(ACK) {
+                let change = self.window_changes.pop_front().expect("a SETTINGS ACK without SETTINGS");
+                self.events.values_mut().for_each(|(window, _)| *window += change);
+            }
+            if let Some((window, has_head)) = self.events.get_mut(&head.stream) {
+                match head.frame_type {
+                    HEADERS => assert!(!std::mem::replace(has_head, true), "a second head: {head:?}"),
+                    DATA => {
+                        assert!(*has_head, "DATA before the head: {head:?}");
+                        *window -= length(head);
+                        assert!(length(head) == 0 || *window >= 0, "DATA exceeds the window of its stream");
+                    }
+                    _ => {}
+                }
+                if head.frame_type == RST_STREAM || head.has(END_STREAM) {
+                    self.events.remove(&head.stream);
+                }
+            }
             match head.frame_type {
                 DATA => {
                     self.receive_window -= length(head);
@@ -124,6 +161,31 @@ impl Client {
             self.sent.extend(frame(CONTINUATION, END_HEADERS, stream, b"ad"));
         } else {
             self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, b"\x20ead"));
+        }
+    }
+
+    fn begin_events(&mut self) {
+        let stream = self.next_stream;
+        self.next_stream += 2;
+        self.bytes.insert(stream, 0);
+        // The acknowledgements that are missing change this window too.
+        let missing: i64 = self.window_changes.iter().sum();
+        self.events.insert(stream, (self.initial_window - missing, false));
+        self.sent.extend(frame(HEADERS, END_STREAM | END_HEADERS, stream, EVENTS));
+    }
+
+    fn change_initial_window(&mut self) {
+        self.unanswered += 1;
+        self.window_changes.push_back(LATER_WINDOW - self.initial_window);
+        self.initial_window = LATER_WINDOW;
+        let [.., a, b, c, d] = LATER_WINDOW.to_be_bytes();
+        self.sent.extend(frame(SETTINGS, 0, 0, &[0, 4, a, b, c, d]));
+    }
+
+    fn grant_events(&mut self, which: usize, size: i64) {
+        if let Some((stream, (window, _))) = self.events.iter_mut().nth(which % 3) {
+            *window += size + 1;
+            self.sent.extend(grant(*stream, size + 1));
         }
     }
 
@@ -171,10 +233,17 @@ struct H2 {
     bytes: BTreeMap<u32, i64>,
     /// The streams that it has reset before the client ended them.
     left: BTreeSet<u32>,
+    endless: EndlessStreams,
+    /// The requests of event streams that are not answered.
+    asked: Vec<(u32, Begun)>,
+    /// The initial window of the client's streams.
+    initial_window: i64,
+    /// The windows of the event streams.
+    events: BTreeMap<u32, i64>,
 }
 
 impl H2 {
-    fn new(generation: u32) -> Self {
+    fn new(generation: u32, endless: EndlessStreams) -> Self {
         Self {
             generation,
             received: Vec::new(),
@@ -190,6 +259,10 @@ impl H2 {
             streams: BTreeMap::new(),
             bytes: BTreeMap::new(),
             left: BTreeSet::new(),
+            endless,
+            asked: Vec::new(),
+            initial_window: FIRST_WINDOW,
+            events: BTreeMap::new(),
         }
     }
 
@@ -208,10 +281,25 @@ impl H2 {
             }
             let is_of_stream =
                 stream > 0 && matches!(frame_type, DATA | HEADERS | RST_STREAM | WINDOW_UPDATE);
-            if self.generation > 0 && (is_of_stream || frame_type == PING) {
+            if frame_type == HEADERS && memchr::memmem::find(&payload, STREAM_FIELD.as_bytes()).is_some() {
+                self.receive_events(stream);
+                continue;
+            }
+            if let Some(window) = self.events.get_mut(&stream)
+                && frame_type == WINDOW_UPDATE
+            {
+                *window += i64::from(increment(&payload).expect("the payload has four bytes"));
+                assert!(*window < 1 << 31, "FLOW_CONTROL_ERROR: {head:?}");
+                continue;
+            }
+            if self.generation > 0 && (is_of_stream && stream > self.former || frame_type == PING) {
                 assert!(self.is_acknowledged && self.has_begun, "{head:?} arrives before h2 has begun");
             }
-            if is_of_stream && frame_type != HEADERS && stream <= self.former {
+            if is_of_stream
+                && frame_type != HEADERS
+                && stream <= self.former
+                && !self.streams.contains_key(&stream)
+            {
                 // The stream is closed. Like h2, this discards the DATA and later grants its bytes again.
                 if frame_type == DATA {
                     self.receive_window -= length(head);
@@ -235,7 +323,11 @@ impl H2 {
                     assert!(self.receive_window >= 0, "FLOW_CONTROL_ERROR: {head:?}");
                     *self.bytes.entry(stream).or_default() += length(head);
                 }
-                RST_STREAM => _ = self.streams.insert(stream, (true, true)),
+                RST_STREAM => {
+                    self.streams.insert(stream, (true, true));
+                    self.events.remove(&stream);
+                    self.asked.retain(|(asked, _)| *asked != stream);
+                }
                 WINDOW_UPDATE if stream == 0 => {
                     let granted = increment(&payload).expect("the payload has four bytes");
                     assert!(granted > 0, "PROTOCOL_ERROR: {head:?}");
@@ -249,6 +341,11 @@ impl H2 {
                     self.sent.extend(frame(SETTINGS, ACK, 0, &[]));
                     for setting in payload.chunks(6).filter(|setting| setting[..2] == [0, 1]) {
                         self.table = u32::from_be_bytes(setting[2..].try_into().expect("six bytes"));
+                    }
+                    for setting in payload.chunks(6).filter(|setting| setting[..2] == [0, 4]) {
+                        let window = u32::from_be_bytes(setting[2..].try_into().expect("six bytes")).into();
+                        self.events.values_mut().for_each(|one| *one += window - self.initial_window);
+                        self.initial_window = window;
                     }
                     if !self.has_begun {
                         self.has_begun = true;
@@ -267,6 +364,23 @@ impl H2 {
         }
     }
 
+    /// The request of an event stream arrives.
+    fn receive_events(&mut self, stream: u32) {
+        let last = self.streams.keys().next_back().copied().unwrap_or(self.former);
+        assert!(last < stream, "stream {stream} begins twice");
+        self.streams.insert(stream, (true, false));
+        let is_replay = self.generation > 0 && !self.is_acknowledged;
+        if is_replay {
+            // Like h2, this takes streams before it for closed.
+            self.former = stream;
+        }
+        // The interposer may have passed on the RST_STREAM of the client.
+        let Some(begun) = self.endless.request(stream) else { return };
+        assert_eq!(begun != Begun::Here, is_replay);
+        self.events.insert(stream, self.initial_window);
+        self.asked.push((stream, begun));
+    }
+
     fn replenish(&mut self) {
         if self.receive_window < TARGET {
             self.sent.extend(grant(0, TARGET - self.receive_window));
@@ -275,7 +389,65 @@ impl H2 {
     }
 
     fn open(&self) -> Vec<u32> {
-        self.streams.iter().filter(|(_, (_, ended))| !ended).map(|(stream, _)| *stream).collect()
+        let is_open =
+            |(stream, (_, ended)): &(&u32, &(bool, bool))| !ended && !self.events.contains_key(stream);
+        self.streams.iter().filter(is_open).map(|(stream, _)| *stream).collect()
+    }
+
+    /// Answers the first request of an event stream. The response agrees with that of the former process if `agrees`.
+    fn answer_events(&mut self, agrees: bool) {
+        if self.asked.is_empty() {
+            return;
+        }
+        let (stream, begun) = self.asked.remove(0);
+        let is_replay = begun != Begun::Here;
+        if is_replay {
+            assert_eq!(self.table, 0, "a head that the client does not receive enters the header table");
+        }
+        if is_replay && !agrees {
+            self.endless.end(stream);
+            self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20ead"));
+            self.end_events(stream);
+        } else {
+            self.endless.open(stream);
+            self.sent.extend(frame(HEADERS, END_HEADERS, stream, b"\x20ead"));
+        }
+    }
+
+    fn end_events(&mut self, stream: u32) {
+        self.streams.insert(stream, (true, true));
+        self.events.remove(&stream);
+    }
+
+    /// Polls the body of an event stream, which has so many bytes.
+    fn poll_events(&mut self, which: usize, wanted: i64, ends: bool) {
+        let answered = |stream: &u32| self.asked.iter().all(|(asked, _)| asked != stream);
+        let Some(stream) = self.events.keys().copied().filter(answered).nth(which % 3) else { return };
+        let continuation = || {
+            let block = Bytes::from_static(&EVENTS[1..]);
+            Some(Continuation { block, agreement: Bytes::from_static(AGREEMENT) })
+        };
+        match self.endless.poll_body(stream, &Context::from_waker(Waker::noop()), true, continuation) {
+            BodyTurn::Polls(room) => {
+                let room = i64::try_from(room).expect("a chunk is small");
+                let window = self.events.get_mut(&stream).expect("it is open");
+                // The interposer knows a grant of the client before h2 does.
+                let size = wanted.min(room).min(self.send_window).min(*window).max(0);
+                let length = usize::try_from(size).expect("not below zero");
+                self.endless.gave(stream, length);
+                self.send_window -= size;
+                *window -= size;
+                self.sent.extend(frame(DATA, if ends { END_STREAM } else { 0 }, stream, &vec![0; length]));
+                if ends {
+                    self.end_events(stream);
+                }
+            }
+            BodyTurn::Rests | BodyTurn::WaitsForWindow => {}
+            BodyTurn::Ends => {
+                self.sent.extend(frame(DATA, END_STREAM, stream, &[]));
+                self.end_events(stream);
+            }
+        }
     }
 
     fn answer(&mut self, which: usize, wanted: i64, ends: bool) {
@@ -320,10 +492,11 @@ struct World {
 
 impl World {
     fn new() -> Self {
+        let interposer = Interposer::new();
         Self {
             client: Client::new(),
-            interposer: Interposer::new(),
-            h2: H2::new(0),
+            h2: H2::new(0, interposer.endless()),
+            interposer,
             unread: Vec::new(),
             moves: 0,
             reached_h2: BTreeSet::new(),
@@ -371,6 +544,12 @@ impl World {
             self.client.received.extend_from_slice(&for_client.split_to(length));
             is_news |= length > 0;
             self.client.receive();
+            if self.is_holding && self.h2.sent.is_empty() {
+                self.interposer.stop_endless(Waker::noop());
+                for which in 0..self.h2.events.len() {
+                    self.h2.poll_events(which, 0, false);
+                }
+            }
             // A handover drops the bytes that h2 has not written yet.
             if self.interposer.is_quiescent() {
                 self.move_on();
@@ -384,6 +563,13 @@ impl World {
             let state = self.interposer.state();
             assert_eq!(self.h2.receive_window, state.receive_window);
             assert_eq!(self.h2.send_window, state.send_window);
+            for (stream, window) in &self.h2.events {
+                let body = self.h2.endless.window(*stream).expect("the stream is open");
+                assert!(
+                    *window >= body,
+                    "h2 would keep bytes of stream {stream}, because its window is too small"
+                );
+            }
         }
     }
 
@@ -400,8 +586,9 @@ impl World {
         self.is_holding = false;
         self.forget_h2();
         assert!(self.h2.received.is_empty(), "h2 has received an incomplete frame");
-        let is_open =
-            |(stream, ended): (&u32, &(bool, bool))| *ended != (true, true) && !self.reset.contains(stream);
+        let is_open = |(stream, ended): (&u32, &(bool, bool))| {
+            *ended != (true, true) && !self.reset.contains(stream) && !self.h2.events.contains_key(stream)
+        };
         assert!(!self.h2.streams.iter().any(is_open), "a stream is open");
         let (state, unread) = std::mem::replace(&mut self.interposer, Interposer::new()).into_state();
         let read = std::mem::take(&mut self.unread);
@@ -420,22 +607,27 @@ impl World {
         }
         assert_eq!(self.client.send_window, state.receive_window - data);
         assert_eq!(self.client.receive_window, state.send_window + granted);
+        let streams = stream_replay::decode(&stream_replay::encode(&state.streams).into());
+        let streams = streams.expect("the encoded streams can be decoded");
+        let numbers: Vec<_> = streams.iter().map(|stream| stream.stream).collect();
+        assert_eq!(numbers, self.h2.events.keys().copied().collect::<Vec<_>>(), "every open stream moves");
         let bytes = state.encode();
         let state = Http2State::decode(&bytes).expect("the encoded state can be decoded");
-        self.interposer = Interposer::resume(state);
-        self.h2 = H2::new(self.moves);
+        self.interposer = Interposer::resume(Http2State { streams, ..state });
+        self.h2 = H2::new(self.moves, self.interposer.endless());
     }
 
     fn act(&mut self, frame_type: u8, which: u16, size: i64) {
         let index = usize::from(which);
         let stream = (u32::from(which) % self.client.next_stream) | 1;
         let is_begun = stream < self.client.next_stream;
-        match frame_type % 16 {
+        match frame_type % 22 {
             0 | 1 => self.client.begin(which.is_multiple_of(2), which.is_multiple_of(3)),
             2 | 3 => self.client.send(index, size, which.is_multiple_of(2)),
             4 => self.client.grant(size),
             5 if is_begun => {
                 self.client.open.retain(|open| *open != stream);
+                self.client.events.remove(&stream);
                 self.reset.insert(stream);
                 self.client.sent.extend(frame(RST_STREAM, 0, stream, &[0, 0, 0, 8]));
             }
@@ -443,13 +635,12 @@ impl World {
                 self.client.unanswered += 1;
                 self.client.sent.extend(frame(PING, 0, 0, &[7; 8]));
             }
-            7 if is_begun => self.client.sent.extend(grant(stream, size + 1)),
+            7 if is_begun && !self.client.events.contains_key(&stream) => {
+                self.client.sent.extend(grant(stream, size + 1));
+            }
             8 => self.client.sent.extend(frame(PRIORITY, 0, stream, &[0; 5])),
             9 => self.client.sent.extend(frame(GREASE, 9, stream, &[1; 20])),
-            10 => {
-                self.client.unanswered += 1;
-                self.client.sent.extend(frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 200, 0]));
-            }
+            10 => self.client.change_initial_window(),
             11 => self.h2.answer(index, size, true),
             12 => self.h2.answer(index, size, which.is_multiple_of(2)),
             13 if self.h2.has_begun => self.h2.replenish(),
@@ -465,6 +656,11 @@ impl World {
                 self.interposer.hold();
                 self.is_holding = true;
             }
+            16 => self.client.begin_events(),
+            17 => self.h2.answer_events(!which.is_multiple_of(4)),
+            18 | 19 => self.h2.poll_events(index, size, which.is_multiple_of(16)),
+            20 => self.client.grant_events(index, size),
+            21 if which.is_multiple_of(8) && self.interposer.is_begun() => self.interposer.end_replays(),
             _ => {}
         }
     }
@@ -484,6 +680,9 @@ impl World {
             for _ in self.h2.open() {
                 self.h2.answer(0, 0, true);
             }
+            self.h2.answer_events(true);
+            self.h2.poll_events(0, 0, true);
+            self.client.grant_events(0, LATER_WINDOW);
             self.carry(10_000, usize::MAX);
         }
         self.forget_h2();
@@ -500,6 +699,7 @@ impl World {
         assert_eq!(self.h2.receive_window, self.interposer.state().receive_window);
         assert_eq!(self.h2.receive_window, self.client.send_window, "both sides agree on the window");
         assert_eq!(self.h2.table, FIRST_HEADER_TABLE_SIZE, "h2 has the client's table size");
+        assert!(self.client.events.is_empty(), "every event stream ends");
         assert_eq!(self.client.unanswered, 0, "every PING and SETTINGS of the client is answered");
         self.moves
     }

@@ -20,7 +20,14 @@ impl Interposer {
 
     /// Bytes that h2 reads before any others.
     pub fn for_h2(&mut self) -> &mut BytesMut {
+        self.pass_between_frames();
         &mut self.to_h2
+    }
+
+    fn pass_between_frames(&mut self) {
+        if !self.between_frames.is_empty() && self.is_between_frames() {
+            self.to_h2.unsplit(std::mem::take(&mut self.between_frames));
+        }
     }
 
     /// Processes bytes of the client without a copy, as far as possible: returns how many of them h2 reads in place.
@@ -149,6 +156,7 @@ impl Interposer {
 
     pub(super) fn end_frame(&mut self) {
         self.from_client = FrameParser::START;
+        self.pass_between_frames();
         self.release_held();
     }
 
@@ -271,6 +279,8 @@ impl Interposer {
         else {
             unreachable!("only called when a frame is complete")
         };
+        // Before this frame, because `Replays::acknowledgement` counts the SETTINGS before.
+        self.pass_between_frames();
         let disposition = match head {
             // Inside a header block every frame except CONTINUATION is an error, which h2 must see unchanged.
             _ if self.block.is_some() => self.on_client_frame(head, &payload),

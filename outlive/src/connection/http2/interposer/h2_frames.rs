@@ -74,14 +74,19 @@ impl Interposer {
             if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) || self.absorb_replay(head) {
                 continue;
             }
-            // Frames of the connection, for example PING, may overtake the waiting frames of its streams.
-            let is_of_streams = matches!(head.frame_type, DATA | HEADERS | CONTINUATION | RST_STREAM);
-            if is_of_streams && (!self.waiting.is_empty() || !self.has_room(head)) {
-                self.waiting.unsplit(frame);
-            } else {
+            // Frames of the connection, for example PING, may overtake the waiting frames of its streams. An
+            // acknowledgement may not: after one that lowers the client's windows, the waiting DATA would exceed them.
+            let is_ordered = match head.frame_type {
+                DATA | HEADERS | CONTINUATION | RST_STREAM => true,
+                SETTINGS => head.has(ACK),
+                _ => false,
+            };
+            let waits = is_ordered && (!self.waiting.is_empty() || !self.has_room(head));
+            if !waits || head.frame_type == SETTINGS {
+                // An acknowledgement is recorded at once, because `Replays::acknowledgement` counts those that h2 owes.
                 self.note_sent(head, &frame[HEAD_LENGTH..]);
-                self.to_client.unsplit(frame);
             }
+            if waits { self.waiting.unsplit(frame) } else { self.to_client.unsplit(frame) }
         }
     }
 
@@ -96,7 +101,9 @@ impl Interposer {
                 return;
             }
             let frame = self.waiting.split_to(HEAD_LENGTH + head.length);
-            self.note_sent(head, &frame[HEAD_LENGTH..]);
+            if head.frame_type != SETTINGS {
+                self.note_sent(head, &frame[HEAD_LENGTH..]);
+            }
             self.to_client.unsplit(frame);
         }
     }
@@ -196,7 +203,7 @@ impl Interposer {
         if !self.is_replaying() {
             let size = self.state.theirs.get(HEADER_TABLE_SIZE).unwrap_or(FIRST_HEADER_TABLE_SIZE);
             let settings = Settings::default().or(HEADER_TABLE_SIZE, size);
-            put_settings(&settings.payload(), &mut self.to_h2);
+            put_settings(&settings.payload(), &mut self.between_frames);
             self.replays.acknowledgement = Some(self.unanswered.theirs);
         }
     }
@@ -204,7 +211,7 @@ impl Interposer {
     /// Ends the streams of the former process whose requests h2 has not answered.
     pub fn end_replays(&mut self) {
         for stream in self.replays.awaited.clone() {
-            put_cancel(stream, &mut self.to_h2);
+            put_cancel(stream, &mut self.between_frames);
             put_end_of_stream(stream, &mut self.to_client);
             self.end_stream(stream);
             self.end_replay(stream);

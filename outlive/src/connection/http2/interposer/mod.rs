@@ -84,6 +84,8 @@ pub struct Interposer {
     /// Frames of the client on new streams, while these are held.
     held: BytesMut,
     to_h2: BytesMut,
+    /// Frames for h2 that must not interrupt a frame of the client.
+    between_frames: BytesMut,
     /// The position in h2's byte stream, while it is passed on unchanged.
     from_h2: FrameParser,
     /// The beginning of a frame of h2, while its frames are rewritten.
@@ -187,6 +189,7 @@ impl Interposer {
             hold_state: HoldState::Open,
             held: BytesMut::new(),
             to_h2: BytesMut::new(),
+            between_frames: BytesMut::new(),
             from_h2: FrameParser::START,
             partial: BytesMut::new(),
             to_client: BytesMut::new(),
@@ -228,7 +231,9 @@ impl Interposer {
             debt: (-granted).max(0),
             ..Self::new()
         };
-        replays.into_iter().for_each(|replay| resumed.replay(replay));
+        for replay in replays {
+            resumed.replay(replay);
+        }
         if told == ToldToH2::FormerStreams {
             put_oversized_request(former, HEADER_LIST_LIMIT, &mut resumed.to_h2);
         }

@@ -18,9 +18,7 @@ impl Interposer {
 
     /// Passes the held frames on to h2, and lets new streams begin.
     pub fn release(&mut self) {
-        if !self.maybe_endless.is_empty() {
-            self.endless.go_on();
-        }
+        self.endless.go_on();
         if self.hold_state == HoldState::Holding {
             self.hold_state = HoldState::Releasing;
             self.release_held();
@@ -63,7 +61,7 @@ impl Interposer {
             && !self.replays.discards_block
             && self.replays.acknowledgement.is_none()
             && self.from_h2.is_start()
-            && [&self.to_h2, &self.partial, &self.to_client, &self.waiting]
+            && [&self.to_h2, &self.between_frames, &self.partial, &self.to_client, &self.waiting]
                 .into_iter()
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
