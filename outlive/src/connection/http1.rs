@@ -80,7 +80,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             }
             let state = driver.state();
             if driver.is_overdue() {
-                return Poll::Ready(Turn::Overdue(state.stage));
+                return Poll::Ready(Turn::Overdue(state.stage()));
             }
             if !state.is_quiescent() || !driver.must_quiesce() {
                 return Poll::Pending;

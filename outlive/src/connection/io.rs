@@ -151,7 +151,7 @@ impl Io {
         let Wire::Left(stream) = &self.wire else { return false };
         let handle = self.handle();
         let state = handle.state();
-        let waits = state.stage == Stage::InFlight && state.is_in_flight() && !state.is_reading();
+        let waits = state.stage() == Stage::InFlight && state.is_in_flight() && !state.is_reading();
         if self.protocol != Protocol::Http1 || !waits || self.unread.has_remaining() {
             return false;
         }

@@ -74,7 +74,7 @@ impl DriverHandle {
         cx: &mut Context<'_>,
         poll: impl FnOnce(&mut Context<'_>) -> Poll<T>,
     ) -> Poll<T> {
-        if !self.0.apply(Event::DriverPolled).has_waker {
+        if !self.0.apply(Event::DriverPolled).has_waker() {
             self.0.replace_waker(cx);
         }
         let polled = poll(cx);

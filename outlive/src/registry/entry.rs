@@ -85,11 +85,11 @@ impl PendingWork {
 
     pub fn is_pending(&self) -> bool {
         let state = self.entry.state();
-        match state.stage {
+        match state.stage() {
             Stage::Closing | Stage::Closed => false,
             Stage::Ending | Stage::Discarding => true,
             // It becomes quiescent as soon as the phase asks for it.
-            _ if state.awaits_handover => false,
+            _ if state.awaits_handover() => false,
             Stage::InFlight if self.entry.only_awaits_handover(state) => !state.is_movable(),
             Stage::InFlight if self.entry.started() == self.started => true,
             // HTTP/2: newer requests have begun, and an older one is still in flight beside them.
@@ -107,7 +107,7 @@ impl Entry {
             peer,
             registry: registry.clone(),
             registered: registry.now(),
-            state: AtomicU64::new(State::NEW.pack()),
+            state: AtomicU64::new(State::NEW.word()),
             since: Clock::new(since),
             task: Mutex::new(None),
             pending: Pending(AtomicU64::new(0)),
@@ -117,11 +117,11 @@ impl Entry {
     }
 
     pub(super) fn state(&self) -> State {
-        State::unpack(self.state.load(Acquire))
+        State::from_word(self.state.load(Acquire))
     }
 
     pub fn stage(&self) -> Stage {
-        self.state().stage
+        self.state().stage()
     }
 
     pub(super) fn phase(&self) -> Phase {
@@ -155,20 +155,20 @@ impl Entry {
     pub(super) fn apply(&self, event: Event) -> State {
         let mut word = self.state.load(Acquire);
         let (before, next, effects) = loop {
-            let before = State::unpack(word);
+            let before = State::from_word(word);
             let (next, effects) = before.after(event);
             if next == before {
                 break (before, next, effects);
             }
-            if next.stage != before.stage {
+            if next.stage() != before.stage() {
                 self.touch();
             }
-            match self.state.compare_exchange_weak(word, next.pack(), AcqRel, Acquire) {
+            match self.state.compare_exchange_weak(word, next.word(), AcqRel, Acquire) {
                 Ok(_) => break (before, next, effects),
                 Err(changed) => word = changed,
             }
         };
-        self.registry.count_unanswered(before.stage, next.stage);
+        self.registry.count_unanswered(before.stage(), next.stage());
         if effects.waiters {
             self.registry.notify_of_watched();
         }
@@ -189,7 +189,7 @@ impl Entry {
     pub(super) fn wake_on_change(&self, cx: &Context<'_>) {
         // If another task takes the waker right after this check, it wakes this one, which is then polled again and
         // stores its waker anew.
-        if !self.state().has_waker {
+        if !self.state().has_waker() {
             self.replace_waker(cx);
         }
     }
@@ -228,7 +228,7 @@ impl Entry {
     /// Whether it has been idle for long enough to be parked.
     pub fn is_parkable(&self) -> bool {
         let state = self.state();
-        let is_idle = state.stage == Stage::Waiting && state.is_quiescent();
+        let is_idle = state.stage() == Stage::Waiting && state.is_quiescent();
         // A connection that has just been unparked has input; without this, it would be parked before it is read.
         let since = self.since().max(self.registered);
         is_idle && self.registry.age(since) >= PARK_AFTER && !self.must_close()
@@ -240,11 +240,11 @@ impl Entry {
     pub(super) fn is_overdue(&self) -> bool {
         let limits = self.registry.limits();
         let state = self.state();
-        if state.stage == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
+        if state.stage() == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
             // The first request of a connection that has just been accepted or unparked may not have arrived yet.
             return self.registry.age(self.since().max(self.registered)) >= PARK_AFTER;
         }
-        let (limit, since) = match state.stage {
+        let (limit, since) = match state.stage() {
             Stage::Waiting => (limits.idle, self.since()),
             Stage::Head => (limits.head, self.since()),
             Stage::Upgraded if !state.is_flushed() && self.phase() != Phase::Serving => {
@@ -312,7 +312,7 @@ impl Entry {
     fn only_awaits_handover(&self, state: State) -> bool {
         let tracked = lock(&self.tracked);
         let awaiting = tracked.iter().filter(|request| request.awaits_handover).count();
-        awaiting > 0 && usize::try_from(state.in_flight()) == Ok(awaiting)
+        awaiting > 0 && state.in_flight() == awaiting as u64
     }
 
     pub(super) fn untrack(&self, request: &InFlight) {

@@ -459,8 +459,8 @@ impl Registry {
             let started = entry.started();
             let in_flight = entry.state().in_flight();
             Counts {
-                in_flight: counts.in_flight + in_flight as usize,
-                answered: counts.answered + started.saturating_sub(in_flight.into()),
+                in_flight: counts.in_flight + usize::try_from(in_flight).unwrap_or(usize::MAX),
+                answered: counts.answered + started.saturating_sub(in_flight),
                 ..counts
             }
         })

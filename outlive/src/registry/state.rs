@@ -1,10 +1,12 @@
 //! The state machine of one connection.
 //!
 //! [`State::after`] is a pure function from a [`State`] and an [`Event`] to the next state and its [`Effects`], which
-//! are the tasks to wake. `entry.rs` applies it to the state of a connection. A state is packed into one `u64`, so each
-//! event is one atomic change, and every task reads a consistent state. The events come from different tasks: the
+//! are the tasks to wake. `entry.rs` applies it to the state of a connection. A state is one `u64`, so each event is one
+//! atomic change, and every task reads a consistent state. The events come from different tasks: the
 //! driver, which polls hyper, and the handlers of requests. Therefore the event that ends the last work of a connection
 //! wakes the driver, whichever task reports it.
+
+use std::fmt;
 
 /// What a connection is doing.
 ///
@@ -134,90 +136,142 @@ pub struct Effects {
     pub waiters: bool,
 }
 
-/// The state of a connection: its [`Stage`], and what decides about the next one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[expect(clippy::struct_excessive_bools, reason = "the flags are independent of each other")]
-pub struct State {
-    pub stage: Stage,
-    /// Whether the driver is being polled. It looks at the counts afterwards, so no event has to wake it meanwhile.
-    is_driven: bool,
-    is_flushed: bool,
-    is_movable: bool,
-    closes_after_response: bool,
-    /// Whether the handler dropped the last request's body before its end, so that the peer may still be sending it.
-    has_left_body: bool,
-    /// Whether a task in [`Registry::wait_until`](super::Registry::wait_until) watches this connection.
-    is_watched: bool,
-    /// Whether the handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
-    pub awaits_handover: bool,
-    /// Whether the driver's waker is stored, so that other tasks can wake the driver.
-    pub has_waker: bool,
-    /// Requests that have begun and not ended.
-    in_flight: u32,
-    /// Bodies of requests that handlers have neither read to the end nor dropped.
-    reading: u32,
+/// The state of a connection: its [`Stage`], and what decides about the next one. All of it is in one word, and not in
+/// fields that are packed for the atomic, because each request changes it several times.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct State(u64);
+
+/// A flag of a state.
+#[derive(Clone, Copy)]
+enum Flag {
+    /// The driver is being polled. It looks at the counts afterwards, so no event has to wake it meanwhile.
+    Driven = 3,
+    Flushed,
+    Movable,
+    /// The handler dropped the last request's body before its end, so the peer may still be sending it.
+    HasLeftBody,
+    ClosesAfterResponse,
+    /// A task in [`Registry::wait_until`](super::Registry::wait_until) watches this connection.
+    Watched = 56,
+    /// The driver's waker is stored, so that other tasks can wake the driver.
+    HasWaker,
+    /// The handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
+    AwaitsHandover,
 }
 
-/// The highest value of each count. So many requests at once on one connection would need more memory than a machine
-/// has, so the counts cannot overflow into each other.
-const COUNT_LIMIT: u32 = (1 << COUNT_BITS) - 1;
-const COUNT_BITS: u32 = 24;
+/// A count of a state. The value of each variant is its lowest bit.
+#[derive(Clone, Copy)]
+enum Count {
+    /// Requests that have begun and not ended.
+    InFlight = 8,
+    /// Bodies of requests that handlers have neither read to the end nor dropped.
+    Reading = 32,
+}
+
+const STAGE: u64 = 0b111;
+/// So many requests at once on one connection would need more memory than a machine has, so the counts cannot overflow
+/// into each other.
+
+const COUNT_LIMIT: u64 = (1 << 24) - 1;
 
 impl State {
-    pub const NEW: Self = Self {
-        stage: Stage::Waiting,
-        is_driven: false,
-        is_flushed: true,
-        is_movable: true,
-        closes_after_response: false,
-        has_left_body: false,
-        is_watched: false,
-        awaits_handover: false,
-        has_waker: false,
-        in_flight: 0,
-        reading: 0,
-    };
+    pub const NEW: Self = Self(Stage::Waiting as u64).with(Flag::Flushed).with(Flag::Movable);
 
-    /// The bit of `is_watched` in a packed state.
-    pub const WATCHED: u64 = 1 << (8 + 2 * COUNT_BITS);
-
-    pub fn is_in_flight(self) -> bool {
-        self.in_flight > 0
+    pub fn from_word(word: u64) -> Self {
+        Self(word)
     }
 
-    pub fn in_flight(self) -> u32 {
-        self.in_flight
+    pub fn word(self) -> u64 {
+        self.0
+    }
+
+    /// The bit of a watched connection in a word.
+    pub const WATCHED: u64 = 1 << Flag::Watched as u64;
+
+    pub fn stage(self) -> Stage {
+        Stage::ALL[(self.0 & STAGE) as usize]
+    }
+
+    const fn has(self, flag: Flag) -> bool {
+        self.0 >> flag as u64 & 1 == 1
+    }
+
+    const fn with(self, flag: Flag) -> Self {
+        Self(self.0 | 1 << flag as u64)
+    }
+
+    const fn without(self, flag: Flag) -> Self {
+        Self(self.0 & !(1 << flag as u64))
+    }
+
+    fn set(self, flag: Flag, value: bool) -> Self {
+        if value { self.with(flag) } else { self.without(flag) }
+    }
+
+    fn at(self, stage: Stage) -> Self {
+        Self(self.0 & !STAGE | stage as u64)
+    }
+
+    fn count(self, count: Count) -> u64 {
+        self.0 >> count as u64 & COUNT_LIMIT
+    }
+
+    fn plus(self, count: Count) -> Self {
+        debug_assert!(self.count(count) < COUNT_LIMIT);
+        Self(self.0 + (1 << count as u64))
+    }
+
+    fn minus(self, count: Count) -> Self {
+        debug_assert!(self.count(count) > 0);
+        Self(self.0 - (1 << count as u64))
+    }
+
+    pub fn has_waker(self) -> bool {
+        self.has(Flag::HasWaker)
+    }
+
+    /// Whether the handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
+    pub fn awaits_handover(self) -> bool {
+        self.has(Flag::AwaitsHandover)
+    }
+
+    pub fn is_in_flight(self) -> bool {
+        self.in_flight() > 0
+    }
+
+    pub fn in_flight(self) -> u64 {
+        self.count(Count::InFlight)
     }
 
     pub fn is_reading(self) -> bool {
-        self.reading > 0
+        self.count(Count::Reading) > 0
     }
 
     pub fn is_flushed(self) -> bool {
-        self.is_flushed
+        self.has(Flag::Flushed)
     }
 
     /// See [`Entry::watch`](super::entry::Entry).
     pub fn is_watched(self) -> bool {
-        self.is_watched
+        self.has(Flag::Watched)
     }
 
     pub fn is_movable(self) -> bool {
-        self.is_movable
+        self.has(Flag::Movable)
     }
 
     /// Whether the connection closes after its next response in every phase.
     pub fn closes_after_response(self) -> bool {
-        self.closes_after_response
+        self.has(Flag::ClosesAfterResponse)
     }
 
     pub fn has_left_body(self) -> bool {
-        self.has_left_body
+        self.has(Flag::HasLeftBody)
     }
 
     /// Whether nothing is in flight, nothing is unsent, and the connection can be handed over.
     pub fn is_quiescent(self) -> bool {
-        matches!(self.stage, Stage::Waiting | Stage::Head) && self.is_flushed && self.is_movable
+        matches!(self.stage(), Stage::Waiting | Stage::Head) && self.is_flushed() && self.is_movable()
     }
 
     /// As [`State::is_quiescent`], while so many responses without end have stopped.
@@ -225,101 +279,77 @@ impl State {
         if endless == 0 {
             return self.is_quiescent();
         }
-        let has_only_endless = usize::try_from(self.in_flight) == Ok(endless) && !self.is_reading();
-        self.stage == Stage::InFlight && has_only_endless && self.is_flushed && self.is_movable
+        let has_only_endless = self.in_flight() == endless as u64 && !self.is_reading();
+        self.stage() == Stage::InFlight && has_only_endless && self.is_flushed() && self.is_movable()
     }
 
     /// The state after `event`, and the tasks to wake.
     #[must_use]
     pub fn after(self, event: Event) -> (Self, Effects) {
-        let mut next = self;
-        match event {
-            Event::DriverPolled => next.is_driven = true,
+        let stage = self.stage();
+        let next = match event {
+            Event::DriverPolled => self.with(Flag::Driven),
             Event::DriverReturned => {
-                next.is_driven = false;
-                let is_busy = self.is_in_flight() || self.is_reading() || !self.is_flushed;
-                if self.stage == Stage::InFlight && !is_busy {
-                    next.stage = Stage::Waiting;
-                }
+                let is_busy = self.is_in_flight() || self.is_reading() || !self.is_flushed();
+                let next = self.without(Flag::Driven);
+                if stage == Stage::InFlight && !is_busy { next.at(Stage::Waiting) } else { next }
             }
-            Event::Received if self.stage == Stage::Waiting => next.stage = Stage::Head,
-            Event::Received => {}
+            Event::Received if stage == Stage::Waiting => self.at(Stage::Head),
+            Event::Received => self,
             Event::RequestBegins => {
-                next.in_flight += 1;
-                next.has_left_body = false;
-                if matches!(self.stage, Stage::Waiting | Stage::Head) {
-                    next.stage = Stage::InFlight;
-                }
+                let next = self.plus(Count::InFlight).without(Flag::HasLeftBody);
+                if matches!(stage, Stage::Waiting | Stage::Head) { next.at(Stage::InFlight) } else { next }
             }
-            Event::RequestEnds => next.in_flight -= 1,
-            Event::BodyBegins => next.reading += 1,
-            Event::BodyEnds(end) => {
-                next.reading -= 1;
-                next.has_left_body |= end == BodyEnd::Unread;
-            }
-            Event::Writing => next.is_flushed = false,
-            Event::Flushed => next.is_flushed = true,
-            Event::HandoverForbidden => next.is_movable = false,
+            Event::RequestEnds => self.minus(Count::InFlight),
+            Event::BodyBegins => self.plus(Count::Reading),
+            Event::BodyEnds(BodyEnd::Whole) => self.minus(Count::Reading),
+            Event::BodyEnds(BodyEnd::Unread) => self.minus(Count::Reading).with(Flag::HasLeftBody),
+            Event::Writing => self.without(Flag::Flushed),
+            Event::Flushed => self.with(Flag::Flushed),
+            Event::HandoverForbidden => self.without(Flag::Movable),
             Event::HandoverAllowed => {
-                next.is_movable = !self.closes_after_response && self.stage != Stage::Upgraded;
+                let is_movable = !self.closes_after_response() && stage != Stage::Upgraded;
+                self.set(Flag::Movable, is_movable)
             }
-            Event::HandlerAwaitsHandover => next.awaits_handover = true,
-            Event::HandlerWorks => next.awaits_handover = false,
-            Event::ClosesAfterResponse => (next.closes_after_response, next.is_movable) = (true, false),
-            Event::WakerStored => next.has_waker = true,
-            Event::WakerTaken => next.has_waker = false,
-            Event::Enters(_) if self.stage == Stage::Closed => {}
-            Event::Enters(stage) => {
-                next.stage = stage;
-                next.is_movable &= stage != Stage::Upgraded;
-            }
-        }
+            Event::HandlerAwaitsHandover => self.with(Flag::AwaitsHandover),
+            Event::HandlerWorks => self.without(Flag::AwaitsHandover),
+            Event::ClosesAfterResponse => self.with(Flag::ClosesAfterResponse).without(Flag::Movable),
+            Event::WakerStored => self.with(Flag::HasWaker),
+            Event::WakerTaken => self.without(Flag::HasWaker),
+            Event::Enters(_) if stage == Stage::Closed => self,
+            Event::Enters(Stage::Upgraded) => self.at(Stage::Upgraded).without(Flag::Movable),
+            Event::Enters(stage) => self.at(stage),
+        };
+        (next, self.effects(next, event))
+    }
+
+    fn effects(self, next: Self, event: Event) -> Effects {
+        /// What a watched connection notifies of: its stage, whether it can be handed over, and whether its handler
+        /// waits for that.
+        const NOTIFIED: u64 = STAGE | 1 << Flag::Movable as u64 | 1 << Flag::AwaitsHandover as u64;
         let has_ended =
             self.is_in_flight() && !next.is_in_flight() || self.is_reading() && !next.is_reading();
-        let is_other = next.stage != self.stage
-            || next.is_movable != self.is_movable
-            || next.awaits_handover != self.awaits_handover;
-        let effects = Effects {
-            driver: has_ended && !self.is_driven && self.stage.is_unanswered(),
+        Effects {
+            driver: has_ended && !self.has(Flag::Driven) && self.stage().is_unanswered(),
             // Both events can end the wait for a request: HTTP/1.1 begins one only after the one before, and with
             // HTTP/2 one can end while others are in flight, which leaves the stage as it is.
-            waiters: self.is_watched
-                && (is_other || matches!(event, Event::RequestBegins | Event::RequestEnds)),
-        };
-        (next, effects)
-    }
-
-    pub fn pack(self) -> u64 {
-        debug_assert!(self.in_flight <= COUNT_LIMIT && self.reading <= COUNT_LIMIT);
-        u64::from(self.stage as u8)
-            | u64::from(self.is_driven) << 3
-            | u64::from(self.is_flushed) << 4
-            | u64::from(self.is_movable) << 5
-            | u64::from(self.has_left_body) << 6
-            | u64::from(self.closes_after_response) << 7
-            | u64::from(self.in_flight) << 8
-            | u64::from(self.reading) << (8 + COUNT_BITS)
-            | u64::from(self.is_watched) << Self::WATCHED.trailing_zeros()
-            | u64::from(self.has_waker) << (Self::WATCHED.trailing_zeros() + 1)
-            | u64::from(self.awaits_handover) << (Self::WATCHED.trailing_zeros() + 2)
-    }
-
-    pub fn unpack(word: u64) -> Self {
-        let is_set = |bit: u32| word >> bit & 1 == 1;
-        let count = |bit: u32| u32::try_from(word >> bit & u64::from(COUNT_LIMIT)).unwrap_or(COUNT_LIMIT);
-        Self {
-            stage: Stage::ALL[(word & 7) as usize],
-            is_driven: is_set(3),
-            is_flushed: is_set(4),
-            is_movable: is_set(5),
-            has_left_body: is_set(6),
-            closes_after_response: is_set(7),
-            is_watched: is_set(Self::WATCHED.trailing_zeros()),
-            has_waker: is_set(Self::WATCHED.trailing_zeros() + 1),
-            awaits_handover: is_set(Self::WATCHED.trailing_zeros() + 2),
-            in_flight: count(8),
-            reading: count(8 + COUNT_BITS),
+            waiters: self.is_watched()
+                && ((self.0 ^ next.0) & NOTIFIED != 0
+                    || matches!(event, Event::RequestBegins | Event::RequestEnds)),
         }
+    }
+}
+
+impl fmt::Debug for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        /// Everything but the stage and the counts.
+        const FLAGS: u64 = 0xf8 | 0xff << Flag::Watched as u64;
+        f.debug_struct("State")
+            .field("stage", &self.stage())
+            .field("in_flight", &self.in_flight())
+            .field("reading", &self.count(Count::Reading))
+            .field("flags", &format_args!("{:#x}", self.0 & FLAGS))
+            .finish()
     }
 }
 
@@ -350,26 +380,35 @@ mod tests {
             Event::RequestEnds => state.is_in_flight(),
             Event::BodyEnds(_) => state.is_reading(),
             // One task polls the driver, so two polls never overlap.
-            Event::DriverPolled => !state.is_driven,
-            Event::DriverReturned | Event::Writing | Event::Flushed | Event::Received => state.is_driven,
+            Event::DriverPolled => !state.has(Flag::Driven),
+            Event::DriverReturned | Event::Writing | Event::Flushed | Event::Received => {
+                state.has(Flag::Driven)
+            }
             _ => true,
         }
     }
 
     proptest! {
         #[test]
-        fn unpack_reverses_pack(
-            stage in 0..Stage::ALL.len(), flags: [bool; 8], in_flight in 0..=COUNT_LIMIT, reading in 0..=COUNT_LIMIT,
+        fn flags_counts_and_stage_do_not_affect_each_other(
+            stage in 0..Stage::ALL.len(), flags: [bool; 8], in_flight in 0..40_u64, reading in 0..40_u64,
         ) {
-            let [
-                is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched, awaits_handover, has_waker,
-            ] = flags;
-            let stage = Stage::ALL[stage];
-            let state = State {
-                stage, is_driven, is_flushed, is_movable, closes_after_response, has_left_body, is_watched,
-                awaits_handover, has_waker, in_flight, reading,
-            };
-            prop_assert_eq!(State::unpack(state.pack()), state);
+            use Flag::{AwaitsHandover, ClosesAfterResponse, Driven, Flushed, HasLeftBody, HasWaker, Movable, Watched};
+            let all = [Driven, Flushed, Movable, HasLeftBody, ClosesAfterResponse, Watched, HasWaker, AwaitsHandover];
+            let mut state = State::NEW;
+            for _ in 0..in_flight {
+                state = state.plus(Count::InFlight);
+            }
+            for (flag, value) in all.into_iter().zip(flags) {
+                state = state.set(flag, value);
+            }
+            for _ in 0..reading {
+                state = state.plus(Count::Reading);
+            }
+            state = State::from_word(state.at(Stage::ALL[stage]).word());
+            prop_assert_eq!(state.stage(), Stage::ALL[stage]);
+            prop_assert_eq!((state.in_flight(), state.count(Count::Reading)), (in_flight, reading));
+            prop_assert_eq!(all.map(|flag| state.has(flag)), flags);
         }
 
         /// A connection that stayed `InFlight` without a wake of its driver would never be handed over or parked.
@@ -388,8 +427,8 @@ mod tests {
                     is_woken = false;
                 }
                 let is_over = !state.is_in_flight() && !state.is_reading() && state.is_flushed();
-                if is_over && state.stage == Stage::InFlight {
-                    prop_assert!(state.is_driven || is_woken, "{:?} after {:?}", state, event);
+                if is_over && state.stage() == Stage::InFlight {
+                    prop_assert!(state.has(Flag::Driven) || is_woken, "{:?} after {:?}", state, event);
                 }
             }
         }
@@ -403,7 +442,7 @@ mod tests {
                 }
                 state = state.after(event).0;
                 if state.is_in_flight() {
-                    prop_assert_eq!(state.stage, Stage::InFlight);
+                    prop_assert_eq!(state.stage(), Stage::InFlight);
                 }
             }
         }
@@ -414,20 +453,20 @@ mod tests {
         fn waiters_of_a_watched_connection_are_notified_of_each_change_and_no_others(
             events in events(), stage in 0..Stage::ALL.len(), is_watched: bool,
         ) {
-            let mut state = State { is_watched, ..State::NEW };
+            let mut state = State::NEW.set(Flag::Watched, is_watched);
             let last = [Event::HandoverForbidden, Event::HandoverAllowed, Event::Enters(Stage::ALL[stage]), Event::Enters(Stage::Closed)];
             for event in events.into_iter().chain(last) {
                 if !can_be(state, event) {
                     continue;
                 }
                 let (next, effects) = state.after(event);
-                let has_changed = next.stage != state.stage
+                let has_changed = next.stage() != state.stage()
                     || next.is_movable() != state.is_movable()
                     || next.in_flight() != state.in_flight();
                 prop_assert_eq!(effects.waiters, is_watched && has_changed, "{:?}: {:?}", event, next);
                 state = next;
             }
-            prop_assert_eq!(state.stage, Stage::Closed);
+            prop_assert_eq!(state.stage(), Stage::Closed);
         }
     }
 
@@ -444,7 +483,7 @@ mod tests {
             Event::DriverReturned,
         ] {
             let (next, effects) = state.after(event);
-            assert_eq!((next.stage, effects), (Stage::Closed, Effects::default()));
+            assert_eq!((next.stage(), effects), (Stage::Closed, Effects::default()));
             state = next;
         }
         assert!(!state.is_in_flight() && !state.is_reading());

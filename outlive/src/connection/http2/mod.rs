@@ -226,7 +226,7 @@ impl Driver<'_> {
     /// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
     fn is_silent(&self) -> bool {
         let state = self.handle.state();
-        let is_idle = state.stage == Stage::Waiting && state.is_flushed();
+        let is_idle = state.stage() == Stage::Waiting && state.is_flushed();
         is_idle && self.relay.with(|interposer| interposer.owes_nothing()) == Some(true)
     }
 
