@@ -28,6 +28,7 @@ use crate::registry::Phase;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// The initial window of streams (RFC 9113 section 6.9.2).
 const FIRST_WINDOW: u32 = 65_535;
+const LARGE_WINDOW: u32 = 1 << 30;
 
 /// Events with their numbers as ids, from the one after `Last-Event-ID` on; one in each millisecond.
 fn numbers(headers: &HeaderMap) -> impl Stream<Item = Result<Event, Infallible>> + Send + use<> {
@@ -73,18 +74,21 @@ struct Client(SendRequest<Bytes>);
 
 impl Client {
     async fn open(target: &Target, window: u32) -> Self {
+        Self::begin(target, Builder::new().initial_window_size(window)).await
+    }
+
+    async fn begin(target: &Target, builder: &Builder) -> Self {
         let stream = target.connect().await.expect("the server accepts");
-        let (sender, connection) = Builder::new()
-            .initial_window_size(window)
-            .handshake(stream)
-            .await
-            .expect("the handshake succeeds");
+        let (sender, connection) = builder.handshake(stream).await.expect("the handshake succeeds");
         tokio::spawn(async move { drop(connection.await) });
         Self(sender)
     }
 
+    /// A client whose windows are never used up, also while the test does not read.
     async fn of(served: &Served) -> Self {
-        Self::open(&Target::Tcp(served.address), FIRST_WINDOW).await
+        let mut builder = Builder::new();
+        builder.initial_window_size(LARGE_WINDOW).initial_connection_window_size(LARGE_WINDOW);
+        Self::begin(&Target::Tcp(served.address), &builder).await
     }
 
     async fn send(&mut self, request: Request<()>) -> hyper::Response<RecvStream> {
@@ -187,7 +191,7 @@ async fn follow(
 #[tokio::test(flavor = "multi_thread")]
 async fn events_over_http2_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
     // A window that is smaller than most events, the initial one, and one that is never used up.
-    for window in [100, FIRST_WINDOW, 16 << 20] {
+    for window in [100, FIRST_WINDOW, LARGE_WINDOW] {
         let served = serve(router()).await;
         let target = Target::Tcp(served.address);
         follow(served, &target, window, 1_000, async || serve(router()).await).await;
