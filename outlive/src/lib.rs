@@ -19,6 +19,7 @@ pub use app::carry::{Carry, UnreadableState};
 pub use app::context::Shutdown;
 pub use app::event_stream::EventStream;
 pub use app::process::Process;
+pub use app::resumable::{Resumable, Resumed};
 pub use app::setup::{Setup, TaskOptions};
 pub use app::testing;
 pub use lifecycle::{command, run};

@@ -1,5 +1,5 @@
 //! An example of a gRPC service beside other routes on the same listener: the standard health service
-//! (`grpc.health.v1`), with a stream that lasts as long as the process.
+//! (`grpc.health.v1`), with a stream that continues over restarts and reloads.
 //!
 //! In the folder `e2e`: `cargo run -p grpc`, then `grpcurl -plaintext localhost:8080 grpc.health.v1.Health/Check`.
 
@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use axum::Router;
 use axum::routing::get;
 use futures_util::stream::{self, BoxStream, StreamExt};
-use tokio_util::sync::CancellationToken;
+use outlive::{Resumable, Resumed};
 use tonic::service::Routes;
 use tonic::{Request, Response, Status};
 use tonic_health::pb::health_check_response::ServingStatus;
@@ -24,9 +24,7 @@ const SERVING: HealthCheckResponse = HealthCheckResponse { status: ServingStatus
 
 /// The implementation of the health service. For a service of your own, tonic-build generates the trait from a `.proto`
 /// file.
-struct Service {
-    shutdown: CancellationToken,
-}
+struct Service;
 
 #[tonic::async_trait]
 impl Health for Service {
@@ -36,21 +34,21 @@ impl Health for Service {
 
     type WatchStream = BoxStream<'static, Result<HealthCheckResponse, Status>>;
 
-    /// The stream ends at the shutdown, because a response that never ends would be cut off at the drain limit. The
-    /// status UNAVAILABLE makes the client call again, and the next process answers.
-    async fn watch(&self, _: Request<HealthCheckRequest>) -> Result<Response<Self::WatchStream>, Status> {
-        let shutdown = self.shutdown.clone();
-        let first = stream::once(async { Ok(SERVING) });
-        let last = stream::once(async move {
-            shutdown.cancelled().await;
-            Err(Status::unavailable("this process is shutting down: call again"))
-        });
-        Ok(Response::new(first.chain(last).boxed()))
+    /// The stream continues in the next process. There it leaves out the current status, because the client has it.
+    async fn watch(
+        &self,
+        request: Request<HealthCheckRequest>,
+    ) -> Result<Response<Self::WatchStream>, Status> {
+        let is_new = request.extensions().get::<Resumed>().is_none();
+        let current = stream::iter(is_new.then_some(Ok(SERVING)));
+        let mut response = Response::new(current.chain(stream::pending()).boxed());
+        response.extensions_mut().insert(Resumable);
+        Ok(response)
     }
 }
 
-async fn start(_: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
-    let health = HealthServer::new(Service { shutdown: setup.shutdown() });
+async fn start(_: Config, _: &mut outlive::Setup) -> anyhow::Result<Router> {
+    let health = HealthServer::new(Service);
     Ok(Routes::new(health).into_axum_router().route("/", get("hello\n")))
 }
 

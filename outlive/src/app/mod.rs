@@ -7,6 +7,7 @@ pub mod context;
 pub mod event_stream;
 pub mod process;
 pub mod readiness;
+pub mod resumable;
 pub mod setup;
 pub mod tasks;
 pub mod testing;

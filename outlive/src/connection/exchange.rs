@@ -26,11 +26,12 @@ use pin_project_lite::pin_project;
 
 use super::Endpoint;
 use super::body_chunks::{CHUNK, ChunkedBody};
-use super::http2::{Begun, BodyTurn, EndlessStreams, STREAM_FIELD, StreamBody};
-use super::upgraded::{EventBody, EventTurn, Granted, ReturnPath, Upgrade};
+use super::http2::{Begun, BodyTurn, Content, EndlessStreams, KeptBody, Messages, STREAM_FIELD, StreamBody};
+use super::upgraded::{EventBody, EventTurn, Events, Granted, ReturnPath, Upgrade};
 use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
 use crate::app::event_stream::IsEventStream;
+use crate::app::resumable::{Resumable, Resumed};
 use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle, UpgradeHandle};
 use crate::requests::{self, Routes};
 use crate::transport::replay::{self, Replay};
@@ -125,10 +126,20 @@ impl Service {
         head.headers.remove(STREAM_FIELD);
         let stream = number.ok()?;
         let begun = streams.request(stream)?;
+        let body = match &begun {
+            // A call in gRPC; the others are event streams, whose requests have no body.
+            Begun::Here if head.method == Method::POST => Some(KeptBody::default()),
+            Begun::Elsewhere { body, .. } if head.method == Method::POST => Some(KeptBody::whole(body)),
+            Begun::Here | Begun::Elsewhere { .. } => None,
+        };
+        if begun != Begun::Here {
+            head.extensions.insert(Resumed);
+        }
         Some(Offered::Stream(OfferedStream {
             streams: streams.clone(),
             stream,
             begun,
+            body,
             handle: self.requests.upgrade_handle(),
         }))
     }
@@ -157,6 +168,14 @@ enum Offered {
 }
 
 impl Offered {
+    /// The body of a call in gRPC, which the next process may need again.
+    fn kept_body(&self) -> Option<&OfferedStream> {
+        match self {
+            Self::Stream(offered) if offered.body.is_some() => Some(offered),
+            Self::Stream(_) | Self::Upgrade(_) | Self::Events { .. } => None,
+        }
+    }
+
     /// What the handler's [`Carry`](crate::Carry) uses. None for HTTP/2, which has no upgrades.
     fn continuation(&self) -> Option<&Arc<Continuation>> {
         match self {
@@ -213,23 +232,39 @@ struct OfferedStream {
     streams: EndlessStreams,
     stream: u32,
     begun: Begun,
+    /// The body of a call in gRPC.
+    body: Option<KeptBody>,
     handle: UpgradeHandle,
 }
 
 impl OfferedStream {
     fn decide(self, response: Response<Body>) -> (Response<Body>, Option<Following>) {
-        let Self { streams, stream, begun, handle } = self;
-        let agreement = replay::agreement_of_events(response.headers());
+        let Self { streams, stream, begun, body, handle } = self;
+        let (is_endless, agreement, content) = match body {
+            None => {
+                let agreement = replay::agreement_of_events(response.headers());
+                (is_event_stream(&response), agreement, Content::Events(Events::default()))
+            }
+            Some(body) => {
+                let is_endless =
+                    response.extensions().get::<Resumable>().is_some() && response.status() == StatusCode::OK;
+                let agreement = replay::agreement_of_grpc(response.headers());
+                (is_endless, agreement, Content::Grpc(Messages::default(), body))
+            }
+        };
         let is_replay = begun != Begun::Here;
-        let is_continued = !is_replay || begun == Begun::Elsewhere(agreement.clone());
-        if !is_event_stream(&response) || !is_continued {
+        let is_continued = match &begun {
+            Begun::Here => true,
+            Begun::Elsewhere { agreement: expected, .. } => *expected == agreement,
+        };
+        if !is_endless || !is_continued {
             streams.end(stream);
             // The interposer discards the head of this response, and ends the stream.
             let response = if is_replay { StatusCode::SERVICE_UNAVAILABLE.into_response() } else { response };
             return (response, None);
         }
         let Some(block) = streams.open(stream) else { return (response, None) };
-        let body = StreamBody::new(streams, stream, block, agreement, handle);
+        let body = StreamBody::new(streams, stream, block, agreement, content, handle);
         (response, Some(Following::Stream(Box::new(body))))
     }
 }
@@ -302,7 +337,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             head.extensions.insert(continuation.clone());
         }
         head.extensions.insert(self.context.clone());
-        let body = request_body(&guard, body);
+        let body = request_body(&guard, body, offered.as_ref().and_then(Offered::kept_body));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }
     }
@@ -349,9 +384,15 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
-/// The body of a request for its handler. None if it is empty.
-fn request_body(guard: &RequestGuard, body: Incoming) -> Option<RequestBody> {
-    (!body.is_end_stream()).then(|| RequestBody { body, reading: Some(guard.begin_body()) })
+/// The body of a request for its handler. None if it is empty. `call`: present for a call in gRPC.
+fn request_body(guard: &RequestGuard, body: Incoming, call: Option<&OfferedStream>) -> Option<RequestBody> {
+    let former = match call.map(|call| &call.begun) {
+        Some(Begun::Elsewhere { body, .. }) => Some(body.clone()),
+        Some(Begun::Here) | None => None,
+    };
+    let kept = call.filter(|_| former.is_none()).and_then(|call| call.body.clone());
+    let is_empty = former.is_none() && body.is_end_stream();
+    (!is_empty).then(|| RequestBody { body, former, kept, reading: Some(guard.begin_body()) })
 }
 
 /// Prepares the handler's response for hyper. `connects`: the method of the request was CONNECT.
@@ -383,6 +424,10 @@ pin_project! {
     struct RequestBody {
         #[pin]
         body: Incoming,
+        // The body of a request that began in another process, until it is read.
+        former: Option<Bytes>,
+        // Present if the next process may need the body again.
+        kept: Option<KeptBody>,
         // None once the end was read: a handler may keep the body for longer, which must not keep the connection busy.
         reading: Option<BodyGuard>,
     }
@@ -422,8 +467,21 @@ impl HttpBody for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let mut this = self.project();
+        if let Some(former) = this.former.take() {
+            return Poll::Ready(Some(Ok(Frame::data(former))));
+        }
         let frame = std::task::ready!(this.body.as_mut().poll_frame(cx));
         let is_whole = frame.is_none() || this.body.is_end_stream();
+        if let Some(kept) = this.kept {
+            if let Some(Ok(frame)) = &frame
+                && let Some(data) = frame.data_ref()
+            {
+                kept.add(data);
+            }
+            if is_whole {
+                kept.end();
+            }
+        }
         if is_whole || matches!(frame, Some(Err(_))) {
             if let Some(reading) = this.reading {
                 reading.end = if is_whole { BodyEnd::Whole } else { BodyEnd::Unread };
@@ -434,11 +492,14 @@ impl HttpBody for RequestBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.former.is_none() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        match &self.former {
+            Some(former) => SizeHint::with_exact(former.len() as u64),
+            None => self.body.size_hint(),
+        }
     }
 }
 
@@ -495,7 +556,7 @@ impl HttpBody for ResponseBody {
                     return Poll::Pending;
                 }
                 BodyTurn::WaitsForWindow => return Poll::Pending,
-                BodyTurn::Ends => return Poll::Ready(None),
+                BodyTurn::Ends => return Poll::Ready(events.last_frame().map(Ok)),
             },
         }
         let frame = match this.window {

@@ -171,7 +171,6 @@ enum Count {
 const STAGE: u64 = 0b111;
 /// So many requests at once on one connection would need more memory than a machine has, so the counts cannot overflow
 /// into each other.
-
 const COUNT_LIMIT: u64 = (1 << 24) - 1;
 
 impl State {

@@ -117,6 +117,20 @@ pub fn agreement_of_events(headers: &HeaderMap) -> Bytes {
     agreement.into()
 }
 
+/// The first line in the agreement of a gRPC stream.
+const GRPC_STREAM: &[u8] = b"grpc stream\n";
+
+/// What the head of a gRPC stream promises.
+pub fn agreement_of_grpc(headers: &HeaderMap) -> Bytes {
+    let mut agreement = GRPC_STREAM.to_vec();
+    put_fields(&mut agreement, headers, &["content-type", "grpc-encoding"]);
+    agreement.into()
+}
+
+pub fn is_of_grpc(agreement: &[u8]) -> bool {
+    agreement.starts_with(GRPC_STREAM)
+}
+
 /// What an answer that grants an upgrade promises: the protocol, and the subprotocol and extensions of a WebSocket. The
 /// fields of `Sec-WebSocket-Accept` and `Date` differ from answer to answer without a meaning for the connection.
 pub fn agreement(headers: &HeaderMap) -> Bytes {

@@ -6,9 +6,11 @@
 
 use bytes::{Buf, BufMut, Bytes};
 
+use super::replay;
+
 /// How many streams of one connection can be handed over. h2 permits a client fewer.
 const STREAMS_LIMIT: usize = 1000;
-/// The largest header block and the largest agreement, in bytes.
+/// The largest header block, agreement and body, in bytes.
 const PART_LIMIT: usize = 16 * 1024;
 /// The maximum size of a flow-control window, in bytes (RFC 9113 section 6.9.1).
 const WINDOW_LIMIT: i64 = (1 << 31) - 1;
@@ -22,20 +24,37 @@ pub struct StreamReplay {
     pub send_window: i64,
     /// The header block of the request (RFC 7541), which refers to no dynamic table.
     pub block: Bytes,
-    /// What the answer promised to the client, see [`agreement_of_events`](super::replay::agreement_of_events).
+    /// What the answer promised to the client, see [`agreement_of_events`](super::replay::agreement_of_events) and
+    /// [`agreement_of_grpc`](super::replay::agreement_of_grpc).
     pub agreement: Bytes,
+    /// The body of the request. The next process gives it to the handler without HTTP/2 in between, because its bytes would
+    /// count in the windows.
+    pub body: Bytes,
+}
+
+/// What a response without end consists of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StreamKind {
+    Events,
+    Grpc,
+}
+
+impl StreamReplay {
+    pub fn kind(&self) -> StreamKind {
+        if replay::is_of_grpc(&self.agreement) { StreamKind::Grpc } else { StreamKind::Events }
+    }
 }
 
 /// Encoded as a version (1 byte), and for each stream the length of all that follows (4 bytes), its number (4 bytes), its
-/// window (8 bytes), and twice a length (4 bytes) and as many bytes. Fields of later releases may follow in each stream.
+/// window (8 bytes), and three times a length (4 bytes) and as many bytes. Fields of later releases may follow in each stream.
 /// Numbers are little-endian.
 pub fn encode(streams: &[StreamReplay]) -> Vec<u8> {
     let mut bytes = vec![VERSION];
-    for StreamReplay { stream, send_window, block, agreement } in streams {
-        let mut one = Vec::with_capacity(20 + block.len() + agreement.len());
+    for StreamReplay { stream, send_window, block, agreement, body } in streams {
+        let mut one = Vec::with_capacity(24 + block.len() + agreement.len() + body.len());
         one.put_u32_le(*stream);
         one.put_i64_le(*send_window);
-        for part in [block, agreement] {
+        for part in [block, agreement, body] {
             put_part(part, &mut one);
         }
         put_part(&one, &mut bytes);
@@ -57,10 +76,11 @@ pub fn decode(bytes: &Bytes) -> Option<Vec<StreamReplay>> {
     }
     let mut streams: Vec<StreamReplay> = Vec::new();
     while rest.has_remaining() {
-        let mut one = take_part(&mut rest, 20 + 3 * PART_LIMIT)?;
+        let mut one = take_part(&mut rest, 24 + 4 * PART_LIMIT)?;
         let stream = one.try_get_u32_le().ok()?;
         let send_window = one.try_get_i64_le().ok()?;
-        let (block, agreement) = (take_part(&mut one, PART_LIMIT)?, take_part(&mut one, PART_LIMIT)?);
+        let mut part = || take_part(&mut one, PART_LIMIT);
+        let (block, agreement, body) = (part()?, part()?, part()?);
         let is_next = stream % 2 == 1
             && stream < 1 << 31
             && streams.last().is_none_or(|last| last.stream < stream)
@@ -68,7 +88,7 @@ pub fn decode(bytes: &Bytes) -> Option<Vec<StreamReplay>> {
         if !is_next || !(-WINDOW_LIMIT..=WINDOW_LIMIT).contains(&send_window) {
             return None;
         }
-        streams.push(StreamReplay { stream, send_window, block, agreement });
+        streams.push(StreamReplay { stream, send_window, block, agreement, body });
     }
     Some(streams)
 }
@@ -86,10 +106,10 @@ mod tests {
 
     fn streams() -> impl Strategy<Value = Vec<StreamReplay>> {
         let part = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
-        let one = (0..1_u32 << 30, -WINDOW_LIMIT..=WINDOW_LIMIT, part(), part());
+        let one = (-WINDOW_LIMIT..=WINDOW_LIMIT, part(), part(), part());
         prop::collection::btree_map(0..1_u32 << 30, one, 0..5).prop_map(|streams| {
-            let streams = streams.into_iter().map(|(number, (_, send_window, block, agreement))| {
-                StreamReplay { stream: number * 2 + 1, send_window, block, agreement }
+            let streams = streams.into_iter().map(|(number, (send_window, block, agreement, body))| {
+                StreamReplay { stream: number * 2 + 1, send_window, block, agreement, body }
             });
             streams.collect()
         })
@@ -113,8 +133,13 @@ mod tests {
 
     #[test]
     fn streams_that_are_not_in_order_are_refused() {
-        let stream =
-            |stream| StreamReplay { stream, send_window: 0, block: Bytes::new(), agreement: Bytes::new() };
+        let stream = |stream| StreamReplay {
+            stream,
+            send_window: 0,
+            block: Bytes::new(),
+            agreement: Bytes::new(),
+            body: Bytes::new(),
+        };
         for (numbers, is_valid) in [(&[1, 3][..], true), (&[3, 1], false), (&[3, 3], false), (&[2], false)] {
             let streams: Vec<_> = numbers.iter().map(|number| stream(*number)).collect();
             assert_eq!(decode(&encode(&streams).into()).is_some(), is_valid, "{numbers:?}");
@@ -123,8 +148,13 @@ mod tests {
 
     #[test]
     fn window_above_the_limit_is_refused() {
-        let stream =
-            StreamReplay { stream: 1, send_window: 1 << 31, block: Bytes::new(), agreement: Bytes::new() };
+        let stream = StreamReplay {
+            stream: 1,
+            send_window: 1 << 31,
+            block: Bytes::new(),
+            agreement: Bytes::new(),
+            body: Bytes::new(),
+        };
         assert_eq!(decode(&encode(&[stream]).into()), None);
     }
 }

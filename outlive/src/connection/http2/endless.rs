@@ -1,8 +1,8 @@
-//! The streams of one HTTP/2 connection whose responses may have no end: event streams.
+//! The streams of one HTTP/2 connection whose responses may have no end: event streams, and streams of gRPC servers.
 //!
 //! Three parties share an [`EndlessStreams`]. The interposer adds a stream when its request arrives, and records what the
 //! client receives of it. The hyper service says whether its response has no end, and the body of that response stops after
-//! a whole event when the driver asks for that. When every open stream of the connection has stopped, another process can
+//! a whole event or message when the driver asks for that. When every open stream of the connection has stopped, another process can
 //! continue them: it answers the same requests anew (`transport/stream_replay.rs`).
 
 use std::sync::{Arc, Mutex};
@@ -54,9 +54,8 @@ struct EndlessStream {
 }
 
 enum Response {
-    /// The request has not reached the hyper service. Present if it began in another process: what its answer has to agree
-    /// with.
-    Unrequested(Option<Bytes>),
+    /// The request has not reached the hyper service.
+    Unrequested(Begun),
     /// The handler has not answered.
     Awaited,
     Open,
@@ -68,8 +67,13 @@ enum Response {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Begun {
     Here,
-    /// In another process: what its response has to agree with.
-    Elsewhere(Bytes),
+    /// In another process.
+    Elsewhere {
+        /// What its response has to agree with.
+        agreement: Bytes,
+        /// The body of its request.
+        body: Bytes,
+    },
 }
 
 /// How the next process continues a stream.
@@ -77,6 +81,8 @@ pub struct Continuation {
     /// The header block of its request.
     pub block: Bytes,
     pub agreement: Bytes,
+    /// The body of its request.
+    pub body: Bytes,
 }
 
 /// What the body of an endless response does next.
@@ -96,17 +102,18 @@ impl EndlessStreams {
 
     /// The request of a stream has arrived. `window`: the initial window of the client's streams.
     pub fn begin(&self, stream: u32, block: Bytes, window: i64) {
-        self.add(stream, block, window, 0, None);
+        self.add(stream, block, window, 0, Begun::Here);
     }
 
     /// A stream continues that began in another process. `assumed` is the window that h2 assumes.
     pub fn resume(&self, replay: StreamReplay, assumed: i64) {
-        let StreamReplay { stream, send_window, block, agreement } = replay;
-        self.add(stream, block, send_window, assumed - send_window, Some(agreement));
+        let StreamReplay { stream, send_window, block, agreement, body } = replay;
+        let begun = Begun::Elsewhere { agreement, body };
+        self.add(stream, block, send_window, assumed - send_window, begun);
     }
 
-    fn add(&self, stream: u32, block: Bytes, window: i64, debt: i64, agreement: Option<Bytes>) {
-        let response = Response::Unrequested(agreement);
+    fn add(&self, stream: u32, block: Bytes, window: i64, debt: i64, begun: Begun) {
+        let response = Response::Unrequested(begun);
         let added = EndlessStream { stream, block, window, debt, unsent: 0, response, body: None };
         lock(&self.0).streams.push(added);
     }
@@ -160,8 +167,9 @@ impl EndlessStreams {
     pub fn take_stopped(&self) -> Vec<StreamReplay> {
         let streams = std::mem::take(&mut lock(&self.0).streams);
         let stopped = streams.into_iter().filter_map(|stream| match stream.response {
-            Response::Stopped(Continuation { block, agreement }) => {
-                Some(StreamReplay { stream: stream.stream, send_window: stream.window, block, agreement })
+            Response::Stopped(Continuation { block, agreement, body }) => {
+                let EndlessStream { stream, window: send_window, .. } = stream;
+                Some(StreamReplay { stream, send_window, block, agreement, body })
             }
             Response::Unrequested(_) | Response::Awaited | Response::Open => None,
         });
@@ -204,13 +212,14 @@ impl EndlessStreams {
 
     /// The request of `stream` has reached the hyper service. None if its response cannot be continued.
     pub fn request(&self, stream: u32) -> Option<Begun> {
-        let requested = lock(&self.0).with(stream, |stream| match &mut stream.response {
-            Response::Unrequested(agreement) => {
-                let begun = agreement.take().map_or(Begun::Here, Begun::Elsewhere);
-                stream.response = Response::Awaited;
-                Some(begun)
+        let requested = lock(&self.0).with(stream, |stream| {
+            match std::mem::replace(&mut stream.response, Response::Awaited) {
+                Response::Unrequested(begun) => Some(begun),
+                response @ (Response::Awaited | Response::Open | Response::Stopped(_)) => {
+                    stream.response = response;
+                    None
+                }
             }
-            Response::Awaited | Response::Open | Response::Stopped(_) => None,
         });
         requested.flatten()
     }

@@ -80,10 +80,10 @@ impl Head {
         is_empty
     }
 
-    /// The header block in the payload of HEADERS that is a whole request without a body. None if the frame is something
-    /// else, or is padded.
-    pub fn whole_request(self, payload: &[u8]) -> Option<&[u8]> {
-        let is_whole = self.frame_type == HEADERS && self.has(END_STREAM) && self.has(END_HEADERS);
+    /// The header block in the payload of HEADERS. None if the frame is something else, or is padded, or CONTINUATION
+    /// follows.
+    pub fn whole_block(self, payload: &[u8]) -> Option<&[u8]> {
+        let is_whole = self.frame_type == HEADERS && self.has(END_HEADERS);
         let before = 5 * usize::from(self.has(WITH_PRIORITY));
         payload.get(before..).filter(|_| is_whole && !self.has(PADDED))
     }
@@ -124,6 +124,14 @@ pub fn put_settings_ack(into: &mut BytesMut) {
 /// Appends an empty DATA frame that ends the stream.
 pub fn put_end_of_stream(stream: u32, into: &mut BytesMut) {
     Head { stream, ..Head::new(DATA, END_STREAM, 0) }.put(into);
+}
+
+/// Appends the end of a call in gRPC: trailers with the status UNAVAILABLE.
+pub fn put_grpc_unavailable(stream: u32, into: &mut BytesMut) {
+    // A literal field without indexing (RFC 7541 section 6.2.2), so that it does not touch the header table.
+    const TRAILERS: &[u8] = b"\x00\x0bgrpc-status\x0214";
+    Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, TRAILERS.len()) }.put(into);
+    into.put_slice(TRAILERS);
 }
 
 /// Appends RST_STREAM with the error code CANCEL (RFC 9113 section 7).

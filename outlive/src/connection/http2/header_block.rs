@@ -16,7 +16,10 @@ const BLOCK_LIMIT: usize = 8 * 1024;
 
 /// Indices of the static table (RFC 7541 appendix A).
 const METHOD_GET: usize = 2;
+const METHOD_POST: usize = 3;
 const ACCEPT: usize = 19;
+const CONTENT_LENGTH: usize = 28;
+const CONTENT_TYPE: usize = 31;
 const LAST_STATIC: usize = 61;
 
 /// A literal field without indexing, with a literal name (RFC 7541 section 6.2.2).
@@ -31,6 +34,7 @@ struct Text<const N: usize> {
 }
 
 const EVENT_STREAM: Text<12> = Text::new("text/event-stream");
+const GRPC: Text<11> = Text::new("application/grpc");
 const LAST_EVENT_ID: Text<9> = Text::new("last-event-id");
 
 impl<const N: usize> Text<N> {
@@ -82,16 +86,20 @@ impl<const N: usize> Text<N> {
 const fn huffman_code(letter: u8) -> (u32, usize) {
     match letter {
         b'a' => (0x3, 5),
+        b'c' => (0x4, 5),
         b'e' => (0x5, 5),
         b'i' => (0x6, 5),
+        b'o' => (0x7, 5),
         b's' => (0x8, 5),
         b't' => (0x9, 5),
         b'-' => (0x16, 6),
         b'/' => (0x18, 6),
         b'd' => (0x24, 6),
+        b'g' => (0x26, 6),
         b'l' => (0x28, 6),
         b'm' => (0x29, 6),
         b'n' => (0x2a, 6),
+        b'p' => (0x2b, 6),
         b'r' => (0x2c, 6),
         b'v' => (0x77, 7),
         b'x' => (0x79, 7),
@@ -164,24 +172,33 @@ fn take_string<'a>(block: &mut &'a [u8]) -> Option<Encoded<'a>> {
     Some(Encoded { is_huffman, bytes })
 }
 
-/// Whether the fields are those of a GET request that accepts first of all an event stream, and refer to no dynamic
-/// table, so that another decoder can decode them.
-pub fn is_of_event_stream(mut block: &[u8]) -> bool {
-    let (mut is_get, mut accepts_events) = (false, false);
+/// Whether the response to a request may have no end, and another decoder can decode its fields, because they refer to no
+/// dynamic table: a GET request that accepts first of all an event stream, or a call in gRPC.
+///
+/// `has_body`: whether DATA follows the fields. A call in gRPC has one, and an event stream has none.
+pub fn may_have_endless_response(mut block: &[u8], has_body: bool) -> bool {
+    let (mut is_method, mut is_type) = (false, false);
     if block.len() > BLOCK_LIMIT {
         return false;
     }
+    let method = if has_body { METHOD_POST } else { METHOD_GET };
     while !block.is_empty() {
         match next_field(&mut block) {
-            Some(Field::Indexed(index)) if index <= LAST_STATIC => is_get |= index == METHOD_GET,
+            Some(Field::Indexed(index)) if index <= LAST_STATIC => is_method |= index == method,
+            // The next process answers the request without a body of HTTP/2.
+            Some(Field::Literal { name: Name::Indexed(CONTENT_LENGTH), .. }) => return false,
             Some(Field::Literal { name: Name::Indexed(index), value }) if index <= LAST_STATIC => {
-                accepts_events |= index == ACCEPT && EVENT_STREAM.begins(value);
+                is_type |= match index {
+                    ACCEPT => !has_body && EVENT_STREAM.begins(value),
+                    CONTENT_TYPE => has_body && GRPC.begins(value),
+                    _ => false,
+                };
             }
             Some(Field::Literal { name: Name::Literal(_), .. } | Field::SizeUpdate) => {}
             Some(_) | None => return false,
         }
     }
-    is_get && accepts_events
+    is_method && is_type
 }
 
 /// The same fields without the size updates at their beginning, which belong to the table of the client's encoder and not
@@ -298,7 +315,7 @@ mod tests {
             (b"text/event-strea", false),
             (b"text/html", false),
         ] {
-            assert_eq!(is_of_event_stream(&accept(value)), is_accepted, "{value:?}");
+            assert_eq!(may_have_endless_response(&accept(value), false), is_accepted, "{value:?}");
         }
     }
 
@@ -306,7 +323,7 @@ mod tests {
     fn request_that_refers_to_the_dynamic_table_is_not_recognized() {
         let valid = accept(b"text/event-stream");
         for (more, is_accepted) in [(&[0x84][..], true), (&[0xbe], false), (&[0x0f, 47, 0], false)] {
-            assert_eq!(is_of_event_stream(&[&valid, more].concat()), is_accepted, "{more:?}");
+            assert_eq!(may_have_endless_response(&[&valid, more].concat(), false), is_accepted, "{more:?}");
         }
     }
 
@@ -340,7 +357,8 @@ mod tests {
 
         #[test]
         fn any_bytes_are_read_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), id: Vec<u8>) {
-            let _ = is_of_event_stream(&bytes);
+            let _ = may_have_endless_response(&bytes, false);
+            let _ = may_have_endless_response(&bytes, true);
             let _ = without_size_updates(&bytes);
             let _ = with_last_event_id(&bytes, &id);
         }

@@ -8,6 +8,7 @@
 
 mod endless;
 pub(super) mod frame;
+mod grpc;
 mod header_block;
 mod interposer;
 #[cfg(test)]
@@ -35,10 +36,11 @@ use super::io::{Io, Parts};
 use crate::registry::{DriverHandle, Phase, Stage};
 use crate::transport::http2_state::Http2State;
 pub(super) use endless::{Begun, BodyTurn, EndlessStreams};
+pub(super) use grpc::{KeptBody, Messages};
 pub(super) use header_block::STREAM_FIELD;
 use interposer::Interposer;
 use relay::Relay;
-pub(super) use stream_body::StreamBody;
+pub(super) use stream_body::{Content, StreamBody};
 
 /// The interval of pings, and how long a peer may take to answer one before the connection is closed.
 const PING_INTERVAL: Duration = Duration::from_secs(20);

@@ -1,29 +1,42 @@
-//! The body of an event stream over HTTP/2, which can continue in another process.
+//! The body of a response without end over HTTP/2, which can continue in another process.
 
 use std::pin::Pin;
 use std::task::Context;
 
 use bytes::Bytes;
+use http_body::Frame;
+use hyper::HeaderMap;
+use hyper::header::{HeaderName, HeaderValue};
 
 use super::endless::{BodyTurn, Continuation, EndlessStreams};
+use super::grpc::{KeptBody, Messages};
 use super::header_block::with_last_event_id;
 use crate::connection::upgraded::{Events, LastId};
 use crate::registry::UpgradeHandle;
 
-/// Follows the events of a response, and stops or ends them when the connection demands it.
+/// Follows a response, and stops or ends it when the connection demands it.
 pub struct StreamBody {
     streams: EndlessStreams,
     stream: u32,
     /// The header block of the request.
     block: Bytes,
     agreement: Bytes,
-    events: Events,
+    content: Content,
     handle: UpgradeHandle,
     /// Resolves when the response has to end, because the process hands no such stream over.
     must_end: Pin<Box<dyn Future<Output = ()> + Send>>,
     has_to_end: bool,
     /// Whether the handler's stream has ended before.
     has_ended: bool,
+    /// Whether the library has ended the response.
+    is_over: bool,
+}
+
+/// What the response consists of.
+pub enum Content {
+    Events(Events),
+    /// The messages of a gRPC server. The next process needs the body of the request.
+    Grpc(Messages, KeptBody),
 }
 
 impl StreamBody {
@@ -32,32 +45,33 @@ impl StreamBody {
         stream: u32,
         block: Bytes,
         agreement: Bytes,
+        content: Content,
         handle: UpgradeHandle,
     ) -> Self {
         let ends = handle.clone();
         let must_end = Box::pin(async move { ends.streams_must_end().await });
-        let events = Events::default();
         Self {
             streams,
             stream,
             block,
             agreement,
-            events,
+            content,
             handle,
             must_end,
             has_to_end: false,
             has_ended: false,
+            is_over: false,
         }
     }
 
     pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> BodyTurn {
         self.has_to_end = self.has_to_end || self.must_end.as_mut().poll(cx).is_ready();
-        let is_between_events = self.has_ended || self.events.is_between_events();
-        if self.has_to_end && is_between_events {
+        let is_whole = self.has_ended || self.content.is_whole();
+        if self.is_over || self.has_to_end && is_whole {
             return BodyTurn::Ends;
         }
-        let continuation = || continuation(&self.block, &self.agreement, &self.events);
-        match self.streams.poll_body(self.stream, cx, is_between_events, continuation) {
+        let continuation = || self.content.continuation(&self.block, &self.agreement);
+        match self.streams.poll_body(self.stream, cx, is_whole, continuation) {
             BodyTurn::Polls(_) if self.has_ended => BodyTurn::Rests,
             turn => turn,
         }
@@ -66,29 +80,56 @@ impl StreamBody {
     /// hyper receives `chunk` next.
     pub fn follow(&mut self, chunk: &[u8]) {
         self.streams.gave(self.stream, chunk.len());
-        self.events.follow(chunk);
+        match &mut self.content {
+            Content::Events(events) => events.follow(chunk),
+            Content::Grpc(messages, _) => messages.follow(chunk),
+        }
     }
 
-    /// The handler's stream has ended. Returns whether that is the end of the response: a handler may end its stream at
-    /// the shutdown, which precedes the handover.
+    /// The handler's stream has ended. Returns whether that is the end of the response: the handler of an event stream may
+    /// end it at the shutdown, which precedes the handover. In gRPC the trailers have been sent.
     pub fn end(&mut self) -> bool {
         self.has_ended = true;
-        let continues = !self.has_to_end
+        let continues = matches!(self.content, Content::Events(_))
+            && !self.has_to_end
             && self.handle.is_draining()
-            && continuation(&self.block, &self.agreement, &self.events).is_some();
+            && self.content.continuation(&self.block, &self.agreement).is_some();
         !continues
+    }
+
+    /// The last frame of a response that has to end. None if it ends without one.
+    pub fn last_frame(&mut self) -> Option<Frame<Bytes>> {
+        if std::mem::replace(&mut self.is_over, true) || matches!(self.content, Content::Events(_)) {
+            return None;
+        }
+        // UNAVAILABLE. The client may call again.
+        let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("14"));
+        Some(Frame::trailers(HeaderMap::from_iter([status])))
     }
 }
 
-/// How the next process continues after the last event. None if it could not.
-fn continuation(block: &Bytes, agreement: &Bytes, events: &Events) -> Option<Continuation> {
-    if !events.is_between_events() {
-        return None;
+impl Content {
+    /// Whether no event or message was sent only in part.
+    fn is_whole(&self) -> bool {
+        match self {
+            Self::Events(events) => events.is_between_events(),
+            Self::Grpc(messages, _) => messages.is_between_messages(),
+        }
     }
-    let block = match events.last_id() {
-        LastId::None => block.clone(),
-        LastId::Id(id) => with_last_event_id(block, id)?,
-        LastId::Unknown => return None,
-    };
-    Some(Continuation { block, agreement: agreement.clone() })
+
+    /// How the next process continues. None if it could not.
+    fn continuation(&self, block: &Bytes, agreement: &Bytes) -> Option<Continuation> {
+        if !self.is_whole() {
+            return None;
+        }
+        let (block, body) = match self {
+            Self::Events(events) => match events.last_id() {
+                LastId::None => (block.clone(), Bytes::new()),
+                LastId::Id(id) => (with_last_event_id(block, id)?, Bytes::new()),
+                LastId::Unknown => return None,
+            },
+            Self::Grpc(_, body) => (block.clone(), body.get()?),
+        };
+        Some(Continuation { block, agreement: agreement.clone(), body })
+    }
 }

@@ -8,9 +8,9 @@ use axum::Router;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use bytes::Bytes;
-use futures_util::{Stream, stream};
+use futures_util::{Stream, StreamExt, stream};
 use h2::RecvStream;
 use h2::client::{Builder, SendRequest};
 use hyper::Request;
@@ -20,6 +20,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
 use crate::app::event_stream::EventStream;
+use crate::app::resumable::{Resumable, Resumed};
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::connection::unread_tests::tls_of;
 use crate::registry::Phase;
@@ -370,6 +371,124 @@ async fn events_over_http2_without_a_pause_stay_within_the_window_over_moves() {
         let target = Target::Tcp(served.address);
         follow(served, &target, window, 10_000, async || serve(router()).await).await;
     }
+}
+
+// ---- gRPC ----
+
+/// A message in the encoding of gRPC.
+fn message(text: &str) -> Bytes {
+    let length = u32::try_from(text.len()).expect("it is small");
+    [&[0][..], &length.to_be_bytes(), text.as_bytes()].concat().into()
+}
+
+/// Answers with the request, then with one message in each millisecond. In another process it goes on with "resumed".
+async fn watch(request: axum::extract::Request) -> Response {
+    let is_new = request.extensions().get::<Resumed>().is_none();
+    let asked = axum::body::to_bytes(request.into_body(), usize::MAX).await.expect("the body arrives");
+    let first = if is_new { asked.clone() } else { [&message("resumed"), &asked[..]].concat().into() };
+    let others = async |()| {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        Some((Ok::<_, Infallible>(message("tick")), ()))
+    };
+    let messages = stream::once(async { Ok(first) }).chain(stream::unfold((), others));
+    let mut response = Response::new(axum::body::Body::from_stream(messages));
+    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    response.extensions_mut().insert(Resumable);
+    response
+}
+
+fn grpc() -> Router {
+    Router::new().route("/watch", post(watch)).route("/plain", get(plain))
+}
+
+struct Call {
+    body: RecvStream,
+    bytes: Vec<u8>,
+}
+
+impl Call {
+    async fn begin(client: &mut Client, request: &str) -> Self {
+        poll_fn(|cx| client.0.poll_ready(cx)).await.expect("the connection is open");
+        let head = Request::post("http://test/watch").header("content-type", "application/grpc").body(());
+        let (response, mut sending) =
+            client.0.send_request(head.expect("the request is valid"), false).expect("the request is sent");
+        sending.send_data(message(request), true).expect("the body is sent");
+        let response = timeout(PATIENCE, response).await.expect("the server answers in time");
+        Self { body: response.expect("the server answers").into_body(), bytes: Vec::new() }
+    }
+
+    /// The next message; None at the end of the response.
+    async fn message(&mut self) -> Option<String> {
+        loop {
+            if let Some((prefix, rest)) = self.bytes.split_first_chunk::<5>() {
+                let length = u32::from_be_bytes([prefix[1], prefix[2], prefix[3], prefix[4]]) as usize;
+                if let Some(text) = rest.get(..length) {
+                    let text = String::from_utf8(text.to_vec()).expect("the message is text");
+                    self.bytes.drain(..5 + length);
+                    return Some(text);
+                }
+            }
+            let chunk = timeout(PATIENCE, self.body.data()).await.expect("a message arrives in time");
+            let Some(chunk) = chunk else {
+                assert!(self.bytes.is_empty(), "the response ends within a message");
+                return None;
+            };
+            self.bytes.extend_from_slice(&chunk.expect("the stream is open"));
+        }
+    }
+
+    /// Reads up to the end, and returns the status.
+    async fn status(&mut self) -> String {
+        while self.message().await.is_some() {}
+        let trailers = self.body.trailers().await.expect("the stream is open").expect("trailers arrive");
+        trailers["grpc-status"].to_str().expect("it is text").to_owned()
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn resumable_grpc_stream_is_answered_again_with_its_request_after_each_move() {
+    let mut served = serve(grpc()).await;
+    let mut client = Client::of(&served).await;
+    let mut call = Call::begin(&mut client, "what I ask").await;
+    assert_eq!(call.message().await.as_deref(), Some("what I ask"));
+    for number in 0..20 {
+        assert_eq!(call.message().await.as_deref(), Some("tick"));
+        served = moved(served, grpc()).await;
+        let resumed = loop {
+            match call.message().await.expect("the response has not ended") {
+                tick if tick == "tick" => {}
+                other => break other,
+            }
+        };
+        assert_eq!(resumed, "resumed");
+        assert_eq!(call.message().await.as_deref(), Some("what I ask"));
+        client.plain(number).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grpc_stream_that_cannot_continue_ends_with_unavailable() {
+    let too_large = "x".repeat(5_000);
+    let without = Router::new().route("/plain", get(plain));
+    for (request, next) in [("small", without), (&too_large[..], grpc())] {
+        let served = serve(grpc()).await;
+        let mut client = Client::of(&served).await;
+        let mut call = Call::begin(&mut client, request).await;
+        assert_eq!(call.message().await.as_deref(), Some(request));
+        let _next = moved(served, next).await;
+        assert_eq!(call.status().await, "14");
+        client.plain(1).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn resumable_grpc_stream_ends_with_unavailable_if_there_is_no_next_process() {
+    let served = serve(grpc()).await;
+    let mut client = Client::of(&served).await;
+    let mut call = Call::begin(&mut client, "x").await;
+    assert_eq!(call.message().await.as_deref(), Some("x"));
+    served.server.enter(Phase::Lingering);
+    assert_eq!(call.status().await, "14");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -8,7 +8,7 @@ use crate::connection::http2::frame::{
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
 };
 use crate::connection::http2::header_block::{
-    STREAM_FIELD_LENGTH, is_of_event_stream, put_stream_field, without_size_updates,
+    STREAM_FIELD_LENGTH, may_have_endless_response, put_stream_field, without_size_updates,
 };
 use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings, Table};
 
@@ -371,5 +371,6 @@ impl Interposer {
 /// The header block of a request whose response may have no end. None if the frame is something else.
 fn endless_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
     let has_room = payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT;
-    head.whole_request(payload).filter(|block| has_room && is_of_event_stream(block))
+    let has_body = !head.has(END_STREAM);
+    head.whole_block(payload).filter(|block| has_room && may_have_endless_response(block, has_body))
 }

@@ -6,10 +6,11 @@ use bytes::BytesMut;
 use super::{Interposer, ToldToH2, size};
 use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
-    Head, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_cancel, put_end_of_stream, put_settings,
-    put_settings_ack, put_window_update, take,
+    Head, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_cancel, put_end_of_stream,
+    put_grpc_unavailable, put_settings, put_settings_ack, put_window_update, take,
 };
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
+use crate::transport::stream_replay::StreamKind;
 
 impl Interposer {
     /// Whether the bytes of h2 must pass through `rewrite`. Otherwise they are sent unchanged, and recorded by `sent`.
@@ -168,11 +169,11 @@ impl Interposer {
                 self.replays.discards_block = !head.has(END_HEADERS);
                 true
             }
-            HEADERS | RST_STREAM if self.replays.awaited.contains(&head.stream) => {
+            HEADERS | RST_STREAM if self.replays.awaits(head.stream) => {
                 self.replays.discards_block = head.frame_type == HEADERS && !head.has(END_HEADERS);
                 if head.frame_type == RST_STREAM || head.has(END_STREAM) {
                     // The response does not continue the stream, so the client receives its end.
-                    put_end_of_stream(head.stream, &mut self.to_client);
+                    self.put_end(head.stream);
                     self.end_stream(head.stream);
                 }
                 self.end_replay(head.stream);
@@ -193,13 +194,21 @@ impl Interposer {
         }
     }
 
+    /// Ends a stream of the former process for the client.
+    fn put_end(&mut self, stream: u32) {
+        match self.replays.kind(stream) {
+            Some(StreamKind::Grpc) => put_grpc_unavailable(stream, &mut self.to_client),
+            Some(StreamKind::Events) | None => put_end_of_stream(stream, &mut self.to_client),
+        }
+    }
+
     /// h2 has answered a request of the former process, or need not answer it. After the last one, h2 receives the table
     /// size of the client.
     pub(super) fn end_replay(&mut self, stream: u32) {
         if !self.is_replaying() {
             return;
         }
-        self.replays.awaited.retain(|other| *other != stream);
+        self.replays.awaited.retain(|(other, _)| *other != stream);
         if !self.is_replaying() {
             let size = self.state.theirs.get(HEADER_TABLE_SIZE).unwrap_or(FIRST_HEADER_TABLE_SIZE);
             let settings = Settings::default().or(HEADER_TABLE_SIZE, size);
@@ -210,9 +219,9 @@ impl Interposer {
 
     /// Ends the streams of the former process whose requests h2 has not answered.
     pub fn end_replays(&mut self) {
-        for stream in self.replays.awaited.clone() {
+        for (stream, _) in self.replays.awaited.clone() {
             put_cancel(stream, &mut self.between_frames);
-            put_end_of_stream(stream, &mut self.to_client);
+            self.put_end(stream);
             self.end_stream(stream);
             self.end_replay(stream);
         }

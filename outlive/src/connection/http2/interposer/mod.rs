@@ -43,7 +43,7 @@ use crate::connection::PREFACE;
 use crate::transport::http2_state::{
     FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, INITIAL_WINDOW_SIZE, Settings,
 };
-use crate::transport::stream_replay::StreamReplay;
+use crate::transport::stream_replay::{StreamKind, StreamReplay};
 
 /// If a client sends more than this while new streams are held, in bytes, they are released.
 const HELD_LIMIT: usize = 1280 * 1024;
@@ -106,12 +106,22 @@ pub struct Interposer {
 #[derive(Default)]
 struct Replays {
     /// The streams whose heads have not been discarded yet.
-    awaited: Vec<u32>,
+    awaited: Vec<(u32, StreamKind)>,
     /// Whether the rest of a header block has to be discarded.
     discards_block: bool,
     /// Set when h2 has received the client's table size at last: the number of the client's SETTINGS that h2 acknowledges
     /// before.
     acknowledgement: Option<u32>,
+}
+
+impl Replays {
+    fn awaits(&self, stream: u32) -> bool {
+        self.kind(stream).is_some()
+    }
+
+    fn kind(&self, stream: u32) -> Option<StreamKind> {
+        self.awaited.iter().find(|(awaited, _)| *awaited == stream).map(|(_, kind)| *kind)
+    }
 }
 
 /// Which sides of a stream have ended.
@@ -245,7 +255,7 @@ impl Interposer {
 
     /// Gives h2 a request of the former process, whose response has no end.
     fn replay(&mut self, replay: StreamReplay) {
-        let stream = replay.stream;
+        let (stream, kind) = (replay.stream, replay.kind());
         let mut block = BytesMut::from(&replay.block[..]);
         put_stream_field(stream, &mut block);
         Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, block.len()) }.put(&mut self.to_h2);
@@ -258,7 +268,7 @@ impl Interposer {
         self.endless.resume(replay, assumed + i64::from(missing));
         self.open.push((stream, Ended { client: true, h2: false }));
         self.maybe_endless.push(stream);
-        self.replays.awaited.push(stream);
+        self.replays.awaited.push((stream, kind));
     }
 
     /// The initial window of the client's streams, in bytes.

@@ -70,7 +70,8 @@ impl Interposer {
 
     /// Whether no stream is open, except those whose response has no end and has stopped.
     fn have_endless_stopped(&self) -> bool {
-        self.open.is_empty() || self.has_only_endless() && self.endless.have_stopped()
+        let have_clients_ended = self.open.iter().all(|(_, ended)| ended.client);
+        self.open.is_empty() || have_clients_ended && self.has_only_endless() && self.endless.have_stopped()
     }
 
     fn has_only_endless(&self) -> bool {

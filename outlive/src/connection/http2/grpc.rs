@@ -1,0 +1,128 @@
+//! The body of a gRPC call: the messages of a response, and the request that the next process answers again.
+//!
+//! A message has a prefix of five bytes: whether it is compressed, and its length (gRPC over HTTP/2, "Length-Prefixed-Message").
+
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+
+use crate::os::lock::lock;
+
+/// The largest body of a request that is kept, in bytes.
+const REQUEST_LIMIT: usize = 4096;
+const PREFIX: usize = 5;
+
+/// Where the messages of a response end.
+#[derive(Default)]
+pub struct Messages {
+    prefix: [u8; PREFIX],
+    /// How many bytes of the prefix have arrived.
+    have: usize,
+    /// How many bytes of the message are missing.
+    left: usize,
+}
+
+impl Messages {
+    pub fn follow(&mut self, mut chunk: &[u8]) {
+        while !chunk.is_empty() {
+            if self.left > 0 {
+                let length = self.left.min(chunk.len());
+                self.left -= length;
+                chunk = &chunk[length..];
+                continue;
+            }
+            let length = (PREFIX - self.have).min(chunk.len());
+            self.prefix[self.have..self.have + length].copy_from_slice(&chunk[..length]);
+            self.have += length;
+            chunk = &chunk[length..];
+            if self.have == PREFIX {
+                let [_, length @ ..] = self.prefix;
+                self.left = u32::from_be_bytes(length) as usize;
+                self.have = 0;
+            }
+        }
+    }
+
+    pub fn is_between_messages(&self) -> bool {
+        self.have == 0 && self.left == 0
+    }
+}
+
+/// The body of a request, which is kept while its handler reads it.
+#[derive(Clone, Default)]
+pub struct KeptBody(Arc<Mutex<Kept>>);
+
+#[derive(Default)]
+struct Kept {
+    bytes: Vec<u8>,
+    is_whole: bool,
+    is_too_large: bool,
+}
+
+impl KeptBody {
+    pub fn whole(body: &Bytes) -> Self {
+        Self(Arc::new(Mutex::new(Kept { bytes: body.to_vec(), is_whole: true, is_too_large: false })))
+    }
+
+    pub fn add(&self, chunk: &[u8]) {
+        let mut kept = lock(&self.0);
+        kept.is_too_large |= kept.bytes.len() + chunk.len() > REQUEST_LIMIT;
+        if kept.is_too_large {
+            kept.bytes = Vec::new();
+        } else {
+            kept.bytes.extend_from_slice(chunk);
+        }
+    }
+
+    pub fn end(&self) {
+        lock(&self.0).is_whole = true;
+    }
+
+    /// None if it is too large, or the handler has not read it to its end.
+    pub fn get(&self) -> Option<Bytes> {
+        let kept = lock(&self.0);
+        (kept.is_whole && !kept.is_too_large).then(|| Bytes::copy_from_slice(&kept.bytes))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn chunks_of_messages_may_end_anywhere(
+            lengths in prop::collection::vec(0..20_usize, 0..8), cut in 0..200_usize,
+        ) {
+            let mut bytes = Vec::new();
+            let mut ends = vec![0];
+            for length in lengths {
+                bytes.extend([0, 0, 0, 0, u8::try_from(length).expect("it is small")]);
+                bytes.extend(vec![7; length]);
+                ends.push(bytes.len());
+            }
+            let cut = cut.min(bytes.len());
+            let mut messages = Messages::default();
+            messages.follow(&bytes[..cut]);
+            prop_assert_eq!(messages.is_between_messages(), ends.contains(&cut));
+            for byte in &bytes[cut..] {
+                messages.follow(&[*byte]);
+            }
+            prop_assert!(messages.is_between_messages());
+        }
+    }
+
+    #[test]
+    fn body_is_kept_when_it_is_whole_and_small() {
+        let body = KeptBody::default();
+        body.add(b"ab");
+        assert_eq!(body.get(), None);
+        body.add(b"c");
+        body.end();
+        assert_eq!(body.get().as_deref(), Some(&b"abc"[..]));
+        body.add(&[0; REQUEST_LIMIT]);
+        assert_eq!(body.get(), None);
+    }
+}
