@@ -1,7 +1,7 @@
-"""grpcio: calls on one channel, one after the other, and a stream, which each process ends and the client begins
-again, until standard input ends. For each line of standard input it prints "answered", as soon as a call that began
-after the line was answered, and "watching" for each stream that has begun. At its end it prints a line: calls
-answered, calls lost, streams ended by their process, streams lost."""
+"""grpcio: calls on one channel, one after the other, and one stream beside them, until standard input ends. For each line
+of standard input it prints "answered", as soon as a call that began after the line was answered, and "watching" for each
+message of the stream. At its end it prints a line: calls answered, calls lost, messages of the stream, and how often the
+stream has ended."""
 
 import signal
 import sys
@@ -12,7 +12,7 @@ import grpc
 address, limit = sys.argv[1], int(sys.argv[2])
 # So that a test that hangs does not leave this process behind.
 signal.alarm(limit)
-calls, streams = [0, 0], [0, 0]
+calls, stream = [0, 0], [0, 0]
 asked = reported = 0
 ends = threading.Event()
 # The encoded response `status: SERVING`; the encoded request is empty.
@@ -30,22 +30,16 @@ def count(counts, good):
 
 
 def watch(channel):
-    method = channel.unary_stream("/grpc.health.v1.Health/Watch")
-    while not ends.is_set():
-        begun, end = False, None
-        try:
-            for message in method(b"", timeout=limit):
-                begun = message == SERVING
-                if begun:
-                    write_line("watching")
-        except grpc.RpcError as error:
-            end = (error.code(), error.details())
-        if ends.is_set():
-            return
-        good = begun and end == (grpc.StatusCode.UNAVAILABLE, "this process is shutting down: call again")
-        count(streams, good)
-        if not good:
-            print("a stream ended:", end, file=sys.stderr)
+    try:
+        for message in channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=limit):
+            stream[0] += message == SERVING
+            write_line("watching")
+        end = "without an error"
+    except grpc.RpcError as error:
+        end = (error.code(), error.details())
+    if not ends.is_set():
+        stream[1] += 1
+        print("the stream ended:", end, file=sys.stderr)
 
 
 def listen():
@@ -71,4 +65,4 @@ with grpc.insecure_channel(address, options=[("grpc.enable_retries", 0)]) as cha
         while good and reported < until:
             write_line("answered")
             reported += 1
-    write_line(*calls, *streams)
+    write_line(*calls, *stream)
