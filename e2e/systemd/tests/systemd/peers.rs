@@ -12,9 +12,10 @@ use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
 use testkit::verbs::iterations;
-use testkit::wait_until;
+use testkit::{TEST_TIMEOUT, wait_until};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
 use crate::{app_package, boot_with_tls, third_party_clients};
 
@@ -375,7 +376,9 @@ impl Script {
     /// The next report of the script, and the connection on which the script waits for the response.
     async fn report(&self) -> (Value, BufReader<TcpStream>) {
         loop {
-            let (stream, _) = self.listener.accept().await.expect("the connection is established");
+            let accepted =
+                timeout(TEST_TIMEOUT, self.listener.accept()).await.expect("a report arrives in time");
+            let (stream, _) = accepted.expect("the connection is established");
             let mut stream = BufReader::new(stream);
             let mut length = 0;
             loop {
