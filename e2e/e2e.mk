@@ -3,11 +3,11 @@
 ## make e2e             as root: all tests on real systemds and with other programs; PART=NAME runs one part
 ## make e2e-deps        as root: install and fetch what make e2e, soak and bench need
 ## make fuzz TIME=1m    run each fuzz target under libFuzzer; make corpus minimizes the corpora
-## make models          check the registry in every order of its tasks, with loom
+## make models          test the registry of connections in every possible interleaving of its tasks, with loom
 ## make soak TIME=10m   as root: random restarts, reloads and faults under load; SEED=N repeats a run
 ## make bench           as root: compare with other servers; BENCH=--quick takes three minutes
 ## make audit           report known vulnerabilities of the dependencies (needs the network)
-## make new NAME=shop DIR=../shop  a new repository for a service of that name
+## make new NAME=shop DIR=../shop  make a new repository for a service of that name
 
 # ---- make test, make check ----
 

@@ -1,12 +1,12 @@
 # The commands of a service from the template. `make update` replaces this file; PACKAGE is its name in Cargo.toml.
 #
 ## make run             build and serve on 127.0.0.1:8080
-## make dev             the same (needs inotify-tools), and after each change of the sources build and reload; DEV=ADDRESS sets the address
-## make test            all tests that need no root, no network and no tools besides cargo
-## make test-systemd    the service on a real systemd in a container, as root
-## make check           formatting, lints, units, dependencies; STRICT=1 fails where a tool is missing
-## make deb, make rpm   a package in target/packages; its upgrade reloads the service
-## make static          a statically linked binary in target/static, for containers
+## make dev             like make run, and build and reload after each change (needs inotify-tools); DEV=ADDRESS sets the address
+## make test            all tests of the workspace; they need no root, no network and no programs besides cargo
+## make test-systemd    as root: test the service on a real systemd in a container (needs systemd-container)
+## make check           formatting, lints, units, dependencies; without STRICT=1 a check whose tool is missing is skipped
+## make deb, make rpm   build a package in target/packages; an upgrade to it reloads the service
+## make static          build a statically linked binary in target/static, for containers
 ## make install         install the binary and the units; then: systemctl enable --now $(PACKAGE).socket
 ## make install-user    the same for one user, without root; then: systemctl --user enable --now $(PACKAGE).socket
 ## make uninstall       remove what make install has installed

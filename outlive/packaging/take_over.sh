@@ -1,11 +1,11 @@
-# Reloads the service and its instances, as far as they are running, so that the version that was just installed takes
-# over. If it cannot start, this prints the reason and fails, and the old process keeps serving. The arguments are the
-# command that reloads a unit.
+# Reloads the running service and its running instances, so that the version that was just installed takes over. If the new
+# version cannot start, this prints the reason and fails, and the old process keeps serving. The arguments are the command
+# that reloads a unit.
 take_over() {
     for service in $(systemctl list-units --plain --no-legend --state=active,reloading '@NAME@.service' '@NAME@@*.service' | cut --delimiter=' ' --fields=1); do
         if [ "$(systemctl show --property=LoadState --value "$service")" = masked ]; then
             # systemd ignores the notifications of a masked unit's process, WATCHDOG=1 included.
-            echo "$service is masked, so it was not upgraded, and systemd will end the old process when its watchdog time runs out. To run the new version: systemctl unmask $service && systemctl restart $service" >&2
+            echo "$service is masked, so it was not upgraded. systemd ignores the messages of a masked service, so its watchdog will soon kill the old process. To run the new version: systemctl unmask $service && systemctl restart $service" >&2
             continue
         fi
         begun=$(date +%s)

@@ -46,13 +46,13 @@ impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
 }
 
 const SOURCES: &str = "\
-The process listens on the sockets of the first of these sources that has any: LISTEN_FDS (a systemd socket unit), \
-SERVER_STARTER_PORT (Server::Starter), --listen.
+The process listens on the sockets that LISTEN_FDS (a systemd socket unit) names. If there are none, it listens on those \
+of SERVER_STARTER_PORT (Server::Starter); if there are none either, on the addresses of --listen.
 
 SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. A second signal ends \
 the drain at once. SIGHUP reloads: a successor, started from the binary that is now at the same path, takes over the \
-sockets and connections, and then this process exits. A supervisor other than systemd sees the pid that it \
-started exit.
+sockets and connections, and then this process exits. The successor has another pid. A process supervisor other than \
+systemd knows only the pid that it started, so it takes the exit of that process for the end of the service.
 
 Each option can also be set by an environment variable, such as ";
 

@@ -22,8 +22,8 @@ pub struct Config {
     #[arg(value_enum)]
     pub command: Option<Command>,
 
-    /// Address to listen on if the process inherits no listening socket: 127.0.0.1:8080, [::1]:8080, /run/x.sock,
-    /// unix:/run/x.sock or unix:@abstract. Prefix the address with http=, https= (TLS) or admin=
+    /// Address to listen on: 127.0.0.1:8080, [::1]:8080, /run/x.sock, unix:/run/x.sock or unix:@abstract. Ignored if the
+    /// process inherits listening sockets, as from a socket unit. Prefix the address with http=, https= (TLS) or admin=
     /// (/healthz, /readyz, /metrics) to choose the protocol; in a socket unit, FileDescriptorName= chooses it. Repeatable;
     /// comma-separated in the environment variable. The default is 127.0.0.1:8080; under systemd there is no default,
     /// because the socket unit owns the port.
@@ -49,9 +49,9 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
     pub drain_delay: Duration,
 
-    /// Limit for each request during a drain, counted from the start of the drain, or of the request if that is later. The
-    /// drain admits new requests for at most this time, so it lasts at most twice this time; keep TimeoutStopSec= of the
-    /// unit above that.
+    /// Time that each request may take during a drain. It counts from the start of the drain, or from the start of the
+    /// request if the request starts later. The process cuts off requests that take longer. A drain admits new requests
+    /// for this time at most, so it takes up to twice this time; set TimeoutStopSec= of the unit to more than that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
@@ -86,16 +86,17 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
-    /// What to log, in the syntax of RUST_LOG, which is used if this option is not set: info, debug, or
-    /// info,request=debug to log each request. The default is info.
+    /// Which messages to log, in the syntax of RUST_LOG: info, debug, or info,request=debug to log each request. If this
+    /// option is not set, RUST_LOG is used; if that is not set either, the default is info.
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Command {
-    /// Check the configuration: start the service without serving, and exit with 0 if that works. Otherwise print
-    /// the reason and fail.
+    /// Check the configuration: start the service and bind the listeners, but serve no request. Exit with 0 if that works;
+    /// otherwise print the reason and fail. It fails if another process listens on the same address; pass
+    /// --listen 127.0.0.1:0 to use a free port.
     Check,
     /// Reload the running service: start a successor and wait until it has taken over. Use it in ExecReload=, with
     /// the options of ExecStart=. If the successor cannot start, this command fails and the old process keeps serving.

@@ -3,10 +3,10 @@
 //!
 //! [`Registry`] holds one [`Entry`] (`entry.rs`) for each connection that has a task; of parked connections
 //! (`server/parked.rs`) it has only the number. `server/` registers connections; their drivers, their IO and their
-//! requests in `connection/` report what happens on them, each through a handle from [`Registration`]; and `lifecycle/drain.rs` sets the phases and waits in [`Registry::wait_until`]. Each
-//! connection's state is one atomic (`state.rs`), and so are the phase and the counts that a drain waits for
-//! (`phase_word.rs`); so an HTTP/1.1 request that is answered at once takes no lock here. `models.rs` checks with loom
-//! that no notification is missed.
+//! requests in `connection/` report what happens on them, each through a handle from [`Registration`]; and
+//! `lifecycle/drain.rs` sets the phases and waits in [`Registry::wait_until`]. Each connection's state is one atomic
+//! (`state.rs`), and so are the phase and the counts that a drain waits for (`phase_word.rs`); so an HTTP/1.1 request that
+//! is answered at once takes no lock here. `models.rs` checks with loom that no notification is missed.
 
 mod driver_handle;
 mod entry;
