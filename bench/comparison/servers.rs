@@ -46,7 +46,7 @@ fn has(tool: &str) -> bool {
 impl Peers {
     pub fn find() -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let built = Path::new(OURS).with_file_name("baseline_axum");
+        let built = Path::new(FOLDER).join("target/release/baseline_axum");
         let bare = folder.path().join(NAME);
         std::fs::copy(&built, &bare).with_context(|| format!("{}: make bench builds it", built.display()))?;
         let go = if has("go") { Some(build_go(folder.path())?) } else { None };
