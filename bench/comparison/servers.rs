@@ -21,6 +21,9 @@ pub const FOLDER: &str = testkit::binaries::ROOT;
 /// The release binary, which `make bench` builds first.
 pub const OURS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/production/app");
 
+/// The service that has WebSockets with and without Carry.
+pub const SOCKETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/outlive_websockets");
+
 // The labels of the servers that the picture shows.
 pub const OURS_RESTARTED: &str = "this service, systemctl restart";
 pub const OURS_RELOADED: &str = "this service, systemctl reload";
@@ -129,6 +132,11 @@ impl Contender {
     /// Whether TLS is measured. This service needs the name of a socket to serve TLS, and start_server passes no names.
     pub fn has_tls(&self) -> bool {
         self.binary != Path::new(OURS) || self.verb != Verb::Hangup
+    }
+
+    /// Whether WebSockets are measured: only on systemd, because without a store they end at a restart of any server.
+    pub fn has_websockets(&self) -> bool {
+        self.verb != Verb::Hangup
     }
 
     pub fn start(&self) -> Result<Server> {
