@@ -111,7 +111,7 @@ pub fn tables(result: &Value) -> String {
         &[
             "server",
             "messages",
-            "messages per second",
+            "messages per second of processor time",
             "relative to without Carry",
             "middle half of the rounds",
         ]

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
+use rustix::process::Pid;
 use serde_json::{Value, json};
 use testkit::process::Process;
 use testkit::service::command;
@@ -43,7 +44,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
     }
     progress.set_message("throughput");
     let mut beside = contenders(peers, Cores::Shared)?;
-    measure(&mut beside, extent.rounds, |port, path| {
+    measure(&mut beside, extent.rounds, |_, port, path| {
         wrk(port, path, extent.round, CONNECTIONS, Cores::Shared)
     })?;
     let beside = ratios(&beside, 1, "requests per second", "relative to bare axum::serve");
@@ -53,7 +54,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
         progress.set_message(format!("throughput on {connections} connections"));
         let mut contenders = contenders(peers, Cores::OneEach)?;
         let rounds = extent.rounds.div_ceil(5);
-        measure(&mut contenders, rounds, |port, path| {
+        measure(&mut contenders, rounds, |_, port, path| {
             wrk(port, path, extent.round, connections, Cores::OneEach)
         })?;
         let mut row = json!({ "connections": connections });
@@ -145,20 +146,20 @@ fn nginx(folder: &Path, port: u16, cores: Cores) -> Result<Command> {
 }
 
 /// Runs the servers in turn for `rounds` rounds, so that a disturbance of the machine affects all of them; every other
-/// round in reverse. `load` returns the rate of the server on a port, asked for a path.
+/// round in reverse. `load` returns the rate of the server with a pid on a port, asked for a path.
 pub fn measure(
     contenders: &mut [Contender],
     rounds: usize,
-    load: impl Fn(u16, &str) -> Result<f64>,
+    load: impl Fn(Pid, u16, &str) -> Result<f64>,
 ) -> Result<()> {
     for round in 0..rounds {
         for place in 0..contenders.len() {
             let place = if round % 2 == 0 { place } else { contenders.len() - 1 - place };
             let Contender { port, path, command, rates, .. } = &mut contenders[place];
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            let _process = Process::spawn(command)?;
+            let process = Process::spawn(command)?;
             wait_for(SocketAddr::from(([127, 0, 0, 1], *port)));
-            rates.push(load(*port, path)?);
+            rates.push(load(process.pid(), *port, path)?);
         }
     }
     Ok(())

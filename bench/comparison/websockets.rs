@@ -1,4 +1,5 @@
-//! Echoes per second on WebSockets: what `Carry` costs, beside bare `axum::serve`.
+//! Echoes on WebSockets: what `Carry` costs, beside bare `axum::serve`. The rate is that for a second of the server's
+//! processor time, because other work on the machine would disturb it less than one for a second of the clock.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -6,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
+use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::Value;
 use testkit::client::WEBSOCKET;
@@ -30,10 +32,10 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
             Contender::ours("this service without Carry", Path::new(SOCKETS), "/plain", Cores::OneEach),
             Contender::bare(peers, "/socket", Cores::OneEach),
         ];
-        measure(&mut contenders, extent.rounds, |port, path| {
-            echoes(port, path, length, batch, extent.round)
+        measure(&mut contenders, extent.rounds, |pid, port, path| {
+            echoes(pid, port, path, length, batch, extent.round)
         })?;
-        let of = ratios(&contenders, 1, "messages per second", "relative to without Carry");
+        let of = ratios(&contenders, 1, "messages per second of processor time", "relative to without Carry");
         for mut row in of.as_array().cloned().unwrap_or_default() {
             row["messages"] = label.into();
             rows.push(row);
@@ -47,21 +49,33 @@ pub fn handshake(path: &str) -> Vec<u8> {
     String::from_utf8_lossy(WEBSOCKET).replacen("/socket", path, 1).into_bytes()
 }
 
-/// The echoes per second of messages of `length` bytes. The client has a core of its own.
-fn echoes(port: u16, path: &str, length: usize, batch: usize, time: Duration) -> Result<f64> {
+/// The echoes of messages of `length` bytes for each second of the server's processor time. The client has a core of its
+/// own.
+fn echoes(pid: Pid, port: u16, path: &str, length: usize, batch: usize, time: Duration) -> Result<f64> {
     let load = || {
         let mut client = CpuSet::new();
         client.set(1);
         sched_setaffinity(None, &client)?;
         testkit::block_on(async {
-            let begun = Instant::now();
+            let (begun, before) = (Instant::now(), processor_time(pid)?);
             let clients = (0..CONNECTIONS).map(|_| converse(port, path, length, batch, begun + time));
             let counts = futures_util::future::try_join_all(clients).await?;
             #[expect(clippy::cast_precision_loss, reason = "a rate")]
-            anyhow::Ok(counts.iter().sum::<usize>() as f64 / begun.elapsed().as_secs_f64())
+            anyhow::Ok(counts.iter().sum::<usize>() as f64 / (processor_time(pid)? - before).as_secs_f64())
         })
     };
     std::thread::scope(|scope| scope.spawn(load).join().expect("the thread does not panic"))
+}
+
+/// The processor time of all threads of a process.
+fn processor_time(pid: Pid) -> Result<Duration> {
+    let threads = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()))?;
+    let times = threads.map(|thread| {
+        let statistics = std::fs::read_to_string(thread?.path().join("schedstat"))?;
+        let time = statistics.split_whitespace().next().context("schedstat is empty")?;
+        Ok(Duration::from_nanos(time.parse()?))
+    });
+    times.sum()
 }
 
 /// Sends batches of messages on one WebSocket until `end`. Returns how many echoes have arrived.
