@@ -6,7 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{get, post};
+use axum::extract::ws::{Message, WebSocketUpgrade};
+use axum::response::Response;
+use axum::routing::{any, get, post};
 use axum::serve::Listener;
 use listenfd::ListenFd;
 use sd_notify::NotifyState;
@@ -26,7 +28,11 @@ async fn main() -> anyhow::Result<()> {
         let since = humantime::format_rfc3339_seconds(since);
         format!("pid {pid}, generation 1, since {since}\n")
     };
-    let router = Router::new().route("/", get(identity)).route("/echo", post(async |body: String| body));
+    let router = Router::new()
+        .route("/", get(identity))
+        .route("/echo", post(async |body: String| body))
+        .route("/socket", any(async |upgrade: WebSocketUpgrade| socket(upgrade.read_buffer_size(4096))))
+        .route("/socket/default", any(async |upgrade: WebSocketUpgrade| socket(upgrade)));
     let mut passed = ListenFd::from_env();
     let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
     let secure = names.split(':').position(|name| name == "https");
@@ -66,6 +72,18 @@ async fn main() -> anyhow::Result<()> {
     };
     tokio::try_join!(plain, secure, terminate)?;
     Ok(())
+}
+
+/// Sends each message back.
+fn socket(upgrade: WebSocketUpgrade) -> Response {
+    upgrade.on_upgrade(async |mut socket| {
+        while let Some(Ok(message)) = socket.recv().await {
+            let has_content = matches!(message, Message::Text(_) | Message::Binary(_));
+            if has_content && socket.send(message).await.is_err() {
+                return;
+            }
+        }
+    })
 }
 
 /// A listener with TLS and HTTP/2. It performs one handshake at a time, so the comparison must not measure new TLS

@@ -1,4 +1,5 @@
-//! The picture restarts.svg: the latency of every request during a few restarts, with one panel for each server.
+//! The picture restarts.svg: the latency of every request during a few restarts, with one panel for each server, and a
+//! panel with the WebSockets that had to reconnect.
 
 use std::fmt::Write;
 use std::path::Path;
@@ -6,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use crate::restarts::Strip;
+use crate::restarts::{Strip, WEBSOCKETS};
 use crate::servers::{BARE_RESTARTED, GO_HUNG_UP, OURS_RELOADED, OURS_RESTARTED};
 use testkit::svg;
 
@@ -25,6 +26,15 @@ const FASTEST: f64 = 0.01;
 /// A time without requests that is labelled as a pause, in microseconds.
 const PAUSE: u32 = 20_000;
 
+/// The servers in the panel of WebSockets.
+const LANES: [(&str, &str); 2] = [("this service", OURS_RESTARTED), ("bare axum", BARE_RESTARTED)];
+/// The height of a lane, the distance between two, and the width of its columns of time.
+const LANE: usize = 44;
+const LANES_APART: usize = 68;
+const LANE_COLUMN: usize = 2;
+/// The beginning of the panel of WebSockets, which is the last one.
+const LAST_PANEL: &str = "<g id=\"websockets\"";
+
 const LEFT: usize = 90;
 const TOP: usize = 56;
 const PANEL: usize = 176;
@@ -37,21 +47,119 @@ const STYLE: &str = ".r{fill:#d02020;font-weight:bold}.g{stroke-dasharray:3 3}.f
 /// Draws the panels.
 pub fn draw(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
     let first = strips.first().context("no strips")?.load;
-    let of = |server: &str| strips.iter().find(|strip| strip.load == first && strip.server == server);
-    let shown: Vec<&Strip> = PANELS.iter().filter_map(|server| of(server)).collect();
-    let height = TOP + PANEL * shown.len();
-    let mut svg = svg::begin(TITLE, height, STYLE);
-    let begin = if length > SHOWN { SKIPPED } else { Duration::ZERO };
-    for (number, strip) in shown.into_iter().enumerate() {
-        let top = TOP + PANEL * number;
-        write!(svg, "<g transform=\"translate({LEFT} {top})\">")?;
-        panel(&mut svg, strip, begin)?;
-        svg.push_str("</g>");
+    let mut panels = String::new();
+    let mut count = 0;
+    for server in PANELS {
+        let Some(strip) = find(strips, first, server) else { continue };
+        write!(panels, "<g transform=\"translate({LEFT} {})\">", TOP + PANEL * count)?;
+        panel(&mut panels, strip, shown_from(length))?;
+        panels.push_str("</g>");
+        count += 1;
     }
-    svg::end(svg, path)
+    finish(panels, count, strips, length, path)
 }
 
+/// Draws the panel of WebSockets anew in an existing picture.
+pub fn replace_websockets(strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
+    let picture = std::fs::read_to_string(path).with_context(|| format!("{}", path.display()))?;
+    let panel = format!("<g transform=\"translate({LEFT} ");
+    let begin = picture.find(&panel).context("the picture has no panels")?;
+    let end =
+        picture.find(LAST_PANEL).or_else(|| picture.find("</svg>")).context("the picture has no end")?;
+    let panels = picture[begin..end].to_owned();
+    let count = panels.matches(&panel).count();
+    finish(panels, count, strips, length, path)
+}
+
+/// Adds the panel of WebSockets to the other panels, and writes the picture.
+fn finish(mut panels: String, count: usize, strips: &[Strip], length: Duration, path: &Path) -> Result<()> {
+    write!(panels, "{LAST_PANEL} transform=\"translate({LEFT} {})\">", TOP + PANEL * count)?;
+    websockets(&mut panels, strips, shown_from(length))?;
+    panels.push_str("</g>");
+    svg::end(svg::begin(TITLE, TOP + PANEL * (count + 1), STYLE) + &panels, path)
+}
+
+fn find<'a>(strips: &'a [Strip], load: &str, server: &str) -> Option<&'a Strip> {
+    strips.iter().find(|strip| strip.load == load && strip.server == server)
+}
+
+/// The first moment that is shown of a load of this length.
+fn shown_from(length: Duration) -> Duration {
+    if length > SHOWN { SKIPPED } else { Duration::ZERO }
+}
+
+/// The horizontal position of a moment of the load, in microseconds; None if it is not shown.
 #[expect(clippy::cast_precision_loss, reason = "coordinates of a picture")]
+fn place(at: u32, begin: Duration) -> Option<f64> {
+    let at = Duration::from_micros(at.into()).checked_sub(begin).filter(|at| *at < SHOWN)?;
+    Some(at.as_secs_f64() / SHOWN.as_secs_f64() * (COLUMNS * CELL.0) as f64)
+}
+
+fn micros(at: &Duration) -> u32 {
+    u32::try_from(at.as_micros()).unwrap_or(u32::MAX)
+}
+
+/// A lane for each server: when messages were answered, and how many WebSockets connected again after each restart.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "coordinates of a picture")]
+fn websockets(svg: &mut String, strips: &[Strip], begin: Duration) -> Result<()> {
+    let width = COLUMNS * CELL.0;
+    write!(svg, "<text y=\"16\">{WEBSOCKETS}, systemctl restart</text>")?;
+    let mut said = Vec::new();
+    for (number, (label, server)) in LANES.into_iter().enumerate() {
+        let Some(strip) = find(strips, WEBSOCKETS, server) else { continue };
+        write!(
+            svg,
+            "<g transform=\"translate(0 {})\"><rect class=\"f\" width=\"{width}\" height=\"{LANE}\"/>\
+             <text class=\"e\" x=\"-8\" y=\"{}\">{label}</text>",
+            24 + LANES_APART * number,
+            LANE / 2 + 5
+        )?;
+        let mut answered = [false; COLUMNS * CELL.0 / LANE_COLUMN];
+        for sample in strip.report.samples.iter().filter(|sample| !sample.is_lost) {
+            if let Some(x) = place(sample.at, begin) {
+                answered[x as usize / LANE_COLUMN] = true;
+            }
+        }
+        svg.push_str("<path class=\"a\" d=\"");
+        let mut column = 0;
+        while column < answered.len() {
+            let length = answered[column..].iter().take_while(|answered| **answered).count();
+            if length > 0 {
+                let (x, width) = (column * LANE_COLUMN, length * LANE_COLUMN);
+                write!(svg, "M{x} 0h{width}v{LANE}h-{width}z")?;
+            }
+            column += length.max(1);
+        }
+        svg.push_str("\"/>");
+        for (number, restart) in strip.restarts.iter().enumerate() {
+            let end = strip.restarts.get(number + 1).map_or(u32::MAX, micros);
+            let opened = strip.report.samples.iter().filter(|sample| sample.opens);
+            let again = opened.filter(|sample| (micros(restart)..end).contains(&sample.at)).count();
+            if let Some(x) = place(micros(restart), begin) {
+                write!(svg, "<path class=\"g\" d=\"M{x:.0} 0v{LANE}\"/>")?;
+                circle(svg, x, LANE / 2, again)?;
+            }
+        }
+        svg.push_str("</g>");
+        said.push(format!("{label} {}", strip.report.connections.saturating_sub(strip.report.clients)));
+    }
+    let said = said.join(", ");
+    Ok(write!(svg, "<text x=\"{width}\" y=\"16\" text-anchor=\"end\">reconnects: {said}</text>")?)
+}
+
+/// A circle with a number; nothing if it is zero.
+fn circle(svg: &mut String, x: f64, y: usize, number: usize) -> Result<()> {
+    if number > 0 {
+        write!(
+            svg,
+            "<circle class=\"l\" cx=\"{x:.0}\" cy=\"{y}\" r=\"17\"/>\
+             <text class=\"m w\" x=\"{x:.0}\" y=\"{}\">{number}</text>",
+            y + 6
+        )?;
+    }
+    Ok(())
+}
+
 fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
     let (width, height) = (COLUMNS * CELL.0, ROWS * CELL.1);
     let lost = strip.report.lost();
@@ -66,11 +174,7 @@ fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
     for (row, label) in [(0, "1 s"), (4, "10 ms"), (8, "0.1 ms")] {
         write!(svg, "<text class=\"e\" x=\"-8\" y=\"{}\">{label}</text>", row * CELL.1 + 12)?;
     }
-    let place = |at: u32| {
-        let at = Duration::from_micros(at.into()).checked_sub(begin).filter(|at| *at < SHOWN)?;
-        Some(at.as_secs_f64() / SHOWN.as_secs_f64() * width as f64)
-    };
-    let micros = |at: &Duration| u32::try_from(at.as_micros()).unwrap_or(u32::MAX);
+    let place = |at: u32| place(at, begin);
     for x in strip.restarts.iter().filter_map(|at| place(micros(at))) {
         write!(svg, "<path class=\"g\" d=\"M{x:.0} 0v{height}\"/>")?;
     }
@@ -88,11 +192,8 @@ fn panel(svg: &mut String, strip: &Strip, begin: Duration) -> Result<()> {
         let end = strip.restarts.get(number + 1).map_or(u32::MAX, micros);
         let is_here = |at: u32| at < end && (number == 0 || at >= micros(restart));
         let lost = strip.report.samples.iter().filter(|sample| sample.is_lost && is_here(sample.at)).count();
-        if let Some(x) = place(micros(restart)).filter(|_| lost > 0) {
-            write!(
-                svg,
-                "<circle class=\"l\" cx=\"{x:.0}\" cy=\"30\" r=\"17\"/><text class=\"m w\" x=\"{x:.0}\" y=\"36\">{lost}</text>"
-            )?;
+        if let Some(x) = place(micros(restart)) {
+            circle(svg, x, 30, lost)?;
         }
     }
     svg.push_str("</g>");

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::{Value, json};
@@ -21,13 +21,16 @@ use testkit::wait_until;
 
 use crate::Extent;
 use crate::costs::{median, round};
-use crate::servers::{OURS, Peers, boot};
+use crate::servers::{OURS, Peers, SOCKETS, boot};
 use crate::throughput::{Cores, on};
+use crate::websockets::{frame, handshake};
 
 /// If the resident memory has not changed for this time, it is final.
 const SETTLED: Duration = Duration::from_secs(3);
 /// After this time without a request this service has parked a connection.
 const PARKED: Duration = Duration::from_secs(4);
+/// The largest number of idle WebSockets. With the buffers of axum they need more than a gigabyte.
+const WEBSOCKETS: usize = 10_000;
 /// The message that each process logs when it has taken over all connections (`outlive/src/observe/log.rs`).
 const TOOK_OVER: &str = "MESSAGE_ID=1d9e4c7a2b6f4f30a5c8e0b7d3f16a55";
 
@@ -50,18 +53,27 @@ enum Use {
     Unix,
     Http2,
     Tls,
+    /// A WebSocket to this path.
+    WebSocket(&'static str),
 }
 
 /// A client's connection that is left open.
 enum Open {
     Http1(Connection),
     Http2(Http2),
+    WebSocket(Connection),
 }
 
 impl Open {
     async fn new(target: &Target, used: Use) -> Result<Self> {
         let mut open = match used {
             Use::Http2 => Self::Http2(Http2::open(target).await?),
+            Use::WebSocket(path) => {
+                let mut connection = Connection::open(target).await?;
+                let answer = connection.ask(&handshake(path)).await?;
+                ensure!(answer.status == 101, "status {}", answer.status);
+                Self::WebSocket(connection)
+            }
             Use::Nothing | Use::Http1 | Use::Unix | Use::Tls => Self::Http1(Connection::open(target).await?),
         };
         if !matches!(used, Use::Nothing) {
@@ -73,6 +85,11 @@ impl Open {
     async fn ask(&mut self) -> Result<()> {
         match self {
             Self::Http1(connection) => drop(connection.ask(&get("/")).await?),
+            Self::WebSocket(connection) => {
+                let (message, echo) = (frame(Some([1, 2, 3, 4]), 16), frame(None, 16));
+                connection.send(&message).await?;
+                ensure!(connection.take(echo.len()).await? == echo, "another message than the echo");
+            }
             Self::Http2(connection) => drop(connection.get("/").await?.context("the server sent GOAWAY")?),
         }
         Ok(())
@@ -81,16 +98,37 @@ impl Open {
 
 fn memory(peers: &Peers, extent: &Extent) -> Result<Value> {
     let count = extent.idle_connections.last().copied().unwrap_or_default();
-    let certificate = Certificate::new()?;
-    let mut rows = Vec::new();
-    for (server, binary, label, used) in [
+    let uses = [
         ("this service", Path::new(OURS), "HTTP/1.1 over TLS, used once", Use::Tls),
         ("this service", Path::new(OURS), "HTTP/1.1, used once", Use::Http1),
         ("this service", Path::new(OURS), "never used", Use::Nothing),
         ("this service", Path::new(OURS), "HTTP/1.1 over a Unix socket, used once", Use::Unix),
         ("this service", Path::new(OURS), "HTTP/2, used once", Use::Http2),
         ("bare axum::serve", peers.bare(), "HTTP/1.1, used once", Use::Http1),
-    ] {
+    ];
+    let mut rows = memory_of(&uses, count)?;
+    rows.extend(memory_of_websockets(peers, extent)?);
+    Ok(rows.into())
+}
+
+pub fn memory_of_websockets(peers: &Peers, extent: &Extent) -> Result<Vec<Value>> {
+    let count = extent.idle_connections.last().map_or(0, |count| *count.min(&WEBSOCKETS));
+    let small = "WebSockets, used once, read_buffer_size(4096)";
+    let default = "WebSockets, used once, buffers of axum";
+    let uses = [
+        ("this service", Path::new(OURS), small, Use::WebSocket("/socket")),
+        ("this service", Path::new(SOCKETS), default, Use::WebSocket("/socket/default")),
+        ("bare axum::serve", peers.bare(), small, Use::WebSocket("/socket")),
+        ("bare axum::serve", peers.bare(), default, Use::WebSocket("/socket/default")),
+    ];
+    memory_of(&uses, count)
+}
+
+/// The memory of `count` connections in each use of a server.
+fn memory_of(uses: &[(&str, &Path, &str, Use)], count: usize) -> Result<Vec<Value>> {
+    let certificate = Certificate::new()?;
+    let mut rows = Vec::new();
+    for &(server, binary, label, used) in uses {
         let folder = tempfile::tempdir()?;
         let server_of = Resident::start(binary, used, Cores::Shared, &certificate, folder.path())?;
         let (before, idle, burst) = testkit::block_on(async {
@@ -121,7 +159,7 @@ fn memory(peers: &Peers, extent: &Extent) -> Result<Value> {
             "after one request on all at once": each(burst),
         }));
     }
-    Ok(rows.into())
+    Ok(rows)
 }
 
 /// A running server whose memory is measured.
@@ -169,15 +207,13 @@ impl Resident {
         Ok(Self { process, target })
     }
 
-    /// Resident memory in kB.
+    /// Resident memory in kB, of which pages that other processes have too count in part.
     fn kilobytes(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.process.pid().as_raw_nonzero());
-        let status = std::fs::read_to_string(path)?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .context("no VmRSS in /proc/PID/status")?;
-        line.trim().trim_end_matches(" kB").parse().context("VmRSS is not a number")
+        let path = format!("/proc/{}/smaps_rollup", self.process.pid().as_raw_nonzero());
+        let rollup = std::fs::read_to_string(path)?;
+        let line =
+            rollup.lines().find_map(|line| line.strip_prefix("Pss:")).context("no Pss in smaps_rollup")?;
+        line.trim().trim_end_matches(" kB").parse().context("Pss is not a number")
     }
 
     /// Resident memory in kB once it is stable, or after 10 s.
@@ -318,6 +354,6 @@ fn longest_wait(container: &Container, verb: &str) -> Result<f64> {
     std::thread::sleep(Duration::from_millis(200));
     settled_move(container, verb)?;
     let report = running.stop();
-    anyhow::ensure!(report.lost() == 0 && report.connections == report.clients, "{report}");
+    ensure!(report.lost() == 0 && report.connections == report.clients, "{report}");
     Ok(report.longest.as_secs_f64() * 1000.0)
 }

@@ -1,6 +1,6 @@
 //! The comparison with other servers. `restarts.rs` restarts each server every second under load from clients that
 //! never retry, and `upgrades.rs` does the same with Debian packages. `throughput.rs`, `idle.rs` and `costs.rs` measure
-//! without restarts. `make bench` prints the tables, and writes `result.json`, `restarts.svg` and `growth.svg` to
+//! without restarts, and `websockets.rs` the cost of `Carry`. `make bench` prints the tables, and writes `result.json`, `restarts.svg` and `growth.svg` to
 //! `target/bench`.
 
 mod chart;
@@ -12,6 +12,7 @@ mod scaling;
 mod servers;
 mod throughput;
 mod upgrades;
+mod websockets;
 
 use std::path::Path;
 use std::time::Duration;
@@ -81,8 +82,12 @@ fn main() -> Result<()> {
     progress.enable_steady_tick(Duration::from_millis(200));
     let peers = servers::Peers::find()?;
 
-    let strips = restarts::run(&peers, &extent, &progress)?;
+    if flag("--websockets") {
+        return of_websockets(&peers, &extent, &progress, flag("--readme"));
+    }
+    let strips = restarts::run(&peers, &extent, &progress, |_| true)?;
     let throughput = throughput::run(&peers, &extent, &progress)?;
+    let websockets = websockets::run(&peers, &extent, &progress)?;
     let costs = costs::run(&peers, &extent, &progress)?;
     let idle = idle::run(&peers, &extent, &progress)?;
     let upgrades = upgrades::measure(&extent, &progress)?;
@@ -94,6 +99,7 @@ fn main() -> Result<()> {
         "seconds under each load": extent.load.as_secs_f64(),
         "restarts": strips.iter().map(restarts::Strip::figures).collect::<Vec<_>>(),
         "throughput": throughput,
+        "websockets": websockets,
         "costs": costs,
         "idle": idle,
         "upgrades": upgrades,
@@ -117,4 +123,36 @@ fn main() -> Result<()> {
         strip.assert_explained()?;
     }
     Ok(())
+}
+
+/// Measures WebSockets only. With `is_for_readme` the figures replace those of WebSockets in bench/README.md and in its
+/// picture.
+#[expect(clippy::print_stdout, reason = "the result goes to standard output")]
+fn of_websockets(
+    peers: &servers::Peers,
+    extent: &Extent,
+    progress: &ProgressBar,
+    is_for_readme: bool,
+) -> Result<()> {
+    let strips = restarts::run(peers, extent, progress, |load| load == restarts::WEBSOCKETS)?;
+    let websockets = websockets::run(peers, extent, progress)?;
+    progress.set_message("memory of idle WebSockets");
+    let memory = idle::memory_of_websockets(peers, extent)?;
+    progress.finish_and_clear();
+    let result = json!({
+        "restarts": strips.iter().map(restarts::Strip::figures).collect::<Vec<_>>(),
+        "websockets": websockets,
+        "idle": { "memory": memory },
+    });
+    let tables = report::tables(&result);
+    println!("{tables}");
+    if is_for_readme {
+        report::replace_rows(&tables)?;
+        chart::replace_websockets(
+            &strips,
+            extent.load,
+            &Path::new(servers::FOLDER).join("bench/restarts.svg"),
+        )?;
+    }
+    strips.iter().try_for_each(restarts::Strip::assert_explained)
 }

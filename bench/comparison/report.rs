@@ -37,6 +37,33 @@ pub fn table(result: &Value) -> String {
         plain(&result["machine"]),
         plain(&result["seconds under each load"]),
     );
+    text.push_str(&tables(result));
+    let pause = &result["costs"]["pause"];
+    for name in [
+        "this service ms",
+        "sleep in the same sandbox ms",
+        "beyond systemd's own ms",
+        "sleep without a sandbox ms",
+    ] {
+        let _ = writeln!(
+            text,
+            "- inactive during a restart, {}: {} ms",
+            name.trim_end_matches(" ms"),
+            plain(&pause[name])
+        );
+    }
+    for (heading, value) in pause["each group of the sandbox's lines ms"].as_object().into_iter().flatten() {
+        let _ = writeln!(text, "- of that, \"{heading}\" alone: {} ms", plain(value));
+    }
+    for left_out in result["left out"].as_array().into_iter().flatten() {
+        let _ = writeln!(text, "- left out: {}", plain(left_out));
+    }
+    text
+}
+
+/// The tables of what was measured.
+pub fn tables(result: &Value) -> String {
+    let mut text = String::new();
     rows(
         &mut text,
         &result["restarts"],
@@ -77,6 +104,19 @@ pub fn table(result: &Value) -> String {
         &throughput["growth"],
         &columns_of(&throughput["growth"]),
     );
+    titled_rows(
+        &mut text,
+        "Messages on 8 WebSockets that are echoed, many at a time; one core each for server and client; ratios of the same rounds.",
+        &result["websockets"],
+        &[
+            "server",
+            "messages",
+            "messages per second of processor time",
+            "relative to without Carry",
+            "middle half of the rounds",
+        ]
+        .map(str::to_owned),
+    );
     let idle = &result["idle"];
     titled_rows(
         &mut text,
@@ -103,26 +143,6 @@ pub fn table(result: &Value) -> String {
         &costs["processes"],
         &["server", "exec to READY ms", "resident MB", "binary kB"].map(str::to_owned),
     );
-    let pause = &costs["pause"];
-    for name in [
-        "this service ms",
-        "sleep in the same sandbox ms",
-        "beyond systemd's own ms",
-        "sleep without a sandbox ms",
-    ] {
-        let _ = writeln!(
-            text,
-            "- inactive during a restart, {}: {} ms",
-            name.trim_end_matches(" ms"),
-            plain(&pause[name])
-        );
-    }
-    for (heading, value) in pause["each group of the sandbox's lines ms"].as_object().into_iter().flatten() {
-        let _ = writeln!(text, "- of that, \"{heading}\" alone: {} ms", plain(value));
-    }
-    for left_out in result["left out"].as_array().into_iter().flatten() {
-        let _ = writeln!(text, "- left out: {}", plain(left_out));
-    }
     text
 }
 
@@ -184,4 +204,27 @@ pub fn write_readme(table: &str, pictures: &[&Path]) -> Result<()> {
     let picture = "![Latency of every request over time](restarts.svg)\n\n\
         ![Requests per second by the number of connections](growth.svg)";
     Ok(std::fs::write(path, format!("{before}{BEGIN}\n\n{picture}\n\n{table}\n{END}{after}"))?)
+}
+
+/// Puts rows of the same tables into bench/README.md: a row replaces the one that begins with the same two cells, or
+/// follows the last one of the same server.
+pub fn replace_rows(tables: &str) -> Result<()> {
+    let path = Path::new(FOLDER).join("bench/README.md");
+    let mut lines: Vec<String> = std::fs::read_to_string(&path)?.lines().map(str::to_owned).collect();
+    for table in tables.split("\n\n").filter(|table| table.starts_with('|')) {
+        let (head, rows) = table.split_once('\n').context("a table has no rows")?;
+        let begin = lines.iter().position(|line| line == head).with_context(|| format!("no table {head}"))?;
+        for row in rows.lines().skip(1) {
+            let cells: Vec<&str> = row.split(" | ").collect();
+            let end = begin + lines[begin..].iter().take_while(|line| line.starts_with('|')).count();
+            let last = |prefix: &str| (begin..end).rev().find(|line| lines[*line].starts_with(prefix));
+            if let Some(same) = last(&format!("{} | {} |", cells[0], cells[1])) {
+                row.clone_into(&mut lines[same]);
+            } else {
+                let after = last(&format!("{} |", cells[0])).unwrap_or(end - 1);
+                lines.insert(after + 1, row.to_owned());
+            }
+        }
+    }
+    Ok(std::fs::write(path, lines.join("\n") + "\n")?)
 }

@@ -27,11 +27,14 @@ const EXPLAINED: [&str; 7] = [
 ];
 
 type MakeLoad = fn(&Target) -> Load;
-const LOADS: [(&str, MakeLoad); 4] = [
+/// The load that only servers with the route `/socket` answer.
+pub const WEBSOCKETS: &str = "10 WebSockets";
+const LOADS: [(&str, MakeLoad); 5] = [
     ("10 keep-alive connections", Load::saturating),
     ("one connection per request", Load::connection_per_request),
     ("POST of 1 KiB", Load::post),
     ("HTTP/2 over TLS", Load::http2),
+    (WEBSOCKETS, Load::websockets),
 ];
 
 /// The result of one server under one load.
@@ -45,14 +48,21 @@ pub struct Strip {
     took: Vec<Duration>,
 }
 
-pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Vec<Strip>> {
+/// `measures` tells which loads are measured, by their names.
+pub fn run(
+    peers: &Peers,
+    extent: &Extent,
+    progress: &ProgressBar,
+    measures: impl Fn(&str) -> bool,
+) -> Result<Vec<Strip>> {
     let mut strips = Vec::new();
     for contender in peers.contenders() {
         progress.set_message(format!("{}: starting", contender.label));
         let server = contender.start()?;
-        for (label, load) in LOADS {
+        for (label, load) in LOADS.into_iter().filter(|(label, _)| measures(label)) {
             let target = match load(&server.target).connections {
                 Connections::Http2 if !contender.has_tls() => continue,
+                Connections::WebSocket if !contender.has_websockets() => continue,
                 Connections::Http2 => server.tls()?,
                 _ => server.target.clone(),
             };

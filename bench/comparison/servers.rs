@@ -21,6 +21,9 @@ pub const FOLDER: &str = testkit::binaries::ROOT;
 /// The release binary, which `make bench` builds first.
 pub const OURS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/production/app");
 
+/// The service that has WebSockets with and without Carry.
+pub const SOCKETS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../target/release/outlive_websockets");
+
 // The labels of the servers that the picture shows.
 pub const OURS_RESTARTED: &str = "this service, systemctl restart";
 pub const OURS_RELOADED: &str = "this service, systemctl reload";
@@ -46,7 +49,7 @@ fn has(tool: &str) -> bool {
 impl Peers {
     pub fn find() -> Result<Self> {
         let folder = tempfile::tempdir()?;
-        let built = Path::new(OURS).with_file_name("baseline_axum");
+        let built = Path::new(FOLDER).join("target/release/baseline_axum");
         let bare = folder.path().join(NAME);
         std::fs::copy(&built, &bare).with_context(|| format!("{}: make bench builds it", built.display()))?;
         let go = if has("go") { Some(build_go(folder.path())?) } else { None };
@@ -129,6 +132,11 @@ impl Contender {
     /// Whether TLS is measured. This service needs the name of a socket to serve TLS, and start_server passes no names.
     pub fn has_tls(&self) -> bool {
         self.binary != Path::new(OURS) || self.verb != Verb::Hangup
+    }
+
+    /// Whether WebSockets are measured: only on systemd, because without a store they end at a restart of any server.
+    pub fn has_websockets(&self) -> bool {
+        self.verb != Verb::Hangup
     }
 
     pub fn start(&self) -> Result<Server> {

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use indicatif::ProgressBar;
+use rustix::process::Pid;
 use serde_json::{Value, json};
 use testkit::process::Process;
 use testkit::service::command;
@@ -18,10 +19,11 @@ use crate::servers::{OURS, Peers, wait_for};
 /// Connections of the load on shared cores.
 const CONNECTIONS: usize = 64;
 
-/// A server with its port, and its requests per second in each round.
-struct Contender {
+/// A server with its port and the path that is asked for, and its rate in each round.
+pub struct Contender {
     label: String,
     port: u16,
+    path: &'static str,
     command: Command,
     rates: Vec<f64>,
 }
@@ -42,14 +44,19 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
     }
     progress.set_message("throughput");
     let mut beside = contenders(peers, Cores::Shared)?;
-    measure(&mut beside, extent, extent.rounds, CONNECTIONS, Cores::Shared)?;
-    let beside = ratios(&beside, 1, "relative to bare axum::serve");
+    measure(&mut beside, extent.rounds, |_, port, path| {
+        wrk(port, path, extent.round, CONNECTIONS, Cores::Shared)
+    })?;
+    let beside = ratios(&beside, 1, "requests per second", "relative to bare axum::serve");
 
     let mut growth = Vec::new();
     for &connections in extent.growth {
         progress.set_message(format!("throughput on {connections} connections"));
         let mut contenders = contenders(peers, Cores::OneEach)?;
-        measure(&mut contenders, extent, extent.rounds.div_ceil(5), connections, Cores::OneEach)?;
+        let rounds = extent.rounds.div_ceil(5);
+        measure(&mut contenders, rounds, |_, port, path| {
+            wrk(port, path, extent.round, connections, Cores::OneEach)
+        })?;
         let mut row = json!({ "connections": connections });
         for Contender { label, rates, .. } in contenders {
             row[label] = json!(median(rates).round());
@@ -61,36 +68,45 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
 }
 
 impl Contender {
-    fn new(label: &str, command: &Command, cores: Cores) -> Self {
-        Self { label: label.to_owned(), port: 0, command: on(cores, "0", command), rates: Vec::new() }
+    fn new(label: &str, port: u16, command: &Command, cores: Cores) -> Self {
+        Self { label: label.to_owned(), port, path: "/", command: on(cores, "0", command), rates: Vec::new() }
     }
 
-    fn ours(label: &str, binary: &Path, cores: Cores) -> Self {
+    pub fn ours(label: &str, binary: &Path, path: &'static str, cores: Cores) -> Self {
         let port = testkit::free_address().port();
         let mut command = command(&binary.to_string_lossy(), &[]);
         command.arg(format!("--listen=127.0.0.1:{port}"));
-        Self { port, ..Self::new(label, &command, cores) }
+        Self { path, ..Self::new(label, port, &command, cores) }
+    }
+
+    pub fn bare(peers: &Peers, path: &'static str, cores: Cores) -> Self {
+        let port = testkit::free_address().port();
+        // The baseline has no option for its port, so systemd-socket-activate passes it a socket.
+        let mut bare = command("systemd-socket-activate", &[&format!("--listen={}", address(port))]);
+        bare.arg(peers.bare());
+        Self { path, ..Self::new("bare axum::serve", port, &bare, cores) }
     }
 }
 
+fn address(port: u16) -> String {
+    SocketAddr::from(([127, 0, 0, 1], port)).to_string()
+}
+
 fn contenders(peers: &Peers, cores: Cores) -> Result<Vec<Contender>> {
-    let address = |port| SocketAddr::from(([127, 0, 0, 1], port)).to_string();
     let free = || testkit::free_address().port();
-    let mut all = vec![Contender::ours("this service", Path::new(OURS), cores)];
-    let port = free();
-    // The baseline has no option for its port, so systemd-socket-activate passes it a socket.
-    let mut bare = command("systemd-socket-activate", &[&format!("--listen={}", address(port))]);
-    bare.arg(peers.bare());
-    all.push(Contender { port, ..Contender::new("bare axum::serve", &bare, cores) });
+    let mut all = vec![
+        Contender::ours("this service", Path::new(OURS), "/", cores),
+        Contender::bare(peers, "/", cores),
+    ];
     if let Some(go) = peers.go() {
         let port = free();
         let go = command(go.to_str().context("the path is not valid UTF-8")?, &[&address(port)]);
-        all.push(Contender { port, ..Contender::new("Go net/http", &go, cores) });
+        all.push(Contender::new("Go net/http", port, &go, cores));
     }
     if peers.has_nginx {
         let port = free();
         let nginx = nginx(peers.folder(), port, cores)?;
-        all.push(Contender { port, ..Contender::new("nginx, return 200", &nginx, cores) });
+        all.push(Contender::new("nginx, return 200", port, &nginx, cores));
     }
     Ok(all)
 }
@@ -129,20 +145,21 @@ fn nginx(folder: &Path, port: u16, cores: Cores) -> Result<Command> {
     Ok(nginx)
 }
 
-/// Runs the servers in turn for `rounds` rounds, so that a disturbance of the machine affects all of them.
-fn measure(
+/// Runs the servers in turn for `rounds` rounds, so that a disturbance of the machine affects all of them; every other
+/// round in reverse. `load` returns the rate of the server with a pid on a port, asked for a path.
+pub fn measure(
     contenders: &mut [Contender],
-    extent: &Extent,
     rounds: usize,
-    connections: usize,
-    cores: Cores,
+    load: impl Fn(Pid, u16, &str) -> Result<f64>,
 ) -> Result<()> {
-    for _ in 0..rounds {
-        for Contender { port, command, rates, .. } in &mut *contenders {
+    for round in 0..rounds {
+        for place in 0..contenders.len() {
+            let place = if round % 2 == 0 { place } else { contenders.len() - 1 - place };
+            let Contender { port, path, command, rates, .. } = &mut contenders[place];
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            let _process = Process::spawn(command)?;
+            let process = Process::spawn(command)?;
             wait_for(SocketAddr::from(([127, 0, 0, 1], *port)));
-            rates.push(wrk(*port, extent.round, connections, cores)?);
+            rates.push(load(process.pid(), *port, path)?);
         }
     }
     Ok(())
@@ -150,7 +167,7 @@ fn measure(
 
 /// The ratio of each server to the one at index `base`. Ratios are taken within a round, because other work on the
 /// machine slows both servers then.
-fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
+pub fn ratios(contenders: &[Contender], base: usize, rate: &str, column: &str) -> Value {
     let figures = contenders.iter().map(|Contender { label, rates, .. }| {
         let base = &contenders[base].rates;
         let mut ratios: Vec<f64> = rates.iter().zip(base).map(|(rate, base)| rate / base).collect();
@@ -158,7 +175,7 @@ fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
         let (low, high) = (ratios[ratios.len() / 4], ratios[ratios.len() * 3 / 4]);
         json!({
             "server": label,
-            "requests per second": median(rates.clone()).round(),
+            rate: median(rates.clone()).round(),
             column: median(ratios),
             "middle half of the rounds": format!("{low:.2} to {high:.2}"),
         })
@@ -166,10 +183,10 @@ fn ratios(contenders: &[Contender], base: usize, column: &str) -> Value {
     figures.collect()
 }
 
-fn wrk(port: u16, length: Duration, connections: usize, cores: Cores) -> Result<f64> {
+fn wrk(port: u16, path: &str, length: Duration, connections: usize, cores: Cores) -> Result<f64> {
     let mut wrk = Command::new("wrk");
     wrk.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", length.as_secs())]);
-    wrk.arg(format!("http://127.0.0.1:{port}/"));
+    wrk.arg(format!("http://127.0.0.1:{port}{path}"));
     let output = on(cores, "1", &wrk).output()?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));

@@ -7,13 +7,16 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use tokio::task::JoinSet;
 
-use crate::client::{Connection, Http2, Target, get, post};
+use crate::client::{Connection, Http2, Target, WEBSOCKET, get, post};
 
 /// A request without a response within this time is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
+
+/// The text frame "hi" of a WebSocket client, masked with zeros, and its echo.
+const HI: (&[u8], &[u8]) = (b"\x81\x82\0\0\0\0hi", b"\x81\x02hi");
 
 /// Clients that send requests until the load is stopped.
 #[derive(Clone, Debug)]
@@ -21,7 +24,8 @@ pub struct Load {
     pub target: Target,
     /// The number of clients; each has one request in flight at a time.
     pub clients: usize,
-    /// The bytes of the HTTP/1.1 request; HTTP/2 clients send a GET for `/`.
+    /// The bytes of the HTTP/1.1 request; HTTP/2 clients send a GET for `/`. A WebSocket client sends the frame of a
+    /// message, of which `/socket` sends the echo back.
     pub request: Vec<u8>,
     /// The expected status; a response with another status is lost.
     pub status: u16,
@@ -42,6 +46,8 @@ pub enum Connections {
     OneEach,
     /// One HTTP/2 connection for all requests, until the server sends GOAWAY.
     Http2,
+    /// One WebSocket to `/socket` for all messages. If it ends before the echo of a message arrives, this message is lost.
+    WebSocket,
 }
 
 /// The connection of a client, if it has one.
@@ -95,6 +101,12 @@ impl Load {
         Self { connections: Connections::Http2, ..Self::saturating(target) }
     }
 
+    /// 10 WebSockets without pauses, with one message at a time on each.
+    pub fn websockets(target: &Target) -> Self {
+        let connections = Connections::WebSocket;
+        Self { connections, request: HI.0.to_vec(), status: 101, ..Self::saturating(target) }
+    }
+
     /// Starts the load in a thread of its own, which first calls `enter` (to move into a container). Returns when the
     /// first request of each client has ended, so that what the test does next affects all of them.
     pub fn start(self, enter: impl FnOnce() + Send + 'static) -> Running {
@@ -138,13 +150,14 @@ impl Load {
                 report.closed_idle += 1;
                 kept = Kept::default();
             }
-            let begun = Instant::now();
+            let (begun, opened) = (Instant::now(), report.connections);
             let asked = tokio::time::timeout(ANSWER_LIMIT, self.ask(&mut kept, &mut report)).await;
             let asked = asked.unwrap_or_else(|_| bail_timeout());
             if asked.is_err() {
                 kept = Kept::default();
             }
-            report.note(start, begun, asked);
+            let opens = report.connections > opened;
+            report.note(start, begun, asked, opens);
             if report.samples.len() == 1 {
                 progress.started.fetch_add(1, Ordering::Relaxed);
             }
@@ -161,6 +174,7 @@ impl Load {
     async fn ask(&self, kept: &mut Kept, report: &mut Report) -> Result<()> {
         match self.connections {
             Connections::Http2 => self.ask_http2(&mut kept.http2, report).await,
+            Connections::WebSocket => self.ask_websocket(&mut kept.http1, report).await,
             _ => self.ask_http1(&mut kept.http1, report).await,
         }
     }
@@ -198,6 +212,23 @@ impl Load {
             _ => text.as_bytes() == body,
         };
         if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
+    }
+
+    async fn ask_websocket(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
+        let connection = if let Some(connection) = kept {
+            connection
+        } else {
+            report.connections += 1;
+            let mut connection = Connection::open(&self.target).await?;
+            let status = connection.ask(WEBSOCKET).await?.status;
+            if status != self.status {
+                bail!("status {status}");
+            }
+            kept.insert(connection)
+        };
+        connection.send(&self.request).await.context("could not send")?;
+        let echo = connection.take(HI.1.len()).await?;
+        if echo == HI.1 { Ok(()) } else { bail!("a wrong answer: {echo:?}") }
     }
 
     async fn ask_http1(&self, kept: &mut Option<Connection>, report: &mut Report) -> Result<()> {
@@ -296,6 +327,8 @@ pub struct Sample {
     /// The time until its response, or its loss, in microseconds.
     pub took: u32,
     pub is_lost: bool,
+    /// Whether the client opened a connection for it.
+    pub opens: bool,
 }
 
 impl Report {
@@ -330,11 +363,11 @@ impl Report {
     }
 
     /// Records a request that was sent at `begun`; the load began at `start`.
-    fn note(&mut self, start: Instant, begun: Instant, asked: Result<()>) {
+    fn note(&mut self, start: Instant, begun: Instant, asked: Result<()>, opens: bool) {
         let took = begun.elapsed();
         let micros = |time: Duration| u32::try_from(time.as_micros()).unwrap_or(u32::MAX);
         let at = micros(begun.duration_since(start));
-        self.samples.push(Sample { at, took: micros(took), is_lost: asked.is_err() });
+        self.samples.push(Sample { at, took: micros(took), is_lost: asked.is_err(), opens });
         self.longest = self.longest.max(took);
         match asked {
             Ok(()) => self.answered += 1,

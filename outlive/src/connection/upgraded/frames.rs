@@ -5,7 +5,7 @@
 //! of a message that is not complete. [`Outbound`] tells whether the last message that was written is complete. Neither
 //! looks at a payload, and neither reports invalid frames: the handler's WebSocket library does that.
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 const FIRST_CONTROL: u8 = 8;
 const CLOSE: u8 = 8;
@@ -16,6 +16,8 @@ const PONG: u8 = 10;
 const LONGEST_HEAD: usize = 14;
 /// The largest payload of a control frame (RFC 6455 section 5.5).
 const CONTROL_LIMIT: u64 = 125;
+/// The longest piece of memory for bytes that are kept.
+const PIECE: usize = 8 * 1024;
 /// How much of an incomplete message is kept, in bytes; the default limit of axum and tungstenite for a message.
 const KEPT_LIMIT: usize = 64 * 1024 * 1024;
 
@@ -29,6 +31,15 @@ struct Head {
 impl Head {
     /// Takes the bytes of the head from the front of `bytes`. Returns whether the head is complete.
     fn take(&mut self, bytes: &mut &[u8]) -> bool {
+        if self.length == 0 && bytes.len() >= LONGEST_HEAD {
+            // The usual case, without a branch for each byte. What follows the head is overwritten by the next one.
+            let (head, _) = bytes.split_at(LONGEST_HEAD);
+            self.bytes.copy_from_slice(head);
+            self.length = 2;
+            self.length = self.whole();
+            *bytes = &bytes[self.length..];
+            return true;
+        }
         while self.length < self.whole() {
             let Some((first, rest)) = bytes.split_first() else { return false };
             self.bytes[self.length] = *first;
@@ -118,14 +129,46 @@ impl Position {
     }
 }
 
+/// Bytes that are kept, in pieces. One buffer would have to grow with a long message, which copies it, and allocators
+/// return long buffers to the system sooner, so each long message would cause page faults.
+#[derive(Default)]
+struct Kept {
+    pieces: Vec<Vec<u8>>,
+    length: usize,
+}
+
+impl Kept {
+    fn extend_from_slice(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.pieces.last().is_none_or(|last| last.len() == last.capacity()) {
+                // As long as everything before it, so that a short message does not need a long piece.
+                self.pieces.push(Vec::with_capacity(bytes.len().max(self.length).min(PIECE)));
+            }
+            let Some(last) = self.pieces.last_mut() else { return };
+            let (now, later) = bytes.split_at(bytes.len().min(last.capacity() - last.len()));
+            last.extend_from_slice(now);
+            self.length += now.len();
+            bytes = later;
+        }
+    }
+
+    fn extend(&mut self, other: &Self) {
+        other.pieces.iter().for_each(|piece| self.extend_from_slice(piece));
+    }
+
+    fn to_bytes(&self) -> Bytes {
+        self.pieces.concat().into()
+    }
+}
+
 /// What the handler reads.
 #[derive(Default)]
 pub(super) struct Inbound {
     position: Position,
     /// The bytes that were read of the current frame, if it is incomplete or may have to be read again.
-    frame: BytesMut,
+    frame: Kept,
     /// The data frames that were read of an incomplete message. Control frames between them are left out.
-    message: BytesMut,
+    message: Kept,
     /// The last Ping that was read and not answered yet. It is enough to answer the last one (RFC 6455 section 5.5.3).
     ping: Option<Bytes>,
     state: InboundState,
@@ -165,14 +208,14 @@ impl Inbound {
     /// Keeps the beginning of a frame that is incomplete.
     fn keep(&mut self, taken: &[u8]) {
         self.frame.extend_from_slice(taken);
-        if self.frame.len() + self.message.len() > KEPT_LIMIT {
+        if self.frame.length + self.message.length > KEPT_LIMIT {
             self.lose();
         }
     }
 
     fn lose(&mut self) {
         self.state = InboundState::Lost;
-        (self.frame, self.message) = (BytesMut::new(), BytesMut::new());
+        (self.frame, self.message) = (Kept::default(), Kept::default());
     }
 
     fn end_control(&mut self, head: Head, taken: &[u8]) {
@@ -181,22 +224,22 @@ impl Inbound {
         }
         if head.opcode() == PING {
             self.frame.extend_from_slice(taken);
-            self.ping = Some(self.frame.split().freeze());
+            self.ping = Some(self.frame.to_bytes());
         }
         if head.opcode() == CLOSE {
             self.state = InboundState::Closed;
         }
-        self.frame = BytesMut::new();
+        self.frame = Kept::default();
     }
 
     fn end_data(&mut self, head: Head, taken: &[u8]) {
         if head.is_final() {
             // The handler has the whole message. The buffers are dropped, because an idle WebSocket should have none.
-            (self.frame, self.message) = (BytesMut::new(), BytesMut::new());
+            (self.frame, self.message) = (Kept::default(), Kept::default());
         } else {
             self.keep(taken);
             let frame = std::mem::take(&mut self.frame);
-            self.message.extend_from_slice(&frame);
+            self.message.extend(&frame);
         }
     }
 
@@ -217,10 +260,10 @@ impl Inbound {
     /// The bytes that the handler of the next process has to read again: an unanswered Ping, and what this handler has
     /// read of an incomplete message.
     pub(super) fn unread(self) -> Bytes {
-        let mut unread = BytesMut::from(self.ping.unwrap_or_default());
-        unread.extend_from_slice(&self.message);
-        unread.extend_from_slice(&self.frame);
-        unread.freeze()
+        let Self { ping, mut message, frame, .. } = self;
+        message.pieces.insert(0, ping.unwrap_or_default().into());
+        message.pieces.extend(frame.pieces);
+        message.to_bytes()
     }
 }
 
