@@ -12,12 +12,12 @@
 /// use futures_util::stream::{self, StreamExt};
 /// use outlive::{Resumable, Resumed};
 ///
-/// # struct Response<T>(T, http::Extensions);
+/// # struct Response<T>(T, axum::http::Extensions);
 /// # impl<T> Response<T> {
-/// #     fn new(stream: T) -> Self { Self(stream, http::Extensions::new()) }
-/// #     fn extensions_mut(&mut self) -> &mut http::Extensions { &mut self.1 }
+/// #     fn new(stream: T) -> Self { Self(stream, axum::http::Extensions::new()) }
+/// #     fn extensions_mut(&mut self) -> &mut axum::http::Extensions { &mut self.1 }
 /// # }
-/// fn watch(request: &http::Extensions) -> Response<impl futures_util::Stream<Item = &'static str>> {
+/// fn watch(request: &axum::http::Extensions) -> Response<impl futures_util::Stream<Item = &'static str>> {
 ///     let is_new = request.get::<Resumed>().is_none();
 ///     let first = stream::iter(is_new.then_some("serving"));
 ///     let mut response = Response::new(first.chain(stream::pending()));
