@@ -9,7 +9,8 @@
 //! At short intervals (`takeover/adopter.rs`) the process receives the messages for which there is room by now, and
 //! copies the others with `MSG_PEEK` (`SO_PEEK_OFF` of socket(7)), which returns duplicates of their descriptors. It
 //! serves each connection that is readable or closed by its peer, and closes it after that response. So each of them is
-//! answered soon, however long others stay idle, and none is closed without a response.
+//! answered soon, however long others stay idle, and none is closed without a response. WebSockets and responses without
+//! end are closed in the same way at once, so that their clients reconnect.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -194,9 +195,12 @@ fn count(channel: &OwnedFd) -> usize {
     count
 }
 
-/// Whether a connection has unread bytes, is readable, or is closed by its peer.
+/// Whether a connection has unread bytes, is readable, or is closed by its peer. One whose response has no end cannot wait:
+/// its client sends nothing, and would receive nothing for as long as there are no descriptors.
 fn is_ready(connection: &Connection) -> bool {
-    !connection.unread.is_empty() || polls(connection.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP)
+    connection.has_endless_response()
+        || !connection.unread.is_empty()
+        || polls(connection.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP)
 }
 
 fn is_hung_up(channel: &OwnedFd) -> bool {
@@ -233,9 +237,15 @@ mod tests {
     use super::super::{Origin, pack};
     use super::*;
     use crate::connection::tests::endpoint;
+    use crate::transport::replay::Replay;
 
     /// A channel with one frame of `count` connections, and the clients' ends of these.
     fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {
+        channel_with(count, None)
+    }
+
+    /// As [`channel_of`]. `replay`: the request of each connection, if its response has no end.
+    fn channel_with(count: usize, replay: Option<&Replay>) -> (OwnedFd, Vec<UnixStream>) {
         let (write, read) = channel::pair().expect("could not create a socket pair");
         let (clients, connections): (Vec<_>, Vec<_>) = (0..count)
             .map(|_| {
@@ -246,7 +256,7 @@ mod tests {
                     unread: Bytes::new(),
                     http2: None,
                     tls: None,
-                    replay: None,
+                    replay: replay.cloned().map(Box::new),
                 };
                 (client, connection)
             })
@@ -302,6 +312,17 @@ mod tests {
         drop(clients.remove(0));
         let (_, finished, waiting) = rotate_once(&overflow, LITTLE);
         assert_eq!((finished.len(), waiting), (1, Some(1)));
+    }
+
+    #[test]
+    fn connections_whose_response_has_no_end_do_not_wait() {
+        let head = Bytes::from_static(b"GET / HTTP/1.1\r\n\r\n");
+        let replay = Replay { head, agreement: Bytes::new(), state: Bytes::new() };
+        let (channel, _clients) = channel_with(3, Some(&replay));
+        let overflow = Overflow::default();
+        overflow.keep(channel, ChannelLocation::Store);
+        let (adopted, finished, waiting) = rotate_once(&overflow, LITTLE);
+        assert_eq!((adopted.len(), finished.len(), waiting), (0, 3, Some(0)));
     }
 
     #[test]

@@ -373,6 +373,20 @@ async fn events_over_http2_without_a_pause_stay_within_the_window_over_moves() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_over_http2_of_the_overflow_ends() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut reader = client.events().await;
+    reader.expect(0).await;
+    served.server.enter(Phase::Quiescing);
+    let connection = timeout(PATIENCE, served.server.handover_queue().next()).await;
+    let next = serve(router()).await;
+    next.server.finish(connection.expect("the connection becomes quiescent"));
+    reader.reaches_the_end().await;
+    next.until_connections(0).await;
+}
+
 // ---- gRPC ----
 
 /// A message in the encoding of gRPC.

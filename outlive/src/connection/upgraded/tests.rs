@@ -756,6 +756,18 @@ async fn websocket_of_the_overflow_is_closed_with_1012() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_of_the_overflow_ends() {
+    let served = serve(numbering()).await;
+    let mut reader = Reader::open(&served).await;
+    reader.event().await.expect("the response has not ended");
+    served.server.enter(Phase::Quiescing);
+    let connection = timeout(PATIENCE, served.server.handover_queue().next()).await;
+    let next = serve(numbering()).await;
+    next.server.finish(connection.expect("the connection becomes quiescent"));
+    reader.reaches_the_end().await;
+}
+
 /// What a middleware has encoded cannot be followed.
 #[tokio::test(flavor = "multi_thread")]
 async fn encoded_event_stream_ends_at_the_drain() {
