@@ -131,6 +131,16 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "fuzz-tests")]
+    #[test]
+    fn fuzzed_bytes_do_not_panic_the_decoder() {
+        crate::fuzz::target!("stream_replays").for_each(|bytes| {
+            if let Some(streams) = decode(&Bytes::copy_from_slice(bytes)) {
+                assert_eq!(decode(&encode(&streams).into()), Some(streams));
+            }
+        });
+    }
+
     #[test]
     fn streams_that_are_not_in_order_are_refused() {
         let stream = |stream| StreamReplay {

@@ -333,6 +333,24 @@ mod tests {
         assert_eq!(without_size_updates(&[0x82, 0x20]), &[0x82, 0x20][..]);
     }
 
+    #[cfg(feature = "fuzz-tests")]
+    #[test]
+    fn fuzzed_header_blocks_keep_their_meaning() {
+        crate::fuzz::target!("header_blocks").for_each(|bytes| {
+            for has_body in [false, true] {
+                if !may_have_endless_response(bytes, has_body) {
+                    continue;
+                }
+                let block = without_size_updates(bytes);
+                assert!(may_have_endless_response(&block, has_body));
+                if let Some(next) = with_last_event_id(&block, b"7") {
+                    assert!(may_have_endless_response(&next, has_body));
+                    assert_eq!(with_last_event_id(&next, b"7"), Some(next));
+                }
+            }
+        });
+    }
+
     #[test]
     fn last_event_id_replaces_the_one_before() {
         let first = block(&[("last-event-id", "7"), ("x", "y")]);
