@@ -34,13 +34,13 @@ impl Health for Service {
 
     type WatchStream = BoxStream<'static, Result<HealthCheckResponse, Status>>;
 
-    /// The stream continues in the next process. There it leaves out the current status, because the client has it.
+    /// The stream continues in the next process. There it leaves out the current status, if the client has it.
     async fn watch(
         &self,
         request: Request<HealthCheckRequest>,
     ) -> Result<Response<Self::WatchStream>, Status> {
-        let is_new = request.extensions().get::<Resumed>().is_none();
-        let current = stream::iter(is_new.then_some(Ok(SERVING)));
+        let has_status = request.extensions().get::<Resumed>().is_some_and(|resumed| resumed.messages > 0);
+        let current = stream::iter((!has_status).then_some(Ok(SERVING)));
         let mut response = Response::new(current.chain(stream::pending()).boxed());
         response.extensions_mut().insert(Resumable);
         Ok(response)

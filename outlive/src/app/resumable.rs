@@ -5,11 +5,13 @@
 ///
 /// When the connection has to move, the stream is dropped after a whole message. The next process calls the handler of the
 /// same route with the same request, in whose extensions it finds [`Resumed`], and its messages follow in the same
-/// response. The client receives neither trailers nor a second head. The handler decides which message comes first: one
-/// that watches a value can leave out the value with which a new stream begins, if it has not changed.
+/// response. The client receives neither trailers nor a second head.
+///
+/// The handler has to begin after the messages that the client has received, whose number is in `Resumed`. One that watches
+/// a value can leave out the value with which a new stream begins, if it has not changed.
 ///
 /// ```
-/// use futures_util::stream::{self, StreamExt};
+/// use futures_util::stream::{self, Stream, StreamExt};
 /// use outlive::{Resumable, Resumed};
 ///
 /// # struct Response<T>(T, axum::http::Extensions);
@@ -17,10 +19,9 @@
 /// #     fn new(stream: T) -> Self { Self(stream, axum::http::Extensions::new()) }
 /// #     fn extensions_mut(&mut self) -> &mut axum::http::Extensions { &mut self.1 }
 /// # }
-/// fn watch(request: &axum::http::Extensions) -> Response<impl futures_util::Stream<Item = &'static str>> {
-///     let is_new = request.get::<Resumed>().is_none();
-///     let first = stream::iter(is_new.then_some("serving"));
-///     let mut response = Response::new(first.chain(stream::pending()));
+/// fn count(request: &axum::http::Extensions) -> Response<impl Stream<Item = u64>> {
+///     let begin = request.get::<Resumed>().map_or(0, |resumed| resumed.messages);
+///     let mut response = Response::new(stream::iter(begin..));
 ///     response.extensions_mut().insert(Resumable);
 ///     response
 /// }
@@ -36,6 +37,10 @@
 pub struct Resumable;
 
 /// In the extensions of a request that began in another process, and is answered again because its response was
-/// [`Resumable`] or an [`EventStream`](crate::EventStream).
+/// [`Resumable`].
 #[derive(Clone, Copy, Debug)]
-pub struct Resumed;
+#[non_exhaustive]
+pub struct Resumed {
+    /// How many messages the client has received, from all processes that have answered this request.
+    pub messages: u64,
+}

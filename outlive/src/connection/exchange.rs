@@ -129,12 +129,12 @@ impl Service {
         let body = match &begun {
             // A call in gRPC; the others are event streams, whose requests have no body.
             Begun::Here if head.method == Method::POST => Some(KeptBody::default()),
-            Begun::Elsewhere { body, .. } if head.method == Method::POST => Some(KeptBody::whole(body)),
+            Begun::Elsewhere { body, messages, .. } if head.method == Method::POST => {
+                head.extensions.insert(Resumed { messages: *messages });
+                Some(KeptBody::whole(body))
+            }
             Begun::Here | Begun::Elsewhere { .. } => None,
         };
-        if begun != Begun::Here {
-            head.extensions.insert(Resumed);
-        }
         Some(Offered::Stream(OfferedStream {
             streams: streams.clone(),
             stream,
@@ -249,7 +249,11 @@ impl OfferedStream {
                 let is_endless =
                     response.extensions().get::<Resumable>().is_some() && response.status() == StatusCode::OK;
                 let agreement = replay::agreement_of_grpc(response.headers());
-                (is_endless, agreement, Content::Grpc(Messages::default(), body))
+                let messages = match &begun {
+                    Begun::Here => 0,
+                    Begun::Elsewhere { messages, .. } => *messages,
+                };
+                (is_endless, agreement, Content::Grpc(Messages::after(messages), body))
             }
         };
         let is_replay = begun != Begun::Here;

@@ -30,6 +30,8 @@ pub struct StreamReplay {
     /// The body of the request. The next process gives it to the handler without HTTP/2 in between, because its bytes would
     /// count in the windows.
     pub body: Bytes,
+    /// How many messages of the response the client has received, in all processes; 0 for an event stream.
+    pub messages: u64,
 }
 
 /// What a response without end consists of.
@@ -46,14 +48,15 @@ impl StreamReplay {
 }
 
 /// Encoded as a version (1 byte), and for each stream the length of all that follows (4 bytes), its number (4 bytes), its
-/// window (8 bytes), and three times a length (4 bytes) and as many bytes. Fields of later releases may follow in each stream.
+/// window (8 bytes), the number of messages (8 bytes), and three times a length (4 bytes) and as many bytes. Fields of later releases may follow in each stream.
 /// Numbers are little-endian.
 pub fn encode(streams: &[StreamReplay]) -> Vec<u8> {
     let mut bytes = vec![VERSION];
-    for StreamReplay { stream, send_window, block, agreement, body } in streams {
-        let mut one = Vec::with_capacity(24 + block.len() + agreement.len() + body.len());
+    for StreamReplay { stream, send_window, block, agreement, body, messages } in streams {
+        let mut one = Vec::with_capacity(32 + block.len() + agreement.len() + body.len());
         one.put_u32_le(*stream);
         one.put_i64_le(*send_window);
+        one.put_u64_le(*messages);
         for part in [block, agreement, body] {
             put_part(part, &mut one);
         }
@@ -76,9 +79,10 @@ pub fn decode(bytes: &Bytes) -> Option<Vec<StreamReplay>> {
     }
     let mut streams: Vec<StreamReplay> = Vec::new();
     while rest.has_remaining() {
-        let mut one = take_part(&mut rest, 24 + 4 * PART_LIMIT)?;
+        let mut one = take_part(&mut rest, 32 + 4 * PART_LIMIT)?;
         let stream = one.try_get_u32_le().ok()?;
         let send_window = one.try_get_i64_le().ok()?;
+        let messages = one.try_get_u64_le().ok()?;
         let mut part = || take_part(&mut one, PART_LIMIT);
         let (block, agreement, body) = (part()?, part()?, part()?);
         let is_next = stream % 2 == 1
@@ -88,7 +92,7 @@ pub fn decode(bytes: &Bytes) -> Option<Vec<StreamReplay>> {
         if !is_next || !(-WINDOW_LIMIT..=WINDOW_LIMIT).contains(&send_window) {
             return None;
         }
-        streams.push(StreamReplay { stream, send_window, block, agreement, body });
+        streams.push(StreamReplay { stream, send_window, block, agreement, body, messages });
     }
     Some(streams)
 }
@@ -106,11 +110,12 @@ mod tests {
 
     fn streams() -> impl Strategy<Value = Vec<StreamReplay>> {
         let part = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
-        let one = (-WINDOW_LIMIT..=WINDOW_LIMIT, part(), part(), part());
+        let one = (-WINDOW_LIMIT..=WINDOW_LIMIT, any::<u64>(), part(), part(), part());
         prop::collection::btree_map(0..1_u32 << 30, one, 0..5).prop_map(|streams| {
-            let streams = streams.into_iter().map(|(number, (send_window, block, agreement, body))| {
-                StreamReplay { stream: number * 2 + 1, send_window, block, agreement, body }
-            });
+            let streams =
+                streams.into_iter().map(|(number, (send_window, messages, block, agreement, body))| {
+                    StreamReplay { stream: number * 2 + 1, send_window, block, agreement, body, messages }
+                });
             streams.collect()
         })
     }
@@ -149,6 +154,7 @@ mod tests {
             block: Bytes::new(),
             agreement: Bytes::new(),
             body: Bytes::new(),
+            messages: 0,
         };
         for (numbers, is_valid) in [(&[1, 3][..], true), (&[3, 1], false), (&[3, 3], false), (&[2], false)] {
             let streams: Vec<_> = numbers.iter().map(|number| stream(*number)).collect();
@@ -164,6 +170,7 @@ mod tests {
             block: Bytes::new(),
             agreement: Bytes::new(),
             body: Bytes::new(),
+            messages: 0,
         };
         assert_eq!(decode(&encode(&[stream]).into()), None);
     }

@@ -321,7 +321,10 @@ fn grpcio_keeps_its_channel_and_its_stream(systemd: Systemd) {
     };
     let rounds = ROUNDS as u64;
     // The stream continues in each process, and repeats no message.
-    assert!(answered > rounds && (lost, messages, ended) == (0, 1, 0), "{answered} {lost} {messages} {ended}");
+    assert!(
+        answered > rounds && (lost, messages, ended) == (0, 1, 0),
+        "{answered} {lost} {messages} {ended}"
+    );
 }
 
 /// The addresses of the clients' ends of the established connections to a port (proc(5)).

@@ -73,6 +73,8 @@ pub enum Begun {
         agreement: Bytes,
         /// The body of its request.
         body: Bytes,
+        /// How many messages of its response the client has received.
+        messages: u64,
     },
 }
 
@@ -83,6 +85,8 @@ pub struct Continuation {
     pub agreement: Bytes,
     /// The body of its request.
     pub body: Bytes,
+    /// How many messages of its response were sent.
+    pub messages: u64,
 }
 
 /// What the body of an endless response does next.
@@ -107,8 +111,8 @@ impl EndlessStreams {
 
     /// A stream continues that began in another process. `assumed` is the window that h2 assumes.
     pub fn resume(&self, replay: StreamReplay, assumed: i64) {
-        let StreamReplay { stream, send_window, block, agreement, body } = replay;
-        let begun = Begun::Elsewhere { agreement, body };
+        let StreamReplay { stream, send_window, block, agreement, body, messages } = replay;
+        let begun = Begun::Elsewhere { agreement, body, messages };
         self.add(stream, block, send_window, assumed - send_window, begun);
     }
 
@@ -167,9 +171,9 @@ impl EndlessStreams {
     pub fn take_stopped(&self) -> Vec<StreamReplay> {
         let streams = std::mem::take(&mut lock(&self.0).streams);
         let stopped = streams.into_iter().filter_map(|stream| match stream.response {
-            Response::Stopped(Continuation { block, agreement, body }) => {
+            Response::Stopped(Continuation { block, agreement, body, messages }) => {
                 let EndlessStream { stream, window: send_window, .. } = stream;
-                Some(StreamReplay { stream, send_window, block, agreement, body })
+                Some(StreamReplay { stream, send_window, block, agreement, body, messages })
             }
             Response::Unrequested(_) | Response::Awaited | Response::Open => None,
         });

@@ -20,14 +20,26 @@ pub struct Messages {
     have: usize,
     /// How many bytes of the message are missing.
     left: usize,
+    /// How many messages are complete.
+    count: u64,
 }
 
 impl Messages {
+    /// The messages after the first `count`.
+    pub fn after(count: u64) -> Self {
+        Self { count, ..Self::default() }
+    }
+
+    pub fn count(&self) -> u64 {
+        self.count
+    }
+
     pub fn follow(&mut self, mut chunk: &[u8]) {
         while !chunk.is_empty() {
             if self.left > 0 {
                 let length = self.left.min(chunk.len());
                 self.left -= length;
+                self.count += u64::from(self.left == 0);
                 chunk = &chunk[length..];
                 continue;
             }
@@ -39,6 +51,7 @@ impl Messages {
                 let [_, length @ ..] = self.prefix;
                 self.left = u32::from_be_bytes(length) as usize;
                 self.have = 0;
+                self.count += u64::from(self.left == 0);
             }
         }
     }
@@ -107,6 +120,8 @@ mod tests {
             let mut messages = Messages::default();
             messages.follow(&bytes[..cut]);
             prop_assert_eq!(messages.is_between_messages(), ends.contains(&cut));
+            let whole = ends.iter().filter(|end| **end <= cut).count() - 1;
+            prop_assert_eq!(messages.count(), whole as u64);
             for byte in &bytes[cut..] {
                 messages.follow(&[*byte]);
             }

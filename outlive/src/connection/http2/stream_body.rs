@@ -122,14 +122,14 @@ impl Content {
         if !self.is_whole() {
             return None;
         }
-        let (block, body) = match self {
+        let (block, body, messages) = match self {
             Self::Events(events) => match events.last_id() {
-                LastId::None => (block.clone(), Bytes::new()),
-                LastId::Id(id) => (with_last_event_id(block, id)?, Bytes::new()),
+                LastId::None => (block.clone(), Bytes::new(), 0),
+                LastId::Id(id) => (with_last_event_id(block, id)?, Bytes::new(), 0),
                 LastId::Unknown => return None,
             },
-            Self::Grpc(_, body) => (block.clone(), body.get()?),
+            Self::Grpc(messages, body) => (block.clone(), body.get()?, messages.count()),
         };
-        Some(Continuation { block, agreement: agreement.clone(), body })
+        Some(Continuation { block, agreement: agreement.clone(), body, messages })
     }
 }

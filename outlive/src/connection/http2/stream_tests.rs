@@ -397,9 +397,14 @@ fn message(text: &str) -> Bytes {
 
 /// Answers with the request, then with one message in each millisecond. In another process it goes on with "resumed".
 async fn watch(request: axum::extract::Request) -> Response {
-    let is_new = request.extensions().get::<Resumed>().is_none();
+    let resumed = request.extensions().get::<Resumed>().copied();
     let asked = axum::body::to_bytes(request.into_body(), usize::MAX).await.expect("the body arrives");
-    let first = if is_new { asked.clone() } else { [&message("resumed"), &asked[..]].concat().into() };
+    let first = match resumed {
+        Some(Resumed { messages, .. }) => {
+            [&message(&format!("resumed after {messages}")), &asked[..]].concat().into()
+        }
+        None => asked.clone(),
+    };
     let others = async |()| {
         tokio::time::sleep(Duration::from_millis(1)).await;
         Some((Ok::<_, Infallible>(message("tick")), ()))
@@ -465,17 +470,20 @@ async fn resumable_grpc_stream_is_answered_again_with_its_request_after_each_mov
     let mut client = Client::of(&served).await;
     let mut call = Call::begin(&mut client, "what I ask").await;
     assert_eq!(call.message().await.as_deref(), Some("what I ask"));
+    let mut received = 1;
     for number in 0..20 {
         assert_eq!(call.message().await.as_deref(), Some("tick"));
+        received += 1;
         served = moved(served, grpc()).await;
         let resumed = loop {
             match call.message().await.expect("the response has not ended") {
-                tick if tick == "tick" => {}
+                tick if tick == "tick" => received += 1,
                 other => break other,
             }
         };
-        assert_eq!(resumed, "resumed");
+        assert_eq!(resumed, format!("resumed after {received}"));
         assert_eq!(call.message().await.as_deref(), Some("what I ask"));
+        received += 2;
         client.plain(number).await;
     }
 }

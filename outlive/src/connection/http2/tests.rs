@@ -425,7 +425,12 @@ impl H2 {
         let Some(stream) = self.events.keys().copied().filter(answered).nth(which % 3) else { return };
         let continuation = || {
             let block = Bytes::from_static(&EVENTS[1..]);
-            Some(Continuation { block, agreement: Bytes::from_static(AGREEMENT), body: Bytes::new() })
+            Some(Continuation {
+                block,
+                agreement: Bytes::from_static(AGREEMENT),
+                body: Bytes::new(),
+                messages: 0,
+            })
         };
         match self.endless.poll_body(stream, &Context::from_waker(Waker::noop()), true, continuation) {
             BodyTurn::Polls(room) => {
