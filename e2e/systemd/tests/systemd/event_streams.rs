@@ -82,7 +82,7 @@ fn event_streams_lose_no_event_over_restarts_and_reloads(systemd: Systemd) {
 fn http2_event_stream_ends_before_a_release_that_cannot_adopt_it(systemd: Systemd) {
     let certificate = Certificate::new().expect("the certificate is created");
     let container = Arc::new(boot_with_tls(systemd, &certificate));
-    let older = release_without(&container, "takes-http2-event-streams");
+    let older = release_without(&container, &["takes-http2-event-streams"]);
     let targets = [Container::target(), tls_target(&certificate, "h2")];
     for verb in ["restart", "reload"] {
         container.replace_binary(app_binary().as_ref()).expect("the binary is replaced");
