@@ -68,9 +68,11 @@ pub enum MessageType {
     /// From the successor: it has started, and can serve after `Commit`. The text says whether it adopts HTTP/2 and
     /// TLS connections.
     Ready,
-    /// From the predecessor: the successor has to accept connections from now on.
+    /// From the predecessor: the successor has to accept connections from now on. The text says whether the predecessor
+    /// hands open HTTP/2 streams over.
     Commit,
-    /// From the successor: it accepts connections.
+    /// From the successor: it accepts connections. The text says which connections it adopts besides those that the text
+    /// of `Ready` says.
     Accepting,
     /// From the predecessor: the successor is the main process of the service.
     Main,

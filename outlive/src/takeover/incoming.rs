@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT};
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, Listener, SocketFiles};
 use crate::observe::status::Status;
@@ -85,7 +85,7 @@ impl PredecessorLink {
     pub async fn commit(self) -> Result<Committed> {
         let Self { channel, outcome, me, deadline } = self;
         match ask_to_commit(channel, me, deadline).await {
-            Ok(channel) => Ok(Committed { channel, outcome, me }),
+            Ok((channel, adopts)) => Ok(Committed { channel, outcome, me, adopts }),
             Err(error) => {
                 outcome.failed(&format!("{error:#}"));
                 Err(error)
@@ -100,7 +100,8 @@ impl PredecessorLink {
     }
 }
 
-async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<Channel> {
+/// Returns also the text of `Accepting` that the predecessor expects.
+async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<(Channel, &'static str)> {
     let channel = Channel::new(channel)?;
     channel
         .send_text(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS)
@@ -108,7 +109,10 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
         .context("could not send Ready to the predecessor")?;
     let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
-        Some(frame) if frame.message_type == MessageType::Commit => Ok(channel),
+        Some(frame) if frame.message_type == MessageType::Commit => {
+            let hands_streams_over = frame.text == ADOPTS_STREAMS;
+            Ok((channel, if hands_streams_over { ADOPTS_STREAMS } else { ADOPTS_UPGRADES }))
+        }
         Some(frame) if frame.message_type == MessageType::Refused => bail!("{}", frame.text),
         Some(frame) => {
             bail!("protocol error: expected Commit from the predecessor, got {:?}", frame.message_type)
@@ -122,6 +126,8 @@ pub struct Committed {
     channel: Channel,
     outcome: ResultPipe,
     me: Origin,
+    /// The text of `Accepting`.
+    adopts: &'static str,
 }
 
 impl Committed {
@@ -129,8 +135,8 @@ impl Committed {
     /// main process of the service; the caller then reports the success through the returned pipe. `gone` is cancelled
     /// when the predecessor has exited.
     pub async fn take_over(self, server: Server, status: Arc<Status>, gone: CancellationToken) -> ResultPipe {
-        let Self { channel, outcome, me } = self;
-        if let Err(error) = channel.send_text(MessageType::Accepting, me, ADOPTS_UPGRADES).await {
+        let Self { channel, outcome, me, adopts } = self;
+        if let Err(error) = channel.send_text(MessageType::Accepting, me, adopts).await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();

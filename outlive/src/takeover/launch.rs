@@ -136,7 +136,7 @@ impl Program {
 
 /// Which connections the release in a binary can adopt: all if it is the binary of this process. All too for a file that
 /// is not an ELF binary, because a script that starts the service does not contain the texts.
-pub(super) fn adopts(path: &Path) -> io::Result<Protocols> {
+fn adopts(path: &Path) -> io::Result<Protocols> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {

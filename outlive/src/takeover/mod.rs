@@ -68,8 +68,9 @@ const ADOPTS_HTTP2_AND_TLS: &str = "takes-http2-and-tls";
 /// The text of `Accepting` from a successor that adopts upgraded connections too; earlier releases send no text. As
 /// [`ADOPTS_HTTP2_AND_TLS`], it is searched for in a binary, and must not change.
 const ADOPTS_UPGRADES: &str = "takes-upgraded-connections";
-/// A text that the binary of a release contains if it adopts open HTTP/2 streams too. It is in no message, because the
-/// releases before expect the exact text above. It must not change.
+/// The text of `Commit` from a predecessor that hands open HTTP/2 streams over, and of `Accepting` as the answer to it from
+/// a successor that adopts them. A predecessor before these releases sends no text, and expects the exact text above. As
+/// the others, it is searched for in a binary, and must not change.
 const ADOPTS_STREAMS: &str = "takes-http2-event-streams";
 
 /// The name of the credentials directory among the names of the listeners in the message `Listeners`.

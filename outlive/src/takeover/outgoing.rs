@@ -6,7 +6,6 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::PathBuf;
 use std::pin::{Pin, pin};
 use std::time::Duration;
 
@@ -15,10 +14,10 @@ use bytes::Bytes;
 use tokio::time::timeout;
 use tracing::{error, info};
 
-use super::launch::{Program, adopts};
+use super::launch::Program;
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
 use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
 use crate::listeners::Listener;
 use crate::observe::log::message_id;
@@ -136,7 +135,10 @@ async fn refuse(channel: &Channel, generation: u64) {
 /// exited.
 async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<PreparedSuccessor> {
     match timeout(bundle.limit, prepare(bundle, &channel, Parent::Unknown)).await {
-        Ok(prepared) => Ok(prepared?.with(channel)),
+        Ok(prepared) => {
+            let (process, adopts) = prepared?;
+            Ok(PreparedSuccessor { channel, process, adopts })
+        }
         Err(_) => bail!("the successor was not ready within --takeover-timeout"),
     }
 }
@@ -150,7 +152,7 @@ async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> 
     let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
     let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
     let reason = match timeout(limit, prepare(bundle, &channel, Parent::ServiceManager)).await {
-        Ok(Ok(prepared)) => return Ok(prepared.with(channel)),
+        Ok(Ok((process, adopts))) => return Ok(PreparedSuccessor { channel, process, adopts }),
         Ok(Err(reason)) => reason,
         Err(_) => anyhow!("the successor was not ready within --takeover-timeout"),
     };
@@ -169,24 +171,12 @@ enum Parent {
     ServiceManager,
 }
 
-/// A successor that has sent `Ready`.
-struct Prepared {
-    process: ProcessHandle,
-    /// What its messages say that it adopts.
-    adopts: Protocols,
-    /// What its binary says that it adopts.
-    in_binary: Protocols,
-}
-
-impl Prepared {
-    fn with(self, channel: Channel) -> PreparedSuccessor {
-        let Self { process, adopts, in_binary } = self;
-        PreparedSuccessor { channel, process, adopts, in_binary }
-    }
-}
-
 /// Exchanges the messages up to `Ready`.
-async fn prepare(bundle: &SuccessorBundle, channel: &Channel, mut parent: Parent) -> Result<Prepared> {
+async fn prepare(
+    bundle: &SuccessorBundle,
+    channel: &Channel,
+    mut parent: Parent,
+) -> Result<(ProcessHandle, Protocols)> {
     let origin = Origin::now(bundle.generation);
     let mut successor = None;
     while successor.is_none() || parent == Parent::Unknown {
@@ -195,32 +185,27 @@ async fn prepare(bundle: &SuccessorBundle, channel: &Channel, mut parent: Parent
             MessageType::Hello => {
                 let pid =
                     frame.text.parse::<u32>().map_err(anyhow::Error::from).and_then(ProcessHandle::open);
-                let process = pid.context("could not identify the successor")?;
-                let path = PathBuf::from(format!("/proc/{}/exe", process.pid()));
-                // A successor whose binary cannot be read counts as an earlier release.
-                let in_binary =
-                    tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::Upgrades));
-                successor = Some((process, in_binary));
+                successor = Some(pid.context("could not identify the successor")?);
             }
             MessageType::Go => parent = Parent::ServiceManager,
             other => bail!("protocol error: expected Hello from the successor, got {other:?}"),
         }
     }
-    let (process, in_binary) = successor.context("protocol error: no Hello from the successor")?;
+    let successor = successor.context("protocol error: no Hello from the successor")?;
     systemd::reloading(&format!(
         "reloading: generation {} starts as pid {}",
         bundle.generation + 1,
-        process.pid()
+        successor.pid()
     ));
     let watchdog = bundle.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
     channel.send(MessageType::Listeners, origin, &bundle.fds, &watchdog).await?;
     let ready = expect(channel, MessageType::Ready).await?;
-    // `Accepting` says whether it also adopts upgraded connections.
+    // `Accepting` says whether it also adopts upgraded connections and open HTTP/2 streams.
     let adopts = match ready.text.as_str() {
         ADOPTS_HTTP2_AND_TLS => Protocols::Http2AndTls,
         _ => Protocols::PlainHttp1,
     };
-    Ok(Prepared { process, adopts, in_binary: in_binary.await? })
+    Ok((successor, adopts))
 }
 
 /// A successor that has sent `Ready`, and can serve as soon as it receives `Commit`.
@@ -228,8 +213,6 @@ pub struct PreparedSuccessor {
     channel: Channel,
     process: ProcessHandle,
     adopts: Protocols,
-    /// See [`Prepared`].
-    in_binary: Protocols,
 }
 
 /// A successor that serves, and adopts the connections of this process.
@@ -270,7 +253,7 @@ impl PreparedSuccessor {
                 committed = &mut committed => break committed,
             }
         };
-        let successor = committed.map(|Self { channel, process, adopts, .. }| {
+        let successor = committed.map(|Self { channel, process, adopts }| {
             // Without a service manager, only this process received the stop signal, so it passes the signal on.
             if stop_signals > 0 && !systemd::is_reachable() {
                 process.terminate();
@@ -285,14 +268,19 @@ impl PreparedSuccessor {
     async fn hand_main_over(mut self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
-            self.channel.send_text(MessageType::Commit, origin, "").await?;
+            self.channel.send_text(MessageType::Commit, origin, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
         let answer = answer.context("the successor did not answer Commit in time").flatten();
-        let is_newest = self.adopts == Protocols::Http2AndTls;
-        if is_newest && answer.as_ref().is_ok_and(|accepting| accepting.text == ADOPTS_UPGRADES) {
-            self.adopts = self.in_binary.max(Protocols::Upgrades);
+        if self.adopts == Protocols::Http2AndTls
+            && let Ok(accepting) = &answer
+        {
+            self.adopts = match accepting.text.as_str() {
+                ADOPTS_STREAMS => Protocols::All,
+                ADOPTS_UPGRADES => Protocols::Upgrades,
+                _ => Protocols::Http2AndTls,
+            };
         }
         if let Err(reason) = answer {
             // Killed before its channel is closed, because the successor would take a closed channel for the exit of

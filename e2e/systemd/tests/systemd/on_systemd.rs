@@ -870,15 +870,17 @@ fn reloads_under_https_and_http2_close_no_connection(systemd: Systemd) {
     assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
 }
 
-/// A release as it was before it announced with this text what it adopts.
-pub fn release_without(container: &Container, text: &str) -> tempfile::NamedTempFile {
+/// A release as it was before it announced with these texts what it adopts.
+pub fn release_without(container: &Container, texts: &[&str]) -> tempfile::NamedTempFile {
     let mut binary = std::fs::read(container.binary()).expect("the binary is readable");
-    let is_text = |place: &(usize, &[u8])| place.1 == text.as_bytes();
-    let places: Vec<usize> =
-        binary.windows(text.len()).enumerate().filter(is_text).map(|(place, _)| place).collect();
-    assert!(!places.is_empty(), "{text}");
-    for at in places {
-        binary[at..at + text.len()].fill(b'-');
+    for text in texts {
+        let is_text = |place: &(usize, &[u8])| place.1 == text.as_bytes();
+        let places: Vec<usize> =
+            binary.windows(text.len()).enumerate().filter(is_text).map(|(place, _)| place).collect();
+        assert!(!places.is_empty(), "{text}");
+        for at in places {
+            binary[at..at + text.len()].fill(b'-');
+        }
     }
     let mut release = tempfile::NamedTempFile::new().expect("the file is created");
     release.write_all(&binary).expect("the file is written");
@@ -895,7 +897,7 @@ fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Syste
         https(certificate.client(&["http/1.1"]).expect("the client configuration is valid")),
         https(certificate.client(&["h2"]).expect("the client configuration is valid")),
     );
-    let older = release_without(&container, "takes-http2-and-tls");
+    let older = release_without(&container, &["takes-http2-and-tls"]);
     let newer = std::path::Path::new(app_binary());
     for verb in ["reload", "restart"] {
         let moving = Load { clients: 5, ..Load::saturating(&Container::target()) }.start(container.enter());
