@@ -217,24 +217,27 @@ impl Connection {
 
     async fn chunks(&mut self) -> Result<Vec<u8>> {
         let mut body = Vec::new();
-        loop {
-            let line = loop {
-                if let Some(end) = self.buffer.windows(2).position(|two| two == b"\r\n") {
-                    let line: Vec<u8> = self.buffer.drain(..end + 2).collect();
-                    break String::from_utf8_lossy(&line).trim().to_owned();
-                }
-                if self.read_more().await? == 0 {
-                    bail!("closed inside a chunked answer");
-                }
-            };
-            let length = usize::from_str_radix(&line, 16).with_context(|| format!("chunk size {line:?}"))?;
-            let mut chunk = self.take(length + 2).await?;
-            chunk.truncate(length);
-            if length == 0 {
-                return Ok(body);
-            }
+        while let Some(mut chunk) = self.chunk().await? {
             body.append(&mut chunk);
         }
+        Ok(body)
+    }
+
+    /// Reads the next chunk of a chunked body; `None` at its end.
+    pub async fn chunk(&mut self) -> Result<Option<Vec<u8>>> {
+        let line = loop {
+            if let Some(end) = self.buffer.windows(2).position(|two| two == b"\r\n") {
+                let line: Vec<u8> = self.buffer.drain(..end + 2).collect();
+                break String::from_utf8_lossy(&line).trim().to_owned();
+            }
+            if self.read_more().await? == 0 {
+                bail!("closed inside a chunked answer");
+            }
+        };
+        let length = usize::from_str_radix(&line, 16).with_context(|| format!("chunk size {line:?}"))?;
+        let mut chunk = self.take(length + 2).await?;
+        chunk.truncate(length);
+        Ok((length > 0).then_some(chunk))
     }
 
     /// Begins a request that is in flight until [`release`](Self::release): a POST without the second half of its body.
@@ -314,6 +317,16 @@ impl Http2 {
         let response = response.await?;
         ensure!(response.status() == 200, "status {}", response.status());
         Ok(HeldStream { sending, body: response.into_body() })
+    }
+
+    /// Requests /events; returns the body when the response has begun.
+    pub async fn events(&mut self) -> Result<RecvStream> {
+        let request = http::Request::get("https://localhost/events").header("accept", "text/event-stream");
+        poll_fn(|cx| self.sender.poll_ready(cx)).await?;
+        let (response, _) = self.sender.send_request(request.body(())?, true)?;
+        let response = response.await?;
+        ensure!(response.status() == 200, "status {}", response.status());
+        Ok(response.into_body())
     }
 
     async fn ask(

@@ -2,8 +2,9 @@
 //!
 //! - [`container`] boots a real systemd with the service installed; [`service`] and [`tls_service`] start the binary
 //!   without systemd, with a socket passed to it or with listeners of its own.
-//! - [`client`] has clients for HTTP/1.1 and HTTP/2 that never retry; [`load`] runs many of them and reports lost
-//!   requests and closed connections; [`verbs`] restarts or reloads the service under a load.
+//! - [`client`] has clients for HTTP/1.1 and HTTP/2 that never retry, and [`events`] one for an event stream; [`load`]
+//!   runs many clients and reports lost requests and closed connections; [`verbs`] restarts or reloads the service under
+//!   a load.
 //! - [`binaries`], [`certificate`], [`debian`] and [`release`] make what is installed: the binary, a certificate,
 //!   packages, and bad releases.
 //! - [`frames`] writes frames of the handover channel, valid and invalid; [`process`] ends child processes with the
@@ -14,6 +15,7 @@ pub mod certificate;
 pub mod client;
 pub mod container;
 pub mod debian;
+pub mod events;
 pub mod frames;
 pub mod load;
 pub mod process;
