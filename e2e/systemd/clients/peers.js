@@ -2,6 +2,7 @@
 // of these functions.
 
 const SERVICE = "127.0.0.1:8080";
+const TLS = "https://127.0.0.1:8443";
 const TEST = "http://127.0.0.1:9000";
 
 // Sends a report to the test, and waits for the response.
@@ -10,9 +11,9 @@ async function report(what) {
   return answer.text();
 }
 
-async function byFetch(path, body) {
+async function byFetch(path, body, origin = `http://${SERVICE}`) {
   const method = body === undefined ? "GET" : "POST";
-  const answer = await fetch(`http://${SERVICE}${path}`, { method, body, cache: "no-store" });
+  const answer = await fetch(`${origin}${path}`, { method, body, cache: "no-store" });
   return [answer.status, await answer.text()];
 }
 
@@ -34,51 +35,54 @@ function byAgent() {
   });
 }
 
-// Sends requests on `clients` connections until the test answers the second report. Never sends a request twice.
+// A function that sends one request, never twice, and counts whether the right response arrives.
+const counting = (counts, ask) => async (path, body, isRight) => {
+  try {
+    const [status, text] = await ask(path, body);
+    if (status !== 200 || !isRight(text)) throw new Error(`${path}: ${status} ${text}`);
+    counts.answered += 1;
+  } catch (error) {
+    counts.lost.push(`${error} ${error.cause ?? ""}`);
+  }
+};
+
+// A request that ends at once, and one with a body; a pause after each, because Node releases a connection only after it
+// has delivered the end of the response. The next request, if sent at once, would open another connection.
+async function twoRequests(one) {
+  const body = "x".repeat(1024);
+  const pause = () => new Promise((resolve) => { setTimeout(resolve, 20); });
+  await one("/", undefined, (text) => text.startsWith("pid "));
+  await pause();
+  await one("/echo", body, (text) => text === body);
+  await pause();
+}
+
+// Sends requests on `clients` connections until the test answers the second report.
 async function requests(clients, ask) {
   const counts = { answered: 0, lost: [] };
-  const one = async (path, body, isRight) => {
-    try {
-      const [status, text] = await ask(path, body);
-      if (status !== 200 || !isRight(text)) throw new Error(`${path}: ${status} ${text}`);
-      counts.answered += 1;
-    } catch (error) {
-      counts.lost.push(`${error} ${error.cause ?? ""}`);
-    }
-  };
-  const body = "x".repeat(1024);
+  const one = counting(counts, ask);
   const all = (work) => Promise.all(Array.from({ length: clients }, work));
   do {
     // At the same time, so that each request needs its own connection.
     await all(() => one("/sleep?duration=300ms", undefined, (text) => text === "slept 300ms\n"));
   } while (await report("connected") === "again");
   let isOver = false;
-  // A pause after each request, because Node releases a connection only after it has delivered the end of the response.
-  // The next request, if sent at once, would open another connection.
-  const pause = () => new Promise((resolve) => { setTimeout(resolve, 20); });
-  const running = all(async () => {
-    while (!isOver) {
-      await one("/", undefined, (text) => text.startsWith("pid "));
-      await pause();
-      await one("/echo", body, (text) => text === body);
-      await pause();
-    }
-  });
+  const running = all(async () => { while (!isOver) await twoRequests(one); });
   await report("asking");
   isOver = true;
   await running;
   await report(counts);
 }
 
-// An event stream. Reports the counts after each event, and at the end of the connection.
-function events() {
+// An event stream. Reports the counts after each event, and at the end of the connection, with what `more` returns.
+function events(origin = `http://${SERVICE}`, more = () => ({})) {
   const counts = { opened: 0, ended: 0, events: 0, missed_or_repeated: 0 };
   let reports = Promise.resolve();
   const reportInOrder = () => {
-    const now = { ...counts };
+    const now = { ...counts, ...more() };
     reports = reports.then(() => report(now));
   };
-  const source = new EventSource(`http://${SERVICE}/events`);
+  const source = new EventSource(`${origin}/events`);
   source.onopen = () => { counts.opened += 1; };
   source.onerror = () => {
     counts.ended += 1;
@@ -89,6 +93,19 @@ function events() {
     counts.events += 1;
     reportInOrder();
   };
+}
+
+// An event stream over TLS, and `clients` other requests at a time. The first request ends before the others begin, as the
+// one for a page does. Until the browser has received the settings of the service, its requests refer to one another
+// (HPACK), and an event stream among them could not continue in another process.
+async function eventsBesideRequests(clients) {
+  const requests = { answered: 0, lost: [] };
+  const one = counting(requests, (path, body) => byFetch(path, body, TLS));
+  await twoRequests(one);
+  events(TLS, () => ({ requests: { ...requests } }));
+  for (let client = 0; client < clients; client += 1) {
+    (async () => { for (;;) await twoRequests(one); })();
+  }
 }
 
 // A WebSocket. Reports each echo, after which it sends the next message, and the end of the connection.

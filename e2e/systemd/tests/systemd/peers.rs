@@ -7,15 +7,17 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use serde_json::{Value, json};
+use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
 use testkit::verbs::iterations;
-use testkit::wait_until;
+use testkit::{TEST_TIMEOUT, wait_until};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
 
-use crate::{app_package, third_party_clients};
+use crate::{app_package, boot_with_tls, third_party_clients};
 
 /// Where a proxy listens.
 const FRONT: ([u8; 4], u16) = ([127, 0, 0, 1], 8000);
@@ -199,17 +201,25 @@ fn fetch_in_chromium_loses_nothing_and_keeps_its_connections() {
     run_requests("requests(CONNECTIONS, byFetch)", Engine::Chromium);
 }
 
-/// The page reports each event. At least one of them arrives before the first verb and between two verbs.
+#[test]
+fn an_event_source_in_node_stays_open() {
+    run_event_source(Engine::Node);
+}
+
 #[test]
 fn an_event_source_in_chromium_stays_open() {
+    run_event_source(Engine::Chromium);
+}
+
+/// The script reports each event. At least one of them arrives before the first verb and between two verbs.
+fn run_event_source(engine: Engine) {
     let container = boot();
     container.inside(|| async {
-        let script = Script::start(&container, "events()", Engine::Chromium).await;
+        let script = Script::start(&container, "events()", engine).await;
         let mut verbs = verbs();
         for events in 1.. {
             let (counts, waiting) = script.report().await;
-            let wanted = json!({ "opened": 1, "ended": 0, "events": events, "missed_or_repeated": 0 });
-            assert_eq!(counts, wanted);
+            assert_eq!(counts, events_in_one_response(events));
             let Some(verb) = verbs.next() else { break };
             container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             answer(waiting, "").await;
@@ -217,12 +227,58 @@ fn an_event_source_in_chromium_stays_open() {
     });
 }
 
-/// The page sends one message before the first verb and one after each.
+fn events_in_one_response(events: u32) -> Value {
+    json!({ "opened": 1, "ended": 0, "events": events, "missed_or_repeated": 0 })
+}
+
+/// Over HTTP/2, because a browser uses that over TLS. The one connection proves it: over HTTP/1.1 no request could be
+/// answered on the connection of an open event stream.
+#[test]
+fn an_event_source_over_http2_in_chromium_stays_open_beside_requests() {
+    let certificate = Certificate::new().expect("the certificate is created");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    container.inside(|| async {
+        let call = format!("eventsBesideRequests({CONNECTIONS})");
+        let script = Script::start(&container, &call, Engine::Chromium).await;
+        let mut verbs = verbs();
+        let mut first = None;
+        for events in 1.. {
+            let (mut counts, waiting) = script.report().await;
+            let requests = counts.as_object_mut().and_then(|counts| counts.remove("requests"));
+            let requests = requests.expect("the page reports them");
+            assert_eq!(counts, events_in_one_response(events), "{requests}");
+            assert_eq!(requests["lost"], json!([]), "{requests}");
+            let connections = third_party_clients::connections(&container, 8443);
+            assert_eq!(connections.len(), 1);
+            assert_eq!(&connections, first.get_or_insert_with(|| connections.clone()));
+            let Some(verb) = verbs.next() else {
+                eprintln!("{events} events, {requests}");
+                let answered = requests["answered"].as_u64().expect("the value is a number");
+                // Two before the event stream.
+                assert!(answered > 2 + u64::from(events), "the load was too small: {requests}");
+                break;
+            };
+            container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
+            answer(waiting, "").await;
+        }
+    });
+}
+
+#[test]
+fn a_websocket_in_node_stays_open() {
+    run_websocket(Engine::Node);
+}
+
 #[test]
 fn a_websocket_in_chromium_stays_open() {
+    run_websocket(Engine::Chromium);
+}
+
+/// The script sends one message before the first verb and one after each.
+fn run_websocket(engine: Engine) {
     let container = boot();
     container.inside(|| async {
-        let script = Script::start(&container, "webSocket()", Engine::Chromium).await;
+        let script = Script::start(&container, "webSocket()", engine).await;
         let mut verbs = verbs();
         for echoed in 1.. {
             let (counts, waiting) = script.report().await;
@@ -288,7 +344,11 @@ impl Script {
         let script = format!("{}\n{call};\n", include_str!("../../clients/peers.js"));
         container.write("run/peer.js", &script).expect("the file is written");
         match engine {
-            Engine::Node => start(container, &["node", "/run/peer.js"]),
+            // In Node 20 both are behind flags, which later versions still accept.
+            Engine::Node => start(
+                container,
+                &["node", "--experimental-websocket", "--experimental-eventsource", "/run/peer.js"],
+            ),
             Engine::Chromium => start(
                 container,
                 &[
@@ -303,6 +363,7 @@ impl Script {
                     "--user-data-dir=/run/chromium",
                     // Otherwise the page, which has another origin, could not read the responses of the service.
                     "--disable-web-security",
+                    "--ignore-certificate-errors",
                     "http://127.0.0.1:9000",
                 ],
             ),
@@ -315,7 +376,9 @@ impl Script {
     /// The next report of the script, and the connection on which the script waits for the response.
     async fn report(&self) -> (Value, BufReader<TcpStream>) {
         loop {
-            let (stream, _) = self.listener.accept().await.expect("the connection is established");
+            let accepted =
+                timeout(TEST_TIMEOUT, self.listener.accept()).await.expect("a report arrives in time");
+            let (stream, _) = accepted.expect("the connection is established");
             let mut stream = BufReader::new(stream);
             let mut length = 0;
             loop {
