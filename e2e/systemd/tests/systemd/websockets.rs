@@ -19,7 +19,7 @@ use testkit::container::{Container, Systemd};
 use testkit::process::Process;
 use testkit::{TEST_TIMEOUT, exclusive_cpu, on_each_systemd, wait_until};
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -48,6 +48,7 @@ const HI: (&[u8], &[u8]) = (b"\x81\x82\0\0\0\0hi", b"\x81\x02hi");
 
 on_each_systemd! {
     websockets_lose_no_message_over_restarts_and_reloads
+    websocket_over_a_unix_socket_stays_open
     python_websockets_client_keeps_its_connection
     websocket_is_closed_with_1012_by_systemctl_stop
     websocket_is_closed_with_1012_before_a_release_that_cannot_adopt_it
@@ -65,16 +66,19 @@ async fn open(tls: Option<&Arc<ClientConfig>>) -> Socket {
     let stream = TcpStream::connect(("127.0.0.1", port)).await.expect("the port is open");
     stream.set_nodelay(true).expect("the option is known");
     let address = stream.peer_addr().expect("the stream is connected");
-    let stream: Pin<Box<dyn Duplex>> = match tls {
+    upgrade(match tls {
         Some(client) => {
             let connector = TlsConnector::from(client.clone());
             Box::pin(connector.connect(address.ip().into(), stream).await.expect("the handshake succeeds"))
         }
         None => Box::pin(stream),
-    };
-    let url = format!("ws://{address}/socket");
-    let (socket, _) = tokio_tungstenite::client_async(url, stream).await.expect("the WebSocket opens");
-    socket
+    })
+    .await
+}
+
+async fn upgrade(stream: Pin<Box<dyn Duplex>>) -> Socket {
+    let opened = tokio_tungstenite::client_async("ws://localhost/socket", stream).await;
+    opened.expect("the WebSocket opens").0
 }
 
 /// The content of a message: digits that repeat its number, so that no part of it can be taken for another one.
@@ -272,6 +276,29 @@ fn websockets_lose_no_message_over_restarts_and_reloads(systemd: Systemd) {
     }
     assert_eq!(before.iter().map(Vec::len).sum::<usize>(), CLIENTS);
     assert_eq!(after, before, "connections were closed or opened");
+}
+
+/// As behind a proxy on the same machine.
+fn websocket_over_a_unix_socket_stays_open(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    let listens = "[Socket]\nListenStream=/run/http.sock\n";
+    container.add_to_unit("socket", "unix", listens).expect("the drop-in is written");
+    // systemd binds the path only when the unit starts.
+    container.run(&["systemctl", "restart", &container.unit("socket")]).expect("the unit restarts");
+    container.inside(async || {
+        let stream = UnixStream::connect(container.path("run/http.sock")).await.expect("the path is bound");
+        let mut socket = upgrade(Box::pin(stream)).await;
+        for number in 0..=2 * ROUNDS {
+            if number > 0 {
+                replace_process(&container, if number % 2 == 0 { "restart" } else { "reload" });
+            }
+            for length in LENGTHS {
+                let message = Message::text(number.to_string().repeat(length));
+                socket.send(message.clone()).await.expect("the message is sent");
+                assert_eq!(next(&mut socket).await, Some(message));
+            }
+        }
+    });
 }
 
 /// The client of the package `python3-websockets` with its default settings, with and without TLS.
