@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{SinkExt, StreamExt};
 use testkit::client::{Connection, Http2, Target, get, post};
+use testkit::events::EventStream;
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 use tokio_tungstenite::tungstenite::Message;
@@ -15,7 +16,7 @@ use crate::record::{Complaint, Record};
 
 /// A request without a response in this time is lost.
 const ANSWER_LIMIT: Duration = Duration::from_secs(30);
-/// The number of WebSockets, and of event streams.
+/// The number of WebSockets, and of event streams over HTTP/1.1 and over HTTP/2.
 const STREAMS: usize = 2;
 /// Pause between two messages on a WebSocket.
 const MESSAGE_PAUSE: Duration = Duration::from_millis(20);
@@ -45,17 +46,21 @@ struct Group {
     pause: Duration,
 }
 
-/// All clients except the WebSockets and event streams, which `run` adds.
-pub struct Clients(Vec<Group>);
+pub struct Clients {
+    /// All clients except the WebSockets and event streams, which `run` adds.
+    groups: Vec<Group>,
+    plain: SocketAddr,
+    https_h2: Target,
+}
 
 impl Clients {
-    pub fn new(plain: SocketAddr, https: &Target, https_h2: &Target) -> Self {
-        let plain = Target::Tcp(plain);
+    pub fn new(address: SocketAddr, https: &Target, https_h2: &Target) -> Self {
+        let plain = Target::Tcp(address);
         let group = |name, count, target: &Target, connection, pause| {
             let pause = Duration::from_millis(pause);
             Group { name, count, target: target.clone(), connection, path: "/", body: 0, pause }
         };
-        Self(vec![
+        let groups = vec![
             group("flat out", 4, &plain, Use::Kept, 0),
             group("thinking", 20, &plain, Use::Kept, 5),
             group("blind", 20, &plain, Use::Blind, 5),
@@ -64,26 +69,26 @@ impl Clients {
             group("HTTP/2", 4, &plain, Use::Http2, 2),
             group("TLS", 5, https, Use::Kept, 5),
             group("HTTP/2 over TLS", 4, https_h2, Use::Http2, 5),
-        ])
+        ];
+        Self { groups, plain: address, https_h2: https_h2.clone() }
     }
 
     /// The number of clients that must receive responses after each event.
     pub fn count(&self) -> usize {
-        self.0.iter().map(|group| group.count).sum::<usize>() + STREAMS
+        self.groups.iter().map(|group| group.count).sum::<usize>() + STREAMS
     }
 
     /// Runs all clients until `Record::stop`.
     pub async fn run(self, record: Arc<Record>) {
         let mut clients = JoinSet::new();
         let mut number = 0;
-        if let Some(Target::Tcp(address)) = self.0.first().map(|group| group.target.clone()) {
-            for _ in 0..STREAMS {
-                clients.spawn(websocket(address, number, record.clone()));
-                clients.spawn(events(address, record.clone()));
-                number += 1;
-            }
+        for _ in 0..STREAMS {
+            clients.spawn(websocket(self.plain, number, record.clone()));
+            clients.spawn(events(Target::Tcp(self.plain), record.clone()));
+            clients.spawn(events_beside_requests(self.https_h2.clone(), record.clone()));
+            number += 1;
         }
-        for group in self.0 {
+        for group in self.groups {
             let group = Arc::new(group);
             for _ in 0..group.count {
                 clients.spawn(Client::new(group.clone(), number, record.clone()).run());
@@ -218,39 +223,57 @@ async fn converse(address: SocketAddr, client: usize, record: &Record) -> Result
     Ok(())
 }
 
-/// Reads an event stream and expects no gap and no duplicate. The response must not end, because the next process
-/// continues it.
-async fn events(address: SocketAddr, record: Arc<Record>) {
+/// Reads an event stream over HTTP/1.1, and connects again when it has ended, which is a loss.
+async fn events(target: Target, record: Arc<Record>) {
     while !record.is_stopped() {
-        if let Err(error) = listen(address, &record).await {
+        let listened = async {
+            let opened = timeout(ANSWER_LIMIT, EventStream::http1(&target)).await;
+            listen(opened.context("no response in time")??, &record).await
+        };
+        if let Err(error) = listened.await {
             record.complain(record.event(), Complaint::Lost, "event stream", format!("{error:#}"));
         }
     }
 }
 
-async fn listen(address: SocketAddr, record: &Record) -> Result<()> {
-    let mut connection = Connection::open(&Target::Tcp(address)).await.context("could not connect")?;
-    let request = b"GET /events HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
-    connection.send(request).await?;
-    let head = timeout(ANSWER_LIMIT, connection.head()).await.context("no response in time")??;
-    ensure!(head.status == 200, "status {}", head.status);
-    let (mut read, mut wanted) = (0, 0);
-    loop {
-        let text = String::from_utf8_lossy(connection.unread()).into_owned();
-        // Only complete events, because the last one may have arrived in part.
-        let end = text.rfind("\n\n").map_or(read, |end| end + 2);
-        for id in text.get(read..end).unwrap_or_default().lines().filter_map(|line| line.strip_prefix("id: "))
-        {
-            let id: u64 = id.trim().parse()?;
-            ensure!(id == wanted, "expected event {wanted}, got {id}");
-            wanted += 1;
+/// As `events`, over HTTP/2, with other requests on the same connection, as a browser sends them.
+async fn events_beside_requests(target: Target, record: Arc<Record>) {
+    while !record.is_stopped() {
+        let browsed = async {
+            let mut connection = Http2::open(&target).await.context("could not connect")?;
+            let opened = timeout(ANSWER_LIMIT, EventStream::http2(&mut connection)).await;
+            let stream = opened.context("no response in time")??;
+            tokio::try_join!(listen(stream, &record), ask_repeatedly(connection, &record))
+        };
+        if let Err(error) = browsed.await {
+            let what = format!("{error:#}");
+            record.complain(record.event(), Complaint::Lost, "event stream over HTTP/2", what);
         }
-        read = end.max(read);
-        if record.is_stopped() {
-            return Ok(());
-        }
-        ensure!(!text.ends_with("\n0\r\n\r\n"), "the response ended");
-        let more = timeout(ANSWER_LIMIT, connection.read_more()).await.context("no event in time")??;
-        ensure!(more > 0, "the connection ended");
     }
+}
+
+/// Reads events and expects no gap and no duplicate. The response must not end, because the next process continues it.
+async fn listen(mut stream: EventStream, record: &Record) -> Result<()> {
+    for wanted in 0_u64.. {
+        let event = timeout(ANSWER_LIMIT, stream.next()).await.context("no event in time")??;
+        if record.is_stopped() {
+            break;
+        }
+        let event = event.context("the response ended")?;
+        let id =
+            event.lines().find_map(|line| line.strip_prefix("id: ")).context("an event without an id")?;
+        ensure!(id.parse() == Ok(wanted), "expected event {wanted}, got {id}");
+    }
+    Ok(())
+}
+
+async fn ask_repeatedly(mut connection: Http2, record: &Record) -> Result<()> {
+    while !record.is_stopped() {
+        let answer = timeout(ANSWER_LIMIT, connection.get("/")).await;
+        let answer = answer.with_context(|| format!("no answer within {ANSWER_LIMIT:?}"))??;
+        let (status, _) = answer.context("GOAWAY, or closed")?;
+        ensure!(status == 200, "status {status}");
+        sleep(MESSAGE_PAUSE).await;
+    }
+    Ok(())
 }
