@@ -109,11 +109,13 @@ fn websockets(svg: &mut String, strips: &[Strip], begin: Duration) -> Result<()>
         let Some(strip) = find(strips, WEBSOCKETS, server) else { continue };
         write!(
             svg,
-            "<g transform=\"translate(0 {})\"><rect class=\"f\" width=\"{width}\" height=\"{LANE}\"/>\
-             <text class=\"e\" x=\"-8\" y=\"{}\">{label}</text>",
-            24 + LANES_APART * number,
-            LANE / 2 + 5
+            "<g transform=\"translate(0 {})\"><rect class=\"f\" width=\"{width}\" height=\"{LANE}\"/>",
+            24 + LANES_APART * number
         )?;
+        // One word below the other, because the margin is narrow.
+        for (line, word) in label.split(' ').enumerate() {
+            write!(svg, "<text class=\"e\" x=\"-8\" y=\"{}\">{word}</text>", 19 + 18 * line)?;
+        }
         let mut answered = [false; COLUMNS * CELL.0 / LANE_COLUMN];
         for sample in strip.report.samples.iter().filter(|sample| !sample.is_lost) {
             if let Some(x) = place(sample.at, begin) {
@@ -141,7 +143,9 @@ fn websockets(svg: &mut String, strips: &[Strip], begin: Duration) -> Result<()>
             }
         }
         svg.push_str("</g>");
-        said.push(format!("{label} {}", strip.report.connections.saturating_sub(strip.report.clients)));
+        let again = strip.report.connections.saturating_sub(strip.report.clients);
+        let class = if again > 0 { " class=\"r\"" } else { "" };
+        said.push(format!("<tspan{class}>{label} {again}</tspan>"));
     }
     let said = said.join(", ");
     Ok(write!(svg, "<text x=\"{width}\" y=\"16\" text-anchor=\"end\">reconnects: {said}</text>")?)
