@@ -26,7 +26,7 @@ use outlive::{Carry, EventStream, Process, Setup};
 /// The time between two events.
 const TICK: Duration = Duration::from_secs(1);
 
-/// An HTTP service for systemd whose connections survive restarts.
+/// An HTTP service that reports its process and sends a stream of events.
 #[derive(Debug, clap::Parser)]
 #[command(version, about)]
 pub struct Config {

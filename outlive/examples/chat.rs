@@ -37,7 +37,7 @@ struct Member {
 async fn join(upgrade: WebSocketUpgrade, carry: Carry<Member>, State(room): State<Room>) -> Response {
     let member = match carry.received() {
         Ok(member) => member.unwrap_or_default(),
-        // Any other answer than before closes the WebSocket with 1012, and the client joins anew.
+        // After an error status the library closes the WebSocket with 1012. The client then has to join again.
         Err(error) => return (StatusCode::CONFLICT, error.to_string()).into_response(),
     };
     upgrade.on_upgrade(move |socket| converse(socket, carry, member, room))
@@ -47,7 +47,7 @@ async fn converse(mut socket: WebSocket, carry: Carry<Member>, mut member: Membe
     let mut lines = room.subscribe();
     loop {
         tokio::select! {
-            // Lines come first, because the next process does not have those that still wait for this member.
+            // Poll `lines` first: lines still in this channel are lost when the handler returns.
             biased;
             line = lines.recv() => {
                 let Ok(line) = line else { return };

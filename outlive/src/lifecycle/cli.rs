@@ -46,13 +46,16 @@ impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
 }
 
 const SOURCES: &str = "\
-The process listens on the sockets that LISTEN_FDS (a systemd socket unit) names. If there are none, it listens on those \
-of SERVER_STARTER_PORT (Server::Starter); if there are none either, on the addresses of --listen.
+The process listens on the sockets that it inherits from systemd: LISTEN_FDS is their number, and LISTEN_PID the \
+process that they are for. If there are none, it listens on the sockets of SERVER_STARTER_PORT (Server::Starter); if \
+there are none either, on the addresses of --listen.
 
-SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. A second signal ends \
-the drain at once. SIGHUP reloads: a successor, started from the binary that is now at the same path, takes over the \
-sockets and connections, and then this process exits. The successor has another pid. A process supervisor other than \
-systemd knows only the pid that it started, so it takes the exit of that process for the end of the service.
+SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. Without a file descriptor \
+store of systemd, a drain also waits up to --drain-timeout for idle HTTP/1.1 connections, because a request may be \
+under way on them. A second signal ends the drain at once. SIGHUP reloads: a successor, started from the binary that is \
+now at the same path, takes over the sockets and connections, and then this process exits. The successor has another \
+pid. A process supervisor other than systemd knows only the pid that it started, so it takes the exit of that process \
+for the end of the service.
 
 Each option can also be set by an environment variable, such as ";
 

@@ -38,8 +38,8 @@ pub struct Config {
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
 
-    /// Hand TLS 1.3 connections, including their traffic keys, to the next process; with `no`, a restart or
-    /// reload closes them.
+    /// Hand TLS 1.3 connections, including their traffic keys, to the next process. With `no`, a restart or reload closes
+    /// them gracefully: each finishes its requests first.
     #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = yes_or_no())]
     pub tls_handover: bool,
 
@@ -50,8 +50,9 @@ pub struct Config {
     pub drain_delay: Duration,
 
     /// Time that each request may take during a drain. It counts from the start of the drain, or from the start of the
-    /// request if the request starts later. The process cuts off requests that take longer. A drain admits new requests
-    /// for this time at most, so it takes up to twice this time; set TimeoutStopSec= of the unit to more than that.
+    /// request if the request starts later. The process cuts off requests that take longer. During a drain open
+    /// connections may still send requests for this time, and each of those may take this time again, so a drain can last
+    /// twice as long. Set TimeoutStopSec= of the unit higher than that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
@@ -64,12 +65,12 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub takeover_timeout: Duration,
 
-    /// Time that a client may take to send the head of a request, measured from its first byte, and to complete a
-    /// TLS handshake.
+    /// Two limits, each of this length: for a client to send the head of a request, measured from its first byte, and for
+    /// a TLS handshake.
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub head_timeout: Duration,
 
-    /// Time that a connection may stay open without a request.
+    /// Time that a connection may stay open without a request. It does not apply to WebSockets and open streams.
     #[arg(long, value_name = "TIME", default_value = "75s", value_parser = positive_duration)]
     pub idle_timeout: Duration,
 

@@ -71,6 +71,16 @@ async fn moved(served: Served, router: Router) -> Served {
     next
 }
 
+/// Waits until `count` requests are in flight.
+async fn until_in_flight(served: &Served, count: usize) {
+    let reached = async {
+        while served.registry().counts().in_flight != count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(PATIENCE, reached).await.expect("the number of requests is reached");
+}
+
 struct Client(SendRequest<Bytes>);
 
 impl Client {
@@ -342,13 +352,12 @@ async fn event_stream_over_http2_that_its_client_resets_does_not_move() {
     reader.expect(0).await;
     drop(reader);
     kept.expect(0).await;
+    until_in_flight(&served, 1).await;
     let next = moved(served, router()).await;
     kept.expect(1).await;
     assert_eq!(next.registry().counts().in_flight, 1);
     drop(kept);
-    while next.registry().counts().in_flight > 0 {
-        tokio::time::sleep(Duration::from_millis(1)).await;
-    }
+    until_in_flight(&next, 0).await;
     client.plain(1).await;
 }
 
