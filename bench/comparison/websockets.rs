@@ -61,19 +61,19 @@ fn echoes(pid: Pid, port: u16, path: &str, length: usize, batch: usize, time: Du
             let clients = (0..CONNECTIONS).map(|_| converse(port, path, length, batch, begun + time));
             let counts = futures_util::future::try_join_all(clients).await?;
             #[expect(clippy::cast_precision_loss, reason = "a rate")]
-            anyhow::Ok(counts.iter().sum::<usize>() as f64 / (processor_time(pid)? - before).as_secs_f64())
+            anyhow::Ok(counts.iter().sum::<usize>() as f64 / (processor_time(pid)? - before))
         })
     };
     std::thread::scope(|scope| scope.spawn(load).join().expect("the thread does not panic"))
 }
 
-/// The processor time of all threads of a process.
-fn processor_time(pid: Pid) -> Result<Duration> {
+/// The processor time of all threads of a process, in seconds.
+fn processor_time(pid: Pid) -> Result<f64> {
     let threads = std::fs::read_dir(format!("/proc/{}/task", pid.as_raw_nonzero()))?;
     let times = threads.map(|thread| {
         let statistics = std::fs::read_to_string(thread?.path().join("schedstat"))?;
         let time = statistics.split_whitespace().next().context("schedstat is empty")?;
-        Ok(Duration::from_nanos(time.parse()?))
+        Ok(time.parse::<f64>()? / 1e9)
     });
     times.sum()
 }
@@ -115,12 +115,11 @@ async fn converse(port: u16, path: &str, length: usize, batch: usize, end: Insta
 pub fn frame(mask: Option<[u8; 4]>, length: usize) -> Vec<u8> {
     let flag = if mask.is_some() { 0x80 } else { 0 };
     let mut frame = vec![0x82];
-    match u8::try_from(length) {
-        Ok(length @ ..126) => frame.push(flag | length),
-        _ => {
-            frame.push(flag | 127);
-            frame.extend((length as u64).to_be_bytes());
-        }
+    if let Ok(length @ ..126) = u8::try_from(length) {
+        frame.push(flag | length);
+    } else {
+        frame.push(flag | 127);
+        frame.extend((length as u64).to_be_bytes());
     }
     frame.extend(mask.into_iter().flatten());
     // A mask is combined with the payload by XOR, so these are zeros too.

@@ -129,8 +129,7 @@ impl Position {
     }
 }
 
-/// Bytes that are kept, in pieces. One buffer would have to grow with a long message, which copies it, and allocators
-/// return long buffers to the system sooner, so each long message would cause page faults.
+/// Bytes that are kept, in pieces. One buffer would have to grow with a long message, which copies it again.
 #[derive(Default)]
 struct Kept {
     pieces: Vec<Vec<u8>>,
