@@ -163,16 +163,6 @@ bench-readme:
 
 # ---- make new ----
 
-NOT_IN_A_COPY := .ci .git bench docs e2e target
 .PHONY: new
 new:
-	@echo '$(NAME)' | grep -qx '[a-z][a-z0-9-]*' || { echo 'NAME is missing or wrong: it consists of a-z, 0-9 and -, as in NAME=shop'; exit 1; }
-	@[ -n '$(DIR)' ] && [ ! -e '$(DIR)' ] || { echo 'DIR is missing, or the folder exists already: DIR=../shop'; exit 1; }
-	mkdir -p '$(DIR)'
-	tar --create $(NOT_IN_A_COPY:%=--exclude=./%) . | tar --extract --directory='$(DIR)'
-	cp outlive/template-README.md '$(DIR)/README.md'
-	mv '$(DIR)/packaging/local.$(PACKAGE).conf' '$(DIR)/packaging/local.$(NAME).conf'
-	cd '$(DIR)/systemd' && for unit in $(PACKAGE)*; do mv "$$unit" "$(NAME)$${unit#$(PACKAGE)}"; done
-	cd '$(DIR)' && perl -pi -e 's/\b$(PACKAGE)\b(?!\.rs|::|;)/$(NAME)/g; s/\b$(VARIABLE)_/$(shell echo '$(NAME)' | tr a-z- A-Z_)_/g' \
-		Cargo.toml Cargo.lock README.md $$(find systemd packaging -type f)
-	cd '$(DIR)' && cargo update --quiet --workspace --offline
+	@e2e/new '$(PACKAGE)' '$(NAME)' '$(DIR)'

@@ -50,17 +50,17 @@ fn copy_is_small_and_does_not_contain_the_old_name() {
     // `app.rs` and `app::` are a file of the service, not the package.
     let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
     let mut grep = Command::new("grep");
-    let found = grep.args(["-rnP", "--exclude-dir=outlive", &words, "."]).current_dir(&copied).output();
+    let found = grep
+        .args(["-rnP", "--exclude-dir=outlive", "--exclude-dir=.git", &words, "."])
+        .current_dir(&copied)
+        .output();
     assert_eq!(String::from_utf8_lossy(&found.expect("grep runs").stdout), "");
     for kind in ["service", "socket"] {
         assert!(copied.join(format!("systemd/{NEW_NAME}.{kind}")).exists());
         assert!(!copied.join(format!("systemd/{NAME}.{kind}")).exists());
     }
     let mut lines = Command::new("sh");
-    lines.args([
-        "-c",
-        "find . -name outlive -prune -o -name Cargo.lock -o -type f -print | xargs cat | wc -l",
-    ]);
+    lines.args(["-c", "git ls-files ':!outlive' ':!Cargo.lock' | xargs cat | wc -l"]);
     let lines: u32 = run(lines.current_dir(&copied)).trim().parse().expect("the value is a number");
     assert!(lines < 700, "{lines} lines");
 }
@@ -127,7 +127,6 @@ fn copy_passes_test_and_check_before_and_after_make_update() {
     assert!(tested.contains("a_connection_outlives_a_reload ... ok"), "{tested}");
     make(&["check"]);
     // The copy now differs from the template: another route, another line in a unit.
-    sh("git init --quiet && git add . && git -c user.name=x -c user.email=x commit --quiet --message=x");
     sh(
         "sed -i 's:\\(.*\\)\\.route(\"/echo\", any(echo)):\\1.route(\"/mine\", any(echo)):; s:\"/echo\":\"/mine\":' src/app.rs",
     );
@@ -227,15 +226,67 @@ fn is_watched(make: &Process) -> bool {
     })
 }
 
+/// The output of a command that has to fail.
+fn refused(mut command: Command) -> String {
+    let output = command.output().expect("the command runs");
+    let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(!output.status.success(), "{command:?}: {text}");
+    text
+}
+
 #[test]
-fn invalid_name_or_folder_is_refused_by_make_new() {
+fn invalid_name_or_folder_is_refused_by_make_new_before_a_folder_is_made() {
+    let parent = tempfile::tempdir().expect("the folder is created");
+    let new = parent.path().join("new").display().to_string();
+    let invalid = ["", "Shop", "1shop", "a b", "shop-", "outlive", "packaging", "testkit"];
     for (name, folder) in
-        [("", "/tmp/x"), ("Shop", "/tmp/x"), ("a b", "/tmp/x"), ("shop", ""), ("shop", "/tmp")]
+        invalid.map(|name| (name, &*new)).into_iter().chain([("shop", ""), ("shop", "/tmp")])
     {
-        let mut make = make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]);
-        let refused = make.output().expect("make runs");
-        assert!(!refused.status.success(), "NAME={name} DIR={folder}");
+        refused(make(FOLDER, &["new", &format!("NAME={name}"), &format!("DIR={folder}")]));
+        assert!(!Path::new(&new).exists(), "NAME={name} DIR={folder}");
     }
+}
+
+#[test]
+fn make_new_that_fails_leaves_no_folder() {
+    let parent = tempfile::tempdir().expect("the folder is created");
+    let new = parent.path().join("new");
+    let cargo = parent.path().join("bin/cargo");
+    std::fs::create_dir(cargo.parent().expect("it has a folder")).expect("the folder is created");
+    run(Command::new("ln").args(["-s", "/bin/false"]).arg(&cargo));
+    let mut make = make(FOLDER, &["new", "NAME=shop", &format!("DIR={}", new.display())]);
+    let path = std::env::var("PATH").expect("the variable is set");
+    make.env("PATH", format!("{}:{path}", parent.path().join("bin").display()));
+    refused(make);
+    assert!(!new.exists());
+}
+
+#[test]
+fn make_new_makes_a_repository_of_the_tracked_files_with_one_commit() {
+    let folder = tempfile::tempdir().expect("the folder is created");
+    let source = folder.path().join("source");
+    // Another repository with the same files, because other tests would see an untracked file in this one.
+    std::fs::create_dir(&source).expect("the folder is created");
+    let script = "git ls-files -z ':!e2e/fuzz' | tar --create --null --files-from=- | tar --extract --directory=\"$1\" \
+                  && cd \"$1\" && git init --quiet && git add --force .";
+    run(Command::new("sh").args(["-ec", script, "sh"]).arg(&source).current_dir(FOLDER));
+    std::fs::write(source.join("untracked"), "").expect("the file is written");
+    let copied = folder.path().join("copy");
+    let mut new = make(&source, &["new", "NAME=shop", &format!("DIR={}", copied.display())]);
+    // Without a configured author.
+    for (name, value) in [("GIT_CONFIG_GLOBAL", "/dev/null"), ("GIT_CONFIG_NOSYSTEM", "1")] {
+        new.env(name, value);
+    }
+    for name in ["AUTHOR_NAME", "AUTHOR_EMAIL", "COMMITTER_NAME", "COMMITTER_EMAIL"] {
+        new.env_remove(format!("GIT_{name}"));
+    }
+    run(&mut new);
+    assert!(!copied.join("untracked").exists());
+    let git = |arguments: &[&str]| run(Command::new("git").args(arguments).current_dir(&copied));
+    assert_eq!(git(&["status", "--porcelain"]), "");
+    assert_eq!(git(&["log", "--format=%s"]), "Start from the template of outlive\n");
+    let configured = git(&["config", "--local", "--list"]);
+    assert!(!configured.contains("user."), "the author is kept for later commits: {configured}");
 }
 
 #[test]
