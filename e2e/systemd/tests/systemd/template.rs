@@ -141,6 +141,8 @@ fn copy_passes_test_and_check_before_and_after_make_update() {
         text.contains("-WatchdogSec=20s") && text.contains("+WatchdogSec=10s"),
         "the differences are not printed: {text}"
     );
+    let differs = |line: &str| line.starts_with(['-', '+']) && line.contains("SHOP_FRONT_");
+    assert!(!text.lines().any(differs), "the prefix of the variables is printed as a difference: {text}");
     assert!(text.contains("a_connection_outlives_a_reload ... ok"), "{text}");
     let changed = sh("git status --porcelain | grep -v ' outlive/' || :");
     assert_eq!(changed, "", "make update changed files outside outlive/");
