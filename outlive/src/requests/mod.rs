@@ -47,6 +47,10 @@ const REQUEST_ID_LIMIT: usize = 128;
 /// How many bytes of a path or method a log line shows. A client may send 64 KiB of each.
 const LOGGED_LIMIT: usize = 1024;
 
+/// In the extensions of a response whose status of the class 5xx is no failure, such as that of `/readyz` during a drain.
+#[derive(Clone, Copy, Debug)]
+pub struct Intended;
+
 /// A router behind the limits of the configuration. Each connection has its own clone, because threads that share one
 /// would wait for each other.
 #[derive(Clone)]
@@ -157,7 +161,7 @@ impl ResponseFuture {
         let took = request.since.elapsed();
         let status = response.status();
         metrics::answered(*this.route, this.method, status, took);
-        if status.is_server_error() {
+        if status.is_server_error() && response.extensions().get::<Intended>().is_none() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
                 // The span would add these fields. It is disabled by default, but a failure needs them to be found.
@@ -254,7 +258,9 @@ mod tests {
     use futures_util::stream;
     use http_body_util::BodyExt;
     use hyper::http::uri::PathAndQuery;
+    use tempfile::NamedTempFile;
     use tokio::time::Instant;
+    use tracing::subscriber::DefaultGuard;
 
     use super::*;
     use crate::observe::metrics::count;
@@ -314,6 +320,43 @@ mod tests {
     async fn panic_in_a_handler_is_answered_with_500() {
         let request = Request::get("/panics").body(Body::empty()).expect("the request is valid");
         assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
+    }
+
+    /// A file with what this thread logs until the guard is dropped.
+    fn log_to_file() -> (NamedTempFile, DefaultGuard) {
+        let file = NamedTempFile::new().expect("the file is created");
+        let writer = Arc::new(file.reopen().expect("the file is opened"));
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false);
+        let subscriber = subscriber.with_max_level(tracing::Level::TRACE).finish();
+        (file, tracing::subscriber::set_default(subscriber))
+    }
+
+    fn logged_in(file: &NamedTempFile) -> String {
+        std::fs::read_to_string(file.path()).expect("the file is readable")
+    }
+
+    #[tokio::test]
+    async fn response_with_an_intended_status_5xx_is_not_logged_as_an_error() {
+        let answer = |intended: bool| async move {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            if intended {
+                response.extensions_mut().insert(Intended);
+            }
+            response
+        };
+        let router = Router::new()
+            .route("/intended", get(move || answer(true)))
+            .route("/other", get(move || answer(false)));
+        let mut service = Routes::new(router, 1024, LIMIT);
+        for (path, level) in [("/intended", "DEBUG"), ("/other", "ERROR")] {
+            let (file, _guard) = log_to_file();
+            let request = Request::get(path).body(Body::empty()).expect("the request is valid");
+            assert_eq!(answer_to(&mut service, request).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+            let lines = logged_in(&file);
+            let line = lines.lines().find(|line| line.contains("503")).expect(&lines);
+            assert!(line.contains(level), "{path}: {lines}");
+        }
     }
 
     #[tokio::test]
