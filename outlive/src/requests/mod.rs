@@ -147,12 +147,15 @@ impl ResponseFuture {
         let _entered = this.span.enter();
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
         *this.route = route_labels::matched().or(*this.route);
+        let mut reason = String::new();
         let mut response = match polled {
             Ok(Poll::Ready(Ok(response))) => response,
             Ok(Poll::Pending) => {
                 let deadline = request.since + *this.limit;
                 let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
                 std::task::ready!(late.as_mut().poll(cx));
+                let limit = humantime::format_duration(*this.limit);
+                reason = format!(": no response began within {limit} (--request-timeout)");
                 answer(StatusCode::SERVICE_UNAVAILABLE, "the service did not respond in time\n")
             }
             // The panic hook has logged it (`log::init`).
@@ -167,9 +170,9 @@ impl ResponseFuture {
                 // The span would add these fields. It is disabled by default, but a failure needs them to be found.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
                 let (method, path) = (*this.method, logged(request.path.path()));
-                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed");
+                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed{reason}");
             } else {
-                error!(target: TARGET, status, %latency, "request failed");
+                error!(target: TARGET, status, %latency, "request failed{reason}");
             }
         } else {
             debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
@@ -357,6 +360,20 @@ mod tests {
             let line = lines.lines().find(|line| line.contains("503")).expect(&lines);
             assert!(line.contains(level), "{path}: {lines}");
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn request_without_a_response_in_time_is_logged_with_the_limit() {
+        let router = Router::new().route("/", get(std::future::pending::<()>));
+        let (file, _guard) = log_to_file();
+        let request = Request::get("/").body(Body::empty()).expect("the request is valid");
+        let response = answer_to(&mut Routes::new(router, 1024, LIMIT), request).await;
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let lines = logged_in(&file);
+        assert!(
+            lines.contains("request failed: no response began within 30s (--request-timeout)"),
+            "{lines}"
+        );
     }
 
     #[tokio::test]

@@ -517,7 +517,7 @@ fn a_failed_request_is_logged_by_default() {
     service.signal(Signal::TERM);
     let log = assert_success(service);
     let line = log.lines().find(|line| line.contains("failed")).expect(&log);
-    for word in [&id, "GET", "/sleep", "503"] {
+    for word in [&id, "GET", "/sleep", "503", "no response began within 100ms (--request-timeout)"] {
         assert!(line.contains(word), "{word} is not in {line}");
     }
 }
