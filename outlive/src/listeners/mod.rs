@@ -138,13 +138,13 @@ impl Inherited {
     }
 }
 
-/// `http(8080) admin(/run/x.sock)`
+/// `http([::]:8080) admin(/run/x.sock)`: as `systemctl status` shows them.
 pub fn labels(listeners: &[Listener]) -> String {
-    listeners.iter().map(Listener::label).collect::<Vec<_>>().join(" ")
+    listeners.iter().map(Listener::description).collect::<Vec<_>>().join(" ")
 }
 
 impl Listener {
-    /// `http(8080)`, `http(/run/x.sock)`: as `systemctl status` shows it.
+    /// `http(8080)`, `http(/run/x.sock)`: as metrics name it.
     pub fn label(&self) -> String {
         let place = match &self.socket {
             ListeningSocket::Tcp(socket) => {
@@ -160,6 +160,17 @@ impl Listener {
             ),
         };
         format!("{}({place})", self.name)
+    }
+
+    /// `http([::]:8080)`: as [`Listener::label`], but with the whole address of a TCP socket.
+    pub fn description(&self) -> String {
+        match &self.socket {
+            ListeningSocket::Tcp(socket) => match socket.local_addr() {
+                Ok(address) => format!("{}({address})", self.name),
+                Err(_) => self.label(),
+            },
+            ListeningSocket::Unix(_) => self.label(),
+        }
     }
 
     /// A command with which to try a listener that this process bound itself.

@@ -120,12 +120,12 @@ fn the_service_answers_under_systemd_socket_activate() {
 #[test]
 fn status_names_listeners_connections_and_requests() {
     let mut service = start(&["--request-timeout", "1h"]);
-    let port = service.address().port();
+    let address = service.address();
     block_on(async {
         let mut connection = service.connect().await;
         connection.ask(&get("/")).await.expect("the server answers");
         connection.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
-        let wanted = format!("STATUS=serving on http({port}): 1 connections, 1 in flight, 1 answered");
+        let wanted = format!("STATUS=serving on http({address}): 1 connections, 1 in flight, 1 answered");
         service.notifications.wait_for(&wanted).expect("the status is sent");
     });
 }
@@ -701,7 +701,7 @@ fn check_with_listen_ignores_sockets_of_another_process() {
     command.args(["check", "--listen", &format!("127.0.0.1:{port}")]);
     let (code, output, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert_eq!(output, format!("ready to serve on http({port})\n"));
+    assert_eq!(output, format!("ready to serve on http(127.0.0.1:{port})\n"));
 }
 
 #[test]
