@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use tracing::warn;
 
 pub use address::Listen;
 pub use socket_file::{SocketFile, SocketFiles};
@@ -108,7 +109,19 @@ impl Inherited {
                  set --listen if this service has no socket unit"
             )));
         }
+        self.warn_of_ignored(addresses);
         self.bind_unless_inherited(addresses)
+    }
+
+    /// Logs the `addresses` on which no inherited listener listens. A successor inherits those that its predecessor bound.
+    fn warn_of_ignored(&self, addresses: &[Listen]) {
+        let is_ignored =
+            |address: &&Listen| !self.listeners.iter().any(|listener| address.is_that_of(listener));
+        let ignored: Vec<_> = addresses.iter().filter(is_ignored).map(ToString::to_string).collect();
+        if !self.listeners.is_empty() && !ignored.is_empty() {
+            let (ignored, used) = (ignored.join(" "), labels(&self.listeners));
+            warn!("--listen {ignored} is ignored, because this process inherited its sockets: {used}");
+        }
     }
 
     /// As [`Inherited::listen`], for a process that only checks its configuration: systemd passes no sockets to

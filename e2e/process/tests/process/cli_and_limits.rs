@@ -642,6 +642,36 @@ fn a_closed_fd_is_refused_by_its_number() {
 }
 
 #[test]
+fn listen_beside_inherited_sockets_is_reported_as_ignored() {
+    let service = start(&["--listen", "https=127.0.0.1:1", "--listen", "unix:@unused"]);
+    let address = service.address();
+    service.signal(Signal::TERM);
+    let log = assert_success(service);
+    let expected = format!(
+        "WARN --listen https=127.0.0.1:1 unix:@unused is ignored, because this process inherited its sockets: \
+         http({address})"
+    );
+    assert!(log.contains(&expected), "{log}");
+}
+
+#[test]
+fn listen_with_the_address_of_an_inherited_socket_is_not_reported() {
+    let listener = listener();
+    let address = listener.local_addr().expect("the socket has an address").to_string();
+    let mut command = inheriting(fd(listener), &[]);
+    let mut notifications = Notifications::new().expect("the socket is made");
+    command.args(["--listen", &address]).env("NOTIFY_SOCKET", notifications.path());
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
+    process.signal(Signal::TERM);
+    assert!(process.wait().expect("the process ends").success());
+    let mut log = String::new();
+    let mut stderr = process.child().stderr.take().expect("the output is piped");
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("the log is readable");
+    assert!(log.contains("serving on") && !log.contains("WARN"), "{log}");
+}
+
+#[test]
 fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
