@@ -275,6 +275,8 @@ fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
     service.signal(Signal::TERM);
     let (_, log) = service.end().expect("the process ends");
     assert_eq!(log.matches("reload failed: could not start a successor").count(), 2, "{log}");
+    let reason = "not ready within 500ms (--takeover-timeout), so it was killed";
+    assert_eq!(log.matches(reason).count(), 2, "{log}");
 }
 
 #[test]
