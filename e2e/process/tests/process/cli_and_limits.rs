@@ -638,7 +638,7 @@ fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
 #[test]
 fn a_closed_fd_is_refused_by_its_number() {
     let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
-    assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not a listening"]);
+    assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not open", "LISTEN_PID is not set"]);
 }
 
 #[test]
