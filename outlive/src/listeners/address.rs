@@ -103,10 +103,20 @@ impl FromStr for Address {
                 None => Self::Path(path.into()),
             }),
             None => text.parse().map(Self::Tcp).map_err(|_| {
+                if has_invalid_port(text) {
+                    return "expected a port from 0 to 65535".into();
+                }
                 "expected an address such as 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
             }),
         }
     }
+}
+
+/// Whether a TCP address is valid except for its port.
+fn has_invalid_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(ip, port)| {
+        port.parse::<u16>().is_err() && format!("{ip}:0").parse::<SocketAddr>().is_ok()
+    })
 }
 
 impl fmt::Display for Address {
@@ -177,6 +187,15 @@ mod tests {
         assert_eq!("unix:/run/x.sock".parse(), Ok(Address::Path("/run/x.sock".into())));
         for text in ["", "8080", "localhost:x", "unix:", "unix:@", "127.0.0.1:99999"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
+        }
+        for (text, expected) in [
+            ("127.0.0.1:99999", "a port from 0 to 65535"),
+            ("[::1]:x", "a port from 0 to 65535"),
+            ("localhost:99999", "an address such as"),
+            ("127.0.0.1", "an address such as"),
+        ] {
+            let error = text.parse::<Address>().expect_err(text);
+            assert!(error.starts_with(&format!("expected {expected}")), "{text}: {error}");
         }
     }
 

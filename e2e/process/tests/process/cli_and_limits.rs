@@ -672,6 +672,21 @@ fn listen_with_the_address_of_an_inherited_socket_is_not_reported() {
 }
 
 #[test]
+fn invalid_value_is_reported_with_what_is_expected_and_no_text_of_a_library() {
+    for (flag, value, expected) in [
+        ("--drain-timeout", "soon", "expected a time such as 30s or 1m; see --help"),
+        ("--body-limit", "xx", "expected a size such as 512KiB or 2MiB; see --help"),
+        ("--listen", "127.0.0.1:99999", "expected a port from 0 to 65535; see --help"),
+    ] {
+        assert_refused(&mut command(app_binary(), &[flag, value]), 78, &[&format!("': {expected}\n")]);
+    }
+    let (_, _, log) =
+        run_to_end(&mut command(app_binary(), &["--log", "foo=bar=baz"])).expect("the process ends");
+    assert!(log.ends_with("with the levels off, error, warn, info, debug and trace\n"), "{log}");
+    assert_eq!(log.matches("expected").count(), 1, "{log}");
+}
+
+#[test]
 fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
