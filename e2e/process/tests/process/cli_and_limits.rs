@@ -687,6 +687,27 @@ fn invalid_value_is_reported_with_what_is_expected_and_no_text_of_a_library() {
 }
 
 #[test]
+fn unreachable_service_manager_is_reported_once_with_its_path() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let path = folder.path().join("nobody").display().to_string();
+    let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"]);
+    let mut process = Process::spawn(command.env("NOTIFY_SOCKET", &path)).expect("the service starts");
+    let mut stderr = std::io::BufReader::new(process.child().stderr.take().expect("the output is piped"));
+    let mut log = String::new();
+    while !log.contains("serving on") {
+        assert!(
+            std::io::BufRead::read_line(&mut stderr, &mut log).expect("the log is readable") > 0,
+            "{log}"
+        );
+    }
+    process.signal(Signal::TERM);
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("the log is readable");
+    assert!(process.wait().expect("the process ends").success(), "{log}");
+    assert_eq!(log.matches("could not send a message to the service manager").count(), 1, "{log}");
+    assert!(log.contains(&format!("NOTIFY_SOCKET={path}")), "{log}");
+}
+
+#[test]
 fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
