@@ -708,6 +708,18 @@ fn unreachable_service_manager_is_reported_once_with_its_path() {
 }
 
 #[test]
+fn variable_that_no_option_has_is_reported_at_start_and_by_check() {
+    let misspelled = format!("{}_DRIAN_TIMEOUT", NAME.to_uppercase());
+    let mut check = command(app_binary(), &["check", "--listen", "127.0.0.1:0"]);
+    let (code, _, log) = run_to_end(check.env(&misspelled, "1s")).expect("the process ends");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("WARN ignored environment variables") && log.contains(&misspelled), "{log}");
+    let mut start = command(app_binary(), &["--listen", "https=127.0.0.1:0"]);
+    let (_, _, log) = run_to_end(start.env(&misspelled, "1s")).expect("the process ends");
+    assert_eq!(log.matches(&misspelled).count(), 1, "{log}");
+}
+
+#[test]
 fn invalid_variables_are_refused_by_their_names() {
     for (name, value) in [
         ("LISTEN_FDS", "two"),
