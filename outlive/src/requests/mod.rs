@@ -51,6 +51,10 @@ const LOGGED_LIMIT: usize = 1024;
 #[derive(Clone, Copy, Debug)]
 pub struct Intended;
 
+/// In the extensions of a request that is answered again, because its response has moved here. It was counted when it began.
+#[derive(Clone, Copy, Debug)]
+pub struct CountedBefore;
+
 /// A router behind the limits of the configuration. Each connection has its own clone, because threads that share one
 /// would wait for each other.
 #[derive(Clone)]
@@ -94,6 +98,7 @@ impl Routes {
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
         let id = request_id(&head.headers);
+        let is_counted = head.extensions.get::<CountedBefore>().is_none();
         let span = span(&head, &id);
         let method = metrics::method(&head.method);
         let route = self.labels.of_path(head.uri.path());
@@ -117,6 +122,7 @@ impl Routes {
             span,
             id: Some(id),
             method,
+            is_counted,
             route,
             limit: self.limit,
             late: None,
@@ -131,6 +137,7 @@ pin_project! {
         span: Span,
         id: Option<HeaderValue>,
         method: &'static str,
+        is_counted: bool,
         route: Option<&'static str>,
         limit: Duration,
         // Created at the first pending poll, because most responses are ready at once and need no timer.
@@ -163,7 +170,9 @@ impl ResponseFuture {
         };
         let took = request.since.elapsed();
         let status = response.status();
-        metrics::answered(*this.route, this.method, status, took);
+        if *this.is_counted {
+            metrics::answered(*this.route, this.method, status, took);
+        }
         if status.is_server_error() && response.extensions().get::<Intended>().is_none() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {

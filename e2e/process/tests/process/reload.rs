@@ -95,7 +95,7 @@ fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() 
         service.notifications.wait_for("BARRIER=1").expect("BARRIER=1 is sent");
         let (status, log) = service.end().expect("the process ends");
         assert!(
-            status.success() && log.contains("handed over 2 connections; 1 requests in flight finished"),
+            status.success() && log.contains("handed over 2 connections; 1 request in flight finished"),
             "{log}"
         );
         end(pid);
@@ -604,7 +604,7 @@ fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connectio
             assert_eq!(process_on(&mut connection).await, (pid, 2));
             assert_eq!(late.outcome(), "ok\n");
             let (status, log) = service.end().expect("the process ends");
-            assert!(status.success() && log.contains("handed over 1 connections"), "{log}");
+            assert!(status.success() && log.contains("handed over 1 connection;"), "{log}");
         });
     }
 }
