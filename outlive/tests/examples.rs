@@ -258,9 +258,9 @@ fn sighup_during_start_reloads_after_the_start() {
     wait_until("the start begins", || logged().contains("waiting for the file"));
     process.signal(Signal::HUP);
     std::fs::write(&file, "").expect("the file is written");
-    wait_until("a successor takes over", || logged().contains("has taken over as pid "));
+    wait_until("a successor takes over", || logged().contains("is serving now"));
     let log = logged();
-    let pid = log.split("has taken over as pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
+    let pid = log.split("reload: pid ").nth(1).and_then(|rest| rest.split_whitespace().next());
     assert!(process.wait().expect("the process ends").success());
     terminate(pid.expect("a valid pid")).expect("the process runs");
 }

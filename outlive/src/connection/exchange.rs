@@ -33,7 +33,7 @@ use crate::app::context::RequestContext;
 use crate::app::event_stream::IsEventStream;
 use crate::app::resumable::{Resumable, Resumed};
 use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle, UpgradeHandle};
-use crate::requests::{self, Routes};
+use crate::requests::{self, CountedBefore, Routes};
 use crate::transport::replay::{self, Replay};
 
 /// The hyper service of one connection: it calls the routes and registers each request.
@@ -173,6 +173,16 @@ impl Offered {
         match self {
             Self::Stream(offered) if offered.body.is_some() => Some(offered),
             Self::Stream(_) | Self::Upgrade(_) | Self::Events { .. } => None,
+        }
+    }
+
+    /// Whether the request began in another process.
+    fn is_replay(&self) -> bool {
+        match self {
+            Self::Stream(offered) => offered.begun != Begun::Here,
+            Self::Upgrade(_) | Self::Events { .. } => {
+                self.continuation().is_some_and(|continuation| continuation.received().is_some())
+            }
         }
     }
 
@@ -333,12 +343,16 @@ impl hyper::service::Service<Request<Incoming>> for Service {
 
     fn call(&self, request: Request<Incoming>) -> ResponseFuture {
         let (mut head, body) = request.into_parts();
-        let guard = self.requests.begin(&head.uri);
+        let mut guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
         let offered = self.offered(&mut head, !body.is_end_stream());
         if let Some(continuation) = offered.as_ref().and_then(Offered::continuation) {
             head.extensions.insert(continuation.clone());
+        }
+        if offered.as_ref().is_some_and(Offered::is_replay) {
+            guard.was_counted_before();
+            head.extensions.insert(CountedBefore);
         }
         head.extensions.insert(self.context.clone());
         let body = request_body(&guard, body, offered.as_ref().and_then(Offered::kept_body));

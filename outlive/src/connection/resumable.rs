@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::Endpoint;
 use crate::transport::http2_state::Http2State;
-use crate::transport::replay::Replay;
+use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::stream_replay::StreamReplay;
 use crate::transport::tls_traffic::TlsTrafficState;
@@ -41,6 +41,13 @@ impl Connection {
     /// The open streams of an HTTP/2 connection. None if there are none.
     pub fn open_streams(&self) -> Option<&[StreamReplay]> {
         self.http2.as_ref().map(|state| &state.streams[..]).filter(|streams| !streams.is_empty())
+    }
+
+    /// How many responses of requests in flight the next process continues. A connection that was upgraded has none.
+    pub fn moving_responses(&self) -> usize {
+        let is_event_stream = |replay: &Replay| replay.kind() == Kind::EventStream;
+        usize::from(self.replay.as_deref().is_some_and(is_event_stream))
+            + self.open_streams().map_or(0, <[StreamReplay]>::len)
     }
 
     /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has

@@ -15,6 +15,7 @@ use crate::app::process::Process;
 use crate::app::readiness::{self, Check};
 use crate::observe::metrics;
 use crate::registry::{Counts, Phase, Registry, Stage};
+use crate::requests::Intended;
 use crate::server::Queues;
 
 /// The state that the routes report.
@@ -39,14 +40,18 @@ async fn alive() -> &'static str {
 
 /// Answers 200 while the process serves and all readiness checks of the application pass. From the beginning of the
 /// drain on it answers 503, so that load balancers stop sending traffic.
-async fn ready(State(admin): State<Arc<Admin>>) -> (StatusCode, String) {
+async fn ready(State(admin): State<Arc<Admin>>) -> Response {
     let (all_pass, lines) = readiness::ask(&admin.checks).await;
     let (status, word) = match admin.registry.phase() {
         Phase::Serving if all_pass => (StatusCode::OK, "ready"),
         Phase::Serving => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
         _ => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
     };
-    (status, format!("{word}\n{lines}"))
+    let mut response = (status, format!("{word}\n{lines}")).into_response();
+    if word == "draining" {
+        response.extensions_mut().insert(Intended);
+    }
+    response
 }
 
 async fn numbers(State(admin): State<Arc<Admin>>) -> Response {

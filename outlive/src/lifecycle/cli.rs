@@ -7,6 +7,7 @@ use anyhow::anyhow;
 use clap::builder::ValueParser;
 use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, Args, CommandFactory, FromArgMatches};
+use tracing::warn;
 
 use crate::lifecycle::config::{Command, Config};
 use crate::os::exit::{Failure, Result};
@@ -19,6 +20,8 @@ pub struct CommandLine<C> {
     pub config: Config,
     /// The application's options.
     pub service: C,
+    /// The environment variables that begin like those of the options, but belong to none.
+    pub unknown_variables: Vec<String>,
 }
 
 /// The name of the service: that of the clap command, by default the name of the package that defines `C`.
@@ -41,7 +44,22 @@ impl<C: CommandFactory + FromArgMatches> CommandLine<C> {
         let service = C::from_arg_matches(&matches);
         let unreadable = |error: clap::Error| Failure::config(anyhow!("{}", text(&error)));
         let config = config.map_err(unreadable)?;
-        Ok(Self { name: name::<C>(), command: config.command, config, service: service.map_err(unreadable)? })
+        let service = service.map_err(unreadable)?;
+        let variables = std::env::vars_os().map(|(variable, _)| variable.to_string_lossy().into_owned());
+        let unknown_variables = unknown_variables(&command::<C>(), variables);
+        Ok(Self { name: name::<C>(), command: config.command, config, service, unknown_variables })
+    }
+}
+
+impl<C> CommandLine<C> {
+    /// Logs the variables that no option has, such as a misspelled one. Call it when logging is set up.
+    pub fn warn_of_unknown_variables(&self) {
+        if !self.unknown_variables.is_empty() {
+            let variables = self.unknown_variables.join(" ");
+            warn!(
+                "ignored environment variables, because no option has these names (see --help): {variables}"
+            );
+        }
     }
 }
 
@@ -102,6 +120,54 @@ pub fn command<C: CommandFactory>() -> clap::Command {
 /// `SHOP_DRAIN_TIMEOUT`
 fn variable(name: &str, flag: &str) -> String {
     format!("{name}_{flag}").to_uppercase().replace('-', "_")
+}
+
+/// The beginnings of variables that systemd, `Server::Starter` and this library set. The name of a service may be such a
+/// beginning too.
+const FOREIGN: [&str; 20] = [
+    "CACHE_DIRECTORY",
+    "CARGO_",
+    "CONFIGURATION_DIRECTORY",
+    "CREDENTIALS_DIRECTORY",
+    "EXIT_",
+    "INVOCATION_ID",
+    "JOURNAL_STREAM",
+    "LISTEN_",
+    "LOGS_DIRECTORY",
+    "MANAGER_",
+    "MEMORY_PRESSURE_",
+    "NOTIFY_SOCKET",
+    "RUNTIME_DIRECTORY",
+    "RUST_",
+    "SERVER_STARTER_",
+    "SERVICE_RESULT",
+    "STATE_DIRECTORY",
+    "SYSTEMD_",
+    "TAKEOVER_",
+    "WATCHDOG_",
+];
+
+/// Which of the `variables` begin with the prefix of the options of `command`, but belong to none of them. Kubernetes sets
+/// such variables for each of its services (`SHOP_PORT`, `SHOP_SERVICE_HOST`); they are left out there.
+fn unknown_variables(command: &clap::Command, variables: impl Iterator<Item = String>) -> Vec<String> {
+    let prefix = variable(command.get_name(), "");
+    let variables: Vec<_> = variables.collect();
+    let is_in_kubernetes = variables.iter().any(|variable| variable == "KUBERNETES_SERVICE_HOST");
+    let is_of_kubernetes = |variable: &str| {
+        let is_port = |(_, end): (&str, &str)| end.is_empty() || end.starts_with('_');
+        variable.ends_with("_SERVICE_HOST")
+            || variable.contains("_SERVICE_PORT")
+            || variable.rsplit_once("_PORT").is_some_and(is_port)
+    };
+    let is_known = |variable: &str| {
+        command.get_arguments().filter_map(Arg::get_env).any(|known| known == variable)
+            || FOREIGN.iter().any(|beginning| variable.starts_with(beginning))
+            || is_in_kubernetes && is_of_kubernetes(variable)
+    };
+    let mut unknown: Vec<_> =
+        variables.into_iter().filter(|name| name.starts_with(&prefix) && !is_known(name)).collect();
+    unknown.sort();
+    unknown
 }
 
 /// Panics if the application has an option of the same name as the library. clap itself reports that in debug builds
@@ -227,6 +293,48 @@ mod tests {
         };
         assert_eq!(variable("drain-timeout"), Some("SHOP_FRONT_DRAIN_TIMEOUT".into()));
         assert_eq!(variable("database"), Some("SHOP_FRONT_DATABASE".into()));
+    }
+
+    #[test]
+    fn variable_with_the_prefix_of_the_service_that_no_option_has_is_unknown() {
+        #[derive(Parser)]
+        #[command(name = "shop-front")]
+        struct Own {
+            /// Where the links are kept.
+            #[arg(long)]
+            _database: Option<String>,
+            /// A variable with another name than its option.
+            #[arg(long, env = "SHOP_FRONT_KEY")]
+            _secret: Option<String>,
+        }
+        let unknown = |variables: &[&str]| {
+            unknown_variables(&command::<Own>(), variables.iter().map(ToString::to_string))
+        };
+        let variables = [
+            "SHOP_FRONT_DRIAN_TIMEOUT",
+            "SHOP_FRONT_DRAIN_TIMEOUT",
+            "SHOP_FRONT_DATABASE",
+            "SHOP_FRONT_SECRET",
+            "SHOP_FRONT_KEY",
+            "SHOP_LOG",
+            "HOME",
+            "SHOP_FRONT_COMMAND",
+        ];
+        let misspelled = ["SHOP_FRONT_COMMAND", "SHOP_FRONT_DRIAN_TIMEOUT", "SHOP_FRONT_SECRET"];
+        assert_eq!(unknown(&variables), misspelled);
+        let of_kubernetes =
+            ["SHOP_FRONT_PORT_80_TCP", "SHOP_FRONT_SERVICE_HOST", "SHOP_FRONT_SERVICE_PORT_HTTP"];
+        assert_eq!(unknown(&of_kubernetes), of_kubernetes);
+        assert_eq!(unknown(&[&of_kubernetes[..], &["KUBERNETES_SERVICE_HOST"]].concat()), [""; 0]);
+    }
+
+    #[test]
+    fn variables_of_systemd_are_known_to_a_service_whose_prefix_they_have() {
+        #[derive(Parser)]
+        #[command(name = "state")]
+        struct Own {}
+        let variables = ["STATE_DIRECTORY", "STATE_FILE"].map(str::to_owned);
+        assert_eq!(unknown_variables(&command::<Own>(), variables.into_iter()), ["STATE_FILE"]);
     }
 
     #[test]

@@ -80,7 +80,7 @@ pub struct Config {
     pub request_timeout: Duration,
 
     /// Maximum size of a request body; a larger one is rejected with 413.
-    #[arg(long, value_name = "SIZE", default_value = "2MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "2MiB", value_parser = size)]
     pub body_limit: ByteSize,
 
     /// Maximum number of open connections; further ones wait in the accept queue of the socket.
@@ -127,7 +127,11 @@ fn yes_or_no() -> impl TypedValueParser<Value = bool> {
 }
 
 fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|error| format!("expected a time such as 30s or 1m ({error})"))
+    humantime::parse_duration(text).map_err(|_| "expected a time such as 30s or 1m".into())
+}
+
+fn size(text: &str) -> Result<ByteSize, String> {
+    text.parse().map_err(|_| "expected a size such as 512KiB or 2MiB".into())
 }
 
 fn positive_duration(text: &str) -> Result<Duration, String> {

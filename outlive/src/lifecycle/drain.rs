@@ -18,6 +18,7 @@ use std::time::Duration;
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
+use crate::connection::Connection;
 use crate::handover::{
     Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
 };
@@ -59,6 +60,8 @@ pub struct Drain<'a> {
     begun: Instant,
     /// The number of requests in flight at the beginning.
     in_flight: usize,
+    /// The number of responses that the next process continues.
+    moved: usize,
     limit: Limit<'a>,
 }
 
@@ -66,7 +69,7 @@ impl<'a> Drain<'a> {
     /// A drain that ends within `limit`, or at a further signal.
     pub fn new(server: &'a Server, signals: &'a mut Signals, limit: Duration, generation: u64) -> Self {
         let limit = Limit::new(server.registry(), signals, limit);
-        Self { server, generation, begun: Instant::now(), in_flight: 0, limit }
+        Self { server, generation, begun: Instant::now(), in_flight: 0, moved: 0, limit }
     }
 
     /// Serves for another `delay`. Only `/readyz` reports the coming end, so that load balancers stop sending traffic.
@@ -132,7 +135,7 @@ impl<'a> Drain<'a> {
     /// The schedule decides when requests that arrive are served and when they are held. The drain waits for
     /// connections that cannot move as for requests in flight.
     async fn hand_over(&mut self, store: &FdStore) -> usize {
-        let Self { server, limit, .. } = self;
+        let Self { server, limit, moved, .. } = self;
         let registry = server.registry();
         let mut schedule = Schedule::new(limit.length);
         let mut step = schedule.first(limit.elapsed());
@@ -170,8 +173,10 @@ impl<'a> Drain<'a> {
         let mut connections = server.handover_queue().take_all();
         connections.extend(server.take_parked());
         let all = connections.len();
+        let moving = moving_responses(&connections);
         let left = store.put(Origin::now(self.generation), connections);
         let handed_over = all - left.len();
+        *moved = moving - moving_responses(&left);
         if !left.is_empty() {
             server.enter(Phase::Closing);
             for connection in left {
@@ -228,7 +233,7 @@ impl<'a> Drain<'a> {
     pub async fn pass_on(mut self, successor: Successor, stop_signals: u32) -> (Channel, TaskBudget) {
         let Successor { channel: successor, adopts } = successor;
         self.begin();
-        let Self { server, limit, generation, .. } = &mut self;
+        let Self { server, limit, generation, moved, .. } = &mut self;
         let registry = server.registry();
         limit.is_main = false;
         // A service manager may send the first signal to all processes of the service. This process is already ending,
@@ -291,6 +296,7 @@ impl<'a> Drain<'a> {
                 break;
             }
             handed_over += connections.len();
+            *moved += moving_responses(&connections);
         }
         self.log_end(handed_over);
         // An error is ignored: a successor that hangs or has exited does not need the totals.
@@ -305,16 +311,31 @@ impl<'a> Drain<'a> {
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
         metrics::CUT_OFF.inc_by(cut_off as u64);
         metrics::HANDED_OVER.inc_by(handed_over as u64);
-        let finished = self.in_flight.saturating_sub(cut_off);
+        let moved = self.moved;
+        let finished = self.in_flight.saturating_sub(cut_off + moved);
         let answered = registry.counts().answered;
         let drain_ms = u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX);
         let line = format!(
-            "handed over {handed_over} connections; {finished} requests in flight finished, {cut_off} cut off, in \
-             {drain_ms} ms; {answered} answered in total"
+            "handed over {}; {} in flight finished, {cut_off} cut off{}, in {drain_ms} ms; {answered} answered in total",
+            counted(handed_over, "connection"),
+            counted(finished, "request"),
+            if moved > 0 { format!(", {moved} moved") } else { String::new() },
         );
-        info!(message_id = message_id::STOPPED, handed_over, finished, cut_off, answered, drain_ms, "{line}");
+        info!(
+            message_id = message_id::STOPPED,
+            handed_over, finished, cut_off, moved, answered, drain_ms, "{line}"
+        );
         line
     }
+}
+
+fn moving_responses(connections: &[Connection]) -> usize {
+    connections.iter().map(Connection::moving_responses).sum()
+}
+
+/// `1 request`, `2 requests`
+fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Serves until all work that was pending at the beginning has ended, but no longer than `at_most`. Returns whether it
@@ -487,15 +508,21 @@ fn log_remaining(registry: &Registry, reason: &str) -> usize {
 mod tests {
     use std::cell::RefCell;
     use std::collections::HashMap;
+    use std::convert::Infallible;
     use std::ops::Range;
     use std::rc::Rc;
 
     use axum::Router;
+    use axum::response::sse::{Event, Sse};
+    use axum::routing::get;
+    use futures_util::{StreamExt, stream};
     use hyper::Uri;
     use proptest::prelude::*;
+    use testkit::client::{self, Target};
     use tokio::task::LocalSet;
 
     use super::*;
+    use crate::app::event_stream::EventStream;
     use crate::connection::tests::{Served, serve};
     use crate::transport::stream::Peer;
 
@@ -512,6 +539,28 @@ mod tests {
         let handed_over = timeout(limit * 2 + Duration::from_secs(10), drain.hand_over(&store)).await;
         assert_eq!(handed_over, Ok(0));
         begun.elapsed()
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn response_that_moves_is_neither_finished_nor_cut_off() {
+        let events = || {
+            let first = stream::iter([Ok::<_, Infallible>(Event::default().comment("first"))]);
+            EventStream(Sse::new(first.chain(stream::pending())))
+        };
+        let Served { server, address } = serve(Router::new().route("/", get(async move || events()))).await;
+        let (store, _store) = FdStore::in_memory();
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
+        let mut client = client::Connection::open(&Target::Tcp(address)).await.expect("the server accepts");
+        let request = b"GET / HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
+        client.send(request).await.expect("the bytes are sent");
+        assert_eq!(client.head().await.expect("the server answers").status, 200);
+        let mut drain = Drain::new(&server, &mut signals, Duration::from_secs(60), 1);
+        drain.begin();
+        let handed_over = drain.hand_over(&store).await;
+        let line = drain.log_end(handed_over);
+        let expected = "handed over 1 connection; 0 requests in flight finished, 0 cut off, 1 moved, in ";
+        assert!(line.starts_with(expected), "{line}");
+        assert!(line.ends_with(" ms; 1 answered in total"), "{line}");
     }
 
     #[tokio::test(start_paused = true)]

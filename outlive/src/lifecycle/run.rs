@@ -198,10 +198,11 @@ fn check<C, S>(line: CommandLine<C>, start: S) -> Result<()>
 where
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
-    let CommandLine { name, config, service: own, .. } = line;
-    let mut inherited = listeners::inherit(&config.listen)?;
-    inherited.listen_for_check(&config.listen)?;
-    log::init(name, config.log.as_deref(), 1)?;
+    let mut inherited = listeners::inherit(&line.config.listen)?;
+    inherited.listen_for_check(&line.config.listen)?;
+    log::init(line.name.clone(), line.config.log.as_deref(), 1)?;
+    line.warn_of_unknown_variables();
+    let CommandLine { config, service: own, .. } = line;
     endpoint_kinds(&config, &inherited)?;
     let Inherited { listeners, credentials, .. } = inherited;
     Runtime::new()?.block_on(async {

@@ -61,6 +61,7 @@ impl<C> Boot<C> {
         // Before `log::init`, which starts a thread.
         rlimit::make_room(line.config.max_connections);
         let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
+        line.warn_of_unknown_variables();
         Ok(Self { line, inherited, program, role, process, logging })
     }
 }

@@ -10,7 +10,7 @@ use std::str::FromStr;
 use anyhow::Context;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::{Listener, ListeningSocket, Ownership, SocketFile, SocketFiles};
+use super::{Listener, ListeningSocket, Ownership, SocketFile, SocketFiles, abstract_name};
 use crate::transport::listener_name::Name;
 
 /// The address of a process that inherits no listener and has no `--listen`.
@@ -52,6 +52,35 @@ impl Listen {
         let (socket, path) = self.address.bind(files)?;
         Ok(Listener { name: self.name.clone(), socket, ownership: Ownership::Bound(path) })
     }
+
+    /// Whether `listener` has this name, and this address or one that the kernel chose for it (port 0).
+    pub fn is_that_of(&self, listener: &Listener) -> bool {
+        self.name == listener.name
+            && match (&self.address, &listener.socket) {
+                (Address::Tcp(ours), ListeningSocket::Tcp(socket)) => {
+                    socket.local_addr().is_ok_and(|theirs| {
+                        let is_chosen = ours.port() == 0 || ours.port() == theirs.port();
+                        is_chosen && ours.ip() == theirs.ip()
+                    })
+                }
+                (Address::Path(path), ListeningSocket::Unix(socket)) => {
+                    socket.local_addr().is_ok_and(|address| address.as_pathname() == Some(path))
+                }
+                (Address::Abstract(name), ListeningSocket::Unix(socket)) => {
+                    socket.local_addr().is_ok_and(|address| abstract_name(&address).as_ref() == Some(name))
+                }
+                _ => false,
+            }
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.name != Name::default() {
+            write!(f, "{}=", self.name)?;
+        }
+        self.address.fmt(f)
+    }
 }
 
 /// An address to bind.
@@ -74,10 +103,20 @@ impl FromStr for Address {
                 None => Self::Path(path.into()),
             }),
             None => text.parse().map(Self::Tcp).map_err(|_| {
+                if has_invalid_port(text) {
+                    return "expected a port from 0 to 65535".into();
+                }
                 "expected an address such as 127.0.0.1:8080, [::1]:8080, /run/x.sock or unix:@name".into()
             }),
         }
     }
+}
+
+/// Whether a TCP address is valid except for its port.
+fn has_invalid_port(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(ip, port)| {
+        port.parse::<u16>().is_err() && format!("{ip}:0").parse::<SocketAddr>().is_ok()
+    })
 }
 
 impl fmt::Display for Address {
@@ -148,6 +187,32 @@ mod tests {
         assert_eq!("unix:/run/x.sock".parse(), Ok(Address::Path("/run/x.sock".into())));
         for text in ["", "8080", "localhost:x", "unix:", "unix:@", "127.0.0.1:99999"] {
             assert!(text.parse::<Address>().is_err(), "{text}");
+        }
+        for (text, expected) in [
+            ("127.0.0.1:99999", "a port from 0 to 65535"),
+            ("[::1]:x", "a port from 0 to 65535"),
+            ("localhost:99999", "an address such as"),
+            ("127.0.0.1", "an address such as"),
+        ] {
+            let error = text.parse::<Address>().expect_err(text);
+            assert!(error.starts_with(&format!("expected {expected}")), "{text}: {error}");
+        }
+    }
+
+    #[test]
+    fn inherited_listener_has_the_address_that_it_was_bound_to_or_a_port_that_was_chosen_for_it() {
+        let files = SocketFiles::owned();
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        let path = format!("admin={}", folder.path().join("x.sock").display());
+        let name = format!("unix:@{}", folder.path().display());
+        for text in ["127.0.0.1:0", &path, &name] {
+            let listen: Listen = text.parse().expect(text);
+            assert_eq!(listen.to_string(), text);
+            let listener = listen.bind(&files).expect("the address can be bound");
+            assert!(listen.is_that_of(&listener), "{text}");
+            for other in ["127.0.0.2:0", "127.0.0.1:1", "https=127.0.0.1:0", "/x.sock", "unix:@x"] {
+                assert!(!other.parse::<Listen>().expect(other).is_that_of(&listener), "{text}: {other}");
+            }
         }
     }
 

@@ -17,7 +17,8 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
     let mut listeners = Vec::new();
     let mut channels = Vec::new();
     let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
-    if let Some(pid) = number::<u32>("LISTEN_PID")?
+    let pid = number::<u32>("LISTEN_PID")?;
+    if let Some(pid) = pid
         && pid != std::process::id()
     {
         // The sockets are for another process, as in sd_listen_fds(3). A process with `--listen` does not need them,
@@ -60,12 +61,22 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
         if name == handover::STORE_NAME {
             channels.push(take_channel(&mut passed, index).with_context(place));
         } else {
+            if !is_open(fd) {
+                let pid = if pid.is_some() { "names this process" } else { "is not set" };
+                bail!("{}: this descriptor is not open (LISTEN_FDS={count}; LISTEN_PID {pid})", place());
+            }
             let socket = take_listener(&mut passed, index).with_context(place)?;
             let name = listener_name(name).with_context(place)?;
             listeners.push(Listener::inherited(name, socket).with_context(place)?);
         }
     }
     Ok((listeners, channels))
+}
+
+/// Whether this process has the descriptor. Without `/proc` that is not known, and true.
+fn is_open(fd: RawFd) -> bool {
+    let folder = Path::new("/proc/self/fd");
+    !folder.exists() || folder.join(fd.to_string()).symlink_metadata().is_ok()
 }
 
 fn take_channel(passed: &mut ListenFd, index: usize) -> anyhow::Result<OwnedFd> {

@@ -22,6 +22,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow, bail};
 use rustix::net::{AddressFamily, SocketType, sockopt};
+use tracing::warn;
 
 pub use address::Listen;
 pub use socket_file::{SocketFile, SocketFiles};
@@ -108,7 +109,19 @@ impl Inherited {
                  set --listen if this service has no socket unit"
             )));
         }
+        self.warn_of_ignored(addresses);
         self.bind_unless_inherited(addresses)
+    }
+
+    /// Logs the `addresses` on which no inherited listener listens. A successor inherits those that its predecessor bound.
+    fn warn_of_ignored(&self, addresses: &[Listen]) {
+        let is_ignored =
+            |address: &&Listen| !self.listeners.iter().any(|listener| address.is_that_of(listener));
+        let ignored: Vec<_> = addresses.iter().filter(is_ignored).map(ToString::to_string).collect();
+        if !self.listeners.is_empty() && !ignored.is_empty() {
+            let (ignored, used) = (ignored.join(" "), labels(&self.listeners));
+            warn!("--listen {ignored} is ignored, because this process inherited its sockets: {used}");
+        }
     }
 
     /// As [`Inherited::listen`], for a process that only checks its configuration: systemd passes no sockets to
@@ -138,13 +151,13 @@ impl Inherited {
     }
 }
 
-/// `http(8080) admin(/run/x.sock)`
+/// `http([::]:8080) admin(/run/x.sock)`: as `systemctl status` shows them.
 pub fn labels(listeners: &[Listener]) -> String {
-    listeners.iter().map(Listener::label).collect::<Vec<_>>().join(" ")
+    listeners.iter().map(Listener::description).collect::<Vec<_>>().join(" ")
 }
 
 impl Listener {
-    /// `http(8080)`, `http(/run/x.sock)`: as `systemctl status` shows it.
+    /// `http(8080)`, `http(/run/x.sock)`: as metrics name it.
     pub fn label(&self) -> String {
         let place = match &self.socket {
             ListeningSocket::Tcp(socket) => {
@@ -160,6 +173,17 @@ impl Listener {
             ),
         };
         format!("{}({place})", self.name)
+    }
+
+    /// `http([::]:8080)`: as [`Listener::label`], but with the whole address of a TCP socket.
+    pub fn description(&self) -> String {
+        match &self.socket {
+            ListeningSocket::Tcp(socket) => match socket.local_addr() {
+                Ok(address) => format!("{}({address})", self.name),
+                Err(_) => self.label(),
+            },
+            ListeningSocket::Unix(_) => self.label(),
+        }
     }
 
     /// A command with which to try a listener that this process bound itself.

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use tracing::span::{Attributes, Id, Record};
@@ -122,8 +122,12 @@ pub fn init(service: String, filter: Option<&str>, generation: u64) -> Result<Co
     };
     let filter = EnvFilter::builder()
         .parse(&text)
-        .with_context(|| {
-            format!("invalid {name} {text:?}: expected a log filter such as info or info,request=debug")
+        // Its error and the source of that say the same, and name no part of the text.
+        .map_err(|_| {
+            anyhow!(
+                "invalid {name} {text:?}: expected a log filter such as info or info,request=debug, with the levels \
+                 off, error, warn, info, debug and trace"
+            )
         })
         .map_err(Failure::config)?;
     let (filter, handle) = reload::Layer::new(filter);

@@ -225,14 +225,22 @@ fn push(kind: MessageKind, messages: &[NotifyState], fds: Vec<OwnedFd>) -> Resul
 }
 
 fn start_sender() -> io::Result<()> {
-    let send = |Message { text, fds, .. }: Message| {
+    let mut is_reported = false;
+    let send = move |Message { text, fds, .. }: Message| {
         let text = [NotifyState::Custom(&text)];
         let fds: Vec<_> = fds.iter().map(AsFd::as_fd).collect();
         let sent =
             if fds.is_empty() { sd_notify::notify(&text) } else { sd_notify::notify_with_fds(&text, &fds) };
-        sent.inspect_err(
-            |error| warn!(%error, "could not send a message to the service manager (NOTIFY_SOCKET)"),
-        )
+        sent.inspect_err(|error| {
+            if !std::mem::replace(&mut is_reported, true) {
+                let path = std::env::var_os("NOTIFY_SOCKET").unwrap_or_default();
+                let path = path.display();
+                warn!(
+                    %error,
+                    "could not send a message to the service manager (NOTIFY_SOCKET={path}); further failures are not logged"
+                );
+            }
+        })
     };
     OUTBOX.start("notify", send, |dropped| {
         warn!(

@@ -6,8 +6,8 @@
 //! (`driver_handle.rs`), the connection's IO (`io_handle.rs`) and the requests (`request_handle.rs`).
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64 as Clock;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
+use std::sync::atomic::{AtomicU32, AtomicU64 as Clock};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
@@ -44,6 +44,10 @@ pub struct Entry {
     pending: Pending,
     /// How many requests have begun. Only the driver's task increments it, so a load and a store are enough.
     started: AtomicU64,
+    /// How many of them began in another process, and how many of those have ended here. [`Counts`](super::Counts) leaves
+    /// them out, because the other process has counted them.
+    replays: AtomicU32,
+    ended_replays: AtomicU32,
     /// The requests in flight whose response was not ready at once, and those of HTTP/2. The others are only counted,
     /// so that an HTTP/1.1 request that is answered at once takes no lock.
     tracked: Mutex<Vec<Tracked>>,
@@ -112,6 +116,8 @@ impl Entry {
             task: Mutex::new(None),
             pending: Pending(AtomicU64::new(0)),
             started: AtomicU64::new(0),
+            replays: AtomicU32::new(0),
+            ended_replays: AtomicU32::new(0),
             tracked: Mutex::new(Vec::new()),
         }
     }
@@ -335,6 +341,25 @@ impl Entry {
     /// How many requests have begun on this connection in this process.
     pub(super) fn started(&self) -> u64 {
         self.started.load(Acquire)
+    }
+
+    /// A request that has been counted as started began in another process.
+    pub(super) fn count_replay(&self) {
+        self.replays.fetch_add(1, AcqRel);
+    }
+
+    /// Such a request is about to end.
+    pub(super) fn count_ended_replay(&self) {
+        self.ended_replays.fetch_add(1, AcqRel);
+    }
+
+    /// How many requests have begun in this process.
+    pub(super) fn begun_here(&self) -> u64 {
+        self.started().saturating_sub(self.replays.load(Acquire).into())
+    }
+
+    pub(super) fn ended_replays(&self) -> u64 {
+        self.ended_replays.load(Acquire).into()
     }
 
     /// When its newest request in flight began. For a response that is not tracked and not fully sent, this is when the

@@ -187,7 +187,7 @@ pub struct Counts {
     pub connections: usize,
     /// Requests in flight.
     pub in_flight: usize,
-    /// Requests answered by this process.
+    /// Requests answered by this process. One whose response has moved here is not among them.
     pub answered: u64,
 }
 
@@ -236,7 +236,7 @@ impl Registry {
     fn remove(&self, entry: &Entry) {
         let mut connections = lock(&self.connections);
         if connections.open.remove(&entry.id).is_some() {
-            connections.answered += entry.started();
+            connections.answered += entry.begun_here();
         }
     }
 
@@ -460,7 +460,7 @@ impl Registry {
             let in_flight = entry.state().in_flight();
             Counts {
                 in_flight: counts.in_flight + usize::try_from(in_flight).unwrap_or(usize::MAX),
-                answered: counts.answered + started.saturating_sub(in_flight),
+                answered: counts.answered + started.saturating_sub(in_flight + entry.ended_replays()),
                 ..counts
             }
         })

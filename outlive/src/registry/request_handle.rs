@@ -28,7 +28,7 @@ impl RequestHandle {
         self.0.apply(Event::RequestBegins);
         let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
         let in_flight = InFlight { number, path, since: Instant::now() };
-        RequestGuard { entry: self.0.clone(), in_flight, is_tracked: false }
+        RequestGuard { entry: self.0.clone(), in_flight, is_tracked: false, is_replay: false }
     }
 }
 
@@ -38,11 +38,20 @@ pub struct RequestGuard {
     entry: Arc<Entry>,
     in_flight: InFlight,
     is_tracked: bool,
+    is_replay: bool,
 }
 
 impl RequestGuard {
     pub fn in_flight(&self) -> &InFlight {
         &self.in_flight
+    }
+
+    /// The request is answered again, because its response has moved here. It was counted when it began.
+    pub fn was_counted_before(&mut self) {
+        if !self.is_replay {
+            self.is_replay = true;
+            self.entry.count_replay();
+        }
     }
 
     /// Adds it to the requests that the registry can list. A request that is answered in its first poll need not be
@@ -91,6 +100,10 @@ impl Drop for RequestGuard {
     fn drop(&mut self) {
         if self.is_tracked {
             self.entry.untrack(&self.in_flight);
+        }
+        if self.is_replay {
+            // Before it ends, because otherwise it would count as answered for a moment.
+            self.entry.count_ended_replay();
         }
         self.entry.apply(Event::RequestEnds);
     }

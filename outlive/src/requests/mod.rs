@@ -47,6 +47,14 @@ const REQUEST_ID_LIMIT: usize = 128;
 /// How many bytes of a path or method a log line shows. A client may send 64 KiB of each.
 const LOGGED_LIMIT: usize = 1024;
 
+/// In the extensions of a response whose status of the class 5xx is no failure, such as that of `/readyz` during a drain.
+#[derive(Clone, Copy, Debug)]
+pub struct Intended;
+
+/// In the extensions of a request that is answered again, because its response has moved here. It was counted when it began.
+#[derive(Clone, Copy, Debug)]
+pub struct CountedBefore;
+
 /// A router behind the limits of the configuration. Each connection has its own clone, because threads that share one
 /// would wait for each other.
 #[derive(Clone)]
@@ -90,6 +98,7 @@ impl Routes {
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
         let id = request_id(&head.headers);
+        let is_counted = head.extensions.get::<CountedBefore>().is_none();
         let span = span(&head, &id);
         let method = metrics::method(&head.method);
         let route = self.labels.of_path(head.uri.path());
@@ -113,6 +122,7 @@ impl Routes {
             span,
             id: Some(id),
             method,
+            is_counted,
             route,
             limit: self.limit,
             late: None,
@@ -127,6 +137,7 @@ pin_project! {
         span: Span,
         id: Option<HeaderValue>,
         method: &'static str,
+        is_counted: bool,
         route: Option<&'static str>,
         limit: Duration,
         // Created at the first pending poll, because most responses are ready at once and need no timer.
@@ -143,12 +154,15 @@ impl ResponseFuture {
         let _entered = this.span.enter();
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
         *this.route = route_labels::matched().or(*this.route);
+        let mut reason = String::new();
         let mut response = match polled {
             Ok(Poll::Ready(Ok(response))) => response,
             Ok(Poll::Pending) => {
                 let deadline = request.since + *this.limit;
                 let late = this.late.get_or_insert_with(|| Box::pin(sleep_until(deadline)));
                 std::task::ready!(late.as_mut().poll(cx));
+                let limit = humantime::format_duration(*this.limit);
+                reason = format!(": no response began within {limit} (--request-timeout)");
                 answer(StatusCode::SERVICE_UNAVAILABLE, "the service did not respond in time\n")
             }
             // The panic hook has logged it (`log::init`).
@@ -156,16 +170,18 @@ impl ResponseFuture {
         };
         let took = request.since.elapsed();
         let status = response.status();
-        metrics::answered(*this.route, this.method, status, took);
-        if status.is_server_error() {
+        if *this.is_counted {
+            metrics::answered(*this.route, this.method, status, took);
+        }
+        if status.is_server_error() && response.extensions().get::<Intended>().is_none() {
             let (status, latency) = (status.as_u16(), latency(took));
             if this.span.is_disabled() {
                 // The span would add these fields. It is disabled by default, but a failure needs them to be found.
                 let id = this.id.as_ref().and_then(|id| id.to_str().ok());
                 let (method, path) = (*this.method, logged(request.path.path()));
-                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed");
+                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed{reason}");
             } else {
-                error!(target: TARGET, status, %latency, "request failed");
+                error!(target: TARGET, status, %latency, "request failed{reason}");
             }
         } else {
             debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
@@ -254,7 +270,9 @@ mod tests {
     use futures_util::stream;
     use http_body_util::BodyExt;
     use hyper::http::uri::PathAndQuery;
+    use tempfile::NamedTempFile;
     use tokio::time::Instant;
+    use tracing::subscriber::DefaultGuard;
 
     use super::*;
     use crate::observe::metrics::count;
@@ -314,6 +332,57 @@ mod tests {
     async fn panic_in_a_handler_is_answered_with_500() {
         let request = Request::get("/panics").body(Body::empty()).expect("the request is valid");
         assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
+    }
+
+    /// A file with what this thread logs until the guard is dropped.
+    fn log_to_file() -> (NamedTempFile, DefaultGuard) {
+        let file = NamedTempFile::new().expect("the file is created");
+        let writer = Arc::new(file.reopen().expect("the file is opened"));
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false);
+        let subscriber = subscriber.with_max_level(tracing::Level::TRACE).finish();
+        (file, tracing::subscriber::set_default(subscriber))
+    }
+
+    fn logged_in(file: &NamedTempFile) -> String {
+        std::fs::read_to_string(file.path()).expect("the file is readable")
+    }
+
+    #[tokio::test]
+    async fn response_with_an_intended_status_5xx_is_not_logged_as_an_error() {
+        let answer = |intended: bool| async move {
+            let mut response = Response::new(Body::empty());
+            *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+            if intended {
+                response.extensions_mut().insert(Intended);
+            }
+            response
+        };
+        let router = Router::new()
+            .route("/intended", get(move || answer(true)))
+            .route("/other", get(move || answer(false)));
+        let mut service = Routes::new(router, 1024, LIMIT);
+        for (path, level) in [("/intended", "DEBUG"), ("/other", "ERROR")] {
+            let (file, _guard) = log_to_file();
+            let request = Request::get(path).body(Body::empty()).expect("the request is valid");
+            assert_eq!(answer_to(&mut service, request).await.status(), StatusCode::SERVICE_UNAVAILABLE);
+            let lines = logged_in(&file);
+            let line = lines.lines().find(|line| line.contains("503")).expect(&lines);
+            assert!(line.contains(level), "{path}: {lines}");
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn request_without_a_response_in_time_is_logged_with_the_limit() {
+        let router = Router::new().route("/", get(std::future::pending::<()>));
+        let (file, _guard) = log_to_file();
+        let request = Request::get("/").body(Body::empty()).expect("the request is valid");
+        let response = answer_to(&mut Routes::new(router, 1024, LIMIT), request).await;
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let lines = logged_in(&file);
+        assert!(
+            lines.contains("request failed: no response began within 30s (--request-timeout)"),
+            "{lines}"
+        );
     }
 
     #[tokio::test]

@@ -80,7 +80,7 @@ impl Adopter {
         let taken_over = self.adopted;
         if let Some(origin) = self.origin {
             let rest_ms = u64::try_from(origin.pause().as_millis()).unwrap_or(u64::MAX);
-            let note = self.note();
+            let note = self.note("");
             info!(
                 message_id = message_id::TOOK_OVER,
                 taken_over, rest_ms, "{note}, {rest_ms} ms after the predecessor's last response",
@@ -109,10 +109,15 @@ impl Adopter {
         self.empty_nested();
         let (taken_over, took_ms) =
             (self.adopted, u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
-        let note = self.note();
+        // A predecessor that is killed may have sent no frame, so its generation is not known.
+        let from = self.origin.map_or_else(
+            || " from the predecessor".to_owned(),
+            |origin| format!(" from generation {}", origin.generation),
+        );
+        let note = self.note(&from);
         info!(
             message_id = message_id::TOOK_OVER,
-            taken_over, took_ms, "{note}; the predecessor exited after {took_ms} ms",
+            taken_over, took_ms, "{note}; it exited {took_ms} ms after the takeover began",
         );
         self.server.overflow().store();
         self.finish()
@@ -212,18 +217,20 @@ impl Adopter {
     }
 
     /// How many connections were taken over, and how many wait.
-    fn note(&self) -> String {
+    fn note(&self, from: &str) -> String {
         let (adopted, waiting) = (self.adopted, self.server.overflow().len());
+        let connections =
+            if adopted == 1 { "1 connection".to_owned() } else { format!("{adopted} connections") };
         match waiting {
-            0 => format!("took over {adopted} connections"),
-            _ => format!("took over {adopted} connections, and {waiting} wait for file descriptors"),
+            0 => format!("took over {connections}{from}"),
+            _ => format!("took over {connections}{from}, and {waiting} wait for file descriptors"),
         }
     }
 
     /// Logs how many connections could not be adopted, and starts a task that serves those that wait. Returns the note
     /// for the status line.
     fn finish(mut self) -> String {
-        let note = self.note();
+        let note = self.note("");
         self.log_refused();
         let waiting = self.server.overflow().len();
         if waiting > 0 {

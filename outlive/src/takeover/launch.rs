@@ -117,10 +117,16 @@ impl Program {
         // Drops the writing end of the pipe in this process; otherwise reading the pipe would never end.
         drop(intermediate);
         let exited = pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?;
-        if !is_readable(&exited, deadline)? {
+        let is_late = !is_readable(&exited, deadline)?;
+        if is_late {
             child.kill()?;
         }
         let status = child.wait()?;
+        ensure!(
+            status.success() || !is_late,
+            "could not start a successor: {path}: not ready within {} (--takeover-timeout), so it was killed",
+            humantime::format_duration(limit)
+        );
         ensure!(status.success(), "could not start a successor: {path}: {status}");
         let mut launched = Launched { outcome: outcome.into(), successor: None };
         let line = launched.read_line(deadline)?;

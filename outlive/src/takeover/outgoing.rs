@@ -304,7 +304,7 @@ impl PreparedSuccessor {
         info!(
             message_id = message_id::SUCCEEDED,
             successor = pid,
-            "generation {next} has taken over as pid {pid}"
+            "reload: pid {pid} (generation {next}) is serving now"
         );
         Ok(self)
     }

@@ -22,7 +22,7 @@ pub struct TlsService {
 }
 
 impl TlsService {
-    /// Starts `binary` with a new certificate, and waits until its status names the ports.
+    /// Starts `binary` with a new certificate, and waits until its status names the addresses.
     pub fn start(binary: &str, flags: &[&str]) -> Result<Self> {
         let certificate = Certificate::new()?;
         let folder = tempfile::tempdir()?;
@@ -36,8 +36,8 @@ impl TlsService {
         let process = Process::spawn(&mut command)?;
         let status = notifications.wait_for("STATUS=serving on")?;
         let address = |name: &str| -> Result<SocketAddr> {
-            let port = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
-            Ok(SocketAddr::from(([127, 0, 0, 1], port.with_context(|| status.clone())?.parse()?)))
+            let address = status.split(&format!(" {name}(")).nth(1).and_then(|rest| rest.split(')').next());
+            Ok(address.with_context(|| status.clone())?.parse()?)
         };
         let (http, https) = (address("http")?, address("https")?);
         Ok(Self { process, notifications, http, https, certificate, folder })

@@ -120,12 +120,12 @@ fn the_service_answers_under_systemd_socket_activate() {
 #[test]
 fn status_names_listeners_connections_and_requests() {
     let mut service = start(&["--request-timeout", "1h"]);
-    let port = service.address().port();
+    let address = service.address();
     block_on(async {
         let mut connection = service.connect().await;
         connection.ask(&get("/")).await.expect("the server answers");
         connection.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
-        let wanted = format!("STATUS=serving on http({port}): 1 connections, 1 in flight, 1 answered");
+        let wanted = format!("STATUS=serving on http({address}): 1 connections, 1 in flight, 1 answered");
         service.notifications.wait_for(&wanted).expect("the status is sent");
     });
 }
@@ -517,7 +517,7 @@ fn a_failed_request_is_logged_by_default() {
     service.signal(Signal::TERM);
     let log = assert_success(service);
     let line = log.lines().find(|line| line.contains("failed")).expect(&log);
-    for word in [&id, "GET", "/sleep", "503"] {
+    for word in [&id, "GET", "/sleep", "503", "no response began within 100ms (--request-timeout)"] {
         assert!(line.contains(word), "{word} is not in {line}");
     }
 }
@@ -638,7 +638,85 @@ fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
 #[test]
 fn a_closed_fd_is_refused_by_its_number() {
     let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", "200")]);
-    assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not a listening"]);
+    assert_refused(&mut command, 78, &["LISTEN_FDS: fd 200", "not open", "LISTEN_PID is not set"]);
+}
+
+#[test]
+fn listen_beside_inherited_sockets_is_reported_as_ignored() {
+    let service = start(&["--listen", "https=127.0.0.1:1", "--listen", "unix:@unused"]);
+    let address = service.address();
+    service.signal(Signal::TERM);
+    let log = assert_success(service);
+    let expected = format!(
+        "WARN --listen https=127.0.0.1:1 unix:@unused is ignored, because this process inherited its sockets: \
+         http({address})"
+    );
+    assert!(log.contains(&expected), "{log}");
+}
+
+#[test]
+fn listen_with_the_address_of_an_inherited_socket_is_not_reported() {
+    let listener = listener();
+    let address = listener.local_addr().expect("the socket has an address").to_string();
+    let mut command = inheriting(fd(listener), &[]);
+    let mut notifications = Notifications::new().expect("the socket is made");
+    command.args(["--listen", &address]).env("NOTIFY_SOCKET", notifications.path());
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
+    process.signal(Signal::TERM);
+    assert!(process.wait().expect("the process ends").success());
+    let mut log = String::new();
+    let mut stderr = process.child().stderr.take().expect("the output is piped");
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("the log is readable");
+    assert!(log.contains("serving on") && !log.contains("WARN"), "{log}");
+}
+
+#[test]
+fn invalid_value_is_reported_with_what_is_expected_and_no_text_of_a_library() {
+    for (flag, value, expected) in [
+        ("--drain-timeout", "soon", "expected a time such as 30s or 1m; see --help"),
+        ("--body-limit", "xx", "expected a size such as 512KiB or 2MiB; see --help"),
+        ("--listen", "127.0.0.1:99999", "expected a port from 0 to 65535; see --help"),
+    ] {
+        assert_refused(&mut command(app_binary(), &[flag, value]), 78, &[&format!("': {expected}\n")]);
+    }
+    let (_, _, log) =
+        run_to_end(&mut command(app_binary(), &["--log", "foo=bar=baz"])).expect("the process ends");
+    assert!(log.ends_with("with the levels off, error, warn, info, debug and trace\n"), "{log}");
+    assert_eq!(log.matches("expected").count(), 1, "{log}");
+}
+
+#[test]
+fn unreachable_service_manager_is_reported_once_with_its_path() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let path = folder.path().join("nobody").display().to_string();
+    let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"]);
+    let mut process = Process::spawn(command.env("NOTIFY_SOCKET", &path)).expect("the service starts");
+    let mut stderr = std::io::BufReader::new(process.child().stderr.take().expect("the output is piped"));
+    let mut log = String::new();
+    while !log.contains("serving on") {
+        assert!(
+            std::io::BufRead::read_line(&mut stderr, &mut log).expect("the log is readable") > 0,
+            "{log}"
+        );
+    }
+    process.signal(Signal::TERM);
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("the log is readable");
+    assert!(process.wait().expect("the process ends").success(), "{log}");
+    assert_eq!(log.matches("could not send a message to the service manager").count(), 1, "{log}");
+    assert!(log.contains(&format!("NOTIFY_SOCKET={path}")), "{log}");
+}
+
+#[test]
+fn variable_that_no_option_has_is_reported_at_start_and_by_check() {
+    let misspelled = format!("{}_DRIAN_TIMEOUT", NAME.to_uppercase());
+    let mut check = command(app_binary(), &["check", "--listen", "127.0.0.1:0"]);
+    let (code, _, log) = run_to_end(check.env(&misspelled, "1s")).expect("the process ends");
+    assert_eq!(code, Some(0), "{log}");
+    assert!(log.contains("WARN ignored environment variables") && log.contains(&misspelled), "{log}");
+    let mut start = command(app_binary(), &["--listen", "https=127.0.0.1:0"]);
+    let (_, _, log) = run_to_end(start.env(&misspelled, "1s")).expect("the process ends");
+    assert_eq!(log.matches(&misspelled).count(), 1, "{log}");
 }
 
 #[test]
@@ -701,7 +779,7 @@ fn check_with_listen_ignores_sockets_of_another_process() {
     command.args(["check", "--listen", &format!("127.0.0.1:{port}")]);
     let (code, output, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(0), "{log}");
-    assert_eq!(output, format!("ready to serve on http({port})\n"));
+    assert_eq!(output, format!("ready to serve on http(127.0.0.1:{port})\n"));
 }
 
 #[test]

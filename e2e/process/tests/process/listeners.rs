@@ -204,6 +204,12 @@ fn readyz_fails_from_the_beginning_of_a_drain_and_healthz_does_not() {
         }
         assert_eq!(admin.ask(&get("/healthz")).await.expect("the server answers").status, 200);
     });
+    // A second signal ends the drain.
+    service.process.signal(Signal::TERM);
+    let mut log = String::new();
+    let mut stderr = service.process.child().stderr.take().expect("the output is piped");
+    std::io::Read::read_to_string(&mut stderr, &mut log).expect("the log is readable");
+    assert!(log.contains("--drain-delay") && !log.contains("ERROR"), "{log}");
 }
 
 #[test]

@@ -94,7 +94,7 @@ fn http_2_request_in_flight_finishes_with_a_store() {
     let answer = client.join().expect("the thread does not panic");
     assert_eq!(String::from_utf8_lossy(&answer.stdout), "slept 5s\n");
     let (status, log) = service.end().expect("the process ends");
-    assert!(status.success() && log.contains("1 requests in flight finished, 0 cut off"), "{log}");
+    assert!(status.success() && log.contains("1 request in flight finished, 0 cut off"), "{log}");
 }
 
 #[test]

@@ -142,7 +142,7 @@ fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
         "{text}"
     );
     // The first response can arrive before systemd has read the first status.
-    container.wait_for_property("StatusText", |status| status.starts_with("serving on http(8080): "));
+    container.wait_for_property("StatusText", |status| status.starts_with("serving on http([::]:8080): "));
 }
 
 /// The generation of the process that answers on this connection.
@@ -359,7 +359,7 @@ fn journal_entries_have_fields_and_levels(systemd: Systemd) {
     assert_eq!((text(failed, "PRIORITY"), text(failed, "STATUS")), ("3", "503"));
     container.systemctl("stop").expect("the stop succeeds");
     for (id, message) in [
-        ("c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "serving on http(8080)"),
+        ("c4c3d2f8a4e54b6d9d7b7a3c1f0e5a11", "serving on http([::]:8080)"),
         ("5f0f8c1e6b7a4a52b3a0d9c2e4f61b22", "draining: 0 requests in flight"),
         ("a81d6e0b9c3f47d5886e2b4f7c0d9e33", "handed over 0 connections"),
     ] {

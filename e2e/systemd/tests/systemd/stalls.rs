@@ -172,7 +172,7 @@ fn drain_report_is_logged_if_journald_resumes_during_the_drain(systemd: Systemd)
     wait_until("the end of the drain is logged", || {
         entries("a81d6e0b9c3f47d5886e2b4f7c0d9e33").iter().any(|entry| {
             let message = text(entry, "MESSAGE");
-            message.starts_with("handed over 1 connections; 1 requests in flight finished, 0 cut off")
+            message.starts_with("handed over 1 connection; 1 request in flight finished, 0 cut off")
         })
     });
     assert_eq!(reports_of_dropped(&container).len(), 1);

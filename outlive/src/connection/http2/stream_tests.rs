@@ -23,7 +23,8 @@ use crate::app::event_stream::EventStream;
 use crate::app::resumable::{Resumable, Resumed};
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::connection::unread_tests::tls_of;
-use crate::registry::Phase;
+use crate::observe::metrics;
+use crate::registry::{Counts, Phase};
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -216,6 +217,27 @@ async fn events_over_http2_and_tls_are_neither_lost_nor_repeated_nor_reordered_o
     let served = serve_with(router(), tls()).await;
     let target = Target::Tls(served.address, certificate.client(&["h2"]).expect("the client is made"));
     follow(served, &target, FIRST_WINDOW, 1_000, async || serve_with(router(), tls()).await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn response_over_http2_that_moves_is_counted_by_the_process_in_which_it_began_only() {
+    let router = || Router::new().route("/moves", get(events)).route("/plain", get(plain));
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let request = Request::get("http://test/moves").header("accept", "text/event-stream").body(());
+    let response = client.send(request.expect("the request is valid")).await;
+    let mut reader = Reader { body: response.into_body(), text: String::new() };
+    reader.expect(0).await;
+    client.plain(1).await;
+    let before = served.server.clone();
+    let next = moved(served, router()).await;
+    reader.event().await.expect("the response has not ended");
+    client.plain(2).await;
+    assert_eq!(before.registry().counts(), Counts { connections: 0, in_flight: 0, answered: 2 });
+    drop((reader, client));
+    next.until_connections(0).await;
+    assert_eq!(next.registry().counts().answered, 1);
+    assert_eq!(metrics::count("/moves", "GET", "200"), 1);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -36,7 +36,8 @@ use crate::app::carry::Carry;
 use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::connection::unread_tests::tls_of;
-use crate::registry::Phase;
+use crate::observe::metrics;
+use crate::registry::{Counts, Phase};
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -541,6 +542,32 @@ async fn events_are_neither_lost_nor_repeated_nor_reordered_over_moves() {
             served = moved(served, numbering()).await;
         }
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn response_that_moves_is_counted_by_the_process_in_which_it_began_only() {
+    let router = || Router::new().route("/moves/events", get(numbers)).route("/moves/socket", any(count));
+    let served = serve(router()).await;
+    let request = b"GET /moves/events HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
+    let mut reader = Reader::begin(&served, request).await;
+    reader.event().await.expect("the response has not ended");
+    let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    let socket = tokio_tungstenite::client_async("ws://test/moves/socket", stream).await;
+    let mut socket = socket.expect("the upgrade is granted").0;
+    let before = served.server.clone();
+    let next = moved(served, router()).await;
+    reader.event().await.expect("the response has not ended");
+    socket.send(Sent::text("x")).await.expect("the WebSocket is open");
+    assert_eq!(next_text(&mut socket).await, "1 x");
+    assert_eq!(before.registry().counts(), Counts { connections: 0, in_flight: 0, answered: 2 });
+    assert_eq!(next.registry().counts(), Counts { connections: 2, in_flight: 1, answered: 0 });
+    drop((reader, socket));
+    next.until_connections(0).await;
+    assert_eq!(next.registry().counts().answered, 0);
+    assert_eq!(
+        (metrics::count("/moves/events", "GET", "200"), metrics::count("/moves/socket", "GET", "101")),
+        (1, 1)
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
