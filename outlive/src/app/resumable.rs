@@ -12,6 +12,7 @@
 /// use futures_util::stream::{self, StreamExt};
 /// use outlive::{Resumable, Resumed};
 ///
+/// # use axum::http;
 /// # struct Response<T>(T, http::Extensions);
 /// # impl<T> Response<T> {
 /// #     fn new(stream: T) -> Self { Self(stream, http::Extensions::new()) }
