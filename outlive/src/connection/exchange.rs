@@ -122,9 +122,10 @@ impl Service {
 
     /// As [`Service::offered`], for HTTP/2. Removes the field that the interposer has appended to the request.
     fn offered_stream(&self, streams: &EndlessStreams, head: &mut Parts) -> Option<Offered> {
-        let number = head.headers.get_all(STREAM_FIELD).iter().next_back()?.to_str().ok()?.parse();
+        // The client may have sent such a field too; the interposer's is the last one.
+        let number = head.headers.get_all(STREAM_FIELD).iter().next_back()?.clone();
         head.headers.remove(STREAM_FIELD);
-        let stream = number.ok()?;
+        let stream = number.to_str().ok()?.parse().ok()?;
         let begun = streams.request(stream)?;
         let body = match &begun {
             // A call in gRPC; the others are event streams, whose requests have no body.

@@ -81,7 +81,8 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
 }
 
 /// Restores a connection from its record. Fails, with the reason for the log, if none of `endpoints` has the
-/// name of its listener, its state cannot be decoded, or its protocol does not match its listener: the connection is then closed.
+/// name of its listener, its state cannot be decoded, or its protocol does not match its listener: the connection is then
+/// closed.
 pub fn unpack(
     socket: OwnedFd,
     record: SocketRecord,

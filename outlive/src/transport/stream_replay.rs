@@ -48,7 +48,8 @@ impl StreamReplay {
 }
 
 /// Encoded as a version (1 byte), and for each stream the length of all that follows (4 bytes), its number (4 bytes), its
-/// window (8 bytes), the number of messages (8 bytes), and three times a length (4 bytes) and as many bytes. Fields of later releases may follow in each stream.
+/// window (8 bytes), the number of messages (8 bytes), and three times a length (4 bytes) and as many bytes. Fields of later
+/// releases may follow in each stream.
 /// Numbers are little-endian.
 pub fn encode(streams: &[StreamReplay]) -> Vec<u8> {
     let mut bytes = vec![VERSION];

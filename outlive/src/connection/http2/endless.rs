@@ -2,8 +2,8 @@
 //!
 //! Three parties share an [`EndlessStreams`]. The interposer adds a stream when its request arrives, and records what the
 //! client receives of it. The hyper service says whether its response has no end, and the body of that response stops after
-//! a whole event or message when the driver asks for that. When every open stream of the connection has stopped, another process can
-//! continue them: it answers the same requests anew (`transport/stream_replay.rs`).
+//! a whole event or message when the driver asks for that. When every open stream of the connection has stopped, another
+//! process can continue them: it answers the same requests anew (`transport/stream_replay.rs`).
 
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Waker};

@@ -1,6 +1,7 @@
 //! The body of a gRPC call: the messages of a response, and the request that the next process answers again.
 //!
-//! A message has a prefix of five bytes: whether it is compressed, and its length (gRPC over HTTP/2, "Length-Prefixed-Message").
+//! A message has a prefix of five bytes: whether it is compressed, and its length (gRPC over HTTP/2,
+//! "Length-Prefixed-Message").
 
 use std::sync::{Arc, Mutex};
 
