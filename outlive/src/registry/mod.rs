@@ -49,12 +49,13 @@ use crate::transport::stream::Peer;
 /// end, with a store        Serving -> [Announcing] -> Draining <-> Quiescing -> Holding
 ///                                                        |                        ^
 ///                                                        `------------------------'
+///                          Quiescing, Holding -> Closing   (only if the channel has no room for all connections)
 /// reload                   Serving -> Quiescing -> Holding
 /// end, without a store     Serving -> [Announcing] -> Lingering -> Closing -> Finishing
 /// ```
 ///
 /// A drain ends in each phase as soon as there is no more work to wait for. `Announcing` is left out without
-/// `--drain-delay`. If connections do not fit into the handover channel, a drain with a store ends with `Closing`.
+/// `--drain-delay`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Phase {
