@@ -26,7 +26,9 @@ use pin_project_lite::pin_project;
 
 use super::Endpoint;
 use super::body_chunks::{CHUNK, ChunkedBody};
-use super::http2::{Begun, BodyTurn, Content, EndlessStreams, KeptBody, Messages, STREAM_FIELD, StreamBody};
+use super::http2::{
+    Begun, BodyTurn, Content, EndingCall, EndlessStreams, KeptBody, Messages, STREAM_FIELD, StreamBody,
+};
 use super::upgraded::{EventBody, EventTurn, Events, Granted, ReturnPath, Upgrade};
 use crate::app::carry::Continuation;
 use crate::app::context::RequestContext;
@@ -290,6 +292,8 @@ enum Following {
     Connection(Box<EventBody>),
     /// The response moves with its HTTP/2 connection.
     Stream(Box<StreamBody>),
+    /// The response of a gRPC server ends.
+    Call(Box<EndingCall>),
 }
 
 fn is_websocket(protocol: &HeaderValue) -> bool {
@@ -393,6 +397,8 @@ impl Future for ResponseFuture {
             let is_encoded = response.headers().contains_key(CONTENT_ENCODING);
             let ending = EventBody::ending(guard.upgrade_handle(), is_encoded);
             events = Some(Following::Connection(Box::new(ending)));
+        } else if events.is_none() && response.extensions().get::<Resumable>().is_some() {
+            events = Some(Following::Call(Box::new(EndingCall::new(guard.upgrade_handle()))));
         }
         Poll::Ready(Ok(answer(guard, response, events, *this.connects, *this.version)))
     }
@@ -528,6 +534,7 @@ impl Following {
         match self {
             Self::Connection(events) => events.follow(chunk),
             Self::Stream(events) => events.follow(chunk),
+            Self::Call(call) => call.follow(chunk),
         }
     }
 
@@ -536,6 +543,7 @@ impl Following {
         match self {
             Self::Connection(events) => events.end(),
             Self::Stream(events) => events.end(),
+            Self::Call(_) => true,
         }
     }
 }
@@ -576,6 +584,10 @@ impl HttpBody for ResponseBody {
                 }
                 BodyTurn::WaitsForWindow => return Poll::Pending,
                 BodyTurn::Ends => return Poll::Ready(events.last_frame().map(Ok)),
+            },
+            Some(Following::Call(call)) => match call.poll_turn(cx) {
+                BodyTurn::Ends => return Poll::Ready(call.last_frame().map(Ok)),
+                BodyTurn::Polls(_) | BodyTurn::Rests | BodyTurn::WaitsForWindow => {}
             },
         }
         let frame = match this.window {

@@ -3,11 +3,19 @@
 //! A message has a prefix of five bytes: whether it is compressed, and its length (gRPC over HTTP/2,
 //! "Length-Prefixed-Message").
 
+use std::pin::Pin;
 use std::sync::{Arc, Mutex};
+use std::task::Context;
 
 use bytes::Bytes;
+use http_body::Frame;
+use hyper::HeaderMap;
+use hyper::header::{HeaderName, HeaderValue};
 
+use super::endless::BodyTurn;
+use crate::connection::body_chunks::CHUNK;
 use crate::os::lock::lock;
+use crate::registry::UpgradeHandle;
 
 /// The largest body of a request that is kept, in bytes.
 const REQUEST_LIMIT: usize = 4096;
@@ -59,6 +67,43 @@ impl Messages {
 
     pub fn is_between_messages(&self) -> bool {
         self.have == 0 && self.left == 0
+    }
+}
+
+/// The trailers of a call that the library ends: UNAVAILABLE. The client may call again.
+pub fn unavailable() -> Frame<Bytes> {
+    let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("14"));
+    Frame::trailers(HeaderMap::from_iter([status]))
+}
+
+/// A response without end that cannot continue in another process, because the fields of its request could not be kept. It
+/// ends after a whole message when the process drains. Its handler does not end it, because it could be continued otherwise.
+pub struct EndingCall {
+    messages: Messages,
+    drains: Pin<Box<dyn Future<Output = ()> + Send>>,
+    has_to_end: bool,
+    is_over: bool,
+}
+
+impl EndingCall {
+    pub fn new(handle: UpgradeHandle) -> Self {
+        let drains = Box::pin(async move { handle.drains().await });
+        Self { messages: Messages::default(), drains, has_to_end: false, is_over: false }
+    }
+
+    pub fn follow(&mut self, chunk: &[u8]) {
+        self.messages.follow(chunk);
+    }
+
+    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> BodyTurn {
+        self.has_to_end = self.has_to_end || self.drains.as_mut().poll(cx).is_ready();
+        let must_end = self.has_to_end && self.messages.is_between_messages();
+        if must_end { BodyTurn::Ends } else { BodyTurn::Polls(CHUNK) }
+    }
+
+    /// The last frame of the response. None after it.
+    pub fn last_frame(&mut self) -> Option<Frame<Bytes>> {
+        (!std::mem::replace(&mut self.is_over, true)).then(unavailable)
     }
 }
 

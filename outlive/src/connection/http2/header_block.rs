@@ -36,6 +36,9 @@ struct Text<const N: usize> {
 const EVENT_STREAM: Text<12> = Text::new("text/event-stream");
 const GRPC: Text<11> = Text::new("application/grpc");
 const LAST_EVENT_ID: Text<9> = Text::new("last-event-id");
+/// The names of the fields above, which some clients do not encode as indices (grpcio).
+const NAMES: (Text<4>, Text<10>, Text<9>) =
+    (Text::new("accept"), Text::new("content-length"), Text::new("content-type"));
 
 impl<const N: usize> Text<N> {
     const fn new(plain: &'static str) -> Self {
@@ -96,6 +99,7 @@ const fn huffman_code(letter: u8) -> (u32, usize) {
         b'/' => (0x18, 6),
         b'd' => (0x24, 6),
         b'g' => (0x26, 6),
+        b'h' => (0x27, 6),
         b'l' => (0x28, 6),
         b'm' => (0x29, 6),
         b'n' => (0x2a, 6),
@@ -103,6 +107,7 @@ const fn huffman_code(letter: u8) -> (u32, usize) {
         b'r' => (0x2c, 6),
         b'v' => (0x77, 7),
         b'x' => (0x79, 7),
+        b'y' => (0x7a, 7),
         _ => panic!("add the code of this letter"),
     }
 }
@@ -128,6 +133,20 @@ enum Field<'a> {
 enum Name<'a> {
     Indexed(usize),
     Literal(Encoded<'a>),
+}
+
+impl Name<'_> {
+    /// The index of the name, also if it is encoded as a literal. None for a literal that is not in [`NAMES`].
+    fn index(&self) -> Option<usize> {
+        let (accept, length, content_type) = NAMES;
+        match self {
+            Self::Indexed(index) => Some(*index),
+            Self::Literal(name) if accept.is(*name) => Some(ACCEPT),
+            Self::Literal(name) if length.is(*name) => Some(CONTENT_LENGTH),
+            Self::Literal(name) if content_type.is(*name) => Some(CONTENT_TYPE),
+            Self::Literal(_) => None,
+        }
+    }
 }
 
 /// Splits the first field off the front of `block`. None if the block is malformed.
@@ -185,17 +204,16 @@ pub fn may_have_endless_response(mut block: &[u8], has_body: bool) -> bool {
     while !block.is_empty() {
         match next_field(&mut block) {
             Some(Field::Indexed(index)) if index <= LAST_STATIC => is_method |= index == method,
-            // The next process answers the request without a body of HTTP/2.
-            Some(Field::Literal { name: Name::Indexed(CONTENT_LENGTH), .. }) => return false,
-            Some(Field::Literal { name: Name::Indexed(index), value }) if index <= LAST_STATIC => {
-                is_type |= match index {
-                    ACCEPT => !has_body && EVENT_STREAM.begins(value),
-                    CONTENT_TYPE => has_body && GRPC.begins(value),
-                    _ => false,
-                };
-            }
-            Some(Field::Literal { name: Name::Literal(_), .. } | Field::SizeUpdate) => {}
-            Some(_) | None => return false,
+            Some(Field::Literal { name, value }) => match name.index() {
+                Some(ACCEPT) => is_type |= !has_body && EVENT_STREAM.begins(value),
+                Some(CONTENT_TYPE) => is_type |= has_body && GRPC.begins(value),
+                // The next process answers the request without a body of HTTP/2.
+                Some(CONTENT_LENGTH) => return false,
+                Some(index) if index > LAST_STATIC => return false,
+                Some(_) | None => {}
+            },
+            Some(Field::SizeUpdate) => {}
+            Some(Field::Indexed(_)) | None => return false,
         }
     }
     is_method && is_type
@@ -316,6 +334,43 @@ mod tests {
             (b"text/html", false),
         ] {
             assert_eq!(may_have_endless_response(&accept(value), false), is_accepted, "{value:?}");
+        }
+    }
+
+    #[test]
+    fn names_and_values_are_recognized_in_each_encoding() {
+        let (name, content_type) = (NAMES.2.huffman, GRPC.huffman);
+        // The padding has the first bits of a code of ones.
+        let padded = |mut bytes: Vec<u8>, bits: usize| {
+            if !bits.is_multiple_of(8) {
+                *bytes.last_mut().expect("it is not empty") |= 0xff >> (bits % 8);
+            }
+            bytes
+        };
+        let name = padded(name.to_vec(), NAMES.2.bits);
+        let value = padded(content_type.to_vec(), GRPC.bits);
+        let string = |is_huffman: bool, bytes: &[u8]| {
+            let length = u8::try_from(bytes.len()).expect("it is short");
+            [&[if is_huffman { 0x80 | length } else { length }][..], bytes].concat()
+        };
+        for name in [string(false, b"content-type"), string(true, &name)] {
+            for value in [string(false, b"application/grpc"), string(true, &value)] {
+                for first in [LITERAL, 0x10, 0x40] {
+                    let block = [&[0x83, first][..], &name, &value].concat();
+                    assert!(may_have_endless_response(&block, true), "{block:?}");
+                    assert!(!may_have_endless_response(&block, false), "{block:?}");
+                }
+            }
+        }
+        for (length, bits) in [
+            (NAMES.0.huffman.len(), NAMES.0.bits),
+            (NAMES.1.huffman.len(), NAMES.1.bits),
+            (NAMES.2.huffman.len(), NAMES.2.bits),
+            (GRPC.huffman.len(), GRPC.bits),
+            (EVENT_STREAM.huffman.len(), EVENT_STREAM.bits),
+            (LAST_EVENT_ID.huffman.len(), LAST_EVENT_ID.bits),
+        ] {
+            assert_eq!(length, bits.div_ceil(8));
         }
     }
 

@@ -36,7 +36,7 @@ use super::io::{Io, Parts};
 use crate::registry::{DriverHandle, Phase, Stage};
 use crate::transport::http2_state::Http2State;
 pub(super) use endless::{Begun, BodyTurn, EndlessStreams};
-pub(super) use grpc::{KeptBody, Messages};
+pub(super) use grpc::{EndingCall, KeptBody, Messages};
 pub(super) use header_block::STREAM_FIELD;
 use interposer::Interposer;
 use relay::Relay;

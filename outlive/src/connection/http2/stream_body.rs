@@ -5,11 +5,9 @@ use std::task::Context;
 
 use bytes::Bytes;
 use http_body::Frame;
-use hyper::HeaderMap;
-use hyper::header::{HeaderName, HeaderValue};
 
 use super::endless::{BodyTurn, Continuation, EndlessStreams};
-use super::grpc::{KeptBody, Messages};
+use super::grpc::{KeptBody, Messages, unavailable};
 use super::header_block::with_last_event_id;
 use crate::connection::upgraded::{Events, LastId};
 use crate::registry::UpgradeHandle;
@@ -102,9 +100,7 @@ impl StreamBody {
         if std::mem::replace(&mut self.is_over, true) || matches!(self.content, Content::Events(_)) {
             return None;
         }
-        // UNAVAILABLE. The client may call again.
-        let status = (HeaderName::from_static("grpc-status"), HeaderValue::from_static("14"));
-        Some(Frame::trailers(HeaderMap::from_iter([status])))
+        Some(unavailable())
     }
 }
 

@@ -458,8 +458,14 @@ struct Call {
 
 impl Call {
     async fn begin(client: &mut Client, request: &str) -> Self {
+        Self::begin_with(client, request, "").await
+    }
+
+    /// `field`: the value of another field.
+    async fn begin_with(client: &mut Client, request: &str, field: &str) -> Self {
         poll_fn(|cx| client.0.poll_ready(cx)).await.expect("the connection is open");
-        let head = Request::post("http://test/watch").header("content-type", "application/grpc").body(());
+        let head = Request::post("http://test/watch").header("content-type", "application/grpc");
+        let head = head.header("x-field", field).body(());
         let (response, mut sending) =
             client.0.send_request(head.expect("the request is valid"), false).expect("the request is sent");
         sending.send_data(message(request), true).expect("the body is sent");
@@ -489,7 +495,8 @@ impl Call {
 
     /// Reads up to the end, and returns the status.
     async fn status(&mut self) -> String {
-        while self.message().await.is_some() {}
+        let end = async { while self.message().await.is_some() {} };
+        timeout(PATIENCE, end).await.expect("the response ends in time");
         let trailers = self.body.trailers().await.expect("the stream is open").expect("trailers arrive");
         trailers["grpc-status"].to_str().expect("it is text").to_owned()
     }
@@ -532,6 +539,19 @@ async fn grpc_stream_that_cannot_continue_ends_with_unavailable() {
         assert_eq!(call.status().await, "14");
         client.plain(1).await;
     }
+}
+
+/// The fields are too large to be kept.
+#[tokio::test(flavor = "multi_thread")]
+async fn grpc_stream_whose_request_cannot_be_kept_ends_with_unavailable_at_the_drain() {
+    let served = serve(grpc()).await;
+    let mut client = Client::of(&served).await;
+    let mut call = Call::begin_with(&mut client, "x", &"y".repeat(12_000)).await;
+    assert_eq!(call.message().await.as_deref(), Some("x"));
+    served.registry().set_phase(Phase::Draining);
+    assert_eq!(call.status().await, "14");
+    let _next = moved(served, grpc()).await;
+    client.plain(1).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
