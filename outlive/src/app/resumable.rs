@@ -29,8 +29,8 @@
 ///
 /// # When the stream ends instead
 ///
-/// The client receives the status UNAVAILABLE, after a whole message, if the stream cannot continue: with an encoded request
-/// above 4 KiB, TLS 1.2, an older release as the next process or none, or a next process that does not answer the request
+/// The client receives the status UNAVAILABLE, after a whole message, if the stream cannot continue: with a body of the
+/// request above 4 KiB or header fields above 8 KiB, TLS 1.2, an older release as the next process or none, or a next process that does not answer the request
 /// with a `Resumable` response of the same content type and encoding within ten seconds. A stream without this marker has to
 /// end when the [`Shutdown`](crate::Shutdown) is cancelled; otherwise it is cut off at `--drain-timeout`.
 #[derive(Clone, Copy, Debug)]
