@@ -376,8 +376,9 @@ async fn event_stream_over_http2_that_its_client_resets_does_not_move() {
     kept.expect(0).await;
     until_in_flight(&served, 1).await;
     let next = moved(served, router()).await;
+    // This event may be from the process before.
     kept.expect(1).await;
-    assert_eq!(next.registry().counts().in_flight, 1);
+    until_in_flight(&next, 1).await;
     drop(kept);
     until_in_flight(&next, 0).await;
     client.plain(1).await;
