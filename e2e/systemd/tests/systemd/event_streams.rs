@@ -33,7 +33,7 @@ async fn expect_event(stream: &mut EventStream, number: usize) {
     assert_eq!(event, Some(format!("retry: 100\nid: {number}\ndata: tick\n\n")));
 }
 
-/// Replaces the process while the clients of this thread go on.
+/// Replaces the process while the clients of this thread continue.
 async fn replace(container: &Arc<Container>, verb: &'static str) {
     let container = container.clone();
     let replaced = tokio::task::spawn_blocking(move || replace_process(&container, verb));

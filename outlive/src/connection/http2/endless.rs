@@ -195,7 +195,7 @@ impl EndlessStreams {
     }
 
     /// Takes back a request to stop.
-    pub fn go_on(&self) {
+    pub fn allow_all(&self) {
         let mut table = lock(&self.0);
         if table.demand == Demand::Stop {
             for stream in &mut table.streams {

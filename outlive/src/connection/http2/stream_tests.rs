@@ -42,7 +42,7 @@ fn numbers(headers: &HeaderMap) -> impl Stream<Item = Result<Event, Infallible>>
     stream::unfold(last.map_or(0, |last| last + 1), event)
 }
 
-/// Those of a part of the numbers are large, because the crate `h2` closes a connection with too many small frames.
+/// Every third event is large, because the crate `h2` closes a connection with too many small frames.
 fn data(number: u64) -> String {
     let length = if number.is_multiple_of(3) { 5_000 } else { number % 700 + 1 };
     "x".repeat(usize::try_from(length).expect("it is small"))
@@ -336,7 +336,7 @@ async fn event_stream_over_http2_ends_at_the_drain_if_the_next_process_does_not_
 
 /// A slow request is in flight while the connection has to move, so its event stream must not stop yet.
 #[tokio::test(flavor = "multi_thread")]
-async fn event_stream_over_http2_goes_on_while_its_connection_waits_for_another_request() {
+async fn event_stream_over_http2_continues_while_its_connection_waits_for_another_request() {
     static GATE: Semaphore = Semaphore::const_new(0);
     let router = || {
         let slow = get(async || drop(GATE.acquire().await));
@@ -427,7 +427,7 @@ fn message(text: &str) -> Bytes {
     [&[0][..], &length.to_be_bytes(), text.as_bytes()].concat().into()
 }
 
-/// Answers with the request, then with one message in each millisecond. In another process it goes on with "resumed".
+/// Answers with the request, then with one message in each millisecond. In another process it begins with "resumed after" and the number of messages.
 async fn watch(request: axum::extract::Request) -> Response {
     let resumed = request.extensions().get::<Resumed>().copied();
     let asked = axum::body::to_bytes(request.into_body(), usize::MAX).await.expect("the body arrives");

@@ -18,7 +18,7 @@ impl Interposer {
 
     /// Passes the held frames on to h2, and lets new streams begin.
     pub fn release(&mut self) {
-        self.endless.go_on();
+        self.endless.allow_all();
         if self.hold_state == HoldState::Holding {
             self.hold_state = HoldState::Releasing;
             self.release_held();
