@@ -1,7 +1,7 @@
 //! [`Resumable`] and [`Resumed`], with which the handler of a gRPC stream lets it continue in the next process.
 
 /// Lets the stream of a gRPC server continue when the process is restarted or reloaded. A handler adds it to the extensions
-/// of its response; tonic passes these on.
+/// of its response, also to those of a response of tonic.
 ///
 /// When the connection has to move, the stream is dropped after a whole message. The next process calls the handler of the
 /// same route with the same request, in whose extensions it finds [`Resumed`], and its messages follow in the same
@@ -29,10 +29,16 @@
 ///
 /// # When the stream ends instead
 ///
-/// The client receives the status UNAVAILABLE, after a whole message, if the stream cannot continue: with a body of the
-/// request above 4 KiB or header fields above 8 KiB, TLS 1.2, an older release as the next process or none, or a next process that does not answer the request
-/// with a `Resumable` response of the same content type and encoding within ten seconds. A stream without this marker has to
-/// end when the [`Shutdown`](crate::Shutdown) is cancelled; otherwise it is cut off at `--drain-timeout`.
+/// The client receives the status UNAVAILABLE after a whole message if the stream cannot continue:
+///
+/// - The body of the request is above 4 KiB, or its encoded header fields are above 8 KiB.
+/// - The connection cannot be handed over, for example because it uses TLS 1.2.
+/// - There is no next process, or it is an older release.
+/// - The next process does not answer the request within ten seconds with a `Resumable` response of the same content type and
+///   message encoding.
+///
+/// The handler of a stream that is not `Resumable` has to end it when the [`Shutdown`](crate::Shutdown) is cancelled; otherwise
+/// the stream is cut off at `--drain-timeout`.
 #[derive(Clone, Copy, Debug)]
 pub struct Resumable;
 

@@ -171,8 +171,8 @@ enum Offered {
 }
 
 impl Offered {
-    /// The body of a call in gRPC, which the next process may need again.
-    fn kept_body(&self) -> Option<&OfferedStream> {
+    /// The stream, if the request is a call in gRPC: the next process may need its body again.
+    fn call(&self) -> Option<&OfferedStream> {
         match self {
             Self::Stream(offered) if offered.body.is_some() => Some(offered),
             Self::Stream(_) | Self::Upgrade(_) | Self::Events { .. } => None,
@@ -292,7 +292,7 @@ enum Following {
     Connection(Box<EventBody>),
     /// The response moves with its HTTP/2 connection.
     Stream(Box<StreamBody>),
-    /// The response of a gRPC server ends.
+    /// The response of a gRPC server cannot move, and ends when the process drains.
     Call(Box<EndingCall>),
 }
 
@@ -360,7 +360,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             head.extensions.insert(CountedBefore);
         }
         head.extensions.insert(self.context.clone());
-        let body = request_body(&guard, body, offered.as_ref().and_then(Offered::kept_body));
+        let body = request_body(&guard, body, offered.as_ref().and_then(Offered::call));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }
     }
