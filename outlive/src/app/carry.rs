@@ -7,14 +7,18 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::future::poll_fn;
 use std::marker::PhantomData;
+use std::pin::Pin;
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
 
 use axum::extract::FromRequestParts;
 use bytes::Bytes;
 use bytesize::ByteSize;
+use futures_util::task::AtomicWaker;
 use hyper::http::request::Parts;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -87,9 +91,10 @@ const STATE_LIMIT: usize = 64 * 1024;
 ///
 /// # Upgrades to other protocols
 ///
-/// For an upgrade to `websocket` the library lets the handler read one frame at a time, and keeps what the handler has
-/// read of an incomplete message, so the handler may return between any two calls of `recv`. For other protocols it
-/// cannot know where a message ends. There a handler may call `hand_on` only when it has consumed all bytes that it has
+/// For an upgrade to `websocket` the library knows where a message ends: [`requested`](Self::requested) resolves when the
+/// handler's buffer holds no further message, and the library keeps what the handler has read of an incomplete one. So the
+/// handler may then return between any two calls of `recv`. For other protocols the library cannot know where a message
+/// ends. There a handler may call `hand_on` only when it has consumed all bytes that it has
 /// read, and has flushed all that it has written; buffers such as `BufReader` must be empty.
 pub struct Carry<S> {
     /// None if the request offers no upgrade and accepts no event stream, or if a unit test has made it.
@@ -213,8 +218,18 @@ pub struct Continuation {
     can_move: AtomicBool,
     /// Whether [`Carry::requested`] has resolved.
     is_requested: AtomicBool,
+    /// The wait of the last call of [`Carry::requested`] that was dropped before it resolved. The next call continues it,
+    /// because a handler calls it for each message, and to begin a wait costs more than to poll it.
+    wait: Mutex<Option<Wait>>,
+    /// Whether the handler's buffer may hold messages that it has not consumed. [`Carry::requested`] does not resolve then,
+    /// because these messages would be lost.
+    has_unconsumed: AtomicBool,
+    /// The task that waits in [`Carry::requested`] until the handler has consumed them.
+    consumed: AtomicWaker,
     left: Mutex<Left>,
 }
+
+type Wait = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// What the handler has left for the next one.
 #[derive(Default)]
@@ -236,6 +251,9 @@ impl Continuation {
             is_claimed: AtomicBool::new(false),
             can_move: AtomicBool::new(false),
             is_requested: AtomicBool::new(false),
+            wait: Mutex::default(),
+            has_unconsumed: AtomicBool::new(false),
+            consumed: AtomicWaker::new(),
             left: Mutex::default(),
         }
     }
@@ -268,7 +286,8 @@ impl Continuation {
 
     /// Waits until an event stream has to end or move.
     pub async fn must_return(&self) {
-        self.handle.handover_requested().await;
+        let _awaits = self.handle.awaits_handover();
+        self.handle.clone().handover_requested().await;
     }
 
     /// See [`UpgradeHandle::still_has_to_return`].
@@ -298,11 +317,61 @@ impl Continuation {
 
     async fn requested(&self, shutdown: &CancellationToken) {
         if self.can_move() {
-            self.handle.handover_requested().await;
+            self.handover_requested().await;
+            poll_fn(|cx| self.poll_consumed(cx)).await;
         } else {
             shutdown.cancelled().await;
         }
         self.is_requested.store(true, Release);
+    }
+
+    async fn handover_requested(&self) {
+        let wait = lock(&self.wait).take();
+        let wait = wait.unwrap_or_else(|| Box::pin(self.handle.clone().handover_requested()));
+        let mut wait = KeptWait { wait: Some(wait), slot: &self.wait };
+        let mut awaits = None;
+        poll_fn(|cx| {
+            let polled = wait.poll(cx);
+            // Only a drain asks for it, and the wait is polled again when one begins.
+            if polled.is_pending() && !self.handle.is_serving() {
+                awaits.get_or_insert_with(|| self.handle.awaits_handover());
+            }
+            polled
+        })
+        .await;
+    }
+
+    /// Whether the handler may read several messages at once: no process has to continue the connection soon.
+    pub fn may_read_ahead(&self) -> bool {
+        self.handle.is_serving() && !self.is_requested()
+    }
+
+    /// The handler has received several messages at once.
+    pub fn read_ahead(&self) {
+        self.has_unconsumed.store(true, Release);
+    }
+
+    /// The handler reads again, so it has consumed all messages.
+    pub fn reads_again(&self) {
+        if self.has_unconsumed() {
+            self.has_unconsumed.store(false, Release);
+            self.consumed.wake();
+        }
+    }
+
+    pub fn has_unconsumed(&self) -> bool {
+        self.has_unconsumed.load(Acquire)
+    }
+
+    fn poll_consumed(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.has_unconsumed() {
+            self.consumed.register(cx.waker());
+            // The handler may have read again before its task was registered.
+            if self.has_unconsumed() {
+                return Poll::Pending;
+            }
+        }
+        Poll::Ready(())
     }
 
     /// The upgrade is about to be granted. If the connection cannot move, for example with TLS 1.2 or because the protocol
@@ -330,6 +399,31 @@ impl Continuation {
         match std::mem::take(&mut *lock(&self.left)) {
             Left::State(state) => Some(state),
             Left::Nothing | Left::Invalid => None,
+        }
+    }
+}
+
+/// A wait that is kept for the next call if it is dropped before it resolves.
+struct KeptWait<'a> {
+    /// None after it has resolved.
+    wait: Option<Wait>,
+    slot: &'a Mutex<Option<Wait>>,
+}
+
+impl KeptWait<'_> {
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let polled = self.wait.as_mut().map_or(Poll::Ready(()), |wait| wait.as_mut().poll(cx));
+        if polled.is_ready() {
+            self.wait = None;
+        }
+        polled
+    }
+}
+
+impl Drop for KeptWait<'_> {
+    fn drop(&mut self) {
+        if let Some(wait) = self.wait.take() {
+            *lock(self.slot) = Some(wait);
         }
     }
 }

@@ -145,6 +145,14 @@ impl Io {
         matches!(self.wire, Wire::Left(_))
     }
 
+    /// At least so many bytes can be read without a wait for the peer. With TLS it is unknown how many are complete records.
+    pub(super) fn queued(&self) -> u64 {
+        match &self.wire {
+            Wire::Left(stream) => stream.queued(),
+            Wire::Right(_) => 0,
+        }
+    }
+
     /// Whether the peer of an HTTP/1.1 connection has closed it while its request is being answered. With TLS hyper
     /// detects that, because a peek at the socket sees only encrypted records.
     fn is_given_up(&self, cx: &mut Context<'_>) -> bool {

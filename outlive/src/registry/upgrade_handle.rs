@@ -75,15 +75,19 @@ impl UpgradeHandle {
         *self.0.registry.handler_phase.borrow()
     }
 
-    /// Waits until the handler has to return, because the phase hands connections over or ends them. While this is
-    /// polled, the connection counts as one that can be handed over at any time, so a drain does not wait for it. At other
-    /// times the handler works, and a drain waits for it as for a request in flight.
-    pub async fn handover_requested(&self) {
-        let _awaits = self.awaits_handover();
+    /// Whether no drain has begun, so that no connection has to move or end.
+    pub fn is_serving(&self) -> bool {
+        self.0.phase() == Phase::Serving
+    }
+
+    /// Waits until the handler has to return, because the phase hands connections over or ends them. Each change of the
+    /// phase wakes the task.
+    pub async fn handover_requested(self) {
         self.0.registry.handlers_must_return().await;
     }
 
-    /// The connection counts as one that can be handed over at any time, until the guard is dropped.
+    /// The connection counts as one that can be handed over at any time, so a drain does not wait for it, until the guard
+    /// is dropped. At other times the handler works, and a drain waits for it as for a request in flight.
     pub fn awaits_handover(&self) -> AwaitsHandover<'_> {
         self.0.apply(Event::HandlerAwaitsHandover);
         AwaitsHandover(&self.0)

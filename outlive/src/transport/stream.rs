@@ -105,6 +105,11 @@ impl Stream {
         }
     }
 
+    /// How many bytes have arrived and are not read; 0 if that is unknown (`FIONREAD` in ioctl_tty(2)).
+    pub fn queued(&self) -> u64 {
+        rustix::io::ioctl_fionread(self).unwrap_or_default()
+    }
+
     fn try_read_io<R>(&self, read: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
         match self {
             Self::Tcp(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),

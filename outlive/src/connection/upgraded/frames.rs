@@ -1,8 +1,8 @@
 //! The boundaries of WebSocket messages (RFC 6455 section 5.2), in both directions.
 //!
 //! A WebSocket can move to another process only where no message is cut in two. [`Inbound`] limits what a handler reads
-//! at once to one frame, so that no further frame is in the handler's buffer when it returns, and keeps what it has read
-//! of a message that is not complete. [`Outbound`] tells whether the last message that was written is complete. Neither
+//! at once to one frame while the process drains, so that no further frame is in the handler's buffer when it returns, and
+//! keeps what it has read of a message that is not complete. [`Outbound`] tells whether the last message that was written is complete. Neither
 //! looks at a payload, and neither reports invalid frames: the handler's WebSocket library does that.
 
 use bytes::Bytes;
@@ -21,76 +21,49 @@ const PIECE: usize = 8 * 1024;
 /// How much of an incomplete message is kept, in bytes; the default limit of axum and tungstenite for a message.
 const KEPT_LIMIT: usize = 64 * 1024 * 1024;
 
-/// The head of a frame of which no, some or all bytes have passed.
+/// The head of a frame.
 #[derive(Clone, Copy, Default)]
 struct Head {
-    bytes: [u8; LONGEST_HEAD],
-    length: usize,
+    /// Its first byte: the opcode, and whether the frame is the final one of its message.
+    first: u8,
+    /// The length of the payload.
+    payload: u64,
 }
 
 impl Head {
-    /// Takes the bytes of the head from the front of `bytes`. Returns whether the head is complete.
-    fn take(&mut self, bytes: &mut &[u8]) -> bool {
-        if self.length == 0 && bytes.len() >= LONGEST_HEAD {
-            // The usual case, without a branch for each byte. What follows the head is overwritten by the next one.
-            let (head, _) = bytes.split_at(LONGEST_HEAD);
-            self.bytes.copy_from_slice(head);
-            self.length = 2;
-            self.length = self.whole();
-            *bytes = &bytes[self.length..];
-            return true;
-        }
-        while self.length < self.whole() {
-            let Some((first, rest)) = bytes.split_first() else { return false };
-            self.bytes[self.length] = *first;
-            self.length += 1;
-            *bytes = rest;
-        }
-        true
+    /// The head at the front of `bytes`, and its length. None if it is incomplete there.
+    fn parse(bytes: &[u8]) -> Option<(Self, usize)> {
+        let &[first, second, ..] = bytes else { return None };
+        let (payload, length) = match second & 0x7f {
+            126 => (u64::from(u16::from_be_bytes(*bytes[2..].first_chunk()?)), 4),
+            127 => (u64::from_be_bytes(*bytes[2..].first_chunk()?), 10),
+            short => (u64::from(short), 2),
+        };
+        let mask = if second & 0x80 == 0 { 0 } else { 4 };
+        (bytes.len() >= length + mask).then_some((Self { first, payload }, length + mask))
     }
 
-    /// The length of the whole head, as far as its first two bytes tell it.
-    fn whole(&self) -> usize {
-        if self.length < 2 {
-            return 2;
-        }
-        let mask = if self.bytes[1] & 0x80 == 0 { 0 } else { 4 };
-        mask + match self.bytes[1] & 0x7f {
-            126 => 4,
-            127 => 10,
-            _ => 2,
-        }
+    fn opcode(self) -> u8 {
+        self.first & 0x0f
     }
 
-    fn opcode(&self) -> u8 {
-        self.bytes[0] & 0x0f
-    }
-
-    fn is_control(&self) -> bool {
+    fn is_control(self) -> bool {
         self.opcode() >= FIRST_CONTROL
     }
 
-    fn is_final(&self) -> bool {
-        self.bytes[0] & 0x80 != 0
-    }
-
-    fn payload(&self) -> u64 {
-        match self.bytes[1] & 0x7f {
-            126 => u64::from(u16::from_be_bytes([self.bytes[2], self.bytes[3]])),
-            127 => {
-                let mut length = [0; 8];
-                length.copy_from_slice(&self.bytes[2..10]);
-                u64::from_be_bytes(length)
-            }
-            short => u64::from(short),
-        }
+    fn is_final(self) -> bool {
+        self.first & 0x80 != 0
     }
 }
 
 /// The position in a sequence of frames.
 #[derive(Default)]
 struct Position {
+    /// The head of the current frame, once it is complete.
     head: Head,
+    /// The bytes of an incomplete head.
+    begun: [u8; LONGEST_HEAD],
+    begun_length: usize,
     /// The bytes of the current frame's payload that are still missing. Zero while its head is incomplete.
     payload_left: u64,
     /// Whether the last data frame was not the final one of its message.
@@ -102,10 +75,8 @@ impl Position {
     /// not end in `bytes`.
     fn advance(&mut self, bytes: &mut &[u8]) -> Option<Head> {
         if self.payload_left == 0 {
-            if !self.head.take(bytes) {
-                return None;
-            }
-            self.payload_left = self.head.payload();
+            self.head = self.take_head(bytes)?;
+            self.payload_left = self.head.payload;
         }
         let taken = usize::try_from(self.payload_left).unwrap_or(usize::MAX).min(bytes.len());
         *bytes = &bytes[taken..];
@@ -113,11 +84,34 @@ impl Position {
         if self.payload_left > 0 {
             return None;
         }
-        let head = std::mem::take(&mut self.head);
-        if !head.is_control() {
-            self.is_fragmented = !head.is_final();
+        if !self.head.is_control() {
+            self.is_fragmented = !self.head.is_final();
         }
-        Some(head)
+        Some(self.head)
+    }
+
+    fn take_head(&mut self, bytes: &mut &[u8]) -> Option<Head> {
+        if self.begun_length == 0
+            && let Some((head, length)) = Head::parse(bytes)
+        {
+            *bytes = &bytes[length..];
+            return Some(head);
+        }
+        while let Some((first, rest)) = bytes.split_first() {
+            self.begun[self.begun_length] = *first;
+            self.begun_length += 1;
+            *bytes = rest;
+            if let Some((head, _)) = Head::parse(&self.begun[..self.begun_length]) {
+                self.begun_length = 0;
+                return Some(head);
+            }
+        }
+        None
+    }
+
+    /// Whether some of the payload is missing of the only or last frame of a message.
+    fn is_in_final_frame(&self) -> bool {
+        self.payload_left > 0 && self.head.is_final() && !self.head.is_control()
     }
 
     fn is_between_messages(&self) -> bool {
@@ -125,7 +119,7 @@ impl Position {
     }
 
     fn is_between_frames(&self) -> bool {
-        self.payload_left == 0 && self.head.length == 0
+        self.payload_left == 0 && self.begun_length == 0
     }
 }
 
@@ -151,6 +145,12 @@ impl Kept {
         }
     }
 
+    fn clear(&mut self) {
+        if self.length > 0 {
+            *self = Self::default();
+        }
+    }
+
     fn extend(&mut self, other: &Self) {
         other.pieces.iter().for_each(|piece| self.extend_from_slice(piece));
     }
@@ -166,11 +166,32 @@ pub(super) struct Inbound {
     position: Position,
     /// The bytes that were read of the current frame, if it is incomplete or may have to be read again.
     frame: Kept,
+    /// Whether the bytes of the current frame are not kept, because its remainder has arrived. The handler must read it to
+    /// its end before the connection can move.
+    is_passing: bool,
     /// The data frames that were read of an incomplete message. Control frames between them are left out.
     message: Kept,
     /// The last Ping that was read and not answered yet. It is enough to answer the last one (RFC 6455 section 5.5.3).
     ping: Option<Bytes>,
     state: InboundState,
+}
+
+/// How much a handler may read at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// Up to the end of a frame, because the handler may have to return after any message.
+    OneFrame,
+    /// As much as has arrived.
+    Ahead,
+}
+
+/// What a handler may read now.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Admitted {
+    /// The number of bytes.
+    pub(super) length: usize,
+    /// The number of frames that end in them.
+    pub(super) frames: usize,
 }
 
 #[derive(Default, PartialEq, Eq)]
@@ -184,24 +205,44 @@ enum InboundState {
 }
 
 impl Inbound {
-    /// How many of the `bytes`, which arrived next, the handler may read now: up to the end of the first frame. The
-    /// caller must give it exactly these, and the others in a later read.
+    /// How many of the `bytes`, which arrived next, the handler may read now. The caller must give it exactly these, and
+    /// the others in a later read.
     ///
-    /// With more than one frame at once, a handler could receive a Ping between two fragments of a message, and return
-    /// while the second fragment is in its buffer.
-    pub(super) fn admit(&mut self, bytes: &[u8]) -> usize {
-        if self.state != InboundState::Open {
-            return bytes.len();
-        }
+    /// With more than one frame at once, the handler may return while it has consumed only the first of them. Its
+    /// WebSocket library reads again only when it has consumed all.
+    ///
+    /// `queued` returns how many bytes after these have arrived. A frame that has arrived as a whole is not kept, because
+    /// the handler can read it without a wait for the peer; so a long message costs no copy.
+    pub(super) fn admit(&mut self, bytes: &[u8], reading: Reading, queued: impl FnOnce() -> u64) -> Admitted {
         let mut rest = bytes;
-        let end = self.position.advance(&mut rest);
-        let (taken, _) = bytes.split_at(bytes.len() - rest.len());
-        match end {
-            None => self.keep(taken),
-            Some(head) if head.is_control() => self.end_control(head, taken),
-            Some(head) => self.end_data(head, taken),
+        let mut frames = 0;
+        while self.state == InboundState::Open && !rest.is_empty() {
+            let from = rest;
+            let end = self.position.advance(&mut rest);
+            let (taken, _) = from.split_at(from.len() - rest.len());
+            let Some(head) = end else {
+                let ends_message = self.position.is_in_final_frame();
+                if reading == Reading::Ahead && ends_message && queued() >= self.position.payload_left {
+                    self.is_passing = true;
+                    self.frame.clear();
+                }
+                if !self.is_passing {
+                    self.keep(taken);
+                }
+                break;
+            };
+            self.is_passing = false;
+            if head.is_control() {
+                self.end_control(head, taken);
+            } else {
+                self.end_data(head, taken);
+            }
+            frames += 1;
+            if reading == Reading::OneFrame {
+                return Admitted { length: bytes.len() - rest.len(), frames };
+            }
         }
-        taken.len()
+        Admitted { length: bytes.len(), frames }
     }
 
     /// Keeps the beginning of a frame that is incomplete.
@@ -214,11 +255,12 @@ impl Inbound {
 
     fn lose(&mut self) {
         self.state = InboundState::Lost;
-        (self.frame, self.message) = (Kept::default(), Kept::default());
+        self.frame.clear();
+        self.message.clear();
     }
 
     fn end_control(&mut self, head: Head, taken: &[u8]) {
-        if head.payload() > CONTROL_LIMIT || !head.is_final() {
+        if head.payload > CONTROL_LIMIT || !head.is_final() {
             return self.lose();
         }
         if head.opcode() == PING {
@@ -228,13 +270,14 @@ impl Inbound {
         if head.opcode() == CLOSE {
             self.state = InboundState::Closed;
         }
-        self.frame = Kept::default();
+        self.frame.clear();
     }
 
     fn end_data(&mut self, head: Head, taken: &[u8]) {
         if head.is_final() {
             // The handler has the whole message. The buffers are dropped, because an idle WebSocket should have none.
-            (self.frame, self.message) = (Kept::default(), Kept::default());
+            self.frame.clear();
+            self.message.clear();
         } else {
             self.keep(taken);
             let frame = std::mem::take(&mut self.frame);
@@ -247,9 +290,15 @@ impl Inbound {
         self.ping = None;
     }
 
-    /// Whether another handler can continue to read: the peer has not sent Close, and each frame was valid.
+    /// Whether another handler can continue to read: the peer has not sent Close, each frame was valid, and what the
+    /// handler has read of an incomplete message is kept.
     pub(super) fn is_movable(&self) -> bool {
-        self.state == InboundState::Open
+        self.state == InboundState::Open && !self.is_passing
+    }
+
+    /// Whether the handler is reading a frame that has arrived as a whole and is not kept.
+    pub(super) fn is_passing(&self) -> bool {
+        self.is_passing
     }
 
     pub(super) fn is_closed(&self) -> bool {
@@ -376,13 +425,17 @@ mod tests {
         frames
     }
 
+    fn readings() -> impl Strategy<Value = Reading> {
+        prop_oneof![Just(Reading::OneFrame), Just(Reading::Ahead)]
+    }
+
     proptest! {
         /// Reads in pieces of any size, and moves after any of them: the data frames that all handlers have read
         /// completely, and those that the last one reads again, are the ones that were sent.
         #[test]
         fn next_handler_reads_each_message_that_no_handler_has_read_completely(
             sent in prop::collection::vec(sent(), 0..6),
-            pieces in prop::collection::vec((1..200_usize, any::<bool>()), 1..40),
+            pieces in prop::collection::vec((1..200_usize, any::<bool>(), readings(), any::<bool>()), 1..40),
         ) {
             let frames = frames(&sent);
             let all: Vec<u8> = frames.iter().flat_map(|(bytes, ..)| bytes.clone()).collect();
@@ -391,21 +444,28 @@ mod tests {
             // What arrives next, and the complete messages that the handlers have read.
             let (mut arriving, mut complete) = (all.clone(), Vec::new());
             // What the current handler has read of an incomplete message.
-            let (mut begun, mut move_count) = (Vec::new(), 0);
-            for (length, moves) in pieces.into_iter().cycle() {
+            let (mut begun, mut handler, mut move_count) = (Vec::new(), Position::default(), 0);
+            for (length, moves, reading, is_queued) in pieces.into_iter().cycle() {
                 if arriving.is_empty() {
                     break;
                 }
                 let piece = &arriving[..length.min(arriving.len())];
-                let admitted = inbound.admit(piece);
-                prop_assert!(admitted > 0);
-                begun.extend_from_slice(&piece[..admitted]);
-                arriving.drain(..admitted);
-                if inbound.position.is_between_messages() {
-                    complete.append(&mut begun);
+                let queued = || if is_queued { (arriving.len() - piece.len()) as u64 } else { 0 };
+                let admitted = inbound.admit(piece, reading, queued);
+                prop_assert!(admitted.length > 0);
+                let mut rest = &piece[..admitted.length];
+                while !rest.is_empty() {
+                    let from = rest;
+                    handler.advance(&mut rest);
+                    begun.extend_from_slice(&from[..from.len() - rest.len()]);
+                    if handler.is_between_messages() {
+                        complete.append(&mut begun);
+                    }
                 }
-                if moves && move_count < 30 {
+                arriving.drain(..admitted.length);
+                if moves && inbound.is_movable() && move_count < 30 {
                     move_count += 1;
+                    handler = Position::default();
                     let ping = inbound.ping.clone().unwrap_or_default();
                     let again = std::mem::take(&mut inbound).unread();
                     prop_assert!(again.starts_with(&ping));
@@ -432,15 +492,25 @@ mod tests {
         }
 
         #[test]
-        fn handler_reads_at_most_one_frame_at_once(sent in prop::collection::vec(sent(), 1..6)) {
+        fn handler_reads_at_most_one_frame_at_once_in_a_drain(sent in prop::collection::vec(sent(), 1..6)) {
             let frames = frames(&sent);
             let all: Vec<u8> = frames.iter().flat_map(|(bytes, ..)| bytes.clone()).collect();
             let (mut inbound, mut at, mut reads) = (Inbound::default(), 0, 0);
             while at < all.len() {
-                at += inbound.admit(&all[at..]);
+                let admitted = inbound.admit(&all[at..], Reading::OneFrame, || 0);
+                prop_assert_eq!(admitted.frames, 1);
+                at += admitted.length;
                 reads += 1;
             }
             prop_assert_eq!(reads, frames.len());
+        }
+
+        #[test]
+        fn handler_reads_all_that_has_arrived_outside_of_a_drain(sent in prop::collection::vec(sent(), 1..6)) {
+            let frames = frames(&sent);
+            let all: Vec<u8> = frames.iter().flat_map(|(bytes, ..)| bytes.clone()).collect();
+            let admitted = Inbound::default().admit(&all, Reading::Ahead, || 0);
+            prop_assert_eq!(admitted, Admitted { length: all.len(), frames: frames.len() });
         }
 
         #[test]
@@ -463,11 +533,13 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_admitted_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..300)) {
+        fn any_bytes_are_admitted_without_a_panic(
+            bytes in prop::collection::vec(any::<u8>(), 0..300), reading in readings(),
+        ) {
             let mut inbound = Inbound::default();
             let mut at = 0;
             while at < bytes.len() {
-                let admitted = inbound.admit(&bytes[at..]);
+                let admitted = inbound.admit(&bytes[at..], reading, || 0).length;
                 prop_assert!(admitted > 0);
                 at += admitted;
             }
@@ -480,11 +552,12 @@ mod tests {
     fn ping_is_read_again_until_a_pong_was_written() {
         let ping = frame(PING, true, Some([1, 2, 3, 4]), b"hello");
         let mut inbound = Inbound::default();
-        assert_eq!(inbound.admit(&ping[..3]), 3);
-        assert_eq!(inbound.admit(&ping[3..]), ping.len() - 3);
+        assert_eq!(inbound.admit(&ping[..3], Reading::OneFrame, || 0), Admitted { length: 3, frames: 0 });
+        let admitted = inbound.admit(&ping[3..], Reading::OneFrame, || 0);
+        assert_eq!(admitted, Admitted { length: ping.len() - 3, frames: 1 });
         assert_eq!(inbound.unread(), ping);
         let mut inbound = Inbound::default();
-        inbound.admit(&ping);
+        inbound.admit(&ping, Reading::OneFrame, || 0);
         assert!(Outbound::default().wrote(&frame(PONG, true, None, b"hello")));
         inbound.answered();
         assert_eq!(inbound.unread(), "");
@@ -493,7 +566,7 @@ mod tests {
     #[test]
     fn websocket_is_not_movable_once_either_side_has_sent_close() {
         let mut inbound = Inbound::default();
-        inbound.admit(&frame(CLOSE, true, Some([0; 4]), &[3, 232]));
+        inbound.admit(&frame(CLOSE, true, Some([0; 4]), &[3, 232]), Reading::Ahead, || 0);
         assert!(inbound.is_closed() && !inbound.is_movable());
         let mut outbound = Outbound::default();
         outbound.wrote(&close(1012));
@@ -504,14 +577,16 @@ mod tests {
     #[test]
     fn fuzzed_frames_of_a_websocket_do_not_panic() {
         crate::fuzz::target!("websocket_frames").for_each(|bytes| {
-            let mut inbound = Inbound::default();
-            let mut at = 0;
-            while at < bytes.len() {
-                let admitted = inbound.admit(&bytes[at..]);
-                assert!(admitted > 0);
-                at += admitted;
+            for reading in [Reading::OneFrame, Reading::Ahead] {
+                let mut inbound = Inbound::default();
+                let mut at = 0;
+                while at < bytes.len() {
+                    let admitted = inbound.admit(&bytes[at..], reading, || 0).length;
+                    assert!(admitted > 0);
+                    at += admitted;
+                }
+                let _ = inbound.unread();
             }
-            let _ = inbound.unread();
             Outbound::default().wrote(bytes);
         });
     }

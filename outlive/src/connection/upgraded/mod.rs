@@ -33,12 +33,12 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::Endpoint;
-use super::io::Io;
+use super::io::{Io, join};
 use crate::app::carry::Continuation;
 use crate::os::lock::lock;
 use crate::transport::replay::Replay;
 pub(super) use events::{EventBody, Events, LastId, Turn as EventTurn};
-use frames::{Inbound, Outbound};
+use frames::{Inbound, Outbound, Reading};
 pub(super) use returned::close_unadopted;
 pub use returned::{ReturnPath, ReturnedConnection, ReturnedConnections, Succession};
 
@@ -172,35 +172,43 @@ impl UpgradableIo {
         Pin::new(self.io.as_mut().expect("the IO is present until it is taken apart"))
     }
 
-    /// Reads for a handler that has a `Carry`: of a WebSocket at most up to the end of one frame (see
-    /// [`Inbound::admit`]).
-    fn poll_read_upgraded(
-        &mut self,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-        is_websocket: bool,
-    ) -> Poll<io::Result<()>> {
-        if !is_websocket {
-            return self.io().poll_read(cx, into);
-        }
+    /// Reads for a handler that has a `Carry`. See [`Inbound::admit`] for how much of a WebSocket.
+    fn poll_read_upgraded(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let Self { io: Some(io), upgrade, frames, .. } = self else { return Poll::Pending };
+        let Some(Granted { is_websocket: true, continuation, .. }) = upgrade.granted() else {
+            return Pin::new(io).poll_read(cx, into);
+        };
         // Present, because the response was written before.
-        let Some(mut frames) = self.frames.take() else { return Poll::Pending };
-        if frames.excess.has_remaining() {
-            let length = frames.excess.len().min(into.remaining());
-            let admitted = frames.inbound.admit(&frames.excess[..length]);
-            into.put_slice(&frames.excess.split_to(admitted));
-            self.frames = Some(frames);
-            return Poll::Ready(Ok(()));
+        let Some(frames) = frames else { return Poll::Pending };
+        let is_passing = frames.inbound.is_passing();
+        if !is_passing {
+            continuation.reads_again();
         }
         let before = into.filled().len();
-        let polled = self.io().poll_read(cx, into);
+        let polled = if frames.excess.has_remaining() {
+            let length = frames.excess.len().min(into.remaining());
+            into.put_slice(&frames.excess.split_to(length));
+            Poll::Ready(Ok(()))
+        } else {
+            Pin::new(&mut *io).poll_read(cx, into)
+        };
         let read = &into.filled()[before..];
-        let admitted = frames.inbound.admit(read);
-        if admitted < read.len() {
-            frames.excess = Bytes::copy_from_slice(&read[admitted..]);
-            into.set_filled(before + admitted);
+        if read.is_empty() {
+            return polled;
         }
-        self.frames = Some(frames);
+        let reading = if continuation.may_read_ahead() { Reading::Ahead } else { Reading::OneFrame };
+        // If the handler's buffer has room for more, nothing else has arrived.
+        let is_full = into.remaining() == 0;
+        let queued = || if is_full && !is_passing { io.queued() } else { 0 };
+        let admitted = frames.inbound.admit(read, reading, queued);
+        if admitted.frames > 1 || frames.inbound.is_passing() {
+            continuation.read_ahead();
+        }
+        if admitted.length < read.len() {
+            frames.excess =
+                join(Bytes::copy_from_slice(&read[admitted.length..]), std::mem::take(&mut frames.excess));
+            into.set_filled(before + admitted.length);
+        }
         polled
     }
 
@@ -261,9 +269,8 @@ impl AsyncRead for UpgradableIo {
         if let Some(replay) = &mut this.replay {
             return replay.poll_read(into);
         }
-        if let Some(Granted { is_websocket, .. }) = this.upgrade.granted() {
-            let is_websocket = *is_websocket;
-            return this.poll_read_upgraded(cx, into, is_websocket);
+        if this.upgrade.granted().is_some() {
+            return this.poll_read_upgraded(cx, into);
         }
         let before = into.filled().len();
         std::task::ready!(this.io().poll_read(cx, into))?;
@@ -336,8 +343,8 @@ impl Drop for UpgradableIo {
             return;
         }
         // If hyper has read more than the head of the request, the handler has read the remainder before `Frames`
-        // could follow it.
-        let is_followed = self.last_read == *BLANK_LINE;
+        // could follow it. If it has returned before it consumed all messages, these are lost.
+        let is_followed = self.last_read == *BLANK_LINE && !granted.continuation.has_unconsumed();
         let frames = self.frames.take().map(|frames| *frames);
         granted.return_path.send(ReturnedConnection::new(io, granted, frames, is_followed));
     }

@@ -20,7 +20,7 @@ use testkit::certificate::Certificate;
 use testkit::client::{self, Target};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
@@ -33,6 +33,7 @@ use tokio_tungstenite::tungstenite::protocol::frame::coding::{Data, OpCode};
 use tokio_util::sync::CancellationToken;
 
 use crate::app::carry::Carry;
+use crate::app::context::Shutdown;
 use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::connection::unread_tests::tls_of;
@@ -196,6 +197,71 @@ async fn incomplete_message_is_completed_after_a_move() {
             }
         }
     }
+}
+
+/// A handler that receives three messages at once, answers the first, and continues when `resume` is notified. Until
+/// `ends` resolves, it answers the others.
+fn reading_ahead(resume: Arc<Notify>, ends_at: EndsAt) -> Router {
+    let handler = async move |upgrade: WebSocketUpgrade, carry: Carry<Seat>, Shutdown(shutdown): Shutdown| {
+        upgrade.on_upgrade(async move |mut socket: WebSocket| {
+            let mut is_first = carry.received().expect("the state is valid").is_none();
+            loop {
+                let ends = async {
+                    match ends_at {
+                        EndsAt::Requested => carry.requested().await,
+                        EndsAt::Shutdown => shutdown.cancelled().await,
+                    }
+                };
+                let message = tokio::select! {
+                    biased;
+                    () = ends => return carry.hand_on(&Seat::default()),
+                    message = socket.recv() => message,
+                };
+                let Some(Ok(Message::Text(text))) = message else { return };
+                socket.send(Message::Text(text)).await.expect("the client reads");
+                if std::mem::take(&mut is_first) {
+                    resume.notified().await;
+                }
+            }
+        })
+    };
+    Router::new().route("/", any(handler))
+}
+
+#[derive(Clone, Copy)]
+enum EndsAt {
+    Requested,
+    Shutdown,
+}
+
+/// Sends three messages in one write, and moves after the answer to the first.
+async fn move_with_messages_in_the_buffer(ends_at: EndsAt) -> (Served, WebSocketStream<TcpStream>) {
+    let resume = Arc::new(Notify::new());
+    let served = serve(reading_ahead(resume.clone(), ends_at)).await;
+    let mut client = connect(&served).await;
+    for text in ["1", "2", "3"] {
+        client.feed(Sent::Text(text.into())).await.expect("the WebSocket is open");
+    }
+    client.flush().await.expect("the WebSocket is open");
+    assert_eq!(next_text(&mut client).await, "1");
+    served.server.enter(Phase::Quiescing);
+    resume.notify_one();
+    (moved(served, reading_ahead(resume, EndsAt::Requested)).await, client)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_in_the_buffer_of_the_handler_are_answered_before_the_move() {
+    let (_served, mut client) = move_with_messages_in_the_buffer(EndsAt::Requested).await;
+    client.send(Sent::Text("4".into())).await.expect("the WebSocket is open");
+    for text in ["2", "3", "4"] {
+        assert_eq!(next_text(&mut client).await, text);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_is_closed_with_1012_if_its_handler_returns_with_messages_in_its_buffer() {
+    let (_served, mut client) = move_with_messages_in_the_buffer(EndsAt::Shutdown).await;
+    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -834,15 +900,14 @@ async fn websocket_whose_request_has_a_body_is_closed_with_1012() {
 /// The drain waits for the handlers that are at work, and this one has returned.
 #[tokio::test(flavor = "multi_thread")]
 async fn websocket_that_is_handed_on_at_the_shutdown_does_not_delay_the_drain() {
-    let handler =
-        async |upgrade: WebSocketUpgrade, carry: Carry<Seat>, shutdown: crate::app::context::Shutdown| {
-            upgrade.on_upgrade(async move |mut socket: WebSocket| {
-                tokio::select! {
-                    _ = socket.recv() => {}
-                    () = shutdown.0.cancelled() => carry.hand_on(&Seat::default()),
-                }
-            })
-        };
+    let handler = async |upgrade: WebSocketUpgrade, carry: Carry<Seat>, shutdown: Shutdown| {
+        upgrade.on_upgrade(async move |mut socket: WebSocket| {
+            tokio::select! {
+                _ = socket.recv() => {}
+                () = shutdown.0.cancelled() => carry.hand_on(&Seat::default()),
+            }
+        })
+    };
     let served = serve(Router::new().route("/", any(handler))).await;
     let mut client = connect(&served).await;
     served.registry().set_phase(Phase::Draining);
