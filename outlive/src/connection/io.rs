@@ -343,11 +343,8 @@ mod tests {
     }
 
     /// Fills the buffers of the sockets; the peer reads nothing.
-    async fn fill(stream: &Stream) {
-        let Stream::Tcp(stream) = stream else { panic!("TCP") };
-        while timeout(Duration::from_millis(50), stream.writable()).await.is_ok() {
-            let _ = stream.try_write(&[0; 16 * 1024]);
-        }
+    async fn fill(stream: &mut Stream) {
+        while timeout(Duration::from_millis(50), stream.write(&[0; 16 * 1024])).await.is_ok() {}
     }
 
     /// An `Io` whose time limits are all 20 ms, and are enforced.
@@ -374,7 +371,7 @@ mod tests {
     #[tokio::test]
     async fn bytes_that_arrive_at_a_parkable_connection_are_not_read_before_it_is_parked() {
         let (ours, mut peer) = connection().await;
-        let mut io = io_that_idles(Wire::Left(Stream::Tcp(ours)), Duration::from_secs(60));
+        let mut io = io_that_idles(Wire::Left(ours.into()), Duration::from_secs(60));
         peer.write_all(b"GET").await.expect("the bytes are sent");
         let mut read = [0; 1];
         io.read_exact(&mut read).await.expect("the connection is read before it is parkable");
@@ -389,8 +386,8 @@ mod tests {
     #[tokio::test]
     async fn refusal_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
         let (ours, _peer) = connection().await;
-        let stream = Stream::Tcp(ours);
-        fill(&stream).await;
+        let mut stream = Stream::from(ours);
+        fill(&mut stream).await;
         assert_ends(io(Wire::Left(stream)).refuse(b"HTTP/1.1 408 Request Timeout\r\n\r\n")).await;
     }
 
@@ -404,10 +401,10 @@ mod tests {
             TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("the name is valid");
-        let ours = record_reader::accept(Stream::Tcp(ours), &acceptor);
+        let ours = record_reader::accept(ours.into(), &acceptor);
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
-        let ours = ours.expect("the handshake succeeds");
-        fill(ours.get_ref().0.stream()).await;
+        let mut ours = ours.expect("the handshake succeeds");
+        fill(ours.get_mut().0.stream()).await;
         assert_ends(io(Wire::Right(Tls::Left(Box::new(ours)))).close()).await;
     }
 }

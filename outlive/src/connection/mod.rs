@@ -181,9 +181,9 @@ async fn drive(
         }
     };
     let io::Parts { stream, registration, tls, unread: behind } = parts;
-    let unread = io::join(unread, behind);
+    let (unread, has_duplicate) = (io::join(unread, behind), stream.has_duplicate());
     ConnectionOutcome::Quiescent(
-        Connection { socket: stream, endpoint, unread, http2, tls, replay },
+        Connection { socket: stream, endpoint, unread, http2, tls, replay, has_duplicate },
         registration,
     )
 }

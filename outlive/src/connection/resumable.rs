@@ -30,6 +30,8 @@ pub struct Connection<S = OwnedFd> {
     pub tls: Option<Box<TlsTrafficState>>,
     /// What begins it anew, if it is an upgraded connection.
     pub replay: Option<Box<Replay>>,
+    /// See [`Stream::has_duplicate`].
+    pub has_duplicate: bool,
 }
 
 impl Connection {
@@ -53,11 +55,12 @@ impl Connection {
     /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
     /// disconnected.
     pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
-        let Self { socket, endpoint, unread, http2, tls, replay } = self;
+        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate } = self;
         // The socket may come from another process, which may have left it in blocking mode.
         rustix::io::ioctl_fionbio(&socket, true)?;
         let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
-        Ok((Connection { socket: Stream::new(socket, peer)?, endpoint, unread, http2, tls, replay }, peer))
+        let socket = Stream::new(socket, peer, has_duplicate)?;
+        Ok((Connection { socket, endpoint, unread, http2, tls, replay, has_duplicate }, peer))
     }
 }
 
@@ -71,12 +74,20 @@ impl<S> Connection<S> {
 impl Connection<Stream> {
     /// A connection that was just accepted.
     pub fn begun(stream: Stream, endpoint: Arc<Endpoint>) -> Self {
-        Self { socket: stream, endpoint, unread: Bytes::new(), http2: None, tls: None, replay: None }
+        Self {
+            socket: stream,
+            endpoint,
+            unread: Bytes::new(),
+            http2: None,
+            tls: None,
+            replay: None,
+            has_duplicate: false,
+        }
     }
 
     /// Deregisters the socket from the runtime.
     pub fn unwatched(self) -> io::Result<Connection> {
-        let Self { socket, endpoint, unread, http2, tls, replay } = self;
-        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls, replay })
+        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate } = self;
+        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls, replay, has_duplicate })
     }
 }

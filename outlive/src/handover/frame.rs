@@ -17,7 +17,8 @@
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
-//!           .  payload: of a connection, the bytes read and not consumed; of a listener, its ownership
+//!           .  payload: of a connection, the bytes read and not consumed; of a listener, its ownership; of a duplicate
+//!              (`backup.rs`), its number
 //!           .  HTTP/2 only: 4, a length; the state (`transport/http2_state.rs`)
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
 //!           .  upgraded, or an event stream, only: 4, a length; the request (`transport/replay.rs`)
@@ -52,7 +53,7 @@ pub const MAX_SOCKETS: usize = 252;
 
 const MAGIC: &[u8; 4] = b"hand";
 
-/// The type of a message. At a restart only `Connections`, `Tickets` and `Totals` occur; the others are the steps of a
+/// The type of a message. At a restart only `Connections`, `Tickets` and `Totals` occur, and after a crash `Backup`; the others are the steps of a
 /// takeover (`takeover/mod.rs`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
@@ -83,10 +84,12 @@ pub enum MessageType {
     /// From the predecessor: TLS session ticket keys (`transport/tickets.rs`), in the record of a descriptor that has
     /// no meaning.
     Tickets,
+    /// Into systemd's store: duplicates of parked connections, for the process that starts after a crash (`backup.rs`).
+    Backup,
 }
 
 impl MessageType {
-    const ALL: [Self; 11] = [
+    const ALL: [Self; 12] = [
         Self::Connections,
         Self::Hello,
         Self::Go,
@@ -98,6 +101,7 @@ impl MessageType {
         Self::Refused,
         Self::Totals,
         Self::Tickets,
+        Self::Backup,
     ];
 }
 

@@ -5,8 +5,10 @@
 //! (`frame.rs`) through the handover channel, a pair of `SOCK_SEQPACKET` sockets (`channel.rs`). At a restart the next
 //! process does not run yet, so the channel waits, filled, in systemd's file descriptor store (`store.rs`). At a reload
 //! the successor reads it directly (`takeover/`). Connections for which the next process has no file descriptors stay
-//! in the channel (`overflow.rs`). `lifecycle/drain.rs` writes the channel, and `takeover/adopter.rs` reads it.
+//! in the channel (`overflow.rs`). Duplicates of parked connections lie in the store at all times, for the process that
+//! starts after a crash (`backup.rs`). `lifecycle/drain.rs` writes the channel, and `takeover/adopter.rs` reads it.
 
+mod backup;
 mod channel;
 mod frame;
 mod overflow;
@@ -18,6 +20,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub use backup::{Backup, ParkedSockets, has_store, take as take_backed_up};
 use bytes::Bytes;
 pub use channel::{
     Channel, Frame, MAX_SOCKETS, MessageType, Next, Secret, SocketRecord, pair, receive as receive_frame,
@@ -77,7 +80,21 @@ fn monotonic_now() -> u64 {
 /// The generation after the newest one that wrote to `channels`. Reads nothing from them. None if they are empty.
 pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     let senders = channels.iter().flatten().filter_map(channel::peek);
-    senders.map(|origin| origin.generation.saturating_add(1)).max()
+    senders.map(|(_, origin)| origin.generation.saturating_add(1)).max()
+}
+
+/// Leaves out the backups of processes that have handed their connections over, which are stale. Their frames are not read,
+/// because that would delay the start.
+pub fn without_stale_backups(channels: Vec<anyhow::Result<OwnedFd>>) -> Vec<anyhow::Result<OwnedFd>> {
+    let next = |channel: &OwnedFd| channel::peek(channel);
+    let handed_over = channels.iter().flatten().filter_map(next).filter(|next| next.0 != MessageType::Backup);
+    let handed_over = handed_over.map(|(_, origin)| origin.generation).max();
+    let is_stale = |channel: &OwnedFd| {
+        next(channel).is_some_and(|(message_type, origin)| {
+            message_type == MessageType::Backup && Some(origin.generation) <= handed_over
+        })
+    };
+    channels.into_iter().filter(|channel| !channel.as_ref().is_ok_and(is_stale)).collect()
 }
 
 /// Restores a connection from its record. Fails, with the reason for the log, if none of `endpoints` has the
@@ -127,7 +144,8 @@ pub fn unpack(
             endpoint.name
         ));
     }
-    Ok(Connection { socket, endpoint: endpoint.clone(), unread: record.payload, http2, tls, replay })
+    let endpoint = endpoint.clone();
+    Ok(Connection { socket, endpoint, unread: record.payload, http2, tls, replay, has_duplicate: false })
 }
 
 /// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame

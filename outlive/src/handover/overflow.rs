@@ -155,6 +155,16 @@ impl Overflow {
         Some(channels.len())
     }
 
+    /// Removes the channels of earlier processes from systemd's store, unless they still hold connections or the drain has
+    /// begun, which stores a channel of the same name.
+    pub fn clear_store(&self) {
+        if let State::Open(channels) = &*lock(&self.0)
+            && channels.is_empty()
+        {
+            systemd::unstore(STORE_NAME);
+        }
+    }
+
     /// Stores the channels with systemd and returns them, so that they can be sent to a successor. From then on this
     /// process no longer serves the connections in them.
     pub fn hand_over(&self) -> Vec<OwnedFd> {
@@ -257,6 +267,7 @@ mod tests {
                     http2: None,
                     tls: None,
                     replay: replay.cloned().map(Box::new),
+                    has_duplicate: false,
                 };
                 (client, connection)
             })

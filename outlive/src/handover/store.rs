@@ -60,9 +60,7 @@ impl FdStore {
 
     /// Whether systemd has the reading end open: otherwise poll(2) reports a hang-up on the writing end.
     fn is_kept(&self) -> io::Result<bool> {
-        let mut polled = [PollFd::new(&self.channel, PollFlags::OUT)];
-        poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-        Ok(!polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
+        Ok(!is_hung_up(&self.channel)?)
     }
 
     /// Sends `connections` to the store, for the next process. Returns those that did not fit.
@@ -101,4 +99,11 @@ impl FdStore {
         // An error is ignored, because the log line at the end of the drain has the same numbers.
         channel::send::<OwnedFd>(&self.channel, MessageType::Totals, origin, &[], &metrics::totals());
     }
+}
+
+/// Whether no process has the other end of a channel or pipe open.
+pub(super) fn is_hung_up(end: &OwnedFd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(end, PollFlags::OUT)];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    Ok(polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
 }

@@ -38,6 +38,11 @@ pub static TAKEN_OVER: LazyLock<IntCounter> = metric!(
     "outlive_connections_taken_over_total",
     "Connections taken over from the predecessor."
 );
+pub static BACKED_UP: LazyLock<IntGauge> = metric!(
+    register_int_gauge,
+    "outlive_connections_backed_up",
+    "Parked connections that stay open if this process crashes."
+);
 pub static CUT_OFF: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "outlive_requests_cut_off_total",

@@ -273,7 +273,7 @@ impl Registry {
     }
 
     /// The time since `since`, which is in milliseconds of [`Registry::now`].
-    fn age(&self, since: u64) -> Duration {
+    pub fn age(&self, since: u64) -> Duration {
         Duration::from_millis(self.now().saturating_sub(since))
     }
 
@@ -302,7 +302,7 @@ impl Registry {
         has_dropped
     }
 
-    fn set_now(&self, now: u64) {
+    pub fn set_now(&self, now: u64) {
         self.now.store(now, Relaxed);
     }
 

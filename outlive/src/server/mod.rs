@@ -21,6 +21,7 @@ use rustix::net::{Shutdown, SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{interval, sleep};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -28,9 +29,10 @@ use crate::connection::{
     self, Connection, ConnectionContext, ConnectionOutcome, Endpoint, EndpointKind, ReturnedConnection,
     ReturnedConnections, Succession,
 };
-use crate::handover::{Overflow, Secret};
+use crate::handover::{Backup, Overflow, Secret, has_store};
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
+use crate::os::rlimit;
 use crate::os::sys;
 use crate::registry::{Phase, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
@@ -50,6 +52,11 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
 const KEEPALIVE_PROBES: u32 = 6;
+
+/// How often idle connections are added to the backup.
+const BACKUP_INTERVAL: Duration = Duration::from_secs(1);
+/// How many descriptors in flight a handover needs besides those of the connections.
+const HANDOVER_ROOM: u64 = 1024;
 
 /// The maximum number of connections to the admin listeners.
 const ADMIN_CONNECTIONS: usize = 64;
@@ -177,7 +184,7 @@ impl Server {
     pub fn adopt(&self, connection: Connection) {
         let slot = self.slots(&connection.endpoint).clone().try_acquire_owned().ok();
         let since = self.registry.now();
-        if let Err(unparked) = self.parked.put(ParkedConnection { connection, slot, since }) {
+        if let Err(unparked) = self.parked.put(ParkedConnection::new(connection, slot, since)) {
             self.serve_unparked_connection(unparked);
         }
     }
@@ -207,6 +214,50 @@ impl Server {
 
     pub fn overflow(&self) -> &Overflow {
         &self.overflow
+    }
+
+    /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
+    /// `predecessor_gone`: the predecessor has exited, and with it its own backup has become stale.
+    pub async fn back_up(self, generation: u64, max_connections: u32, predecessor_gone: CancellationToken) {
+        predecessor_gone.cancelled().await;
+        match has_store().await {
+            Ok(true) => {}
+            Ok(false) => return,
+            Err(error) => {
+                return warn!(%error, "could not find out whether systemd stores file descriptors; a crash will close all connections");
+            }
+        }
+        self.overflow.clear_store();
+        // The descriptors of all connections must fit beside them at the next restart (ETOOMANYREFS in unix(7)).
+        let limit = rlimit::limit().saturating_sub(u64::from(max_connections) + HANDOVER_ROOM);
+        match Backup::new(generation, usize::try_from(limit).unwrap_or(usize::MAX)) {
+            Ok(backup) => self.parked.begin_backup(backup),
+            Err(error) => {
+                return warn!(%error, "could not create the backup of idle connections; a crash will close them");
+            }
+        }
+        self.store_backup();
+        let mut clock = interval(BACKUP_INTERVAL);
+        while matches!(self.registry.phase(), Phase::Serving | Phase::Announcing) {
+            clock.tick().await;
+            loop {
+                match self.parked.back_up() {
+                    Ok(true) => tokio::task::yield_now().await,
+                    Ok(false) => break,
+                    Err(error) => {
+                        debug!(%error, "could not add idle connections to the backup; retrying");
+                        break;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stores the backup with systemd, also again after the descriptors of its name were removed.
+    pub fn store_backup(&self) {
+        if let Err(error) = self.parked.store_backup() {
+            warn!(%error, "could not store the backup of idle connections; a crash will close them");
+        }
     }
 
     fn slots(&self, endpoint: &Endpoint) -> &Arc<Semaphore> {
@@ -315,7 +366,7 @@ impl Server {
     }
 
     fn serve_unparked_connection(&self, idle: ParkedConnection) {
-        let ParkedConnection { connection, slot, since } = idle;
+        let ParkedConnection { connection, slot, since, .. } = idle;
         match connection.watched() {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, slot, since);
@@ -442,7 +493,7 @@ impl Acceptor {
         if matches!(peer, Peer::Tcp(_)) {
             sockopt::set_tcp_nodelay(&fd, true)?;
         }
-        Ok(Some((Connection::begun(Stream::new(fd, peer)?, self.endpoint.clone()), peer)))
+        Ok(Some((Connection::begun(Stream::new(fd, peer, false)?, self.endpoint.clone()), peer)))
     }
 
     fn queue(&self) -> Option<u32> {

@@ -10,22 +10,34 @@ use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use rustix::event::{Timespec, epoll};
+use rustix::net::{Shutdown, shutdown};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::sync::OwnedSemaphorePermit;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::connection::Connection;
+use crate::handover::{Backup, ParkedSockets};
+use crate::observe::metrics;
 use crate::os::lock::lock;
 use crate::os::sys;
-use crate::registry::{Registration, Registry};
+use crate::registry::{Phase, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
 use crate::transport::stream::Stream;
 
 /// How many connections are unparked at once. Between two batches the task yields to other tasks, so that many
 /// connections with input at the same time do not delay the requests in flight.
 const BATCH: usize = 128;
+
+/// How long a connection is idle before it gets a duplicate in the backup. A shorter time would be wasted on connections
+/// that send requests at short intervals.
+const BACK_UP_AFTER: Duration = Duration::from_secs(3);
+/// After so long it gets a duplicate even if its frame carries few others.
+const BACK_UP_BY: Duration = Duration::from_secs(8);
+/// A frame with fewer connections needs much more kernel memory for each of them: 4.9 kB for one, 100 bytes with 64.
+const MIN_FRAME: usize = 64;
 
 /// A connection that is parked, or has just been unparked or adopted.
 pub struct ParkedConnection {
@@ -34,6 +46,14 @@ pub struct ParkedConnection {
     pub slot: Option<OwnedSemaphorePermit>,
     /// Since when it is idle, in milliseconds of [`Registry::now`].
     pub since: u64,
+    /// The number of its duplicate in the backup, if it has one.
+    pub backup: Option<u64>,
+}
+
+impl ParkedConnection {
+    pub fn new(connection: Connection, slot: Option<OwnedSemaphorePermit>, since: u64) -> Self {
+        Self { connection, slot, since, backup: None }
+    }
 }
 
 /// The result of [`ParkedConnections::readable`]: at least one parked connection is readable.
@@ -44,8 +64,40 @@ pub type ReadyGuard<'a> = AsyncFdReadyGuard<'a, OwnedFd>;
 pub struct ParkedConnections {
     registry: Arc<Registry>,
     epoll: AsyncFd<OwnedFd>,
-    parked: Mutex<HashMap<RawFd, ParkedConnection>>,
+    parked: Mutex<Parked>,
     pub handover_queue: HandoverQueue,
+}
+
+/// The parked connections and their duplicates, which change together.
+#[derive(Default)]
+struct Parked {
+    connections: HashMap<RawFd, ParkedConnection>,
+    /// How many of them have a duplicate in the backup.
+    backed_up: usize,
+    /// None without systemd's store, and once the connections are handed over.
+    backup: Option<Backup>,
+}
+
+impl Parked {
+    fn count_backed_up(&mut self, count: usize) {
+        self.backed_up = count;
+        metrics::BACKED_UP.set(i64::try_from(count).unwrap_or(i64::MAX));
+    }
+}
+
+impl ParkedSockets for Parked {
+    fn backed_up(&self) -> usize {
+        self.backed_up
+    }
+
+    fn backed_up_as(&self, socket: RawFd, number: u64) -> Option<&Connection> {
+        let parked = self.connections.get(&socket)?;
+        (parked.backup == Some(number)).then_some(&parked.connection)
+    }
+
+    fn oldest_number(&self) -> Option<u64> {
+        self.connections.values().filter_map(|parked| parked.backup).min()
+    }
 }
 
 impl ParkedConnections {
@@ -69,7 +121,7 @@ impl ParkedConnections {
             return Ok(None);
         }
         let since = registration.since();
-        match self.put(ParkedConnection { connection, slot: registration.slot.take(), since }) {
+        match self.put(ParkedConnection::new(connection, registration.slot.take(), since)) {
             Ok(()) => Ok(None),
             Err(ParkedConnection { connection, slot, .. }) => {
                 registration.slot = slot;
@@ -103,8 +155,8 @@ impl ParkedConnections {
             debug!(%error, "could not park an idle connection");
             return Err(idle);
         }
-        parked.insert(socket.as_raw_fd(), idle);
-        self.registry.set_parked(parked.len());
+        parked.connections.insert(socket.as_raw_fd(), idle);
+        self.registry.set_parked(parked.connections.len());
         Ok(())
     }
 
@@ -126,8 +178,8 @@ impl ParkedConnections {
         }
         let mut parked = lock(&self.parked);
         let keys = events.iter().filter_map(|event| RawFd::try_from(event.data.u64()).ok());
-        let unparked = keys.filter_map(|key| parked.remove(&key)).collect();
-        Ok(self.forget(&parked, unparked))
+        let unparked = keys.filter_map(|key| parked.connections.remove(&key)).collect();
+        Ok(self.forget(&mut parked, unparked))
     }
 
     /// Unparks the connections that have been idle for longer than `--idle-timeout`.
@@ -144,22 +196,86 @@ impl ParkedConnections {
 
     fn wake(&self, wanted: impl Fn(&ParkedConnection) -> bool) -> Vec<ParkedConnection> {
         let mut parked = lock(&self.parked);
-        let unparked = parked.extract_if(|_, idle| wanted(idle)).map(|(_, idle)| idle).collect();
-        self.forget(&parked, unparked)
+        let unparked = parked.connections.extract_if(|_, idle| wanted(idle)).map(|(_, idle)| idle).collect();
+        self.forget(&mut parked, unparked)
     }
 
-    /// Removes unparked connections from the epoll instance, and updates the count in the registry.
-    fn forget(
-        &self,
-        parked: &HashMap<RawFd, ParkedConnection>,
-        unparked: Vec<ParkedConnection>,
-    ) -> Vec<ParkedConnection> {
+    /// Removes unparked connections from the epoll instance, clears the marks of their duplicates, and updates the count in
+    /// the registry.
+    fn forget(&self, parked: &mut Parked, mut unparked: Vec<ParkedConnection>) -> Vec<ParkedConnection> {
         for ParkedConnection { connection, .. } in &unparked {
             // Cannot fail, because `put` has added the socket.
             let _ = epoll::delete(self.epoll.get_ref(), &connection.socket);
         }
-        self.registry.set_parked(parked.len());
+        self.registry.set_parked(parked.connections.len());
+        unparked.retain_mut(|idle| {
+            let Some(number) = idle.backup.take() else { return true };
+            parked.count_backed_up(parked.backed_up - 1);
+            idle.connection.has_duplicate = true;
+            let cleared = parked.backup.as_ref().map_or(Ok(()), |backup| backup.clear(number));
+            if let Err(error) = &cleared {
+                // After a crash the next process would continue it from an old state.
+                warn!(%error, "closed a connection: could not clear the mark of its duplicate");
+                let _ = shutdown(&idle.connection.socket, Shutdown::Both);
+            }
+            cleared.is_ok()
+        });
         unparked
+    }
+
+    /// Keeps duplicates of the parked connections from now on.
+    pub fn begin_backup(&self, backup: Backup) {
+        lock(&self.parked).backup = Some(backup);
+    }
+
+    /// Stores the backup with systemd again.
+    pub fn store_backup(&self) -> io::Result<()> {
+        lock(&self.parked).backup.as_ref().map_or(Ok(()), Backup::store)
+    }
+
+    /// Adds duplicates of parked connections to the backup, at most one frame. Returns whether there are more to add.
+    pub fn back_up(&self) -> io::Result<bool> {
+        let mut parked = lock(&self.parked);
+        if self.registry.phase() != Phase::Serving {
+            return Ok(false);
+        }
+        // Taken out while it reads the others.
+        let Some(mut backup) = parked.backup.take() else { return Ok(false) };
+        let added = self.add_to(&mut backup, &mut parked);
+        parked.backup = Some(backup);
+        added
+    }
+
+    fn add_to(&self, backup: &mut Backup, parked: &mut Parked) -> io::Result<bool> {
+        let is_stale = backup.is_stale(parked);
+        let without = parked.connections.len() - parked.backed_up;
+        let room = backup.room(parked).unwrap_or(0);
+        let mut new = Vec::new();
+        if without > 0 && room > 0 {
+            let idle = |idle: &ParkedConnection| self.registry.age(idle.since);
+            let waiting = parked.connections.iter().filter(|(_, parked)| parked.backup.is_none());
+            let ready = waiting.filter(|(_, parked)| idle(parked) >= BACK_UP_AFTER);
+            let ready: Vec<_> = ready.take(room).map(|(&socket, parked)| (socket, parked)).collect();
+            let is_due = ready.iter().any(|(_, parked)| idle(parked) >= BACK_UP_BY);
+            if is_due || is_stale || ready.len() >= MIN_FRAME {
+                new = ready.into_iter().map(|(socket, parked)| (socket, &parked.connection)).collect();
+            }
+        }
+        if new.is_empty() && !is_stale {
+            return Ok(false);
+        }
+        let numbers = backup.add(&new, parked)?;
+        let sockets: Vec<_> = new.into_iter().map(|(socket, _)| socket).collect();
+        let is_full = sockets.len() == room;
+        let mut backed_up = parked.backed_up;
+        for (socket, number) in sockets.into_iter().zip(numbers) {
+            if let Some(idle) = parked.connections.get_mut(&socket) {
+                idle.backup = Some(number);
+                backed_up += 1;
+            }
+        }
+        parked.count_backed_up(backed_up);
+        Ok(is_full || backup.is_stale(parked))
     }
 
     /// Whether the next process can adopt the connection.
@@ -174,24 +290,37 @@ impl ParkedConnections {
     pub fn take_all(&self) -> Vec<Connection> {
         let mut parked = lock(&self.parked);
         self.registry.set_parked(0);
-        std::mem::take(&mut *parked).into_values().map(|idle| idle.connection).collect()
+        // The backup ends here. Its duplicates become stale first, so that no connection is continued twice.
+        let Parked { connections, backup, .. } = std::mem::take(&mut *parked);
+        parked.count_backed_up(0);
+        if let Some(Err(error)) = backup.map(|backup| backup.clear_all()) {
+            warn!(%error, "closed the parked connections: could not clear the marks of their duplicates");
+            for idle in connections.values() {
+                let _ = shutdown(&idle.connection.socket, Shutdown::Both);
+            }
+        }
+        connections.into_values().map(|idle| idle.connection).collect()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::collections::BTreeSet;
+    use std::io::{Read, Write};
+    use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
-    use std::time::Duration;
 
     use axum::Router;
     use bytes::Bytes;
+    use proptest::prelude::*;
     use tokio::time::timeout;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::connection::tests::endpoint;
-    use crate::registry::{Limits, Phase};
+    use crate::handover::{Next, receive_frame, take_backed_up};
+    use crate::registry::Limits;
+    use crate::transport::http2_state::Http2State;
 
     fn parked() -> (Arc<Registry>, ParkedConnections) {
         let limit = Duration::from_secs(1);
@@ -212,8 +341,9 @@ mod tests {
             http2: None,
             tls: None,
             replay: None,
+            has_duplicate: false,
         };
-        (ParkedConnection { connection, slot: None, since: 0 }, peer)
+        (ParkedConnection::new(connection, None, 0), peer)
     }
 
     async fn unpark_next(parked: &ParkedConnections) -> Vec<RawFd> {
@@ -283,5 +413,135 @@ mod tests {
         assert!(parked.put(idle).is_ok());
         registry.set_phase(Phase::Lingering);
         assert_eq!(parked.unpark_ending().len(), 1);
+    }
+
+    /// What happens to the parked connections of a process.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Accept,
+        /// A connection is unparked, and then parked again with another state, or closed.
+        Park(prop::sample::Index),
+        Close(prop::sample::Index),
+        BackUp,
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            Just(Step::Accept),
+            any::<prop::sample::Index>().prop_map(Step::Park),
+            any::<prop::sample::Index>().prop_map(Step::Close),
+            Just(Step::BackUp),
+        ];
+        prop::collection::vec(step, 1..120)
+    }
+
+    /// The socket and the state of a connection.
+    fn identity(socket: &impl AsFd, http2: Option<&Http2State>) -> (u64, u32) {
+        let inode = rustix::fs::fstat(socket).expect("the socket is open").st_ino;
+        (inode, http2.expect("each connection has a state").last_stream)
+    }
+
+    fn parked_again(mut idle: ParkedConnection, parked: &ParkedConnections) {
+        let last_stream = idle.connection.http2.map_or(1, |state| state.last_stream + 2);
+        idle.connection.http2 = Some(Box::new(Http2State { last_stream, ..Http2State::default() }));
+        assert!(parked.put(idle).is_ok());
+    }
+
+    /// The connections that the process after a crash continues.
+    fn continued(reading_end: &OwnedFd) -> Vec<(u64, u32)> {
+        let mut continued = Vec::new();
+        while let Next::Frame(frame) = receive_frame(reading_end).expect("the channel is readable") {
+            for (socket, record) in take_backed_up(frame).sockets {
+                let state = Http2State::decode(&record.http2.expect("each connection has a state"));
+                continued.push(identity(&socket, state.as_ref()));
+            }
+        }
+        continued
+    }
+
+    proptest! {
+        #[test]
+        fn crash_keeps_each_backed_up_connection_once_and_in_its_last_state(
+            steps in steps(), limit in prop_oneof![Just(12_usize), Just(100), Just(1000)],
+        ) {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("it starts");
+            let _guard = runtime.enter();
+            let (registry, parked) = parked();
+            let (backup, reading_end) = Backup::in_memory(7, limit);
+            parked.begin_backup(backup);
+            let mut peers = Vec::new();
+            let mut now = 0;
+            for step in steps {
+                now += 1_000;
+                registry.set_now(now);
+                let sockets: Vec<_> = lock(&parked.parked).connections.keys().copied().collect();
+                let unpark = |index: prop::sample::Index| {
+                    let socket = *index.get(&sockets);
+                    parked.wake(|idle| idle.connection.socket.as_raw_fd() == socket)
+                };
+                match step {
+                    Step::Accept => {
+                        let (idle, peer) = idle();
+                        peers.push(peer);
+                        parked_again(ParkedConnection { since: now, ..idle }, &parked);
+                    }
+                    Step::Park(_) | Step::Close(_) if sockets.is_empty() => {}
+                    Step::Park(index) => {
+                        for idle in unpark(index) {
+                            parked_again(ParkedConnection { since: now, ..idle }, &parked);
+                        }
+                    }
+                    Step::Close(index) => drop(unpark(index)),
+                    Step::BackUp => {
+                        now += 10_000;
+                        registry.set_now(now);
+                        while parked.back_up().expect("the channel has room") {}
+                    }
+                }
+            }
+            let expected: BTreeSet<_> = lock(&parked.parked)
+                .connections
+                .values()
+                .filter(|idle| idle.backup.is_some())
+                .map(|idle| identity(&idle.connection.socket, idle.connection.http2.as_deref()))
+                .collect();
+            let counts = lock(&parked.parked).backed_up;
+            let continued = continued(&reading_end);
+            prop_assert_eq!(continued.len(), counts, "each connection is continued once");
+            prop_assert_eq!(continued.into_iter().collect::<BTreeSet<_>>(), expected);
+        }
+    }
+
+    #[tokio::test]
+    async fn handed_over_connections_are_not_in_the_backup() {
+        let (registry, parked) = parked();
+        let (backup, reading_end) = Backup::in_memory(7, 1000);
+        parked.begin_backup(backup);
+        let (idle, _peer) = idle();
+        parked_again(idle, &parked);
+        registry.set_now(10_000);
+        parked.back_up().expect("the channel has room");
+        assert_eq!(lock(&parked.parked).backed_up, 1);
+        let taken = parked.take_all();
+        assert_eq!(taken.len(), 1);
+        assert_eq!(continued(&reading_end), []);
+    }
+
+    /// A duplicate in systemd's store would otherwise keep a connection open that this process has closed.
+    #[tokio::test]
+    async fn connection_with_a_duplicate_is_closed_for_its_peer() {
+        let (registry, parked) = parked();
+        let (backup, _reading_end) = Backup::in_memory(7, 1000);
+        parked.begin_backup(backup);
+        let (idle, peer) = idle();
+        parked_again(idle, &parked);
+        registry.set_now(10_000);
+        parked.back_up().expect("the channel has room");
+        for idle in parked.wake(|_| true) {
+            drop(idle.connection.watched().expect("the peer is connected"));
+        }
+        peer.set_read_timeout(Some(Duration::from_secs(60))).expect("the timeout is valid");
+        let mut peer = peer;
+        assert_eq!(peer.read(&mut [0]).expect("the connection is closed in time"), 0);
     }
 }

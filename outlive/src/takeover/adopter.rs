@@ -12,13 +12,12 @@ use tokio::time::sleep;
 use tracing::{debug, info, warn};
 
 use crate::handover::{
-    self, Channel, ChannelLocation, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed, unpack,
-    unpack_tickets,
+    self, Channel, ChannelLocation, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed,
+    take_backed_up, unpack, unpack_tickets,
 };
 use crate::observe::log::message_id;
 use crate::observe::metrics;
 use crate::os::rlimit::{self, FdRoom};
-use crate::os::systemd;
 use crate::server::Server;
 
 /// How often the connections that wait for descriptors are checked while their peers are idle.
@@ -43,6 +42,8 @@ pub struct Adopter {
     adopted: usize,
     /// Connections that were served while they waited for descriptors, and closed after that response.
     finished: usize,
+    /// How many of those adopted were parked when their process crashed.
+    recovered: usize,
     /// Connections closed because this process cannot serve them.
     refused: usize,
     /// Why the last one was refused.
@@ -59,6 +60,7 @@ impl Adopter {
             room: FdRoom::default(),
             adopted: 0,
             finished: 0,
+            recovered: 0,
             refused: 0,
             reason: None,
             origin: None,
@@ -68,7 +70,7 @@ impl Adopter {
 
     /// Adopts the connections in the `channels` of systemd's store. Returns a note for the status line.
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
-        for channel in channels {
+        for channel in handover::without_stale_backups(channels) {
             let emptied = channel.and_then(|channel| {
                 self.empty(channel, ChannelLocation::Store).context("could not read a handover channel")
             });
@@ -86,9 +88,16 @@ impl Adopter {
                 taken_over, rest_ms, "{note}, {rest_ms} ms after the predecessor's last response",
             );
         }
-        if self.server.overflow().len() == 0 {
-            systemd::unstore(STORE_NAME);
+        if self.recovered > 0 {
+            let recovered = self.recovered;
+            info!(
+                message_id = message_id::TOOK_OVER,
+                recovered,
+                "took over {} that were idle when the predecessor crashed",
+                counted(recovered)
+            );
         }
+        self.server.overflow().clear_store();
         self.finish()
     }
 
@@ -185,12 +194,19 @@ impl Adopter {
                 }
             }
             MessageType::Tickets => self.server.adopt_ticket_keys(unpack_tickets(frame)),
-            _ => self.adopt(frame),
+            MessageType::Backup => {
+                let before = self.adopted;
+                self.adopt(take_backed_up(frame));
+                self.recovered += self.adopted - before;
+            }
+            _ => {
+                self.origin = Some(frame.origin);
+                self.adopt(frame);
+            }
         }
     }
 
     fn adopt(&mut self, frame: Frame) {
-        self.origin = Some(frame.origin);
         for reason in frame.refused {
             self.refuse(1, reason);
         }
@@ -219,8 +235,7 @@ impl Adopter {
     /// How many connections were taken over, and how many wait.
     fn note(&self, from: &str) -> String {
         let (adopted, waiting) = (self.adopted, self.server.overflow().len());
-        let connections =
-            if adopted == 1 { "1 connection".to_owned() } else { format!("{adopted} connections") };
+        let connections = counted(adopted);
         match waiting {
             0 => format!("took over {connections}{from}"),
             _ => format!("took over {connections}{from}, and {waiting} wait for file descriptors"),
@@ -263,7 +278,11 @@ impl Adopter {
             let is_busy = self.finished > finished_before;
             interval = if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
             match channels {
-                Some(0) => break,
+                Some(0) => {
+                    // The backup has the same name in the store, from which the channels have just been removed.
+                    self.server.store_backup();
+                    break;
+                }
                 Some(_) => {}
                 None => return,
             }
@@ -310,6 +329,11 @@ impl Adopter {
         self.empty_nested();
         channels.map(|channels| channels + nested)
     }
+}
+
+/// `1 connection`, `2 connections`
+fn counted(connections: usize) -> String {
+    if connections == 1 { "1 connection".to_owned() } else { format!("{connections} connections") }
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.

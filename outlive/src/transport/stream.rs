@@ -8,11 +8,17 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{AddressFamily, RecvFlags, SocketAddrAny};
+use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 
-pub enum Stream {
+pub struct Stream {
+    /// Present until [`Stream::into_socket`] takes it.
+    socket: Option<Socket>,
+    has_duplicate: bool,
+}
+
+enum Socket {
     Tcp(TcpStream),
     Unix(UnixStream),
 }
@@ -58,20 +64,37 @@ impl fmt::Display for Peer {
 }
 
 impl Stream {
-    /// Registers a connected, non-blocking socket with the current runtime.
-    pub fn new(socket: OwnedFd, peer: Peer) -> io::Result<Self> {
-        Ok(match peer {
-            Peer::Tcp(_) => Self::Tcp(TcpStream::from_std(socket.into())?),
-            Peer::Unix => Self::Unix(UnixStream::from_std(socket.into())?),
-        })
+    /// Registers a connected, non-blocking socket with the current runtime. `has_duplicate`: see
+    /// [`Stream::has_duplicate`].
+    pub fn new(socket: OwnedFd, peer: Peer, has_duplicate: bool) -> io::Result<Self> {
+        let socket = match peer {
+            Peer::Tcp(_) => Socket::Tcp(TcpStream::from_std(socket.into())?),
+            Peer::Unix => Socket::Unix(UnixStream::from_std(socket.into())?),
+        };
+        Ok(Self { socket: Some(socket), has_duplicate })
+    }
+
+    /// Whether systemd's store may have a duplicate of the socket (`handover/backup.rs`). To close the socket would then not
+    /// close the connection, so it is shut down first.
+    pub fn has_duplicate(&self) -> bool {
+        self.has_duplicate
     }
 
     /// Deregisters the socket from the runtime.
-    pub fn into_socket(self) -> io::Result<OwnedFd> {
-        Ok(match self {
-            Self::Tcp(stream) => stream.into_std()?.into(),
-            Self::Unix(stream) => stream.into_std()?.into(),
+    pub fn into_socket(mut self) -> io::Result<OwnedFd> {
+        Ok(match self.socket.take() {
+            Some(Socket::Tcp(stream)) => stream.into_std()?.into(),
+            Some(Socket::Unix(stream)) => stream.into_std()?.into(),
+            None => return Err(io::ErrorKind::NotConnected.into()),
         })
+    }
+
+    fn socket(&self) -> &Socket {
+        self.socket.as_ref().expect("the socket is present until it is taken")
+    }
+
+    fn socket_mut(&mut self) -> &mut Socket {
+        self.socket.as_mut().expect("the socket is present until it is taken")
     }
 
     /// Peeks at the bytes that have arrived, without consuming them. Ready when they are `enough` or the peer sends no
@@ -83,9 +106,9 @@ impl Stream {
         enough: impl Fn(&[u8]) -> bool,
     ) -> Poll<io::Result<usize>> {
         loop {
-            std::task::ready!(match self {
-                Self::Tcp(stream) => stream.poll_read_ready(cx),
-                Self::Unix(stream) => stream.poll_read_ready(cx),
+            std::task::ready!(match self.socket() {
+                Socket::Tcp(stream) => stream.poll_read_ready(cx),
+                Socket::Unix(stream) => stream.poll_read_ready(cx),
             })?;
             // The closure returns WouldBlock if the bytes are not enough. `try_io` then clears the readiness, so that
             // this task sleeps until more bytes arrive instead of polling in a loop. A byte that arrives in between is
@@ -111,9 +134,9 @@ impl Stream {
     }
 
     fn try_read_io<R>(&self, read: impl FnOnce(BorrowedFd<'_>) -> io::Result<R>) -> io::Result<R> {
-        match self {
-            Self::Tcp(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
-            Self::Unix(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
+        match self.socket() {
+            Socket::Tcp(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
+            Socket::Unix(stream) => stream.try_io(Interest::READABLE, || read(stream.as_fd())),
         }
     }
 }
@@ -124,29 +147,57 @@ fn sends_no_more(fd: BorrowedFd<'_>) -> io::Result<bool> {
     Ok(polled[0].revents().intersects(PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR))
 }
 
+#[cfg(test)]
+impl From<TcpStream> for Stream {
+    fn from(stream: TcpStream) -> Self {
+        Self { socket: Some(Socket::Tcp(stream)), has_duplicate: false }
+    }
+}
+
+#[cfg(test)]
+impl From<UnixStream> for Stream {
+    fn from(stream: UnixStream) -> Self {
+        Self { socket: Some(Socket::Unix(stream)), has_duplicate: false }
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        if self.has_duplicate
+            && let Some(socket) = &self.socket
+        {
+            // An error means that the peer has disconnected.
+            let _ = match socket {
+                Socket::Tcp(stream) => rustix::net::shutdown(stream, Shutdown::Both),
+                Socket::Unix(stream) => rustix::net::shutdown(stream, Shutdown::Both),
+            };
+        }
+    }
+}
+
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        match self {
-            Self::Tcp(stream) => stream.as_fd(),
-            Self::Unix(stream) => stream.as_fd(),
+        match self.socket() {
+            Socket::Tcp(stream) => stream.as_fd(),
+            Socket::Unix(stream) => stream.as_fd(),
         }
     }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
-            Self::Unix(stream) => Pin::new(stream).poll_read(cx, into),
+        match self.get_mut().socket_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_read(cx, into),
+            Socket::Unix(stream) => Pin::new(stream).poll_read(cx, into),
         }
     }
 }
 
 impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
+        match self.get_mut().socket_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_write(cx, bytes),
+            Socket::Unix(stream) => Pin::new(stream).poll_write(cx, bytes),
         }
     }
 
@@ -155,9 +206,9 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+        match self.get_mut().socket_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
+            Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
         }
     }
 
@@ -166,16 +217,16 @@ impl AsyncWrite for Stream {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_flush(cx),
+        match self.get_mut().socket_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_flush(cx),
+            Socket::Unix(stream) => Pin::new(stream).poll_flush(cx),
         }
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
+        match self.get_mut().socket_mut() {
+            Socket::Tcp(stream) => Pin::new(stream).poll_shutdown(cx),
+            Socket::Unix(stream) => Pin::new(stream).poll_shutdown(cx),
         }
     }
 }

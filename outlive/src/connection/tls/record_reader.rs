@@ -50,8 +50,8 @@ pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<RecordA
 
 impl RecordAligned {
     #[cfg(test)]
-    pub(in crate::connection) fn stream(&self) -> &Stream {
-        &self.stream
+    pub(in crate::connection) fn stream(&mut self) -> &mut Stream {
+        &mut self.stream
     }
 
     /// The number of references to the secrets, and the secrets.

@@ -112,6 +112,7 @@ impl ReturnedConnection {
             None => unread,
         };
         let connection = Connection {
+            has_duplicate: stream.has_duplicate(),
             socket: stream,
             endpoint: self.endpoint,
             unread,

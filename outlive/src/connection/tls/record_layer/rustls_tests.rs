@@ -151,7 +151,7 @@ async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, Own
         to_server: DirectionState::new(suite, session.to_peer),
     };
     let unread =
-        server.get_ref().0.stream().as_fd().try_clone_to_owned().expect("the descriptor is duplicated");
+        server.get_mut().0.stream().as_fd().try_clone_to_owned().expect("the descriptor is duplicated");
     let server = if who == Who::Rustls {
         Tls::Left(Box::new(server))
     } else {

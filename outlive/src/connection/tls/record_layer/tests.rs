@@ -63,7 +63,7 @@ impl Parties {
         config.key_log = secrets.clone();
         config.enable_secret_extraction = true;
         let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
-        let server = record_reader::accept(Stream::Unix(ours), &self.tls);
+        let server = record_reader::accept(ours.into(), &self.tls);
         let name = "localhost".try_into().expect("the name is valid");
         let client = TlsConnector::from(Arc::new(config)).connect(name, theirs);
         let (server, client) = tokio::join!(server, client);
@@ -351,7 +351,7 @@ fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
     let session =
         TlsTrafficState { suite, from_peer, to_peer, unread: Bytes::new(), peer: PeerState::default() };
     let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
-    (DirectionState::new(suite, direction(1)), RecordLayer::new(Stream::Unix(ours), session), theirs)
+    (DirectionState::new(suite, direction(1)), RecordLayer::new(ours.into(), session), theirs)
 }
 
 /// Encrypts a record with `padding` zeros.
