@@ -151,7 +151,8 @@ impl Backup {
     /// The oldest frame, if the channel has too many frames or too many stale duplicates.
     fn stale_frame(&self, parked: &impl ParkedSockets) -> Option<&[(RawFd, u64)]> {
         let valid = parked.backed_up();
-        let is_stale = self.count > 2 * valid + STALE_LIMIT || self.frames.len() >= MAX_FRAMES;
+        let has_no_room = self.count > valid && self.count + MAX_BACKED_UP > self.limit;
+        let is_stale = self.count > 2 * valid + STALE_LIMIT || self.frames.len() >= MAX_FRAMES || has_no_room;
         self.frames.front().filter(|_| is_stale).map(Vec::as_slice)
     }
 
@@ -245,9 +246,14 @@ impl Backup {
         self.marks.clear(number)
     }
 
-    /// Makes all duplicates stale, before their connections are handed over.
-    pub fn clear_all(&self) -> io::Result<()> {
-        self.marks.clear_all()
+    /// Makes all duplicates stale and closes them, before their connections are handed over. Otherwise they would count as
+    /// descriptors in flight, of which the kernel permits this user so many as the process may have files (unix(7)).
+    pub fn end(mut self) -> io::Result<()> {
+        self.marks.clear_all()?;
+        while !self.frames.is_empty() {
+            self.take_oldest()?;
+        }
+        Ok(())
     }
 }
 
@@ -344,7 +350,7 @@ mod tests {
     #[tokio::test]
     async fn connection_in_two_frames_is_continued_once() {
         let (connection, _peer) = connection();
-        let (mut backup, reading_end) = Backup::in_memory(3, 100);
+        let (mut backup, reading_end) = Backup::in_memory(3, 1000);
         let socket = connection.socket.as_raw_fd();
         for _ in 0..2 {
             backup.next_number = 0;
@@ -356,7 +362,7 @@ mod tests {
     #[tokio::test]
     async fn backup_of_another_generation_is_stale() {
         let (connection, _peer) = connection();
-        let (mut backup, reading_end) = Backup::in_memory(3, 100);
+        let (mut backup, reading_end) = Backup::in_memory(3, 1000);
         backup.generation = 4;
         backup.add(&[(connection.socket.as_raw_fd(), &connection)], &Nothing).expect("the channel has room");
         assert_eq!(continued(&reading_end), [0]);
@@ -365,7 +371,7 @@ mod tests {
     #[tokio::test]
     async fn marks_of_old_numbers_are_released_and_newer_ones_kept() {
         let (connection, _peer) = connection();
-        let (mut backup, reading_end) = Backup::in_memory(3, 100);
+        let (mut backup, reading_end) = Backup::in_memory(3, 1000);
         let socket = connection.socket.as_raw_fd();
         let allocated = |backup: &Backup| {
             let stat = rustix::fs::fstat(&backup.marks.file).expect("the memfd is open");

@@ -131,9 +131,9 @@ fn write_records<S>(version: u16, sockets: &[(S, SocketRecord)]) -> io::Result<F
     Ok(file)
 }
 
-/// The type and the sender of the next frame; the frame stays in the channel.
-pub(super) fn peek(channel: &OwnedFd) -> Option<(MessageType, Origin)> {
-    peek_header(channel).map(|header| (header.message_type, header.origin))
+/// The sender of the next frame; the frame stays in the channel.
+pub(super) fn peek(channel: &OwnedFd) -> Option<Origin> {
+    peek_header(channel).map(|header| header.origin)
 }
 
 /// The header of the next frame. The frame stays in the channel, and its descriptors are not copied, because recv(2)

@@ -80,21 +80,7 @@ fn monotonic_now() -> u64 {
 /// The generation after the newest one that wrote to `channels`. Reads nothing from them. None if they are empty.
 pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     let senders = channels.iter().flatten().filter_map(channel::peek);
-    senders.map(|(_, origin)| origin.generation.saturating_add(1)).max()
-}
-
-/// Leaves out the backups of processes that have handed their connections over, which are stale. Their frames are not read,
-/// because that would delay the start.
-pub fn without_stale_backups(channels: Vec<anyhow::Result<OwnedFd>>) -> Vec<anyhow::Result<OwnedFd>> {
-    let next = |channel: &OwnedFd| channel::peek(channel);
-    let handed_over = channels.iter().flatten().filter_map(next).filter(|next| next.0 != MessageType::Backup);
-    let handed_over = handed_over.map(|(_, origin)| origin.generation).max();
-    let is_stale = |channel: &OwnedFd| {
-        next(channel).is_some_and(|(message_type, origin)| {
-            message_type == MessageType::Backup && Some(origin.generation) <= handed_over
-        })
-    };
-    channels.into_iter().filter(|channel| !channel.as_ref().is_ok_and(is_stale)).collect()
+    senders.map(|origin| origin.generation.saturating_add(1)).max()
 }
 
 /// Restores a connection from its record. Fails, with the reason for the log, if none of `endpoints` has the

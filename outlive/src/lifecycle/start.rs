@@ -197,11 +197,7 @@ impl Started {
             predecessor_gone.cancel();
             socket
         };
-        tokio::spawn(server.clone().back_up(
-            process.generation,
-            config.max_connections,
-            predecessor_gone.clone(),
-        ));
+        tokio::spawn(server.clone().back_up(process.generation, predecessor_gone.clone()));
         let tasks = tasks::begin(self.tasks, &predecessor_gone);
         let generation = process.generation;
         info!(message_id = message_id::STARTED, generation, "serving on {}", status.listeners());

@@ -55,8 +55,8 @@ const KEEPALIVE_PROBES: u32 = 6;
 
 /// How often idle connections are added to the backup.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(1);
-/// How many descriptors in flight a handover needs besides those of the connections.
-const HANDOVER_ROOM: u64 = 1024;
+/// How many descriptors in flight the backup leaves to others: the records of frames, and messages to systemd.
+const BACKUP_RESERVE: u64 = 1024;
 
 /// The maximum number of connections to the admin listeners.
 const ADMIN_CONNECTIONS: usize = 64;
@@ -218,7 +218,7 @@ impl Server {
 
     /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
     /// `predecessor_gone`: the predecessor has exited, and with it its own backup has become stale.
-    pub async fn back_up(self, generation: u64, max_connections: u32, predecessor_gone: CancellationToken) {
+    pub async fn back_up(self, generation: u64, predecessor_gone: CancellationToken) {
         predecessor_gone.cancelled().await;
         match has_store().await {
             Ok(true) => {}
@@ -228,8 +228,8 @@ impl Server {
             }
         }
         self.overflow.clear_store();
-        // The descriptors of all connections must fit beside them at the next restart (ETOOMANYREFS in unix(7)).
-        let limit = rlimit::limit().saturating_sub(u64::from(max_connections) + HANDOVER_ROOM);
+        // The kernel permits so many descriptors of this user in flight (ETOOMANYREFS in unix(7)).
+        let limit = rlimit::limit().saturating_sub(BACKUP_RESERVE);
         match Backup::new(generation, usize::try_from(limit).unwrap_or(usize::MAX)) {
             Ok(backup) => self.parked.begin_backup(backup),
             Err(error) => {

@@ -290,11 +290,11 @@ impl ParkedConnections {
     pub fn take_all(&self) -> Vec<Connection> {
         let mut parked = lock(&self.parked);
         self.registry.set_parked(0);
-        // The backup ends here. Its duplicates become stale first, so that no connection is continued twice.
+        // Its duplicates become stale first, so that no connection is continued twice.
         let Parked { connections, backup, .. } = std::mem::take(&mut *parked);
         parked.count_backed_up(0);
-        if let Some(Err(error)) = backup.map(|backup| backup.clear_all()) {
-            warn!(%error, "closed the parked connections: could not clear the marks of their duplicates");
+        if let Some(Err(error)) = backup.map(Backup::end) {
+            warn!(%error, "closed the parked connections: could not close their duplicates");
             for idle in connections.values() {
                 let _ = shutdown(&idle.connection.socket, Shutdown::Both);
             }

@@ -70,7 +70,7 @@ impl Adopter {
 
     /// Adopts the connections in the `channels` of systemd's store. Returns a note for the status line.
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
-        for channel in handover::without_stale_backups(channels) {
+        for channel in channels {
             let emptied = channel.and_then(|channel| {
                 self.empty(channel, ChannelLocation::Store).context("could not read a handover channel")
             });

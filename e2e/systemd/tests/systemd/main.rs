@@ -5,6 +5,7 @@
 //! one module.
 
 mod clock;
+mod crashes;
 mod curl_and_openssl;
 mod descriptors;
 mod event_streams;
