@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
+use testkit::client::{Connection, get};
 use testkit::container::Container;
 use testkit::release::Release;
 
@@ -46,6 +47,8 @@ pub struct Event {
 pub const TAKEOVER_TIMEOUT: &str = "1s";
 /// Time limit of one event.
 const LIMIT: Duration = Duration::from_secs(30);
+/// Connections that are parked at a crash and must not be lost.
+const PARKED: usize = 20;
 
 pub const EVENTS: &[Event] = &[
     event("restart", Cost::Nothing, 12, |scene, _| scene.verb("restart")),
@@ -120,6 +123,24 @@ pub const EVENTS: &[Event] = &[
         let main = scene.main()?;
         kill_process(main, Signal::KILL)?;
         scene.until("another main process", || Ok(scene.main()? != main))
+    }),
+    event("KILL of the main process with parked connections", Cost::CrashedProcess, 1, |scene, _| {
+        scene.container.inside(async || {
+            let mut parked = Vec::new();
+            for _ in 0..PARKED {
+                let mut connection = Connection::open(&Container::target()).await?;
+                connection.ask(&get("/")).await?;
+                parked.push(connection);
+            }
+            scene.until("duplicates of the parked connections", || scene.has_backup())?;
+            let main = scene.main()?;
+            kill_process(main, Signal::KILL)?;
+            scene.until("another main process", || Ok(scene.main()? != main))?;
+            for connection in &mut parked {
+                connection.ask(&get("/")).await.context("a parked connection was lost in a crash")?;
+            }
+            Ok(())
+        })
     }),
     event("STOP and CONT of the main process", Cost::Nothing, 3, |scene, random| {
         let main = scene.main()?;
@@ -235,6 +256,20 @@ impl Scene {
         let unit = container.unit("service");
         let good = Release::copy_of(&container)?;
         Ok(Self { container, name: name.to_owned(), unit, good, processes })
+    }
+
+    /// Whether all parked connections, which are at least [`PARKED`], have duplicates in the store.
+    fn has_backup(&self) -> Result<bool> {
+        let socket = self.container.path(&format!("run/{}-admin.sock", self.name));
+        let mut curl = self.container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
+        let metrics = curl.arg(socket).arg("http://localhost/metrics").output()?.stdout;
+        let metrics = String::from_utf8(metrics)?;
+        let value = |name: &str| {
+            let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+            value.with_context(|| format!("no {name} in the metrics"))
+        };
+        let parked = value("outlive_connections{stage=\"parked\"}")?;
+        Ok(parked == value("outlive_connections_backed_up")? && parked.parse::<usize>()? >= PARKED)
     }
 
     fn run(&self, command: &[&str]) -> Result<()> {

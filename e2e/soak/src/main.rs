@@ -84,6 +84,7 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     container.enable_tls(&certificate)?;
     let variable = format!("{}_TAKEOVER_TIMEOUT", package.name.to_uppercase().replace('-', "_"));
     container.write(&format!("etc/default/{}", package.name), &format!("{variable}={TAKEOVER_TIMEOUT}\n"))?;
+    container.start_socket("admin")?;
     container.systemctl("start")?;
     let scene = Scene::new(container, package.name)?;
 
@@ -120,6 +121,8 @@ impl Resources {
     fn measure(scene: &Scene) -> Result<(Self, u64)> {
         let Scene { container, .. } = scene;
         container.systemctl("restart")?;
+        // The channel of the backup; see `outlive/src/handover/backup.rs`.
+        container.wait_for_property("NFileDescriptorStore", |count| count == "1");
         // The old process may still be exiting.
         let deadline = Instant::now() + Duration::from_secs(10);
         while scene.processes()?.len() > 1 && Instant::now() < deadline {

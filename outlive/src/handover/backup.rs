@@ -191,13 +191,14 @@ impl Backup {
         members.extend(stale.into_iter().flat_map(|frame| still_parked(frame, parked)));
         if !members.is_empty() {
             let marks = (self.marks.file.as_fd(), SocketRecord::new(String::new(), Bytes::new()));
-            let packed = members.iter().flat_map(|&(_, number, connection)| {
+            let duplicates = members.iter().flat_map(|&(_, number, connection)| {
                 pack(std::slice::from_ref(connection)).into_iter().map(move |(socket, record)| {
                     let payload = Bytes::copy_from_slice(&number.to_le_bytes());
                     (socket, SocketRecord { payload, ..record })
                 })
             });
-            let sockets: Vec<(BorrowedFd<'_>, SocketRecord)> = std::iter::once(marks).chain(packed).collect();
+            let sockets: Vec<(BorrowedFd<'_>, SocketRecord)> =
+                std::iter::once(marks).chain(duplicates).collect();
             let origin = Origin::now(self.generation);
             if let (_, Some(error)) =
                 channel::send(&self.channel.0, MessageType::Backup, origin, &sockets, "")

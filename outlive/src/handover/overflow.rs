@@ -165,6 +165,14 @@ impl Overflow {
         }
     }
 
+    /// Calls `store`, which stores a channel with systemd for the case of a crash, unless the drain has begun.
+    pub fn store_beside(&self, store: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
+        match &*lock(&self.0) {
+            State::Open(_) => store(),
+            State::HandedOver => Ok(()),
+        }
+    }
+
     /// Stores the channels with systemd and returns them, so that they can be sent to a successor. From then on this
     /// process no longer serves the connections in them.
     pub fn hand_over(&self) -> Vec<OwnedFd> {

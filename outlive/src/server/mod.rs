@@ -255,7 +255,7 @@ impl Server {
 
     /// Stores the backup with systemd, also again after the descriptors of its name were removed.
     pub fn store_backup(&self) {
-        if let Err(error) = self.parked.store_backup() {
+        if let Err(error) = self.overflow.store_beside(|| self.parked.store_backup()) {
             warn!(%error, "could not store the backup of idle connections; a crash will close them");
         }
     }

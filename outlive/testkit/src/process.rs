@@ -93,6 +93,8 @@ pub fn signal(pid: &str, signal: Signal) -> Result<()> {
 /// (`sd_notify_barrier(3)`) would wait until the test reads it.
 pub struct Notifications {
     folder: TempDir,
+    /// Whether it has a file descriptor store.
+    stores: bool,
     messages: Receiver<Message>,
     lines: Vec<String>,
     stored: Vec<OwnedFd>,
@@ -131,7 +133,15 @@ impl Notifications {
                 }
             }
         });
-        Ok(Self { folder, messages, lines: Vec::new(), stored: Vec::new() })
+        Ok(Self { folder, stores, messages, lines: Vec::new(), stored: Vec::new() })
+    }
+
+    /// Sets the environment of a process that this service manager starts.
+    pub fn announce(&self, command: &mut Command) {
+        command.env("NOTIFY_SOCKET", self.path());
+        if self.stores {
+            command.env("FDSTORE", "8");
+        }
     }
 
     pub fn path(&self) -> PathBuf {

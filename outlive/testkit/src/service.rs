@@ -8,6 +8,7 @@ use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
 
 use anyhow::{Result, ensure};
+use rustix::net::{RecvFlags, recv};
 use rustix::process::Signal;
 
 use crate::client::{Connection, Target};
@@ -61,7 +62,9 @@ impl Service {
     pub fn restart(mut self, binary: &str) -> Result<Self> {
         let status = self.process.wait()?;
         ensure!(status.success(), "{status}: {}", read_all(self.process.child().stderr.take()));
-        let stored = self.notifications.take_stored();
+        let mut stored = self.notifications.take_stored();
+        // The others are the channels of backups, which a drain has emptied.
+        stored.retain(has_frames);
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
         Self::begin(binary, &flags, self.listener, self.target, stored, Notifications::with_store()?)
     }
@@ -137,8 +140,8 @@ impl Start {
             .env("LISTEN_FDS", (1 + stored.len()).to_string())
             .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
             .env("LISTEN_FDS_FIRST_FD", "0")
-            .env("NOTIFY_SOCKET", notifications.path())
             .stdin(listener.try_clone()?);
+        notifications.announce(&mut self.command);
         for channel in stored {
             self.command.stdout(channel);
         }
@@ -147,6 +150,12 @@ impl Start {
         service.notifications.wait_for("READY=1")?;
         Ok(service)
     }
+}
+
+/// Whether a handover channel has messages. recv(2) without a buffer for descriptors copies none.
+fn has_frames(channel: &OwnedFd) -> bool {
+    let peeked = recv(channel, &mut [0; 1], RecvFlags::PEEK | RecvFlags::DONTWAIT);
+    peeked.is_ok_and(|(_, length)| length > 0)
 }
 
 fn tcp() -> Result<(OwnedFd, Target)> {
