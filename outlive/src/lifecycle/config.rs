@@ -70,8 +70,9 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "10s", value_parser = positive_duration)]
     pub head_timeout: Duration,
 
-    /// Time that a connection may stay open without a request. It does not apply to WebSockets and open streams.
-    #[arg(long, value_name = "TIME", default_value = "75s", value_parser = positive_duration)]
+    /// Time that a connection may stay open without a request, or `infinity`. It does not apply to WebSockets and open
+    /// streams.
+    #[arg(long, value_name = "TIME", default_value = "infinity", value_parser = positive_or_infinite)]
     pub idle_timeout: Duration,
 
     /// Three limits, each of this length: for the service to start its response, for a client to send the next part of a
@@ -83,7 +84,8 @@ pub struct Config {
     #[arg(long, value_name = "SIZE", default_value = "2MiB", value_parser = size)]
     pub body_limit: ByteSize,
 
-    /// Maximum number of open connections; further ones wait in the accept queue of the socket.
+    /// Maximum number of open connections. When it is reached, the connections that have been idle longest are closed, and
+    /// further ones wait in the accept queue of the socket until there is room.
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
@@ -132,6 +134,11 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 fn size(text: &str) -> Result<ByteSize, String> {
     text.parse().map_err(|_| "expected a size such as 512KiB or 2MiB".into())
+}
+
+/// As in the options of units, `infinity` stands for no limit (systemd.service(5)).
+fn positive_or_infinite(text: &str) -> Result<Duration, String> {
+    if text == "infinity" { Ok(Duration::MAX) } else { positive_duration(text) }
 }
 
 fn positive_duration(text: &str) -> Result<Duration, String> {

@@ -251,6 +251,7 @@ impl Entry {
             return self.registry.age(self.since().max(self.registered)) >= PARK_AFTER;
         }
         let (limit, since) = match state.stage() {
+            Stage::Waiting if state.is_evicted() => return true,
             Stage::Waiting => (limits.idle, self.since()),
             Stage::Head => (limits.head, self.since()),
             Stage::Upgraded if !state.is_flushed() && self.phase() != Phase::Serving => {

@@ -50,6 +50,11 @@ impl Registration {
         self.entry.touch();
     }
 
+    /// The connection closes, because another one needs its slot.
+    pub fn evict(&self) {
+        self.entry.apply(Event::Evicted);
+    }
+
     /// The connection closes after its next response, in every phase.
     pub fn close_after_response(&self) {
         self.entry.apply(Event::ClosesAfterResponse);

@@ -114,6 +114,9 @@ pub enum Event {
     HandoverAllowed,
     /// The handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
     HandlerAwaitsHandover,
+    /// The connection was idle and has to make room for another one. It closes at once, or after the response to a request
+    /// that has just arrived.
+    Evicted,
     /// That handler works again, so another process cannot continue for it.
     HandlerWorks,
     /// The connection closes after its next response, and cannot be handed over until then.
@@ -157,6 +160,8 @@ enum Flag {
     HasWaker,
     /// The handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
     AwaitsHandover,
+    /// The connection was idle and has to make room for another one.
+    Evicted,
 }
 
 /// A count of a state. The value of each variant is its lowest bit.
@@ -232,6 +237,11 @@ impl State {
     /// Whether the handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
     pub fn awaits_handover(self) -> bool {
         self.has(Flag::AwaitsHandover)
+    }
+
+    /// Whether the connection has to make room for another one.
+    pub fn is_evicted(self) -> bool {
+        self.has(Flag::Evicted)
     }
 
     pub fn is_in_flight(self) -> bool {
@@ -312,6 +322,7 @@ impl State {
             }
             Event::HandlerAwaitsHandover => self.with(Flag::AwaitsHandover),
             Event::HandlerWorks => self.without(Flag::AwaitsHandover),
+            Event::Evicted => self.with(Flag::Evicted).with(Flag::ClosesAfterResponse).without(Flag::Movable),
             Event::ClosesAfterResponse => self.with(Flag::ClosesAfterResponse).without(Flag::Movable),
             Event::WakerStored => self.with(Flag::HasWaker),
             Event::WakerTaken => self.without(Flag::HasWaker),
@@ -390,10 +401,14 @@ mod tests {
     proptest! {
         #[test]
         fn flags_counts_and_stage_do_not_affect_each_other(
-            stage in 0..Stage::ALL.len(), flags: [bool; 8], in_flight in 0..40_u64, reading in 0..40_u64,
+            stage in 0..Stage::ALL.len(), flags: [bool; 9], in_flight in 0..40_u64, reading in 0..40_u64,
         ) {
-            use Flag::{AwaitsHandover, ClosesAfterResponse, Driven, Flushed, HasLeftBody, HasWaker, Movable, Watched};
-            let all = [Driven, Flushed, Movable, HasLeftBody, ClosesAfterResponse, Watched, HasWaker, AwaitsHandover];
+            use Flag::{
+                AwaitsHandover, ClosesAfterResponse, Driven, Evicted, Flushed, HasLeftBody, HasWaker, Movable, Watched,
+            };
+            let all = [
+                Driven, Flushed, Movable, HasLeftBody, ClosesAfterResponse, Watched, HasWaker, AwaitsHandover, Evicted,
+            ];
             let mut state = State::NEW;
             for _ in 0..in_flight {
                 state = state.plus(Count::InFlight);

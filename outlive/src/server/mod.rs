@@ -20,7 +20,7 @@ use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, acceptfrom_with, sockopt};
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{interval, sleep};
+use tokio::time::{interval, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
@@ -53,6 +53,9 @@ const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
 const KEEPALIVE_PROBES: u32 = 6;
 
+/// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
+/// because its client has to close too.
+const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
 /// How often idle connections are added to the backup.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How many descriptors in flight the backup leaves to others: the records of frames, and messages to systemd.
@@ -416,7 +419,7 @@ impl Server {
                 let mut ready = acceptor.socket.readable().await?;
                 // A slot is acquired only when a connection waits; otherwise an idle listener would keep one from the
                 // others. Until there is one, the connection waits in the accept queue of the socket.
-                let slot = self.slots(&acceptor.endpoint).clone().acquire_owned().await.ok();
+                let slot = self.acquire_slot(&acceptor.endpoint).await;
                 let connection = acceptor.accept()?;
                 if connection.is_none() {
                     ready.clear_ready();
@@ -431,6 +434,36 @@ impl Server {
                     Ok((None, _)) => {}
                     Err(error) => errors.handle(&error).await,
                 },
+            }
+        }
+    }
+
+    /// Waits for a slot. If there is none, closes the connections that have been idle longest until there is one.
+    async fn acquire_slot(&self, endpoint: &Endpoint) -> Option<OwnedSemaphorePermit> {
+        let slots = self.slots(endpoint);
+        loop {
+            match timeout(EVICTION_INTERVAL, slots.clone().acquire_owned()).await {
+                Ok(slot) => return slot.ok(),
+                Err(_) => self.evict(endpoint),
+            }
+        }
+    }
+
+    /// Closes some of the connections that have been idle longest, and that have a slot in place of which one of `endpoint`
+    /// could be served.
+    fn evict(&self, endpoint: &Endpoint) {
+        let _accepting = self.registry.accepting();
+        if self.registry.phase() != Phase::Serving {
+            return;
+        }
+        let has_slot_of = |other: &Endpoint| Arc::ptr_eq(self.slots(other), self.slots(endpoint));
+        for idle in self.parked.unpark_longest_idle(has_slot_of) {
+            debug!("closing an idle connection to make room for another one (--max-connections)");
+            let ParkedConnection { connection, slot, since, .. } = idle;
+            if let Ok((connection, peer)) = connection.watched() {
+                let registration = self.registry.register_since(peer, slot, since);
+                registration.evict();
+                self.serve(connection, registration);
             }
         }
     }

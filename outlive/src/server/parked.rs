@@ -18,7 +18,7 @@ use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
-use crate::connection::Connection;
+use crate::connection::{Connection, Endpoint};
 use crate::handover::{Backup, ParkedSockets};
 use crate::observe::metrics;
 use crate::os::lock::lock;
@@ -30,6 +30,11 @@ use crate::transport::stream::Stream;
 /// How many connections are unparked at once. Between two batches the task yields to other tasks, so that many
 /// connections with input at the same time do not delay the requests in flight.
 const BATCH: usize = 128;
+
+/// How many connections are closed at once to make room for others.
+const EVICTION: usize = 4;
+/// A connection that has been idle for less is not closed for that, because it is in use.
+const EVICT_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a connection is idle before it gets a duplicate in the backup. A shorter time would be wasted on connections
 /// that send requests at short intervals.
@@ -185,6 +190,24 @@ impl ParkedConnections {
     /// Unparks the connections that have been idle for longer than `--idle-timeout`.
     pub fn unpark_overdue(&self) -> Vec<ParkedConnection> {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
+    }
+
+    /// Unparks some of the connections that have been idle longest and whose slots belong to `endpoint`'s listeners.
+    pub fn unpark_longest_idle(&self, has_slot_of: impl Fn(&Endpoint) -> bool) -> Vec<ParkedConnection> {
+        let mut parked = lock(&self.parked);
+        let evictable = parked.connections.iter().filter(|(_, idle)| {
+            idle.slot.is_some()
+                && has_slot_of(&idle.connection.endpoint)
+                && self.registry.age(idle.since) >= EVICT_AFTER
+        });
+        let mut evictable: Vec<_> = evictable.map(|(&socket, idle)| (idle.since, socket)).collect();
+        if evictable.len() > EVICTION {
+            evictable.select_nth_unstable(EVICTION - 1);
+            evictable.truncate(EVICTION);
+        }
+        let unparked =
+            evictable.into_iter().filter_map(|(_, socket)| parked.connections.remove(&socket)).collect();
+        self.forget(&mut parked, unparked)
     }
 
     /// Unparks the connections that the phase requires to close, so that their clients receive GOAWAY, or

@@ -37,6 +37,48 @@ fn requests_on_parked_and_parking_connections_are_answered() {
     });
 }
 
+/// Whether the server closes the connection, with GOAWAY over HTTP/2.
+async fn ends(client: Client) -> bool {
+    match client {
+        Client::Http1(mut connection) => connection.read_more().await.is_ok_and(|length| length == 0),
+        Client::Http2(mut connection) => connection.is_over().await,
+    }
+}
+
+/// The first connections are HTTP/1.1 and HTTP/2, each without and with TLS.
+#[test]
+fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
+    const CONNECTIONS: usize = 20;
+    let limit = CONNECTIONS.to_string();
+    let service =
+        TlsService::start(app_binary(), &["--max-connections", &limit]).expect("the service starts");
+    block_on(async {
+        let mut oldest = Vec::new();
+        for kind in 0..4 {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            oldest.push(client);
+        }
+        // Longer than the shortest time after which a connection is closed for another one; the others are younger.
+        sleep(2 * PARKED).await;
+        let mut others = Vec::new();
+        for kind in 4..CONNECTIONS {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            others.push(client);
+        }
+        let mut new = Client::open(&service, 0).await;
+        timeout(TEST_TIMEOUT, new.is_answered()).await.expect("there is room for it in time");
+        for client in oldest {
+            assert!(timeout(TEST_TIMEOUT, ends(client)).await.expect("the connection ends in time"));
+        }
+        // They were idle for less time than those, which made room enough.
+        for client in &mut others {
+            client.is_answered().await;
+        }
+    });
+}
+
 #[test]
 fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     const LIMIT: Duration = Duration::from_secs(8);
@@ -60,15 +102,7 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
             }
         }
         for (unused, _) in clients {
-            let ended = async {
-                match unused {
-                    Client::Http1(mut connection) => {
-                        connection.read_more().await.expect("the connection ends") == 0
-                    }
-                    Client::Http2(mut connection) => connection.is_over().await,
-                }
-            };
-            assert!(timeout(TEST_TIMEOUT, ended).await.expect("the connection ends in time"));
+            assert!(timeout(TEST_TIMEOUT, ends(unused)).await.expect("the connection ends in time"));
         }
     });
 }
