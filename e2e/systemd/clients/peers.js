@@ -96,8 +96,7 @@ function events(origin = `http://${SERVICE}`, more = () => ({})) {
 }
 
 // An event stream over TLS, and `clients` other requests at a time. The first request ends before the others begin, as the
-// one for a page does. Until the browser has received the settings of the service, its requests refer to one another
-// (HPACK), and an event stream among them could not continue in another process.
+// one for a page does.
 async function eventsBesideRequests(clients) {
   const requests = { answered: 0, lost: [] };
   const one = counting(requests, (path, body) => byFetch(path, body, TLS));

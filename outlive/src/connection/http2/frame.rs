@@ -88,6 +88,17 @@ impl Head {
         payload.get(before..).filter(|_| is_whole && !self.has(PADDED))
     }
 
+    /// The part of a header block in the payload of HEADERS or CONTINUATION. None if the payload is malformed.
+    pub fn fragment(self, mut payload: &[u8]) -> Option<&[u8]> {
+        if self.frame_type != HEADERS {
+            return Some(payload);
+        }
+        let padding = if self.has(PADDED) { payload.try_get_u8().ok()? } else { 0 };
+        let before = 5 * usize::from(self.has(WITH_PRIORITY));
+        payload = payload.get(before..)?;
+        payload.get(..payload.len().checked_sub(padding.into())?)
+    }
+
     pub fn put(self, into: &mut BytesMut) {
         into.put_slice(&self.encode());
     }

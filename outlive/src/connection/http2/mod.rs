@@ -10,6 +10,7 @@ mod endless;
 pub(super) mod frame;
 mod grpc;
 mod header_block;
+mod header_table;
 mod interposer;
 #[cfg(test)]
 mod reaction_tests;

@@ -9,18 +9,25 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::response::sse::{Event, Sse};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
 use h2::RecvStream;
 use h2::client::{Builder, SendRequest};
 use hyper::Request;
 use testkit::certificate::Certificate;
 use testkit::client::Target;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use super::frame::{
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, RST_STREAM, SETTINGS,
+    put_settings, put_settings_ack, put_window_update,
+};
 use crate::app::event_stream::EventStream;
 use crate::app::resumable::{Resumable, Resumed};
+use crate::connection::PREFACE;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::connection::unread_tests::tls_of;
 use crate::observe::metrics;
@@ -417,6 +424,107 @@ async fn event_stream_over_http2_of_the_overflow_ends() {
     next.server.finish(connection.expect("the connection becomes quiescent"));
     reader.reaches_the_end().await;
     next.until_connections(0).await;
+}
+
+// ---- the header table ----
+
+/// A client that sends requests before it has received the settings of the server.
+struct EarlyClient {
+    stream: TcpStream,
+    /// The events of stream 3.
+    events: String,
+    /// How many heads of a response have arrived on stream 3.
+    heads: usize,
+}
+
+impl EarlyClient {
+    /// Sends a request that enters its fields into the header table, and then that of an event stream which refers to them.
+    async fn open(served: &Served) -> Self {
+        const ENDS: u8 = END_STREAM | END_HEADERS;
+        const FIRST: &[u8] =
+            b"\x82\x86\x04\x06/plain\x41\x04test\x53\x11text/event-stream\x40\x08x-number\x0242";
+        let mut stream = TcpStream::connect(served.address).await.expect("the server accepts");
+        let mut bytes = BytesMut::from(PREFACE);
+        // SETTINGS_INITIAL_WINDOW_SIZE
+        put_settings(&[0, 4, 0x40, 0, 0, 0], &mut bytes);
+        put_window_update(0, LARGE_WINDOW, &mut bytes);
+        // The authority, the accepted type and the number have the indices 64, 63 and 62.
+        for (stream, block) in [(1, FIRST), (3, b"\x82\x86\x84\xc0\xbf\xbe")] {
+            Head { stream, ..Head::new(HEADERS, ENDS, block.len()) }.put(&mut bytes);
+            bytes.extend_from_slice(block);
+        }
+        stream.write_all(&bytes).await.expect("the server reads");
+        Self { stream, events: String::new(), heads: 0 }
+    }
+
+    async fn send(&mut self, stream: u32, block: &[u8]) {
+        let mut bytes = BytesMut::new();
+        Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, block.len()) }.put(&mut bytes);
+        bytes.extend_from_slice(block);
+        self.stream.write_all(&bytes).await.expect("the server reads");
+    }
+
+    /// Receives a frame, and acknowledges SETTINGS.
+    async fn receive(&mut self) -> Head {
+        let mut head = [0; HEAD_LENGTH];
+        let reading = timeout(PATIENCE, self.stream.read_exact(&mut head)).await;
+        reading.expect("a frame arrives in time").expect("the connection is open");
+        let head = Head::decode(head);
+        let mut payload = vec![0; head.length];
+        self.stream.read_exact(&mut payload).await.expect("the connection is open");
+        match head.frame_type {
+            SETTINGS if !head.has(ACK) => {
+                let mut bytes = BytesMut::new();
+                put_settings_ack(&mut bytes);
+                self.stream.write_all(&bytes).await.expect("the server reads");
+            }
+            HEADERS if head.stream == 3 => self.heads += 1,
+            DATA if head.stream == 3 => {
+                assert!(!head.has(END_STREAM), "the response ends");
+                self.events.push_str(std::str::from_utf8(&payload).expect("the events are text"));
+            }
+            RST_STREAM | GOAWAY => panic!("{head:?}"),
+            _ => {}
+        }
+        head
+    }
+
+    /// Receives frames until `count` events are complete, and compares them.
+    async fn expect(&mut self, count: usize) {
+        while self.events.matches("\n\n").count() < count {
+            self.receive().await;
+        }
+        for (number, event) in (0..).zip(self.events.split_terminator("\n\n").take(count)) {
+            assert!(event == format!("id: {number}\ndata: {}", data(number)), "event {number}: {event:.60}");
+        }
+        assert_eq!(self.heads, 1);
+    }
+}
+
+/// Chromium sends several first requests at once, so the later ones refer to fields of the earlier ones.
+#[tokio::test(flavor = "multi_thread")]
+async fn stream_whose_request_refers_to_the_header_table_continues_in_the_next_process() {
+    // The next process receives the fields of the request too.
+    let router = || {
+        let seen = async |headers: HeaderMap| {
+            assert_eq!(headers.get("x-number").map(HeaderValue::as_bytes), Some(&b"42"[..]));
+            events(headers).await
+        };
+        Router::new().route("/", get(seen)).route("/plain", get(plain))
+    };
+    let mut served = serve(router()).await;
+    let mut client = EarlyClient::open(&served).await;
+    client.expect(10).await;
+    for (stream, count) in [(5, 500), (7, 1_000), (9, 1_500)] {
+        let next = moved(served, router()).await;
+        until_in_flight(&next, 1).await;
+        served = next;
+        client.expect(count).await;
+        // The table is empty now.
+        client.send(stream, b"\x20\x82\x86\x04\x06/plain\x01\x04test").await;
+        while client.receive().await != (Head { stream, ..Head::new(DATA, END_STREAM, 5) }) {}
+    }
+    client.expect(2_000).await;
 }
 
 // ---- gRPC ----

@@ -29,8 +29,16 @@ const OURS: [u8; 6] = [0, 1, 0, 0, 0, 0];
 const LIST_LIMIT: usize = super::HEADER_LIST_LIMIT as usize;
 /// A request that accepts an event stream: a size update, GET, and the field `accept`.
 const EVENTS: &[u8] = b"\x20\x82\x0f\x04\x11text/event-stream";
+/// The same, for a client that has not acknowledged our settings: the field enters its header table.
+const FIRST_EVENTS: &[u8] = b"\x82\x53\x11text/event-stream";
+/// Another request of such a client, with a field that enters the table.
+const FIRST_REQUEST: &[u8] = b"\x83\x40\x01x\x01y";
+/// What is kept of the request, however it refers to the table.
+const KEPT_EVENTS: &[u8] = EVENTS.split_at(1).1;
 /// What the response to it promises.
 const AGREEMENT: &[u8] = b"events";
+/// How many entries the header table of the client gets. All have room, and an index fits into one byte.
+const TABLE_ENTRIES: u8 = 50;
 /// The initial window of the client's streams after it has sent SETTINGS again, in bytes.
 const LATER_WINDOW: i64 = 51_200;
 
@@ -88,6 +96,19 @@ struct Client {
     window_changes: VecDeque<i64>,
     /// Its open event streams: how many bytes it accepts on each, and whether it has the head of the response.
     events: BTreeMap<u32, (i64, bool)>,
+    table: ClientTable,
+}
+
+/// The header table of the model of a client.
+#[derive(Clone, Copy)]
+enum ClientTable {
+    /// The client has not received our settings. It has entered `entries` fields, of which the one at this position
+    /// accepts an event stream.
+    InUse {
+        entries: u8,
+        events: Option<u8>,
+    },
+    Empty,
 }
 
 impl Client {
@@ -107,11 +128,15 @@ impl Client {
             initial_window: FIRST_WINDOW,
             window_changes: VecDeque::from([0]),
             events: BTreeMap::new(),
+            table: ClientTable::InUse { entries: 0, events: None },
         }
     }
 
     fn receive(&mut self) {
         for (head, payload) in frames(&mut self.received) {
+            if head.frame_type == SETTINGS && !head.has(ACK) {
+                self.table = ClientTable::Empty;
+            }
             if head.frame_type == SETTINGS && head.has(ACK) {
                 let change = self.window_changes.pop_front().expect("a SETTINGS ACK without SETTINGS");
                 self.events.values_mut().for_each(|(window, _)| *window += change);
@@ -156,11 +181,20 @@ impl Client {
             self.open.push(stream);
         }
         let flags = if ends { END_STREAM } else { 0 };
+        let block = match &mut self.table {
+            ClientTable::InUse { entries, .. } if *entries < TABLE_ENTRIES => {
+                *entries += 1;
+                FIRST_REQUEST
+            }
+            ClientTable::InUse { .. } => b"\x83\x84",
+            ClientTable::Empty => b"\x20\x83\x84",
+        };
         if is_split {
-            self.sent.extend(frame(HEADERS, flags, stream, b"\x20e"));
-            self.sent.extend(frame(CONTINUATION, END_HEADERS, stream, b"ad"));
+            let (first, second) = block.split_at(block.len() / 2);
+            self.sent.extend(frame(HEADERS, flags, stream, first));
+            self.sent.extend(frame(CONTINUATION, END_HEADERS, stream, second));
         } else {
-            self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, b"\x20ead"));
+            self.sent.extend(frame(HEADERS, flags | END_HEADERS, stream, block));
         }
     }
 
@@ -171,7 +205,17 @@ impl Client {
         // The acknowledgements that are missing change this window too.
         let missing: i64 = self.window_changes.iter().sum();
         self.events.insert(stream, (self.initial_window - missing, false));
-        self.sent.extend(frame(HEADERS, END_STREAM | END_HEADERS, stream, EVENTS));
+        let block = match &mut self.table {
+            ClientTable::InUse { entries, events: Some(at) } => vec![0x82, 0x80 | (61 + *entries - *at)],
+            ClientTable::InUse { entries, events } if *entries < TABLE_ENTRIES => {
+                *events = Some(*entries);
+                *entries += 1;
+                FIRST_EVENTS.to_vec()
+            }
+            ClientTable::InUse { .. } => KEPT_EVENTS.to_vec(),
+            ClientTable::Empty => EVENTS.to_vec(),
+        };
+        self.sent.extend(frame(HEADERS, END_STREAM | END_HEADERS, stream, &block));
     }
 
     fn change_initial_window(&mut self) {
@@ -313,6 +357,8 @@ impl H2 {
             }
             match frame_type {
                 HEADERS => {
+                    let is_of_events = payload.starts_with(b"\x82") || payload.starts_with(b"\x20\x82");
+                    assert!(!is_of_events, "the request of stream {stream} is not kept");
                     let last = self.streams.keys().next_back().copied().unwrap_or(self.former);
                     let is_new = last < stream;
                     assert!(is_new, "a stream begins twice: {head:?}");
@@ -409,7 +455,12 @@ impl H2 {
             self.sent.extend(frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x20ead"));
             self.end_events(stream);
         } else {
-            self.endless.open(stream);
+            // None if the interposer has passed on the RST_STREAM of the client.
+            let kept = self.endless.open(stream);
+            assert!(
+                kept.is_none_or(|kept| kept == KEPT_EVENTS),
+                "another decoder could not decode the request"
+            );
             self.sent.extend(frame(HEADERS, END_HEADERS, stream, b"\x20ead"));
         }
     }
@@ -424,7 +475,7 @@ impl H2 {
         let answered = |stream: &u32| self.asked.iter().all(|(asked, _)| asked != stream);
         let Some(stream) = self.events.keys().copied().filter(answered).nth(which % 3) else { return };
         let continuation = || {
-            let block = Bytes::from_static(&EVENTS[1..]);
+            let block = Bytes::from_static(KEPT_EVENTS);
             Some(Continuation {
                 block,
                 agreement: Bytes::from_static(AGREEMENT),
@@ -715,7 +766,16 @@ impl World {
 type Act = (u8, u16, i64, usize, usize);
 
 fn play(acts: impl IntoIterator<Item = Act>) {
+    play_after([], acts);
+}
+
+/// The client sends requests before it receives our settings. The bools: whether that of an event stream, and whether it
+/// is split otherwise.
+fn play_after(first: impl IntoIterator<Item = (bool, bool)>, acts: impl IntoIterator<Item = Act>) {
     let mut world = World::new();
+    for (is_of_events, is_split) in first {
+        if is_of_events { world.client.begin_events() } else { world.client.begin(true, is_split) }
+    }
     for (frame_type, which, size, piece, times) in acts {
         world.act(frame_type, which, size);
         world.carry(piece, times);
@@ -729,6 +789,14 @@ proptest! {
         acts in prop::collection::vec((any::<u8>(), any::<u16>(), 0..30_000_i64, 1..2_000_usize, 0..8_usize), 0..150),
     ) {
         play(acts);
+    }
+
+    #[test]
+    fn both_ends_believe_the_same_if_the_first_requests_refer_to_the_header_table(
+        first in prop::collection::vec(any::<(bool, bool)>(), 0..8),
+        acts in prop::collection::vec((any::<u8>(), any::<u16>(), 0..30_000_i64, 1..2_000_usize, 0..8_usize), 0..60),
+    ) {
+        play_after(first, acts);
     }
 }
 
@@ -847,6 +915,49 @@ fn connection_of_a_client_that_empties_its_table_before_the_acknowledgement_is_m
         interposer.for_h2().clear();
         interposer.hold();
         assert_eq!((interposer.is_quiescent(), interposer.is_immovable()), (moves, !moves), "{blocks:?}");
+    }
+}
+
+/// Each case: what the client sends before the request of an event stream that refers to its header table, and whether
+/// that request is kept.
+#[test]
+fn request_that_refers_to_the_header_table_is_kept_until_the_settings_are_acknowledged() {
+    const ACCEPT: &[u8] = FIRST_EVENTS.split_at(1).1;
+    const OF_A_STREAM: u8 = END_STREAM | END_HEADERS;
+    let first = |flags, block: &[u8]| frame(HEADERS, flags, 1, block);
+    let request = [b"\x83", ACCEPT].concat();
+    let acknowledged = frame(SETTINGS, ACK, 0, &[]);
+    for (before, is_kept) in [
+        (first(OF_A_STREAM, &request), true),
+        // The first frame of a block has half of a field.
+        (
+            [first(END_STREAM, &request[..5]), frame(CONTINUATION, END_HEADERS, 1, &request[5..])].concat(),
+            true,
+        ),
+        // Trailers, also those of a stream that the server has ended.
+        ([first(END_HEADERS, b"\x83"), first(OF_A_STREAM, ACCEPT)].concat(), true),
+        ([first(OF_A_STREAM, b"\x83"), first(OF_A_STREAM, ACCEPT)].concat(), true),
+        ([first(OF_A_STREAM, &request), frame(HEADERS, OF_A_STREAM, 3, b"\x83\x20")].concat(), false),
+        ([first(OF_A_STREAM, &request), frame(HEADERS, OF_A_STREAM, 3, b"\x20\x83")].concat(), false),
+        ([first(OF_A_STREAM, &request), acknowledged].concat(), false),
+        (first(OF_A_STREAM, b"\x83"), false),
+    ] {
+        for in_place in [false, true] {
+            let mut interposer = Interposer::new();
+            interposer.receive(&Client::new().sent);
+            interposer.sent(&[frame(SETTINGS, 0, 0, &OURS), frame(SETTINGS, ACK, 0, &[])].concat());
+            interposer.for_h2().clear();
+            let all = [&before[..], &frame(HEADERS, OF_A_STREAM, 5, b"\x82\xbe")].concat();
+            if in_place {
+                let passed = interposer.receive_in_place(&all);
+                assert_eq!(passed + interposer.for_h2().len() > all.len(), is_kept, "{all:?}");
+            } else {
+                interposer.receive(&all);
+            }
+            let streams = interposer.endless();
+            let kept = streams.request(5).and_then(|_| streams.open(5));
+            assert_eq!(kept.as_deref(), is_kept.then_some(KEPT_EVENTS), "{before:?}");
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Frames from the client to h2: each is forwarded, held or discarded, and what it changes is recorded.
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 
 use super::{Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
 use crate::connection::http2::frame::{
@@ -8,8 +8,9 @@ use crate::connection::http2::frame::{
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
 };
 use crate::connection::http2::header_block::{
-    STREAM_FIELD_LENGTH, may_have_endless_response, put_stream_field, without_size_updates,
+    STREAM_FIELD_LENGTH, may_have_endless_response, put_stream_field,
 };
+use crate::connection::http2::header_table::{Untraceable, independent};
 use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings, Table};
 
 impl Interposer {
@@ -64,6 +65,7 @@ impl Interposer {
                         WINDOW_UPDATE if head.stream == 0 || self.maybe_endless.contains(&head.stream) => {
                             false
                         }
+                        HEADERS | CONTINUATION if self.client_table.is_some() => false,
                         _ => {
                             let payload = bytes.get(HEAD_LENGTH..HEAD_LENGTH + head.length);
                             payload.is_some_and(|payload| endless_request(*head, payload).is_none())
@@ -283,7 +285,10 @@ impl Interposer {
         self.pass_between_frames();
         let disposition = match head {
             // Inside a header block every frame except CONTINUATION is an error, which h2 must see unchanged.
-            _ if self.block.is_some() => self.on_client_frame(head, &payload),
+            _ if self.block.is_some() => {
+                self.follow_table(head, &payload);
+                self.on_client_frame(head, &payload)
+            }
             Head { frame_type: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));
                 Disposition::Discard
@@ -323,13 +328,13 @@ impl Interposer {
             _ => {
                 self.note_table_size(head, &payload);
                 let is_new = head.stream > self.state.last_stream;
+                let block = self.endless_block(head, &payload);
                 let disposition = self.on_client_frame(head, &payload);
                 if is_new
                     && disposition == Disposition::Forward
                     && self.state.last_stream == head.stream
-                    && let Some(block) = endless_request(head, &payload)
+                    && let Some(block) = block
                 {
-                    let block = without_size_updates(block);
                     self.endless.begin(head.stream, block, self.initial_window());
                     self.maybe_endless.push(head.stream);
                     put_stream_field(head.stream, &mut payload);
@@ -343,8 +348,35 @@ impl Interposer {
         self.release_held();
     }
 
+    /// The header block of a request whose response may have no end, so that any decoder can decode it. None if the frame
+    /// is something else. Follows the client's table.
+    fn endless_block(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
+        if self.client_table.is_none() {
+            return endless_request(head, payload).and_then(independent);
+        }
+        let block = self.follow_table(head, payload)?;
+        let may_be_kept = whole_request(head, payload).is_some();
+        (may_be_kept && may_have_endless_response(&block, !head.has(END_STREAM))).then_some(block)
+    }
+
+    /// Follows the client's header table. Every block counts, because h2 decodes even those of streams that it refuses.
+    /// Returns the block that ends with this frame, so that it refers to no table.
+    fn follow_table(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
+        let table =
+            self.client_table.as_mut().filter(|_| matches!(head.frame_type, HEADERS | CONTINUATION))?;
+        let followed = table.follow(head, payload);
+        if followed == Err(Untraceable) {
+            self.client_table = None;
+        }
+        followed.ok().flatten()
+    }
+
     pub(super) fn receive_acknowledgement(&mut self) -> Disposition {
         self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
+        if self.has_been_acknowledged() {
+            // The next header block empties the table. If it does not, the connection is immovable.
+            self.client_table = None;
+        }
         match self.unanswered.ours_in_its_name.checked_sub(1) {
             Some(left) => {
                 self.unanswered.ours_in_its_name = left;
@@ -370,7 +402,12 @@ impl Interposer {
 
 /// The header block of a request whose response may have no end. None if the frame is something else.
 fn endless_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
-    let has_room = payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT;
     let has_body = !head.has(END_STREAM);
-    head.whole_block(payload).filter(|block| has_room && may_have_endless_response(block, has_body))
+    whole_request(head, payload).filter(|block| may_have_endless_response(block, has_body))
+}
+
+/// The header block of a request to which [`put_stream_field`] can append. None if the frame is something else.
+fn whole_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
+    let has_room = payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT;
+    head.whole_block(payload).filter(|_| has_room)
 }

@@ -12,7 +12,8 @@
 //!   65,535 bytes with which h2 starts, DATA beyond that waits in the interposer, and later grants of the client are
 //!   used for this debt first.
 //! - HPACK (RFC 7541): the decoder has no dynamic table, because of `SETTINGS_HEADER_TABLE_SIZE=0`. The connection of a
-//!   client that ignores this setting (Go before 1.20) is not handed over. The encoder starts with an empty table,
+//!   client that ignores this setting (Go before 1.20) is not handed over. Requests from before the client has received
+//!   this setting may refer to each other; those that are kept no longer do (`header_table.rs`). The encoder starts with an empty table,
 //!   which is compatible with the client's older one: indices count from the newest entry, and the oldest entry is
 //!   evicted first.
 //! - Streams: for a fresh h2 the streams of the former process would be idle, and most frames on idle streams are
@@ -39,6 +40,7 @@ use super::frame::{
     put_window_update,
 };
 use super::header_block::put_stream_field;
+use super::header_table::ClientTable;
 use crate::connection::PREFACE;
 use crate::transport::http2_state::{
     FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, INITIAL_WINDOW_SIZE, Settings,
@@ -74,6 +76,9 @@ pub struct Interposer {
     /// Their numbers, so that frames of other streams need no lock.
     maybe_endless: Vec<u32>,
     replays: Replays,
+    /// The client's header table. None when the client has acknowledged that it has none, or if it is not known. Requests
+    /// that refer to it are not kept then.
+    client_table: Option<ClientTable>,
     /// How many bytes of the preface the client has not sent.
     preface_left: usize,
     /// The position in the client's byte stream.
@@ -193,6 +198,7 @@ impl Interposer {
             endless: EndlessStreams::default(),
             maybe_endless: Vec::new(),
             replays: Replays::default(),
+            client_table: Some(ClientTable::new()),
             preface_left: PREFACE.len(),
             from_client: FrameParser::START,
             block: None,
@@ -230,6 +236,8 @@ impl Interposer {
         let mut resumed = Self {
             former,
             state,
+            // A connection moves only after the client has acknowledged our settings.
+            client_table: None,
             preface_left: 0,
             to_h2,
             preamble: Some(Preamble {
