@@ -95,12 +95,12 @@ function events(origin = `http://${SERVICE}`, more = () => ({})) {
   };
 }
 
-// An event stream over TLS, and `clients` other requests at a time. The first request ends before the others begin, as the
-// one for a page does.
+// An event stream over TLS, and `clients` other requests at a time. All of them begin at once on a new connection, so that
+// the browser encodes some of them with its header table, before it has the settings of the server.
 async function eventsBesideRequests(clients) {
   const requests = { answered: 0, lost: [] };
   const one = counting(requests, (path, body) => byFetch(path, body, TLS));
-  await twoRequests(one);
+  twoRequests(one);
   events(TLS, () => ({ requests: { ...requests } }));
   for (let client = 0; client < clients; client += 1) {
     (async () => { for (;;) await twoRequests(one); })();
