@@ -96,7 +96,7 @@ function events(origin = `http://${SERVICE}`, more = () => ({})) {
 }
 
 // An event stream over TLS, and `clients` other requests at a time. All of them begin at once on a new connection, so that
-// the browser encodes some of them with its header table, before it has the settings of the server.
+// the browser may send some of them before it has the settings of the server, and encode them with its header table.
 async function eventsBesideRequests(clients) {
   const requests = { answered: 0, lost: [] };
   const one = counting(requests, (path, body) => byFetch(path, body, TLS));
