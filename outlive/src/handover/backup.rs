@@ -28,6 +28,7 @@ use std::os::unix::fs::FileExt;
 use bytes::Bytes;
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::net::{RecvFlags, recv};
+use tracing::warn;
 
 use super::store::is_hung_up;
 use super::{Frame, MAX_SOCKETS, MessageType, Origin, STORE_NAME, SocketRecord, channel, pack};
@@ -208,12 +209,17 @@ impl Backup {
             self.count += members.len();
             self.next_number = numbers.end;
             self.frames.push_back(members.into_iter().map(|(socket, number, _)| (socket, number)).collect());
-            self.marks.mark(numbers.clone())?;
         }
-        if takes_oldest {
-            self.take_oldest()?;
-            self.release(parked);
+        let finished = self
+            .marks
+            .mark(numbers.clone())
+            .and_then(|()| if takes_oldest { self.take_oldest() } else { Ok(()) });
+        if let Err(error) = finished {
+            // The frame is in the channel already, so its numbers are in use. Without the generation none of them is valid.
+            warn!(%error, "the backup of idle connections is unusable; a crash will close them");
+            self.marks.clear_all()?;
         }
+        self.release(parked);
         Ok(numbers)
     }
 
