@@ -124,7 +124,7 @@ pub const EVENTS: &[Event] = &[
         kill_process(main, Signal::KILL)?;
         scene.until("another main process", || Ok(scene.main()? != main))
     }),
-    event("KILL of the main process with parked connections", Cost::CrashedProcess, 1, |scene, _| {
+    event("KILL of the main process with parked connections", Cost::CrashedProcess, 3, |scene, _| {
         scene.container.inside(async || {
             let mut parked = Vec::new();
             for _ in 0..PARKED {
