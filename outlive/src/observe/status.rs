@@ -14,6 +14,8 @@ pub struct Status {
 #[derive(Default)]
 struct State {
     note: Option<String>,
+    /// What old processes still do.
+    old: Option<String>,
     role: ManagerRole,
 }
 
@@ -44,13 +46,23 @@ impl Status {
         let Counts { connections, in_flight, answered } = self.registry.counts();
         let listeners = &self.listeners;
         let counts = format!("{connections} connections, {in_flight} in flight, {answered} answered");
-        let note = self.state().note.as_ref().map_or_else(String::new, |note| format!("; {note}"));
-        format!("serving on {listeners}: {counts}{note}")
+        let state = self.state();
+        let more: String =
+            [&state.old, &state.note].into_iter().flatten().map(|part| format!("; {part}")).collect();
+        format!("serving on {listeners}: {counts}{more}")
     }
 
     /// Appends `note` to the line from now on, in place of an earlier note.
     pub fn note(&self, note: String) {
         self.state().note = Some(note);
+    }
+
+    /// Says how many old processes still send how many responses.
+    pub fn set_old(&self, processes: usize, responses: usize) {
+        let (processes_are, verb) = if processes == 1 { ("process", "sends") } else { ("processes", "send") };
+        let responses_are = if responses == 1 { "response" } else { "responses" };
+        let line = format!("{processes} old {processes_are} still {verb} {responses} {responses_are}");
+        self.state().old = (processes > 0).then_some(line);
     }
 
     pub fn role(&self) -> ManagerRole {

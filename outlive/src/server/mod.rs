@@ -352,7 +352,12 @@ impl Server {
         let mut errors = AcceptErrors::default();
         loop {
             let registry = &self.registry;
-            registry.wait_for_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
+            let is_over = |phase: Phase| phase == Phase::Holding || acceptor.is_last(phase.ends(true));
+            registry.wait_for_phase(|phase| phase.accepts() || is_over(phase)).await;
+            if registry.phase() == Phase::Holding {
+                // No later phase accepts. A process that lingers must not keep the port open.
+                return;
+            }
             if acceptor.is_last(registry.phase().ends(true)) {
                 self.empty(&acceptor);
                 return;
