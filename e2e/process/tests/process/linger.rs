@@ -203,7 +203,7 @@ fn at_a_further_reload_the_oldest_of_eight_lingering_processes_ends() {
 /// knows no linger channel.
 #[test]
 fn the_handover_channel_ends_at_the_drain_limit_and_the_connection_closes_if_nobody_takes_it() {
-    let mut lingering = Lingering::start(&["--drain-timeout", "500ms"]);
+    let lingering = Lingering::start(&["--drain-timeout", "500ms"]);
     block_on(async {
         let (mut slow, first) = lingering.hold().await;
         let successor =

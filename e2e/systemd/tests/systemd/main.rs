@@ -7,6 +7,7 @@
 mod clock;
 mod curl_and_openssl;
 mod descriptors;
+mod downloads;
 mod event_streams;
 mod half_heads;
 mod instances;
