@@ -233,20 +233,21 @@ mod tests {
             let held = Arc::downgrade(&alive);
             let begin = Begin::Once(Box::new(move |_| {
                 Box::pin(async move {
-                    let _alive = alive;
-                    std::future::pending().await
+                    std::future::pending::<()>().await;
+                    drop(alive);
+                    Ok(())
                 })
             }));
             (Task { is_exclusive, ..task(name, begin) }, held)
         };
-        let (consumer, consumes) = hangs("consumer", true);
-        let (cache, caches) = hangs("cache", false);
-        let running = begin(vec![consumer, cache], &gone());
+        let (exclusive, of_exclusive) = hangs("consume", true);
+        let (other, of_other) = hangs("refresh", false);
+        let running = begin(vec![exclusive, other], &gone());
         sleep(Duration::from_secs(1)).await;
         let begun = Instant::now();
         running.finish_exclusive(begun + Duration::from_secs(4)).await;
         assert_eq!(begun.elapsed(), Duration::from_secs(4));
-        assert_eq!((consumes.strong_count(), caches.strong_count()), (0, 1));
+        assert_eq!((of_exclusive.strong_count(), of_other.strong_count()), (0, 1));
     }
 
     #[tokio::test(start_paused = true)]

@@ -168,6 +168,7 @@ impl<'a> Drain<'a> {
             never = old_gone => match never {},
             handed_over = drained => handed_over,
         };
+        metrics::HANDED_OVER.inc_by(handed_over as u64);
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
             if next_adopts >= Protocols::Http2AndTls
@@ -360,6 +361,7 @@ impl<'a> Drain<'a> {
                 break;
             }
             handed_over += connections.len();
+            metrics::HANDED_OVER.inc_by(connections.len() as u64);
             *moved += moving_responses(&connections);
         }
         // A channel may have arrived with the last connection of the predecessor.
@@ -368,7 +370,12 @@ impl<'a> Drain<'a> {
         }
         if self.is_to_linger(linger) {
             // The limit has passed, so the tasks have the minimum.
-            let exclusive_ended = tasks.finish_exclusive(Instant::now() + TASKS_MINIMUM);
+            let server = self.server;
+            let exclusive_ended = async {
+                tasks.finish_exclusive(Instant::now() + TASKS_MINIMUM).await;
+                // The exclusive tasks of the predecessor may run until then.
+                server.registry().wait_until(|| !server.registry().is_arriving()).await;
+            };
             route = self.linger_after_reload(route, linger, old, exclusive_ended, &mut handed_over).await;
         }
         self.log_end(handed_over);
@@ -385,7 +392,6 @@ impl<'a> Drain<'a> {
         let registry = self.server.registry();
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
         metrics::CUT_OFF.inc_by(cut_off as u64);
-        metrics::HANDED_OVER.inc_by(handed_over as u64);
         let moved = self.moved;
         let finished = self.in_flight.saturating_sub(cut_off + moved);
         let answered = registry.counts().answered;

@@ -164,7 +164,9 @@ impl OldProcesses {
     /// Tells all old processes to end within their drain limit.
     pub fn stop(&self) {
         if let State::Followed { processes, .. } = &*lock(&self.0.state) {
-            processes.iter().for_each(|process| self.stop_one(process));
+            for process in processes {
+                self.stop_one(process);
+            }
         }
     }
 

@@ -241,3 +241,39 @@ fn the_handover_channel_ends_at_the_drain_limit_and_the_connection_closes_if_nob
         );
     });
 }
+
+/// systemd starts a service again after a crash only when all of its processes have exited.
+#[test]
+fn a_stop_signal_ends_a_lingering_process_at_once_if_no_process_serves() {
+    let mut lingering = Lingering::start(&["--drain-timeout", "1s"]);
+    block_on(async {
+        let (_slow, first) = lingering.hold().await;
+        lingering.reload();
+        lingering.wait_for_status("; 1 old process still sends 1 response");
+        end(lingering.current().await);
+        signal(&first.to_string(), Signal::TERM).expect("the process runs");
+        let (_, log) = lingering.service.end().expect("the process ends");
+        assert!(log.contains("cut off at the successor's exit: request /echo"), "{log}");
+    });
+}
+
+/// The order is the same for a predecessor that still drains: its channel ends before that of the process after it.
+#[test]
+fn a_process_between_passes_on_the_old_one_and_exits() {
+    let mut lingering = Lingering::start(&["--drain-timeout", "1s"]);
+    block_on(async {
+        let (mut slow, first) = lingering.hold().await;
+        lingering.reload();
+        let between = lingering.current().await;
+        lingering.reload();
+        lingering.wait_for_status("; 1 old process still sends 1 response");
+        wait_until("the process between exits", || !runs(between));
+        lingering.reload();
+        lingering.wait_for_status("; 1 old process still sends 1 response");
+        assert!(runs(first));
+        slow.release().await.expect("the response is whole");
+        let (pid, generation) = process_on(&mut slow).await;
+        assert_eq!(generation, 4);
+        end(pid);
+    });
+}

@@ -101,12 +101,14 @@ enum Event {
 }
 
 impl Drain<'_> {
-    /// Whether to linger: the drain limit has passed, no stop signal has arrived, and there are responses to send.
+    /// Whether to linger: the drain limit has passed, no stop signal has arrived, and there are responses to send, here or
+    /// in a predecessor whose connections move through this process.
     pub(super) fn is_to_linger(&self, limit: LingerTimeout) -> bool {
         let has_time = Deadline::new(self.begun, limit).at().is_none_or(|at| at > Instant::now());
         let is_stopping = self.limit.signals_left < 2;
         let is_at_limit = self.limit.passed == Some(EndReason::DrainLimit);
-        is_at_limit && has_time && !is_stopping && self.server.registry().responses() > 0
+        let registry = self.server.registry();
+        is_at_limit && has_time && !is_stopping && (registry.responses() > 0 || registry.is_arriving())
     }
 
     /// Sends the remaining responses. `exclusive_ended` resolves when the exclusive background tasks have ended, which the
@@ -131,7 +133,6 @@ impl Drain<'_> {
         registry.subscribe_all();
         log_beginning(registry, begun.elapsed(), limit);
         let mut deadline = Deadline::new(*begun, limit);
-        let mut is_released = false;
         let mut reported = registry.responses();
         let mut clock = interval(systemd::STATUS_INTERVAL);
         let mut logged_at = Instant::now();
@@ -144,10 +145,15 @@ impl Drain<'_> {
                 connection = server.handover_queue().next() => Event::Quiescent(connection),
                 channel = old.next_to_pass() => Event::Old(channel),
                 () = registry.wait_until(is_sent) => Event::Sent,
-                () = &mut exclusive_ended, if !is_released => Event::TasksEnded,
+                () = &mut exclusive_ended, if matches!(route, Route::Handover(_)) => Event::TasksEnded,
                 message = route.message() => Event::Message(message),
                 () = deadline.passes() => Event::Passed,
                 _ = clock.tick() => Event::Tick,
+            };
+            // The last connection enters the queue just before it leaves the registry.
+            let event = match event {
+                Event::Sent => server.handover_queue().take().map_or(Event::Sent, Event::Quiescent),
+                event => event,
             };
             match event {
                 Event::Quiescent(connection) => {
@@ -162,21 +168,29 @@ impl Drain<'_> {
                     }
                 }
                 Event::Old(channel) => route.pass(channel, origin).await,
-                Event::TasksEnded => {
-                    is_released = true;
-                    metrics::HANDED_OVER.inc_by(std::mem::take(handed_over) as u64);
-                    route = route.release(origin, registry.responses()).await;
-                }
+                Event::TasksEnded => route = route.release(origin, registry.responses()).await,
                 Event::Message(Ok(Some(MessageType::Stop))) => {
                     info!("told to end within the drain limit, {}", humantime::format_duration(drain.length));
                     deadline = deadline.stopped(drain.length);
                 }
                 Event::Message(Ok(Some(other))) => debug!(?other, "unexpected message to an old process"),
-                Event::Message(Ok(None) | Err(_)) => route = Route::Closed,
+                Event::Message(Ok(None) | Err(_)) => {
+                    route = Route::Closed;
+                    if drain.signals_left < 2 {
+                        drain.passed = Some(EndReason::SuccessorExited);
+                        break;
+                    }
+                }
                 Event::Signal => {
                     drain.signals_left -= 1;
                     if drain.signals_left == 0 {
                         drain.passed = Some(EndReason::SecondSignal);
+                        break;
+                    }
+                    // After a crash of the process that serves, systemd starts the service again only when this process
+                    // has exited too, so it must not wait for a slow client.
+                    if matches!(route, Route::Closed) {
+                        drain.passed = Some(EndReason::SuccessorExited);
                         break;
                     }
                     deadline = deadline.stopped(drain.length);
@@ -198,14 +212,7 @@ impl Drain<'_> {
                 }
             }
         }
-        // A connection becomes quiescent before it leaves the registry, and a channel may have come with the last one.
-        for connection in server.handover_queue().take_all() {
-            let moving = moving_responses(std::slice::from_ref(&connection));
-            if route.hand_over(connection, origin).await.is_ok() {
-                *handed_over += 1;
-                *moved += moving;
-            }
-        }
+        // A channel may have come with the last connection.
         while let Some(channel) = old.take_to_pass() {
             route.pass(channel, origin).await;
         }
@@ -246,7 +253,10 @@ impl Route {
         let packed = pack(std::slice::from_ref(&connection));
         let sent = timeout(SUCCESSOR_LINGER, self.send(&packed, origin)).await;
         match sent.map_err(io::Error::from).flatten() {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                metrics::HANDED_OVER.inc();
+                Ok(())
+            }
             Err(error) => {
                 debug!(%error, "could not hand over a connection");
                 Err(connection)
@@ -304,6 +314,10 @@ impl Route {
 
 fn log_beginning(registry: &Registry, elapsed: Duration, limit: LingerTimeout) {
     let responses = registry.responses();
+    if responses == 0 {
+        info!("the drain limit has passed: passing on the connections of the predecessor");
+        return;
+    }
     let oldest = registry.oldest_request().map_or_else(String::new, |request| {
         let age = humantime::format_duration(Duration::from_secs(request.since.elapsed().as_secs()));
         format!(", the oldest for {age}: {}", logged(request.path.path()))
@@ -314,4 +328,25 @@ fn log_beginning(registry: &Registry, elapsed: Duration, limit: LingerTimeout) {
         "the drain limit has passed: still sending {}{oldest}, limit {limit} (--linger-timeout)",
         counted(responses, "response"),
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn stop_shortens_the_time_once_and_never_extends_it() {
+        let (begun, limit) = (Instant::now(), Duration::from_secs(30));
+        let minutes = |count: u64| LingerTimeout::Limited(Duration::from_secs(60 * count));
+        for timeout in [minutes(60), LingerTimeout::Unlimited] {
+            let stopped = Deadline::new(begun, timeout).stopped(limit);
+            let at = Instant::now() + limit;
+            assert_eq!((stopped.at(), stopped.reason()), (Some(at), EndReason::DrainLimit));
+            tokio::time::advance(Duration::from_secs(10)).await;
+            assert_eq!(stopped.stopped(limit).at(), Some(at));
+        }
+        let nearly_over = Deadline::new(begun, LingerTimeout::Limited(Duration::from_secs(25)));
+        let stopped = nearly_over.stopped(limit);
+        assert_eq!((stopped.at(), stopped.reason()), (nearly_over.at(), EndReason::LingerLimit));
+    }
 }
