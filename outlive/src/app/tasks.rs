@@ -9,6 +9,7 @@ use anyhow::anyhow;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -39,22 +40,41 @@ pub struct Task {
 
 /// The tasks of a process that serves.
 pub struct Running {
-    tracker: TaskTracker,
-    end: CancellationToken,
+    exclusive: Group,
+    others: Group,
     names: Arc<Mutex<Vec<String>>>,
     failed: watch::Receiver<Option<String>>,
 }
 
+/// Tasks that end together.
+struct Group {
+    tracker: TaskTracker,
+    end: CancellationToken,
+    /// With which those that do not end can be aborted.
+    tasks: Vec<AbortHandle>,
+}
+
+impl Group {
+    fn new() -> Self {
+        Self { tracker: TaskTracker::new(), end: CancellationToken::new(), tasks: Vec::new() }
+    }
+
+    async fn ended(&self) {
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+}
+
 /// Begins `tasks`; exclusive ones begin when `predecessor_gone` is cancelled.
 pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running {
-    let tracker = TaskTracker::new();
-    let end = CancellationToken::new();
+    let (mut exclusive, mut others) = (Group::new(), Group::new());
     let names = Arc::new(Mutex::new(tasks.iter().map(|task| task.name.clone()).collect::<Vec<_>>()));
     let (fail, failed) = watch::channel(None);
     for task in tasks {
-        let (end, names, fail) = (end.clone(), names.clone(), fail.clone());
+        let group = if task.is_exclusive { &mut exclusive } else { &mut others };
+        let (end, names, fail) = (group.end.clone(), names.clone(), fail.clone());
         let predecessor_gone = predecessor_gone.clone();
-        tracker.spawn(async move {
+        let running = group.tracker.spawn(async move {
             let name = task.name.clone();
             // An exclusive task that still waits at the end of the process never begins, because it has no work to
             // finish.
@@ -65,9 +85,9 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
             }
             lock(&names).retain(|other| *other != name);
         });
+        group.tasks.push(running.abort_handle());
     }
-    tracker.close();
-    Running { tracker, end, names, failed }
+    Running { exclusive, others, names, failed }
 }
 
 impl Task {
@@ -133,10 +153,27 @@ impl Running {
         }
     }
 
+    /// Asks the exclusive tasks to end, and waits until they have. Those that have not ended at `deadline` are aborted,
+    /// because the process goes on, and those of its successor begin next. One that blocks its thread cannot be aborted, so
+    /// this does not return before it ends.
+    pub async fn finish_exclusive(&self, deadline: Instant) {
+        self.exclusive.end.cancel();
+        if timeout_at(deadline, self.exclusive.ended()).await.is_err() {
+            error!("exclusive background tasks did not finish in time: cut off");
+            self.exclusive.tasks.iter().for_each(AbortHandle::abort);
+            self.exclusive.ended().await;
+        }
+    }
+
     /// Asks all tasks to end, and waits for them until `deadline`. Tasks that have not ended by then are logged.
     pub async fn finish(self, deadline: Instant) {
-        self.end.cancel();
-        if timeout_at(deadline, self.tracker.wait()).await.is_err() {
+        self.exclusive.end.cancel();
+        self.others.end.cancel();
+        let ended = async {
+            self.exclusive.ended().await;
+            self.others.ended().await;
+        };
+        if timeout_at(deadline, ended).await.is_err() {
             for name in lock(&self.names).iter() {
                 error!(task = name, "the background task {name:?} did not finish in time: cut off");
             }
@@ -187,6 +224,30 @@ mod tests {
         let begun = Instant::now();
         running.finish(begun + Duration::from_secs(4)).await;
         assert_eq!(begun.elapsed(), Duration::from_secs(4));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn exclusive_tasks_are_aborted_at_the_deadline_and_the_others_go_on() {
+        let hangs = |name, is_exclusive| {
+            let alive = Arc::new(());
+            let held = Arc::downgrade(&alive);
+            let begin = Begin::Once(Box::new(move |_| {
+                Box::pin(async move {
+                    std::future::pending::<()>().await;
+                    drop(alive);
+                    Ok(())
+                })
+            }));
+            (Task { is_exclusive, ..task(name, begin) }, held)
+        };
+        let (exclusive, of_exclusive) = hangs("consume", true);
+        let (other, of_other) = hangs("refresh", false);
+        let running = begin(vec![exclusive, other], &gone());
+        sleep(Duration::from_secs(1)).await;
+        let begun = Instant::now();
+        running.finish_exclusive(begun + Duration::from_secs(4)).await;
+        assert_eq!(begun.elapsed(), Duration::from_secs(4));
+        assert_eq!((of_exclusive.strong_count(), of_other.strong_count()), (0, 1));
     }
 
     #[tokio::test(start_paused = true)]

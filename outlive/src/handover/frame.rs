@@ -79,17 +79,23 @@ pub enum MessageType {
     Main,
     /// From either: the takeover fails, for the reason in the text.
     Refused,
-    /// From the predecessor, as its last message: the text has its counters (`metrics::totals`).
+    /// From the predecessor, as its last message: the text has its counters (`metrics::take_totals`).
     Totals,
     /// From the predecessor: TLS session ticket keys (`transport/tickets.rs`), in the record of a descriptor that has
     /// no meaning.
     Tickets,
     /// Into systemd's store: duplicates of parked connections, for the process that starts after a crash (`backup.rs`).
     Backup,
+    /// From a process that still sends responses after its drain, or passed on for it: how many is the text, and the
+    /// descriptor, if there is one, is a channel to it (`takeover/old_processes.rs`). Earlier releases refuse it, which
+    /// closes that channel.
+    Lingering,
+    /// To such a process: it has to end within its drain limit.
+    Stop,
 }
 
 impl MessageType {
-    const ALL: [Self; 12] = [
+    const ALL: [Self; 14] = [
         Self::Connections,
         Self::Hello,
         Self::Go,
@@ -102,6 +108,8 @@ impl MessageType {
         Self::Totals,
         Self::Tickets,
         Self::Backup,
+        Self::Lingering,
+        Self::Stop,
     ];
 }
 

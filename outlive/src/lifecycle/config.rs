@@ -1,5 +1,6 @@
 //! The options of the library. Their doc comments are the text of `--help` and of the man page.
 
+use std::fmt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -56,6 +57,13 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
+    /// Time after a reload for which the old process may still send the responses that take longer than --drain-timeout,
+    /// such as downloads; `infinity` for no limit, 0s to cut them off at --drain-timeout. Nothing waits for such a process,
+    /// and at most eight are kept: at a further reload the oldest has --drain-timeout left. A stop or restart of the
+    /// service leaves them --drain-timeout too.
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = LingerTimeout::parse)]
+    pub linger_timeout: LingerTimeout,
+
     /// Time that the service may take to start.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
     pub start_timeout: Duration,
@@ -104,6 +112,34 @@ pub enum Command {
     /// Reload the running service: start a successor and wait until it has taken over. Use it in ExecReload=, with
     /// the options of ExecStart=. If the successor cannot start, this command fails and the old process keeps serving.
     Takeover,
+}
+
+/// How long after a reload the old process may still send responses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LingerTimeout {
+    Limited(Duration),
+    Unlimited,
+}
+
+impl LingerTimeout {
+    /// `infinity` is how systemd spells a time without a limit, too (systemd.time(7)).
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "infinity" => Ok(Self::Unlimited),
+            _ => humantime::parse_duration(text)
+                .map(Self::Limited)
+                .map_err(|_| "expected a time such as 30s or 1m, or infinity".into()),
+        }
+    }
+}
+
+impl fmt::Display for LingerTimeout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Limited(time) => humantime::format_duration(*time).fmt(f),
+            Self::Unlimited => f.write_str("infinity"),
+        }
+    }
 }
 
 impl Config {

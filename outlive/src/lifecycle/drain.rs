@@ -9,19 +9,26 @@
 //! - [`Drain::pass_on`]: each connection goes to the successor as soon as it is quiescent (reload).
 //!
 //! `schedule.rs` decides when a restart stops serving new requests. [`Limit`] ends a drain that does not end by itself.
+//! After a reload `linger.rs` then sends the responses that take longer.
 
+mod linger;
 mod schedule;
 
+use std::convert::Infallible;
+use std::fmt;
 use std::io;
 use std::time::Duration;
 
 use tokio::time::{Instant, Interval, interval, sleep, sleep_until, timeout, timeout_at};
 use tracing::{info, warn};
 
+use crate::app::tasks::Running;
 use crate::connection::Connection;
 use crate::handover::{
     Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
 };
+use crate::lifecycle::config::LingerTimeout;
+use crate::lifecycle::stop::TASKS_MINIMUM;
 use crate::observe::log::message_id;
 use crate::observe::metrics;
 use crate::os::signals::Signals;
@@ -29,7 +36,8 @@ use crate::os::systemd;
 use crate::registry::{Counts, PendingWork, Phase, Registry};
 use crate::requests::logged;
 use crate::server::Server;
-use crate::takeover::Successor;
+use crate::takeover::{OldProcesses, Successor};
+use linger::Route;
 use schedule::{Schedule, Step};
 
 /// How long idle connections may take to become quiescent if the drain limit has already passed.
@@ -44,13 +52,40 @@ const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
 /// late report would otherwise let systemd kill the process.
 const MORE_TIME: Duration = Duration::from_secs(5);
 
-const SECOND_SIGNAL: &str = "a second stop signal";
+/// Why a drain ended before all requests did.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum EndReason {
+    DrainLimit,
+    LingerLimit,
+    SecondSignal,
+    SuccessorExited,
+}
+
+impl fmt::Display for EndReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::DrainLimit => "the drain limit",
+            Self::LingerLimit => "the linger limit",
+            Self::SecondSignal => "a second stop signal",
+            Self::SuccessorExited => "the successor's exit",
+        })
+    }
+}
 
 /// The time that a drain leaves to the background tasks and exit hooks, which run after it.
 pub struct TaskBudget {
     pub deadline: Instant,
     /// The number of further stop signals at which they are cut off.
     pub signals: u32,
+}
+
+/// What a process needs to linger after a reload.
+pub struct Linger<'a> {
+    /// `--linger-timeout`
+    pub limit: LingerTimeout,
+    pub old: &'a OldProcesses,
+    /// Its exclusive tasks end before the process lingers.
+    pub tasks: &'a Running,
 }
 
 /// A drain that is under way.
@@ -98,8 +133,8 @@ impl<'a> Drain<'a> {
 
     /// Drains a process that has no successor. Connections that can move go into systemd's store, if the unit has one;
     /// otherwise all connections are told to close. Before the drain begins, the process announces it for `delay`.
-    /// `next_adopts` tells which connections the next process can adopt.
-    pub async fn leave(mut self, delay: Duration, next_adopts: Protocols) -> TaskBudget {
+    /// `next_adopts` tells which connections the next process can adopt. The old processes of earlier reloads end too.
+    pub async fn leave(mut self, delay: Duration, next_adopts: Protocols, old: &OldProcesses) -> TaskBudget {
         systemd::stopping(&self.limit.status());
         if !delay.is_zero() {
             self.announce(delay).await;
@@ -108,16 +143,32 @@ impl<'a> Drain<'a> {
         // process must not take any of them from now on.
         drop(self.server.overflow().hand_over());
         self.begin();
+        // systemd sends SIGTERM to all processes of the service, and once more to those that are left when the main process
+        // has exited, which would cut them off. So this process waits for them, as it waits for its own requests.
+        let arriving = self.server.registry().arriving();
+        old.stop();
+        let old_gone = async {
+            old.gone().await;
+            drop(arriving);
+            std::future::pending::<Infallible>().await
+        };
         // A port that this process bound itself closes with it. Its clients could not reconnect to a next process at
         // once, so its connections are told to close.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
         keep_unadopted(self.server.registry(), next_adopts);
-        let handed_over = if let Some(store) = &store {
-            self.hand_over(store).await
-        } else {
-            self.linger().await;
-            0
+        let drained = async {
+            if let Some(store) = &store {
+                self.hand_over(store).await
+            } else {
+                self.linger().await;
+                0
+            }
         };
+        let handed_over = tokio::select! {
+            never = old_gone => match never {},
+            handed_over = drained => handed_over,
+        };
+        metrics::HANDED_OVER.inc_by(handed_over as u64);
         systemd::status(&self.log_end(handed_over));
         if let Some(store) = store {
             if next_adopts >= Protocols::Http2AndTls
@@ -228,10 +279,18 @@ impl<'a> Drain<'a> {
     /// Drains a process that has a successor: each connection goes to it when it becomes quiescent. `stop_signals` is
     /// the number of stop signals that arrived during the reload.
     ///
-    /// Returns the channel to the successor. The successor takes its closing for the end of this process, so the caller
-    /// must keep it until the background tasks have ended.
-    pub async fn pass_on(mut self, successor: Successor, stop_signals: u32) -> (Channel, TaskBudget) {
+    /// At the drain limit it sends on the responses that have begun, for as long as `linger` permits.
+    ///
+    /// Returns the channel to the successor, unless the process lingered. The successor takes its closing for the end of
+    /// this process, so the caller must keep it until the background tasks have ended.
+    pub async fn pass_on(
+        mut self,
+        successor: Successor,
+        stop_signals: u32,
+        linger: Linger<'_>,
+    ) -> (Option<Channel>, TaskBudget) {
         let Successor { channel: successor, adopts } = successor;
+        let Linger { limit: linger, old, tasks } = linger;
         self.begin();
         let Self { server, limit, generation, moved, .. } = &mut self;
         let registry = server.registry();
@@ -257,6 +316,8 @@ impl<'a> Drain<'a> {
                 warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
             }
         }
+        let mut route = Route::Handover(successor);
+        old.pass_on();
         server.enter(Phase::Quiescing);
         let queue = server.handover_queue();
         let mut idle = server.take_parked();
@@ -270,6 +331,10 @@ impl<'a> Drain<'a> {
             if connections.is_empty() {
                 let first_deadline = limit.first_deadline();
                 let connection = tokio::select! {
+                    channel = old.next_to_pass() => {
+                        route.pass(channel, origin).await;
+                        continue;
+                    }
                     connection = queue.next() => Some(connection),
                     () = registry.wait_until(|| registry.is_drained()) => queue.take(),
                     () = limit.passes() => queue.take(),
@@ -285,23 +350,40 @@ impl<'a> Drain<'a> {
             }
             let packed = pack(&connections);
             let sent = tokio::select! {
-                sent = successor.send(MessageType::Connections, origin, &packed, "") => sent,
+                sent = route.send(&packed, origin) => sent,
                 () = async { limit.passes().await; sleep(SUCCESSOR_LINGER).await } => {
                     Err(io::ErrorKind::TimedOut.into())
                 }
             };
             if let Err(error) = sent {
                 warn!(%error, connections = connections.len(), "could not hand over connections; they will be closed");
-                limit.passed.get_or_insert("the successor's exit");
+                limit.passed.get_or_insert(EndReason::SuccessorExited);
                 break;
             }
             handed_over += connections.len();
+            metrics::HANDED_OVER.inc_by(connections.len() as u64);
             *moved += moving_responses(&connections);
         }
+        // A channel may have arrived with the last connection of the predecessor.
+        while let Some(channel) = old.take_to_pass() {
+            route.pass(channel, origin).await;
+        }
+        if self.is_to_linger(linger) {
+            // The limit has passed, so the tasks have the minimum.
+            let server = self.server;
+            let exclusive_ended = async {
+                tasks.finish_exclusive(Instant::now() + TASKS_MINIMUM).await;
+                // The exclusive tasks of the predecessor may run until then.
+                server.registry().wait_until(|| !server.registry().is_arriving()).await;
+            };
+            route = self.linger_after_reload(route, linger, old, exclusive_ended, &mut handed_over).await;
+        }
         self.log_end(handed_over);
-        // An error is ignored: a successor that hangs or has exited does not need the totals.
-        let totals = metrics::totals();
-        let _ = timeout(SUCCESSOR_LINGER, successor.send_text(MessageType::Totals, origin, &totals)).await;
+        route.send_totals(origin).await;
+        let successor = match route {
+            Route::Handover(successor) => Some(successor),
+            Route::Linger(_) | Route::Closed => None,
+        };
         (successor, self.limit.remaining())
     }
 
@@ -310,7 +392,6 @@ impl<'a> Drain<'a> {
         let registry = self.server.registry();
         let cut_off = self.limit.passed.map_or(0, |reason| log_remaining(registry, reason));
         metrics::CUT_OFF.inc_by(cut_off as u64);
-        metrics::HANDED_OVER.inc_by(handed_over as u64);
         let moved = self.moved;
         let finished = self.in_flight.saturating_sub(cut_off + moved);
         let answered = registry.counts().answered;
@@ -390,7 +471,7 @@ struct Limit<'a> {
     /// The number of further stop signals that end the drain.
     signals_left: u32,
     /// The reason for which the drain was ended, if it was.
-    passed: Option<&'static str>,
+    passed: Option<EndReason>,
 }
 
 impl<'a> Limit<'a> {
@@ -419,7 +500,7 @@ impl<'a> Limit<'a> {
     fn expect_signals(&mut self, count: u32) {
         self.signals_left = count;
         if count == 0 {
-            self.passed = Some(SECOND_SIGNAL);
+            self.passed = Some(EndReason::SecondSignal);
         }
     }
 
@@ -427,11 +508,11 @@ impl<'a> Limit<'a> {
     async fn passes(&mut self) {
         while self.passed.is_none() {
             tokio::select! {
-                () = run_out(self.registry, self.begun, self.length) => self.passed = Some("the drain limit"),
+                () = run_out(self.registry, self.begun, self.length) => self.passed = Some(EndReason::DrainLimit),
                 () = self.signals.terminated() => {
                     self.signals_left -= 1;
                     if self.signals_left == 0 {
-                        self.passed = Some(SECOND_SIGNAL);
+                        self.passed = Some(EndReason::SecondSignal);
                     }
                 }
                 _ = self.report.tick(), if self.is_main => {
@@ -478,7 +559,7 @@ async fn run_out(registry: &Registry, begun: Instant, length: Duration) {
 }
 
 /// Logs each connection and request that the drain cuts off, and returns the number of requests.
-fn log_remaining(registry: &Registry, reason: &str) -> usize {
+fn log_remaining(registry: &Registry, reason: EndReason) -> usize {
     let mut requests = 0;
     for remaining in registry.remaining() {
         let age = humantime::format_duration(Duration::from_millis(

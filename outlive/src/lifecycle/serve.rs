@@ -16,8 +16,8 @@ use crate::os::signals::{SignalRequest, Signals};
 use crate::os::systemd;
 use crate::server::Server;
 use crate::takeover::{
-    Commitment, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle, TakeoverSocket,
-    UNDER_WAY,
+    Commitment, OldProcesses, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle,
+    TakeoverSocket, UNDER_WAY,
 };
 
 /// The kernel ends all processes of a container with its PID 1, successors included.
@@ -33,6 +33,7 @@ pub struct Serving {
     pub(super) bundle: SuccessorBundle,
     pub(super) socket: Option<TakeoverSocket>,
     pub(super) status: Arc<Status>,
+    pub(super) old: OldProcesses,
     pub(super) tasks: Running,
     pub(super) hooks: Hooks,
 }

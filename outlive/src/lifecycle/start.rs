@@ -35,7 +35,9 @@ use crate::os::systemd;
 use crate::registry::Registry;
 use crate::requests::Routes;
 use crate::server::{Acceptor, Queues, Server, allocator};
-use crate::takeover::{Adopter, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket};
+use crate::takeover::{
+    Adopter, OldProcesses, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket,
+};
 use crate::transport::listener_name::ListenerRole;
 use crate::transport::tls_config;
 
@@ -181,10 +183,11 @@ impl Started {
         for acceptor in self.acceptors {
             server.accept_from(acceptor);
         }
+        let old = OldProcesses::new(server.clone(), status.clone(), process.generation);
         let predecessor_gone = CancellationToken::new();
         let socket = if let Some(committed) = committed {
             let gone = predecessor_gone.clone();
-            let result = committed.take_over(server.clone(), status.clone(), gone).await;
+            let result = committed.take_over(server.clone(), status.clone(), old.clone(), gone).await;
             let socket = TakeoverSocket::open();
             result.ok();
             socket
@@ -223,6 +226,7 @@ impl Started {
             bundle,
             socket,
             status,
+            old,
             tasks,
             hooks: self.hooks,
         })

@@ -9,20 +9,20 @@ use tracing::info;
 
 use crate::app::setup::Hooks;
 use crate::app::tasks::Running;
-use crate::lifecycle::drain::{Drain, TaskBudget};
+use crate::lifecycle::drain::{Drain, Linger, TaskBudget};
 use crate::lifecycle::serve::{Serving, StopReason};
 use crate::observe::status::ManagerRole;
 use crate::os::exit::{Failure, Result};
 use crate::os::signals::Signals;
 
 /// The minimum time that background tasks have to end, independent of the duration of the drain.
-const TASKS_MINIMUM: Duration = Duration::from_secs(5);
+pub const TASKS_MINIMUM: Duration = Duration::from_secs(5);
 
 impl Serving {
     /// Ends the process without losing a request. Returns an error if the process stops because a background task
     /// ended, so that the exit code shows it.
     pub async fn stop(self, reason: StopReason) -> Result<()> {
-        let Self { config, generation, mut signals, server, bundle, status, tasks, hooks, .. } = self;
+        let Self { config, generation, mut signals, server, bundle, status, old, tasks, hooks, .. } = self;
         let drain = Drain::new(&server, &mut signals, config.drain_timeout, generation);
         let mut failure = None;
         // The successor starts its exclusive tasks when this channel is closed, so it must stay open until the tasks of
@@ -31,8 +31,11 @@ impl Serving {
         let budget = match reason {
             StopReason::Succeeded { successor, stop_signals } => {
                 self.socket_files.release();
-                let (channel, budget) = drain.pass_on(successor, stop_signals).await;
-                successor_channel = Some(channel);
+                // As below: a process that lingers must not keep the ports open.
+                drop(bundle);
+                let linger = Linger { limit: config.linger_timeout, old: &old, tasks: &tasks };
+                let (channel, budget) = drain.pass_on(successor, stop_signals, linger).await;
+                successor_channel = channel;
                 budget
             }
             StopReason::Signal | StopReason::TaskFailed(_) => {
@@ -44,7 +47,7 @@ impl Serving {
                 // It contains duplicates of the listeners, which would keep the ports open that this process bound
                 // itself.
                 drop(bundle);
-                drain.leave(config.drain_delay, next_adopts).await
+                drain.leave(config.drain_delay, next_adopts, &old).await
             }
         };
         finish_tasks(tasks, hooks, budget, &mut signals).await;

@@ -74,6 +74,15 @@ pub fn totals() -> String {
     format!("{} {}", HANDED_OVER.get(), CUT_OFF.get())
 }
 
+/// As [`totals`], for a successor that adds them at once. They begin at zero again, because a process that lingers sends
+/// them a second time at its end.
+pub fn take_totals() -> String {
+    let taken = totals();
+    HANDED_OVER.reset();
+    CUT_OFF.reset();
+    taken
+}
+
 /// Adds the totals of the process before this one.
 pub fn restore_totals(totals: &str) -> anyhow::Result<()> {
     let (handed_over, cut_off) = totals.split_once(' ').context("expected two numbers")?;

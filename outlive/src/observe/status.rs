@@ -14,6 +14,8 @@ pub struct Status {
 #[derive(Default)]
 struct State {
     note: Option<String>,
+    /// What old processes still do.
+    old: Option<String>,
     role: ManagerRole,
 }
 
@@ -44,13 +46,23 @@ impl Status {
         let Counts { connections, in_flight, answered } = self.registry.counts();
         let listeners = &self.listeners;
         let counts = format!("{connections} connections, {in_flight} in flight, {answered} answered");
-        let note = self.state().note.as_ref().map_or_else(String::new, |note| format!("; {note}"));
-        format!("serving on {listeners}: {counts}{note}")
+        let state = self.state();
+        let part = |part: &Option<String>| part.as_ref().map_or_else(String::new, |part| format!("; {part}"));
+        let (old, note) = (part(&state.old), part(&state.note));
+        format!("serving on {listeners}: {counts}{old}{note}")
     }
 
     /// Appends `note` to the line from now on, in place of an earlier note.
     pub fn note(&self, note: String) {
         self.state().note = Some(note);
+    }
+
+    /// Says how many old processes still send how many responses.
+    pub fn set_old(&self, processes: usize, responses: usize) {
+        let (processes_are, verb) = if processes == 1 { ("process", "sends") } else { ("processes", "send") };
+        let responses_are = if responses == 1 { "response" } else { "responses" };
+        let line = format!("{processes} old {processes_are} still {verb} {responses} {responses_are}");
+        self.state().old = (processes > 0).then_some(line);
     }
 
     pub fn role(&self) -> ManagerRole {
@@ -63,5 +75,32 @@ impl Status {
 
     fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::registry::Limits;
+
+    #[tokio::test]
+    async fn old_processes_are_named_before_the_note_while_there_are_any() {
+        let limit = Duration::from_secs(1);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let status = Status::new(Registry::new(limits, CancellationToken::new()), "http".to_owned());
+        status.note("took over 1 connection".to_owned());
+        let ends = [
+            (1, 1, "; 1 old process still sends 1 response; took over 1 connection"),
+            (2, 3, "; 2 old processes still send 3 responses; took over 1 connection"),
+            (0, 0, ", 0 answered; took over 1 connection"),
+        ];
+        for (processes, responses, end) in ends {
+            status.set_old(processes, responses);
+            assert!(status.line().ends_with(end), "{}", status.line());
+        }
     }
 }

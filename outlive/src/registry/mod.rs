@@ -434,6 +434,28 @@ impl Registry {
         self.phase_word.now().is_drained()
     }
 
+    /// Whether the connections that are not answered are upgraded ones, or there are none. A process that lingers does not
+    /// wait for these, because their handlers had the whole drain to return.
+    pub fn has_only_upgraded(&self) -> bool {
+        let is_upgraded = |entry: &Arc<Entry>| !entry.is_unanswered() || entry.stage() == Stage::Upgraded;
+        self.is_drained() || self.phase_word.now().is_settled() && self.entries().iter().all(is_upgraded)
+    }
+
+    /// How many responses are not fully sent.
+    pub fn responses(&self) -> usize {
+        let entries = self.entries();
+        let states =
+            entries.iter().map(|entry| entry.state()).filter(|state| state.stage() == Stage::InFlight);
+        // A request ends when hyper has the last byte of the response, of which some may not have been sent.
+        states.map(|state| usize::try_from(state.in_flight().max(1)).unwrap_or(usize::MAX)).sum()
+    }
+
+    /// The oldest of the requests in flight.
+    pub fn oldest_request(&self) -> Option<InFlight> {
+        let remaining = self.remaining().into_iter().flat_map(|connection| connection.requests);
+        remaining.min_by_key(|request| request.since)
+    }
+
     /// All active connections; parked ones are not among them.
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.connections).open.values().cloned().collect()

@@ -49,6 +49,11 @@ impl Snapshot {
     pub fn is_drained(self) -> bool {
         self.0 & COUNTS == 0
     }
+
+    /// Whether every open connection is registered, and no predecessor may send one.
+    pub fn is_settled(self) -> bool {
+        self.0 & COUNTS & (PendingCount::Unanswered as u64 - 1) == 0
+    }
 }
 
 pub struct PhaseWord(AtomicU64);

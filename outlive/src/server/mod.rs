@@ -220,7 +220,7 @@ impl Server {
     }
 
     /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
-    /// `predecessor_gone`: the predecessor has exited, and with it its own backup has become stale.
+    /// `predecessor_gone`: the predecessor has handed its connections over, so its own backup is empty.
     pub async fn back_up(self, generation: u64, predecessor_gone: CancellationToken) {
         predecessor_gone.cancelled().await;
         match has_store().await {
@@ -406,7 +406,12 @@ impl Server {
         let mut errors = AcceptErrors::default();
         loop {
             let registry = &self.registry;
-            registry.wait_for_phase(|phase| phase.accepts() || acceptor.is_last(phase.ends(true))).await;
+            let is_over = |phase: Phase| phase == Phase::Holding || acceptor.is_last(phase.ends(true));
+            registry.wait_for_phase(|phase| phase.accepts() || is_over(phase)).await;
+            if registry.phase() == Phase::Holding {
+                // No later phase accepts. A process that lingers must not keep the port open.
+                return;
+            }
             if acceptor.is_last(registry.phase().ends(true)) {
                 self.empty(&acceptor);
                 return;

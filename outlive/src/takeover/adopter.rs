@@ -101,8 +101,8 @@ impl Adopter {
         self.finish()
     }
 
-    /// Adopts connections from a predecessor that runs beside this process, until it has exited. Returns a note for the
-    /// status line. `on_other` receives the frames that are steps of the takeover.
+    /// Adopts connections from a predecessor that runs beside this process, until its drain has ended. Returns a note for
+    /// the status line. `on_other` receives the frames that are steps of the takeover.
     pub async fn adopt_from(mut self, channel: Channel, mut on_other: impl FnMut(Frame)) -> String {
         let begun = Instant::now();
         if self.adopt_while_room(&channel, &mut on_other).await == Remainder::Waits {
@@ -126,10 +126,19 @@ impl Adopter {
         let note = self.note(&from);
         info!(
             message_id = message_id::TOOK_OVER,
-            taken_over, took_ms, "{note}; it exited {took_ms} ms after the takeover began",
+            taken_over, took_ms, "{note}; the handover ended {took_ms} ms after the takeover began",
         );
         self.server.overflow().store();
         self.finish()
+    }
+
+    /// Adopts connections from an old process that lingers, until it has exited. `on_other` receives its other frames.
+    pub async fn adopt_late(mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) {
+        // There are few of them, so one for which this process has no descriptor waits in the channel.
+        while self.adopt_while_room(channel, &mut on_other).await == Remainder::Waits {
+            sleep(ROTATION_INTERVAL).await;
+        }
+        self.log_refused();
     }
 
     async fn adopt_while_room(&mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) -> Remainder {

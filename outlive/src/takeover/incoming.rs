@@ -21,6 +21,7 @@ use crate::observe::status::Status;
 use crate::os::credentials::Credentials;
 use crate::server::Server;
 use crate::takeover::adopter::Adopter;
+use crate::takeover::old_processes::OldProcesses;
 
 /// The connection to the predecessor, before the commit. Dropped, it cancels the reload.
 pub struct PredecessorLink {
@@ -133,15 +134,21 @@ pub struct Committed {
 impl Committed {
     /// Sends `Accepting`, and starts a task that adopts the predecessor's connections. Returns when this process is the
     /// main process of the service; the caller then reports the success through the returned pipe. `gone` is cancelled
-    /// when the predecessor has exited.
-    pub async fn take_over(self, server: Server, status: Arc<Status>, gone: CancellationToken) -> ResultPipe {
+    /// when the predecessor has exited, or only sends responses.
+    pub async fn take_over(
+        self,
+        server: Server,
+        status: Arc<Status>,
+        old: OldProcesses,
+        gone: CancellationToken,
+    ) -> ResultPipe {
         let Self { channel, outcome, me, adopts } = self;
         if let Err(error) = channel.send_text(MessageType::Accepting, me, adopts).await {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
         tokio::spawn(async move {
-            receive(channel, server, status, to_main).await;
+            receive(channel, server, status, old, to_main).await;
             gone.cancel();
         });
         // A timeout is ignored: if the predecessor has died or hangs, this process is the only one that serves.
@@ -150,13 +157,20 @@ impl Committed {
     }
 }
 
-async fn receive(channel: Channel, server: Server, status: Arc<Status>, to_main: oneshot::Sender<()>) {
+async fn receive(
+    channel: Channel,
+    server: Server,
+    status: Arc<Status>,
+    old: OldProcesses,
+    to_main: oneshot::Sender<()>,
+) {
     let _arriving = server.registry().arriving();
     let mut to_main = Some(to_main);
     let adopter = Adopter::new(server.clone());
     let note = adopter
         .adopt_from(channel, |frame| match frame.message_type {
             MessageType::Main => drop(to_main.take()),
+            MessageType::Lingering => old.add(frame),
             other => debug!(?other, "unexpected frame from the predecessor"),
         })
         .await;

@@ -6,6 +6,7 @@
 //! - `outgoing.rs`: the side of the predecessor, [`Reloads`] and [`PreparedSuccessor`](outgoing::PreparedSuccessor)
 //! - `incoming.rs`: the side of the successor, [`PredecessorLink`] and [`Committed`](incoming::Committed)
 //! - `adopter.rs`: adopts connections, at a restart too
+//! - `old_processes.rs`: the old processes that still send responses
 //!
 //! The messages are frames of the handover channel (`handover/frame.rs`):
 //!
@@ -27,8 +28,10 @@
 //!   exits, with the result      <------------------------------ ok
 //!                                  Tickets ---->                    resumes TLS sessions
 //!                                  Connections ---->                adopts each connection that became quiescent
+//!                                  Lingering ---->                  follows it, if it still sends responses
 //!                                  Totals ---->                     continues the counters
-//!                                  exits, at the latest after twice --drain-timeout
+//!                                  closes the channel, at the latest after twice --drain-timeout, and exits unless
+//!                                  it still sends responses
 //! ```
 //!
 //! On SIGHUP the predecessor starts the intermediate process itself. Until `Commit` each process may exit or cancel,
@@ -41,6 +44,7 @@
 mod adopter;
 mod incoming;
 mod launch;
+mod old_processes;
 mod outgoing;
 mod process_handle;
 mod socket;
@@ -79,5 +83,6 @@ const CREDENTIALS: &str = "credentials";
 pub use adopter::Adopter;
 pub use incoming::PredecessorLink;
 pub use launch::{Program, Role, role, run_intermediate};
+pub use old_processes::{LingerChannel, OldProcesses};
 pub use outgoing::{Commitment, ReloadEvent, Reloads, Successor, SuccessorBundle, UNDER_WAY};
 pub use socket::{TakeoverSocket, command, give_up};

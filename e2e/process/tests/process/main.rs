@@ -6,6 +6,7 @@
 mod abuse;
 mod cli_and_limits;
 mod idle_connections;
+mod linger;
 mod listeners;
 mod reload;
 mod restart;

@@ -34,7 +34,7 @@ fn start(flags: &[&str]) -> (Service, TempDir) {
 
 /// Runs the takeover command as ExecReload= does. Returns its exit code, and what it and the successor wrote to
 /// standard error.
-fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, String) {
+pub fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, String) {
     // A file and not a pipe, because the successor inherits standard error and would keep a pipe open.
     let mut log = tempfile::NamedTempFile::new().expect("a temporary file is made");
     let mut command = command(app_binary(), &[&["takeover"], flags].concat());
@@ -48,7 +48,7 @@ fn reload(folder: &Path, notifications: &Path, flags: &[&str]) -> (Option<i32>, 
 }
 
 /// Sends a request, and returns the pid and the generation of the process that answers.
-async fn process_on(connection: &mut Connection) -> (i32, u64) {
+pub async fn process_on(connection: &mut Connection) -> (i32, u64) {
     let answer = connection.ask(&get("/")).await.expect("the server answers");
     assert!(!answer.closes(), "the response has Connection: close");
     let text = answer.text();
@@ -63,7 +63,7 @@ async fn process_on(connection: &mut Connection) -> (i32, u64) {
 }
 
 /// Kills a successor. The test cannot wait for it, because it is not a child of the test.
-fn end(pid: i32) {
+pub fn end(pid: i32) {
     kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::KILL).expect("the process runs");
 }
 

@@ -8,6 +8,7 @@ mod clock;
 mod crashes;
 mod curl_and_openssl;
 mod descriptors;
+mod downloads;
 mod event_streams;
 mod half_heads;
 mod instances;
