@@ -71,7 +71,8 @@ there are none either, on the addresses of --listen.
 SIGTERM and SIGINT start a drain: each request may take up to --drain-timeout to finish. Without a file descriptor \
 store of systemd, a drain also waits up to --drain-timeout for idle HTTP/1.1 connections, because a request may be \
 under way on them. A second signal ends the drain at once. SIGHUP reloads: a successor, started from the binary that is \
-now at the same path, takes over the sockets and connections, and then this process exits. The successor has another \
+now at the same path, takes over the sockets and connections, and then this process exits. Responses that take longer \
+than --drain-timeout delay that exit by up to --linger-timeout. The successor has another \
 pid. A process supervisor other than systemd knows only the pid that it started, so it takes the exit of that process \
 for the end of the service.
 

@@ -70,7 +70,7 @@ fn downloads_over_three_reloads_are_finished(systemd: Systemd) {
     let container = boot_with_limit(systemd);
     let folder = tempfile::tempdir().expect("a temporary folder is made");
     let from = folder.path().join("from");
-    let bytes: Vec<u8> = (0..SIZE).map(|number| (number % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..=250).cycle().take(SIZE).collect();
     std::fs::write(&from, &bytes).expect("the file is written");
     let mut downloads = Vec::new();
     for number in 1..=3 {
