@@ -12,8 +12,9 @@ use testkit::{on_one, wait_until};
 use crate::on_systemd::ask_admin;
 use crate::{FOLDER, app_package, tls_target};
 
-/// A text frame of a client with "hi", masked with zeros, and the frame that the service sends back.
-const HI: (&[u8], &[u8]) = (b"\x81\x82\0\0\0\0hi", b"\x81\x02hi");
+/// A message of a client in two frames, masked with zeros, and the frame that the service sends back.
+const FRAGMENTS: [&[u8]; 2] = [b"\x01\x81\0\0\0\0h", b"\x80\x81\0\0\0\0i"];
+const ECHO: &[u8] = b"\x81\x02hi";
 // Not on this machine's systemd, which may be too old for soft-reboots.
 on_one! { from_257_on_systemd_257 V257
     connections_survive_a_soft_reboot
@@ -83,14 +84,18 @@ async fn pid_http2(connection: &mut Http2) -> String {
     pid_in(&answer.expect("the connection is open").1)
 }
 
+/// Sends the second half of a message, reads its echo, and sends the first half of the next message.
 async fn echo(websocket: &mut Connection) {
-    websocket.send(HI.0).await.expect("the bytes are sent");
-    assert_eq!(websocket.take(HI.1.len()).await.expect("the WebSocket is open"), HI.1);
+    websocket.send(FRAGMENTS[1]).await.expect("the bytes are sent");
+    assert_eq!(websocket.take(ECHO.len()).await.expect("the WebSocket is open"), ECHO);
+    websocket.send(FRAGMENTS[0]).await.expect("the bytes are sent");
 }
 
+/// A WebSocket that has sent the first half of a message, which the next process has to know.
 async fn websocket(target: &Target) -> Connection {
     let mut websocket = Connection::open(target).await.expect("the port is open");
     assert_eq!(websocket.ask(WEBSOCKET).await.expect("the request is answered").status, 101);
+    websocket.send(FRAGMENTS[0]).await.expect("the bytes are sent");
     echo(&mut websocket).await;
     websocket
 }
