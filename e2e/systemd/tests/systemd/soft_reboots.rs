@@ -105,21 +105,21 @@ fn connections_survive_a_soft_reboot(systemd: Systemd) {
     let certificate = Certificate::new().expect("the certificate is created");
     let container = boot(systemd, &certificate);
     let plain = Container::target();
-    let (https1, https2) = (tls_target(&certificate, "http/1.1"), tls_target(&certificate, "h2"));
+    let (tls_http1, tls_http2) = (tls_target(&certificate, "http/1.1"), tls_target(&certificate, "h2"));
     container.inside(async || {
         let open = async |target| Connection::open(target).await.expect("the port is open");
-        let mut http1 = [open(&plain).await, open(&https1).await];
+        let mut connections = [open(&plain).await, open(&tls_http1).await];
         let open_http2 = async |target| Http2::open(target).await.expect("the port is open");
-        let mut http2 = [open_http2(&plain).await, open_http2(&https2).await];
-        let mut websockets = [websocket(&plain).await, websocket(&https1).await];
+        let mut multiplexed = [open_http2(&plain).await, open_http2(&tls_http2).await];
+        let mut websockets = [websocket(&plain).await, websocket(&tls_http1).await];
         let mut busy = open(&plain).await;
         let mut unused = open(&plain).await;
         for number in 1..=2 {
             let before = container.show("MainPID").expect("systemctl show succeeds");
-            for connection in &mut http1 {
+            for connection in &mut connections {
                 assert_eq!(pid(connection).await, before);
             }
-            for connection in &mut http2 {
+            for connection in &mut multiplexed {
                 assert_eq!(pid_http2(connection).await, before);
             }
             busy.hold().await.expect("the request is in flight");
@@ -129,10 +129,10 @@ fn connections_survive_a_soft_reboot(systemd: Systemd) {
             wait_for_soft_reboot(&container, number);
             let after = container.show("MainPID").expect("systemctl show succeeds");
             assert_ne!(before, after);
-            for connection in http1.iter_mut().chain([&mut busy]) {
+            for connection in connections.iter_mut().chain([&mut busy]) {
                 assert_eq!(pid(connection).await, after);
             }
-            for connection in &mut http2 {
+            for connection in &mut multiplexed {
                 assert_eq!(pid_http2(connection).await, after);
             }
             for websocket in &mut websockets {
