@@ -23,6 +23,7 @@ mod privileged;
 mod server_starter;
 mod silent;
 mod slow;
+mod soft_reboots;
 mod stalls;
 mod template;
 mod third_party_clients;
