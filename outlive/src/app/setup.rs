@@ -252,10 +252,11 @@ pub struct TaskOptions<'a> {
 }
 
 impl TaskOptions<'_> {
-    /// Begins the task only when that of the predecessor of a reload has ended. Use it for schedulers and queue consumers, of
-    /// which only one may run at a time. If the predecessor still sends responses when the drain limit has passed, it ends
-    /// the task before, so such a response can give the task no work; the exit hooks run after that response. The old process of a restart under Server::Starter is not known to this
-    /// process, so the task does not wait for it.
+    /// Begins the task only when that of the predecessor of a reload has ended. Use it for schedulers and queue
+    /// consumers, of which only one may run at a time. If the predecessor still sends responses when the drain limit
+    /// has passed, it ends the task before, so such a response can give the task no work; the exit hooks run after that
+    /// response. The old process of a restart under Server::Starter is not known to this process, so the task does not
+    /// wait for it.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
