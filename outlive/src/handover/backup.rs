@@ -5,19 +5,20 @@
 //! to continue it. [`Backup`] sends them through a channel whose reading end systemd keeps, many to a frame. The process
 //! that starts after a crash reads the frames with [`take`].
 //!
-//! A frame that was sent cannot be changed, but most of its connections are unparked some time after. So each duplicate has
-//! a mark, a byte in a memfd that every frame carries ([`Marks`]). It is set after the frame was sent, and cleared before
-//! the connection is read, handed over or closed. Only duplicates that are marked are continued, and each is unmarked
-//! before, so no connection is continued twice or from an old state.
+//! A frame that was sent cannot be changed, but most of its connections are unparked some time later. So each duplicate
+//! has a mark, a byte in a memfd that every frame carries ([`Marks`]). The process sets it after it has sent the frame,
+//! and clears it before it reads, hands over or closes the connection. The next process continues only duplicates that
+//! are marked, and clears the mark before it continues the connection, so it continues none twice or from an old state.
 //!
 //! ```text
 //! memfd    8  generation of the process; 0 once its connections are handed over
 //!          .  a mark for each duplicate, by its number: 1 or 0
 //! ```
 //!
-//! When most duplicates of the channel are stale, or it has many frames, the oldest frame is taken out of it. Those of its
-//! connections that are still parked are sent again before, with their numbers; so a crash between finds each of them in
-//! one frame at least, and the first that is continued clears the mark of both.
+//! When most duplicates in the channel are stale, or the channel is nearly full, the process takes the oldest frame out
+//! of it. Before that, it sends those connections of the frame that are still parked again, under the same numbers. If
+//! it crashes in between, such a connection is in two frames; the next process continues the first duplicate that it
+//! finds, and thereby clears the mark of both.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -216,7 +217,7 @@ impl Backup {
             .and_then(|()| if takes_oldest { self.take_oldest() } else { Ok(()) });
         if let Err(error) = finished {
             // The frame is in the channel already, so its numbers are in use. Without the generation none of them is valid.
-            warn!(%error, "the backup of idle connections is unusable; a crash will close them");
+            warn!(%error, "could not update the backup of idle connections, so discarded it; until the next restart, a crash closes idle connections too");
             self.marks.clear_all()?;
         }
         self.release(parked);

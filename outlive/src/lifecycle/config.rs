@@ -51,16 +51,16 @@ pub struct Config {
     pub drain_delay: Duration,
 
     /// Time that each request may take during a drain. It counts from the start of the drain, or from the start of the
-    /// request if the request starts later. The process cuts off requests that take longer. During a drain open
-    /// connections may still send requests for this time, and each of those may take this time again, so a drain can last
-    /// twice as long. Set TimeoutStopSec= of the unit higher than that.
+    /// request if the request starts later. The process cuts off requests that take longer; after a reload it does so
+    /// only at --linger-timeout. During a drain open connections may still send requests for this time, and each of those
+    /// may take this time again, so a drain can last twice as long. Set TimeoutStopSec= of the unit higher than that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
     /// Time after a reload for which the old process may still send the responses that take longer than --drain-timeout,
-    /// such as downloads; `infinity` for no limit, 0s to cut them off at --drain-timeout. Nothing waits for such a process,
-    /// and at most eight are kept: at a further reload the oldest has --drain-timeout left. A stop or restart of the
-    /// service leaves them --drain-timeout too.
+    /// such as downloads. `infinity` sets no limit; with 0s the process cuts them off at --drain-timeout. Neither the
+    /// successor nor a further reload waits for such a process; a stop or restart waits for it, and leaves it one
+    /// --drain-timeout. At most eight are kept: if a further reload adds one, the oldest has one --drain-timeout left.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = LingerTimeout::parse)]
     pub linger_timeout: LingerTimeout,
 
@@ -92,8 +92,8 @@ pub struct Config {
     #[arg(long, value_name = "SIZE", default_value = "2MiB", value_parser = size)]
     pub body_limit: ByteSize,
 
-    /// Maximum number of open connections. When it is reached, the connections that have been idle longest are closed, and
-    /// further ones wait in the accept queue of the socket until there is room.
+    /// Maximum number of open connections. When it is reached, the connections that have been idle longest, for at least
+    /// 5 s, are closed; further ones wait in the accept queue of the socket until there is room.
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 

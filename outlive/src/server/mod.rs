@@ -227,7 +227,7 @@ impl Server {
             Ok(true) => {}
             Ok(false) => return,
             Err(error) => {
-                return warn!(%error, "could not find out whether systemd stores file descriptors; a crash will close all connections");
+                return warn!(%error, "could not find out whether systemd stores file descriptors; until the next restart, a crash closes idle connections too");
             }
         }
         self.overflow.clear_store();
@@ -236,7 +236,7 @@ impl Server {
         match Backup::new(generation, usize::try_from(limit).unwrap_or(usize::MAX)) {
             Ok(backup) => self.parked.begin_backup(backup),
             Err(error) => {
-                return warn!(%error, "could not create the backup of idle connections; a crash will close them");
+                return warn!(%error, "could not create the backup of idle connections; until the next restart, a crash closes idle connections too");
             }
         }
         self.store_backup();
@@ -259,7 +259,7 @@ impl Server {
     /// Stores the backup with systemd, also again after the descriptors of its name were removed.
     pub fn store_backup(&self) {
         if let Err(error) = self.overflow.store_beside(|| self.parked.store_backup()) {
-            warn!(%error, "could not store the backup of idle connections; a crash will close them");
+            warn!(%error, "could not store the backup of idle connections; until the next restart, a crash closes idle connections too");
         }
     }
 

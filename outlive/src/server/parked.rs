@@ -238,7 +238,7 @@ impl ParkedConnections {
             let cleared = parked.backup.as_ref().map_or(Ok(()), |backup| backup.clear(number));
             if let Err(error) = &cleared {
                 // After a crash the next process would continue it from an old state.
-                warn!(%error, "closed a connection: could not clear the mark of its duplicate");
+                warn!(%error, "could not clear the mark of a connection's duplicate, so closed the connection");
                 let _ = shutdown(&idle.connection.socket, Shutdown::Both);
             }
             cleared.is_ok()
@@ -317,7 +317,7 @@ impl ParkedConnections {
         let Parked { connections, backup, .. } = std::mem::take(&mut *parked);
         parked.count_backed_up(0);
         if let Some(Err(error)) = backup.map(Backup::end) {
-            warn!(%error, "closed the parked connections: could not close their duplicates");
+            warn!(%error, "could not make the duplicates of parked connections invalid, so closed these connections; their clients have to reconnect");
             for idle in connections.values() {
                 let _ = shutdown(&idle.connection.socket, Shutdown::Both);
             }

@@ -260,8 +260,8 @@ impl Adopter {
         if waiting > 0 {
             warn!(
                 waiting,
-                "{waiting} connections wait for file descriptors and will be closed after their next response: \
-                 raise LimitNOFILE= (now {})",
+                "{waiting} connections wait for file descriptors; each is adopted when there is one, or closed after its next \
+                 response: raise LimitNOFILE= (now {})",
                 rlimit::limit()
             );
             tokio::spawn(self.rotate());
@@ -271,8 +271,18 @@ impl Adopter {
 
     fn log_refused(&mut self) {
         let refused = std::mem::take(&mut self.refused);
-        if let Some(reason) = self.reason.take() {
-            warn!(refused, "closed {refused} of the predecessor's connections: {reason}");
+        match self.reason.take() {
+            Some(reason) if refused > 0 => {
+                let connections = counted(refused);
+                warn!(refused, "could not adopt {connections} of an old process, and closed them: {reason}");
+            }
+            Some(reason) => {
+                warn!(
+                    refused,
+                    "could not read all connections of an old process, so some may be closed: {reason}"
+                );
+            }
+            None => {}
         }
     }
 

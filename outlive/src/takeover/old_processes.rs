@@ -12,10 +12,10 @@
 //!                          <----   Stop: there are too many old processes, or the service stops
 //! ```
 //!
-//! A process that is itself replaced passes its ends on to its successor, so the process that serves always has those of
-//! all old processes, whether or not the ones between still run. No file and no name is needed for this. If a process
-//! crashes, its ends close: a closed end of the process that serves means that nobody adopts connections or asks the old
-//! process to end, and a closed end of the old process that it has exited.
+//! A process that is itself replaced passes its ends to its successor, so the process that serves has the ends of all
+//! old processes, even if processes between them have exited. This needs no file and no name. If a process crashes, its
+//! ends close. If the old process finds the other end closed, no process adopts its connections or asks it to end. If
+//! the process that serves finds the other end closed, the old process has exited.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -97,7 +97,7 @@ impl OldProcesses {
             let channel = LingerChannel { socket, responses };
             if let Err(error) = self.add_one(channel) {
                 // Its end closes, so the old process closes its connections itself.
-                warn!(%error, "could not follow an old process that still sends responses");
+                warn!(%error, "could not read the channel of an old process; it closes its connections after their responses");
             }
         }
     }
@@ -113,7 +113,7 @@ impl OldProcesses {
                 // Those before it have been told when the ones before this one came.
                 if let Some(oldest) = processes.len().checked_sub(MAX_OLD_PROCESSES + 1) {
                     info!(
-                        "more than {MAX_OLD_PROCESSES} old processes still send responses: ending the oldest"
+                        "more than {MAX_OLD_PROCESSES} old processes still send responses: asked the oldest to end within its --drain-timeout"
                     );
                     self.stop_one(&processes[oldest]);
                 }

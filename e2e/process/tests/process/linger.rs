@@ -170,7 +170,7 @@ fn a_stop_of_the_process_that_serves_ends_the_old_ones_too() {
         finishes.release().await.expect("the response is whole");
         wait_until("all processes exit", || !runs(held[0].1) && !runs(current));
         let (_, log) = lingering.service.end().expect("the process ends");
-        assert!(log.contains("told to end within the drain limit, 1s"), "{log}");
+        assert!(log.contains("the remaining responses have 1s (--drain-timeout)"), "{log}");
         assert!(log.contains("cut off at the drain limit: request /echo"), "{log}");
     });
 }
@@ -195,7 +195,7 @@ fn at_a_further_reload_the_oldest_of_eight_lingering_processes_ends() {
             connection.release().await.expect("the response is whole");
         }
         let (_, log) = lingering.service.end().expect("the process ends");
-        assert!(log.contains("told to end within the drain limit, 300ms"), "{log}");
+        assert!(log.contains("the remaining responses have 300ms (--drain-timeout)"), "{log}");
         end(current);
     });
 }

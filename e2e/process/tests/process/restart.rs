@@ -686,7 +686,7 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
         service.signal(Signal::TERM);
         let (_, log) = service.end().expect("the process ends");
         assert!(
-            log.contains("closed 1 of the predecessor's connections: unsupported connection type 99"),
+            log.contains("could not adopt 1 connection of an old process, and closed them: unsupported connection type 99"),
             "{log}"
         );
     });

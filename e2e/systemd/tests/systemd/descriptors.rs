@@ -90,7 +90,7 @@ fn assert_each_connection_is_answered_after(systemd: Systemd, verb: &str) {
         assert!(message.ends_with(&format!(" {ended} closed after a response")), "{message}: {ended}");
         let closed = messages(&container)
             .into_iter()
-            .find(|message| message.contains("of the predecessor's connections:"));
+            .find(|message| message.contains("of an old process, and closed them:"));
         assert_eq!(closed, None);
     });
 }

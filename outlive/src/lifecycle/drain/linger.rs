@@ -1,11 +1,11 @@
 //! What a process still does when the drain limit of a reload has passed: it sends the responses that take longer, such
 //! as downloads, within `--linger-timeout`.
 //!
-//! The successor waits for the end of the drain: its exclusive background tasks begin then, and its own drain does not end
-//! before. So the process ends its own exclusive tasks, closes the handover channel, and goes on with a linger channel
-//! (`takeover/old_processes.rs`). Through it each connection whose response has ended still moves, to the process that
-//! serves by then. If nobody reads it, as after a reload to an earlier release, the connection is closed gracefully after
-//! its next response.
+//! The successor waits for the end of this drain: only then do its exclusive background tasks begin, and only then can
+//! its own drain end. So this process ends its exclusive tasks, closes the handover channel, and uses a linger channel
+//! from then on (`takeover/old_processes.rs`). Through it each connection whose response has ended moves to the process
+//! that serves at that time. If no process reads the channel, as after a reload to an earlier release, this process
+//! closes each connection gracefully after its next response.
 
 use std::io;
 use std::os::fd::BorrowedFd;
@@ -170,10 +170,15 @@ impl Drain<'_> {
                 Event::Old(channel) => route.pass(channel, origin).await,
                 Event::TasksEnded => route = route.release(origin, registry.responses()).await,
                 Event::Message(Ok(Some(MessageType::Stop))) => {
-                    info!("told to end within the drain limit, {}", humantime::format_duration(drain.length));
+                    info!(
+                        "the process that serves asked this process to end: the remaining responses have {} (--drain-timeout)",
+                        humantime::format_duration(drain.length)
+                    );
                     deadline = deadline.stopped(drain.length);
                 }
-                Event::Message(Ok(Some(other))) => debug!(?other, "unexpected message to an old process"),
+                Event::Message(Ok(Some(other))) => {
+                    debug!(?other, "ignored an unexpected message from the process that serves")
+                }
                 Event::Message(Ok(None) | Err(_)) => {
                     route = Route::Closed;
                     if drain.signals_left < 2 {
@@ -271,11 +276,11 @@ impl Route {
         if let Err(error) =
             timeout(SUCCESSOR_LINGER, old.send(channel, origin)).await.map_err(io::Error::from).flatten()
         {
-            warn!(%error, "could not pass on an old process to the successor");
+            warn!(%error, "could not pass the channel of an old process to the successor; that process closes its connections after their responses");
         }
     }
 
-    /// Closes the handover channel, and goes on with a linger channel.
+    /// Closes the handover channel, and uses a linger channel from then on.
     async fn release(self, origin: Origin, responses: usize) -> Self {
         let Self::Handover(_) = self else { return self };
         let linger = pair().and_then(|(ours, theirs)| Ok((Channel::new(ours)?, theirs)));
@@ -285,7 +290,7 @@ impl Route {
                 Self::Linger(ours)
             }
             Err(error) => {
-                warn!(%error, "could not make a channel to the successor; connections close after their responses");
+                warn!(%error, "could not create a linger channel to the successor; this process closes each connection after its response");
                 Self::Closed
             }
         };
@@ -315,7 +320,9 @@ impl Route {
 fn log_beginning(registry: &Registry, elapsed: Duration, limit: LingerTimeout) {
     let responses = registry.responses();
     if responses == 0 {
-        info!("the drain limit has passed: passing on the connections of the predecessor");
+        info!(
+            "the drain limit has passed: this process has no responses left, but still passes connections of its predecessor to its successor"
+        );
         return;
     }
     let oldest = registry.oldest_request().map_or_else(String::new, |request| {
