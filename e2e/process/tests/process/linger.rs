@@ -1,5 +1,6 @@
 //! Old processes that still send responses after the drain limit of a reload (`--linger-timeout`).
 
+use std::cell::Cell;
 use std::time::Duration;
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
@@ -13,6 +14,7 @@ use testkit::load::Load;
 use testkit::process::{Process, signal};
 use testkit::service::Service;
 use testkit::{TEST_TIMEOUT, block_on, wait_until};
+use tokio::time::timeout;
 
 use crate::app_binary;
 use crate::reload::{end, process_on, reload};
@@ -26,18 +28,21 @@ struct Lingering {
     service: Service,
     folder: TempDir,
     flags: Vec<&'static str>,
+    /// The generation of the process that serves, unless a test reloads it by other means.
+    generation: Cell<u64>,
 }
 
 impl Lingering {
     fn start(flags: &[&'static str]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder is made");
         let service = Service::start_in(app_binary(), flags, folder.path()).expect("the service starts");
-        Self { service, folder, flags: flags.to_vec() }
+        Self { service, folder, flags: flags.to_vec(), generation: Cell::new(1) }
     }
 
     fn reload(&self) {
         let (code, log) = reload(self.folder.path(), &self.service.notifications.path(), &self.flags);
         assert_eq!(code, Some(0), "{log}");
+        self.generation.set(self.generation.get() + 1);
     }
 
     fn wait_for_status(&mut self, text: &str) {
@@ -52,9 +57,17 @@ impl Lingering {
         (connection, pid)
     }
 
-    /// The pid of the process that serves.
+    /// The pid of the process that serves. The one before may have accepted a connection just before the end of the reload.
     async fn current(&self) -> i32 {
-        process_on(&mut self.service.connect().await).await.0
+        let current = async {
+            loop {
+                let (pid, generation) = process_on(&mut self.service.connect().await).await;
+                if generation >= self.generation.get() {
+                    return pid;
+                }
+            }
+        };
+        timeout(TEST_TIMEOUT, current).await.expect("the new process answers in time")
     }
 }
 

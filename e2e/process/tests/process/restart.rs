@@ -645,7 +645,7 @@ fn an_invalid_handover_frame_closes_only_its_own_connections() {
             service.process().wait().expect("the process ends");
             let (_, log) = service.end().expect("the process ends");
             assert!(log.contains(expected), "{expected:?} is not in {log}");
-            assert_eq!(log.matches("of the predecessor").count(), 1, "{log}");
+            assert_eq!(log.matches("of an old process, and closed them").count(), 1, "{log}");
         });
     }
 }

@@ -177,7 +177,7 @@ impl Drain<'_> {
                     deadline = deadline.stopped(drain.length);
                 }
                 Event::Message(Ok(Some(other))) => {
-                    debug!(?other, "ignored an unexpected message from the process that serves")
+                    debug!(?other, "ignored an unexpected message from the process that serves");
                 }
                 Event::Message(Ok(None) | Err(_)) => {
                     route = Route::Closed;
