@@ -31,7 +31,6 @@ use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, memfd_create};
 use rustix::net::{RecvFlags, recv};
 use tracing::warn;
 
-use super::store::is_hung_up;
 use super::{Frame, MAX_SOCKETS, MessageType, Origin, STORE_NAME, SocketRecord, channel, pack};
 use crate::connection::Connection;
 use crate::os::systemd;
@@ -283,7 +282,7 @@ pub async fn has_store() -> io::Result<bool> {
     systemd::store(STORE_NAME, stored.as_fd())?;
     tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
     drop(stored);
-    Ok(!is_hung_up(&ours)?)
+    Ok(!channel::is_hung_up(&ours)?)
 }
 
 /// Leaves the connections in a frame of the type `Backup` that were parked when its process crashed.

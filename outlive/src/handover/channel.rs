@@ -10,6 +10,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::net::{
@@ -63,6 +64,13 @@ pub enum Next {
 pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// Whether no process has the other end of a channel open.
+pub(super) fn is_hung_up(channel: &OwnedFd) -> io::Result<bool> {
+    let mut polled = [PollFd::new(channel, PollFlags::empty())];
+    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    Ok(polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
 }
 
 /// Sends as many of `sockets` as fit, in frames of `message_type`; never waits. Returns how many were sent, and the

@@ -221,8 +221,9 @@ fn is_ready(connection: &Connection) -> bool {
         || polls(connection.socket.as_fd(), PollFlags::IN | PollFlags::RDHUP)
 }
 
+/// An error counts as the end, because nothing could be read after it.
 fn is_hung_up(channel: &OwnedFd) -> bool {
-    polls(channel.as_fd(), PollFlags::empty())
+    channel::is_hung_up(channel).unwrap_or(true)
 }
 
 /// Whether poll(2) reports one of `flags` on `socket`, or a hang-up or an error.

@@ -6,7 +6,6 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use tracing::{debug, warn};
 
 use super::{MessageType, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
@@ -60,7 +59,7 @@ impl FdStore {
 
     /// Whether systemd has the reading end open: otherwise poll(2) reports a hang-up on the writing end.
     fn is_kept(&self) -> io::Result<bool> {
-        Ok(!is_hung_up(&self.channel)?)
+        Ok(!channel::is_hung_up(&self.channel)?)
     }
 
     /// Sends `connections` to the store, for the next process. Returns those that did not fit.
@@ -99,11 +98,4 @@ impl FdStore {
         // An error is ignored, because the log line at the end of the drain has the same numbers.
         channel::send::<OwnedFd>(&self.channel, MessageType::Totals, origin, &[], &metrics::totals());
     }
-}
-
-/// Whether no process has the other end of a channel or pipe open.
-pub(super) fn is_hung_up(end: &OwnedFd) -> io::Result<bool> {
-    let mut polled = [PollFd::new(end, PollFlags::OUT)];
-    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
-    Ok(polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
 }

@@ -61,8 +61,8 @@ pub struct Config {
     /// such as downloads. `infinity` sets no limit; with 0s the process cuts them off at --drain-timeout. Neither the
     /// successor nor a further reload waits for such a process; a stop or restart waits for it, and leaves it one
     /// --drain-timeout. At most eight are kept: if a further reload adds one, the oldest has one --drain-timeout left.
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = LingerTimeout::parse)]
-    pub linger_timeout: LingerTimeout,
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = TimeLimit::parse)]
+    pub linger_timeout: TimeLimit,
 
     /// Time that the service may take to start.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = positive_duration)]
@@ -80,8 +80,8 @@ pub struct Config {
 
     /// Time that a connection may stay open without a request, or `infinity`. It does not apply to WebSockets and open
     /// streams.
-    #[arg(long, value_name = "TIME", default_value = "infinity", value_parser = positive_or_infinite)]
-    pub idle_timeout: Duration,
+    #[arg(long, value_name = "TIME", default_value = "infinity", value_parser = TimeLimit::parse_positive)]
+    pub idle_timeout: TimeLimit,
 
     /// Three limits, each of this length: for the service to start its response, for a client to send the next part of a
     /// request body, and for a client to read the next part of a response.
@@ -114,26 +114,32 @@ pub enum Command {
     Takeover,
 }
 
-/// How long after a reload the old process may still send responses.
+/// A time limit that can be switched off.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LingerTimeout {
+pub enum TimeLimit {
     Limited(Duration),
     Unlimited,
 }
 
-impl LingerTimeout {
-    /// `infinity` is how systemd spells a time without a limit, too (systemd.time(7)).
+impl TimeLimit {
     fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "infinity" => Ok(Self::Unlimited),
-            _ => humantime::parse_duration(text)
-                .map(Self::Limited)
-                .map_err(|_| "expected a time such as 30s or 1m, or infinity".into()),
+        Self::parse_by(duration, text)
+    }
+
+    fn parse_positive(text: &str) -> Result<Self, String> {
+        Self::parse_by(positive_duration, text)
+    }
+
+    /// `infinity` is no limit, as in the options of units (systemd.service(5)).
+    fn parse_by(duration: fn(&str) -> Result<Duration, String>, text: &str) -> Result<Self, String> {
+        if text == "infinity" {
+            return Ok(Self::Unlimited);
         }
+        duration(text).map(Self::Limited).map_err(|error| format!("{error}, or infinity"))
     }
 }
 
-impl fmt::Display for LingerTimeout {
+impl fmt::Display for TimeLimit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Limited(time) => humantime::format_duration(*time).fmt(f),
@@ -147,7 +153,10 @@ impl Config {
     pub fn limits(&self) -> Limits {
         Limits {
             head: self.head_timeout,
-            idle: self.idle_timeout,
+            idle: match self.idle_timeout {
+                TimeLimit::Limited(time) => time,
+                TimeLimit::Unlimited => Duration::MAX,
+            },
             stall: self.request_timeout,
             close: CLOSE_LIMIT,
         }
@@ -170,11 +179,6 @@ fn duration(text: &str) -> Result<Duration, String> {
 
 fn size(text: &str) -> Result<ByteSize, String> {
     text.parse().map_err(|_| "expected a size such as 512KiB or 2MiB".into())
-}
-
-/// As in the options of units, `infinity` stands for no limit (systemd.service(5)).
-fn positive_or_infinite(text: &str) -> Result<Duration, String> {
-    if text == "infinity" { Ok(Duration::MAX) } else { positive_duration(text) }
 }
 
 fn positive_duration(text: &str) -> Result<Duration, String> {

@@ -27,10 +27,10 @@ use crate::connection::Connection;
 use crate::handover::{
     Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
 };
-use crate::lifecycle::config::LingerTimeout;
+use crate::lifecycle::config::TimeLimit;
 use crate::lifecycle::stop::TASKS_MINIMUM;
 use crate::observe::log::message_id;
-use crate::observe::metrics;
+use crate::observe::{counted, metrics};
 use crate::os::signals::Signals;
 use crate::os::systemd;
 use crate::registry::{Counts, PendingWork, Phase, Registry};
@@ -82,7 +82,7 @@ pub struct TaskBudget {
 /// What a process needs to linger after a reload.
 pub struct Linger<'a> {
     /// `--linger-timeout`
-    pub limit: LingerTimeout,
+    pub limit: TimeLimit,
     pub old: &'a OldProcesses,
     /// Its exclusive tasks end before the process lingers.
     pub tasks: &'a Running,
@@ -412,11 +412,6 @@ impl<'a> Drain<'a> {
 
 fn moving_responses(connections: &[Connection]) -> usize {
     connections.iter().map(Connection::moving_responses).sum()
-}
-
-/// `1 request`, `2 requests`
-fn counted(count: usize, noun: &str) -> String {
-    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
 }
 
 /// Serves until all work that was pending at the beginning has ended, but no longer than `at_most`. Returns whether it

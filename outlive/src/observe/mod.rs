@@ -6,3 +6,8 @@ pub mod log;
 pub mod log_control;
 pub mod metrics;
 pub mod status;
+
+/// `1 request`, `2 requests`
+pub fn counted(count: usize, noun: &str) -> String {
+    format!("{count} {noun}{}", if count == 1 { "" } else { "s" })
+}

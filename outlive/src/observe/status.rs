@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::observe::counted;
 use crate::os::lock::lock;
 use crate::registry::{Counts, Registry};
 
@@ -59,9 +60,8 @@ impl Status {
 
     /// Says how many old processes still send how many responses.
     pub fn set_old(&self, processes: usize, responses: usize) {
-        let (processes_are, verb) = if processes == 1 { ("process", "sends") } else { ("processes", "send") };
-        let responses_are = if responses == 1 { "response" } else { "responses" };
-        let line = format!("{processes} old {processes_are} still {verb} {responses} {responses_are}");
+        let processes_send = if processes == 1 { "process still sends" } else { "processes still send" };
+        let line = format!("{processes} old {processes_send} {}", counted(responses, "response"));
         self.state().old = (processes > 0).then_some(line);
     }
 

@@ -241,7 +241,7 @@ impl Server {
         }
         self.store_backup();
         let mut clock = interval(BACKUP_INTERVAL);
-        while matches!(self.registry.phase(), Phase::Serving | Phase::Announcing) {
+        while self.registry.phase() == Phase::Serving {
             clock.tick().await;
             loop {
                 match self.parked.back_up() {
@@ -369,13 +369,20 @@ impl Server {
     }
 
     fn serve_unparked_connection(&self, idle: ParkedConnection) {
+        if let Some((connection, registration)) = self.registered_again(idle) {
+            self.serve(connection, registration);
+        }
+    }
+
+    /// Registers a connection that was parked. None if its client has disconnected.
+    fn registered_again(&self, idle: ParkedConnection) -> Option<(Connection<Stream>, Registration)> {
         let ParkedConnection { connection, slot, since, .. } = idle;
         match connection.watched() {
-            Ok((connection, peer)) => {
-                let registration = self.registry.register_since(peer, slot, since);
-                self.serve(connection, registration);
+            Ok((connection, peer)) => Some((connection, self.registry.register_since(peer, slot, since))),
+            Err(error) => {
+                debug!(%error, "a client disconnected while its connection was parked");
+                None
             }
-            Err(error) => debug!(%error, "a client disconnected while its connection was parked"),
         }
     }
 
@@ -463,10 +470,8 @@ impl Server {
         }
         let has_slot_of = |other: &Endpoint| Arc::ptr_eq(self.slots(other), self.slots(endpoint));
         for idle in self.parked.unpark_longest_idle(has_slot_of) {
-            debug!("closing an idle connection to make room for another one (--max-connections)");
-            let ParkedConnection { connection, slot, since, .. } = idle;
-            if let Ok((connection, peer)) = connection.watched() {
-                let registration = self.registry.register_since(peer, slot, since);
+            if let Some((connection, registration)) = self.registered_again(idle) {
+                debug!("closing an idle connection to make room for another one (--max-connections)");
                 registration.evict();
                 self.serve(connection, registration);
             }

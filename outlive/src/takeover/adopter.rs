@@ -16,7 +16,7 @@ use crate::handover::{
     take_backed_up, unpack, unpack_tickets,
 };
 use crate::observe::log::message_id;
-use crate::observe::metrics;
+use crate::observe::{counted, metrics};
 use crate::os::rlimit::{self, FdRoom};
 use crate::server::Server;
 
@@ -94,7 +94,7 @@ impl Adopter {
                 message_id = message_id::TOOK_OVER,
                 recovered,
                 "took over {} that were idle when the predecessor crashed",
-                counted(recovered)
+                counted(recovered, "connection")
             );
         }
         self.server.overflow().clear_store();
@@ -244,7 +244,7 @@ impl Adopter {
     /// How many connections were taken over, and how many wait.
     fn note(&self, from: &str) -> String {
         let (adopted, waiting) = (self.adopted, self.server.overflow().len());
-        let connections = counted(adopted);
+        let connections = counted(adopted, "connection");
         match waiting {
             0 => format!("took over {connections}{from}"),
             _ => format!("took over {connections}{from}, and {waiting} wait for file descriptors"),
@@ -273,7 +273,7 @@ impl Adopter {
         let refused = std::mem::take(&mut self.refused);
         match self.reason.take() {
             Some(reason) if refused > 0 => {
-                let connections = counted(refused);
+                let connections = counted(refused, "connection");
                 warn!(refused, "could not adopt {connections} of an old process, and closed them: {reason}");
             }
             Some(reason) => {
@@ -348,11 +348,6 @@ impl Adopter {
         self.empty_nested();
         channels.map(|channels| channels + nested)
     }
-}
-
-/// `1 connection`, `2 connections`
-fn counted(connections: usize) -> String {
-    if connections == 1 { "1 connection".to_owned() } else { format!("{connections} connections") }
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.

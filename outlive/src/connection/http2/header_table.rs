@@ -126,20 +126,16 @@ impl HeaderTable {
                 kept.put_slice(field);
             }
         };
-        let mut is_first = true;
+        let mut has_field = false;
         while !block.is_empty() {
-            let field = next_field(&mut block).ok_or(Untraceable)?;
-            if let Field::SizeUpdate(limit) = field {
+            match next_field(&mut block).ok_or(Untraceable)? {
                 // It belongs at the beginning, and may not exceed our setting (RFC 7541 sections 4.2 and 6.3).
-                if !is_first || limit > SIZE_LIMIT {
-                    return Err(Untraceable);
+                Field::SizeUpdate(limit) if !has_field && limit <= SIZE_LIMIT => {
+                    self.limit = limit;
+                    self.evict(0);
+                    continue;
                 }
-                self.limit = limit;
-                self.evict(0);
-                continue;
-            }
-            is_first = false;
-            match field {
+                Field::SizeUpdate(_) => return Err(Untraceable),
                 Field::Indexed(index @ 1..=LAST_STATIC) => {
                     keep(&[INDEXED | u8::try_from(index).expect("at most LAST_STATIC")]);
                 }
@@ -161,8 +157,8 @@ impl HeaderTable {
                     }
                     keep(&literal);
                 }
-                Field::SizeUpdate(_) => unreachable!("handled above"),
             }
+            has_field = true;
         }
         Ok(kept.map(BytesMut::freeze))
     }

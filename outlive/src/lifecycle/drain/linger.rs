@@ -14,11 +14,11 @@ use std::time::Duration;
 use tokio::time::{Instant, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
-use super::{Drain, EndReason, SUCCESSOR_LINGER, counted, moving_responses};
+use super::{Drain, EndReason, SUCCESSOR_LINGER, moving_responses};
 use crate::connection::Connection;
 use crate::handover::{Channel, MessageType, Origin, SocketRecord, pack, pair};
-use crate::lifecycle::config::LingerTimeout;
-use crate::observe::metrics;
+use crate::lifecycle::config::TimeLimit;
+use crate::observe::{counted, metrics};
 use crate::os::systemd;
 use crate::registry::{Phase, Registry};
 use crate::requests::logged;
@@ -48,10 +48,10 @@ enum Deadline {
 }
 
 impl Deadline {
-    fn new(begun: Instant, limit: LingerTimeout) -> Self {
+    fn new(begun: Instant, limit: TimeLimit) -> Self {
         match limit {
-            LingerTimeout::Limited(time) => begun.checked_add(time).map_or(Self::None, Self::Linger),
-            LingerTimeout::Unlimited => Self::None,
+            TimeLimit::Limited(time) => begun.checked_add(time).map_or(Self::None, Self::Linger),
+            TimeLimit::Unlimited => Self::None,
         }
     }
 
@@ -103,7 +103,7 @@ enum Event {
 impl Drain<'_> {
     /// Whether to linger: the drain limit has passed, no stop signal has arrived, and there are responses to send, here or
     /// in a predecessor whose connections move through this process.
-    pub(super) fn is_to_linger(&self, limit: LingerTimeout) -> bool {
+    pub(super) fn is_to_linger(&self, limit: TimeLimit) -> bool {
         let has_time = Deadline::new(self.begun, limit).at().is_none_or(|at| at > Instant::now());
         let is_stopping = self.limit.signals_left < 2;
         let is_at_limit = self.limit.passed == Some(EndReason::DrainLimit);
@@ -117,7 +117,7 @@ impl Drain<'_> {
     pub(super) async fn linger_after_reload(
         &mut self,
         mut route: Route,
-        limit: LingerTimeout,
+        limit: TimeLimit,
         old: &OldProcesses,
         exclusive_ended: impl Future<Output = ()>,
         handed_over: &mut usize,
@@ -317,7 +317,7 @@ impl Route {
     }
 }
 
-fn log_beginning(registry: &Registry, elapsed: Duration, limit: LingerTimeout) {
+fn log_beginning(registry: &Registry, elapsed: Duration, limit: TimeLimit) {
     let responses = registry.responses();
     if responses == 0 {
         info!(
@@ -344,15 +344,15 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn stop_shortens_the_time_once_and_never_extends_it() {
         let (begun, limit) = (Instant::now(), Duration::from_secs(30));
-        let minutes = |count: u64| LingerTimeout::Limited(Duration::from_secs(60 * count));
-        for timeout in [minutes(60), LingerTimeout::Unlimited] {
+        let minutes = |count: u64| TimeLimit::Limited(Duration::from_secs(60 * count));
+        for timeout in [minutes(60), TimeLimit::Unlimited] {
             let stopped = Deadline::new(begun, timeout).stopped(limit);
             let at = Instant::now() + limit;
             assert_eq!((stopped.at(), stopped.reason()), (Some(at), EndReason::DrainLimit));
             tokio::time::advance(Duration::from_secs(10)).await;
             assert_eq!(stopped.stopped(limit).at(), Some(at));
         }
-        let nearly_over = Deadline::new(begun, LingerTimeout::Limited(Duration::from_secs(25)));
+        let nearly_over = Deadline::new(begun, TimeLimit::Limited(Duration::from_secs(25)));
         let stopped = nearly_over.stopped(limit);
         assert_eq!((stopped.at(), stopped.reason()), (nearly_over.at(), EndReason::LingerLimit));
     }
