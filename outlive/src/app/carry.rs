@@ -332,7 +332,7 @@ impl Continuation {
         let mut awaits = None;
         poll_fn(|cx| {
             let polled = wait.poll(cx);
-            // Only a drain asks for it, and the wait is polled again when one begins.
+            // Only a drain reads this state, and it wakes this task when it begins.
             if polled.is_pending() && !self.handle.is_serving() {
                 awaits.get_or_insert_with(|| self.handle.awaits_handover());
             }
@@ -341,7 +341,7 @@ impl Continuation {
         .await;
     }
 
-    /// Whether the handler may read several messages at once: no process has to continue the connection soon.
+    /// Whether the handler may read several messages at once, because no drain has begun.
     pub fn may_read_ahead(&self) -> bool {
         self.handle.is_serving() && !self.is_requested()
     }
@@ -405,7 +405,7 @@ impl Continuation {
 
 /// A wait that is kept for the next call if it is dropped before it resolves.
 struct KeptWait<'a> {
-    /// None after it has resolved.
+    /// `None` once it has resolved.
     wait: Option<Wait>,
     slot: &'a Mutex<Option<Wait>>,
 }

@@ -161,8 +161,8 @@ impl Setup {
     /// the task; systemd then starts the next process.
     ///
     /// During a reload the old and the new process run side by side until the old one has finished its requests, and so
-    /// do their tasks, with long downloads for up to `--linger-timeout`. Mark a task that must not run twice at once as
-    /// [`exclusive`](TaskOptions::exclusive).
+    /// do their tasks. With long downloads this lasts up to `--linger-timeout`. Mark a task that must not run twice at
+    /// once as [`exclusive`](TaskOptions::exclusive).
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -254,9 +254,9 @@ pub struct TaskOptions<'a> {
 impl TaskOptions<'_> {
     /// Begins the task only when that of the predecessor of a reload has ended. Use it for schedulers and queue
     /// consumers, of which only one may run at a time. If the predecessor still sends responses when the drain limit
-    /// has passed, it ends the task before, so such a response can give the task no work; the exit hooks run after that
-    /// response. The old process of a restart under Server::Starter is not known to this process, so the task does not
-    /// wait for it.
+    /// has passed, it ends its task at that limit, so handlers of these responses can give the task no more work. Its
+    /// exit hooks run after the last response. At a restart under Server::Starter this process does not know the old
+    /// process, so the task does not wait for it.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {

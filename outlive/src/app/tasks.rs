@@ -50,7 +50,7 @@ pub struct Running {
 struct Group {
     tracker: TaskTracker,
     end: CancellationToken,
-    /// With which those that do not end can be aborted.
+    /// The handles with which tasks that do not end are aborted.
     tasks: Vec<AbortHandle>,
 }
 
@@ -153,13 +153,13 @@ impl Running {
         }
     }
 
-    /// Asks the exclusive tasks to end, and waits until they have. Those that have not ended at `deadline` are aborted,
-    /// because the process goes on, and those of its successor begin next. One that blocks its thread cannot be aborted, so
-    /// this does not return before it ends.
+    /// Asks the exclusive tasks to end, and waits until they have. Aborts the tasks that have not ended at `deadline`,
+    /// because this process continues, and the successor starts its exclusive tasks next. A task that blocks its thread
+    /// cannot be aborted, so this waits until it ends.
     pub async fn finish_exclusive(&self, deadline: Instant) {
         self.exclusive.end.cancel();
         if timeout_at(deadline, self.exclusive.ended()).await.is_err() {
-            error!("exclusive background tasks did not finish in time: cut off");
+            error!("exclusive background tasks did not finish in time, so this process aborts them");
             self.exclusive.tasks.iter().for_each(AbortHandle::abort);
             self.exclusive.ended().await;
         }
@@ -227,7 +227,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn exclusive_tasks_are_aborted_at_the_deadline_and_the_others_go_on() {
+    async fn exclusive_tasks_that_do_not_end_are_aborted_at_the_deadline_and_other_tasks_run() {
         let hangs = |name, is_exclusive| {
             let alive = Arc::new(());
             let held = Arc::downgrade(&alive);

@@ -145,7 +145,8 @@ impl Io {
         matches!(self.wire, Wire::Left(_))
     }
 
-    /// At least so many bytes can be read without a wait for the peer. With TLS it is unknown how many are complete records.
+    /// The number of bytes that can be read without a wait for the peer. 0 with TLS, where the number of whole records
+    /// is unknown.
     pub(super) fn queued(&self) -> u64 {
         match &self.wire {
             Wire::Left(stream) => stream.queued(),

@@ -39,9 +39,10 @@ use crate::os::systemd;
 const MAX_BACKED_UP: usize = MAX_SOCKETS - 1;
 /// The channel has room for some 230 frames.
 const MAX_FRAMES: usize = 160;
-/// So many stale duplicates are permitted, besides as many as there are valid ones. Tests have few connections.
+/// A frame is removed when the channel has more than twice as many duplicates as are valid, plus this number. Tests
+/// have few connections.
 const STALE_LIMIT: usize = if cfg!(test) { 4 } else { 1024 };
-/// Marks of old numbers are released in steps of so many bytes.
+/// The memory of old marks is released in steps of this many bytes.
 const RELEASE_STEP: u64 = 1 << 20;
 
 const MARKED: u8 = 1;
@@ -215,7 +216,8 @@ impl Backup {
             .mark(numbers.clone())
             .and_then(|()| if takes_oldest { self.take_oldest() } else { Ok(()) });
         if let Err(error) = finished {
-            // The frame is in the channel already, so its numbers are in use. Without the generation none of them is valid.
+            // The frame is in the channel already, so its numbers are in use. Clearing the generation makes all
+            // duplicates invalid.
             warn!(%error, "could not update the backup of idle connections, so discarded it; until the next restart, a crash closes idle connections too");
             self.marks.clear_all()?;
         }
@@ -253,8 +255,8 @@ impl Backup {
         self.marks.clear(number)
     }
 
-    /// Makes all duplicates stale and closes them, before their connections are handed over. Otherwise they would count as
-    /// descriptors in flight, of which the kernel permits this user so many as the process may have files (unix(7)).
+    /// Makes all duplicates stale and closes them, before their connections are handed over. Otherwise they would count
+    /// as descriptors in flight; the kernel limits these for each user to the file limit of the process (unix(7)).
     pub fn end(mut self) -> io::Result<()> {
         self.marks.clear_all()?;
         while !self.frames.is_empty() {
@@ -272,8 +274,8 @@ fn still_parked<'p>(
     frame.iter().filter_map(|&(socket, number)| Some((socket, number, parked.backed_up_as(socket, number)?)))
 }
 
-/// Whether systemd keeps descriptors for this unit. Before version 254 it does not say so. Then one is stored, and its other
-/// end shows whether systemd has kept it.
+/// Whether systemd keeps descriptors for this unit. systemd before 254 does not report this. There the function stores
+/// one end of a channel, and the other end shows whether systemd has kept it.
 pub async fn has_store() -> io::Result<bool> {
     if let Some(known) = systemd::has_store() {
         return Ok(known);

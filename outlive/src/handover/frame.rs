@@ -86,11 +86,11 @@ pub enum MessageType {
     Tickets,
     /// Into systemd's store: duplicates of parked connections, for the process that starts after a crash (`backup.rs`).
     Backup,
-    /// From a process that still sends responses after its drain, or passed on for it: how many is the text, and the
-    /// descriptor, if there is one, is a channel to it (`takeover/old_processes.rs`). Earlier releases refuse it, which
-    /// closes that channel.
+    /// From an old process that lingers, or from a process that passes its channel on: the text is the number of
+    /// responses that the old process still sends. The first such message has a descriptor, a channel to the old
+    /// process (`takeover/old_processes.rs`). Earlier releases refuse the message, which closes the channel.
     Lingering,
-    /// To such a process: it has to end within its drain limit.
+    /// To an old process that lingers: it has to end within one drain limit.
     Stop,
 }
 

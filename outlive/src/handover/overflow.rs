@@ -155,8 +155,8 @@ impl Overflow {
         Some(channels.len())
     }
 
-    /// Removes the channels of earlier processes from systemd's store, unless they still hold connections or the drain has
-    /// begun, which stores a channel of the same name.
+    /// Removes the channels of earlier processes from systemd's store, unless they still hold connections, or the drain
+    /// has begun: it stores a channel under the same name, which this call would remove.
     pub fn clear_store(&self) {
         if let State::Open(channels) = &*lock(&self.0)
             && channels.is_empty()

@@ -57,10 +57,11 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
-    /// Time after a reload for which the old process may still send the responses that take longer than --drain-timeout,
-    /// such as downloads. `infinity` sets no limit; with 0s the process cuts them off at --drain-timeout. Neither the
-    /// successor nor a further reload waits for such a process; a stop or restart waits for it, and leaves it one
-    /// --drain-timeout. At most eight are kept: if a further reload adds one, the oldest has one --drain-timeout left.
+    /// Time after a reload for which the old process may still send the responses that take longer than
+    /// --drain-timeout, such as downloads. `infinity` sets no limit; with 0s the process cuts them off at
+    /// --drain-timeout. Neither the successor nor a further reload waits for such a process; a stop or restart waits up
+    /// to one --drain-timeout for it. At most eight such processes run: if a reload adds a ninth, the oldest has to end
+    /// within one --drain-timeout.
     #[arg(long, value_name = "TIME", default_value = "1h", value_parser = TimeLimit::parse)]
     pub linger_timeout: TimeLimit,
 

@@ -279,7 +279,8 @@ impl<'a> Drain<'a> {
     /// Drains a process that has a successor: each connection goes to it when it becomes quiescent. `stop_signals` is
     /// the number of stop signals that arrived during the reload.
     ///
-    /// At the drain limit it sends on the responses that have begun, for as long as `linger` permits.
+    /// When the drain limit has passed, it keeps sending the responses that have begun, for as long as `linger`
+    /// permits.
     ///
     /// Returns the channel to the successor, unless the process lingered. The successor takes its closing for the end of
     /// this process, so the caller must keep it until the background tasks have ended.
@@ -369,11 +370,12 @@ impl<'a> Drain<'a> {
             route.pass(channel, origin).await;
         }
         if self.is_to_linger(linger) {
-            // The limit has passed, so the tasks have the minimum.
+            // The drain limit has passed, so the exclusive tasks only have `TASKS_MINIMUM` to end.
             let server = self.server;
             let exclusive_ended = async {
                 tasks.finish_exclusive(Instant::now() + TASKS_MINIMUM).await;
-                // The exclusive tasks of the predecessor may run until then.
+                // Waits also until the predecessor has closed its channel, because its exclusive tasks may run until
+                // then.
                 server.registry().wait_until(|| !server.registry().is_arriving()).await;
             };
             route = self.linger_after_reload(route, linger, old, exclusive_ended, &mut handed_over).await;

@@ -434,8 +434,8 @@ impl Registry {
         self.phase_word.now().is_drained()
     }
 
-    /// Whether the connections that are not answered are upgraded ones, or there are none. A process that lingers does not
-    /// wait for these, because their handlers had the whole drain to return.
+    /// Whether no connection is unanswered, except upgraded ones. A process that lingers does not wait for upgraded
+    /// connections, because their handlers had the whole drain to return.
     pub fn has_only_upgraded(&self) -> bool {
         let is_upgraded = |entry: &Arc<Entry>| !entry.is_unanswered() || entry.stage() == Stage::Upgraded;
         self.is_drained() || self.phase_word.now().is_settled() && self.entries().iter().all(is_upgraded)

@@ -114,8 +114,8 @@ pub enum Event {
     HandoverAllowed,
     /// The handler of an upgraded connection, or of a response without end, waits for the request to hand it on.
     HandlerAwaitsHandover,
-    /// The connection was idle and has to make room for another one. It closes at once, or after the response to a request
-    /// that has just arrived.
+    /// The server closes this idle connection to free its slot: at once, or after the response if a request has just
+    /// arrived.
     Evicted,
     /// That handler works again, so another process cannot continue for it.
     HandlerWorks,

@@ -86,8 +86,8 @@ impl UpgradeHandle {
         self.0.registry.handlers_must_return().await;
     }
 
-    /// The connection counts as one that can be handed over at any time, so a drain does not wait for it, until the guard
-    /// is dropped. At other times the handler works, and a drain waits for it as for a request in flight.
+    /// Until the guard is dropped, the connection counts as one that can be handed over at any time, so a drain does
+    /// not wait for it. At other times the handler works, and a drain waits for it as for a request in flight.
     pub fn awaits_handover(&self) -> AwaitsHandover<'_> {
         self.0.apply(Event::HandlerAwaitsHandover);
         AwaitsHandover(&self.0)

@@ -231,7 +231,7 @@ impl Server {
             }
         }
         self.overflow.clear_store();
-        // The kernel permits so many descriptors of this user in flight (ETOOMANYREFS in unix(7)).
+        // The kernel limits the descriptors in flight of a user to this number (ETOOMANYREFS in unix(7)).
         let limit = rlimit::limit().saturating_sub(BACKUP_RESERVE);
         match Backup::new(generation, usize::try_from(limit).unwrap_or(usize::MAX)) {
             Ok(backup) => self.parked.begin_backup(backup),
@@ -461,8 +461,7 @@ impl Server {
         }
     }
 
-    /// Closes some of the connections that have been idle longest, and that have a slot in place of which one of `endpoint`
-    /// could be served.
+    /// Closes some of the longest-idle connections, of those whose slots a new connection of `endpoint` can use.
     fn evict(&self, endpoint: &Endpoint) {
         let _accepting = self.registry.accepting();
         if self.registry.phase() != Phase::Serving {

@@ -33,13 +33,13 @@ const BATCH: usize = 128;
 
 /// How many connections are closed at once to make room for others.
 const EVICTION: usize = 4;
-/// A connection that has been idle for less is not closed for that, because it is in use.
+/// How long a connection must have been idle to be closed for a new one. A shorter pause means that it is still in use.
 const EVICT_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a connection is idle before it gets a duplicate in the backup. A shorter time would be wasted on connections
 /// that send requests at short intervals.
 const BACK_UP_AFTER: Duration = Duration::from_secs(3);
-/// After so long it gets a duplicate even if its frame carries few others.
+/// A connection that has been idle this long gets a duplicate even if its frame has few others.
 const BACK_UP_BY: Duration = Duration::from_secs(8);
 /// A frame with fewer connections needs much more kernel memory for each of them: 4.9 kB for one, 100 bytes with 64.
 const MIN_FRAME: usize = 64;
@@ -79,7 +79,7 @@ struct Parked {
     connections: HashMap<RawFd, ParkedConnection>,
     /// How many of them have a duplicate in the backup.
     backed_up: usize,
-    /// None without systemd's store, and once the connections are handed over.
+    /// None if the unit has no store, and after the connections are handed over.
     backup: Option<Backup>,
 }
 
@@ -552,7 +552,7 @@ mod tests {
 
     /// A duplicate in systemd's store would otherwise keep a connection open that this process has closed.
     #[tokio::test]
-    async fn connection_with_a_duplicate_is_closed_for_its_peer() {
+    async fn peer_sees_the_close_of_a_connection_that_has_a_duplicate() {
         let (registry, parked) = parked();
         let (backup, _reading_end) = Backup::in_memory(7, 1000);
         parked.begin_backup(backup);

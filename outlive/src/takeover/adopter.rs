@@ -298,7 +298,8 @@ impl Adopter {
             interval = if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
             match channels {
                 Some(0) => {
-                    // The backup has the same name in the store, from which the channels have just been removed.
+                    // Removing these channels from the store also removed the backup, because it has the same name, so
+                    // store it again.
                     self.server.store_backup();
                     break;
                 }

@@ -1,8 +1,8 @@
 //! The old processes that still send responses after their drain: [`OldProcesses`].
 //!
-//! The drain of a reload ends at the latest after twice `--drain-timeout`, and with it the handover channel, for whose end
-//! the successor waits. A process that still sends responses then *lingers* (`lifecycle/drain/linger.rs`). Before it closes
-//! the handover channel, it sends one end of a new channel, the linger channel, through it:
+//! The drain of a reload takes at most twice `--drain-timeout`. The old process closes the handover channel at its end,
+//! and the successor waits for this. A process that still sends responses then *lingers* (`lifecycle/drain/linger.rs`).
+//! Before it closes the handover channel, it sends one end of a new channel, the linger channel, through it:
 //!
 //! ```text
 //! old process                      process that serves
@@ -110,7 +110,7 @@ impl OldProcesses {
                 *next_id += 1;
                 let reader = tokio::spawn(self.clone().follow(id, reading)).abort_handle();
                 processes.push(OldProcess { id, channel, reader });
-                // Those before it have been told when the ones before this one came.
+                // Older processes than this one were asked to end when earlier ones were added.
                 if let Some(oldest) = processes.len().checked_sub(MAX_OLD_PROCESSES + 1) {
                     info!(
                         "more than {MAX_OLD_PROCESSES} old processes still send responses: asked the oldest to end within its --drain-timeout"

@@ -78,7 +78,7 @@ fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
         for client in oldest {
             assert!(timeout(TEST_TIMEOUT, ends(client)).await.expect("the connection ends in time"));
         }
-        // They were idle for less time than those, which made room enough.
+        // The younger connections stay open, because closing the oldest ones freed enough slots.
         for client in &mut others {
             client.is_answered().await;
         }

@@ -97,7 +97,7 @@ fn a_response_that_takes_longer_than_the_drain_limit_is_finished_and_its_connect
 }
 
 #[test]
-fn the_linger_limit_cuts_a_response_off_and_zero_leaves_only_the_drain_limit() {
+fn a_response_is_cut_off_at_the_linger_limit_and_with_zero_at_the_drain_limit() {
     for (limit, reason) in [("1s", "cut off at the linger limit"), ("0s", "cut off at the drain limit")] {
         let lingering = Lingering::start(&["--drain-timeout", "500ms", "--linger-timeout", limit]);
         block_on(async {
@@ -216,7 +216,7 @@ fn at_a_further_reload_the_oldest_of_eight_lingering_processes_ends() {
 /// Exclusive background tasks of the successor begin at the end of the handover channel. A successor of an earlier release
 /// knows no linger channel.
 #[test]
-fn the_handover_channel_ends_at_the_drain_limit_and_the_connection_closes_if_nobody_takes_it() {
+fn the_connection_closes_after_its_response_if_the_successor_drops_the_linger_channel() {
     let lingering = Lingering::start(&["--drain-timeout", "500ms"]);
     block_on(async {
         let (mut slow, first) = lingering.hold().await;
@@ -274,7 +274,7 @@ fn a_stop_signal_ends_a_lingering_process_at_once_if_no_process_serves() {
 }
 
 #[test]
-fn a_process_between_passes_on_the_old_one_and_exits() {
+fn a_process_without_responses_passes_the_linger_channel_to_its_successor_and_exits() {
     let mut lingering = Lingering::start(&["--drain-timeout", "1s"]);
     block_on(async {
         let (mut slow, first) = lingering.hold().await;

@@ -84,7 +84,7 @@ fn crash_closes_no_parked_connection(systemd: Systemd) {
     container.inside(async || {
         let mut clients = join_all(opened).await;
         for restarts in 1..=CRASHES {
-            // A state that has changed since the last backup would not continue after an older one.
+            // Uses each connection again, so that its state changes and an old duplicate could not continue it.
             join_all(clients.iter_mut().map(Client::pid)).await;
             until_backed_up(&container, CONNECTIONS);
             let main = crash(&container, restarts);
@@ -93,7 +93,7 @@ fn crash_closes_no_parked_connection(systemd: Systemd) {
             }
         }
     });
-    // Its duplicates are stale after a restart, which hands the connections over.
+    // The restart hands the connections over, and the duplicates of the old process are stale afterwards.
     container.systemctl("restart").expect("the restart succeeds");
     let journal = container.journal(&["-u", &container.unit("service")]).expect("journalctl succeeds");
     let took_over = |entry: &serde_json::Value| {

@@ -34,7 +34,7 @@ fn boot(systemd: Systemd, certificate: &Certificate) -> Container {
     let container = Container::boot(systemd, app_package()).expect("the container boots");
     container.enable_tls(certificate).expect("TLS is enabled");
     container.start_socket("admin").expect("the socket unit starts");
-    // Only then the target that the soft-reboot ends with contains it.
+    // The target that the soft-reboot starts at its end contains only enabled units.
     container.run(&["systemctl", "enable", "app-tls.socket"]).expect("the unit is enabled");
     // These folders belong to the root file system elsewhere. Here they are mounts, which a soft-reboot would unmount.
     for mount in ["usr-local", "etc-systemd-system", r"etc-systemd-system\x2dpreset"] {

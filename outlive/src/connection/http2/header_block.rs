@@ -1,9 +1,9 @@
 //! Header blocks of requests (HPACK, RFC 7541), as far as they can be read without a header table.
 //!
 //! The request of an event stream is played to a fresh h2 in another process. Its names and values can be kept as the
-//! client has encoded them, because this server permits its clients no header table; `header_table.rs` replaces what
-//! refers to one nevertheless. So only the boundaries of the fields have to be found; a few names and values are compared
-//! in the two ways in which they can be encoded.
+//! client has encoded them, because this server permits its clients no header table. A client uses one until it
+//! receives our settings; `header_table.rs` replaces its references to it by literal fields. So only the boundaries of
+//! the fields have to be found; a few names and values are compared in the two ways in which they can be encoded.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -27,8 +27,8 @@ pub const LAST_STATIC: usize = 61;
 pub const INDEXED: u8 = 0x80;
 /// A literal field without indexing, with a literal name (RFC 7541 section 6.2.2).
 pub const LITERAL: u8 = 0;
-/// What the first byte of a literal field has beside that, if intermediaries must not index it either (RFC 7541 section
-/// 6.2.3).
+/// The bit that the first byte of a literal field has if intermediaries must not index the field either (RFC 7541
+/// section 6.2.3).
 pub const NEVER_INDEXED: u8 = 0x10;
 
 /// A text in both of its encodings.

@@ -21,8 +21,8 @@ use crate::transport::http2_state::FIRST_HEADER_TABLE_SIZE;
 const SIZE_LIMIT: usize = FIRST_HEADER_TABLE_SIZE as usize;
 /// What an entry counts beside its name and its value (RFC 7541 section 4.1).
 const ENTRY_SIZE: usize = 32;
-/// The largest header block whose frames are collected, in bytes. h2 refuses the fields of longer ones, because a usual
-/// encoding is shorter than the fields as their limit counts them.
+/// The largest header block whose frames are collected, in bytes. h2 usually refuses longer blocks: its limit counts
+/// the decoded fields, and these are normally larger than their encoding.
 const COLLECTED_LIMIT: usize = HEADER_LIST_LIMIT as usize;
 
 /// The lengths of the names in the static table (RFC 7541 appendix A).
@@ -34,10 +34,12 @@ const STATIC_NAME_LENGTHS: [u8; LAST_STATIC] = [
 
 /// The longest code of a letter, in bits (RFC 7541 appendix B).
 const LONGEST_CODE: usize = 30;
-/// The first number that is no code of so many bits. The Huffman code is canonical: the codes of one length are
-/// consecutive, and follow those of the length before. So the numbers of codes tell where a code ends.
+/// For each length in bits, the number after the last code of that length. The Huffman code is canonical: the codes of
+/// one length are consecutive, and the first follows the last shorter code, with a zero bit appended. So the bits read
+/// so far are a whole code if they are below this number.
 const CODE_ENDS: [u32; LONGEST_CODE + 1] = {
-    // How many letters have a code of so many bits. The end-of-string symbol is left out, because no string may have it.
+    // The number of letters whose code has this length. The end-of-string symbol is left out, because no string may
+    // have it.
     const LETTERS: [u32; LONGEST_CODE + 1] = [
         0, 0, 0, 0, 0, 10, 26, 32, 6, 0, 5, 3, 2, 6, 2, 3, 0, 0, 0, 3, 8, 13, 26, 29, 12, 4, 15, 19, 29, 0, 3,
     ];
@@ -436,7 +438,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_block_cannot_be_followed() {
+    fn invalid_block_makes_the_table_untraceable() {
         let name = b"\x40\x01a\x01b";
         for block in [
             &b"\xbf"[..],
@@ -784,9 +786,9 @@ mod tests {
         }
     }
 
-    /// Otherwise the property above would say nothing about the table.
+    /// Without such references the property above would not test the table.
     #[tokio::test]
-    async fn client_of_h2_refers_to_its_table() {
+    async fn h2_client_refers_to_its_table_before_it_has_our_settings() {
         let fields = HeaderMap::from_iter([(HeaderName::from_static("x-a"), HeaderValue::from_static("b"))]);
         let frames = frames_of_h2(&[fields.clone(), fields]).await;
         let mut block = &frames[1].1[..];

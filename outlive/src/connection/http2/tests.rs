@@ -33,7 +33,7 @@ const EVENTS: &[u8] = b"\x20\x82\x0f\x04\x11text/event-stream";
 const FIRST_EVENTS: &[u8] = b"\x82\x53\x11text/event-stream";
 /// Another request of such a client, with a field that enters the table.
 const FIRST_REQUEST: &[u8] = b"\x83\x40\x01x\x01y";
-/// What is kept of the request, however it refers to the table.
+/// The header block that is kept for the request, with or without references to the table.
 const KEPT_EVENTS: &[u8] = EVENTS.split_at(1).1;
 /// What the response to it promises.
 const AGREEMENT: &[u8] = b"events";
@@ -769,8 +769,8 @@ fn play(acts: impl IntoIterator<Item = Act>) {
     play_after([], acts);
 }
 
-/// The client sends requests before it receives our settings. The bools: whether that of an event stream, and whether it
-/// is split otherwise.
+/// The client sends requests before it receives our settings. The bools say whether the request opens an event stream,
+/// and, if not, whether its frames are split.
 fn play_after(first: impl IntoIterator<Item = (bool, bool)>, acts: impl IntoIterator<Item = Act>) {
     let mut world = World::new();
     for (is_of_events, is_split) in first {
@@ -792,7 +792,7 @@ proptest! {
     }
 
     #[test]
-    fn both_ends_believe_the_same_if_the_first_requests_refer_to_the_header_table(
+    fn both_ends_agree_on_the_streams_if_the_first_requests_refer_to_the_header_table(
         first in prop::collection::vec(any::<(bool, bool)>(), 0..8),
         acts in prop::collection::vec((any::<u8>(), any::<u16>(), 0..30_000_i64, 1..2_000_usize, 0..8_usize), 0..60),
     ) {

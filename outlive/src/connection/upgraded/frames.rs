@@ -1,9 +1,10 @@
 //! The boundaries of WebSocket messages (RFC 6455 section 5.2), in both directions.
 //!
-//! A WebSocket can move to another process only where no message is cut in two. [`Inbound`] limits what a handler reads
-//! at once to one frame while the process drains, so that no further frame is in the handler's buffer when it returns, and
-//! keeps what it has read of a message that is not complete. [`Outbound`] tells whether the last message that was written is complete. Neither
-//! looks at a payload, and neither reports invalid frames: the handler's WebSocket library does that.
+//! A WebSocket can move to another process only where no message is cut in two. [`Inbound`] lets a handler read only
+//! one frame at once while the process drains, so that its buffer has no further frame when it returns. `Inbound` also
+//! keeps what the handler has read of an incomplete message. [`Outbound`] tells whether the last message that was
+//! written is complete. Neither looks at a payload, and neither reports invalid frames: the handler's WebSocket library
+//! does that.
 
 use bytes::Bytes;
 
@@ -208,8 +209,9 @@ impl Inbound {
     /// How many of the `bytes`, which arrived next, the handler may read now. The caller must give it exactly these, and
     /// the others in a later read.
     ///
-    /// With more than one frame at once, the handler may return while it has consumed only the first of them. Its
-    /// WebSocket library reads again only when it has consumed all.
+    /// If the handler receives several frames in one read, it may return after it has consumed only the first, and the
+    /// others are lost. So the caller tells `Carry::requested` not to resolve until the handler reads again: its
+    /// WebSocket library does that only when it has consumed all of them.
     ///
     /// `queued` returns how many bytes after these have arrived. A frame that has arrived as a whole is not kept, because
     /// the handler can read it without a wait for the peer; so a long message costs no copy.

@@ -89,7 +89,7 @@ impl Deadline {
 
 enum Event {
     Quiescent(Connection),
-    /// An old process whose channel has to follow the connections.
+    /// A channel of another old process, which has to go to the same process as the connections.
     Old(LingerChannel),
     TasksEnded,
     Message(io::Result<Option<MessageType>>),
@@ -129,7 +129,7 @@ impl Drain<'_> {
         if registry.phase() == Phase::Quiescing {
             server.enter(Phase::Holding);
         }
-        // Otherwise only the last of them would wake `wait_until`.
+        // Watches every connection; otherwise only the end of the last one would wake `wait_until`.
         registry.subscribe_all();
         log_beginning(registry, begun.elapsed(), limit);
         let mut deadline = Deadline::new(*begun, limit);

@@ -348,8 +348,8 @@ impl Interposer {
         self.release_held();
     }
 
-    /// The header block of a request whose response may have no end, so that any decoder can decode it. None if the frame
-    /// is something else. Follows the client's table.
+    /// The header block of a request whose response may have no end, encoded without references to a table. None for
+    /// any other frame. Also updates the copy of the client's table.
     fn endless_block(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
         if self.client_table.is_none() {
             return endless_request(head, payload).and_then(independent);
@@ -359,8 +359,8 @@ impl Interposer {
         (may_be_kept && may_have_endless_response(&block, !head.has(END_STREAM))).then_some(block)
     }
 
-    /// Follows the client's header table. Every block counts, because h2 decodes even those of streams that it refuses.
-    /// Returns the block that ends with this frame, so that it refers to no table.
+    /// Returns the block that ends with this frame, encoded without references to the table. Updates the copy of the
+    /// table for every block, because h2 decodes even blocks of streams that it refuses.
     fn follow_table(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
         let table =
             self.client_table.as_mut().filter(|_| matches!(head.frame_type, HEADERS | CONTINUATION))?;

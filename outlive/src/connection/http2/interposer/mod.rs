@@ -12,10 +12,10 @@
 //!   65,535 bytes with which h2 starts, DATA beyond that waits in the interposer, and later grants of the client are
 //!   used for this debt first.
 //! - HPACK (RFC 7541): the decoder has no dynamic table, because of `SETTINGS_HEADER_TABLE_SIZE=0`. The connection of a
-//!   client that ignores this setting (Go before 1.20) is not handed over. Requests from before the client has received
-//!   this setting may refer to each other; those that are kept no longer do (`header_table.rs`). The encoder starts with an empty table,
-//!   which is compatible with the client's older one: indices count from the newest entry, and the oldest entry is
-//!   evicted first.
+//!   client that ignores this setting (Go before 1.20) is not handed over. Requests that the client sends before it has
+//!   received this setting may use a table; `header_table.rs` encodes those that are kept without references to it. The
+//!   encoder starts with an empty table, which is compatible with the client's older one: indices count from the newest
+//!   entry, and the oldest entry is evicted first.
 //! - Streams: for a fresh h2 the streams of the former process would be idle, and most frames on idle streams are
 //!   connection errors. Therefore h2 first receives a request on the last of these streams, and refuses it. From then
 //!   on h2 knows that all of them are closed, and judges late frames on them as if it had served them. The interposer
