@@ -14,7 +14,7 @@ use axum::Router;
 use futures_util::FutureExt;
 use tokio::time::{interval, timeout};
 use tokio_util::sync::CancellationToken;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::app::process::Process;
 use crate::app::setup::{Hooks, Setup};
@@ -29,6 +29,7 @@ use crate::listeners::{self, Inherited, Listener, SocketFiles};
 use crate::observe::log::{self, message_id};
 use crate::observe::status::{ManagerRole, Status};
 use crate::os::exit::{Failure, Result};
+use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit;
 use crate::os::signals::Signals;
 use crate::os::systemd;
@@ -201,6 +202,11 @@ impl Started {
             socket
         };
         tokio::spawn(server.clone().back_up(process.generation, predecessor_gone.clone()));
+        match MemoryPressure::of_environment() {
+            Ok(None) => {}
+            Ok(Some(pressure)) => drop(tokio::spawn(server.clone().relieve(pressure))),
+            Err(error) => warn!("idle connections stay open when memory is short: {error:#}"),
+        }
         let tasks = tasks::begin(self.tasks, &predecessor_gone);
         let generation = process.generation;
         info!(message_id = message_id::STARTED, generation, "serving on {}", status.listeners());

@@ -64,11 +64,12 @@ pub fn set_peek_offset(socket: impl AsFd, offset: Option<usize>) -> io::Result<(
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-/// Registers a listening socket with the runtime, so that a task can wait for a connection without accepting it.
+/// Registers a file descriptor with the runtime, for example a listening socket, so that a task can wait for a connection
+/// without accepting it.
 #[expect(unsafe_code, reason = "no safe crate waits for a connection without accepting it")]
-pub fn watch(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
+pub fn watch(file: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: an `OwnedFd` keeps the same file descriptor open as long as it lives, and has sole ownership of it.
-    let watched = unsafe { AsyncFd::register_with_interest(socket, Interest::READABLE) };
+    let watched = unsafe { AsyncFd::register_with_interest(file, interest) };
     Ok(watched?)
 }
 

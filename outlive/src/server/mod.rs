@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::Context;
 use rustix::io::Errno;
 use rustix::net::{Shutdown, SocketFlags, acceptfrom_with, sockopt};
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{interval, sleep, timeout};
@@ -32,6 +33,7 @@ use crate::connection::{
 use crate::handover::{Backup, Overflow, Secret, has_store};
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
+use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit;
 use crate::os::sys;
 use crate::registry::{Phase, Registration, Registry};
@@ -56,6 +58,15 @@ const KEEPALIVE_PROBES: u32 = 6;
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
 /// because its client has to close too.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
+/// How many connections are closed at once to make room for a new one.
+const EVICTION: usize = 4;
+/// The maximum number of connections that are closed at once because memory is short. While they close, each of them takes
+/// the memory of an active connection, about 14 kB.
+const PRESSURE_EVICTION: usize = 256;
+/// The share of the idle connections that is closed at once because memory is short: one of so many. A short pressure then
+/// costs few connections; the kernel reports a longer one again.
+const PRESSURE_SHARE: usize = 8;
+
 /// How often idle connections are added to the backup.
 const BACKUP_INTERVAL: Duration = Duration::from_secs(1);
 /// How many descriptors in flight the backup leaves to others: the records of frames, and messages to systemd.
@@ -463,18 +474,48 @@ impl Server {
 
     /// Closes some of the longest-idle connections, of those whose slots a new connection of `endpoint` can use.
     fn evict(&self, endpoint: &Endpoint) {
-        let _accepting = self.registry.accepting();
-        if self.registry.phase() != Phase::Serving {
-            return;
+        let has_slot = |idle: &ParkedConnection| {
+            let slots = self.slots(&idle.connection.endpoint);
+            idle.slot.is_some() && Arc::ptr_eq(slots, self.slots(endpoint))
+        };
+        let count = self.close_longest_idle(EVICTION, has_slot);
+        if count > 0 {
+            debug!(count, "closed idle connections to make room for another one (--max-connections)");
         }
-        let has_slot_of = |other: &Endpoint| Arc::ptr_eq(self.slots(other), self.slots(endpoint));
-        for idle in self.parked.unpark_longest_idle(has_slot_of) {
-            if let Some((connection, registration)) = self.registered_again(idle) {
-                debug!("closing an idle connection to make room for another one (--max-connections)");
-                registration.evict();
-                self.serve(connection, registration);
+    }
+
+    /// Closes some of the longest-idle connections each time that memory is short.
+    pub async fn relieve(self, mut pressure: MemoryPressure) {
+        loop {
+            if let Err(error) = pressure.reported().await {
+                return warn!(%error, "could not watch MEMORY_PRESSURE_WATCH any longer; idle connections stay open");
+            }
+            let idle = self.registry.parked();
+            let count =
+                self.close_longest_idle((idle / PRESSURE_SHARE).clamp(1, PRESSURE_EVICTION), |_| true);
+            if count > 0 {
+                warn!(
+                    count,
+                    "memory is short: closing {count} of {idle} idle connections, the longest idle first"
+                );
             }
         }
+    }
+
+    /// Returns how many connections it closes, which is 0 during a drain.
+    fn close_longest_idle(&self, count: usize, may_close: impl Fn(&ParkedConnection) -> bool) -> usize {
+        let _accepting = self.registry.accepting();
+        if self.registry.phase() != Phase::Serving {
+            return 0;
+        }
+        let unparked = self.parked.unpark_longest_idle(count, may_close);
+        let evicted = unparked.into_iter().filter_map(|idle| self.registered_again(idle));
+        evicted
+            .map(|(connection, registration)| {
+                registration.evict();
+                self.serve(connection, registration);
+            })
+            .count()
     }
 
     /// Accepts the connections in the queue of a listener that only this process has open, because closing the listener
@@ -521,7 +562,7 @@ impl Acceptor {
             }
             ListeningSocket::Unix(socket) => socket.into(),
         };
-        Ok(Self { label, endpoint, ownership, socket: sys::watch(socket)? })
+        Ok(Self { label, endpoint, ownership, socket: sys::watch(socket, Interest::READABLE)? })
     }
 
     /// Accepts the first connection of the queue. None if the queue is empty.

@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use rustix::event::{Timespec, epoll};
 use rustix::net::{Shutdown, shutdown};
+use tokio::io::Interest;
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 use tokio::sync::OwnedSemaphorePermit;
 use tracing::{debug, warn};
 
-use crate::connection::{Connection, Endpoint};
+use crate::connection::Connection;
 use crate::handover::{Backup, ParkedSockets};
 use crate::observe::metrics;
 use crate::os::lock::lock;
@@ -31,9 +32,8 @@ use crate::transport::stream::Stream;
 /// connections with input at the same time do not delay the requests in flight.
 const BATCH: usize = 128;
 
-/// How many connections are closed at once to make room for others.
-const EVICTION: usize = 4;
-/// How long a connection must have been idle to be closed for a new one. A shorter pause means that it is still in use.
+/// How long a connection must have been idle to be closed for a new one, or because memory is short. A shorter pause means
+/// that it is still in use.
 const EVICT_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a connection is idle before it gets a duplicate in the backup. A shorter time would be wasted on connections
@@ -107,7 +107,7 @@ impl ParkedSockets for Parked {
 
 impl ParkedConnections {
     pub fn new(registry: Arc<Registry>) -> io::Result<Self> {
-        let epoll = sys::watch(epoll::create(epoll::CreateFlags::CLOEXEC)?)?;
+        let epoll = sys::watch(epoll::create(epoll::CreateFlags::CLOEXEC)?, Interest::READABLE)?;
         Ok(Self { registry, epoll, parked: Mutex::default(), handover_queue: HandoverQueue::default() })
     }
 
@@ -192,18 +192,20 @@ impl ParkedConnections {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
     }
 
-    /// Unparks some of the connections that have been idle longest and whose slots belong to `endpoint`'s listeners.
-    pub fn unpark_longest_idle(&self, has_slot_of: impl Fn(&Endpoint) -> bool) -> Vec<ParkedConnection> {
+    /// Unparks up to `count` of the connections that `may_close` permits, those that have been idle longest.
+    pub fn unpark_longest_idle(
+        &self,
+        count: usize,
+        may_close: impl Fn(&ParkedConnection) -> bool,
+    ) -> Vec<ParkedConnection> {
         let mut parked = lock(&self.parked);
-        let evictable = parked.connections.iter().filter(|(_, idle)| {
-            idle.slot.is_some()
-                && has_slot_of(&idle.connection.endpoint)
-                && self.registry.age(idle.since) >= EVICT_AFTER
-        });
+        let evictable = parked.connections.iter();
+        let evictable =
+            evictable.filter(|(_, idle)| may_close(idle) && self.registry.age(idle.since) >= EVICT_AFTER);
         let mut evictable: Vec<_> = evictable.map(|(&socket, idle)| (idle.since, socket)).collect();
-        if evictable.len() > EVICTION {
-            evictable.select_nth_unstable(EVICTION - 1);
-            evictable.truncate(EVICTION);
+        if evictable.len() > count {
+            evictable.select_nth_unstable(count);
+            evictable.truncate(count);
         }
         let unparked =
             evictable.into_iter().filter_map(|(_, socket)| parked.connections.remove(&socket)).collect();

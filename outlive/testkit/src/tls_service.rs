@@ -1,8 +1,10 @@
 //! [`TlsService`]: the real binary without systemd, with an http, an https and an admin listener that it binds itself.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::process::Signal;
 use tempfile::TempDir;
 
@@ -32,7 +34,9 @@ impl TlsService {
             .args(["--listen", "127.0.0.1:0", "--listen", "https=127.0.0.1:0"])
             .arg(format!("--listen=admin={}", folder.path().join("admin.sock").display()))
             .args(["--tls-cert".into(), certificate.chain(), "--tls-key".into(), certificate.key()])
-            .env("NOTIFY_SOCKET", notifications.path());
+            .env("NOTIFY_SOCKET", notifications.path())
+            .env("MEMORY_PRESSURE_WATCH", pressure(&folder));
+        mknodat(CWD, pressure(&folder), FileType::Fifo, Mode::RUSR | Mode::WUSR, 0)?;
         let process = Process::spawn(&mut command)?;
         let status = notifications.wait_for("STATUS=serving on")?;
         let address = |name: &str| -> Result<SocketAddr> {
@@ -47,6 +51,11 @@ impl TlsService {
         Target::Unix(self.folder.path().join("admin.sock"))
     }
 
+    /// Reports to the process that memory is short.
+    pub fn report_memory_pressure(&self) -> Result<()> {
+        Ok(std::fs::write(pressure(&self.folder), "\n")?)
+    }
+
     /// The https listener, for a client that offers these protocols (ALPN).
     pub fn https(&self, protocols: &[&str]) -> Result<Target> {
         Ok(Target::Tls(self.https, self.certificate.client(protocols)?))
@@ -58,6 +67,11 @@ impl TlsService {
         self.notifications.wait_for("STOPPING=1")?;
         Ok(())
     }
+}
+
+/// A FIFO in the place of the kernel's file.
+fn pressure(folder: &TempDir) -> PathBuf {
+    folder.path().join("memory.pressure")
 }
 
 /// A client with one connection: HTTP/1.1 or HTTP/2, plain or over TLS.

@@ -85,6 +85,36 @@ fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
     });
 }
 
+/// The first connections are HTTP/1.1 and HTTP/2, each without and with TLS.
+#[test]
+fn memory_pressure_closes_the_eighth_of_the_idle_connections_that_is_longest_idle() {
+    const CONNECTIONS: usize = 32;
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
+    block_on(async {
+        let mut clients = Vec::new();
+        for kind in 0..CONNECTIONS {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            clients.push(client);
+            // The server measures idle times in milliseconds.
+            sleep(Duration::from_millis(5)).await;
+        }
+        // Longer than the shortest time after which a connection is closed for lack of memory.
+        sleep(2 * PARKED).await;
+        while count_in_stage(&service, "parked").await != CONNECTIONS {
+            sleep(Duration::from_millis(20)).await;
+        }
+        service.report_memory_pressure().expect("the service reads the FIFO");
+        let others = clients.split_off(CONNECTIONS / 8);
+        for client in clients {
+            assert!(timeout(TEST_TIMEOUT, ends(client)).await.expect("the connection ends in time"));
+        }
+        for mut client in others {
+            client.is_answered().await;
+        }
+    });
+}
+
 #[test]
 fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     const LIMIT: Duration = Duration::from_secs(8);
@@ -155,6 +185,15 @@ fn without_a_store_a_parked_connection_gets_connection_close() {
     });
 }
 
+/// How many connections are in a stage, by the metrics.
+async fn count_in_stage(service: &TlsService, stage: &str) -> usize {
+    let mut admin = Connection::open(&service.admin()).await.expect("the connection opens");
+    let metrics = admin.ask(&get("/metrics")).await.expect("the server answers").text();
+    let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
+    let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
+    line.parse().expect("a valid number")
+}
+
 #[test]
 fn parked_connections_are_counted_as_parked() {
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
@@ -165,14 +204,7 @@ fn parked_connections_are_counted_as_parked() {
             client.is_answered().await;
             clients.push(client);
         }
-        let count = async |stage: &str| {
-            let mut admin = Connection::open(&service.admin()).await.expect("the connection opens");
-            let metrics = admin.ask(&get("/metrics")).await.expect("the server answers").text();
-            let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
-            let line =
-                metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
-            line.parse::<u32>().expect("a valid number")
-        };
+        let count = async |stage| count_in_stage(&service, stage).await;
         let all_parked = async {
             while (count("parked").await, count("waiting").await) != (4, 0) {
                 sleep(Duration::from_millis(20)).await;
