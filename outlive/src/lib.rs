@@ -21,6 +21,7 @@ pub use app::event_stream::EventStream;
 pub use app::process::Process;
 pub use app::resumable::{Resumable, Resumed};
 pub use app::setup::{Setup, TaskOptions};
+pub use app::sockets::SocketStream;
 pub use app::testing;
 pub use lifecycle::{command, run};
 pub use prometheus;

@@ -1,16 +1,18 @@
 //! Tests of the binaries in `examples`: WebSockets, background tasks, readiness checks, exit hooks and errors of `start`
-//! over restarts and reloads. `chat`, `minimal` and `state` are for readers; `slow` exists for these tests.
+//! over restarts and reloads. `chat`, `ingest`, `minimal` and `state` are for readers; `slow` exists for these tests.
 
+use std::net::UdpSocket;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal, kill_process};
 use testkit::client::{Connection, Target, get};
 use testkit::process::{Notifications, Process, terminate};
 use testkit::service::{Service, command, run_to_end};
 use testkit::tls_service::TlsService;
 use testkit::{block_on, wait_until};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -138,6 +140,79 @@ fn an_exclusive_task_loses_nothing_over_reloads() {
     });
     wait_until("the count", || {
         std::fs::read_to_string(&file).is_ok_and(|count| count.parse::<u32>().is_ok_and(|count| count >= 201))
+    });
+}
+
+/// A client of the example `ingest`, whose service numbers the lines that it confirms.
+struct Device {
+    stream: TcpStream,
+    lines: u32,
+}
+
+impl Device {
+    async fn sends(&mut self, bytes: &[u8]) {
+        self.stream.write_all(bytes).await.expect("the connection is open");
+        let new = bytes.iter().filter(|byte| **byte == b'\n').count();
+        let expected: String = (0..new)
+            .map(|_| {
+                self.lines += 1;
+                format!("{}\n", self.lines)
+            })
+            .collect();
+        let mut answer = vec![0; expected.len()];
+        self.stream.read_exact(&mut answer).await.expect("the lines are confirmed");
+        assert_eq!(String::from_utf8_lossy(&answer), expected);
+    }
+}
+
+/// The datagrams are sent before, while and after each process takes over.
+#[test]
+fn named_sockets_lose_no_line_and_no_datagram_over_reloads() {
+    const RELOADS: u32 = 5;
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let file = folder.path().join("readings");
+    let (lines, readings) = (testkit::free_address(), testkit::free_address());
+    let mut notifications = Notifications::new().expect("the socket is made");
+    let mut command = command(&example("ingest"), &["--listen", "127.0.0.1:0"]);
+    command
+        .arg(format!("--listen=lines={lines}"))
+        .arg(format!("--listen=readings={readings}"))
+        .arg(format!("--file={}", file.display()))
+        .env("NOTIFY_SOCKET", notifications.path());
+    let mut first = Some(Process::spawn(&mut command).expect("the service starts"));
+    notifications.wait_for("READY=1").expect("the service is ready");
+    let sender = UdpSocket::bind("127.0.0.1:0").expect("the port is bound");
+    let mut sent = 0;
+    let mut send = || {
+        sent += 1;
+        sender.send_to(sent.to_string().as_bytes(), readings).expect("the datagram is sent");
+        sent
+    };
+    block_on(async {
+        let stream = TcpStream::connect(lines).await.expect("the service listens");
+        let mut device = Device { stream, lines: 0 };
+        let mut main = first.as_ref().expect("it runs").pid();
+        for _ in 0..RELOADS {
+            send();
+            device.sends(b"whole\nhalf").await;
+            kill_process(main, Signal::HUP).expect("the process runs");
+            let successor = notifications.wait_for("MAINPID=").expect("a successor takes over");
+            send();
+            device.sends(b" of a line\n").await;
+            if let Some(mut first) = first.take() {
+                first.wait().expect("the old process exits");
+            }
+            let pid = successor.trim_start_matches("MAINPID=").parse().expect("a pid");
+            main = Pid::from_raw(pid).expect("a pid is not 0");
+        }
+        let last = send();
+        let expected: String = (1..=last).map(|number| format!("{number}\n")).collect();
+        wait_until("all datagrams are in the file", || {
+            std::fs::read_to_string(&file).is_ok_and(|text| text.len() >= expected.len())
+        });
+        assert_eq!(std::fs::read_to_string(&file).expect("valid UTF-8"), expected);
+        terminate(&main.as_raw_nonzero().to_string()).expect("the process runs");
+        assert_eq!(device.stream.read(&mut [0]).await.expect("the connection ends without an error"), 0);
     });
 }
 

@@ -127,6 +127,11 @@ impl<S> fmt::Debug for Carry<S> {
 }
 
 impl<S> Carry<S> {
+    /// For the handler of a connection that spoke the application's protocol from its first byte on.
+    pub(crate) fn of_socket(continuation: Arc<Continuation>, shutdown: CancellationToken) -> Self {
+        Self { continuation: Some(continuation), shutdown, limit: STATE_LIMIT, state: PhantomData }
+    }
+
     /// Sets the largest encoded state, in bytes; the default is 64 KiB, and more than 16 MiB has no effect. A process
     /// holds the states of all connections in memory while it hands them over.
     #[must_use]

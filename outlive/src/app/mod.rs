@@ -1,5 +1,5 @@
-//! The public interface for applications: an application registers its tasks, checks and hooks on `Setup`; its handlers
-//! take `Process` and `Shutdown` as arguments; its unit tests use `testing`. `tasks.rs` and `readiness.rs` run what was
+//! The public interface for applications: an application registers its tasks, checks and hooks on `Setup`, and claims its
+//! sockets there; its handlers take `Process` and `Shutdown` as arguments; its unit tests use `testing`. `tasks.rs` and `readiness.rs` run what was
 //! registered. The other public items are `run` and `command` (`lifecycle`) and `Peer` (`transport/stream.rs`).
 
 pub mod carry;
@@ -9,5 +9,6 @@ pub mod process;
 pub mod readiness;
 pub mod resumable;
 pub mod setup;
+pub mod sockets;
 pub mod tasks;
 pub mod testing;

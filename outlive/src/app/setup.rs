@@ -1,6 +1,8 @@
 //! [`Setup`], on which an application registers everything besides its routes when it starts.
 
 use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
@@ -8,12 +10,15 @@ use axum::Router;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use prometheus::core::Collector;
+use tokio::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::error;
 
+use crate::app::carry::Carry;
 use crate::app::process::Process;
 use crate::app::readiness::Check;
+use crate::app::sockets::{SocketHandler, SocketKind, SocketSource, SocketStream};
 use crate::app::tasks::{self, Begin, Task};
 use crate::os::credentials::Credentials;
 
@@ -25,7 +30,7 @@ const CREDENTIAL_LIMIT: u64 = 1024 * 1024;
 const HOOKS_LIMIT: Duration = Duration::from_secs(5);
 
 /// The argument of an application's `start`: it registers background tasks, readiness checks, metrics and exit hooks,
-/// and gives access to credentials.
+/// and gives access to credentials and sockets.
 ///
 /// Tasks are only recorded here, and begin when the start can no longer fail. The command `check` and a reload that is
 /// rolled back therefore begin no task.
@@ -54,22 +59,32 @@ pub struct Setup {
     process: Process,
     shutdown: CancellationToken,
     credentials: Credentials,
+    sockets: Arc<dyn SocketSource>,
     pub(crate) tasks: Vec<Task>,
     pub(crate) checks: Vec<Check>,
     pub(crate) hooks: Hooks,
     pub(crate) admin: Router,
+    /// The handlers of [`Setup::serve`], with the names of their sockets.
+    pub(crate) socket_handlers: Vec<(String, SocketHandler)>,
 }
 
 impl Setup {
-    pub(crate) fn new(process: Process, shutdown: CancellationToken, credentials: Credentials) -> Self {
+    pub(crate) fn new(
+        process: Process,
+        shutdown: CancellationToken,
+        credentials: Credentials,
+        sockets: Arc<dyn SocketSource>,
+    ) -> Self {
         Self {
             process,
             shutdown,
             credentials,
+            sockets,
             tasks: Vec::new(),
             checks: Vec::new(),
             hooks: Hooks::default(),
             admin: Router::new(),
+            socket_handlers: Vec::new(),
         }
     }
 
@@ -118,6 +133,190 @@ impl Setup {
         file?.take(CREDENTIAL_LIMIT + 1).read_to_end(&mut content).with_context(could_not)?;
         ensure!(content.len() as u64 <= CREDENTIAL_LIMIT, "the credential {name:?} is larger than 1 MiB");
         Ok(Some(content))
+    }
+
+    /// The names of the sockets that the application can claim, in alphabetical order: those of systemd
+    /// (`FileDescriptorName=`, systemd.socket(5)) and of `--listen NAME=ADDR` that are neither `admin` nor begin with
+    /// `http`. The start fails if the application does not claim each of them.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// if setup.socket_names().iter().any(|name| name == "statsd") {
+    ///     let statsd = setup.udp_socket("statsd")?;
+    ///     # drop(statsd);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn socket_names(&self) -> Vec<String> {
+        self.sockets.names()
+    }
+
+    /// Serves a protocol of the application on all listening sockets called `name`: `handler` is called for each
+    /// connection that is accepted, in a task of its own. This begins when the process begins to serve.
+    ///
+    /// The library treats these connections as it does those of HTTP: they count for `--max-connections` and for the
+    /// requests that a drain waits for, a stop or reload cuts off the handlers that have not returned within
+    /// `--drain-timeout`, and a socket unit holds the port meanwhile. A handler that waits for its peer uses
+    /// [`Carry`]: when [`Carry::requested`] resolves, it leaves its state with [`Carry::hand_on`] and returns. The handler
+    /// of the next process then continues the same connection, and the client notices nothing. Without a state the
+    /// connection is closed when the handler returns.
+    ///
+    /// The bytes that the handler has read and not consumed must be a part of the state, because only the handler knows
+    /// where a message ends. An error of the handler is logged.
+    ///
+    /// # Errors
+    /// If no socket has this name, or one of them is not a listening stream socket.
+    ///
+    /// ```
+    /// use outlive::{Carry, SocketStream};
+    /// use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    ///
+    /// /// Sends each line back.
+    /// async fn echo(mut stream: SocketStream, carry: Carry<Vec<u8>>) -> anyhow::Result<()> {
+    ///     let mut line = carry.received()?.unwrap_or_default();
+    ///     loop {
+    ///         tokio::select! {
+    ///             read = stream.read_buf(&mut line) => if read? == 0 {
+    ///                 return Ok(());
+    ///             },
+    ///             () = carry.requested() => {
+    ///                 carry.hand_on(&line);
+    ///                 return Ok(());
+    ///             }
+    ///         }
+    ///         if line.ends_with(b"\n") {
+    ///             stream.write_all(&line).await?;
+    ///             line.clear();
+    ///         }
+    ///     }
+    /// }
+    ///
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// setup.serve("echo", echo)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn serve<S, H, W>(&mut self, name: &str, handler: H) -> anyhow::Result<()>
+    where
+        S: 'static,
+        H: Fn(SocketStream, Carry<S>) -> W + Send + Sync + 'static,
+        W: Future<Output = anyhow::Result<()>> + Send + 'static,
+    {
+        self.sockets.claim_listeners(name)?;
+        let handler: SocketHandler = Arc::new(move |stream, continuation, shutdown| {
+            handler(stream, Carry::of_socket(continuation, shutdown)).boxed()
+        });
+        self.socket_handlers.push((name.to_owned(), handler));
+        Ok(())
+    }
+
+    /// The TCP listener called `name`, for a server that accepts by itself. [`serve`](Self::serve) also counts the
+    /// connections and can hand them over.
+    ///
+    /// During a reload both processes have the listener until the old one exits. Accept in a
+    /// [background task](Self::background), which begins when this process serves and can no longer fail to start.
+    ///
+    /// # Errors
+    /// If there is not exactly one socket of this name, or if it is of another kind.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let listener = setup.tcp_listener("ingest")?;
+    /// setup.background("ingest", async move |end| {
+    ///     while let Some(accepted) = end.run_until_cancelled(listener.accept()).await {
+    ///         let (connection, peer) = accepted?;
+    ///         # drop((connection, peer));
+    ///     }
+    ///     Ok(())
+    /// });
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tcp_listener(&self, name: &str) -> anyhow::Result<TcpListener> {
+        let socket = std::net::TcpListener::from(self.sockets.claim(name, SocketKind::TcpListener)?);
+        TcpListener::from_std(socket).context("could not watch the listener")
+    }
+
+    /// The Unix listener called `name`, as [`tcp_listener`](Self::tcp_listener).
+    ///
+    /// # Errors
+    /// If there is not exactly one socket of this name, or if it is of another kind.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let control = setup.unix_listener("control")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn unix_listener(&self, name: &str) -> anyhow::Result<UnixListener> {
+        let socket =
+            std::os::unix::net::UnixListener::from(self.sockets.claim(name, SocketKind::UnixListener)?);
+        UnixListener::from_std(socket).context("could not watch the listener")
+    }
+
+    /// The UDP socket called `name` (`ListenDatagram=`, systemd.socket(5)).
+    ///
+    /// Read it in an [`exclusive`](TaskOptions::exclusive) background task. Then one process at a time reads it: during a
+    /// reload the old one until it has sent its last response, and then the new one. Datagrams that arrive in between, or
+    /// during a restart, wait in the buffer of the socket (`ReceiveBuffer=` of the socket unit), so none is lost as long as
+    /// they fit.
+    ///
+    /// # Errors
+    /// If there is not exactly one socket of this name, or if it is of another kind.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let socket = setup.udp_socket("statsd")?;
+    /// setup
+    ///     .background("statsd", async move |end| {
+    ///         let mut datagram = [0; 65536];
+    ///         while let Some(received) = end.run_until_cancelled(socket.recv(&mut datagram)).await {
+    ///             let length = received?;
+    ///             tracing::debug!("{}", String::from_utf8_lossy(&datagram[..length]));
+    ///         }
+    ///         Ok(())
+    ///     })
+    ///     .exclusive();
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn udp_socket(&self, name: &str) -> anyhow::Result<UdpSocket> {
+        let socket = std::net::UdpSocket::from(self.sockets.claim(name, SocketKind::UdpSocket)?);
+        UdpSocket::from_std(socket).context("could not watch the socket")
+    }
+
+    /// The Unix datagram socket called `name`, as [`udp_socket`](Self::udp_socket).
+    ///
+    /// # Errors
+    /// If there is not exactly one socket of this name, or if it is of another kind.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let events = setup.unix_datagram("events")?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn unix_datagram(&self, name: &str) -> anyhow::Result<UnixDatagram> {
+        let socket =
+            std::os::unix::net::UnixDatagram::from(self.sockets.claim(name, SocketKind::UnixDatagram)?);
+        UnixDatagram::from_std(socket).context("could not watch the socket")
+    }
+
+    /// The file descriptor called `name`, of any kind that systemd can pass: a socket for sequential packets, a FIFO, a
+    /// netlink socket, a device (systemd.socket(5)). Without systemd it is a TCP listener.
+    ///
+    /// # Errors
+    /// If there is not exactly one file descriptor of this name.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    /// let fifo = std::fs::File::from(setup.fd("commands")?);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn fd(&self, name: &str) -> anyhow::Result<OwnedFd> {
+        self.sockets.claim(name, SocketKind::Any)
     }
 
     /// Shows a metric at `/metrics` of the admin listeners.
@@ -290,14 +489,35 @@ impl Hooks {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
 
     use super::*;
     use crate::os::lock::lock;
 
+    /// A process that has no sockets.
+    struct NoSockets;
+
+    impl SocketSource for NoSockets {
+        fn claim(&self, name: &str, _: SocketKind) -> anyhow::Result<OwnedFd> {
+            anyhow::bail!("no socket has the name {name}")
+        }
+
+        fn claim_listeners(&self, name: &str) -> anyhow::Result<()> {
+            anyhow::bail!("no socket has the name {name}")
+        }
+
+        fn names(&self) -> Vec<String> {
+            Vec::new()
+        }
+    }
+
+    fn setup() -> Setup {
+        Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default(), Arc::new(NoSockets))
+    }
+
     #[tokio::test(start_paused = true)]
     async fn exit_hooks_run_in_reverse_order_although_some_fail_or_panic() {
-        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
+        let mut setup = setup();
         let done = Arc::new(Mutex::new(Vec::new()));
         for name in ["first", "second"] {
             let done = done.clone();
@@ -313,7 +533,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn exit_hook_that_hangs_is_cut_off_at_the_limit() {
-        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), Credentials::default());
+        let mut setup = setup();
         setup.on_exit("hangs", std::future::pending());
         let begun = Instant::now();
         setup.hooks.run().await;

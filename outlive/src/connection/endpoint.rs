@@ -2,6 +2,7 @@
 //! refers to that of the listener that accepted it. A connection that another process handed over has the endpoint of
 //! the listener with the same name; without such a listener it is refused (`handover::unpack`).
 
+use crate::app::sockets::SocketHandler;
 use crate::requests::Routes;
 use crate::transport::listener_name::Name;
 use crate::transport::tls_config::Tls;
@@ -19,6 +20,8 @@ pub enum EndpointKind {
     Https(Tls),
     /// Its connections have a limit of their own.
     Admin,
+    /// The application implements the protocol; the routes are not used.
+    Socket(SocketHandler),
 }
 
 impl Endpoint {
@@ -26,7 +29,7 @@ impl Endpoint {
     pub fn tls(&self) -> Option<&Tls> {
         match &self.kind {
             EndpointKind::Https(tls) => Some(tls),
-            EndpointKind::Http | EndpointKind::Admin => None,
+            EndpointKind::Http | EndpointKind::Admin | EndpointKind::Socket(_) => None,
         }
     }
 }

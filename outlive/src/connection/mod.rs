@@ -3,7 +3,8 @@
 //! [`serve`] chooses the protocol by the endpoint (`endpoint.rs`) and by the first bytes, and runs a driver: `http1.rs` or
 //! `http2/mod.rs`. The driver polls hyper on an `Io` (`io.rs`), which reports to the registry what was read and
 //! written; for TLS (`tls/`), `Io` encrypts and decrypts. hyper calls `exchange.rs` for each request. The result is a
-//! [`ConnectionOutcome`]: `server/` parks a quiescent connection or hands it over.
+//! [`ConnectionOutcome`]: `server/` parks a quiescent connection or hands it over. Connections of a socket that the
+//! application claims speak its own protocol (`socket.rs`).
 
 mod body_chunks;
 mod endpoint;
@@ -12,6 +13,7 @@ mod http1;
 mod http2;
 mod io;
 mod resumable;
+mod socket;
 #[cfg(test)]
 pub mod tests;
 pub mod tls;
@@ -117,6 +119,10 @@ pub async fn serve(
         EndpointKind::Http | EndpointKind::Admin => serve_plain(connection, registration, context).await,
         EndpointKind::Https(tls) => {
             Box::pin(tls::handshake::serve(connection, registration, context, tls)).await
+        }
+        EndpointKind::Socket(handler) => {
+            Box::pin(socket::serve(connection, registration, context, handler)).await;
+            ConnectionOutcome::Closed
         }
     }
 }

@@ -30,9 +30,9 @@ pub use overflow::{ChannelLocation, Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
 pub use store::FdStore;
 
-use crate::connection::{Connection, Endpoint};
+use crate::connection::{Connection, Endpoint, EndpointKind};
 use crate::transport::http2_state::Http2State;
-use crate::transport::replay::Replay;
+use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream_replay;
 use crate::transport::tls_traffic::TlsTrafficState;
 
@@ -122,6 +122,10 @@ pub fn unpack(
     };
     if replay.is_some() && http2.is_some() {
         return Err("an upgraded connection cannot have HTTP/2 state".into());
+    }
+    let is_socket = matches!(endpoint.kind, EndpointKind::Socket(_));
+    if is_socket != replay.as_deref().is_some_and(|replay| replay.kind() == Kind::Socket) {
+        return Err(format!("listener {} does not match the connection's protocol", endpoint.name));
     }
     let is_https = endpoint.tls().is_some();
     if tls.is_some() && !is_https || tls.is_none() && is_https && (http2.is_some() || replay.is_some()) {

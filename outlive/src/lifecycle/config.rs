@@ -25,9 +25,9 @@ pub struct Config {
 
     /// Address to listen on: 127.0.0.1:8080, [::1]:8080, /run/x.sock, unix:/run/x.sock or unix:@abstract. Ignored if the
     /// process inherits listening sockets, as from a socket unit. Prefix the address with http=, https= (TLS) or admin=
-    /// (/healthz, /readyz, /metrics) to choose the protocol; in a socket unit, FileDescriptorName= chooses it. Repeatable;
-    /// comma-separated in the environment variable. The default is 127.0.0.1:8080; under systemd there is no default,
-    /// because the socket unit owns the port.
+    /// (/healthz, /readyz, /metrics) to choose the protocol, or with another name that the application uses for a socket of
+    /// its own; in a socket unit, FileDescriptorName= is this name. Repeatable; comma-separated in the environment variable.
+    /// The default is 127.0.0.1:8080; under systemd there is no default, because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
 
@@ -94,7 +94,8 @@ pub struct Config {
     pub body_limit: ByteSize,
 
     /// Maximum number of open connections. When it is reached, the connections that have been idle longest, for at least
-    /// 5 s, are closed; further ones wait in the accept queue of the socket until there is room.
+    /// 5 s, are closed; further ones wait in the accept queue of the socket until there is room. When memory is short
+    /// (MemoryPressureWatch= of the unit), some of the longest idle are closed too.
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 

@@ -5,6 +5,7 @@
 //! that the step before it returned.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use axum::Router;
@@ -16,7 +17,7 @@ use crate::app::setup::Setup;
 use crate::lifecycle::cli::{self, CommandLine};
 use crate::lifecycle::config::Command;
 use crate::lifecycle::start::{Boot, Started, call_start, endpoint_kinds};
-use crate::listeners::{self, Inherited};
+use crate::listeners::{self, Inherited, NamedSockets, Purpose};
 use crate::observe::log;
 use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::os::systemd;
@@ -204,10 +205,12 @@ where
     line.warn_of_unknown_variables();
     let CommandLine { config, service: own, .. } = line;
     endpoint_kinds(&config, &inherited)?;
-    let Inherited { listeners, credentials, .. } = inherited;
+    let Inherited { mut listeners, named, credentials, socket_files, .. } = inherited;
+    let sockets = Arc::new(NamedSockets::new(named, &config.listen, socket_files, Purpose::Check));
     Runtime::new()?.block_on(async {
-        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials);
+        let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials, sockets.clone());
         drop(call_start(start, own, &mut setup, config.start_timeout).await?);
+        listeners.extend(sockets.finish().map_err(Failure::config)?.0);
         setup.hooks.run().await;
         Ok::<_, Failure>(())
     })?;

@@ -18,6 +18,7 @@ use tracing::{info, warn};
 
 use crate::app::process::Process;
 use crate::app::setup::{Hooks, Setup};
+use crate::app::sockets::SocketHandler;
 use crate::app::tasks::{self, Task};
 use crate::connection::{ConnectionContext, Endpoint, EndpointKind};
 use crate::handover;
@@ -25,7 +26,7 @@ use crate::lifecycle::admin::{self, Admin};
 use crate::lifecycle::cli::CommandLine;
 use crate::lifecycle::config::Config;
 use crate::lifecycle::serve::Serving;
-use crate::listeners::{self, Inherited, Listener, SocketFiles};
+use crate::listeners::{self, Inherited, Listener, NamedSockets, Purpose, SocketFiles};
 use crate::observe::log::{self, message_id};
 use crate::observe::status::{ManagerRole, Status};
 use crate::os::exit::{Failure, Result};
@@ -100,20 +101,12 @@ impl Started {
         let CommandLine { name, config, service: own, .. } = line;
         let mut signals = Signals::new().context("could not watch for signals")?;
         inherited.listen(&config.listen, &name)?;
-        let kinds = endpoint_kinds(&config, &inherited)?;
-        let Inherited { listeners, channels, credentials, watchdog, socket_files, .. } = inherited;
-        let bundle = SuccessorBundle::new(
-            &listeners,
-            &credentials,
-            process.generation,
-            watchdog,
-            program,
-            config.takeover_timeout,
-        )
-        .context("could not duplicate the listeners")?;
-
+        let mut kinds = endpoint_kinds(&config, &inherited)?;
+        let Inherited { mut listeners, named, channels, credentials, watchdog, socket_files, .. } = inherited;
+        let sockets = NamedSockets::new(named, &config.listen, socket_files.clone(), Purpose::Serve);
+        let sockets = Arc::new(sockets);
         let shutdown = CancellationToken::new();
-        let mut setup = Setup::new(process, shutdown.clone(), credentials);
+        let mut setup = Setup::new(process, shutdown.clone(), credentials.clone(), sockets.clone());
         let routes = tokio::select! {
             routes = call_start(start, own, &mut setup, config.start_timeout) => routes?,
             // A successor does not ask, because systemd ignores it as long as the predecessor is the main process.
@@ -123,7 +116,20 @@ impl Started {
                 return Ok(None);
             }
         };
-        let Setup { tasks, checks, hooks, admin: more_admin, .. } = setup;
+        let Setup { tasks, checks, hooks, admin: more_admin, socket_handlers, .. } = setup;
+        let (claimed, others) = sockets.finish().map_err(Failure::config)?;
+        kinds.extend(socket_kinds(&claimed, &socket_handlers));
+        listeners.extend(claimed);
+        let bundle = SuccessorBundle::new(
+            &listeners,
+            others,
+            &credentials,
+            process.generation,
+            watchdog,
+            program,
+            config.takeover_timeout,
+        )
+        .context("could not duplicate the sockets")?;
         let registry = Registry::new(config.limits(), shutdown.clone());
         let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
         let queues = Queues::default();
@@ -133,7 +139,7 @@ impl Started {
         let admin = limited(admin::router(admin).merge(more_admin));
         let endpoint = |(listener, kind): (&Listener, EndpointKind)| {
             let routes = match kind {
-                EndpointKind::Http | EndpointKind::Https(_) => &routes,
+                EndpointKind::Http | EndpointKind::Https(_) | EndpointKind::Socket(_) => &routes,
                 EndpointKind::Admin => &admin,
             };
             Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind })
@@ -267,7 +273,20 @@ async fn ask_for_time_to_start() -> Infallible {
     }
 }
 
-/// What each of the listeners serves. Loads the certificate if one of them is an https listener.
+/// What is served on each of the listeners that the application has claimed.
+fn socket_kinds(
+    listeners: &[Listener],
+    handlers: &[(String, SocketHandler)],
+) -> impl Iterator<Item = EndpointKind> {
+    let handler_of = |listener: &Listener| {
+        let handler = handlers.iter().find(|(name, _)| *name == listener.name.as_str());
+        handler.map(|(_, handler)| EndpointKind::Socket(handler.clone()))
+    };
+    // `Setup::serve` adds a handler for each name that it claims.
+    listeners.iter().filter_map(handler_of)
+}
+
+/// What each of the inherited listeners serves. Loads the certificate if one of them is an https listener.
 pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<EndpointKind>> {
     let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
     // All https listeners use the same keys of session tickets, because a handover passes on one set of keys.
@@ -277,6 +296,8 @@ pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<Endp
         kinds.push(match listener.role() {
             ListenerRole::Http => EndpointKind::Http,
             ListenerRole::Admin => EndpointKind::Admin,
+            // `inherit` does not return these as listeners, because the application has not claimed them yet.
+            ListenerRole::Application => continue,
             ListenerRole::Https => {
                 let tls = match loaded.take() {
                     Some(tls) => tls,

@@ -3,15 +3,16 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::Context;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use super::{Listener, ListeningSocket, Ownership, SocketFile, SocketFiles, abstract_name};
-use crate::transport::listener_name::Name;
+use super::{Listener, ListeningSocket, NamedSocket, Ownership, SocketFile, SocketFiles, abstract_name};
+use crate::app::sockets::SocketKind;
+use crate::transport::listener_name::{ListenerRole, Name};
 
 /// The address of a process that inherits no listener and has no `--listen`.
 const DEFAULT_ADDRESS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
@@ -30,7 +31,7 @@ impl FromStr for Listen {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let is_name = |start: &str| start.chars().all(|c| c.is_ascii_alphanumeric() || c == '-');
+        let is_name = |start: &str| start.chars().all(|c| c.is_ascii_alphanumeric() || "-._".contains(c));
         let (name, address) = match text.split_once('=') {
             Some((name, address)) if is_name(name) => {
                 (name.parse().map_err(|error: anyhow::Error| error.to_string())?, address)
@@ -48,9 +49,44 @@ impl Default for Listen {
 }
 
 impl Listen {
+    pub fn name(&self) -> &Name {
+        &self.name
+    }
+
+    pub fn role(&self) -> ListenerRole {
+        self.name.role()
+    }
+
+    /// An address that is free on each machine, for a check without the socket of the unit.
+    pub fn substitute(name: Name, kind: SocketKind) -> Self {
+        let address = match kind {
+            SocketKind::TcpListener | SocketKind::UdpSocket | SocketKind::Any => {
+                Address::Tcp(SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 0))
+            }
+            SocketKind::UnixListener | SocketKind::UnixDatagram => {
+                Address::Abstract(format!("{name}-{}", std::process::id()))
+            }
+        };
+        Self { name, address }
+    }
+
     pub fn bind(&self, files: &SocketFiles) -> anyhow::Result<Listener> {
-        let (socket, path) = self.address.bind(files)?;
+        let (socket, path) = self.address.bind(Type::STREAM, files)?;
+        let socket = match self.address {
+            Address::Tcp(_) => ListeningSocket::Tcp(socket.into()),
+            Address::Path(_) | Address::Abstract(_) => ListeningSocket::Unix(socket.into()),
+        };
         Ok(Listener { name: self.name.clone(), socket, ownership: Ownership::Bound(path) })
+    }
+
+    /// Binds a socket that the application claims.
+    pub fn bind_as(&self, kind: SocketKind, files: &SocketFiles) -> anyhow::Result<NamedSocket> {
+        let kind = match kind {
+            SocketKind::UdpSocket | SocketKind::UnixDatagram => Type::DGRAM,
+            SocketKind::TcpListener | SocketKind::UnixListener | SocketKind::Any => Type::STREAM,
+        };
+        let (socket, path) = self.address.bind(kind, files)?;
+        Ok(NamedSocket { name: self.name.clone(), fd: socket.into(), ownership: Ownership::Bound(path) })
     }
 
     /// Whether `listener` has this name, and this address or one that the kernel chose for it (port 0).
@@ -130,46 +166,48 @@ impl fmt::Display for Address {
 }
 
 impl Address {
-    fn bind(&self, files: &SocketFiles) -> anyhow::Result<(ListeningSocket, Option<SocketFile>)> {
-        let (socket, path) = match self {
+    fn bind(&self, kind: Type, files: &SocketFiles) -> anyhow::Result<(Socket, Option<SocketFile>)> {
+        match self {
             Self::Tcp(address) => {
-                let socket = Socket::new(Domain::for_address(*address), Type::STREAM, None)?;
-                socket.set_reuse_address(true)?;
-                (self.listen(socket, &(*address).into())?, None)
+                let socket = Socket::new(Domain::for_address(*address), kind, None)?;
+                // Not for datagrams, because a second process could then take them away from the first one.
+                if kind == Type::STREAM {
+                    socket.set_reuse_address(true)?;
+                }
+                Ok((self.listen(socket, kind, &(*address).into())?, None))
             }
             Self::Path(path) => {
-                remove_if_stale(path);
-                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                (self.listen(socket, &SockAddr::unix(path)?)?, Some(files.add(path.clone())))
+                remove_if_stale(path, kind);
+                let socket = Socket::new(Domain::UNIX, kind, None)?;
+                let socket = self.listen(socket, kind, &SockAddr::unix(path)?)?;
+                Ok((socket, Some(files.add(path.clone()))))
             }
             Self::Abstract(name) => {
-                let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-                (self.listen(socket, &SockAddr::unix(format!("\0{name}"))?)?, None)
+                let socket = Socket::new(Domain::UNIX, kind, None)?;
+                Ok((self.listen(socket, kind, &SockAddr::unix(format!("\0{name}"))?)?, None))
             }
-        };
-        let socket = match self {
-            Self::Tcp(_) => ListeningSocket::Tcp(socket.into()),
-            Self::Path(_) | Self::Abstract(_) => ListeningSocket::Unix(socket.into()),
-        };
-        Ok((socket, path))
+        }
     }
 
-    fn listen(&self, socket: Socket, address: &SockAddr) -> anyhow::Result<Socket> {
+    fn listen(&self, socket: Socket, kind: Type, address: &SockAddr) -> anyhow::Result<Socket> {
         socket
             .bind(address)
-            .and_then(|()| socket.listen(BACKLOG))
+            .and_then(|()| if kind == Type::STREAM { socket.listen(BACKLOG) } else { Ok(()) })
             .and_then(|()| socket.set_nonblocking(true))
             .with_context(|| format!("could not listen on {self}"))?;
         Ok(socket)
     }
 }
 
-/// Removes the socket file at `path` if no process listens on it, for example after a crash. Otherwise `bind` would
+/// Removes the socket file at `path` if no process has the socket, for example after a crash. Otherwise `bind` would
 /// fail with `EADDRINUSE` from then on.
-fn remove_if_stale(path: &Path) {
-    let refused =
-        UnixStream::connect(path).is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
-    if refused {
+fn remove_if_stale(path: &Path, kind: Type) {
+    let connected = if kind == Type::STREAM {
+        UnixStream::connect(path).map(drop)
+    } else {
+        UnixDatagram::unbound().and_then(|socket| socket.connect(path))
+    };
+    if connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         // If it cannot be removed, `bind` returns the error.
         let _ = std::fs::remove_file(path);
     }
@@ -224,11 +262,12 @@ mod tests {
         let pair = |name: &str, address: &str| Ok((name.to_owned(), address.to_owned()));
         assert_eq!(read("127.0.0.1:80"), pair("http", "127.0.0.1:80"));
         assert_eq!(read("https=[::1]:443"), pair("https", "[::1]:443"));
+        assert_eq!(read("stats_d.2=127.0.0.1:80"), pair("stats_d.2", "127.0.0.1:80"));
         assert_eq!(read("admin=/run/a=b.sock"), pair("admin", "/run/a=b.sock"));
         assert_eq!(read("/run/a=b.sock"), pair("http", "/run/a=b.sock"));
         assert!(
-            read("web=127.0.0.1:80")
-                .is_err_and(|error| error.contains("invalid listener name \"web\": expected admin or"))
+            read("connections=127.0.0.1:80")
+                .is_err_and(|error| error.contains("invalid socket name \"connections\""))
         );
         assert!(read("https=").is_err() && read("=127.0.0.1:80").is_err());
     }
@@ -239,9 +278,9 @@ mod tests {
         let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let path = folder.path().join("x.sock");
         let address = Address::Path(path.clone());
-        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
+        let (_ours, bound) = address.bind(Type::STREAM, &files).expect("the path can be bound");
         std::fs::remove_file(&path).expect("the file can be removed");
-        let (_other, other) = address.bind(&files).expect("the path can be bound again");
+        let (_other, other) = address.bind(Type::STREAM, &files).expect("the path can be bound again");
         drop(bound);
         assert!(UnixStream::connect(&path).is_ok(), "the file of the other process was removed");
         drop(other);
@@ -253,12 +292,12 @@ mod tests {
         let files = SocketFiles::owned();
         let folder = tempfile::tempdir().expect("the temporary folder can be created");
         let address = Address::Path(folder.path().join("x.sock"));
-        let (_ours, bound) = address.bind(&files).expect("the path can be bound");
-        assert!(address.bind(&files).is_err(), "the path is in use");
+        let (_ours, bound) = address.bind(Type::STREAM, &files).expect("the path can be bound");
+        assert!(address.bind(Type::STREAM, &files).is_err(), "the path is in use");
         // The socket itself is still open.
         bound.as_ref().expect("the listener has a socket file").remove();
-        let (_next, _file) = address.bind(&files).expect("the path can be bound again");
+        let (_next, _file) = address.bind(Type::STREAM, &files).expect("the path can be bound again");
         drop(bound);
-        assert!(address.bind(&files).is_err(), "the file of the next process was removed");
+        assert!(address.bind(Type::STREAM, &files).is_err(), "the file of the next process was removed");
     }
 }

@@ -7,16 +7,28 @@ use anyhow::{Context, bail};
 use listenfd::ListenFd;
 use rustix::net::{AddressFamily, SocketType};
 
-use super::{Listen, Listener, ListeningSocket, NOT_LISTENING, number, require_listening, variable};
+use super::{
+    Listen, Listener, ListeningSocket, NOT_LISTENING, NamedSocket, Ownership, number, require_listening,
+    variable,
+};
 use crate::handover;
-use crate::transport::listener_name::Name;
+use crate::os::sys;
+use crate::transport::listener_name::{ListenerRole, Name};
 
-/// Takes the sockets that the environment names: the listeners, and the handover channels from systemd's store.
-/// `addresses` are those of `--listen`.
-pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyhow::Result<OwnedFd>>)> {
-    let mut listeners = Vec::new();
-    let mut channels = Vec::new();
-    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok((listeners, channels)) };
+/// The sockets that the service manager has passed.
+#[derive(Default)]
+pub struct Passed {
+    pub listeners: Vec<Listener>,
+    /// The sockets that the application can claim.
+    pub named: Vec<NamedSocket>,
+    /// The handover channels from systemd's store.
+    pub channels: Vec<anyhow::Result<OwnedFd>>,
+}
+
+/// Takes the sockets that the environment names. `addresses` are those of `--listen`.
+pub fn inherit(addresses: &[Listen]) -> anyhow::Result<Passed> {
+    let mut found = Passed::default();
+    let Some(count) = number::<usize>("LISTEN_FDS")? else { return Ok(found) };
     let pid = number::<u32>("LISTEN_PID")?;
     if let Some(pid) = pid
         && pid != std::process::id()
@@ -24,7 +36,7 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
         // The sockets are for another process, as in sd_listen_fds(3). A process with `--listen` does not need them,
         // for example one that a socket-activated service starts.
         if !addresses.is_empty() {
-            return Ok((listeners, channels));
+            return Ok(found);
         }
         bail!(
             "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: if a \
@@ -43,7 +55,7 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
     let names = variable("LISTEN_FDNAMES")?;
     let mut passed = ListenFd::from_env();
     if passed.len() == 0 {
-        return Ok((listeners, channels));
+        return Ok(found);
     }
     let names: Vec<&str> = match &names {
         Some(names) => names.split(':').collect(),
@@ -59,18 +71,23 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<(Vec<Listener>, Vec<anyho
         let fd = first.saturating_add(RawFd::try_from(index)?);
         let place = || format!("LISTEN_FDS: fd {fd} ({name})");
         if name == handover::STORE_NAME {
-            channels.push(take_channel(&mut passed, index).with_context(place));
+            found.channels.push(take_channel(&mut passed, index).with_context(place));
         } else {
             if !is_open(fd) {
                 let pid = if pid.is_some() { "names this process" } else { "is not set" };
                 bail!("{}: this descriptor is not open (LISTEN_FDS={count}; LISTEN_PID {pid})", place());
             }
-            let socket = take_listener(&mut passed, index).with_context(place)?;
             let name = listener_name(name).with_context(place)?;
-            listeners.push(Listener::inherited(name, socket).with_context(place)?);
+            if name.role() == ListenerRole::Application {
+                let fd = take_any(&mut passed, index).with_context(place)?;
+                found.named.push(NamedSocket { name, fd, ownership: Ownership::Inherited });
+            } else {
+                let socket = take_listener(&mut passed, index).with_context(place)?;
+                found.listeners.push(Listener::inherited(name, socket).with_context(place)?);
+            }
         }
     }
-    Ok((listeners, channels))
+    Ok(found)
 }
 
 /// Whether this process has the descriptor. Without `/proc` that is not known, and true.
@@ -98,6 +115,13 @@ fn take_listener(passed: &mut ListenFd, index: usize) -> anyhow::Result<Listenin
     Ok(socket)
 }
 
+fn take_any(passed: &mut ListenFd, index: usize) -> anyhow::Result<OwnedFd> {
+    let fd = passed.take_raw_fd(index)?.context("the socket was already taken")?;
+    let fd = sys::own(fd)?;
+    rustix::io::fcntl_setfd(&fd, rustix::io::FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
 /// The listener name for a name in `LISTEN_FDNAMES`. Without `FileDescriptorName=` systemd passes the name of the
 /// socket unit, and other service managers pass `unknown` or nothing.
 pub(super) fn listener_name(name: &str) -> anyhow::Result<Name> {
@@ -119,6 +143,6 @@ mod tests {
             assert_eq!(listener_name(name).expect(name).as_str(), "http");
         }
         assert_eq!(listener_name("admin").expect("the name is valid").as_str(), "admin");
-        assert!(listener_name("web").is_err());
+        assert!(listener_name("a:b").is_err());
     }
 }

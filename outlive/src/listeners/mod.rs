@@ -1,21 +1,23 @@
 //! The listening sockets: [`inherit`] takes those that were passed to this process, and [`Inherited::listen`] binds
-//! others if there are none. `server` accepts connections from them. The first of these sources that has any is used:
+//! others if there are none. The first of these sources that has any is used:
 //!
 //! 1. `listen_fds.rs`: `LISTEN_FDS` and `LISTEN_FDNAMES` from systemd, systemd-socket-activate or systemfd;
 //!    sd_listen_fds(3)
 //! 2. `server_starter.rs`: `SERVER_STARTER_PORT` from Server::Starter's `start_server`
 //! 3. `address.rs`: `--listen`, by default 127.0.0.1:8080 in a process that systemd did not start
+//!
+//! `server` accepts connections from those whose names select a protocol of the library. The application claims the others
+//! by their names (`named.rs`).
 
 mod address;
 mod listen_fds;
+mod named;
 mod server_starter;
 mod socket_file;
 
-use std::ffi::OsStr;
 use std::io;
 use std::net::TcpListener;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixListener;
 use std::str::FromStr;
 use std::time::Duration;
@@ -25,6 +27,7 @@ use rustix::net::{AddressFamily, SocketType, sockopt};
 use tracing::warn;
 
 pub use address::Listen;
+pub use named::{NamedSocket, NamedSockets, Others, Purpose};
 pub use socket_file::{SocketFile, SocketFiles};
 
 use crate::handover::{self, SocketRecord};
@@ -39,6 +42,8 @@ const MAX_LISTENERS: usize = handover::MAX_SOCKETS - 1;
 /// Everything that the process received from its environment or its predecessor at the start.
 pub struct Inherited {
     pub listeners: Vec<Listener>,
+    /// The sockets that the application can claim.
+    pub named: Vec<NamedSocket>,
     /// The handover channels from systemd's store. A descriptor that is not a channel is an error, which must not
     /// prevent the start, because the listeners are usable all the same.
     pub channels: Vec<anyhow::Result<OwnedFd>>,
@@ -79,14 +84,16 @@ pub enum Ownership {
 ///
 /// Must be called before any thread exists, because it reads and changes the environment.
 pub fn inherit(addresses: &[Listen]) -> Result<Inherited> {
-    let (mut listeners, channels) = listen_fds::inherit(addresses).map_err(Failure::config)?;
+    let listen_fds::Passed { mut listeners, named, channels } =
+        listen_fds::inherit(addresses).map_err(Failure::config)?;
     let generation = number("SERVER_STARTER_GENERATION").map_err(Failure::config)?;
-    if listeners.is_empty() {
+    if listeners.is_empty() && named.is_empty() {
         listeners = server_starter::inherit().map_err(Failure::config)?;
     }
     let credentials = Credentials::of_environment().map_err(Failure::config)?;
     Ok(Inherited {
         listeners,
+        named,
         channels,
         credentials,
         generation,
@@ -103,7 +110,8 @@ impl Inherited {
     ///
     /// The caller must watch signals already, because a client of the port can cause one to be sent.
     pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
-        if self.listeners.is_empty() && addresses.is_empty() && systemd::started_this_process() {
+        let is_inherited = !self.listeners.is_empty() || !self.named.is_empty();
+        if !is_inherited && addresses.is_empty() && systemd::started_this_process() {
             return Err(Failure::config(anyhow!(
                 "systemd passed no listening socket (LISTEN_FDS): run `systemctl restart {service}.socket`, or \
                  set --listen if this service has no socket unit"
@@ -115,8 +123,10 @@ impl Inherited {
 
     /// Logs the `addresses` on which no inherited listener listens. A successor inherits those that its predecessor bound.
     fn warn_of_ignored(&self, addresses: &[Listen]) {
-        let is_ignored =
-            |address: &&Listen| !self.listeners.iter().any(|listener| address.is_that_of(listener));
+        let is_ignored = |address: &&Listen| {
+            address.role() != ListenerRole::Application
+                && !self.listeners.iter().any(|listener| address.is_that_of(listener))
+        };
         let ignored: Vec<_> = addresses.iter().filter(is_ignored).map(ToString::to_string).collect();
         if !self.listeners.is_empty() && !ignored.is_empty() {
             let (ignored, used) = (ignored.join(" "), labels(&self.listeners));
@@ -130,22 +140,38 @@ impl Inherited {
         self.bind_unless_inherited(addresses)
     }
 
+    /// The addresses with names of the application are bound when it claims them.
     fn bind_unless_inherited(&mut self, addresses: &[Listen]) -> Result<()> {
-        if self.listeners.is_empty() {
+        if self.listeners.is_empty() && self.named.is_empty() {
             let default = [Listen::default()];
             let addresses = if addresses.is_empty() { &default } else { addresses };
             let bound = addresses
                 .iter()
+                .filter(|address| address.role() != ListenerRole::Application)
                 .map(|address| address.bind(&self.socket_files))
                 .collect::<anyhow::Result<_>>();
             self.listeners = bound.map_err(Failure::unavailable)?;
         }
-        let count = self.listeners.len();
+        let count = self.listeners.len() + self.named.len();
         if count > MAX_LISTENERS {
             let reason = anyhow!(
-                "too many listeners (ListenStream=, --listen): {count}, expected at most {MAX_LISTENERS}"
+                "too many sockets (ListenStream=, --listen): {count}, expected at most {MAX_LISTENERS}"
             );
             return Err(Failure::config(reason));
+        }
+        Ok(())
+    }
+}
+
+impl Inherited {
+    /// Adds a socket that the predecessor has packed into `record`.
+    pub fn add(&mut self, fd: OwnedFd, record: &SocketRecord) -> anyhow::Result<()> {
+        let name: Name = record.listener.parse()?;
+        let ownership = Ownership::of_record(record, &self.socket_files);
+        if name.role() == ListenerRole::Application {
+            self.named.push(NamedSocket { name, fd, ownership });
+        } else {
+            self.listeners.push(Listener { ownership, ..Listener::inherited(name, listening(fd)?)? });
         }
         Ok(())
     }
@@ -196,6 +222,7 @@ impl Listener {
             ListenerRole::Http => format!("curl http://{address}/"),
             ListenerRole::Https => format!("curl --insecure https://{address}/"),
             ListenerRole::Admin => format!("curl http://{address}/metrics"),
+            ListenerRole::Application => return None,
         })
     }
 
@@ -203,32 +230,13 @@ impl Listener {
         self.name.role()
     }
 
-    /// A duplicate of the socket, and its record for the successor. The payload is empty for an inherited socket. For
-    /// one that this process bound it is `nobody`, followed by the path of its socket file if it has one.
+    /// A duplicate of the socket, and its record for the successor.
     pub fn pack(&self) -> io::Result<(OwnedFd, SocketRecord)> {
         let fd = match &self.socket {
             ListeningSocket::Tcp(socket) => socket.as_fd().try_clone_to_owned()?,
             ListeningSocket::Unix(socket) => socket.as_fd().try_clone_to_owned()?,
         };
-        let ownership = match &self.ownership {
-            Ownership::Inherited => Vec::new(),
-            Ownership::Bound(path) => {
-                let path = path.as_ref().map_or(&[][..], |bound| bound.path().as_os_str().as_bytes());
-                [b"nobody", path].concat()
-            }
-        };
-        Ok((fd, SocketRecord::new(self.name.to_string(), ownership.into())))
-    }
-
-    /// The listener that the predecessor has packed into `record`.
-    pub fn unpack(fd: OwnedFd, record: &SocketRecord, socket_files: &SocketFiles) -> anyhow::Result<Self> {
-        let listener = Self::inherited(record.listener.parse()?, listening(fd)?)?;
-        let ownership = match record.payload.strip_prefix(b"nobody") {
-            None => Ownership::Inherited,
-            Some(b"") => Ownership::Bound(None),
-            Some(path) => Ownership::Bound(Some(socket_files.add(OsStr::from_bytes(path).into()))),
-        };
-        Ok(Self { ownership, ..listener })
+        Ok((fd, self.ownership.record(&self.name)))
     }
 
     fn inherited(name: Name, socket: ListeningSocket) -> anyhow::Result<Self> {

@@ -6,13 +6,14 @@
 use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::Context;
 use rustix::fs::{Mode, OFlags, open, openat};
 
 /// The directory of the credentials, if the unit has any.
-#[derive(Default)]
-pub struct Credentials(Option<OwnedFd>);
+#[derive(Clone, Default)]
+pub struct Credentials(Option<Arc<OwnedFd>>);
 
 impl Credentials {
     /// The credentials in `$CREDENTIALS_DIRECTORY`.
@@ -21,12 +22,12 @@ impl Credentials {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = open(Path::new(&folder), flags, Mode::empty())
             .with_context(|| format!("could not open CREDENTIALS_DIRECTORY={}", folder.display()))?;
-        Ok(Self(Some(fd)))
+        Ok(Self(Some(Arc::new(fd))))
     }
 
     /// The credentials in `folder`, which came from the predecessor.
     pub fn of_predecessor(folder: OwnedFd) -> Self {
-        Self(Some(folder))
+        Self(Some(Arc::new(folder)))
     }
 
     /// The directory, for a successor.

@@ -276,7 +276,7 @@ impl Server {
 
     fn slots(&self, endpoint: &Endpoint) -> &Arc<Semaphore> {
         match endpoint.kind {
-            EndpointKind::Http | EndpointKind::Https(_) => &self.slots,
+            EndpointKind::Http | EndpointKind::Https(_) | EndpointKind::Socket(_) => &self.slots,
             EndpointKind::Admin => &self.admin_slots,
         }
     }

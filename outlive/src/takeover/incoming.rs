@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 use super::launch::{ResultPipe, is_readable, take_standard_input};
 use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT};
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
-use crate::listeners::{Inherited, Listener, SocketFiles};
+use crate::listeners::{Inherited, SocketFiles};
 use crate::observe::status::Status;
 use crate::os::credentials::Credentials;
 use crate::server::Server;
@@ -64,22 +64,26 @@ impl PredecessorLink {
             MessageType::Refused => bail!("{}", frame.text),
             other => bail!("protocol error: expected Listeners from the predecessor, got {other:?}"),
         }
-        let socket_files = SocketFiles::of_predecessor();
-        let mut listeners = Vec::new();
-        let mut credentials = Credentials::default();
-        for (fd, record) in frame.sockets {
-            if record.listener == CREDENTIALS {
-                credentials = Credentials::of_predecessor(fd);
-            } else {
-                listeners.push(Listener::unpack(fd, &record, &socket_files)?);
-            }
-        }
         let generation = frame.origin.generation.saturating_add(1);
         self.me = Origin::now(generation);
-        // systemd sets WATCHDOG_USEC only for the process that ExecStart= starts, so the predecessor passes it on.
-        let watchdog = frame.text.parse().ok().map(Duration::from_micros);
-        let generation = Some(generation);
-        Ok(Inherited { listeners, channels: Vec::new(), credentials, generation, watchdog, socket_files })
+        let mut inherited = Inherited {
+            listeners: Vec::new(),
+            named: Vec::new(),
+            channels: Vec::new(),
+            credentials: Credentials::default(),
+            generation: Some(generation),
+            // systemd sets WATCHDOG_USEC only for the process that ExecStart= starts, so the predecessor passes it on.
+            watchdog: frame.text.parse().ok().map(Duration::from_micros),
+            socket_files: SocketFiles::of_predecessor(),
+        };
+        for (fd, record) in frame.sockets {
+            if record.listener == CREDENTIALS {
+                inherited.credentials = Credentials::of_predecessor(fd);
+            } else {
+                inherited.add(fd, &record)?;
+            }
+        }
+        Ok(inherited)
     }
 
     /// Sends `Ready`, and waits for `Commit`. Fails if the predecessor refuses, exits or does not answer in time.

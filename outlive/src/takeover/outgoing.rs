@@ -19,7 +19,7 @@ use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
 use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
-use crate::listeners::Listener;
+use crate::listeners::{Listener, Others, SocketFile};
 use crate::observe::log::message_id;
 use crate::observe::status::{ManagerRole, Status};
 use crate::os::credentials::Credentials;
@@ -31,8 +31,10 @@ pub const UNDER_WAY: &str = "another reload is in progress";
 
 /// What a successor inherits.
 pub struct SuccessorBundle {
-    /// Its listeners, and the directory of its credentials.
+    /// Its listeners, the sockets that the application uses, and the directory of its credentials.
     fds: Vec<(OwnedFd, SocketRecord)>,
+    /// The files of sockets that the application uses.
+    _files: Vec<SocketFile>,
     /// The generation of this process.
     pub generation: u64,
     /// The watchdog time of the unit (`WatchdogSec=`).
@@ -45,6 +47,7 @@ pub struct SuccessorBundle {
 impl SuccessorBundle {
     pub fn new(
         listeners: &[Listener],
+        others: Others,
         credentials: &Credentials,
         generation: u64,
         watchdog: Option<Duration>,
@@ -52,11 +55,12 @@ impl SuccessorBundle {
         limit: Duration,
     ) -> io::Result<Self> {
         let mut fds = listeners.iter().map(Listener::pack).collect::<io::Result<Vec<_>>>()?;
+        fds.extend(others.duplicates);
         if let Some(folder) = credentials.folder() {
             let record = SocketRecord::new(CREDENTIALS.to_owned(), Bytes::new());
             fds.push((folder.as_fd().try_clone_to_owned()?, record));
         }
-        Ok(Self { fds, generation, watchdog, program, limit })
+        Ok(Self { fds, _files: others.files, generation, watchdog, program, limit })
     }
 }
 

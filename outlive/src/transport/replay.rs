@@ -93,6 +93,8 @@ pub enum Kind {
     EventStream,
     /// Nothing: the library does not know the protocol.
     Other,
+    /// Nothing: as `Other`, and there was no request.
+    Socket,
 }
 
 impl Replay {
@@ -101,6 +103,8 @@ impl Replay {
             Kind::EventStream
         } else if self.agreement.to_ascii_lowercase().starts_with(b"upgrade: websocket\n") {
             Kind::WebSocket
+        } else if self.agreement == SOCKET {
+            Kind::Socket
         } else {
             Kind::Other
         }
@@ -116,6 +120,11 @@ pub fn agreement_of_events(headers: &HeaderMap) -> Bytes {
     put_fields(&mut agreement, headers, &["content-type", "content-encoding"]);
     agreement.into()
 }
+
+/// The agreement of a connection that spoke the application's protocol from its first byte on.
+pub const SOCKET: &[u8] = b"socket\n";
+/// The head of such a connection, which has no request.
+pub const NO_HEAD: &[u8] = b"\r\n\r\n";
 
 /// The first line in the agreement of a gRPC stream.
 const GRPC_STREAM: &[u8] = b"grpc stream\n";

@@ -14,6 +14,7 @@ mod half_heads;
 mod instances;
 mod java;
 mod key_updates;
+mod named_sockets;
 mod on_systemd;
 mod packages;
 mod peers;

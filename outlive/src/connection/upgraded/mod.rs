@@ -73,6 +73,13 @@ pub(super) struct Granted {
     pub(super) return_path: ReturnPath,
 }
 
+impl Granted {
+    /// Gives a connection back whose bytes the library does not follow.
+    pub(super) fn give_back(&self, io: Io) {
+        self.return_path.send(ReturnedConnection::new(io, self, None, true));
+    }
+}
+
 impl Upgrade {
     /// Replaces the upgrade of an earlier request, which hyper has replaced too.
     pub(super) fn keep_declined(&self, upgrade: OnUpgrade) {

@@ -28,7 +28,7 @@ pub(in crate::connection) async fn close_unadopted(io: Io, kind: Kind) {
     match kind {
         Kind::WebSocket => io.refuse(&close(SERVICE_RESTART)).await,
         Kind::EventStream => io.refuse(LAST_CHUNK).await,
-        Kind::Other => io.close().await,
+        Kind::Other | Kind::Socket => io.close().await,
     }
 }
 
