@@ -42,7 +42,7 @@ async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
         File::options().create(true).append(true).open(&config.file).context("could not open --file")?;
     setup
         .background("readings", async move |end| {
-            let mut datagram = [0; 65536];
+            let mut datagram = vec![0; 65536];
             while let Some(received) = end.run_until_cancelled(readings.recv(&mut datagram)).await {
                 let length = received?;
                 file.write_all(&[&datagram[..length], b"\n"].concat())?;

@@ -150,19 +150,20 @@ struct Device {
 }
 
 impl Device {
-    async fn sends(&mut self, bytes: &[u8]) {
+    /// Sends bytes that contain the ends of so many lines. Reads that these are confirmed.
+    async fn sends(&mut self, bytes: &[u8], lines: u32) {
         self.stream.write_all(bytes).await.expect("the connection is open");
-        let new = bytes.iter().filter(|byte| **byte == b'\n').count();
-        let expected: String = (0..new)
-            .map(|_| {
-                self.lines += 1;
-                format!("{}\n", self.lines)
-            })
-            .collect();
+        let expected = numbers(self.lines + 1, self.lines + lines);
+        self.lines += lines;
         let mut answer = vec![0; expected.len()];
         self.stream.read_exact(&mut answer).await.expect("the lines are confirmed");
         assert_eq!(String::from_utf8_lossy(&answer), expected);
     }
+}
+
+/// The numbers from `first` to `last`, one in each line.
+fn numbers(first: u32, last: u32) -> String {
+    (first..=last).map(|number| number.to_string()).collect::<Vec<_>>().join("\n") + "\n"
 }
 
 /// The datagrams are sent before, while and after each process takes over.
@@ -182,11 +183,11 @@ fn named_sockets_lose_no_line_and_no_datagram_over_reloads() {
     let mut first = Some(Process::spawn(&mut command).expect("the service starts"));
     notifications.wait_for("READY=1").expect("the service is ready");
     let sender = UdpSocket::bind("127.0.0.1:0").expect("the port is bound");
-    let mut sent = 0;
+    let mut count = 0;
     let mut send = || {
-        sent += 1;
-        sender.send_to(sent.to_string().as_bytes(), readings).expect("the datagram is sent");
-        sent
+        count += 1;
+        sender.send_to(count.to_string().as_bytes(), readings).expect("the datagram is sent");
+        count
     };
     block_on(async {
         let stream = TcpStream::connect(lines).await.expect("the service listens");
@@ -194,11 +195,11 @@ fn named_sockets_lose_no_line_and_no_datagram_over_reloads() {
         let mut main = first.as_ref().expect("it runs").pid();
         for _ in 0..RELOADS {
             send();
-            device.sends(b"whole\nhalf").await;
+            device.sends(b"whole\nhalf", 1).await;
             kill_process(main, Signal::HUP).expect("the process runs");
             let successor = notifications.wait_for("MAINPID=").expect("a successor takes over");
             send();
-            device.sends(b" of a line\n").await;
+            device.sends(b" of a line\n", 1).await;
             if let Some(mut first) = first.take() {
                 first.wait().expect("the old process exits");
             }
@@ -206,7 +207,7 @@ fn named_sockets_lose_no_line_and_no_datagram_over_reloads() {
             main = Pid::from_raw(pid).expect("a pid is not 0");
         }
         let last = send();
-        let expected: String = (1..=last).map(|number| format!("{number}\n")).collect();
+        let expected = numbers(1, last);
         wait_until("all datagrams are in the file", || {
             std::fs::read_to_string(&file).is_ok_and(|text| text.len() >= expected.len())
         });

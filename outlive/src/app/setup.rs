@@ -270,7 +270,7 @@ impl Setup {
     /// let socket = setup.udp_socket("statsd")?;
     /// setup
     ///     .background("statsd", async move |end| {
-    ///         let mut datagram = [0; 65536];
+    ///         let mut datagram = vec![0; 65536];
     ///         while let Some(received) = end.run_until_cancelled(socket.recv(&mut datagram)).await {
     ///             let length = received?;
     ///             tracing::debug!("{}", String::from_utf8_lossy(&datagram[..length]));

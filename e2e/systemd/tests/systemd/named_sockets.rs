@@ -111,7 +111,7 @@ fn named_sockets_lose_no_line_and_no_datagram_over_restarts_and_reloads(systemd:
     });
     is_over.store(true, Release);
     let sent = sender.join().expect("the sender does not panic");
-    let expected: String = (1..=sent).map(|number| format!("{number}\n")).collect();
+    let expected = (1..=sent).map(|number| number.to_string()).collect::<Vec<_>>().join("\n") + "\n";
     let file = format!("/var/lib/{NAME}/readings");
     let written = || container.run(&["cat", &file]).expect("the file exists");
     wait_until("the last datagram is written", || written().len() >= expected.len());
