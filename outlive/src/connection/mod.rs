@@ -15,6 +15,8 @@ mod io;
 mod resumable;
 mod socket;
 #[cfg(test)]
+mod socket_tests;
+#[cfg(test)]
 pub mod tests;
 pub mod tls;
 #[cfg(test)]

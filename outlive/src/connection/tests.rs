@@ -63,10 +63,14 @@ pub async fn serve(router: Router) -> Served {
 
 /// The same, over TLS if `tls` is given.
 pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
+    serve_on(endpoint(router, tls)).await
+}
+
+/// Serves what `endpoint` has on a free port until the end of the test.
+pub async fn serve_on(endpoint: Arc<Endpoint>) -> Served {
     let limits = Limits { head: LIMIT, idle: LIMIT, stall: LIMIT, close: LIMIT };
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
-    let endpoint = endpoint(router, tls);
     let context = ConnectionContext::new(Process::begin(1), shutdown, QUIESCE_LIMIT);
     let server = Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
         .expect("the server is made");
