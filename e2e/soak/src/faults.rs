@@ -33,6 +33,15 @@ impl Cost {
     }
 }
 
+/// What becomes of parked connections in a fault.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fate {
+    /// They stay open.
+    Kept,
+    /// They may be closed.
+    Unknown,
+}
+
 /// A restart, a reload or a fault.
 pub struct Event {
     pub name: &'static str,
@@ -120,24 +129,43 @@ pub const EVENTS: &[Event] = &[
         Ok(())
     }),
     event("KILL of the main process", Cost::CrashedProcess, 2, |scene, _| {
-        let main = scene.main()?;
-        kill_process(main, Signal::KILL)?;
-        scene.until("another main process", || Ok(scene.main()? != main))
+        scene.crash(Signal::KILL).map(drop)
     }),
     event("KILL of the main process with parked connections", Cost::CrashedProcess, 3, |scene, _| {
-        scene.container.inside(async || {
-            let mut parked = Vec::new();
-            for _ in 0..PARKED {
-                let mut connection = Connection::open(&Container::target()).await?;
-                connection.ask(&get("/")).await?;
-                parked.push(connection);
+        scene.with_parked(async || scene.crash(Signal::KILL))
+    }),
+    event("ABRT of the main process with parked connections", Cost::CrashedProcess, 2, |scene, _| {
+        scene.with_parked(async || scene.crash(Signal::ABORT))
+    }),
+    event("KILL of the successor with parked connections", Cost::CrashedProcess, 3, |scene, random| {
+        scene.with_parked(async || {
+            let (main, before) = (scene.main()?, scene.processes()?);
+            let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
+            scene.pause(random, 120);
+            if let Some(successor) = scene.successor(&before)? {
+                let _ = kill_process(successor, Signal::KILL);
             }
-            scene.until("duplicates of the parked connections", || scene.has_backup())?;
-            let main = scene.main()?;
-            kill_process(main, Signal::KILL)?;
-            scene.until("another main process", || Ok(scene.main()? != main))?;
-            for connection in &mut parked {
-                connection.ask(&get("/")).await.context("a parked connection was lost in a crash")?;
+            let _ = finish(reload);
+            // After the takeover the connections are those of the successor, which has no duplicates yet.
+            Ok(if scene.main()? == main { Fate::Kept } else { Fate::Unknown })
+        })
+    }),
+    event("two KILLs at random moments of the backup", Cost::CrashedProcess, 3, |scene, random| {
+        scene.container.inside(async || {
+            let mut connections = scene.connections().await?;
+            for limit in [10_000, 1_000] {
+                scene.pause(random, limit);
+                scene.crash(Signal::KILL)?;
+            }
+            // Each connection is either closed, or answers as if nothing had happened.
+            for connection in &mut connections {
+                if let Ok(answer) = connection.ask(&get("/")).await {
+                    ensure!(answer.status == 200, "a connection received {} after a crash", answer.status);
+                    connection
+                        .ask(&get("/"))
+                        .await
+                        .context("a connection was answered once and then closed")?;
+                }
             }
             Ok(())
         })
@@ -270,6 +298,40 @@ impl Scene {
         };
         let parked = value("outlive_connections{stage=\"parked\"}")?;
         Ok(parked == value("outlive_connections_backed_up")? && parked.parse::<usize>()? >= PARKED)
+    }
+
+    /// New connections, each of which has been used once.
+    async fn connections(&self) -> Result<Vec<Connection>> {
+        let mut connections = Vec::new();
+        for _ in 0..PARKED {
+            let mut connection = Connection::open(&Container::target()).await?;
+            connection.ask(&get("/")).await?;
+            connections.push(connection);
+        }
+        Ok(connections)
+    }
+
+    /// Runs `fault` when parked connections have duplicates in the store. They must be answered afterwards, unless their
+    /// fate is unknown.
+    fn with_parked(&self, fault: impl AsyncFnOnce() -> Result<Fate> + Send) -> Result<()> {
+        self.container.inside(async || {
+            let mut parked = self.connections().await?;
+            self.until("duplicates of the parked connections", || self.has_backup())?;
+            if fault().await? == Fate::Kept {
+                for connection in &mut parked {
+                    connection.ask(&get("/")).await.context("a parked connection was lost in a crash")?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Sends a deadly signal to the main process, and waits until systemd has started the next one.
+    fn crash(&self, signal: Signal) -> Result<Fate> {
+        let main = self.main()?;
+        kill_process(main, signal)?;
+        self.until("another main process", || Ok(self.main()? != main))?;
+        Ok(Fate::Kept)
     }
 
     fn run(&self, command: &[&str]) -> Result<()> {

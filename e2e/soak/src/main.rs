@@ -59,7 +59,11 @@ fn main() -> Result<()> {
     let folder = Path::new(ROOT).join("target/soak");
     fs::create_dir_all(&folder)?;
     let mut reports = Vec::new();
-    for (name, systemd) in [("systemd 252", Systemd::V252), ("systemd 257", Systemd::V257)] {
+    for (name, systemd) in [
+        ("systemd 252", Systemd::V252),
+        ("systemd 257", Systemd::V257),
+        ("systemd of Debian unstable", Systemd::Unstable),
+    ] {
         let lines = soak(systemd, name, seed, flags.time).with_context(|| format!("{name}, seed {seed}"))?;
         let report = report::table(name, seed, flags.time, &lines);
         println!("{report}");

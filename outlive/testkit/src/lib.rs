@@ -49,13 +49,12 @@ macro_rules! on_each_systemd_and_unstable {
     };
 }
 
-/// As [`on_each_systemd`], for tests of packages: on Debian 12, 13 and unstable.
+/// As [`on_each_systemd`], for tests of packages: on Debian 12 and 13.
 #[macro_export]
 macro_rules! on_each_debian {
     ($($promise:ident)*) => {
         $crate::on_one! { debian_12 V252 $($promise)* }
         $crate::on_one! { debian_13 V257 $($promise)* }
-        $crate::on_one! { debian_unstable Unstable $($promise)* }
     };
 }
 

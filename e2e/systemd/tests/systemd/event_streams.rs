@@ -19,7 +19,7 @@ use crate::{app_binary, boot_with_tls, tls_target};
 const STREAMS: usize = 200;
 /// How many of them are on one HTTP/2 connection.
 const STREAMS_OF_CONNECTION: usize = 5;
-const RESTARTS: usize = 30;
+const RESTARTS: usize = 10;
 
 on_each_systemd! {
     event_streams_lose_no_event_over_restarts_and_reloads

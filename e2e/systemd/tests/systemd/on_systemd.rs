@@ -65,11 +65,28 @@ on_each_systemd_and_unstable! {
 // Tests that need systemd 254, which this machine need not have.
 on_one! { from_254_on_systemd_257 V257
     failing_release_is_restarted_with_increasing_delays
+    memory_pressure_is_watched_inside_the_sandbox_before_and_after_a_reload
     preserved_store_keeps_connections_over_stop_and_start
 }
 on_one! { from_254_on_systemd_unstable Unstable
     failing_release_is_restarted_with_increasing_delays
+    memory_pressure_is_watched_inside_the_sandbox_before_and_after_a_reload
     preserved_store_keeps_connections_over_stop_and_start
+}
+
+/// Only the kernel can report pressure for this file, so `memory_pressure_closes_the_eighth_of_the_idle_connections_that_is_longest_idle`
+/// (e2e/process) uses a FIFO.
+fn memory_pressure_is_watched_inside_the_sandbox_before_and_after_a_reload(systemd: Systemd) {
+    let container = boot(systemd);
+    for verb in ["start", "reload"] {
+        container.systemctl(verb).expect("the verb succeeds");
+        let main = container.show("MainPID").expect("systemctl show succeeds");
+        let group = container.show("ControlGroup").expect("systemctl show succeeds");
+        wait_until("the process watches its control group", || {
+            let open = container.run(&["ls", "-l", &format!("/proc/{main}/fd")]).expect("the process runs");
+            open.contains(&format!("{group}/memory.pressure"))
+        });
+    }
 }
 
 fn failing_release_is_restarted_with_increasing_delays(systemd: Systemd) {

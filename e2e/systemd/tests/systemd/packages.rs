@@ -15,7 +15,7 @@ use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::debian::{append, built_package, later_release, run};
 use testkit::load::{Load, Running};
-use testkit::{exclusive_cpu, on_each_debian, wait_until};
+use testkit::{exclusive_cpu, on_each_debian, on_one, wait_until};
 
 use crate::{FOLDER, NAME, app_binary, app_package};
 
@@ -33,6 +33,14 @@ on_each_debian! {
     upgrade_reloads_the_instances
     upgraded_process_runs_the_installed_file
     systemctl_sets_what_is_logged_and_a_reload_keeps_it
+    removal_drains_and_purge_leaves_no_file
+}
+
+// The tests that depend on the maintainer scripts and on systemd together; the others take minutes more on each Debian.
+on_one! { debian_unstable Unstable
+    install_opens_the_port_and_the_first_request_starts_the_service
+    upgrades_and_a_downgrade_under_load_have_no_client_impact
+    upgrade_keeps_stopped_disabled_and_masked_units_as_they_are
     removal_drains_and_purge_leaves_no_file
 }
 
