@@ -128,9 +128,15 @@ impl Program {
             humantime::format_duration(limit)
         );
         ensure!(status.success(), "could not start a successor: {path}: {status}");
-        let mut launched = Launched { outcome: outcome.into(), successor: None };
+        let mut launched = Launched { outcome: outcome.into(), successor: None, early: None };
         let line = launched.read_line(deadline)?;
-        let pid = line.strip_prefix("pid ").and_then(|pid| pid.parse().ok());
+        let mut pid = pid_in(&line);
+        // A successor that fails at once may report that before the intermediate process has written its pid. Both lines
+        // are in the pipe now.
+        if pid.is_none() && is_readable(&launched.outcome, Instant::now())? {
+            pid = pid_in(&launched.read_line(deadline)?);
+            launched.early = Some(line.clone());
+        }
         let pid = pid.with_context(|| {
             format!("{path} is not a release of this service: expected \"pid NUMBER\" from it, got {line:?}")
         })?;
@@ -138,6 +144,11 @@ impl Program {
         launched.successor = ProcessHandle::open(pid).ok();
         Ok(launched)
     }
+}
+
+/// The pid in the line that the intermediate process writes.
+fn pid_in(line: &str) -> Option<u32> {
+    line.strip_prefix("pid ")?.parse().ok()
 }
 
 /// Which connections the release in a binary can adopt: all if it is the binary of this process. All too for a file that
@@ -189,6 +200,8 @@ pub fn run_intermediate(program: &Program) -> Result<()> {
 pub struct Launched {
     outcome: File,
     successor: Option<ProcessHandle>,
+    /// The line that the successor wrote before its pid was known.
+    early: Option<String>,
 }
 
 impl Launched {
@@ -196,7 +209,11 @@ impl Launched {
     /// reports nothing within `limit` and the time that the predecessor has to decide. The successor has then exited or
     /// been killed.
     pub fn outcome(mut self, limit: Duration) -> Result<()> {
-        let outcome = match self.read_line(Instant::now() + limit + OUTCOME_LIMIT) {
+        let line = match self.early.take() {
+            Some(line) => Ok(line),
+            None => self.read_line(Instant::now() + limit + OUTCOME_LIMIT),
+        };
+        let outcome = match line {
             Ok(line) if line == OK => return Ok(()),
             Ok(line) if line.is_empty() => Err(anyhow!("the successor exited unexpectedly")),
             Ok(line) => Err(anyhow!(line)),
@@ -239,12 +256,17 @@ impl ResultPipe {
     /// Reports that this process is the main process of the service.
     pub fn ok(mut self) {
         // An error means that the process that waited has exited. The takeover has succeeded all the same.
-        let _ = writeln!(self.0, "{OK}");
+        let _ = self.write(OK);
     }
 
     /// Reports why this process does not take over.
     pub(super) fn failed(mut self, reason: &str) {
-        let _ = writeln!(self.0, "{}", reason.replace('\n', " "));
+        let _ = self.write(&reason.replace('\n', " "));
+    }
+
+    /// In one write, because the intermediate process may write its own line at the same time (pipe(7), `PIPE_BUF`).
+    fn write(&mut self, line: &str) -> io::Result<()> {
+        self.0.write_all(format!("{line}\n").as_bytes())
     }
 }
 

@@ -250,20 +250,43 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
     });
 }
 
-#[test]
-fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
+/// A service whose binary is replaced, after its start, by a shell script with these lines.
+fn start_and_replace(flags: &[&str], script: &str) -> (Service, TempDir) {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
-    // The service is started through a symbolic link, which a binary that hangs replaces below.
+    // The service is started through a symbolic link, which the script replaces.
     let path = folder.path().join("service");
     std::os::unix::fs::symlink(app_binary(), &path).expect("the symbolic link is made");
-    let binary = path.display().to_string();
-    let service = Service::start_in(&binary, &["--takeover-timeout", "500ms"], folder.path());
-    let mut service = service.expect("the service starts");
-    let hangs = folder.path().join("hangs");
-    std::fs::write(&hangs, "#!/bin/sh\nexec sleep 1000\n").expect("the file is written");
-    std::fs::set_permissions(&hangs, std::fs::Permissions::from_mode(0o755))
+    let service = Service::start_in(&path.display().to_string(), flags, folder.path());
+    let service = service.expect("the service starts");
+    let new = folder.path().join("new");
+    std::fs::write(&new, format!("#!/bin/sh\n{script}\n")).expect("the file is written");
+    std::fs::set_permissions(&new, std::fs::Permissions::from_mode(0o755))
         .expect("the file is made executable");
-    std::fs::rename(&hangs, &path).expect("the file is renamed");
+    std::fs::rename(&new, &path).expect("the file is renamed");
+    (service, folder)
+}
+
+/// The intermediate process and the successor write to the same pipe, so their lines can come in either order.
+#[test]
+fn a_successor_that_fails_before_its_pid_is_known_is_reported_with_its_reason() {
+    // No process has this pid, because it is the maximum of `kernel.pid_max`.
+    let (mut service, _folder) = start_and_replace(&[], "echo 'the file is invalid'; echo pid 4194304");
+    service.signal(Signal::HUP);
+    let status = service.notifications.wait_for_status("last reload failed: ").expect("the status is sent");
+    assert!(status.ends_with("last reload failed: the file is invalid"), "{status}");
+}
+
+#[test]
+fn a_binary_that_is_no_release_of_the_service_is_reported_with_its_output() {
+    let (mut service, _folder) = start_and_replace(&[], "echo hello");
+    service.signal(Signal::HUP);
+    let status = service.notifications.wait_for_status("last reload failed: ").expect("the status is sent");
+    assert!(status.contains("is not a release of this service") && status.contains("\"hello\""), "{status}");
+}
+
+#[test]
+fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
+    let (mut service, _folder) = start_and_replace(&["--takeover-timeout", "500ms"], "exec sleep 1000");
     block_on(async {
         let mut connection = service.connect().await;
         for _ in 0..2 {
