@@ -20,6 +20,7 @@ pub use app::context::Shutdown;
 pub use app::event_stream::EventStream;
 pub use app::process::Process;
 pub use app::resumable::{Resumable, Resumed};
+pub use app::secret::Secret;
 pub use app::setup::{Setup, TaskOptions};
 pub use app::sockets::SocketStream;
 pub use app::testing;

@@ -1,11 +1,10 @@
 //! [`Setup`], on which an application registers everything besides its routes when it starts.
 
-use std::io::Read;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, ensure};
+use anyhow::Context;
 use axum::Router;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -21,10 +20,6 @@ use crate::app::readiness::Check;
 use crate::app::sockets::{SocketHandler, SocketKind, SocketSource, SocketStream};
 use crate::app::tasks::{self, Begin, Task};
 use crate::os::credentials::Credentials;
-
-/// The maximum size of a credential in bytes. It is systemd's limit for all credentials of a unit together
-/// (systemd.exec(5)).
-const CREDENTIAL_LIMIT: u64 = 1024 * 1024;
 
 /// How long all exit hooks together may take.
 const HOOKS_LIMIT: Duration = Duration::from_secs(5);
@@ -115,7 +110,7 @@ impl Setup {
 
     /// The content of a credential of the unit (`LoadCredential=`, systemd.exec(5)); `None` if the unit has no
     /// credentials. After a reload it is the content with which the unit was started, because systemd reads credentials
-    /// at a start only.
+    /// at a start only. For a password that can also be an option, [`Secret`](crate::Secret) is simpler.
     ///
     /// # Errors
     /// If the unit has credentials but not this one, or if it cannot be read or is larger than 1 MiB.
@@ -127,12 +122,8 @@ impl Setup {
     /// # }
     /// ```
     pub fn credential(&self, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
-        let Some(file) = self.credentials.open(name) else { return Ok(None) };
-        let mut content = Vec::new();
-        let could_not = || format!("could not read the credential {name:?}");
-        file?.take(CREDENTIAL_LIMIT + 1).read_to_end(&mut content).with_context(could_not)?;
-        ensure!(content.len() as u64 <= CREDENTIAL_LIMIT, "the credential {name:?} is larger than 1 MiB");
-        Ok(Some(content))
+        let content = self.credentials.read(name).transpose()?;
+        Ok(content.map(|mut content| std::mem::take(&mut *content)))
     }
 
     /// The names of the sockets that the application can claim, in alphabetical order: those of systemd

@@ -4,12 +4,19 @@
 //! receives their directory from its predecessor, as an open file descriptor.
 
 use std::fs::File;
+use std::io::Read;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use rustix::fs::{Mode, OFlags, open, openat};
+use rustix::io::Errno;
+use zeroize::Zeroizing;
+
+/// The maximum size of a credential in bytes. It is systemd's limit for all credentials of a unit together
+/// (systemd.exec(5)).
+const LIMIT: u64 = 1024 * 1024;
 
 /// The directory of the credentials, if the unit has any.
 #[derive(Clone, Default)]
@@ -40,5 +47,71 @@ impl Credentials {
         let folder = self.0.as_ref()?;
         let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
         Some(file.map(File::from).with_context(|| format!("could not read the credential {name:?}")))
+    }
+
+    /// The content of the credential `name`. `None` if the unit has no credentials. Fails if it is larger than
+    /// [`LIMIT`].
+    pub fn read(&self, name: &str) -> Option<anyhow::Result<Zeroizing<Vec<u8>>>> {
+        Some(self.open(name)?.and_then(|file| {
+            // Enough room for all, because a vector that grows leaves a copy in memory that is not overwritten.
+            let length = file.metadata().map_or(0, |metadata| metadata.len().min(LIMIT));
+            let mut content = Zeroizing::new(Vec::with_capacity(usize::try_from(length)? + 1));
+            let could_not = || format!("could not read the credential {name:?}");
+            file.take(LIMIT + 1).read_to_end(&mut content).with_context(could_not)?;
+            ensure!(content.len() as u64 <= LIMIT, "the credential {name:?} is larger than 1 MiB");
+            Ok(content)
+        }))
+    }
+
+    /// The text of the credential `name`, without one newline at its end. `None` if the unit does not have it. Fails if
+    /// it is not valid UTF-8.
+    pub fn text(&self, name: &str) -> anyhow::Result<Option<String>> {
+        let content = match self.read(name) {
+            None => return Ok(None),
+            Some(Err(error)) if error.downcast_ref() == Some(&Errno::NOENT) => return Ok(None),
+            Some(content) => content?,
+        };
+        let text = std::str::from_utf8(&content);
+        let text = text.with_context(|| format!("invalid credential {name:?}: expected UTF-8"))?;
+        Ok(Some(text.strip_suffix('\n').unwrap_or(text).to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn credentials(files: &[(&str, &[u8])]) -> (tempfile::TempDir, Credentials) {
+        let folder = tempfile::tempdir().expect("a temporary folder is made");
+        for (name, content) in files {
+            std::fs::write(folder.path().join(name), content).expect("the file is written");
+        }
+        let fd = File::open(folder.path()).expect("the folder opens");
+        (folder, Credentials::of_predecessor(fd.into()))
+    }
+
+    #[test]
+    fn text_of_a_credential_lacks_one_newline_at_its_end() {
+        for (content, text) in [("a b\n", "a b"), ("a\n\n", "a\n"), ("a", "a"), ("", ""), ("\n", "")] {
+            let (_folder, credentials) = credentials(&[("x", content.as_bytes())]);
+            assert_eq!(credentials.text("x").expect("valid UTF-8").as_deref(), Some(text));
+        }
+    }
+
+    #[test]
+    fn missing_credential_has_no_text() {
+        let (_folder, credentials) = credentials(&[]);
+        assert_eq!(credentials.text("x").expect("it is not an error"), None);
+        assert_eq!(Credentials::default().text("x").expect("it is not an error"), None);
+    }
+
+    #[test]
+    fn credential_that_is_not_text_or_too_large_is_refused_without_its_content() {
+        let large = vec![b'x'; usize::try_from(LIMIT).expect("a small number") + 1];
+        let (_folder, credentials) = credentials(&[("binary", b"hunter\xff"), ("large", &large)]);
+        for name in ["binary", "large"] {
+            let error = format!("{:#}", credentials.text(name).expect_err("it is refused"));
+            assert!(error.contains(&format!("{name:?}")) && !error.contains("hunter"), "{error}");
+        }
     }
 }
