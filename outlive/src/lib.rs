@@ -24,6 +24,6 @@ pub use app::secret::Secret;
 pub use app::setup::{Setup, TaskOptions};
 pub use app::sockets::SocketStream;
 pub use app::testing;
-pub use lifecycle::{command, run};
+pub use lifecycle::{command, command_with, run, run_with};
 pub use prometheus;
 pub use transport::stream::Peer;

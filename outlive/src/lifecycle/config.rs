@@ -19,10 +19,6 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 pub struct Config {
-    /// What to do instead of serving requests.
-    #[arg(value_enum)]
-    pub command: Option<Command>,
-
     /// Address to listen on: 127.0.0.1:8080, [::1]:8080, /run/x.sock, unix:/run/x.sock or unix:@abstract. Ignored if the
     /// process inherits listening sockets, as from a socket unit. Prefix the address with http=, https= (TLS) or admin=
     /// (/healthz, /readyz, /metrics) to choose the protocol, or with another name that the application uses for a socket of
@@ -105,10 +101,11 @@ pub struct Config {
     pub log: Option<String>,
 }
 
+/// The commands of the library.
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Command {
-    /// Check the configuration: start the service and bind the listeners, but serve no request. Exit with 0 if that works;
-    /// otherwise print the reason and fail. It fails if another process listens on the same address; pass
+    /// Check the configuration: start the service and bind the listeners, but serve no request. If that works, print
+    /// each option with its value and where it comes from, and exit with 0; otherwise print the reason and fail. It fails if another process listens on the same address; pass
     /// --listen 127.0.0.1:0 to use a free port.
     Check,
     /// Reload the running service: start a successor and wait until it has taken over. Use it in ExecReload=, with

@@ -4,18 +4,20 @@
 //! A process that serves starts (`start.rs`), serves (`serve.rs`) and stops (`stop.rs`); each step consumes the value
 //! that the step before it returned.
 
+use std::convert::Infallible;
 use std::process::ExitCode;
 use std::sync::Arc;
 
 use anyhow::Context;
 use axum::Router;
-use clap::Parser;
+use clap::{Parser, Subcommand};
 use tokio_util::sync::CancellationToken;
 
 use crate::app::process::Process;
 use crate::app::setup::Setup;
-use crate::lifecycle::cli::{self, CommandLine};
-use crate::lifecycle::config::Command;
+use crate::lifecycle::cli::{self, Action, CommandLine};
+use crate::lifecycle::own_command;
+use crate::lifecycle::runtime::Runtime;
 use crate::lifecycle::start::{Boot, Started, call_start, endpoint_kinds};
 use crate::listeners::{self, Inherited, NamedSockets, Purpose};
 use crate::observe::log;
@@ -62,8 +64,74 @@ where
     C: Parser,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
+    run_with(start, async |command: Infallible, _: C, _: &mut Setup| match command {})
+}
+
+/// As [`run`], for a service that has commands of its own, such as `shop migrate`.
+///
+/// `D` has the commands. `execute` receives the command of the command line, the application's options, and a [`Setup`].
+/// The process has the options, variables, credentials and log of the service, but it listens on no socket, takes none
+/// from systemd, sends no message to the service manager, and begins no background task. Options of the service may stand
+/// before and after the command; the arguments of a command have no variables and are not in the file of `--config`.
+///
+/// SIGTERM, SIGINT and SIGHUP cancel [`Setup::shutdown`], at which `execute` should return soon. A second signal ends the
+/// process at once. The exit code is 0 if `execute` returns `Ok`, and 1 after an error, which is logged in one line; the
+/// codes of `run` have the same meaning here. The functions of [`Setup::on_exit`] run before the exit.
+///
+/// ```no_run
+/// use axum::{Router, routing::get};
+/// use outlive::Setup;
+///
+/// /// Sells things.
+/// #[derive(clap::Parser)]
+/// #[command(version, about)]
+/// struct Config {
+///     /// Password of the database: the unit's credential `database-password`.
+///     #[arg(long)]
+///     database_password: outlive::Secret,
+/// }
+///
+/// #[derive(clap::Subcommand)]
+/// enum Command {
+///     /// Bring the tables of the database up to date.
+///     Migrate {
+///         /// Only print what would be done.
+///         #[arg(long)]
+///         dry_run: bool,
+///     },
+/// }
+///
+/// async fn start(_: Config, _: &mut Setup) -> anyhow::Result<Router> {
+///     Ok(Router::new().route("/", get("hello\n")))
+/// }
+///
+/// async fn execute(command: Command, _: Config, setup: &mut Setup) -> anyhow::Result<()> {
+///     match command {
+///         Command::Migrate { dry_run } => {
+///             tracing::info!(dry_run, "the tables are up to date");
+///             anyhow::ensure!(!setup.shutdown().is_cancelled(), "stopped before the last table");
+///         }
+///     }
+///     Ok(())
+/// }
+///
+/// fn main() -> std::process::ExitCode {
+///     outlive::run_with(start, execute)
+/// }
+/// ```
+///
+/// # Panics
+/// If an option of `C` has the name of an option of the library, if a command of `D` is called `check` or `takeover`, or
+/// if an option of such a command has the name of an option of `C` or of the library.
+pub fn run_with<C, D, S, R>(start: S, execute: R) -> ExitCode
+where
+    C: Parser,
+    D: Subcommand,
+    S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
+    R: AsyncFnOnce(D, C, &mut Setup) -> anyhow::Result<()>,
+{
     let _flush = FlushAtEnd;
-    match try_run(start) {
+    match try_run(start, execute) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             // The prefix gives the line the priority "error" in the journal (sd-daemon(3)).
@@ -86,62 +154,43 @@ impl Drop for FlushAtEnd {
     }
 }
 
-/// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
-/// their time. The drop of tokio's own runtime would wait for a handler that blocks its thread, for any length of time.
-///
-/// [`Serving::stop`]: crate::lifecycle::serve::Serving::stop
-struct Runtime(Option<tokio::runtime::Runtime>);
-
-impl Runtime {
-    fn new() -> Result<Self> {
-        Ok(Self(Some(tokio::runtime::Runtime::new().context("could not start the runtime")?)))
-    }
-
-    fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
-        self.0.as_ref().expect("only `drop` takes the runtime").block_on(future)
-    }
-}
-
-impl Drop for Runtime {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
-fn try_run<C, S>(start: S) -> Result<()>
+fn try_run<C, D, S, R>(start: S, execute: R) -> Result<()>
 where
     C: Parser,
+    D: Subcommand,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
+    R: AsyncFnOnce(D, C, &mut Setup) -> anyhow::Result<()>,
 {
-    let program = Program::current(cli::position_of_takeover::<C>)
+    let program = Program::current(cli::position_of_takeover::<C, D>)
         .context("could not find out the path of this binary")?;
     match takeover::role() {
-        Role::First => run_initial(start, program),
+        Role::First => run_initial(start, execute, program),
         Role::Intermediate => Ok(takeover::run_intermediate(&program)?),
-        Role::Successor => run_successor(start, program),
+        Role::Successor => run_successor::<C, D, S>(start, program),
     }
 }
 
 /// Runs a process that was started by a service manager or from a shell, and not by a reload.
-fn run_initial<C, S>(start: S, program: Program) -> Result<()>
+fn run_initial<C, D, S, R>(start: S, execute: R, program: Program) -> Result<()>
 where
     C: Parser,
+    D: Subcommand,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
+    R: AsyncFnOnce(D, C, &mut Setup) -> anyhow::Result<()>,
 {
-    let line = CommandLine::read().inspect_err(|failure| {
+    let line: CommandLine<C, D> = CommandLine::read().inspect_err(|failure| {
         if program.is_takeover() {
             takeover::give_up(&failure.to_string());
         }
     })?;
     // These run before any thread exists, because they read and change the environment.
-    match line.command {
-        Some(Command::Takeover) => takeover::command(program, line.config.takeover_timeout),
-        Some(Command::Check) => check(line, start),
-        None => {
+    match line.action {
+        Action::Takeover => takeover::command(program, line.config.takeover_timeout),
+        Action::Check => check(&line, start),
+        Action::Own => own_command::run(&line, execute),
+        Action::Serve => {
             let inherited = listeners::inherit(&line.config.listen)?;
-            let boot = Boot::new(line, inherited, program, Role::First)?;
+            let boot = Boot::new(&line, inherited, program, Role::First)?;
             let runtime = Runtime::new()?;
             match runtime.block_on(Started::new(boot, start))? {
                 Some(started) => runtime.block_on(serve(started, None)),
@@ -152,13 +201,14 @@ where
 }
 
 /// Runs a process that a reload started.
-fn run_successor<C, S>(start: S, program: Program) -> Result<()>
+fn run_successor<C, D, S>(start: S, program: Program) -> Result<()>
 where
     C: Parser,
+    D: Subcommand,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     let mut predecessor = PredecessorLink::find()?;
-    match start_successor(start, program, &mut predecessor) {
+    match start_successor::<C, D, S>(start, program, &mut predecessor) {
         Ok((runtime, Some(started))) => runtime.block_on(serve(started, Some(predecessor))),
         Ok((_, None)) => Ok(()),
         Err(failure) => {
@@ -170,18 +220,19 @@ where
 
 /// Does everything that can fail in a successor. Until it returns, the predecessor has the connections and keeps
 /// serving.
-fn start_successor<C, S>(
+fn start_successor<C, D, S>(
     start: S,
     program: Program,
     predecessor: &mut PredecessorLink,
 ) -> Result<(Runtime, Option<Started>)>
 where
     C: Parser,
+    D: Subcommand,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
-    let line: CommandLine<C> = CommandLine::read()?;
+    let line: CommandLine<C, D> = CommandLine::read()?;
     let inherited = predecessor.inherit(line.config.takeover_timeout).map_err(Failure::unavailable)?;
-    let boot = Boot::new(line, inherited, program, Role::Successor)?;
+    let boot = Boot::new(&line, inherited, program, Role::Successor)?;
     let runtime = Runtime::new()?;
     let started = runtime.block_on(Started::new(boot, start))?;
     Ok((runtime, started))
@@ -195,25 +246,29 @@ async fn serve(started: Started, predecessor: Option<PredecessorLink>) -> Result
 
 /// The command `check`: starts the service up to the point at which it would serve.
 #[expect(clippy::print_stdout, reason = "the result of the command")]
-fn check<C, S>(line: CommandLine<C>, start: S) -> Result<()>
+fn check<C, D, S>(line: &CommandLine<C, D>, start: S) -> Result<()>
 where
+    C: Parser,
+    D: Subcommand,
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
-    let mut inherited = listeners::inherit(&line.config.listen)?;
-    inherited.listen_for_check(&line.config.listen)?;
-    log::init(line.name.clone(), line.config.log.as_deref(), 1)?;
+    let config = &line.config;
+    let mut inherited = listeners::inherit(&config.listen)?;
+    let service = line.service(&inherited.credentials)?;
+    inherited.listen_for_check(&config.listen)?;
+    log::init(line.name.clone(), config.log.as_deref(), 1)?;
     line.warn_of_unknown_variables();
-    let CommandLine { config, service: own, .. } = line;
-    endpoint_kinds(&config, &inherited)?;
+    endpoint_kinds(config, &inherited)?;
     let Inherited { mut listeners, named, credentials, socket_files, .. } = inherited;
     let sockets = Arc::new(NamedSockets::new(named, &config.listen, socket_files, Purpose::Check));
     Runtime::new()?.block_on(async {
         let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials, sockets.clone());
-        drop(call_start(start, own, &mut setup, config.start_timeout).await?);
+        drop(call_start(start, service.options, &mut setup, config.start_timeout).await?);
         listeners.extend(sockets.finish().map_err(Failure::config)?.0);
         setup.hooks.run().await;
         Ok::<_, Failure>(())
     })?;
+    print!("{}", cli::table(&service.values));
     println!("ready to serve on {}", listeners::labels(&listeners));
     Ok(())
 }

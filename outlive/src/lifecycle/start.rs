@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, anyhow};
 use axum::Router;
+use clap::{Parser, Subcommand};
 use futures_util::FutureExt;
 use tokio::time::{interval, timeout};
 use tokio_util::sync::CancellationToken;
@@ -49,7 +50,10 @@ const MORE_TIME: Duration = Duration::from_secs(5);
 
 /// The input of a start: the configuration, and what the process inherited.
 pub struct Boot<C> {
-    line: CommandLine<C>,
+    name: String,
+    config: Config,
+    /// The application's options.
+    service: C,
     inherited: Inherited,
     program: Program,
     role: Role,
@@ -57,16 +61,23 @@ pub struct Boot<C> {
     logging: log::Control,
 }
 
-impl<C> Boot<C> {
+impl<C: Parser> Boot<C> {
     /// Must be called before the runtime starts its threads; see [`rlimit::make_room`].
-    pub fn new(line: CommandLine<C>, inherited: Inherited, program: Program, role: Role) -> Result<Self> {
+    pub fn new<D: Subcommand>(
+        line: &CommandLine<C, D>,
+        inherited: Inherited,
+        program: Program,
+        role: Role,
+    ) -> Result<Self> {
+        let service = line.service(&inherited.credentials)?.options;
         let from_store = handover::next_generation(&inherited.channels);
         let process = Process::begin(from_store.or(inherited.generation).unwrap_or(1));
         // Before `log::init`, which starts a thread.
         rlimit::make_room(line.config.max_connections);
         let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
         line.warn_of_unknown_variables();
-        Ok(Self { line, inherited, program, role, process, logging })
+        let (name, config) = (line.name.clone(), line.config.clone());
+        Ok(Self { name, config, service, inherited, program, role, process, logging })
     }
 }
 
@@ -97,8 +108,7 @@ impl Started {
     where
         S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
     {
-        let Boot { line, mut inherited, program, role, process, logging } = boot;
-        let CommandLine { name, config, service: own, .. } = line;
+        let Boot { name, config, service, mut inherited, program, role, process, logging } = boot;
         let mut signals = Signals::new().context("could not watch for signals")?;
         inherited.listen(&config.listen, &name)?;
         let mut kinds = endpoint_kinds(&config, &inherited)?;
@@ -108,7 +118,7 @@ impl Started {
         let shutdown = CancellationToken::new();
         let mut setup = Setup::new(process, shutdown.clone(), credentials.clone(), sockets.clone());
         let routes = tokio::select! {
-            routes = call_start(start, own, &mut setup, config.start_timeout) => routes?,
+            routes = call_start(start, service, &mut setup, config.start_timeout) => routes?,
             // A successor does not ask, because systemd ignores it as long as the predecessor is the main process.
             never = ask_for_time_to_start(), if role == Role::First => match never {},
             () = signals.terminated() => {

@@ -40,6 +40,8 @@ pub enum Purpose {
     Serve,
     /// The command `check`, to which systemd passes no sockets. A socket that is missing is replaced by another one.
     Check,
+    /// A command of the application, which has no sockets.
+    Command,
 }
 
 /// See the module documentation.
@@ -116,6 +118,7 @@ impl NamedSockets {
 
     /// Takes all sockets called `name` out of `state`, or binds one.
     fn take(&self, state: &mut State, name: &str, kind: SocketKind) -> anyhow::Result<Vec<NamedSocket>> {
+        ensure!(self.purpose != Purpose::Command, "a command of the service has no sockets");
         let is_new = state.claimed.insert(name.to_owned());
         let mut taken: Vec<_> =
             state.unclaimed.extract_if(.., |socket| socket.name.as_str() == name).collect();
@@ -295,6 +298,13 @@ mod tests {
         let (listeners, others) = sockets.finish().expect("both are claimed");
         assert_eq!(listeners[0].name.as_str(), "b");
         assert_eq!(others.duplicates[0].1.listener, "a");
+    }
+
+    #[test]
+    fn command_of_the_application_has_no_sockets() {
+        let sockets = sockets(Vec::new(), &[], Purpose::Command);
+        let message = error(sockets.claim("a", SocketKind::UdpSocket));
+        assert!(message.ends_with("a command of the service has no sockets"), "{message}");
     }
 
     #[test]

@@ -15,9 +15,11 @@ pub struct Failure {
     error: anyhow::Error,
 }
 
-/// The exit codes in use, those of `sysexits.h`; `systemctl status` shows their names.
+/// The exit codes in use. Those other than 1 are of `sysexits.h`; `systemctl status` shows their names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
+    /// A command of the application failed.
+    Command = 1,
     /// A resource is not available, for example an address that is in use, or the application's database.
     Unavailable = 69,
     /// An internal error.
@@ -30,6 +32,10 @@ pub enum Exit {
 pub type Result<T, E = Failure> = std::result::Result<T, E>;
 
 impl Failure {
+    pub fn command(error: impl Into<anyhow::Error>) -> Self {
+        Self { exit: Exit::Command, error: error.into() }
+    }
+
     pub fn config(error: impl Into<anyhow::Error>) -> Self {
         Self { exit: Exit::Config, error: error.into() }
     }

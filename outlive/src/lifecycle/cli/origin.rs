@@ -1,0 +1,122 @@
+//! Where the value of each option comes from, as `check` prints it.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgMatches};
+
+use super::given::Given;
+use super::syntax::is_option;
+use crate::app::secret::{self, HIDDEN};
+
+/// The widest value after which the origins are still aligned. A wider one moves its own origin only.
+const WIDEST: usize = 40;
+
+/// Where a value comes from, in the order in which one replaces another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    Flag,
+    /// The environment variable of this name.
+    Variable(String),
+    /// The line of the file.
+    #[cfg_attr(not(feature = "config-file"), expect(dead_code, reason = "only files give values with lines"))]
+    File(PathBuf, usize),
+    Credential,
+    Default,
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Flag => f.write_str("flag"),
+            Self::Variable(name) => write!(f, "variable {name}"),
+            Self::File(path, line) => write!(f, "file {}:{line}", path.display()),
+            Self::Credential => f.write_str("credential"),
+            Self::Default => f.write_str("default"),
+        }
+    }
+}
+
+/// An option, its value as text, and where that comes from.
+#[derive(Debug, PartialEq, Eq)]
+pub struct OptionValue {
+    pub name: String,
+    pub value: String,
+    pub origin: Origin,
+}
+
+/// The values of all options of `command` in the order of `--help`. Secrets are hidden.
+pub fn values(command: &clap::Command, matches: &ArgMatches, given: &[Given]) -> Vec<OptionValue> {
+    let options = command.get_arguments().filter(|arg| is_option(arg));
+    options
+        .map(|arg| OptionValue {
+            name: arg.get_long().unwrap_or_default().to_owned(),
+            value: shown(arg, matches),
+            origin: origin(arg, matches, given),
+        })
+        .collect()
+}
+
+fn origin(arg: &Arg, matches: &ArgMatches, given: &[Given]) -> Origin {
+    if let Some(given) = given.iter().find(|given| given.id == *arg.get_id()) {
+        return given.origin.clone();
+    }
+    match matches.value_source(arg.get_id().as_str()) {
+        Some(ValueSource::CommandLine) => Origin::Flag,
+        Some(ValueSource::EnvVariable) => {
+            let name = arg.get_env().unwrap_or_default();
+            Origin::Variable(name.to_string_lossy().into_owned())
+        }
+        _ => Origin::Default,
+    }
+}
+
+/// `-` for an option without a value. Control characters are escaped, so that each option has one line.
+fn shown(arg: &Arg, matches: &ArgMatches) -> String {
+    let Some(values) = matches.get_raw(arg.get_id().as_str()) else { return "-".into() };
+    if secret::is_secret(arg) || arg.is_hide_env_values_set() {
+        return HIDDEN.into();
+    }
+    let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
+    let text = values.join(",");
+    if text.is_empty() || text.contains(char::is_control) { format!("{text:?}") } else { text }
+}
+
+/// One line for each option, in columns.
+pub fn table(values: &[OptionValue]) -> String {
+    let width = |text: &str| text.chars().count();
+    let names = values.iter().map(|option| width(&option.name)).max().unwrap_or_default();
+    let widths = values.iter().map(|option| width(&option.value)).filter(|width| *width <= WIDEST);
+    let widest = widths.max().unwrap_or_default();
+    let line = |option: &OptionValue| {
+        let OptionValue { name, value, origin } = option;
+        format!("{name:names$}  {value:widest$}  {origin}\n")
+    };
+    values.iter().map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn table_has_aligned_columns_although_one_value_is_long() {
+        let option =
+            |name: &str, value: &str, origin| OptionValue { name: name.into(), value: value.into(), origin };
+        let long = "x".repeat(WIDEST + 1);
+        let values = [
+            option("listen", "127.0.0.1:0", Origin::Flag),
+            option("drain-timeout", "1s", Origin::Variable("SHOP_DRAIN_TIMEOUT".into())),
+            option("url", &long, Origin::File("/etc/shop.toml".into(), 3)),
+            option("log", "-", Origin::Default),
+        ];
+        let expected = format!(
+            "listen         127.0.0.1:0  flag\n\
+             drain-timeout  1s           variable SHOP_DRAIN_TIMEOUT\n\
+             url            {long}  file /etc/shop.toml:3\n\
+             log            -            default\n"
+        );
+        assert_eq!(table(&values), expected);
+    }
+}
