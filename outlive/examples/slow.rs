@@ -1,5 +1,5 @@
-//! A service for tests: its start, its end or its requests wait for a file, or its start panics. `tests/examples.rs`
-//! tests time limits, signals, panics and the watchdog with it.
+//! A service for tests: its start, its end, its requests or its command wait for a file, or its start panics.
+//! `tests/examples.rs` tests time limits, signals, panics and the watchdog with it.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -27,6 +27,18 @@ enum When {
     /// The handler blocks its worker thread, which a handler must never do.
     Request,
     /// The start panics and does not wait.
+    Panic,
+}
+
+#[derive(clap::Subcommand)]
+enum Command {
+    /// Wait for the file of --until, or for a stop signal.
+    Wait {
+        /// Block the thread, and wait for the file only.
+        #[arg(long)]
+        block: bool,
+    },
+    /// Panic.
     Panic,
 }
 
@@ -63,6 +75,29 @@ async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Rou
     }
 }
 
+async fn execute(command: Command, config: Config, setup: &mut outlive::Setup) -> anyhow::Result<()> {
+    setup.on_exit("say goodbye", async {
+        info!("the exit hook runs");
+        Ok(())
+    });
+    setup.background("never", async |_| Ok(()));
+    let stop = setup.shutdown();
+    info!("waiting for the file");
+    match command {
+        Command::Panic => panic!("on purpose"),
+        Command::Wait { block: true } => {
+            while !config.until.exists() {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        Command::Wait { block: false } => {
+            let found = stop.run_until_cancelled(file(&config.until)).await;
+            anyhow::ensure!(found.is_some(), "stopped before the file was there");
+        }
+    }
+    Ok(())
+}
+
 async fn file(path: &Path) {
     while !path.exists() {
         tokio::time::sleep(Duration::from_millis(5)).await;
@@ -70,5 +105,5 @@ async fn file(path: &Path) {
 }
 
 fn main() -> ExitCode {
-    outlive::run(start)
+    outlive::run_with(start, execute)
 }

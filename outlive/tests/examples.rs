@@ -1,8 +1,9 @@
 //! Tests of the binaries in `examples`: WebSockets, background tasks, readiness checks, exit hooks and errors of `start`
-//! over restarts and reloads. `chat`, `ingest`, `minimal` and `state` are for readers; `slow` exists for these tests.
+//! over restarts and reloads, secrets, and commands of a service. `slow` exists for these tests; the others are for readers.
 
 use std::net::UdpSocket;
 use std::path::PathBuf;
+use std::process::Command;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
@@ -471,4 +472,161 @@ fn a_panic_in_start_fails_the_start() {
     let (code, _, log) = run_to_end(&mut command).expect("the process ends");
     assert_eq!(code, Some(70), "{log}");
     assert!(log.contains("slow: startup failed: panicked: on purpose"), "{log}");
+}
+
+/// The example `shop` with the credential `database-password`. The folder has it.
+fn shop(arguments: &[&str], password: &str) -> (Command, tempfile::TempDir) {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    std::fs::write(folder.path().join("database-password"), password).expect("the file is written");
+    let mut command = command(&example("shop"), arguments);
+    command.env("CREDENTIALS_DIRECTORY", folder.path());
+    (command, folder)
+}
+
+#[test]
+fn command_of_the_service_takes_no_sockets_and_sends_no_messages() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let mut notifications = Notifications::new().expect("the socket is made");
+    let (mut command, _folder) = shop(&["migrate", "--dry-run"], "open-sesame\n");
+    notifications.announce(&mut command);
+    command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0");
+    let inherited = listener.try_clone().expect("the socket is duplicated");
+    let (code, output, log) =
+        run_to_end(command.stdin(std::os::fd::OwnedFd::from(inherited))).expect("the process ends");
+    assert_eq!((code, output.as_str()), (Some(0), ""), "{log}");
+    assert!(log.contains("the table orders is up to date") && log.contains("dry_run=true"), "{log}");
+    // A process that takes a listener makes it non-blocking, also for the others that have it.
+    let flags = rustix::fs::fcntl_getfl(&listener).expect("the flags are known");
+    assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK), "{flags:?}");
+    // Messages arrive in order, so any other would be before this one.
+    let sender = std::os::unix::net::UnixDatagram::unbound().expect("the socket is made");
+    sender.send_to(b"LAST=1", notifications.path()).expect("the message is sent");
+    notifications.wait_for("LAST=1").expect("the message arrives");
+    assert_eq!(notifications.lines(), ["LAST=1"]);
+}
+
+#[test]
+fn failed_command_of_the_service_exits_with_1_and_one_line() {
+    let (mut command, _folder) = shop(&["migrate"], "wrong");
+    let (code, output, log) = run_to_end(&mut command).expect("the process ends");
+    assert_eq!((code, output.as_str()), (Some(1), ""), "{log}");
+    assert_eq!(log, "shop: the database refuses the password\n");
+}
+
+#[test]
+fn invalid_options_of_a_command_exit_with_78_and_one_line() {
+    for (arguments, expected) in [
+        (&["migrate", "--log", "x=loud"][..], "shop: invalid --log \"x=loud\": expected a log filter"),
+        (&["migrate", "--drain-timeout", "soon"], "shop: invalid value 'soon' for '--drain-timeout <TIME>'"),
+        (&["migrate", "--wet-run"], "shop: unexpected argument '--wet-run'"),
+        (&["migrato"], "shop: unrecognized subcommand 'migrato'"),
+    ] {
+        let (mut command, _folder) = shop(arguments, "open-sesame");
+        let (code, _, log) = run_to_end(&mut command).expect("the process ends");
+        assert_eq!(code, Some(78), "{log}");
+        assert!(log.starts_with(expected) && log.lines().count() == 1, "{log}");
+    }
+}
+
+#[test]
+fn check_shows_a_secret_and_its_origin_but_not_its_value() {
+    let (mut check, _folder) = shop(&["check", "--listen", "127.0.0.1:0"], "open-sesame");
+    let (code, output, log) = run_to_end(&mut check).expect("the process ends");
+    assert_eq!(code, Some(0), "{log}");
+    let line = output.lines().find(|line| line.starts_with("database-password "));
+    let words: Vec<_> = line.expect("the option is shown").split_whitespace().collect();
+    assert_eq!(words, ["database-password", "[secret]", "credential"]);
+    for arguments in [&["check", "--listen", "127.0.0.1:0"][..], &["--help"], &["-h"], &["check", "--bogus"]]
+    {
+        let mut command = command(&example("shop"), arguments);
+        let (_, output, log) =
+            run_to_end(command.env("SHOP_DATABASE_PASSWORD", "open-sesame")).expect("the process ends");
+        assert!(!format!("{output}{log}").contains("open-sesame"), "{output}{log}");
+    }
+}
+
+#[test]
+fn missing_secret_is_refused_with_the_name_of_its_credential() {
+    let (code, _, log) = run_to_end(&mut command(&example("shop"), &["migrate"])).expect("the process ends");
+    assert_eq!(code, Some(78), "{log}");
+    assert!(log.contains("LoadCredential=database-password:FILE") && log.lines().count() == 1, "{log}");
+}
+
+/// systemd does not give the credentials to the process of `ExecReload=`, so the successor has those of the old process.
+#[test]
+fn secret_from_a_credential_lasts_over_reloads() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let address = testkit::free_address();
+    let listen = address.to_string();
+    let (mut service, _credentials) = shop(&["--listen", &listen], "open-sesame");
+    let mut notifications = Notifications::new().expect("the socket is made");
+    notifications.announce(&mut service);
+    let mut service =
+        Process::spawn(service.env("RUNTIME_DIRECTORY", folder.path())).expect("the service starts");
+    notifications.wait_for("READY=1").expect("READY=1 is sent");
+    let mut main = String::new();
+    for _ in 0..2 {
+        let mut takeover = command(&example("shop"), &["takeover", "--listen", &listen]);
+        takeover.env("RUNTIME_DIRECTORY", folder.path()).env("NOTIFY_SOCKET", notifications.path());
+        takeover.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let status =
+            Process::spawn(&mut takeover).and_then(|mut process| process.wait()).expect("the process ends");
+        assert!(status.success(), "{status}");
+        main = notifications.wait_for("MAINPID=").expect("a successor takes over");
+    }
+    assert!(service.wait().expect("the process ends").success());
+    block_on(async {
+        let mut connection = Connection::open(&Target::Tcp(address)).await.expect("the service listens");
+        assert_eq!(connection.ask(&get("/")).await.expect("the server answers").text(), "shop");
+    });
+    terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+}
+
+/// The example `slow` with its command `wait`, and its log from the line on with which it begins to wait.
+fn waiting(block: &[&str]) -> (Process, impl Iterator<Item = String>) {
+    let mut command = command(&example("slow"), &[&["--when", "end", "wait"], block].concat());
+    let mut process = Process::spawn(&mut command).expect("the command starts");
+    let stderr = process.child().stderr.take().expect("the output is piped");
+    let mut lines =
+        std::io::BufRead::lines(std::io::BufReader::new(stderr)).map(|line| line.expect("valid UTF-8"));
+    lines.find(|line| line.contains("waiting for the file")).expect("the command waits");
+    (process, lines)
+}
+
+#[test]
+fn stop_signal_cancels_a_command_of_the_service() {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let (mut process, lines) = waiting(&[]);
+        process.signal(signal);
+        let status = process.wait().expect("the process ends");
+        let log: Vec<_> = lines.collect();
+        assert_eq!(status.code(), Some(1), "{log:?}");
+        assert_eq!(
+            log.last().map(String::as_str),
+            Some("slow: stopped before the file was there"),
+            "{log:?}"
+        );
+        assert!(log.iter().any(|line| line.contains("the exit hook runs")), "{log:?}");
+    }
+}
+
+#[test]
+fn second_stop_signal_ends_a_command_that_blocks_at_once() {
+    let (mut process, mut lines) = waiting(&["--block"]);
+    process.signal(Signal::TERM);
+    lines.find(|line| line.contains("received a stop signal")).expect("the signal is logged");
+    process.signal(Signal::TERM);
+    let status = process.wait().expect("the process ends");
+    let log: Vec<_> = lines.collect();
+    assert_eq!(status.code(), Some(1), "{log:?}");
+    assert!(log.last().is_some_and(|line| line.contains("cut off the command")), "{log:?}");
+}
+
+#[test]
+fn panic_of_a_command_of_the_service_exits_with_70() {
+    let mut command = command(&example("slow"), &["--when", "end", "panic"]);
+    let (code, _, log) = run_to_end(&mut command).expect("the process ends");
+    assert_eq!(code, Some(70), "{log}");
+    assert!(log.contains("slow: the command failed: panicked: on purpose"), "{log}");
+    assert!(log.contains("WARN task \"never\" did not run"), "{log}");
 }

@@ -1,10 +1,12 @@
-//! Tests of the debug binary without systemd and without root: options and limits, listeners, restarts and reloads.
+//! Tests of the debug binary without systemd and without root: options and limits, the configuration file, listeners,
+//! restarts and reloads.
 //!
 //! They form one test binary, because cargo runs test binaries one after the other. Most of these tests wait for
 //! timeouts, and only tests of the same binary can wait at the same time.
 
 mod abuse;
 mod cli_and_limits;
+mod configuration;
 mod idle_connections;
 mod linger;
 mod listeners;

@@ -71,6 +71,8 @@ fn code_in_documents_is_taken_from_examples() {
     for (document, example) in [
         ("README.md", "outlive/examples/minimal.rs"),
         ("docs/recipes/application.md", "e2e/links/src/app.rs"),
+        ("docs/recipes/commands.md", "outlive/examples/shop.rs"),
+        ("docs/recipes/configure.md", "outlive/examples/shop.rs"),
         ("docs/recipes/long-lived.md", "outlive/examples/chat.rs"),
         ("docs/recipes/sockets.md", "outlive/examples/ingest.rs"),
     ] {
