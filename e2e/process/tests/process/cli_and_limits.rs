@@ -804,7 +804,7 @@ fn invalid_options_and_their_variables_are_refused_by_their_names() {
 #[test]
 fn more_listeners_than_a_reload_can_pass_are_refused() {
     let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"].repeat(252));
-    assert_refused(&mut command, 78, &["too many listeners", "252", "ListenStream="]);
+    assert_refused(&mut command, 78, &["too many sockets", "252", "ListenStream="]);
 }
 
 #[test]

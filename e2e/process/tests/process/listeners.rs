@@ -58,18 +58,23 @@ async fn wait_for_in_flight(service: &TlsService) {
 // ---- names ----
 
 #[test]
-fn a_listener_with_an_unknown_name_is_refused() {
+fn a_socket_that_the_service_does_not_use_is_refused() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
     let mut command_with_fd = command(app_binary(), &[]);
     command_with_fd.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", "web");
     command_with_fd.stdin(std::os::fd::OwnedFd::from(listener));
     let (code, _, log) = run_to_end(&mut command_with_fd).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
-    assert!(log.contains("fd 0 (web)") && log.contains("invalid listener name \"web\""), "{log}");
+    let unused = "this service does not use a socket with the name web: expected one of admin http… https…";
+    assert!(log.contains(unused), "{log}");
     let (code, _, log) =
         run_to_end(&mut command(app_binary(), &["--listen", "web=127.0.0.1:0"])).expect("the process ends");
     assert_eq!(code, Some(78), "{log}");
-    assert!(log.contains("--listen") && log.contains("invalid listener name"), "{log}");
+    assert!(log.contains(unused), "{log}");
+    let (code, _, log) = run_to_end(&mut command(app_binary(), &["--listen", "connections=127.0.0.1:0"]))
+        .expect("the process ends");
+    assert_eq!(code, Some(78), "{log}");
+    assert!(log.contains("--listen") && log.contains("invalid socket name \"connections\""), "{log}");
 }
 
 #[test]
