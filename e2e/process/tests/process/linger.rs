@@ -51,23 +51,29 @@ impl Lingering {
 
     /// A connection whose request is in flight, and the pid of the process that answers it.
     async fn hold(&self) -> (Connection, i32) {
-        let mut connection = self.service.connect().await;
-        let (pid, _) = process_on(&mut connection).await;
+        let (mut connection, pid) = self.connect().await;
         connection.hold().await.expect("the request is in flight");
         (connection, pid)
     }
 
-    /// The pid of the process that serves. The one before may have accepted a connection just before the end of the reload.
+    /// The pid of the process that serves.
     async fn current(&self) -> i32 {
-        let current = async {
+        self.connect().await.1
+    }
+
+    /// A connection to the process that serves, and its pid. The process before may have accepted a connection just before
+    /// the end of the reload.
+    async fn connect(&self) -> (Connection, i32) {
+        let connected = async {
             loop {
-                let (pid, generation) = process_on(&mut self.service.connect().await).await;
+                let mut connection = self.service.connect().await;
+                let (pid, generation) = process_on(&mut connection).await;
                 if generation >= self.generation.get() {
-                    return pid;
+                    return (connection, pid);
                 }
             }
         };
-        timeout(TEST_TIMEOUT, current).await.expect("the new process answers in time")
+        timeout(TEST_TIMEOUT, connected).await.expect("the new process answers in time")
     }
 }
 
