@@ -227,7 +227,9 @@ async fn first_bytes(
                 FirstBytes::Idle
             });
         }
-        if driver.must_quiesce() { Poll::Ready(FirstBytes::Quiescent) } else { Poll::Pending }
+        // A connection that cannot move has to wait here for its last request: no other process would answer it.
+        let must_leave = driver.must_quiesce() && driver.state().is_movable();
+        if must_leave { Poll::Ready(FirstBytes::Quiescent) } else { Poll::Pending }
     })
     .await
 }
