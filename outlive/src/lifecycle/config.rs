@@ -9,6 +9,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, ValueEnum};
 
 use crate::listeners::Listen;
+use crate::observe::log::LogFormat;
 use crate::registry::Limits;
 
 /// How long a peer may take to read the last response of a connection and to close it.
@@ -99,6 +100,24 @@ pub struct Config {
     /// option is not set, RUST_LOG is used; if that is not set either, the default is info.
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
+
+    /// Format of the log. The default is journal if standard error is connected to the journal, otherwise text.
+    #[arg(long, value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+
+    /// Log a line for each request when its response begins, with target access and level info: id, method, path, route,
+    /// status, time until the response began, peer and protocol version. Requests to admin listeners are left out.
+    #[arg(
+        long,
+        value_name = "YES|NO",
+        num_args = 0..=1,
+        require_equals = true,
+        default_value = "no",
+        default_missing_value = "yes",
+        action = ArgAction::Set,
+        value_parser = yes_or_no()
+    )]
+    pub access_log: bool,
 }
 
 /// The commands of the library.

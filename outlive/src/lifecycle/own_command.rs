@@ -31,7 +31,7 @@ where
     let credentials = Credentials::of_environment().map_err(Failure::config)?;
     let service = line.service(&credentials)?;
     let command = service.command.context("the command line has no command")?;
-    log::init(line.name.clone(), line.config.log.as_deref(), 1)?;
+    log::init(line.name.clone(), line.config.log.as_deref(), line.config.log_format, 1)?;
     line.warn_of_unknown_variables();
     Runtime::new()?.block_on(async {
         let signals = Signals::new().context("could not watch for signals")?;

@@ -134,9 +134,7 @@ where
     match try_run(start, execute) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            // The prefix gives the line the priority "error" in the journal (sd-daemon(3)).
-            let level = if systemd::stderr_is_the_journal() { "<3>" } else { "" };
-            log::last_line(&format!("{level}{}: {failure}", cli::name::<C>()));
+            log::last_line(&cli::name::<C>(), &failure);
             failure.exit_code()
         }
     }
@@ -256,7 +254,7 @@ where
     let mut inherited = listeners::inherit(&config.listen)?;
     let service = line.service(&inherited.credentials)?;
     inherited.listen_for_check(&config.listen)?;
-    log::init(line.name.clone(), config.log.as_deref(), 1)?;
+    log::init(line.name.clone(), config.log.as_deref(), config.log_format, 1)?;
     line.warn_of_unknown_variables();
     endpoint_kinds(config, &inherited)?;
     let Inherited { mut listeners, named, credentials, socket_files, .. } = inherited;

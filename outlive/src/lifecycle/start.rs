@@ -36,7 +36,7 @@ use crate::os::rlimit;
 use crate::os::signals::Signals;
 use crate::os::systemd;
 use crate::registry::Registry;
-use crate::requests::Routes;
+use crate::requests::{AccessLog, Routes};
 use crate::server::{Acceptor, Queues, Server, allocator};
 use crate::takeover::{
     Adopter, OldProcesses, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket,
@@ -74,7 +74,8 @@ impl<C: Parser> Boot<C> {
         let process = Process::begin(from_store.or(inherited.generation).unwrap_or(1));
         // Before `log::init`, which starts a thread.
         rlimit::make_room(line.config.max_connections);
-        let logging = log::init(line.name.clone(), line.config.log.as_deref(), process.generation)?;
+        let Config { log: filter, log_format, .. } = &line.config;
+        let logging = log::init(line.name.clone(), filter.as_deref(), *log_format, process.generation)?;
         line.warn_of_unknown_variables();
         let (name, config) = (line.name.clone(), line.config.clone());
         Ok(Self { name, config, service, inherited, program, role, process, logging })
@@ -145,7 +146,8 @@ impl Started {
         let queues = Queues::default();
         let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks };
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
-        let routes = limited(routes);
+        let access_log = if config.access_log { AccessLog::On } else { AccessLog::Off };
+        let routes = limited(routes).with_access_log(access_log);
         let admin = limited(admin::router(admin).merge(more_admin));
         let endpoint = |(listener, kind): (&Listener, EndpointKind)| {
             let routes = match kind {

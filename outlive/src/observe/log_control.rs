@@ -128,6 +128,13 @@ fn set_target(control: &Control, name: &str) -> Result<()> {
         "console" => Target::Console,
         "null" => Target::Null,
         "journal" if control.first == Target::Journal => Target::Journal,
+        "journal" => {
+            return Err(Error::NotSupported(
+                "unsupported log target \"journal\": this process is not connected to journald (see --log-format); \
+                 expected console, null or auto"
+                    .into(),
+            ));
+        }
         _ => {
             return Err(Error::NotSupported(format!(
                 "unsupported log target {name:?}: expected journal, console, null or auto"

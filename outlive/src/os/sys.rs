@@ -1,12 +1,22 @@
-//! All `unsafe` code of the library: system calls and settings of jemalloc for which there is no safe crate.
+//! All `unsafe` code of the library: system calls, settings of jemalloc and a method of tracing for which there is no
+//! safe crate.
 
+use std::any::TypeId;
 use std::io;
+use std::iter::successors;
 use std::mem::{MaybeUninit, size_of};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tracing::span::{Attributes, Id, Record};
+use tracing::subscriber::Interest as CallsiteInterest;
+use tracing::{Event, Metadata};
+use tracing_subscriber::filter::LevelFilter;
+use tracing_subscriber::layer::{Context, Layer};
+use tracing_subscriber::registry::Registry;
 
 /// Takes ownership of a file descriptor of which only the number is known (`SERVER_STARTER_PORT`).
 ///
@@ -112,6 +122,116 @@ pub fn trim_heap() {
     // SAFETY: it may be called at any time, by any thread (MT-Safe), and moves no memory that is in use.
     unsafe {
         libc::malloc_trim(0);
+    }
+}
+
+/// A list of layers to which layers can be added while their subscriber is in use. Each must have a filter of its own
+/// ([`Filtered`](tracing_subscriber::filter::Filtered)), because the list itself disables nothing.
+///
+/// It is here because `downcast_raw` is unsafe. tracing-opentelemetry needs that method, and the `reload::Layer` of
+/// tracing-subscriber, which could also be filled later, does not have it.
+pub struct LayerList<L> {
+    layers: Rest<L>,
+    /// A layer that is never used. When a subscriber is built, it looks for the type of filters in each layer, and treats
+    /// this list as one of filters only if it finds it.
+    sample: L,
+}
+
+struct Rest<L>(OnceLock<Box<(L, Rest<L>)>>);
+
+/// A layer around another one.
+pub trait Wrapper {
+    /// The layer inside, whose parts a dispatcher can find by their type (`Dispatch::downcast_ref`).
+    fn wrapped(&self) -> &(dyn Layer<Registry> + Send + Sync);
+}
+
+impl<L> LayerList<L> {
+    pub fn new(sample: L) -> Self {
+        Self { layers: Rest(OnceLock::new()), sample }
+    }
+
+    /// Adds a layer at the end. If two threads add layers at once, both are added.
+    pub fn push(&self, layer: L) {
+        let mut rest = &self.layers;
+        let mut added = Box::new((layer, Rest(OnceLock::new())));
+        while let Err(refused) = rest.0.set(added) {
+            added = refused;
+            rest = &rest.0.get().expect("it refused the layer because it has one").1;
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = &L> {
+        successors(self.layers.0.get(), |added| added.1.0.get()).map(|added| &added.0)
+    }
+}
+
+impl<L: Layer<Registry> + Wrapper> Layer<Registry> for &'static LayerList<L> {
+    fn register_callsite(&self, metadata: &'static Metadata<'static>) -> CallsiteInterest {
+        for layer in self.iter() {
+            layer.register_callsite(metadata);
+        }
+        // Each filter has reported its interest to tracing-subscriber; `never` here would disable all other layers.
+        CallsiteInterest::always()
+    }
+
+    fn enabled(&self, metadata: &Metadata<'_>, context: Context<'_, Registry>) -> bool {
+        for layer in self.iter() {
+            layer.enabled(metadata, context.clone());
+        }
+        true
+    }
+
+    fn event_enabled(&self, event: &Event<'_>, context: Context<'_, Registry>) -> bool {
+        for layer in self.iter() {
+            layer.event_enabled(event, context.clone());
+        }
+        true
+    }
+
+    fn max_level_hint(&self) -> Option<LevelFilter> {
+        self.iter().try_fold(LevelFilter::OFF, |most, layer| Some(most.max(layer.max_level_hint()?)))
+    }
+
+    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_new_span(attributes, id, context.clone()));
+    }
+
+    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_record(id, values, context.clone()));
+    }
+
+    fn on_follows_from(&self, id: &Id, follows: &Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_follows_from(id, follows, context.clone()));
+    }
+
+    fn on_event(&self, event: &Event<'_>, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_event(event, context.clone()));
+    }
+
+    fn on_enter(&self, id: &Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_enter(id, context.clone()));
+    }
+
+    fn on_exit(&self, id: &Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_exit(id, context.clone()));
+    }
+
+    fn on_close(&self, id: Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_close(id.clone(), context.clone()));
+    }
+
+    fn on_id_change(&self, old: &Id, new: &Id, context: Context<'_, Registry>) {
+        self.iter().for_each(|layer| layer.on_id_change(old, new, context.clone()));
+    }
+
+    #[expect(unsafe_code, reason = "the method of the trait is unsafe")]
+    unsafe fn downcast_raw(&self, id: TypeId) -> Option<*const ()> {
+        // SAFETY: each layer returns a pointer to a value of the type `id`, as its contract demands. The value lives as
+        // long as `self`, because the list is static and no layer is ever removed or moved.
+        unsafe {
+            let find = |layer: &L| layer.wrapped().downcast_raw(id);
+            self.iter().find_map(find).or_else(|| self.sample.downcast_raw(id))
+        }
     }
 }
 

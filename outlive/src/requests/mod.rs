@@ -24,16 +24,18 @@ use http_body::Body as HttpBody;
 use humantime::FormattedDuration;
 use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use hyper::http::request::Parts;
-use hyper::{HeaderMap, Request, Response, StatusCode};
+use hyper::{HeaderMap, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
 use tokio::time::{Sleep, sleep_until};
 use tower::layer::layer_fn;
 use tower::{BoxError, Service, service_fn};
-use tracing::{Span, debug, debug_span, error};
+use tracing::field::Empty;
+use tracing::{Span, debug, debug_span, error, info};
 
 use crate::app::context::RequestContext;
-use crate::observe::metrics;
+use crate::observe::{log, metrics};
 use crate::registry::InFlight;
+use crate::transport::stream::Peer;
 use limited_body::Within;
 use route_labels::RouteLabels;
 
@@ -69,6 +71,21 @@ pub struct Routes {
     labels: RouteLabels,
     body_limit: usize,
     limit: Duration,
+    access_log: AccessLog,
+}
+
+/// Whether a line is logged for each request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AccessLog {
+    On,
+    Off,
+}
+
+/// What a line of the access log shows besides the fields of [`ResponseFuture`].
+#[derive(Clone, Copy)]
+struct Access {
+    peer: Option<Peer>,
+    version: Version,
 }
 
 impl Routes {
@@ -89,7 +106,14 @@ impl Routes {
             labels,
             body_limit: usize::try_from(body_limit).unwrap_or(usize::MAX),
             limit,
+            access_log: AccessLog::Off,
         }
+    }
+
+    /// With a line in the log for each request, if `access_log` is on.
+    #[must_use]
+    pub fn with_access_log(self, access_log: AccessLog) -> Self {
+        Self { access_log, ..self }
     }
 
     /// Starts to answer a request. `body` is `None` if the request has no body, which saves the wrappers of the body.
@@ -100,6 +124,8 @@ impl Routes {
         let id = request_id(&head.headers);
         let is_counted = head.extensions.get::<CountedBefore>().is_none();
         let span = span(&head, &id);
+        let access = (is_counted && self.access_log == AccessLog::On)
+            .then(|| Access { peer: peer(&head), version: head.version });
         let method = metrics::method(&head.method);
         let route = self.labels.of_path(head.uri.path());
         let is_too_large =
@@ -120,6 +146,7 @@ impl Routes {
         };
         ResponseFuture {
             span,
+            access,
             id: Some(id),
             method,
             is_counted,
@@ -135,6 +162,8 @@ pin_project! {
     /// The future of a response: a request until its response begins.
     pub struct ResponseFuture {
         span: Span,
+        // Present if the request is to be in the access log.
+        access: Option<Access>,
         id: Option<HeaderValue>,
         method: &'static str,
         is_counted: bool,
@@ -173,18 +202,50 @@ impl ResponseFuture {
         if *this.is_counted {
             metrics::answered(*this.route, this.method, status, took);
         }
+        let (id, method, route) = (&*this.id, *this.method, *this.route);
+        let of_request = || (id.as_ref().and_then(|id| id.to_str().ok()), logged(request.path.path()));
+        let code = status.as_u16();
         if status.is_server_error() && response.extensions().get::<Intended>().is_none() {
-            let (status, latency) = (status.as_u16(), latency(took));
-            if this.span.is_disabled() {
-                // The span would add these fields. It is disabled by default, but a failure needs them to be found.
-                let id = this.id.as_ref().and_then(|id| id.to_str().ok());
-                let (method, path) = (*this.method, logged(request.path.path()));
-                error!(target: TARGET, request_id = id, method, path, status, %latency, "request failed{reason}");
+            let latency = latency(took);
+            if log::shows(this.span) {
+                error!(target: TARGET, status = code, %latency, "request failed{reason}");
             } else {
-                error!(target: TARGET, status, %latency, "request failed{reason}");
+                // The span would add these fields. It is disabled by default, but a failure needs them to be found.
+                let (id, path) = of_request();
+                error!(
+                    target: TARGET,
+                    request_id = id,
+                    method,
+                    path,
+                    status = code,
+                    %latency,
+                    "request failed{reason}"
+                );
             }
         } else {
-            debug!(target: TARGET, status = status.as_u16(), latency = %latency(took), "answered");
+            debug!(target: TARGET, status = code, latency = %latency(took), "answered");
+        }
+        if let Some(Access { peer, version }) = *this.access {
+            let (id, path) = of_request();
+            // Without the span, which would repeat some of the fields.
+            info!(
+                target: log::ACCESS,
+                parent: None,
+                request_id = id,
+                method,
+                path,
+                route,
+                status = code,
+                latency_ms = milliseconds(took),
+                peer = peer.map(tracing::field::display),
+                version = ?version,
+                "{method} {path} {code}"
+            );
+        }
+        if !this.span.is_disabled() {
+            // After the events, which have fields of the same names.
+            this.span.record("route", route);
+            this.span.record("status", code);
         }
         if let Some(id) = this.id.take() {
             response.headers_mut().insert(REQUEST_ID, id);
@@ -200,8 +261,19 @@ fn span(head: &Parts, id: &HeaderValue) -> Span {
         request_id = id.to_str().ok(),
         method = logged(head.method.as_str()),
         path = logged(head.uri.path()),
-        peer = head.extensions.get::<Arc<RequestContext>>().map(|context| tracing::field::display(context.peer)),
+        peer = peer(head).map(tracing::field::display),
+        route = Empty,
+        status = Empty,
     )
+}
+
+fn peer(head: &Parts) -> Option<Peer> {
+    head.extensions.get::<Arc<RequestContext>>().map(|context| context.peer)
+}
+
+/// In milliseconds, to the microsecond.
+fn milliseconds(took: Duration) -> f64 {
+    (took.as_secs_f64() * 1e6).round() / 1e3
 }
 
 fn latency(took: Duration) -> FormattedDuration {
@@ -269,10 +341,11 @@ mod tests {
     use axum::routing::{delete, get, post, put};
     use futures_util::stream;
     use http_body_util::BodyExt;
-    use hyper::http::uri::PathAndQuery;
     use tempfile::NamedTempFile;
     use tokio::time::Instant;
     use tracing::subscriber::DefaultGuard;
+    use tracing_subscriber::filter::LevelFilter;
+    use tracing_subscriber::prelude::*;
 
     use super::*;
     use crate::observe::metrics::count;
@@ -281,7 +354,7 @@ mod tests {
 
     async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
         let (head, body) = request.into_parts();
-        let path = PathAndQuery::from_static("/");
+        let path = head.uri.path_and_query().cloned().expect("the request has a path");
         let in_flight = InFlight { number: 0, path, since: Instant::now() };
         let mut answering = pin!(routes.answer(head, (!body.is_end_stream()).then_some(body)));
         poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
@@ -368,6 +441,75 @@ mod tests {
             let lines = logged_in(&file);
             let line = lines.lines().find(|line| line.contains("503")).expect(&lines);
             assert!(line.contains(level), "{path}: {lines}");
+        }
+    }
+
+    #[tokio::test]
+    async fn failure_is_logged_with_its_request_although_only_another_layer_receives_the_span() {
+        let file = NamedTempFile::new().expect("the file is created");
+        let writer = Arc::new(file.reopen().expect("the file is opened"));
+        let log = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
+        let other =
+            tracing_subscriber::fmt::layer().with_writer(std::io::sink).with_filter(LevelFilter::TRACE);
+        let subscriber = tracing_subscriber::registry().with(other).with(log.with_filter(LevelFilter::ERROR));
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let application = Router::new().route("/fails", get(async || StatusCode::BAD_GATEWAY));
+        let request = Request::get("/fails").body(Body::empty()).expect("the request is valid");
+        answer_to(&mut Routes::new(application, 1024, LIMIT), request).await;
+        let lines = logged_in(&file);
+        assert!(lines.contains("method=\"GET\" path=\"/fails\" status=502"), "{lines}");
+    }
+
+    /// The access log as it is without `request=debug`.
+    fn access_log_to_file() -> (NamedTempFile, DefaultGuard) {
+        let file = NamedTempFile::new().expect("the file is created");
+        let writer = Arc::new(file.reopen().expect("the file is opened"));
+        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false);
+        (file, tracing::subscriber::set_default(subscriber.with_env_filter("off,access=info").finish()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn access_log_has_a_line_for_each_request_and_for_one_that_panics_or_is_late_too() {
+        let application = Router::new()
+            .route("/users/{id}", put(async || StatusCode::CREATED))
+            .route("/panics", get(async || panic!("on purpose") as ()))
+            .route("/late", get(std::future::pending::<()>));
+        let mut routes = Routes::new(application, 1024, LIMIT).with_access_log(AccessLog::On);
+        for (method, path, wanted) in [
+            (
+                "PUT",
+                "/users/7",
+                "PUT /users/7 201 request_id=\"mine\" method=\"PUT\" path=\"/users/7\" \
+                route=\"/users/{id}\" status=201 latency_ms=0.0 version=HTTP/1.1",
+            ),
+            ("GET", "/panics", "route=\"/panics\" status=500 latency_ms=0.0"),
+            ("GET", "/late", "route=\"/late\" status=503 latency_ms=30"),
+            ("GET", "/none", "path=\"/none\" status=404"),
+        ] {
+            let (file, _guard) = access_log_to_file();
+            let request = Request::builder().method(method).uri(path).header("x-request-id", "mine");
+            let request = request.body(Body::empty()).expect("the request is valid");
+            answer_to(&mut routes, request).await;
+            let lines = logged_in(&file);
+            assert_eq!(lines.lines().count(), 1, "{lines}");
+            assert!(lines.contains("INFO access: ") && lines.contains(wanted), "{wanted}: {lines}");
+        }
+    }
+
+    #[tokio::test]
+    async fn access_log_is_off_by_default_and_has_no_line_for_a_response_that_moved() {
+        for (access_log, is_counted) in [(AccessLog::Off, true), (AccessLog::On, false)] {
+            let (file, _guard) = access_log_to_file();
+            let mut request = Request::new(Body::empty());
+            if !is_counted {
+                request.extensions_mut().insert(CountedBefore);
+            }
+            let mut routes = Routes::new(Router::new(), 1024, LIMIT);
+            if access_log == AccessLog::On {
+                routes = routes.with_access_log(access_log);
+            }
+            answer_to(&mut routes, request).await;
+            assert_eq!(logged_in(&file), "");
         }
     }
 

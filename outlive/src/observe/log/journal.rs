@@ -1,27 +1,26 @@
 //! Journal entries. The crate tracing-journald formats and sends them.
 //!
 //! That crate sends an entry on the thread on which the event happens, and blocks while journald does not read.
-//! Therefore [`Entries`] records an event and its spans on that thread, and [`Journal`] replays them to the crate on a
+//! Therefore `Entries` records an event and its spans on that thread, and [`Journal`] replays them to the crate on a
 //! thread that may wait.
 
-use std::fmt::Debug;
 use std::io;
 use std::os::unix::net::UnixDatagram;
-use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use tracing::field::{Field, Value, ValueSet, Visit};
-use tracing::span::{Attributes, EnteredSpan, Id, Record};
-use tracing::{Dispatch, Event, Level, Metadata, Span, Subscriber, dispatcher, error_span};
+use tracing::field::{Field, Value, ValueSet};
+use tracing::span::EnteredSpan;
+use tracing::{Dispatch, Event, Span, Subscriber, dispatcher, error_span};
 use tracing_journald::{Priority, PriorityMappings};
 use tracing_subscriber::Layer;
 use tracing_subscriber::filter::{LevelFilter, Targets};
-use tracing_subscriber::layer::Context;
 use tracing_subscriber::prelude::*;
-use tracing_subscriber::registry::{LookupSpan, Scope};
+use tracing_subscriber::registry::LookupSpan;
+
+use super::entry::{Entry, Recorded};
 
 /// The socket of journald.
-const SOCKET: &str = "/run/systemd/journal/socket";
+pub const SOCKET: &str = "/run/systemd/journal/socket";
 /// journald sets the time of an entry when it receives it. An entry that has waited for longer than this has the field
 /// `LOGGED_AT`.
 const DELAY: Duration = Duration::from_secs(1);
@@ -30,63 +29,7 @@ const DELAYED: &str = "delayed";
 /// The maximum number of values for which the crate tracing can make a `ValueSet`.
 const MAX_FIELDS: usize = 32;
 
-/// Records events and their spans as entries, each of which goes to `send`.
-pub struct Entries<F> {
-    send: F,
-}
-
-impl<F: Fn(Entry)> Entries<F> {
-    pub fn new(send: F) -> Self {
-        Self { send }
-    }
-}
-
-impl<S, F> Layer<S> for Entries<F>
-where
-    S: Subscriber + for<'a> LookupSpan<'a>,
-    F: Fn(Entry) + 'static,
-{
-    fn on_new_span(&self, attributes: &Attributes<'_>, id: &Id, context: Context<'_, S>) {
-        let Some(span) = context.span(id) else { return };
-        let mut recorded = Recorded::new(attributes.metadata());
-        attributes.record(&mut recorded);
-        span.extensions_mut().insert(Arc::new(recorded));
-    }
-
-    fn on_record(&self, id: &Id, values: &Record<'_>, context: Context<'_, S>) {
-        let Some(span) = context.span(id) else { return };
-        if let Some(recorded) = span.extensions_mut().get_mut::<Arc<Recorded>>() {
-            // A copy, because entries in the queue must keep the values that the span had when they were logged.
-            values.record(Arc::<Recorded>::make_mut(recorded));
-        }
-    }
-
-    fn on_event(&self, event: &Event<'_>, context: Context<'_, S>) {
-        let mut recorded = Recorded::new(event.metadata());
-        event.record(&mut recorded);
-        let scope = context.event_scope(event).into_iter().flat_map(Scope::from_root);
-        let spans = scope.filter_map(|span| span.extensions().get::<Arc<Recorded>>().cloned()).collect();
-        (self.send)(Entry { event: recorded, spans });
-    }
-}
-
-/// An event and the spans in which it happened.
-pub struct Entry {
-    event: Recorded,
-    /// From outer to inner. Entries of the same span share its values.
-    spans: Vec<Arc<Recorded>>,
-}
-
 impl Entry {
-    pub fn level(&self) -> Level {
-        *self.event.metadata.level()
-    }
-
-    /// The memory that it holds, in bytes. Values of spans that several entries share count for each of them.
-    pub fn size(&self) -> usize {
-        size_of::<Self>() + self.event.size() + self.spans.iter().map(|span| span.size()).sum::<usize>()
-    }
-
     /// Dispatches the event, which happened at `at`, and its spans to the default subscriber.
     fn replay(&self, at: Instant) {
         let delay = at.elapsed();
@@ -108,24 +51,7 @@ impl Entry {
     }
 }
 
-/// A span or an event, with its values as the text that the journal shows.
-#[derive(Clone)]
-struct Recorded {
-    metadata: &'static Metadata<'static>,
-    /// Indexed like the fields.
-    values: Vec<Option<Box<str>>>,
-}
-
 impl Recorded {
-    fn new(metadata: &'static Metadata<'static>) -> Self {
-        Self { metadata, values: vec![None; metadata.fields().len()] }
-    }
-
-    fn size(&self) -> usize {
-        let texts = self.values.iter().flatten().map(|text| text.len()).sum::<usize>();
-        size_of::<Self>() + self.values.capacity() * size_of::<Option<Box<str>>>() + texts
-    }
-
     /// Calls `f` with the values. Only the first [`MAX_FIELDS`] are included; the message is the first field, so it
     /// always is.
     fn with_values<T>(&self, f: impl FnOnce(&ValueSet<'_>) -> T) -> T {
@@ -134,27 +60,11 @@ impl Recorded {
         let Some(first) = fields.first() else { return f(&set.value_set(&[])) };
         let mut values = [(first, None); MAX_FIELDS];
         let recorded =
-            fields.iter().zip(&self.values).filter_map(|(field, text)| Some((field, text.as_ref()?)));
-        for (value, (field, text)) in values.iter_mut().zip(recorded) {
-            *value = (field, Some(text as &dyn Value));
+            fields.iter().zip(&self.values).filter_map(|(field, value)| Some((field, value.as_ref()?)));
+        for (place, (field, value)) in values.iter_mut().zip(recorded) {
+            *place = (field, Some(&value.text as &dyn Value));
         }
         f(&set.value_set(&values))
-    }
-
-    fn put(&mut self, field: &Field, text: impl Into<Box<str>>) {
-        if let Some(value) = self.values.get_mut(field.index()) {
-            *value = Some(text.into());
-        }
-    }
-}
-
-impl Visit for Recorded {
-    fn record_str(&mut self, field: &Field, value: &str) {
-        self.put(field, value);
-    }
-
-    fn record_debug(&mut self, field: &Field, value: &dyn Debug) {
-        self.put(field, format!("{value:?}"));
     }
 }
 
@@ -212,13 +122,16 @@ fn replaying_to<L: Layer<tracing_subscriber::Registry> + Send + Sync>(
 
 #[cfg(test)]
 mod tests {
-    use std::fmt::Write;
+    use std::fmt::{Debug, Write};
     use std::sync::mpsc::{Receiver, Sender, channel};
 
     use proptest::prelude::*;
-    use tracing::field::Empty;
+    use tracing::field::{Empty, Visit};
+    use tracing::span::{Attributes, Id, Record};
     use tracing::{debug, info, info_span, trace, warn};
+    use tracing_subscriber::layer::Context;
 
+    use super::super::entry::entries_of;
     use super::*;
 
     /// A layer that sends each event as text, with its metadata, its values and the values of its spans.
@@ -264,13 +177,6 @@ mod tests {
             event.record(&mut described);
             self.0.send(described.0).expect("the channel is open");
         }
-    }
-
-    fn entries_of(log: impl FnOnce()) -> Vec<Entry> {
-        let (send, entries) = channel();
-        let layer = Entries::new(move |entry| send.send(entry).expect("the channel is open"));
-        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), log);
-        entries.try_iter().collect()
     }
 
     fn described(subscriber: impl FnOnce(Describe) -> Dispatch, log: impl FnOnce()) -> Vec<String> {
