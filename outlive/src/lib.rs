@@ -26,4 +26,5 @@ pub use app::sockets::SocketStream;
 pub use app::testing;
 pub use lifecycle::{command, command_with, run, run_with};
 pub use prometheus;
+pub use tracing_subscriber;
 pub use transport::stream::Peer;

@@ -1,13 +1,17 @@
-//! Tests of the binaries in `examples`: WebSockets, background tasks, readiness checks, exit hooks and errors of `start`
-//! over restarts and reloads, secrets, and commands of a service. `slow` exists for these tests; the others are for readers.
+//! Tests of the binaries in `examples`: WebSockets, background tasks, readiness checks, exit hooks, tracing layers and errors
+//! of `start` over restarts and reloads, secrets, and commands of a service. `slow` exists for these tests; the others are
+//! for readers.
 
 use std::net::UdpSocket;
-use std::path::PathBuf;
+use std::ops::Range;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use futures_util::{SinkExt, StreamExt};
 use rustix::process::{Pid, Signal, kill_process};
+use serde_json::{Value, json};
 use testkit::client::{Connection, Target, get};
 use testkit::process::{Notifications, Process, terminate};
 use testkit::service::{Service, command, run_to_end};
@@ -306,6 +310,157 @@ fn a_failed_readiness_check_is_named_by_readyz_and_affects_no_request() {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
+}
+
+/// What the log has written as lines of JSON.
+fn objects(log: &str) -> Vec<Value> {
+    log.lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+        .collect()
+}
+
+#[test]
+fn a_log_in_json_has_an_object_on_each_line_and_the_access_log_one_for_each_request() {
+    let flags = ["--log-format", "json", "--access-log"];
+    let service = Service::start(&example("minimal"), &flags).expect("the service starts");
+    block_on(async {
+        let mut connection = service.connect().await;
+        for path in ["/", "/no%0Asuch?query"] {
+            let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-request-id: mine\r\n\r\n");
+            connection.ask(request.as_bytes()).await.expect("the server answers");
+        }
+    });
+    let pid = service.pid();
+    service.signal(Signal::TERM);
+    let (_, log) = service.end().expect("the process ends");
+    let objects = objects(&log);
+    for object in &objects {
+        assert_eq!(
+            (&object["service"], &object["pid"], &object["generation"]),
+            (&json!("minimal"), &json!(pid), &json!(1))
+        );
+        assert!(object["timestamp"].as_str().is_some_and(|time| time.ends_with('Z')), "{object}");
+    }
+    let access = objects.iter().filter(|object| object["target"] == "access");
+    let access = access.map(|object| {
+        let names = ["message", "level", "request_id", "method", "path", "route", "status", "version"];
+        names.map(|name| object[name].clone())
+    });
+    let wanted = [
+        json!(["GET / 200", "INFO", "mine", "GET", "/", "/", 200, "HTTP/1.1"]),
+        json!(["GET /no%0Asuch 404", "INFO", "mine", "GET", "/no%0Asuch", null, 404, "HTTP/1.1"]),
+    ];
+    assert_eq!(access.map(|values| Value::from(values.to_vec())).collect::<Vec<_>>(), wanted);
+}
+
+#[test]
+fn a_failed_start_is_reported_in_json_too() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let file = folder.path().join("visits");
+    std::fs::write(&file, "\"many\"\n").expect("the file is written");
+    let file = file.to_str().expect("the path is valid UTF-8");
+    let address = testkit::free_address().to_string();
+    let flags = ["--log-format=json", "--listen", &address, "--file", file];
+    let (code, _, log) = run_to_end(&mut command(&example("state"), &flags)).expect("the process ends");
+    assert_eq!(code, Some(69), "{log}");
+    let objects = objects(&log);
+    let last = objects.last().expect("the reason is logged");
+    assert_eq!((&last["level"], &last["service"]), (&json!("ERROR"), &json!("state")));
+    assert!(last["message"].as_str().is_some_and(|text| text.contains("expected a number")), "{last}");
+}
+
+/// Standard error that the process takes for the journal, which is a file here.
+#[test]
+fn lines_for_journald_have_a_priority_and_no_colour() {
+    for (format, after_priority) in [("text", "20"), ("json", "{")] {
+        let log = tempfile::NamedTempFile::new().expect("a temporary file is made");
+        let address = testkit::free_address().to_string();
+        let flags = ["check", "--log-format", format, "--listen", &address];
+        let mut command = command(&example("minimal"), &flags);
+        let stat = log.as_file().metadata().expect("the file exists");
+        command
+            .env("JOURNAL_STREAM", format!("{}:{}", stat.dev(), stat.ino()))
+            .env("MINIMAL_UNKNOWN", "warned of")
+            .stderr(log.reopen().expect("the file opens"));
+        let (code, ..) = run_to_end(&mut command).expect("the process ends");
+        assert_eq!(code, Some(0));
+        let lines = std::fs::read_to_string(log.path()).expect("valid UTF-8");
+        let warning = lines.strip_prefix("<4>").expect(&lines);
+        assert!(warning.starts_with(after_priority) && warning.contains("MINIMAL_UNKNOWN"), "{lines}");
+        assert_eq!((lines.lines().count(), lines.contains('\x1b')), (1, false), "{lines}");
+    }
+}
+
+/// Asks for `users` on one connection.
+async fn ask_for(service: &Service, users: Range<usize>) {
+    let mut connection = service.connect().await;
+    for user in users {
+        let request = format!("GET /users/{user} HTTP/1.1\r\nhost: test\r\nx-request-id: id-{user}\r\n\r\n");
+        assert_eq!(connection.ask(request.as_bytes()).await.expect("the server answers").status, 201);
+    }
+}
+
+/// Waits until `file` has the spans of these users, each once.
+fn wait_for_spans(file: &Path, users: Range<usize>) {
+    let span = |user| {
+        format!(
+            "request request_id=id-{user} method=GET path=/users/{user} peer=127.0.0.1 route=/users/{{id}} status=201"
+        )
+    };
+    let lines = || {
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        // Without the port of the client.
+        let of_line = |line: &str| {
+            let (before, peer) = line.split_once(" peer=")?;
+            let (peer, after) = peer.split_once(' ')?;
+            Some(format!("{before} peer={} {after}", peer.split(':').next()?))
+        };
+        text.lines().filter_map(of_line).collect::<Vec<_>>()
+    };
+    wait_until("the spans of the last process", || lines().len() >= users.len());
+    let mut found = lines();
+    found.sort();
+    let mut wanted: Vec<_> = users.map(span).collect();
+    wanted.sort();
+    assert_eq!(found, wanted);
+}
+
+#[test]
+fn a_tracing_layer_receives_each_request_over_restarts_although_the_log_is_off() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let (binary, file) = (example("traced"), folder.path().join("spans"));
+    let flags = ["--log", "off", "--spans", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start_with_store(&binary, &flags).expect("the service starts");
+    for round in 0..3 {
+        block_on(ask_for(&service, 10 * round..10 * (round + 1)));
+        service.signal(Signal::TERM);
+        // The next process starts after the exit of this one, which flushes the spans before it.
+        service = service.restart(&binary).expect("the next process starts");
+        assert_eq!(
+            std::fs::read_to_string(&file).expect("the spans are flushed").lines().count(),
+            10 * (round + 1)
+        );
+    }
+    service.signal(Signal::TERM);
+    let (status, log) = service.end().expect("the process ends");
+    assert!(status.success());
+    assert_eq!(log, "", "the log is off");
+    wait_for_spans(&file, 0..30);
+}
+
+#[test]
+fn a_tracing_layer_receives_each_request_over_reloads() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let (binary, file) = (example("traced"), folder.path().join("spans"));
+    let flags = ["--log", "off", "--spans", file.to_str().expect("the path is valid UTF-8")];
+    let mut service = Service::start_in(&binary, &flags, folder.path()).expect("the service starts");
+    block_on(ask_for(&service, 0..10));
+    service.signal(Signal::HUP);
+    let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+    block_on(ask_for(&service, 10..20));
+    assert!(service.process().wait().expect("the old process exits").success());
+    terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+    wait_for_spans(&file, 0..20);
 }
 
 #[test]

@@ -13,12 +13,14 @@ use tokio::net::{TcpListener, UdpSocket, UnixDatagram, UnixListener};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::error;
+use tracing_subscriber::{Layer, Registry};
 
 use crate::app::carry::Carry;
 use crate::app::process::Process;
 use crate::app::readiness::Check;
 use crate::app::sockets::{SocketHandler, SocketKind, SocketSource, SocketStream};
 use crate::app::tasks::{self, Begin, Task};
+use crate::observe::log;
 use crate::os::credentials::Credentials;
 
 /// How long all exit hooks together may take.
@@ -419,6 +421,36 @@ impl Setup {
         W: Future<Output = anyhow::Result<()>> + Send + 'static,
     {
         self.checks.push(Check::new(name.to_owned(), move || check().boxed()));
+    }
+
+    /// Adds a layer of the crate `tracing_subscriber`, such as that of OpenTelemetry, Sentry or tokio-console. It receives
+    /// the spans and events of the whole process from this call on, until the process ends.
+    ///
+    /// The layer is independent of the log: `--log` hides nothing from it, and its filter changes nothing in the log.
+    /// Without a filter it receives all spans and events of all crates, which is slow, so add one
+    /// ([`with_filter`](tracing_subscriber::Layer::with_filter)). With several layers, each has its own filter.
+    ///
+    /// Each request is a span of the level debug with the target and name `request`, so a filter must contain
+    /// `request=debug` for the layer to receive it. Its fields are `request_id`, `method`, `path` and `peer`, and, when the
+    /// response has begun and the span ends, `route` and `status`. Spans that handlers create are inside it.
+    ///
+    /// A layer that sends in the background should be flushed by [`on_exit`](Self::on_exit), because the process exits soon
+    /// after the last response, also at a restart or reload. Flush it on a thread that may wait
+    /// (`tokio::task::spawn_blocking`), because otherwise the time limit of exit hooks cannot cut it off.
+    ///
+    /// ```
+    /// # fn start(setup: &mut outlive::Setup) {
+    /// use outlive::tracing_subscriber::{EnvFilter, Layer, fmt};
+    ///
+    /// let debug = std::fs::File::create("/dev/null").map(std::sync::Arc::new);
+    /// if let Ok(file) = debug {
+    ///     let layer = fmt::layer().with_writer(file);
+    ///     setup.tracing_layer(layer.with_filter(EnvFilter::new("info,request=debug")));
+    /// }
+    /// # }
+    /// ```
+    pub fn tracing_layer(&mut self, layer: impl Layer<Registry> + Send + Sync + 'static) {
+        log::add_layer(Box::new(layer));
     }
 
     /// Runs `work` at the end of the process, after the last response and the last background task.

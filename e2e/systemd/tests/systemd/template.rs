@@ -75,6 +75,7 @@ fn code_in_documents_is_taken_from_examples() {
         ("docs/recipes/configure.md", "outlive/examples/shop.rs"),
         ("docs/recipes/long-lived.md", "outlive/examples/chat.rs"),
         ("docs/recipes/sockets.md", "outlive/examples/ingest.rs"),
+        ("docs/recipes/traces.md", "outlive/examples/traced.rs"),
     ] {
         let text = read(document);
         // The document leaves out the name of the example, so that clap uses that of the package.
