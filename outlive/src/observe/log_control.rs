@@ -196,7 +196,38 @@ impl Succession {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+    use std::sync::atomic::AtomicU8;
+
+    use tracing_subscriber::reload;
+
     use super::*;
+
+    #[test]
+    fn journal_is_refused_as_a_target_if_the_process_is_not_connected_to_journald() {
+        for first in [Target::Console, Target::Journal] {
+            let control = Control {
+                name: "app".into(),
+                filter: reload::Layer::new(EnvFilter::new("info")).1,
+                target: Arc::new(AtomicU8::new(first as u8)),
+                first,
+                set: Mutex::default(),
+            };
+            let target = || control.target.load(Ordering::Relaxed);
+            set_target(&control, "null").expect("the target is known");
+            let set = set_target(&control, "journal");
+            if first == Target::Journal {
+                set.expect("the process is connected to journald");
+                assert_eq!(target(), Target::Journal as u8);
+            } else {
+                let error = set.expect_err("the process is not connected to journald").to_string();
+                assert!(error.contains("not connected to journald (see --log-format)"), "{error}");
+                assert_eq!(target(), Target::Null as u8, "a refused target changes nothing");
+            }
+            set_target(&control, "auto").expect("the target is known");
+            assert_eq!(target(), first as u8);
+        }
+    }
 
     #[test]
     fn only_the_cgroup_of_the_system_unit_of_that_name_is_recognized() {

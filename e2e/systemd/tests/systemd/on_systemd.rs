@@ -33,6 +33,7 @@ on_each_systemd_and_unstable! {
     missing_binary_is_logged_and_the_port_stays_open
     port_stays_open_over_forty_failed_socket_activations
     journal_entries_have_fields_and_levels
+    lines_of_json_reach_the_journal_whole_and_with_their_priority
     installed_units_pass_systemd_analyze
     ten_thousand_idle_connections_survive_a_restart
     stored_connections_survive_five_failed_starts
@@ -383,6 +384,39 @@ fn journal_entries_have_fields_and_levels(systemd: Systemd) {
         let found = container.journal(&[&format!("MESSAGE_ID={id}")]).expect("journalctl succeeds");
         assert!(found.len() == 1 && text(&found[0], "MESSAGE").starts_with(message), "{found:?}");
     }
+}
+
+fn lines_of_json_reach_the_journal_whole_and_with_their_priority(systemd: Systemd) {
+    let container = boot(systemd);
+    // The warning of this variable would be longer than the lines that journald reads whole.
+    let unknown = "X".repeat(60_000);
+    variables(&container, &[("LOG_FORMAT", "json"), ("ACCESS_LOG", "yes"), (&unknown, "unknown")]);
+    container.ask("/?query");
+    let pid = format!("_PID={}", container.show("MainPID").expect("systemctl show succeeds"));
+    let mut lines: Vec<(String, Value)> = Vec::new();
+    // The log has a queue, so a line may arrive after the response.
+    wait_until("the request is in the journal", || {
+        // `--all`, because journalctl leaves out long values otherwise.
+        let entries = container.journal(&[&pid, "--all"]).expect("journalctl succeeds");
+        let line = |entry: &Value| {
+            let message = text(entry, "MESSAGE");
+            let object = serde_json::from_str(message).unwrap_or_else(|error| panic!("{error}: {message}"));
+            (text(entry, "PRIORITY").to_owned(), object)
+        };
+        lines = entries.iter().map(line).collect();
+        lines.iter().any(|(_, object)| object["target"] == "access")
+    });
+    let find = |is_it: &dyn Fn(&Value) -> bool| {
+        let found = lines.iter().find(|(_, object)| is_it(object));
+        found.unwrap_or_else(|| panic!("missing: {lines:?}"))
+    };
+    let (priority, access) = find(&|object| object["target"] == "access");
+    assert_eq!(priority, "6");
+    assert_eq!((&access["message"], &access["status"]), (&"GET / 200".into(), &200.into()));
+    let (priority, warning) = find(&|object| object["level"] == "WARN");
+    assert_eq!((priority.as_str(), &warning["truncated"]), ("4", &true.into()));
+    let message = text(warning, "message");
+    assert!(message.starts_with("ignored environment variables") && message.ends_with("XXX"), "{message}");
 }
 
 fn installed_units_pass_systemd_analyze(systemd: Systemd) {

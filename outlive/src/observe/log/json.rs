@@ -46,7 +46,11 @@ impl Format {
         if let Some(span) = entry.spans.last() {
             line.text("span_name", span.metadata.name());
         }
-        for (name, value) in others {
+        let generation = self.generation.to_string();
+        // Events in the life of the process have it as a field too.
+        let is_known =
+            |(name, value): &(&str, &Recording)| *name == "generation" && *value.text == *generation;
+        for (name, value) in others.into_iter().filter(|field| !is_known(field)) {
             if !seen.contains(&name) {
                 seen.push(name);
                 line.value(name, value);
@@ -283,6 +287,10 @@ mod tests {
         assert_eq!((&object["pid"], &object["pid_"]), (&json!(std::process::id()), &json!(1)));
         assert_eq!((&object["level"], &object["level_"]), (&json!("INFO"), &json!("high")));
         assert_eq!(object["timestamp_"], "never");
+        for (generation, other) in [(7, None), (8, Some(&json!(8)))] {
+            let object = logged(&format(false), || info!(generation, "hello"));
+            assert_eq!((&object["generation"], object.get("generation_")), (&json!(7), other));
+        }
     }
 
     #[test]
