@@ -25,6 +25,8 @@ pub use app::setup::{Setup, TaskOptions};
 pub use app::sockets::SocketStream;
 pub use app::testing;
 pub use lifecycle::{command, command_with, run, run_with};
+#[cfg(feature = "otlp")]
+pub use observe::traces::headers as trace_headers;
 pub use prometheus;
 pub use tracing_subscriber;
 pub use transport::stream::Peer;

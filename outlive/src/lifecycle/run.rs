@@ -20,7 +20,7 @@ use crate::lifecycle::own_command;
 use crate::lifecycle::runtime::Runtime;
 use crate::lifecycle::start::{Boot, Started, call_start, endpoint_kinds};
 use crate::listeners::{self, Inherited, NamedSockets, Purpose};
-use crate::observe::log;
+use crate::observe::{log, traces};
 use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::os::systemd;
 use crate::takeover::{self, PredecessorLink, Program, Role};
@@ -256,6 +256,7 @@ where
     inherited.listen_for_check(&config.listen)?;
     log::init(line.name.clone(), config.log.as_deref(), config.log_format, 1)?;
     line.warn_of_unknown_variables();
+    traces::check()?;
     endpoint_kinds(config, &inherited)?;
     let Inherited { mut listeners, named, credentials, socket_files, .. } = inherited;
     let sockets = Arc::new(NamedSockets::new(named, &config.listen, socket_files, Purpose::Check));

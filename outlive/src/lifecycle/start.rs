@@ -30,6 +30,7 @@ use crate::lifecycle::serve::Serving;
 use crate::listeners::{self, Inherited, Listener, NamedSockets, Purpose, SocketFiles};
 use crate::observe::log::{self, message_id};
 use crate::observe::status::{ManagerRole, Status};
+use crate::observe::traces;
 use crate::os::exit::{Failure, Result};
 use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit;
@@ -116,6 +117,7 @@ impl Started {
         let Inherited { mut listeners, named, channels, credentials, watchdog, socket_files, .. } = inherited;
         let sockets = NamedSockets::new(named, &config.listen, socket_files.clone(), Purpose::Serve);
         let sockets = Arc::new(sockets);
+        traces::start(&name)?;
         let shutdown = CancellationToken::new();
         let mut setup = Setup::new(process, shutdown.clone(), credentials.clone(), sockets.clone());
         let routes = tokio::select! {

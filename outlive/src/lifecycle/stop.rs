@@ -12,7 +12,8 @@ use crate::app::tasks::Running;
 use crate::lifecycle::drain::{Drain, Linger, TaskBudget};
 use crate::lifecycle::serve::{Serving, StopReason};
 use crate::observe::status::ManagerRole;
-use crate::os::exit::{Failure, Result};
+use crate::observe::traces;
+use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
 use crate::os::signals::Signals;
 
 /// The minimum time that background tasks have to end, independent of the duration of the drain.
@@ -51,6 +52,7 @@ impl Serving {
             }
         };
         finish_tasks(tasks, hooks, budget, &mut signals).await;
+        traces::flush(FLUSH_LIMIT).await;
         drop(successor_channel);
         failure.map_or(Ok(()), Err)
     }

@@ -453,7 +453,7 @@ mod tests {
     #[test]
     fn span_is_shown_by_the_log_if_its_own_filter_enables_the_span() {
         for (of_log, is_shown) in [("info", false), ("info,request=debug", true)] {
-            let target = Arc::new(AtomicU8::new(Target::Null as u8));
+            let target = Arc::new(AtomicU8::new(Target::Journal as u8));
             let log = While { is: Target::Console, target, layer: tracing_subscriber::fmt::layer() };
             let other =
                 tracing_subscriber::fmt::layer().with_writer(io::sink).with_filter(LevelFilter::TRACE);

@@ -54,6 +54,12 @@ pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
     "Log messages of this process that were dropped because journald or standard error did not accept them in time. \
      Messages that journald refused are not counted."
 );
+#[cfg(feature = "otlp")]
+pub static SPANS_DROPPED: LazyLock<IntCounter> = metric!(
+    register_int_counter,
+    "outlive_spans_dropped_total",
+    "Spans of this process that were dropped because the queue was full or the collector did not accept them."
+);
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
     "outlive_accept_queue_length",

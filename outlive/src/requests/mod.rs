@@ -33,6 +33,7 @@ use tracing::field::Empty;
 use tracing::{Span, debug, debug_span, error, info};
 
 use crate::app::context::RequestContext;
+use crate::observe::traces::RequestTrace;
 use crate::observe::{log, metrics};
 use crate::registry::InFlight;
 use crate::transport::stream::Peer;
@@ -127,6 +128,12 @@ impl Routes {
         let access = (is_counted && self.access_log == AccessLog::On)
             .then(|| Access { peer: peer(&head), version: head.version });
         let method = metrics::method(&head.method);
+        let trace = if is_counted {
+            let path = logged(head.uri.path());
+            RequestTrace::begin(&head.headers, method, path, head.version, peer(&head))
+        } else {
+            RequestTrace::none()
+        };
         let route = self.labels.of_path(head.uri.path());
         let is_too_large =
             |body: &B| body.size_hint().lower() > u64::try_from(self.body_limit).unwrap_or(u64::MAX);
@@ -146,6 +153,7 @@ impl Routes {
         };
         ResponseFuture {
             span,
+            trace,
             access,
             id: Some(id),
             method,
@@ -162,6 +170,7 @@ pin_project! {
     /// The future of a response: a request until its response begins.
     pub struct ResponseFuture {
         span: Span,
+        trace: RequestTrace,
         // Present if the request is to be in the access log.
         access: Option<Access>,
         id: Option<HeaderValue>,
@@ -180,6 +189,7 @@ impl ResponseFuture {
     /// Ready with the response to `request`, whose beginning is the start of the time limit.
     pub fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, request: &InFlight) -> Poll<Response<Body>> {
         let mut this = self.project();
+        let _traced = this.trace.enter();
         let _entered = this.span.enter();
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
         *this.route = route_labels::matched().or(*this.route);
@@ -225,6 +235,7 @@ impl ResponseFuture {
         } else {
             debug!(target: TARGET, status = code, latency = %latency(took), "answered");
         }
+        this.trace.answered(method, route, status);
         if let Some(Access { peer, version }) = *this.access {
             let (id, path) = of_request();
             // Without the span, which would repeat some of the fields.

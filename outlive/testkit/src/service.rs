@@ -21,6 +21,7 @@ pub struct Service {
     pub target: Target,
     listener: OwnedFd,
     flags: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Service {
@@ -44,6 +45,17 @@ impl Service {
         start.begin(listener, target, Vec::new(), Notifications::new()?)
     }
 
+    /// As `start_with_store`, with environment variables and a takeover socket in `folder`.
+    pub fn start_with_variables(binary: &str, variables: &[(&str, &str)], folder: &Path) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        let mut variables: Vec<_> =
+            variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        variables.push(("RUNTIME_DIRECTORY".into(), folder.to_string_lossy().into_owned()));
+        let mut start = Start::new(binary, &[]);
+        start.variables = variables;
+        start.begin(listener, target, Vec::new(), Notifications::with_store()?)
+    }
+
     /// As `start_with_store`, on a Unix socket.
     pub fn start_on_path(binary: &str, path: &Path) -> Result<Self> {
         let listener = UnixListener::bind(path)?.into();
@@ -57,8 +69,8 @@ impl Service {
         Self::begin(binary, &[], listener, target, vec![channel], Notifications::with_store()?)
     }
 
-    /// Waits until this process exits, and starts the next one on the same socket, with the same options and the stored
-    /// file descriptors.
+    /// Waits until this process exits, and starts the next one on the same socket, with the same options, the same variables
+    /// and the stored file descriptors.
     pub fn restart(mut self, binary: &str) -> Result<Self> {
         let status = self.process.wait()?;
         ensure!(status.success(), "{status}: {}", read_all(self.process.child().stderr.take()));
@@ -66,7 +78,9 @@ impl Service {
         // The others are the channels of backups, which a drain has emptied.
         stored.retain(has_frames);
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
-        Self::begin(binary, &flags, self.listener, self.target, stored, Notifications::with_store()?)
+        let mut start = Start::new(binary, &flags);
+        start.variables = self.variables;
+        start.begin(self.listener, self.target, stored, Notifications::with_store()?)
     }
 
     fn begin(
@@ -118,12 +132,13 @@ impl Service {
 struct Start {
     command: Command,
     flags: Vec<String>,
+    variables: Vec<(String, String)>,
 }
 
 impl Start {
     fn new(binary: &str, flags: &[&str]) -> Self {
         let flags_of_next = flags.iter().map(ToString::to_string).collect();
-        Self { command: command(binary, flags), flags: flags_of_next }
+        Self { command: command(binary, flags), flags: flags_of_next, variables: Vec::new() }
     }
 
     /// Passes the socket as standard input and a channel as standard output, because a `Command` of
@@ -137,6 +152,7 @@ impl Start {
     ) -> Result<Service> {
         ensure!(stored.len() <= 1, "at most one channel can be passed: {stored:?}");
         self.command
+            .envs(self.variables.iter().cloned())
             .env("LISTEN_FDS", (1 + stored.len()).to_string())
             .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
             .env("LISTEN_FDS_FIRST_FD", "0")
@@ -146,7 +162,8 @@ impl Start {
             self.command.stdout(channel);
         }
         let process = Process::spawn(&mut self.command)?;
-        let mut service = Service { process, notifications, target, listener, flags: self.flags };
+        let Self { flags, variables, .. } = self;
+        let mut service = Service { process, notifications, target, listener, flags, variables };
         service.notifications.wait_for("READY=1")?;
         Ok(service)
     }
@@ -179,6 +196,7 @@ pub fn command(binary: &str, flags: &[&str]) -> Command {
         "LISTEN_",
         "MEMORY_PRESSURE_",
         "NOTIFY_",
+        "OTEL_",
         "RUNTIME_DIRECTORY",
         "RUST_LOG",
         "SERVER_STARTER_",

@@ -16,6 +16,7 @@ mod java;
 mod key_updates;
 mod named_sockets;
 mod on_systemd;
+mod otlp;
 mod packages;
 mod peers;
 mod pid1;
@@ -42,8 +43,8 @@ const NAME: &str = "app";
 const FOLDER: &str = testkit::binaries::ROOT;
 
 fn app_package() -> Package<'static> {
-    // The tests of `systemctl service-log-level` need the feature, which the template leaves out.
-    root_package(NAME, "outlive/log-control")
+    // The tests of `systemctl service-log-level` and of traces need these features, which the template leaves out.
+    root_package(NAME, "outlive/log-control,outlive/otlp")
 }
 
 fn app_binary() -> &'static str {

@@ -1,0 +1,206 @@
+//! Traces that the service sends to a collector of OpenTelemetry, which is in the test.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use opentelemetry_proto::tonic::collector::trace::v1::ExportTraceServiceRequest;
+use opentelemetry_proto::tonic::common::v1::KeyValue;
+use opentelemetry_proto::tonic::common::v1::any_value::Value;
+use opentelemetry_proto::tonic::trace::v1::Span;
+use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
+use prost::Message;
+use rustix::process::Signal;
+use testkit::process::terminate;
+use testkit::service::{Service, command, run_to_end};
+use testkit::{block_on, wait_until};
+
+use crate::app_binary;
+
+/// The trace of all clients.
+const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+
+/// A collector that answers each request, or none.
+struct Collector {
+    endpoint: String,
+    /// The attributes of the service, with each span.
+    spans: Arc<Mutex<Vec<(Vec<KeyValue>, Span)>>>,
+}
+
+impl Collector {
+    fn start(answers: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("the collector listens");
+        let endpoint = format!("http://{}", listener.local_addr().expect("the listener has an address"));
+        let spans = Arc::new(Mutex::new(Vec::new()));
+        let received = spans.clone();
+        std::thread::spawn(move || {
+            let mut unanswered = Vec::new();
+            for stream in listener.incoming() {
+                let stream = stream.expect("a connection");
+                if answers {
+                    let spans = receive(stream);
+                    received.lock().unwrap_or_else(PoisonError::into_inner).extend(spans);
+                } else {
+                    unanswered.push(stream);
+                }
+            }
+        });
+        Self { endpoint, spans }
+    }
+
+    fn spans(&self) -> Vec<(Vec<KeyValue>, Span)> {
+        self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Reads a request of the exporter and accepts it.
+fn receive(mut stream: TcpStream) -> Vec<(Vec<KeyValue>, Span)> {
+    let mut reader = BufReader::new(stream.try_clone().expect("the stream can be duplicated"));
+    let mut head = String::new();
+    while !head.ends_with("\r\n\r\n") {
+        assert_ne!(reader.read_line(&mut head).expect("the head can be read"), 0, "{head}");
+    }
+    let head = head.to_lowercase();
+    assert!(head.starts_with("post /v1/traces http/1.1\r\n"), "{head}");
+    assert!(head.contains("content-type: application/x-protobuf"), "{head}");
+    let length = head.split("content-length: ").nth(1).and_then(|rest| rest.lines().next());
+    let length: usize = length.and_then(|length| length.parse().ok()).expect("the body has a length");
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).expect("the body can be read");
+    stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").expect("the service reads");
+    let request = ExportTraceServiceRequest::decode(&*body).expect("the body is valid");
+    let of_resource = request.resource_spans.into_iter().flat_map(|resource| {
+        let attributes = resource.resource.unwrap_or_default().attributes;
+        let spans = resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
+        spans.map(move |span| (attributes.clone(), span)).collect::<Vec<_>>()
+    });
+    of_resource.collect()
+}
+
+/// The value of an attribute as text.
+fn attribute(attributes: &[KeyValue], name: &str) -> String {
+    let found = attributes.iter().find(|attribute| attribute.key == name);
+    match found.and_then(|attribute| attribute.value.clone()?.value) {
+        Some(Value::StringValue(text)) => text,
+        Some(Value::IntValue(number)) => number.to_string(),
+        other => format!("{other:?}"),
+    }
+}
+
+fn hexadecimal(id: &[u8]) -> String {
+    id.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The span of a client, by its number.
+fn client_span(number: usize) -> String {
+    format!("{:016x}", number + 1)
+}
+
+/// Sends requests, each as part of the span of its number.
+async fn ask(service: &Service, path: &str, numbers: Range<usize>) {
+    let mut connection = service.connect().await;
+    for number in numbers {
+        let parent = format!("00-{TRACE}-{}-01", client_span(number));
+        let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\ntraceparent: {parent}\r\n\r\n");
+        assert_eq!(connection.ask(request.as_bytes()).await.expect("the service answers").status, 200);
+    }
+}
+
+fn start(collector: &Collector, more: &[(&str, &str)], folder: &std::path::Path) -> Service {
+    let endpoint = [("OTEL_EXPORTER_OTLP_ENDPOINT", collector.endpoint.as_str())];
+    Service::start_with_variables(app_binary(), &[&endpoint, more].concat(), folder)
+        .expect("the service starts")
+}
+
+#[test]
+fn each_request_is_a_span_at_the_collector_over_restarts_and_reloads() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let collector = Collector::start(true);
+    // Longer than the test, so that each span arrives because it is flushed at the end of its process.
+    let mut service = start(&collector, &[("OTEL_BSP_SCHEDULE_DELAY", "3600000")], folder.path());
+    let mut asked = 0;
+    for _ in 0..3 {
+        block_on(ask(&service, "/", asked..asked + 20));
+        asked += 20;
+        service.signal(Signal::TERM);
+        // It waits for the exit of the process.
+        service = service.restart(app_binary()).expect("the next process starts");
+        assert_eq!(collector.spans().len(), asked, "the spans are sent before the exit");
+    }
+    block_on(ask(&service, "/", asked..asked + 20));
+    service.signal(Signal::HUP);
+    let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+    block_on(ask(&service, "/", asked + 20..asked + 40));
+    asked += 40;
+    assert!(service.process().wait().expect("the old process exits").success());
+    terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+    wait_until("the spans of the successor", || collector.spans().len() >= asked);
+    let spans = collector.spans();
+    let parents: BTreeSet<_> = spans.iter().map(|(_, span)| hexadecimal(&span.parent_span_id)).collect();
+    assert_eq!((spans.len(), parents), (asked, (0..asked).map(client_span).collect()));
+    for (resource, span) in &spans {
+        assert_eq!(attribute(resource, "service.name"), crate::NAME);
+        assert_eq!((span.name.as_str(), span.kind()), ("GET /", SpanKind::Server));
+        assert_eq!(hexadecimal(&span.trace_id), TRACE);
+        for (name, value) in [
+            ("http.request.method", "GET"),
+            ("url.path", "/"),
+            ("http.route", "/"),
+            ("http.response.status_code", "200"),
+            ("network.protocol.version", "1.1"),
+            ("client.address", "127.0.0.1"),
+        ] {
+            assert_eq!(attribute(&span.attributes, name), value, "{name}");
+        }
+    }
+}
+
+#[test]
+fn an_invalid_traceparent_begins_a_new_trace() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let collector = Collector::start(true);
+    let service = start(&collector, &[], folder.path());
+    block_on(async {
+        let request = "GET /missing HTTP/1.1\r\nhost: test\r\ntraceparent: 00-nonsense\r\n\r\n";
+        let mut connection = service.connect().await;
+        assert_eq!(connection.ask(request.as_bytes()).await.expect("the service answers").status, 404);
+    });
+    service.signal(Signal::TERM);
+    service.end().expect("the process ends");
+    let spans = collector.spans();
+    assert_eq!(spans.len(), 1);
+    let span = &spans[0].1;
+    assert_eq!((span.name.as_str(), span.parent_span_id.len()), ("GET", 0), "{span:?}");
+    assert_eq!(attribute(&span.attributes, "http.response.status_code"), "404");
+}
+
+/// The collector accepts connections but never answers.
+#[test]
+fn a_collector_that_hangs_delays_no_request_and_an_exit_no_longer_than_the_limit() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let collector = Collector::start(false);
+    let small = [("OTEL_BSP_MAX_QUEUE_SIZE", "10"), ("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "5")];
+    // Longer than any wait of the test, so that only the limit of the service ends the wait.
+    let service = start(
+        &collector,
+        &[&small[..], &[("OTEL_EXPORTER_OTLP_TIMEOUT", "3600000")]].concat(),
+        folder.path(),
+    );
+    block_on(ask(&service, "/", 0..500));
+    service.signal(Signal::TERM);
+    let (status, log) = service.end().expect("the process ends");
+    assert!(status.success(), "{log}");
+    assert!(log.contains("did not accept the last spans within 1s: they are lost"), "{log}");
+}
+
+#[test]
+fn an_invalid_variable_of_opentelemetry_is_refused_by_check_with_its_name() {
+    let address = testkit::free_address().to_string();
+    let mut check = command(app_binary(), &["check", "--listen", &address]);
+    check.env("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector");
+    let (code, _, log) = run_to_end(&mut check).expect("the process ends");
+    assert_eq!(code, Some(78), "{log}");
+    assert!(log.contains("invalid OTEL_EXPORTER_OTLP_ENDPOINT \"https://collector\": expected"), "{log}");
+}
