@@ -6,8 +6,9 @@
 ## make models          test the registry of connections in every possible interleaving of its tasks, with loom
 ## make soak TIME=10m   as root: random restarts, reloads and faults under load; SEED=N repeats a run
 ## make bench           as root: compare with other servers; BENCH=--quick takes three minutes
+## make docs            build docs/ as a website in target/docs/site (needs mdbook; installs it with cargo)
 ## make audit           report known vulnerabilities of the dependencies (needs the network)
-## make new NAME=shop DIR=../shop  make a new repository for a service of that name
+## make new NAME=shop DIR=../shop  make a new repository for a service of that name; DIR=. makes it of this clone
 
 # ---- make test, make check ----
 
@@ -31,6 +32,19 @@ check-e2e:
 check-e2e-dependencies:
 	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny --config ../deny.toml check bans licenses sources)
 
+# The schemas are in the Python package, one for each version of Kubernetes.
+MANIFESTS := docs/recipes/kubernetes.yaml
+.PHONY: check-manifests
+check: check-manifests
+check-manifests:
+	@$(call WITH_TOOL,kubernetes-validate,kubernetes-validate --strict --quiet $(MANIFESTS))
+KUBERNETES_VALIDATE := target/tools/bin/kubernetes-validate
+$(KUBERNETES_VALIDATE):
+	python3 -m venv target/tools/kubernetes
+	target/tools/kubernetes/bin/pip install --quiet kubernetes-validate==1.37.0
+	mkdir -p $(@D)
+	ln -sf ../kubernetes/bin/kubernetes-validate $@
+
 .PHONY: audit
 audit:
 	cargo deny check advisories
@@ -50,12 +64,12 @@ root:
 ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
 # Programs that the tests run, and the Debian packages that contain them.
 TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit script start_server systemctl systemd-nspawn \
-	systemd-socket-activate /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
+	systemd-socket-activate /usr/lib/python3.*/ensurepip /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
 	/usr/lib/*/faketime/libfaketimeMT.so.1 $(addprefix /usr/lib/python3/dist-packages/,grpc h2 httpx websockets)
 DEBIAN := bsdutils ca-certificates curl inotify-tools libfaketime libnss-systemd libserver-starter-perl lintian mmdebstrap \
-	nghttp2-client openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx python3-websockets systemd \
-	systemd-container util-linux
-CARGO_TOOLS := cargo-deb cargo-deny cargo-generate-rpm
+	nghttp2-client openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx python3-venv python3-websockets \
+	systemd systemd-container util-linux
+CARGO_TOOLS := cargo-auditable cargo-deb cargo-deny cargo-generate-rpm
 GO_CLIENT := target/tools/bin/go-client
 
 # A shell command that prints each of $(TOOLS) that is missing.
@@ -78,8 +92,8 @@ e2e-deps: root
 		echo 'Installing Debian packages: $(DEBIAN)'; \
 		echo 'Writing create_main_cluster = false to /etc/postgresql-common/createcluster.conf, so that no database server starts'; \
 		$(call NO_CLUSTER,) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN); }
-	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)'
-	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT)
+	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)'
+	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)
 	cargo fetch --quiet # all platforms, because cargo-deny looks at each, also in the copies of tests, which have no network
 
 .PHONY: cargo-deny
@@ -166,3 +180,12 @@ bench-readme:
 .PHONY: new
 new:
 	@e2e/new '$(PACKAGE)' '$(NAME)' '$(DIR)'
+
+# ---- make docs ----
+
+# Without the features for a server of its own and for watching files.
+.PHONY: docs mdbook
+docs: mdbook
+	@docs/site
+mdbook:
+	@command -v $@ >/dev/null || $(INSTALL_TOOL) $@ --no-default-features --features search

@@ -44,15 +44,18 @@ DEV := 127.0.0.1:8080
 dev:
 	@outlive/dev $(PACKAGE) $(VARIABLE) $(DEV)
 
+# cargo-auditable adds the list of all crates to the binary (SBOM). make deb and make rpm install the tool.
+AUDITABLE = $$(command -v cargo-auditable >/dev/null && echo auditable)
+
 .PHONY: static
 static:
-	RUSTFLAGS='-C target-feature=+crt-static' cargo build --release --features jemalloc --target $(TRIPLE)
+	RUSTFLAGS='-C target-feature=+crt-static' cargo $(AUDITABLE) build --release --features jemalloc --target $(TRIPLE)
 	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
 # Built again if a source is newer, because otherwise an old binary would be installed. Copied, because `make run` builds a
 # binary without jemalloc in the place where cargo puts this one.
 $(TARGET)/production/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -type f)
-	cargo build --release --features jemalloc
+	cargo $(AUDITABLE) build --release --features jemalloc
 	install -D -t $(@D) $(TARGET)/release/$(PACKAGE)
 
 .PHONY: install

@@ -20,7 +20,6 @@ use axum::response::sse::{Event, Sse};
 use axum::response::{Html, Response};
 use axum::routing::{any, get};
 use futures_util::stream::{self, Stream, StreamExt};
-
 use outlive::{Carry, EventStream, Process, Setup};
 
 /// The time between two events.

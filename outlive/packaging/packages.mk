@@ -5,8 +5,12 @@ FILES := $(PACKAGES)/files
 # Not empty if the binary was built with the feature log-control. Otherwise nothing takes the D-Bus name, so the files for
 # it are not installed. Evaluated in recipes, after the binary was built.
 LOG_CONTROL = $(shell grep -lsF org.freedesktop.LogControl1 $(BINARY))
+# A binary that `make install` built without cargo-auditable has no list of its crates, so it is built again.
+.PHONY: auditable-binary
+auditable-binary: cargo-auditable
+	@$(MAKE) --no-print-directory $$(grep -qs '\.dep-v0' $(BINARY) || echo --what-if=Cargo.toml) $(BINARY)
 .PHONY: package-files
-package-files: $(BINARY)
+package-files: auditable-binary
 	rm -rf $(FILES)
 	$(MAKE) --no-print-directory install DESTDIR=$(FILES) PREFIX=/usr
 	strip --strip-unneeded --remove-section=.comment --remove-section=.note $(FILES)/usr/bin/$(PACKAGE)
@@ -35,6 +39,6 @@ rpm: package-files cargo-generate-rpm
 # package.
 OPTIMIZED := keccak sha2 sha3 zstd-sys
 cargo-generate-rpm: INSTALL_TOOL += $(OPTIMIZED:%=--config profile.dev.package.%.opt-level=3)
-.PHONY: cargo-deb cargo-generate-rpm
-cargo-deb cargo-generate-rpm:
+.PHONY: cargo-auditable cargo-deb cargo-generate-rpm
+cargo-auditable cargo-deb cargo-generate-rpm:
 	@command -v $@ >/dev/null || $(INSTALL_TOOL) $@

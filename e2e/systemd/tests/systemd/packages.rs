@@ -11,6 +11,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use anyhow::Result;
+use auditable_info::Limits;
 use testkit::client::{Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::debian::{append, built_package, later_release, run};
@@ -60,6 +61,19 @@ fn lintian_reports_nothing() {
         .output()
         .expect("lintian runs: make e2e-deps installs it");
     assert!(output.status.success() && output.stdout.is_empty(), "{}", stdout_and_stderr(&output));
+}
+
+/// Scanners for known vulnerabilities read this list from the installed binary.
+#[test]
+fn packaged_binary_has_the_list_of_its_crates() {
+    let _alone = lock();
+    let mut make = testkit::process::make(FOLDER, &["package-files"]);
+    run(make.arg(format!("BINARY={}", crate::pid1::static_binary().display()))).expect("make runs");
+    let packaged = Path::new(FOLDER).join("target/packages/files/usr/bin").join(NAME);
+    let list = auditable_info::audit_info_from_file(&packaged, Limits::default()).expect("the list is present");
+    let has = |name: &str| list.packages.iter().any(|package| package.name == name);
+    assert!(has(NAME) && has("outlive") && has("axum") && has("rustls"), "{list:?}");
+    assert!(!has("tempfile"), "the list contains dependencies of tests: {list:?}");
 }
 
 /// With the rpm of Debian, because no system that is based on rpm is available to the tests.

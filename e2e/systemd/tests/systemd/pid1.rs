@@ -1,7 +1,7 @@
 //! The static binary as PID 1 of a container whose file system has no other file, as `FROM scratch` gives it; and the
 //! recipes for containers.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Once;
 
@@ -21,22 +21,26 @@ struct Container {
     _root: tempfile::TempDir,
 }
 
+/// The binary of `make static`.
+pub fn static_binary() -> PathBuf {
+    // Once, because two builds at the same time would write the same file.
+    static MADE: Once = Once::new();
+    MADE.call_once(|| {
+        let mut build = make(FOLDER, &["static"]);
+        // The test only shows that the binary needs no other file, so it is built without expensive optimizations.
+        build
+            .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
+            .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
+        let made = build.output().expect("make runs");
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    });
+    Path::new(FOLDER).join("target/static").join(NAME)
+}
+
 impl Container {
     fn start() -> Self {
-        // Once, because two builds at the same time would write the same file.
-        static MADE: Once = Once::new();
-        MADE.call_once(|| {
-            let mut build = make(FOLDER, &["static"]);
-            // The test only shows that the binary needs no other file, so it is built without expensive optimizations.
-            build
-                .envs([("CARGO_PROFILE_RELEASE_LTO", "off"), ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16")])
-                .env("CARGO_PROFILE_RELEASE_OPT_LEVEL", "1");
-            let made = build.output().expect("make runs");
-            assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        });
         let root = tempfile::tempdir().expect("the folder is created");
-        std::fs::copy(Path::new(FOLDER).join("target/static").join(NAME), root.path().join(NAME))
-            .expect("the file is copied");
+        std::fs::copy(static_binary(), root.path().join(NAME)).expect("the file is copied");
         std::fs::create_dir(root.path().join("proc")).expect("the folder is created");
         let address = testkit::free_address();
         let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
@@ -136,8 +140,9 @@ fn value(text: &str, before: &str) -> String {
 
 #[test]
 fn container_recipes_use_options_that_the_binary_accepts() {
-    let (file, deployment) = (recipe("container", "Dockerfile"), recipe("kubernetes", "yaml"));
-    assert!(file.contains("make -C /src static\n"), "{file}");
+    let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
+    let (file, deployment) = (read("Dockerfile"), read("docs/recipes/kubernetes.yaml"));
+    assert!(file.contains("make -C /src static "), "{file}");
     let variable = format!("{}_LISTEN=", NAME.to_uppercase().replace('-', "_"));
     let listen = value(&file, &variable);
     let mut check = command(app_binary(), &["check"]);
@@ -165,6 +170,10 @@ fn container_recipes_use_options_that_the_binary_accepts() {
     // own.
     let [(_, _, delay), (_, _, limit)] = &times;
     assert!(grace > delay.as_secs() + 2 * limit.as_secs(), "{deployment}");
+    // Docker and Podman kill the container at the same time as systemd kills the service.
+    let stop = value(&read(&format!("systemd/{NAME}.service")), "\nTimeoutStopSec=");
+    assert_eq!(value(&read("compose.yaml"), "stop_grace_period: "), stop);
+    assert_eq!(value(&read("docs/recipes/app.container"), "TimeoutStopSec="), stop);
     let admin = listen.rsplit(':').next().expect("the port is known");
     for probe in ["/readyz", "/healthz"] {
         assert!(deployment.contains(&format!("path: {probe}, port: {admin} ")), "{deployment}");

@@ -65,6 +65,33 @@ fn copy_is_small_and_does_not_contain_the_old_name() {
     assert!(lines < 700, "{lines} lines");
 }
 
+/// The path of each file that git tracks in `folder`, with its content.
+fn tracked(folder: &Path) -> Vec<(String, Vec<u8>)> {
+    let files = run(Command::new("git").args(["ls-files"]).current_dir(folder));
+    let read = |file: &str| (file.to_owned(), std::fs::read(folder.join(file)).expect(file));
+    files.lines().map(read).collect()
+}
+
+/// For a copy of the whole repository that GitHub's "Use this template" has made.
+#[test]
+fn make_new_in_place_gives_the_same_files_as_a_copy() {
+    let folder = tempfile::tempdir().expect("the folder is created");
+    let source = source_repository(folder.path());
+    let copied = folder.path().join("copy");
+    let name = format!("NAME={NEW_NAME}");
+    run(&mut make(&source, &["new", &name, &format!("DIR={}", copied.display())]));
+    let before = run(Command::new("git").args(["rev-parse", "HEAD"]).current_dir(&source));
+    std::fs::write(source.join("deny.toml"), "mine").expect("the file is written");
+    let refusal = refused(make(&source, &["new", &name, "DIR=."]));
+    assert!(refusal.contains("There are uncommitted changes"), "{refusal}");
+    run(Command::new("git").args(["checkout", "--quiet", "deny.toml"]).current_dir(&source));
+    run(&mut make(&source, &["new", &name, "DIR=."]));
+    assert!(tracked(&source) == tracked(&copied), "the files differ");
+    let git = |arguments: &[&str]| run(Command::new("git").args(arguments).current_dir(&source));
+    assert_eq!(git(&["status", "--porcelain"]), "");
+    assert_eq!(git(&["rev-parse", "HEAD~"]), before, "the history is kept");
+}
+
 #[test]
 fn code_in_documents_is_taken_from_examples() {
     let read = |path: &str| std::fs::read_to_string(Path::new(FOLDER).join(path)).expect(path);
@@ -85,6 +112,39 @@ fn code_in_documents_is_taken_from_examples() {
         assert!(code.contains(first), "not in {example}: {first}");
         if document == "docs/recipes/sockets.md" {
             blocks.for_each(|block| assert!(code.contains(block), "not in {example}: {block}"));
+        }
+    }
+}
+
+/// Links to another website begin with a scheme, and those to a heading with `#`.
+#[test]
+fn each_link_between_documents_leads_to_a_file() {
+    let list = ["ls-files", "*.md", ":!e2e", ":!outlive/src", ":!outlive/template-README.md"];
+    let documents = run(Command::new("git").args(list).current_dir(FOLDER));
+    let mut links = 0;
+    for document in documents.lines() {
+        let path = Path::new(FOLDER).join(document);
+        let text = std::fs::read_to_string(&path).expect(document);
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next()) {
+            if !link.is_empty() && !link.contains(':') {
+                links += 1;
+                assert!(path.with_file_name(link).exists(), "{document}: {link}");
+            }
+        }
+    }
+    assert!(links > 60, "only {links} links were found");
+}
+
+/// The website of `make docs` has the recipes of this list.
+#[test]
+fn each_recipe_is_in_the_list_of_recipes() {
+    let folder = Path::new(FOLDER).join("docs/recipes");
+    let list = std::fs::read_to_string(folder.join("README.md")).expect("the list is readable");
+    for entry in std::fs::read_dir(&folder).expect("the folder is readable") {
+        let name = entry.expect("the entry is readable").file_name().into_string().expect("the name is text");
+        if name.ends_with(".md") && name != "README.md" {
+            let is_listed = |line: &str| line.starts_with('[') && line.contains(&format!("]({name})"));
+            assert!(list.lines().any(is_listed), "{name} is not in docs/recipes/README.md");
         }
     }
 }
@@ -267,15 +327,21 @@ fn make_new_that_fails_leaves_no_folder() {
     assert!(!new.exists());
 }
 
+/// Another repository in `parent` with the files of this one, because other tests would see changes of this one.
+fn source_repository(parent: &Path) -> PathBuf {
+    let source = parent.join("source");
+    std::fs::create_dir(&source).expect("the folder is created");
+    let script = "git ls-files -z ':!e2e/fuzz' | tar --create --null --files-from=- | tar --extract --directory=\"$1\" \
+                  && cd \"$1\" && git init --quiet && git add --force . \
+                  && git -c user.name=x -c user.email=x commit --quiet --no-verify --message=source";
+    run(Command::new("sh").args(["-ec", script, "sh"]).arg(&source).current_dir(FOLDER));
+    source
+}
+
 #[test]
 fn make_new_makes_a_repository_of_the_tracked_files_with_one_commit() {
     let folder = tempfile::tempdir().expect("the folder is created");
-    let source = folder.path().join("source");
-    // Another repository with the same files, because other tests would see an untracked file in this one.
-    std::fs::create_dir(&source).expect("the folder is created");
-    let script = "git ls-files -z ':!e2e/fuzz' | tar --create --null --files-from=- | tar --extract --directory=\"$1\" \
-                  && cd \"$1\" && git init --quiet && git add --force .";
-    run(Command::new("sh").args(["-ec", script, "sh"]).arg(&source).current_dir(FOLDER));
+    let source = source_repository(folder.path());
     std::fs::write(source.join("untracked"), "").expect("the file is written");
     let copied = folder.path().join("copy");
     let mut new = make(&source, &["new", "NAME=shop", &format!("DIR={}", copied.display())]);
