@@ -1,7 +1,9 @@
 //! The options of the library. Their doc comments are the text of `--help` and of the man page.
 
 use std::fmt;
+use std::num::NonZeroU32;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytesize::ByteSize;
@@ -11,6 +13,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use crate::listeners::Listen;
 use crate::observe::log::LogFormat;
 use crate::registry::Limits;
+use crate::requests::RequestLimits;
 
 /// How long a peer may take to read the last response of a connection and to close it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
@@ -96,6 +99,18 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
+    /// Maximum number of requests in flight, or `infinity`. A request counts from its head to the end of its response, so an
+    /// event stream counts until it ends; a WebSocket does not count. A request above the limit is answered with 503 and
+    /// `Retry-After: 1`, and counted in the metric outlive_requests_refused_total. Admin listeners have no such limit. During
+    /// a reload each of the two processes counts its own requests.
+    #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
+    pub max_requests: CountLimit,
+
+    /// As --max-requests, for the requests of one client: of an IPv4 address, or of an IPv6 network of 64 bits. A proxy is one
+    /// client, except on a Unix socket, for whose connections this limit does not apply.
+    #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
+    pub max_requests_per_client: CountLimit,
+
     /// Which messages to log, in the syntax of RUST_LOG: info, debug, or info,request=debug to log each request. If this
     /// option is not set, RUST_LOG is used; if that is not set either, the default is info.
     #[arg(long, value_name = "FILTER")]
@@ -166,7 +181,35 @@ impl fmt::Display for TimeLimit {
     }
 }
 
+/// A number of which there may be at most so many. It can be switched off.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CountLimit {
+    Limited(NonZeroU32),
+    Unlimited,
+}
+
+impl CountLimit {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "infinity" => Ok(Self::Unlimited),
+            _ => text.parse().map(Self::Limited).map_err(|_| "expected a number above zero, or infinity".into()),
+        }
+    }
+
+    fn maximum(self) -> Option<NonZeroU32> {
+        match self {
+            Self::Limited(maximum) => Some(maximum),
+            Self::Unlimited => None,
+        }
+    }
+}
+
 impl Config {
+    /// The limits of the number of requests. None if there are none.
+    pub fn request_limits(&self) -> Option<Arc<RequestLimits>> {
+        RequestLimits::new(self.max_requests.maximum(), self.max_requests_per_client.maximum())
+    }
+
     /// The time limits of a connection.
     pub fn limits(&self) -> Limits {
         Limits {

@@ -149,7 +149,7 @@ impl Started {
         let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks };
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
         let access_log = if config.access_log { AccessLog::On } else { AccessLog::Off };
-        let routes = limited(routes).with_access_log(access_log);
+        let routes = limited(routes).with_access_log(access_log).limited_by(config.request_limits());
         let admin = limited(admin::router(admin).merge(more_admin));
         let endpoint = |(listener, kind): (&Listener, EndpointKind)| {
             let routes = match kind {

@@ -8,7 +8,8 @@ use std::sync::LazyLock;
 use anyhow::Context;
 use hyper::Method;
 use prometheus::{
-    IntCounter, IntGauge, IntGaugeVec, register_int_counter, register_int_gauge, register_int_gauge_vec,
+    IntCounter, IntCounterVec, IntGauge, IntGaugeVec, register_int_counter, register_int_counter_vec,
+    register_int_gauge, register_int_gauge_vec,
 };
 
 pub use durations::answered;
@@ -47,6 +48,12 @@ pub static CUT_OFF: LazyLock<IntCounter> = metric!(
     register_int_counter,
     "outlive_requests_cut_off_total",
     "Requests cut off at the end of a drain, by this process and its predecessors."
+);
+pub static REFUSED: LazyLock<IntCounterVec> = metric!(
+    register_int_counter_vec,
+    "outlive_requests_refused_total",
+    "Requests that this process answered with 503 because too many were in flight, by the option that limits them.",
+    &["limit"]
 );
 pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
     register_int_counter,

@@ -1,10 +1,11 @@
 //! [`Routes`], the layer between a connection and the application's router. Each request gets an id, a span, limits of
-//! time and size, and an entry in the metrics. A request whose handler panics is answered with 500.
+//! time, size and number, and an entry in the metrics. A request whose handler panics is answered with 500.
 //!
 //! `connection/exchange.rs` calls [`Routes::answer`]. This is one future and not a stack of layers around the router,
 //! because each layer of a router costs two allocations for each request.
 
 mod limited_body;
+mod request_limits;
 mod route_labels;
 
 use std::cell::Cell;
@@ -22,7 +23,7 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::future::RouteFuture;
 use http_body::Body as HttpBody;
 use humantime::FormattedDuration;
-use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use hyper::header::{CONTENT_TYPE, HeaderName, HeaderValue, RETRY_AFTER};
 use hyper::http::request::Parts;
 use hyper::{HeaderMap, Request, Response, StatusCode, Version};
 use pin_project_lite::pin_project;
@@ -38,6 +39,8 @@ use crate::observe::{log, metrics};
 use crate::registry::InFlight;
 use crate::transport::stream::Peer;
 use limited_body::Within;
+use request_limits::Permit;
+pub use request_limits::RequestLimits;
 use route_labels::RouteLabels;
 
 /// The log target of requests: `--log info,request=debug` logs each request, and adds its fields to the events of
@@ -73,6 +76,8 @@ pub struct Routes {
     body_limit: usize,
     limit: Duration,
     access_log: AccessLog,
+    /// None without `--max-requests` and `--max-requests-per-client`, and for admin routes.
+    admission: Option<Admission>,
 }
 
 /// Whether a line is logged for each request.
@@ -87,6 +92,14 @@ pub enum AccessLog {
 struct Access {
     peer: Option<Peer>,
     version: Version,
+}
+
+/// The limits of the number of requests, and the routes for those above a limit: all of them answer 503, under the label of
+/// the route.
+#[derive(Clone)]
+struct Admission {
+    limits: Arc<RequestLimits>,
+    overloaded: Router,
 }
 
 impl Routes {
@@ -108,6 +121,7 @@ impl Routes {
             body_limit: usize::try_from(body_limit).unwrap_or(usize::MAX),
             limit,
             access_log: AccessLog::Off,
+            admission: None,
         }
     }
 
@@ -115,6 +129,14 @@ impl Routes {
     #[must_use]
     pub fn with_access_log(self, access_log: AccessLog) -> Self {
         Self { access_log, ..self }
+    }
+
+    /// The same routes with `limits` on the number of requests.
+    pub fn limited_by(self, limits: Option<Arc<RequestLimits>>) -> Self {
+        let refuse = layer_fn(|_| service_fn(async |_| Ok::<_, Infallible>(overloaded())));
+        let routes = || self.recording.clone().layer(refuse).layer(self.labels).with_state(());
+        let admission = limits.map(|limits| Admission { limits, overloaded: routes() });
+        Self { admission, ..self }
     }
 
     /// Starts to answer a request. `body` is `None` if the request has no body, which saves the wrappers of the body.
@@ -137,10 +159,17 @@ impl Routes {
         let route = self.labels.of_path(head.uri.path());
         let is_too_large =
             |body: &B| body.size_hint().lower() > u64::try_from(self.body_limit).unwrap_or(u64::MAX);
-        let router = match (route, &body) {
-            (_, Some(body)) if is_too_large(body) => &mut self.refusing,
-            (Some(_), _) => &mut self.router,
-            (None, _) => &mut self.recording,
+        let admitted = self.admission.as_mut().map(|admission| admission.admit(&head, is_counted));
+        let (permit, overloaded) = match admitted {
+            Some(Ok(permit)) => (Some(permit), None),
+            Some(Err(overloaded)) => (None, Some(overloaded)),
+            None => (None, None),
+        };
+        let router = match (overloaded, route, &body) {
+            (Some(overloaded), _, _) => overloaded,
+            (None, _, Some(body)) if is_too_large(body) => &mut self.refusing,
+            (None, Some(_), _) => &mut self.router,
+            (None, None, _) => &mut self.recording,
         };
         let request = match body {
             Some(body) => {
@@ -161,7 +190,21 @@ impl Routes {
             route,
             limit: self.limit,
             late: None,
+            permit,
             future: router.call(request),
+        }
+    }
+}
+
+impl Admission {
+    /// A permit for the request, or the routes that refuse it. `begins`: its response has not begun in another process.
+    fn admit(&mut self, head: &Parts, begins: bool) -> Result<Permit, &mut Router> {
+        // Requests of unit tests have no context, and no peer.
+        let peer = head.extensions.get::<Arc<RequestContext>>().map_or(Peer::Unix, |context| context.peer);
+        if begins {
+            self.limits.admit(peer).map_err(|_| &mut self.overloaded)
+        } else {
+            Ok(self.limits.admit_continued(peer))
         }
     }
 }
@@ -180,6 +223,8 @@ pin_project! {
         limit: Duration,
         // Created at the first pending poll, because most responses are ready at once and need no timer.
         late: Option<Pin<Box<Sleep>>>,
+        // Present if the number of requests is limited, until the response begins. Its body has it then.
+        permit: Option<Permit>,
         #[pin]
         future: RouteFuture<Infallible>,
     }
@@ -261,6 +306,9 @@ impl ResponseFuture {
         if let Some(id) = this.id.take() {
             response.headers_mut().insert(REQUEST_ID, id);
         }
+        if let Some(permit) = this.permit.take() {
+            response = response.map(|body| permit.until_end_of(body));
+        }
         Poll::Ready(response)
     }
 }
@@ -295,6 +343,15 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
     let mut response = Response::new(Body::from(text));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    response
+}
+
+/// The response to a request above a limit of the number of requests.
+fn overloaded() -> Response<Body> {
+    let mut response = answer(StatusCode::SERVICE_UNAVAILABLE, "too many requests are in flight; try again later\n");
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
+    // `RequestLimits` logs refusals, but not each one.
+    response.extensions_mut().insert(Intended);
     response
 }
 
@@ -347,6 +404,7 @@ fn hexadecimal<const DIGITS: usize>(number: u64) -> [u8; DIGITS] {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::num::NonZeroU32;
     use std::pin::pin;
 
     use axum::routing::{delete, get, post, put};
@@ -416,6 +474,86 @@ mod tests {
     async fn panic_in_a_handler_is_answered_with_500() {
         let request = Request::get("/panics").body(Body::empty()).expect("the request is valid");
         assert_eq!(ask(request).await, (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n".into()));
+    }
+
+    /// `router`, of which one request may be in flight.
+    fn limited_to_one(router: Router) -> Routes {
+        let limits = RequestLimits::new(NonZeroU32::new(1), None);
+        Routes::new(router, 1024, LIMIT).limited_by(limits)
+    }
+
+    fn request_for(path: &str) -> Request<Body> {
+        Request::get(path).body(Body::empty()).expect("the request is valid")
+    }
+
+    #[tokio::test]
+    async fn request_counts_until_its_response_body_is_dropped() {
+        let router = Router::new().route("/limited/{name}", get(async || "all"));
+        let mut routes = limited_to_one(router);
+        let mut of_other_connection = routes.clone();
+        let first = answer_to(&mut routes, request_for("/limited/1")).await;
+        assert_eq!(first.body().size_hint().exact(), Some(3), "the length of the body is unknown");
+        let refused = answer_to(&mut of_other_connection, request_for("/limited/2")).await;
+        assert_eq!(refused.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(refused.headers()[RETRY_AFTER], "1");
+        assert!(refused.headers().contains_key(REQUEST_ID));
+        assert_eq!(count("/limited/{name}", "GET", "503"), 1);
+        drop(first);
+        let next = answer_to(&mut of_other_connection, request_for("/limited/2")).await;
+        assert_eq!(next.status(), StatusCode::OK, "a refused request counts");
+    }
+
+    #[tokio::test]
+    async fn request_whose_client_disconnects_before_the_response_no_longer_counts() {
+        let router =
+            Router::new().route("/", get(std::future::pending::<()>)).route("/other", get(async || ()));
+        let mut routes = limited_to_one(router);
+        let (head, _) = request_for("/").into_parts();
+        let mut pending = Box::pin(routes.answer(head, None::<Body>));
+        let in_flight = InFlight { number: 0, path: PathAndQuery::from_static("/"), since: Instant::now() };
+        poll_fn(|cx| {
+            assert!(pending.as_mut().poll(cx, &in_flight).is_pending());
+            Poll::Ready(())
+        })
+        .await;
+        let mut status = async || answer_to(&mut routes, request_for("/other")).await.status();
+        assert_eq!(status().await, StatusCode::SERVICE_UNAVAILABLE);
+        drop(pending);
+        assert_eq!(status().await, StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn request_whose_handler_panics_no_longer_counts_after_its_response() {
+        async fn panics() {
+            panic!("on purpose");
+        }
+        let mut routes = limited_to_one(Router::new().route("/", get(panics)));
+        for _ in 0..2 {
+            let response = answer_to(&mut routes, request_for("/")).await;
+            assert_eq!(response.status(), StatusCode::INTERNAL_SERVER_ERROR);
+        }
+    }
+
+    #[tokio::test]
+    async fn response_that_began_in_another_process_is_not_refused() {
+        let mut routes = limited_to_one(Router::new().route("/", get(async || ())));
+        let _first = answer_to(&mut routes, request_for("/")).await;
+        let mut continued = request_for("/");
+        continued.extensions_mut().insert(CountedBefore);
+        assert_eq!(answer_to(&mut routes, continued).await.status(), StatusCode::OK);
+    }
+
+    #[tokio::test]
+    async fn refused_requests_are_logged_once_with_the_option_and_not_as_errors() {
+        let mut routes = limited_to_one(Router::new().route("/", get(async || ())));
+        let _first = answer_to(&mut routes, request_for("/")).await;
+        let (file, _guard) = log_to_file();
+        for _ in 0..3 {
+            answer_to(&mut routes, request_for("/")).await;
+        }
+        let lines = logged_in(&file);
+        assert_eq!(lines.matches("the limit of 1 in flight is reached (--max-requests)").count(), 1, "{lines}");
+        assert!(!lines.contains("ERROR"), "{lines}");
     }
 
     /// A file with what this thread logs until the guard is dropped.

@@ -790,6 +790,8 @@ fn invalid_options_and_their_variables_are_refused_by_their_names() {
         ("--idle-timeout", "0s"),
         ("--body-limit", "much"),
         ("--max-connections", "0"),
+        ("--max-requests", "0"),
+        ("--max-requests-per-client", "many"),
         ("--log", "x=loud"),
     ] {
         assert_refused(&mut command(app_binary(), &[flag, value]), 78, &[flag, value]);

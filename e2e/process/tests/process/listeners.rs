@@ -196,6 +196,31 @@ fn the_admin_listener_reports_the_accept_queue_at_max_connections() {
     });
 }
 
+/// The admin listener answers meanwhile. A client that disconnects frees its place.
+#[test]
+fn requests_above_the_limits_are_refused_with_503_and_counted() {
+    for flag in ["--max-requests", "--max-requests-per-client"] {
+        let service = start(&[flag, "1"]);
+        block_on(async {
+            let open = async || {
+                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens")
+            };
+            let (mut slow, mut other) = (open().await, open().await);
+            slow.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
+            wait_for_in_flight(&service).await;
+            let refused = other.ask(&get("/")).await.expect("the server answers");
+            assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")), "{refused:?}");
+            assert!(!refused.closes(), "{refused:?}");
+            let counter = format!("outlive_requests_refused_total{{limit=\"{}\"}} 1", &flag[2..]);
+            metrics_with(&service, &[&counter]).await;
+            drop(slow);
+            while other.ask(&get("/")).await.expect("the server answers").status == 503 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        });
+    }
+}
+
 #[test]
 fn readyz_fails_from_the_beginning_of_a_drain_and_healthz_does_not() {
     let mut service = start(&["--drain-delay", "1min"]);

@@ -15,6 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
+use testkit::events::EventStream;
 use testkit::frames::{
     self, ACCEPTING, COMMIT, GO, HELLO, LISTENERS, MAIN, READY, REFUSED, connect_takeover_socket, frame,
     recv_message,
@@ -124,6 +125,39 @@ fn a_connection_survives_four_reloads() {
             pids.push(pid);
         }
         end(*pids.last().expect("at least one pid"));
+    });
+}
+
+/// The event stream moves, so it counts in the new process. The request that is held stays in the old process, and counts
+/// there only.
+#[test]
+fn requests_are_limited_in_both_processes_of_a_reload_and_a_stream_that_moves_is_not_refused() {
+    let (mut service, folder) = start(&["--max-requests", "2"]);
+    let path = service.notifications.path();
+    block_on(async {
+        let mut other = service.connect().await;
+        let mut status = async || other.ask(&get("/")).await.expect("the server answers").status;
+        let mut events = EventStream::http1(&service.target).await.expect("the stream opens");
+        events.next().await.expect("no error").expect("an event");
+        let mut held = service.connect().await;
+        held.hold().await.expect("the request is in flight");
+        assert_eq!(status().await, 503);
+        let (code, log) = reload(folder.path(), &path, &[]);
+        assert_eq!(code, Some(0), "{log}");
+        // The stream counts in the new process from when it has moved, and the held request never does.
+        let mut held_by_new = service.connect().await;
+        held_by_new.hold().await.expect("below the limit of the new process");
+        while status().await != 503 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        events.next().await.expect("no error").expect("an event of the new process");
+        held.release().await.expect("the old process finishes its request");
+        held_by_new.release().await.expect("the new process finishes its request");
+        while status().await == 503 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let main = service.notifications.wait_for("MAINPID=").expect("MAINPID= is sent");
+        end(main.trim_start_matches("MAINPID=").parse().expect("a valid pid"));
     });
 }
 

@@ -103,6 +103,7 @@ fn code_in_documents_is_taken_from_examples() {
         ("docs/recipes/long-lived.md", "outlive/examples/chat.rs"),
         ("docs/recipes/sockets.md", "outlive/examples/ingest.rs"),
         ("docs/recipes/traces.md", "outlive/examples/traced.rs"),
+        ("docs/recipes/middleware.md", "e2e/middleware/src/main.rs"),
     ] {
         let text = read(document);
         // The document leaves out the name of the example, so that clap uses that of the package.
