@@ -88,7 +88,10 @@ fn rate_limit_refuses_further_requests_and_begins_again_at_a_reload() {
         let refused = ask(connection, "GET /", &["origin: https://shop.example"]).await;
         assert_eq!(refused.status, 429);
         assert!(refused.header("retry-after").is_some(), "{refused:?}");
-        assert!(refused.header("access-control-allow-origin").is_some(), "a browser cannot read it: {refused:?}");
+        assert!(
+            refused.header("access-control-allow-origin").is_some(),
+            "a browser cannot read it: {refused:?}"
+        );
     });
 }
 
@@ -114,8 +117,8 @@ fn requests_above_the_concurrency_limit_wait() {
 #[test]
 fn event_stream_continues_through_the_layers_over_a_reload() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
-    let mut service = Service::start_in(env!("CARGO_BIN_EXE_middleware"), &[], folder.path())
-        .expect("the service starts");
+    let mut service =
+        Service::start_in(env!("CARGO_BIN_EXE_middleware"), &[], folder.path()).expect("the service starts");
     block_on(async {
         let mut events = EventStream::http1(&service.target).await.expect("the stream opens");
         let mut next = async || events.next().await.expect("no error").expect("an event");

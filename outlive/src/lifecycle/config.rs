@@ -192,7 +192,10 @@ impl CountLimit {
     fn parse(text: &str) -> Result<Self, String> {
         match text {
             "infinity" => Ok(Self::Unlimited),
-            _ => text.parse().map(Self::Limited).map_err(|_| "expected a number above zero, or infinity".into()),
+            _ => text
+                .parse()
+                .map(Self::Limited)
+                .map_err(|_| "expected a number above zero, or infinity".into()),
         }
     }
 

@@ -348,7 +348,8 @@ fn answer(status: StatusCode, text: &'static str) -> Response<Body> {
 
 /// The response to a request above a limit of the number of requests.
 fn overloaded() -> Response<Body> {
-    let mut response = answer(StatusCode::SERVICE_UNAVAILABLE, "too many requests are in flight; try again later\n");
+    let mut response =
+        answer(StatusCode::SERVICE_UNAVAILABLE, "too many requests are in flight; try again later\n");
     response.headers_mut().insert(RETRY_AFTER, HeaderValue::from_static("1"));
     // `RequestLimits` logs refusals, but not each one.
     response.extensions_mut().insert(Intended);
@@ -488,8 +489,7 @@ mod tests {
 
     #[tokio::test]
     async fn request_counts_until_its_response_body_is_dropped() {
-        let router = Router::new().route("/limited/{name}", get(async || "all"));
-        let mut routes = limited_to_one(router);
+        let mut routes = limited_to_one(Router::new().route("/limited/{name}", get(async || "all")));
         let mut of_other_connection = routes.clone();
         let first = answer_to(&mut routes, request_for("/limited/1")).await;
         assert_eq!(first.body().size_hint().exact(), Some(3), "the length of the body is unknown");
@@ -505,9 +505,8 @@ mod tests {
 
     #[tokio::test]
     async fn request_whose_client_disconnects_before_the_response_no_longer_counts() {
-        let router =
-            Router::new().route("/", get(std::future::pending::<()>)).route("/other", get(async || ()));
-        let mut routes = limited_to_one(router);
+        let pending = Router::new().route("/", get(std::future::pending::<()>));
+        let mut routes = limited_to_one(pending.route("/other", get(async || ())));
         let (head, _) = request_for("/").into_parts();
         let mut pending = Box::pin(routes.answer(head, None::<Body>));
         let in_flight = InFlight { number: 0, path: PathAndQuery::from_static("/"), since: Instant::now() };
@@ -552,7 +551,11 @@ mod tests {
             answer_to(&mut routes, request_for("/")).await;
         }
         let lines = logged_in(&file);
-        assert_eq!(lines.matches("the limit of 1 in flight is reached (--max-requests)").count(), 1, "{lines}");
+        assert_eq!(
+            lines.matches("the limit of 1 in flight is reached (--max-requests)").count(),
+            1,
+            "{lines}"
+        );
         assert!(!lines.contains("ERROR"), "{lines}");
     }
 

@@ -58,7 +58,7 @@ struct Log {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     V4(Ipv4Addr),
-    V6([u8; 8]),
+    V6(u128),
 }
 
 impl Client {
@@ -67,10 +67,7 @@ impl Client {
         let Peer::Tcp(address) = peer else { return None };
         Some(match address.ip().to_canonical() {
             IpAddr::V4(address) => Self::V4(address),
-            IpAddr::V6(address) => {
-                let [a, b, c, d, e, f, g, h, ..] = address.octets();
-                Self::V6([a, b, c, d, e, f, g, h])
-            }
+            IpAddr::V6(address) => Self::V6(address.to_bits() >> 64),
         })
     }
 }

@@ -202,9 +202,8 @@ fn requests_above_the_limits_are_refused_with_503_and_counted() {
     for flag in ["--max-requests", "--max-requests-per-client"] {
         let service = start(&[flag, "1"]);
         block_on(async {
-            let open = async || {
-                Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens")
-            };
+            let open =
+                async || Connection::open(&Target::Tcp(service.http)).await.expect("the connection opens");
             let (mut slow, mut other) = (open().await, open().await);
             slow.send(&get("/sleep?duration=1h")).await.expect("the bytes are sent");
             wait_for_in_flight(&service).await;

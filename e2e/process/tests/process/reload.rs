@@ -132,7 +132,8 @@ fn a_connection_survives_four_reloads() {
 /// there only.
 #[test]
 fn requests_are_limited_in_both_processes_of_a_reload_and_a_stream_that_moves_is_not_refused() {
-    let (mut service, folder) = start(&["--max-requests", "2"]);
+    let limit = ["--max-requests", "2"];
+    let (mut service, folder) = start(&limit);
     let path = service.notifications.path();
     block_on(async {
         let mut other = service.connect().await;
@@ -142,7 +143,7 @@ fn requests_are_limited_in_both_processes_of_a_reload_and_a_stream_that_moves_is
         let mut held = service.connect().await;
         held.hold().await.expect("the request is in flight");
         assert_eq!(status().await, 503);
-        let (code, log) = reload(folder.path(), &path, &[]);
+        let (code, log) = reload(folder.path(), &path, &limit);
         assert_eq!(code, Some(0), "{log}");
         // The stream counts in the new process from when it has moved, and the held request never does.
         let mut held_by_new = service.connect().await;

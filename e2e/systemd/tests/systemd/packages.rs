@@ -70,7 +70,8 @@ fn packaged_binary_has_the_list_of_its_crates() {
     let mut make = testkit::process::make(FOLDER, &["package-files"]);
     run(make.arg(format!("BINARY={}", crate::pid1::static_binary().display()))).expect("make runs");
     let packaged = Path::new(FOLDER).join("target/packages/files/usr/bin").join(NAME);
-    let list = auditable_info::audit_info_from_file(&packaged, Limits::default()).expect("the list is present");
+    let list =
+        auditable_info::audit_info_from_file(&packaged, Limits::default()).expect("the list is present");
     let has = |name: &str| list.packages.iter().any(|package| package.name == name);
     assert!(has(NAME) && has("outlive") && has("axum") && has("rustls"), "{list:?}");
     assert!(!has("tempfile"), "the list contains dependencies of tests: {list:?}");
