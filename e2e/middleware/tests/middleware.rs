@@ -10,7 +10,7 @@ use testkit::service::Service;
 const FILE: &str = "0123456789";
 
 /// Runs `work` on a connection to the first process, and after a reload on the same connection and on a new one.
-fn before_and_after_a_reload(work: impl AsyncFn(&mut Connection)) {
+fn before_and_after_a_reload(work: &impl AsyncFn(&mut Connection)) {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
     std::fs::write(folder.path().join("file.txt"), FILE).expect("the file is written");
     let files = folder.path().to_str().expect("the path is valid UTF-8");
@@ -30,14 +30,14 @@ fn before_and_after_a_reload(work: impl AsyncFn(&mut Connection)) {
 }
 
 async fn ask(connection: &mut Connection, line: &str, fields: &[&str]) -> Answer {
-    let fields: String = fields.iter().map(|field| format!("{field}\r\n")).collect();
-    let request = format!("{line} HTTP/1.1\r\nhost: test\r\n{fields}\r\n");
+    let head = format!("{line} HTTP/1.1");
+    let request = [&[&*head, "host: test"], fields, &["\r\n"]].concat().join("\r\n");
     connection.ask(request.as_bytes()).await.expect("the server answers")
 }
 
 #[test]
 fn static_file_is_served_in_parts_and_only_if_it_has_changed() {
-    before_and_after_a_reload(async |connection| {
+    before_and_after_a_reload(&async |connection| {
         let path = "GET /static/file.txt";
         let whole = ask(connection, path, &[]).await;
         assert_eq!((whole.status, whole.text().as_str()), (200, FILE));
@@ -55,7 +55,7 @@ fn static_file_is_served_in_parts_and_only_if_it_has_changed() {
 
 #[test]
 fn response_is_compressed_for_clients_that_accept_it() {
-    before_and_after_a_reload(async |connection| {
+    before_and_after_a_reload(&async |connection| {
         let plain = ask(connection, "GET /", &[]).await;
         assert_eq!(plain.header("content-encoding"), None);
         let compressed = ask(connection, "GET /", &["accept-encoding: gzip"]).await;
@@ -66,7 +66,7 @@ fn response_is_compressed_for_clients_that_accept_it() {
 
 #[test]
 fn preflight_is_answered_for_the_permitted_origin_only() {
-    before_and_after_a_reload(async |connection| {
+    before_and_after_a_reload(&async |connection| {
         let mut preflight = async |origin: &str| {
             let fields = [&*format!("origin: {origin}"), "access-control-request-method: PUT"];
             let answer = ask(connection, "OPTIONS /", &fields).await;
@@ -81,7 +81,7 @@ fn preflight_is_answered_for_the_permitted_origin_only() {
 /// Each process counts by itself, so a client may send as many requests again after a reload.
 #[test]
 fn rate_limit_refuses_further_requests_and_begins_again_at_a_reload() {
-    before_and_after_a_reload(async |connection| {
+    before_and_after_a_reload(&async |connection| {
         for number in 0..20 {
             assert_eq!(ask(connection, "GET /", &[]).await.status, 200, "request {number}");
         }
