@@ -104,7 +104,7 @@ cargo-deny:
 # `rm -r target/systemd-unstable`.
 SYSTEM := systemd,systemd-sysv,dbus,libnss-systemd,libpam-systemd,needrestart
 # Debian's clients and proxies, with which e2e/systemd/tests/systemd/peers.rs tests the service.
-PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,nodejs,varnish
+PEERS := apache2-bin,caddy,chromium-headless-shell,haproxy,nginx,node-ws,nodejs,varnish
 target/systemd-257: RELEASE := trixie
 target/systemd-257: INCLUDED := $(SYSTEM),postgresql,$(PEERS)
 target/systemd-252: RELEASE := bookworm

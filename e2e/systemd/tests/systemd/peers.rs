@@ -17,7 +17,8 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::{app_package, boot_with_tls, third_party_clients};
+use crate::third_party_clients::{Client, LIMIT};
+use crate::{app_package, boot_with_tls, third_party_clients, websockets};
 
 /// Where a proxy listens.
 const FRONT: ([u8; 4], u16) = ([127, 0, 0, 1], 8000);
@@ -272,6 +273,19 @@ fn a_websocket_in_node_stays_open() {
 #[test]
 fn a_websocket_in_chromium_stays_open() {
     run_websocket(Engine::Chromium);
+}
+
+/// The package `node-ws` with its default settings, with and without TLS.
+#[test]
+fn node_ws_client_keeps_its_connection() {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    container
+        .write("run/ws-client.js", include_str!("../../clients/ws-client.js"))
+        .expect("the file is written");
+    websockets::keep_open(&container, |url| {
+        Client::start_inside(&container, &["node", "/run/ws-client.js", url, LIMIT, "/etc/app/tls.crt"])
+    });
 }
 
 /// The script sends one message before the first verb and one after each.

@@ -3,7 +3,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{ChildStdin, Stdio};
+use std::process::{ChildStdin, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -49,9 +49,20 @@ pub struct Client {
 }
 
 impl Client {
+    /// Starts a client of this machine in the network of the container.
     pub fn start(container: &Container, command: &[&str]) -> Self {
-        let name = command.join(" ");
-        let mut command = container.outside(command);
+        Self::spawn(command.join(" "), container.outside(command))
+    }
+
+    /// Starts a client that is installed in the container. The environment of the test can name files that the container
+    /// does not have, so the client does not get it.
+    pub fn start_inside(container: &Container, command: &[&str]) -> Self {
+        let mut inside = container.command(command);
+        inside.env_clear().env("PATH", "/usr/bin");
+        Self::spawn(command.join(" "), inside)
+    }
+
+    fn spawn(name: String, mut command: Command) -> Self {
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = Process::spawn(&mut command).expect("the client starts");
         let child = process.child();

@@ -307,10 +307,15 @@ fn python_websockets_client_keeps_its_connection(systemd: Systemd) {
     let container = boot_with_tls(systemd, &certificate);
     let (script, chain) = (format!("{FOLDER}/e2e/systemd/clients/websockets-client.py"), certificate.chain());
     let chain = chain.to_str().expect("the path is UTF-8");
-    let mut clients =
-        [format!("ws://127.0.0.1:{PLAIN_PORT}/socket"), format!("wss://127.0.0.1:{TLS_PORT}/socket")]
-            .map(|url| Client::start(&container, &["/usr/bin/python3", &script, &url, LIMIT, chain]));
-    reload_and_restart(&container, &mut clients, |_, _| {});
+    keep_open(&container, |url| Client::start(&container, &["/usr/bin/python3", &script, url, LIMIT, chain]));
+}
+
+/// Runs two clients, one of them with TLS, over reloads and restarts. `start` starts one that opens a WebSocket to this
+/// URL. The last line of each is: echoes, Pongs, messages that were lost, WebSockets that were closed.
+pub fn keep_open(container: &Container, start: impl FnMut(&str) -> Client) {
+    let urls = [format!("ws://127.0.0.1:{PLAIN_PORT}/socket"), format!("wss://127.0.0.1:{TLS_PORT}/socket")];
+    let mut clients = urls.each_ref().map(String::as_str).map(start);
+    reload_and_restart(container, &mut clients, |_, _| {});
     for client in clients {
         let [answered, pongs, lost, closed] = client.last_numbers()[..] else {
             panic!("the last line has four numbers")
