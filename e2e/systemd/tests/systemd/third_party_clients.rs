@@ -106,7 +106,7 @@ impl Client {
     /// of standard input.
     fn is_answered(&mut self) {
         let before = self.printed.iter().filter(|line| *line == "answered").count();
-        self.stdin.as_mut().expect("the socket is active").write_all(b"\n").expect("the service listens");
+        self.stdin.as_mut().expect("the socket is active").write_all(b"\n").expect("the client runs");
         self.wait_for("answered", before + 1);
     }
 
