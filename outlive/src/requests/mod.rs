@@ -508,8 +508,9 @@ mod tests {
         let pending = Router::new().route("/", get(std::future::pending::<()>));
         let mut routes = limited_to_one(pending.route("/other", get(async || ())));
         let (head, _) = request_for("/").into_parts();
+        let path = head.uri.path_and_query().cloned().expect("the request has a path");
         let mut pending = Box::pin(routes.answer(head, None::<Body>));
-        let in_flight = InFlight { number: 0, path: PathAndQuery::from_static("/"), since: Instant::now() };
+        let in_flight = InFlight { number: 0, path, since: Instant::now() };
         poll_fn(|cx| {
             assert!(pending.as_mut().poll(cx, &in_flight).is_pending());
             Poll::Ready(())
