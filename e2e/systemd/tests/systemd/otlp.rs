@@ -22,11 +22,13 @@ use crate::app_binary;
 /// The trace of all clients.
 const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
 
+/// A span, with the attributes of its service before it.
+type Received = (Vec<KeyValue>, Span);
+
 /// A collector that answers each request, or none.
 struct Collector {
     endpoint: String,
-    /// The attributes of the service, with each span.
-    spans: Arc<Mutex<Vec<(Vec<KeyValue>, Span)>>>,
+    spans: Arc<Mutex<Vec<Received>>>,
 }
 
 impl Collector {
@@ -50,13 +52,13 @@ impl Collector {
         Self { endpoint, spans }
     }
 
-    fn spans(&self) -> Vec<(Vec<KeyValue>, Span)> {
+    fn spans(&self) -> Vec<Received> {
         self.spans.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 
 /// Reads a request of the exporter and accepts it.
-fn receive(mut stream: TcpStream) -> Vec<(Vec<KeyValue>, Span)> {
+fn receive(mut stream: TcpStream) -> Vec<Received> {
     let mut reader = BufReader::new(stream.try_clone().expect("the stream can be duplicated"));
     let mut head = String::new();
     while !head.ends_with("\r\n\r\n") {
@@ -90,7 +92,7 @@ fn attribute(attributes: &[KeyValue], name: &str) -> String {
 }
 
 fn hexadecimal(id: &[u8]) -> String {
-    id.iter().map(|byte| format!("{byte:02x}")).collect()
+    id.iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}"))
 }
 
 /// The span of a client, by its number.
