@@ -29,7 +29,8 @@ use crate::transport::stream::Peer;
 #[derive(Clone, Debug)]
 pub struct Shutdown(pub CancellationToken);
 
-/// The context of all requests of a connection.
+/// The context of a request. All requests of a connection share one, unless a proxy reports the client of each.
+#[derive(Clone)]
 pub struct RequestContext {
     pub process: Process,
     pub shutdown: CancellationToken,

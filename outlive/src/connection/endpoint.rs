@@ -5,6 +5,7 @@
 use crate::app::sockets::SocketHandler;
 use crate::requests::Routes;
 use crate::transport::listener_name::Name;
+use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::tls_config::Tls;
 
 /// A listener's name, and what is served on its connections.
@@ -12,6 +13,8 @@ pub struct Endpoint {
     pub name: Name,
     pub kind: EndpointKind,
     pub routes: Routes,
+    /// The client of a new connection: awaited if its peers have to send a PROXY header.
+    pub client: Option<ProxiedClient>,
 }
 
 /// As the role of the listener's name, with the TLS configuration of an https listener.

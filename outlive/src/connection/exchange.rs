@@ -20,7 +20,7 @@ use hyper::header::{
 };
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
-use hyper::{Method, Request, Response, StatusCode, Version};
+use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
 use memchr::memmem;
 use pin_project_lite::pin_project;
 
@@ -35,8 +35,9 @@ use crate::app::context::RequestContext;
 use crate::app::event_stream::IsEventStream;
 use crate::app::resumable::{Resumable, Resumed};
 use crate::registry::{BodyEnd, BodyGuard, RequestGuard, RequestHandle, UpgradeHandle};
-use crate::requests::{self, CountedBefore, Routes};
+use crate::requests::{self, CountedBefore, Proxies, Routes};
 use crate::transport::replay::{self, Replay};
+use crate::transport::stream::Peer;
 
 /// The hyper service of one connection: it calls the routes and registers each request.
 pub(super) struct Service {
@@ -50,6 +51,8 @@ pub(super) struct Service {
     replay: Cell<Option<Box<Replay>>>,
     /// Present for HTTP/2.
     streams: Option<EndlessStreams>,
+    /// Present if the peer of the connection is a proxy that reports the client of each request.
+    proxies: Option<Arc<Proxies>>,
 }
 
 impl Service {
@@ -59,6 +62,7 @@ impl Service {
         requests: RequestHandle,
         return_path: ReturnPath,
         replay: Option<Box<Replay>>,
+        proxies: Option<Arc<Proxies>>,
     ) -> Self {
         Self {
             routes: endpoint.routes.clone().into(),
@@ -69,7 +73,15 @@ impl Service {
             return_path,
             replay: replay.into(),
             streams: None,
+            proxies,
         }
+    }
+
+    /// The client that a proxy reports for a request. None if it is the peer of the connection.
+    fn reported_client(&self, headers: &HeaderMap) -> Option<Peer> {
+        let peer = self.context.peer;
+        let client = self.proxies.as_ref()?.client_of(peer, headers);
+        (client != peer).then_some(client)
     }
 
     /// The service of an HTTP/2 connection.
@@ -359,7 +371,14 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             guard.was_counted_before();
             head.extensions.insert(CountedBefore);
         }
-        head.extensions.insert(self.context.clone());
+        let context = match self.reported_client(&head.headers) {
+            Some(peer) => {
+                guard.identify(peer);
+                Arc::new(RequestContext { peer, ..RequestContext::clone(&self.context) })
+            }
+            None => self.context.clone(),
+        };
+        head.extensions.insert(context);
         let body = request_body(&guard, body, offered.as_ref().and_then(Offered::call));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }

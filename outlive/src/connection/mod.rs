@@ -4,7 +4,8 @@
 //! `http2/mod.rs`. The driver polls hyper on an `Io` (`io.rs`), which reports to the registry what was read and
 //! written; for TLS (`tls/`), `Io` encrypts and decrypts. hyper calls `exchange.rs` for each request. The result is a
 //! [`ConnectionOutcome`]: `server/` parks a quiescent connection or hands it over. Connections of a socket that the
-//! application claims speak its own protocol (`socket.rs`).
+//! application claims speak its own protocol (`socket.rs`). On the listeners of `--proxy-protocol`, all of that follows a
+//! PROXY header (`proxied.rs`).
 
 mod body_chunks;
 mod endpoint;
@@ -12,6 +13,9 @@ mod exchange;
 mod http1;
 mod http2;
 mod io;
+mod proxied;
+#[cfg(test)]
+mod proxied_tests;
 mod resumable;
 mod socket;
 #[cfg(test)]
@@ -38,10 +42,13 @@ use tracing::debug;
 use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::registry::{DriverHandle, Registration, Stage};
+use crate::requests::Proxies;
 use crate::transport::http2_state::Http2State;
+use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::Replay;
 use crate::transport::stream::{Peer, Stream};
 use io::{Io, Wire};
+use proxied::HeaderOutcome;
 pub use upgraded::{ReturnPath, ReturnedConnection, ReturnedConnections, Succession};
 
 /// What connections of every endpoint need to be served.
@@ -52,6 +59,7 @@ pub struct ConnectionContext {
     quiesce_limit: Duration,
     /// Where the handlers of upgraded connections give them back.
     return_path: ReturnPath,
+    proxies: Arc<Proxies>,
 }
 
 impl ConnectionContext {
@@ -60,9 +68,11 @@ impl ConnectionContext {
         process: Process,
         shutdown: CancellationToken,
         quiesce_limit: Duration,
+        proxies: Proxies,
     ) -> (Self, ReturnedConnections) {
         let (return_path, returned) = ReturnPath::new();
-        (Self { process, shutdown, quiesce_limit, return_path }, returned)
+        let proxies = Arc::new(proxies);
+        (Self { process, shutdown, quiesce_limit, return_path, proxies }, returned)
     }
 
     /// The hyper service of one connection.
@@ -73,10 +83,11 @@ impl ConnectionContext {
         peer: Peer,
         replay: Option<Box<Replay>>,
     ) -> exchange::Service {
-        let Self { process, shutdown, return_path, .. } = self;
+        let Self { process, shutdown, return_path, proxies, .. } = self;
         let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer };
         let requests = registration.requests();
-        exchange::Service::new(endpoint.clone(), context, requests, return_path.clone(), replay)
+        let proxies = proxies.report_clients_of(peer).then(|| proxies.clone());
+        exchange::Service::new(endpoint.clone(), context, requests, return_path.clone(), replay, proxies)
     }
 }
 
@@ -112,10 +123,23 @@ enum FirstBytes {
 
 /// Serves `connection` until it closes or becomes quiescent.
 pub async fn serve(
-    connection: Connection<Stream>,
+    mut connection: Connection<Stream>,
     registration: Registration,
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
+    match connection.client.as_deref() {
+        None => {}
+        Some(ProxiedClient::Reported(client)) => registration.identify(*client),
+        Some(ProxiedClient::Awaited) => {
+            let trusted = &context.proxies.trusted;
+            // Boxed, so that other connections do not have the memory of the header.
+            match Box::pin(proxied::read_header(&mut connection, &registration, trusted)).await {
+                HeaderOutcome::Read => {}
+                HeaderOutcome::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
+                HeaderOutcome::Closed => return ConnectionOutcome::Closed,
+            }
+        }
+    }
     let endpoint = connection.endpoint.clone();
     match &endpoint.kind {
         EndpointKind::Http | EndpointKind::Admin => serve_plain(connection, registration, context).await,
@@ -190,8 +214,9 @@ async fn drive(
     };
     let io::Parts { stream, registration, tls, unread: behind } = parts;
     let (unread, has_duplicate) = (io::join(unread, behind), stream.has_duplicate());
+    let client = proxied::reported(&registration);
     ConnectionOutcome::Quiescent(
-        Connection { socket: stream, endpoint, unread, http2, tls, replay, has_duplicate },
+        Connection { socket: stream, endpoint, unread, http2, tls, replay, has_duplicate, client },
         registration,
     )
 }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 
 use super::Endpoint;
 use crate::transport::http2_state::Http2State;
+use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::stream_replay::StreamReplay;
@@ -32,6 +33,8 @@ pub struct Connection<S = OwnedFd> {
     pub replay: Option<Box<Replay>>,
     /// See [`Stream::has_duplicate`].
     pub has_duplicate: bool,
+    /// Its client, if it began with a PROXY header. None if that is the other end of the socket.
+    pub client: Option<Box<ProxiedClient>>,
 }
 
 impl Connection {
@@ -52,19 +55,28 @@ impl Connection {
             + self.open_streams().map_or(0, <[StreamReplay]>::len)
     }
 
-    /// Registers the socket with the current runtime. Returns the connection and its peer, or an error if the peer has
+    /// Registers the socket with the current runtime. Returns the connection and its client, or an error if the peer has
     /// disconnected.
     pub fn watched(self) -> io::Result<(Connection<Stream>, Peer)> {
-        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate } = self;
+        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate, client } = self;
         // The socket may come from another process, which may have left it in blocking mode.
         rustix::io::ioctl_fionbio(&socket, true)?;
         let peer = Peer::at(rustix::net::getpeername(&socket)?)?;
         let socket = Stream::new(socket, peer, has_duplicate)?;
-        Ok((Connection { socket, endpoint, unread, http2, tls, replay, has_duplicate }, peer))
+        let peer = match client.as_deref() {
+            Some(ProxiedClient::Reported(client)) => *client,
+            Some(ProxiedClient::Awaited) | None => peer,
+        };
+        Ok((Connection { socket, endpoint, unread, http2, tls, replay, has_duplicate, client }, peer))
     }
 }
 
 impl<S> Connection<S> {
+    /// Whether its PROXY header has not been read yet.
+    pub fn awaits_header(&self) -> bool {
+        self.client.as_deref() == Some(&ProxiedClient::Awaited)
+    }
+
     /// Whether a response of it has no end, so that the handler has to be called before the client sends anything.
     pub fn has_endless_response(&self) -> bool {
         self.replay.is_some() || self.http2.as_ref().is_some_and(|state| !state.streams.is_empty())
@@ -76,6 +88,7 @@ impl Connection<Stream> {
     pub fn begun(stream: Stream, endpoint: Arc<Endpoint>) -> Self {
         Self {
             socket: stream,
+            client: endpoint.client.map(Box::new),
             endpoint,
             unread: Bytes::new(),
             http2: None,
@@ -87,7 +100,8 @@ impl Connection<Stream> {
 
     /// Deregisters the socket from the runtime.
     pub fn unwatched(self) -> io::Result<Connection> {
-        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate } = self;
-        Ok(Connection { socket: socket.into_socket()?, endpoint, unread, http2, tls, replay, has_duplicate })
+        let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate, client } = self;
+        let socket = socket.into_socket()?;
+        Ok(Connection { socket, endpoint, unread, http2, tls, replay, has_duplicate, client })
     }
 }

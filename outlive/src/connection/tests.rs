@@ -28,7 +28,7 @@ use super::{Connection, ConnectionContext, Endpoint, EndpointKind, PREFACE};
 use crate::app::process::Process;
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::registry::{Limits, Phase, Registry, Stage};
-use crate::requests::Routes;
+use crate::requests::{Proxies, Routes};
 use crate::server::{Acceptor, Queues, Server};
 use crate::transport::tls_config::Tls;
 
@@ -53,7 +53,8 @@ pub fn endpoint(application: Router, tls: Option<Tls>) -> Arc<Endpoint> {
         None => ("http", EndpointKind::Http),
     };
     let routes = Routes::new(application, 16 << 20, LIMIT);
-    Arc::new(Endpoint { name: name.parse().expect("the name is valid"), kind, routes })
+    let name = name.parse().expect("the name is valid");
+    Arc::new(Endpoint { name, kind, routes, client: None })
 }
 
 /// Serves `router` on a free port until the end of the test.
@@ -68,10 +69,15 @@ pub async fn serve_with(router: Router, tls: Option<Tls>) -> Served {
 
 /// Serves what `endpoint` has on a free port until the end of the test.
 pub async fn serve_on(endpoint: Arc<Endpoint>) -> Served {
+    serve_behind(endpoint, Proxies::default()).await
+}
+
+/// The same, with these trusted proxies.
+pub async fn serve_behind(endpoint: Arc<Endpoint>, proxies: Proxies) -> Served {
     let limits = Limits { head: LIMIT, idle: LIMIT, stall: LIMIT, close: LIMIT };
     let shutdown = CancellationToken::new();
     let registry = Registry::new(limits, shutdown.clone());
-    let context = ConnectionContext::new(Process::begin(1), shutdown, QUIESCE_LIMIT);
+    let context = ConnectionContext::new(Process::begin(1), shutdown, QUIESCE_LIMIT, proxies);
     let server = Server::new(context, std::slice::from_ref(&endpoint), registry, 100, Queues::default())
         .expect("the server is made");
     let socket = TcpListener::bind("127.0.0.1:0")
@@ -116,7 +122,7 @@ impl Served {
     }
 
     /// Waits until the only connection is at `stage`.
-    async fn until_stage(&self, stage: Stage) {
+    pub async fn until_stage(&self, stage: Stage) {
         let reached = async {
             while self.registry().entries().first().is_none_or(|entry| entry.stage() != stage) {
                 tokio::time::sleep(Duration::from_millis(1)).await;

@@ -342,6 +342,7 @@ mod tests {
             tls: None,
             replay: None,
             has_duplicate: false,
+            client: None,
         };
         (connection, peer)
     }

@@ -23,7 +23,9 @@
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
 //!           .  upgraded, or an event stream, only: 4, a length; the request (`transport/replay.rs`)
 //!           .  open HTTP/2 streams only: 4, a length; their requests (`transport/stream_replay.rs`)
-//!           .  fields of later releases          version 2 only
+//!           .  more fields                       version 2 only; releases that do not know a field ignore it:
+//!              2, its number; 4, its length; its value
+//!              1: the client that a proxy has reported (`transport/proxied_client.rs`)
 //! ```
 //! Numbers are little-endian. The records are in a memfd, because neither one message nor all messages that wait in the
 //! channel may be larger than the socket's buffer.
@@ -138,6 +140,8 @@ pub struct SocketRecord {
     pub replay: Option<Bytes>,
     /// The encoded requests of the open streams of an HTTP/2 connection.
     pub streams: Option<Bytes>,
+    /// The encoded client of a proxied connection.
+    pub client: Option<Bytes>,
 }
 
 /// Bytes that are wiped when they are dropped, and that `Debug` does not print.
@@ -243,12 +247,12 @@ impl Header {
 impl SocketRecord {
     /// A record of an HTTP/1.1 connection, or of a socket that is no connection.
     pub fn new(listener: String, payload: Bytes) -> Self {
-        Self { listener, payload, http2: None, tls: None, replay: None, streams: None }
+        Self { listener, payload, http2: None, tls: None, replay: None, streams: None, client: None }
     }
 
     /// The first version of a frame that can express this record.
     pub(super) fn version(&self) -> u16 {
-        if self.protocols() == HTTP1 { FIRST_VERSION } else { LAST_VERSION }
+        if self.protocols() == HTTP1 && self.client.is_none() { FIRST_VERSION } else { LAST_VERSION }
     }
 
     /// The sum of [`HTTP2`], [`TLS`], [`UPGRADED`] and [`STREAMS`], as they apply.
@@ -275,7 +279,8 @@ impl SocketRecord {
     /// The encoded length in version 2, in bytes. In version 1 a record is 6 bytes shorter.
     pub(super) fn length(&self) -> usize {
         let parts: usize = self.parts().map(|part| 4 + part.len()).sum();
-        6 + BODY_LENGTH + self.listener.len() + self.payload.len() + parts
+        let client = self.client.as_ref().map_or(0, |client| FIELD_HEAD_LENGTH + client.len());
+        6 + BODY_LENGTH + self.listener.len() + self.payload.len() + parts + client
     }
 
     pub(super) fn encode(&self, version: u16, into: &mut Vec<u8>) -> Result<(), std::num::TryFromIntError> {
@@ -290,6 +295,11 @@ impl SocketRecord {
         for part in self.parts() {
             into.put_u32_le(part.len().try_into()?);
             into.put_slice(part);
+        }
+        if let Some(client) = &self.client {
+            into.put_u16_le(CLIENT);
+            into.put_u32_le(client.len().try_into()?);
+            into.put_slice(client);
         }
         Ok(())
     }
@@ -323,6 +333,14 @@ impl SocketRecord {
         if protocols & STREAMS != 0 {
             record.streams = Some(Bytes::copy_from_slice(part()?));
         }
+        while !body.is_empty() {
+            let number = body.try_get_u16_le().map_err(|_| FrameError::TruncatedRecord)?;
+            let length = body.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
+            let value = take(&mut body, length)?;
+            if number == CLIENT {
+                record.client = Some(Bytes::copy_from_slice(value));
+            }
+        }
         Ok(record)
     }
 
@@ -351,6 +369,10 @@ const TLS: u16 = 2;
 const UPGRADED: u16 = 4;
 /// An HTTP/2 connection with open streams.
 const STREAMS: u16 = 8;
+/// The number of the field with the client of a proxied connection.
+const CLIENT: u16 = 1;
+/// The number and the length of a field, in bytes.
+const FIELD_HEAD_LENGTH: usize = 6;
 /// The two lengths at the beginning of the body, in bytes.
 const BODY_LENGTH: usize = 6;
 
@@ -374,10 +396,10 @@ mod tests {
     fn record() -> impl Strategy<Value = SocketRecord> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
         let part = || prop::option::of(bytes());
-        (".{0,40}", bytes(), part(), part(), part(), part()).prop_map(
-            |(listener, payload, http2, tls, replay, streams)| {
+        (".{0,40}", bytes(), part(), part(), part(), part(), part()).prop_map(
+            |(listener, payload, http2, tls, replay, streams, client)| {
                 let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
-                SocketRecord { listener, payload, http2, tls, replay, streams }
+                SocketRecord { listener, payload, http2, tls, replay, streams, client }
             },
         )
     }
@@ -461,6 +483,20 @@ mod tests {
                 while SocketRecord::decode(version, &mut bytes).is_ok() {}
             }
         });
+    }
+
+    proptest! {
+        #[test]
+        fn fields_of_later_releases_are_ignored(record in record(), number in 2_u16.., value: Vec<u8>) {
+            let mut bytes = Vec::new();
+            record.encode(LAST_VERSION, &mut bytes).expect("a length above the limit");
+            bytes.extend(u16::to_le_bytes(number));
+            bytes.extend(u32::try_from(value.len()).expect("the value is short").to_le_bytes());
+            bytes.extend(value);
+            let length = u32::try_from(bytes.len() - 4).expect("the record is short");
+            bytes[..4].copy_from_slice(&length.to_le_bytes());
+            prop_assert_eq!(SocketRecord::decode(LAST_VERSION, &mut &bytes[..]), Ok(record));
+        }
     }
 
     #[test]

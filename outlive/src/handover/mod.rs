@@ -32,6 +32,7 @@ pub use store::FdStore;
 
 use crate::connection::{Connection, Endpoint, EndpointKind};
 use crate::transport::http2_state::Http2State;
+use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream_replay;
 use crate::transport::tls_traffic::TlsTrafficState;
@@ -123,7 +124,17 @@ pub fn unpack(
     if replay.is_some() && http2.is_some() {
         return Err("an upgraded connection cannot have HTTP/2 state".into());
     }
-    let is_socket = matches!(endpoint.kind, EndpointKind::Socket(_));
+    let client = match record.client.as_deref().map(ProxiedClient::decode) {
+        Some(None) => return Err("could not decode the client of a proxied connection".into()),
+        Some(Some(client)) => Some(Box::new(client)),
+        None => None,
+    };
+    // Nothing was read from a connection whose PROXY header is awaited, so its protocol has not begun.
+    let is_new = client.as_deref() == Some(&ProxiedClient::Awaited);
+    if is_new && (http2.is_some() || tls.is_some() || replay.is_some() || !record.payload.is_empty()) {
+        return Err("a connection in use cannot wait for a PROXY header".into());
+    }
+    let is_socket = matches!(endpoint.kind, EndpointKind::Socket(_)) && !is_new;
     if is_socket != replay.as_deref().is_some_and(|replay| replay.kind() == Kind::Socket) {
         return Err(format!("listener {} does not match the connection's protocol", endpoint.name));
     }
@@ -135,7 +146,16 @@ pub fn unpack(
         ));
     }
     let endpoint = endpoint.clone();
-    Ok(Connection { socket, endpoint, unread: record.payload, http2, tls, replay, has_duplicate: false })
+    Ok(Connection {
+        socket,
+        endpoint,
+        unread: record.payload,
+        http2,
+        tls,
+        replay,
+        has_duplicate: false,
+        client,
+    })
 }
 
 /// Encodes TLS session ticket keys as a record. It has a descriptor of `/dev/null`, because each record in a frame
@@ -163,6 +183,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
         http2: connection.http2.as_deref().map(|state| state.encode().into()),
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
         replay: connection.replay.as_deref().map(|replay| replay.encode().into()),
+        client: connection.client.as_deref().map(|client| client.encode()),
         streams: connection.open_streams().map(|streams| stream_replay::encode(streams).into()),
     };
     connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()

@@ -277,6 +277,7 @@ mod tests {
                     tls: None,
                     replay: replay.cloned().map(Box::new),
                     has_duplicate: false,
+                    client: None,
                 };
                 (client, connection)
             })

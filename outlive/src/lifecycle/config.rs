@@ -13,7 +13,9 @@ use clap::{ArgAction, Args, ValueEnum};
 use crate::listeners::Listen;
 use crate::observe::log::LogFormat;
 use crate::registry::Limits;
-use crate::requests::RequestLimits;
+use crate::requests::{ForwardedHeader, Proxies, RequestLimits};
+use crate::transport::listener_name::Name;
+use crate::transport::trusted_proxies::{TrustedProxies, TrustedProxy};
 
 /// How long a peer may take to read the last response of a connection and to close it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
@@ -30,6 +32,24 @@ pub struct Config {
     /// The default is 127.0.0.1:8080; under systemd there is no default, because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
+
+    /// Name of a listener on which each connection begins with a PROXY header (version 1 or 2), in which a proxy reports
+    /// the address of its client. The process closes a connection that does not come from one of --trusted-proxies, or
+    /// whose header is missing, invalid, or not complete within --head-timeout. Repeatable; comma-separated in the
+    /// environment variable.
+    #[arg(long, value_name = "NAME", value_delimiter = ',', requires = "trusted_proxies")]
+    pub proxy_protocol: Vec<Name>,
+
+    /// Proxy that may report the addresses of its clients: 192.0.2.1, 10.0.0.0/8, 2001:db8::/32, or `unix` for all peers
+    /// on Unix sockets. The process believes a PROXY header and the field of --forwarded-header only if they come from
+    /// one of these. Repeatable; comma-separated in the environment variable. There is no default.
+    #[arg(long, value_name = "ADDRESS[/PREFIX]|unix", value_delimiter = ',')]
+    pub trusted_proxies: Vec<TrustedProxy>,
+
+    /// Field in which --trusted-proxies report the client of each request. Name the one that they set or append to on each
+    /// request. Proxies pass other fields on as the client has sent them, so a client could choose its address in them.
+    #[arg(long, value_enum, value_name = "FIELD", default_value = "x-forwarded-for")]
+    pub forwarded_header: ForwardedHeader,
 
     /// Certificate chain for https listeners, in PEM format; the default is the unit's credential tls.crt.
     #[arg(long, value_name = "FILE", requires = "tls_key")]
@@ -106,8 +126,9 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
     pub max_requests: CountLimit,
 
-    /// As --max-requests, for the requests of one client: of an IPv4 address, or of an IPv6 network of 64 bits. A proxy is one
-    /// client, except on a Unix socket, for whose connections this limit does not apply.
+    /// As --max-requests, for the requests of one client: of an IPv4 address, or of an IPv6 network of 64 bits. A proxy
+    /// that is not in --trusted-proxies is one client, except on a Unix socket, for whose connections this limit does not
+    /// apply.
     #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
     pub max_requests_per_client: CountLimit,
 
@@ -211,6 +232,11 @@ impl Config {
     /// The limits of the number of requests. None if there are none.
     pub fn request_limits(&self) -> Option<Arc<RequestLimits>> {
         RequestLimits::new(self.max_requests.maximum(), self.max_requests_per_client.maximum())
+    }
+
+    /// The proxies before this service.
+    pub fn proxies(&self) -> Proxies {
+        Proxies { trusted: TrustedProxies(self.trusted_proxies.clone()), header: self.forwarded_header }
     }
 
     /// The time limits of a connection.

@@ -569,13 +569,13 @@ fn log_remaining(registry: &Registry, reason: EndReason) -> usize {
             requests += 1;
             warn!(
                 message_id = message_id::CUT_OFF,
-                peer = %remaining.peer,
+                peer = %request.peer,
                 path = logged(request.path.path()),
                 %age,
                 request_ms = u64::try_from(request.since.elapsed().as_millis()).unwrap_or(u64::MAX),
                 "cut off at {reason}: request {} from {}",
                 logged(request.path.path()),
-                remaining.peer,
+                request.peer,
             );
         }
     }

@@ -18,7 +18,7 @@ use crate::app::setup::Setup;
 use crate::lifecycle::cli::{self, Action, CommandLine};
 use crate::lifecycle::own_command;
 use crate::lifecycle::runtime::Runtime;
-use crate::lifecycle::start::{Boot, Started, call_start, endpoint_kinds};
+use crate::lifecycle::start::{Boot, Started, call_start, check_proxy_protocol, endpoint_kinds};
 use crate::listeners::{self, Inherited, NamedSockets, Purpose};
 use crate::observe::{log, traces};
 use crate::os::exit::{FLUSH_LIMIT, Failure, Result};
@@ -264,6 +264,7 @@ where
         let mut setup = Setup::new(Process::begin(1), CancellationToken::new(), credentials, sockets.clone());
         drop(call_start(start, service.options, &mut setup, config.start_timeout).await?);
         listeners.extend(sockets.finish().map_err(Failure::config)?.0);
+        check_proxy_protocol(&config.proxy_protocol, &listeners)?;
         setup.hooks.run().await;
         Ok::<_, Failure>(())
     })?;

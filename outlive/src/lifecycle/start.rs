@@ -42,7 +42,8 @@ use crate::server::{Acceptor, Queues, Server, allocator};
 use crate::takeover::{
     Adopter, OldProcesses, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket,
 };
-use crate::transport::listener_name::ListenerRole;
+use crate::transport::listener_name::{ListenerRole, Name};
+use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::tls_config;
 
 /// How much more time each report asks systemd for, beyond the next report, so that one late report does not end the
@@ -133,6 +134,7 @@ impl Started {
         let (claimed, others) = sockets.finish().map_err(Failure::config)?;
         kinds.extend(socket_kinds(&claimed, &socket_handlers));
         listeners.extend(claimed);
+        check_proxy_protocol(&config.proxy_protocol, &listeners)?;
         let bundle = SuccessorBundle::new(
             &listeners,
             others,
@@ -156,10 +158,12 @@ impl Started {
                 EndpointKind::Http | EndpointKind::Https(_) | EndpointKind::Socket(_) => &routes,
                 EndpointKind::Admin => &admin,
             };
-            Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind })
+            let is_proxied = config.proxy_protocol.contains(&listener.name);
+            let client = is_proxied.then_some(ProxiedClient::Awaited);
+            Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind, client })
         };
         let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
-        let context = ConnectionContext::new(process, shutdown, config.drain_timeout / 2);
+        let context = ConnectionContext::new(process, shutdown, config.drain_timeout / 2, config.proxies());
         let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);
@@ -298,6 +302,19 @@ fn socket_kinds(
     };
     // `Setup::serve` adds a handler for each name that it claims.
     listeners.iter().filter_map(handler_of)
+}
+
+/// Fails if `--proxy-protocol` names a listener that does not exist.
+pub fn check_proxy_protocol(names: &[Name], listeners: &[Listener]) -> Result<()> {
+    let is_unknown = |name: &&Name| listeners.iter().all(|listener| listener.name != **name);
+    let Some(unknown) = names.iter().find(is_unknown) else { return Ok(()) };
+    let mut known: Vec<_> = listeners.iter().map(|listener| listener.name.as_str()).collect();
+    known.sort_unstable();
+    known.dedup();
+    Err(Failure::config(anyhow!(
+        "invalid --proxy-protocol {unknown}: no listener has this name; the listeners are {}",
+        known.join(", ")
+    )))
 }
 
 /// What each of the inherited listeners serves. Loads the certificate if one of them is an https listener.

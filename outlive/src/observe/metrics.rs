@@ -67,6 +67,12 @@ pub static SPANS_DROPPED: LazyLock<IntCounter> = metric!(
     "outlive_spans_dropped_total",
     "Spans of this process that were dropped because the queue was full or the collector did not accept them."
 );
+pub static PROXY_HEADERS_REFUSED: LazyLock<IntCounterVec> = metric!(
+    register_int_counter_vec,
+    "outlive_proxy_headers_refused_total",
+    "Connections that this process closed because they did not begin with a valid PROXY header of a trusted proxy, by reason.",
+    &["reason"]
+);
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
     register_int_gauge_vec,
     "outlive_accept_queue_length",

@@ -17,7 +17,7 @@ impl DriverHandle {
     }
 
     pub fn peer(&self) -> Peer {
-        self.0.peer
+        self.0.peer()
     }
 
     // ---- what the driver decides by ----

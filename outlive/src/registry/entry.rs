@@ -5,9 +5,9 @@
 //! and wake the driver. The others report events, each through a handle with the methods that concern it: the driver
 //! (`driver_handle.rs`), the connection's IO (`io_handle.rs`) and the requests (`request_handle.rs`).
 
-use std::sync::Arc;
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
 use std::sync::atomic::{AtomicU32, AtomicU64 as Clock};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
@@ -30,7 +30,9 @@ const DRAIN_STALL: Duration = Duration::from_secs(5);
 /// One open connection. It is in the registry until its [`Registration`](super::Registration) is dropped.
 pub struct Entry {
     pub(super) id: u64,
-    pub(super) peer: Peer,
+    peer: Peer,
+    /// The client that a PROXY header has reported.
+    reported: OnceLock<Peer>,
     pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
@@ -66,6 +68,8 @@ pub struct InFlight {
     /// Which request of its connection it is in this process; the first is 0.
     pub number: u64,
     pub path: PathAndQuery,
+    /// The client that sent it.
+    pub peer: Peer,
     pub since: Instant,
 }
 
@@ -109,6 +113,7 @@ impl Entry {
         Self {
             id,
             peer,
+            reported: OnceLock::new(),
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.word()),
@@ -120,6 +125,21 @@ impl Entry {
             ended_replays: AtomicU32::new(0),
             tracked: Mutex::new(Vec::new()),
         }
+    }
+
+    /// The client, as far as it is known.
+    pub(super) fn peer(&self) -> Peer {
+        *self.reported.get().unwrap_or(&self.peer)
+    }
+
+    pub(super) fn reported(&self) -> Option<Peer> {
+        self.reported.get().copied()
+    }
+
+    /// A PROXY header has reported the client.
+    pub(super) fn identify(&self, client: Peer) {
+        // Fails if it is known already, because the connection was parked since.
+        let _ = self.reported.set(client);
     }
 
     pub(super) fn state(&self) -> State {
@@ -374,7 +394,7 @@ impl Entry {
 
     pub(super) fn remaining(&self) -> CutOffConnection {
         CutOffConnection {
-            peer: self.peer,
+            peer: self.peer(),
             age: self.registry.age(self.registered),
             requests: lock(&self.tracked).iter().map(|other| other.request.clone()).collect(),
         }

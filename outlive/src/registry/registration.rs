@@ -10,6 +10,7 @@ use super::entry::Entry;
 use super::io_handle::IoHandle;
 use super::request_handle::RequestHandle;
 use super::state::{Event, Stage};
+use crate::transport::stream::Peer;
 
 /// Owns the place of a connection in the registry and its slot under `--max-connections`. To drop it releases both.
 pub struct Registration {
@@ -31,6 +32,16 @@ impl Registration {
     /// For the hyper service.
     pub fn requests(&self) -> RequestHandle {
         RequestHandle::new(self.entry.clone())
+    }
+
+    /// A PROXY header has reported the client, to this process or to an earlier one.
+    pub fn identify(&self, client: Peer) {
+        self.entry.identify(client);
+    }
+
+    /// The client that a PROXY header has reported.
+    pub fn reported(&self) -> Option<Peer> {
+        self.entry.reported()
     }
 
     /// When its stage began, in milliseconds of [`Registry::now`](super::Registry::now).

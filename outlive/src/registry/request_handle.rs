@@ -10,6 +10,7 @@ use tokio::time::Instant;
 use super::entry::{Entry, InFlight};
 use super::state::{BodyEnd, Event, Stage};
 use super::upgrade_handle::UpgradeHandle;
+use crate::transport::stream::Peer;
 
 pub struct RequestHandle(Arc<Entry>);
 
@@ -27,7 +28,7 @@ impl RequestHandle {
         let number = self.0.count_started();
         self.0.apply(Event::RequestBegins);
         let path = uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));
-        let in_flight = InFlight { number, path, since: Instant::now() };
+        let in_flight = InFlight { number, path, peer: self.0.peer(), since: Instant::now() };
         RequestGuard { entry: self.0.clone(), in_flight, is_tracked: false, is_replay: false }
     }
 }
@@ -44,6 +45,11 @@ pub struct RequestGuard {
 impl RequestGuard {
     pub fn in_flight(&self) -> &InFlight {
         &self.in_flight
+    }
+
+    /// A trusted proxy has reported the client of the request.
+    pub fn identify(&mut self, client: Peer) {
+        self.in_flight.peer = client;
     }
 
     /// The request is answered again, because its response has moved here. It was counted when it began.

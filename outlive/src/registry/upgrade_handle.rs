@@ -16,7 +16,7 @@ impl UpgradeHandle {
     }
 
     pub fn peer(&self) -> Peer {
-        self.0.peer
+        self.0.peer()
     }
 
     /// Whether the connection can be handed over before it is upgraded; an upgrade alone forbids the handover.

@@ -4,6 +4,7 @@
 //! `connection/exchange.rs` calls [`Routes::answer`]. This is one future and not a stack of layers around the router,
 //! because each layer of a router costs two allocations for each request.
 
+mod forwarded;
 mod limited_body;
 mod request_limits;
 mod route_labels;
@@ -38,6 +39,7 @@ use crate::observe::traces::RequestTrace;
 use crate::observe::{log, metrics};
 use crate::registry::InFlight;
 use crate::transport::stream::Peer;
+pub use forwarded::{ForwardedHeader, Proxies};
 use limited_body::Within;
 use request_limits::Permit;
 pub use request_limits::RequestLimits;
@@ -411,6 +413,7 @@ mod tests {
     use axum::routing::{delete, get, post, put};
     use futures_util::stream;
     use http_body_util::BodyExt;
+    use hyper::http::uri::PathAndQuery;
     use tempfile::NamedTempFile;
     use tokio::time::Instant;
     use tracing::subscriber::DefaultGuard;
@@ -425,7 +428,7 @@ mod tests {
     async fn answer_to(routes: &mut Routes, request: Request<Body>) -> Response<Body> {
         let (head, body) = request.into_parts();
         let path = head.uri.path_and_query().cloned().expect("the request has a path");
-        let in_flight = InFlight { number: 0, path, since: Instant::now() };
+        let in_flight = InFlight { number: 0, path, peer: Peer::Unix, since: Instant::now() };
         let mut answering = pin!(routes.answer(head, (!body.is_end_stream()).then_some(body)));
         poll_fn(|cx| answering.as_mut().poll(cx, &in_flight)).await
     }
@@ -510,7 +513,7 @@ mod tests {
         let (head, _) = request_for("/").into_parts();
         let path = head.uri.path_and_query().cloned().expect("the request has a path");
         let mut pending = Box::pin(routes.answer(head, None::<Body>));
-        let in_flight = InFlight { number: 0, path, since: Instant::now() };
+        let in_flight = InFlight { number: 0, path, peer: Peer::Unix, since: Instant::now() };
         poll_fn(|cx| {
             assert!(pending.as_mut().poll(cx, &in_flight).is_pending());
             Poll::Ready(())

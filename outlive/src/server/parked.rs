@@ -146,9 +146,14 @@ impl ParkedConnections {
         // exits.
         let phase = self.registry.phase();
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
+        let connection = &idle.connection;
         // Unread bytes belong to a request, and epoll would not report them. A response without end needs its handler,
-        // which may have something to send.
-        if must_leave || !idle.connection.unread.is_empty() || idle.connection.has_endless_response() {
+        // which may have something to send. A PROXY header has a time limit, which no parked connection has.
+        if must_leave
+            || !connection.unread.is_empty()
+            || connection.has_endless_response()
+            || connection.awaits_header()
+        {
             return Err(idle);
         }
         let socket = &idle.connection.socket;
@@ -367,6 +372,7 @@ mod tests {
             tls: None,
             replay: None,
             has_duplicate: false,
+            client: None,
         };
         (ParkedConnection::new(connection, None, 0), peer)
     }

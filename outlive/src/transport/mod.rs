@@ -4,6 +4,8 @@
 
 pub mod http2_state;
 pub mod listener_name;
+pub mod proxied_client;
+pub mod proxy_header;
 pub mod replay;
 pub mod stream;
 pub mod stream_replay;
@@ -11,3 +13,4 @@ pub mod tickets;
 pub mod tls_config;
 pub mod tls_traffic;
 pub mod traffic_secret;
+pub mod trusted_proxies;

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -23,7 +23,11 @@ enum Socket {
     Unix(UnixStream),
 }
 
-/// The peer of a connection. A handler takes it as an argument.
+/// The client of a request or connection. A handler takes it as an argument.
+///
+/// It is the other end of the connection. If that is one of `--trusted-proxies`, it is the client that the proxy reports: in
+/// a PROXY header on the listeners of `--proxy-protocol`, or for each request in the field of `--forwarded-header`. The port
+/// is 0 if the proxy reports none.
 ///
 /// ```
 /// use outlive::Peer;
@@ -43,11 +47,16 @@ pub enum Peer {
 }
 
 impl Peer {
+    /// An IPv4-mapped address becomes the IPv4 address.
+    pub(crate) fn tcp(ip: IpAddr, port: u16) -> Self {
+        Self::Tcp(SocketAddr::new(ip.to_canonical(), port))
+    }
+
     /// The peer at an address from `getpeername(2)` or `accept(2)`.
     pub(crate) fn at(address: Option<SocketAddrAny>) -> io::Result<Self> {
         let address = address.ok_or(io::ErrorKind::NotConnected)?;
         match SocketAddr::try_from(address.clone()) {
-            Ok(address) => Ok(Self::Tcp(SocketAddr::new(address.ip().to_canonical(), address.port()))),
+            Ok(address) => Ok(Self::tcp(address.ip(), address.port())),
             Err(_) if address.address_family() == AddressFamily::UNIX => Ok(Self::Unix),
             Err(error) => Err(error.into()),
         }
@@ -126,6 +135,13 @@ impl Stream {
                 result => return Poll::Ready(result),
             }
         }
+    }
+
+    /// Consumes `length` bytes that have arrived, as [`Stream::poll_peek`] has shown.
+    pub fn consume(&self, length: usize) -> io::Result<()> {
+        let mut bytes = vec![0; length];
+        let (read, _) = rustix::net::recv(self, &mut bytes[..], RecvFlags::DONTWAIT)?;
+        if read == length { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
 
     /// How many bytes have arrived and are not read; 0 if that is unknown (`FIONREAD` in ioctl_tty(2)).

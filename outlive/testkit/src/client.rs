@@ -26,25 +26,41 @@ pub enum Target {
     Unix(PathBuf),
     /// TLS, with the trusted roots and the ALPN protocols of the client.
     Tls(SocketAddr, Arc<ClientConfig>),
+    /// One of the others, to which a proxy passes the connection on after it has sent a PROXY header.
+    Behind(Vec<u8>, Box<Target>),
 }
 
 impl Target {
     /// Opens a connection, with its TLS handshake.
     pub async fn connect(&self) -> io::Result<Stream> {
+        match self {
+            Self::Behind(header, target) => target.connect_after(header).await,
+            target => target.connect_after(b"").await,
+        }
+    }
+
+    /// As `connect`, after `first` is sent.
+    async fn connect_after(&self, first: &[u8]) -> io::Result<Stream> {
         Ok(match self {
-            Self::Tcp(address) => Box::pin(connect(*address).await?),
-            Self::Unix(path) => Box::pin(UnixStream::connect(path).await?),
+            Self::Tcp(address) => Box::pin(connect(*address, first).await?),
+            Self::Unix(path) => {
+                let mut stream = UnixStream::connect(path).await?;
+                stream.write_all(first).await?;
+                Box::pin(stream)
+            }
             Self::Tls(address, client) => {
-                let stream = connect(*address).await?;
+                let stream = connect(*address, first).await?;
                 Box::pin(TlsConnector::from(client.clone()).connect(address.ip().into(), stream).await?)
             }
+            Self::Behind(..) => return Err(io::ErrorKind::Unsupported.into()),
         })
     }
 }
 
-async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
-    let stream = TcpStream::connect(address).await?;
+async fn connect(address: SocketAddr, first: &[u8]) -> io::Result<TcpStream> {
+    let mut stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
+    stream.write_all(first).await?;
     Ok(stream)
 }
 

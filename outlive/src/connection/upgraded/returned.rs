@@ -11,7 +11,7 @@ use tokio::sync::mpsc;
 use super::frames::close;
 use super::{Frames, Granted};
 use crate::connection::io::{Io, Parts, join};
-use crate::connection::{Connection, Endpoint};
+use crate::connection::{Connection, Endpoint, proxied};
 use crate::registry::{Registration, UpgradeHandle};
 use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::Stream;
@@ -113,6 +113,7 @@ impl ReturnedConnection {
         };
         let connection = Connection {
             has_duplicate: stream.has_duplicate(),
+            client: proxied::reported(&registration),
             socket: stream,
             endpoint: self.endpoint,
             unread,
