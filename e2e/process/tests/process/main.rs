@@ -10,6 +10,7 @@ mod configuration;
 mod idle_connections;
 mod linger;
 mod listeners;
+mod proxies;
 mod reload;
 mod restart;
 
