@@ -22,6 +22,7 @@ mod peers;
 mod pid1;
 mod ports;
 mod privileged;
+mod proxies;
 mod server_starter;
 mod silent;
 mod slow;
