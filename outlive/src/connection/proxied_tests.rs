@@ -29,7 +29,7 @@ use crate::transport::tls_config::Tls;
 use crate::transport::trusted_proxies::TrustedProxies;
 
 /// How long a test waits for an event before it fails.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
 const REQUEST: &[u8] = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n";
 /// A header of version 2 of a proxy that connects for itself.
 const LOCAL: &[u8] = b"\r\n\r\n\0\r\nQUIT\n\x20\0\0\0";
@@ -231,4 +231,13 @@ async fn connection_without_an_acceptable_header_is_closed_and_counted() {
         is_closed(&mut stream).await;
         assert_eq!(refusals(Refusal::Late) - before, 1, "{beginning:?}");
     }
+    let before = refusals(Refusal::Late);
+    let mut stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    served.until_stage(Stage::Head).await;
+    let next = serve().await;
+    move_to(&next, served).await;
+    next.until_stage(Stage::Head).await;
+    next.registry().advance(PATIENCE);
+    is_closed(&mut stream).await;
+    assert_eq!(refusals(Refusal::Late) - before, 1, "the limit applies in the next process too");
 }
