@@ -1,6 +1,7 @@
 //! Connections that begin with a PROXY header, to servers in this process. Tests with several processes are in
 //! `tests/proxies.rs`.
 
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use crate::app::carry::Carry;
 use crate::app::sockets::SocketStream;
 use crate::observe::metrics;
 use crate::registry::Stage;
-use crate::requests::Proxies;
+use crate::requests::{Proxies, RequestLimits};
 use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::proxy_header::tests::{v1, v2};
 use crate::transport::proxy_header::{LENGTH_LIMIT, Refusal};
@@ -183,6 +184,30 @@ async fn header_without_a_client_leaves_the_address_of_the_proxy() {
         let length = timeout(PATIENCE, reader.read(&mut answer)).await.expect("in time").expect("it is open");
         let text = String::from_utf8_lossy(&answer[..length]);
         assert!(text.ends_with(&format!("\r\n\r\n{proxy}")), "{text}");
+    }
+}
+
+/// The connections have one peer, the proxy, which reports another client in each.
+#[tokio::test(flavor = "multi_thread")]
+async fn limit_of_requests_per_client_applies_to_the_clients_that_a_proxy_reports() {
+    let pending = Router::new().route("/pending", get(std::future::pending::<()>));
+    let Endpoint { name, routes, .. } = &*endpoint(pending.route("/", get("answer")), None);
+    let limits = RequestLimits::new(None, NonZeroU32::new(1));
+    let (name, routes) = (name.clone(), routes.clone().limited_by(limits));
+    let endpoint = Endpoint { name, routes, kind: EndpointKind::Http, client: None };
+    let trusted = TrustedProxies(vec!["127.0.0.1".parse().expect("the address is valid")]);
+    let served = serve_behind(Arc::new(endpoint), Proxies { trusted, ..Proxies::default() }).await;
+    let request = |path, client| {
+        format!("GET {path} HTTP/1.1\r\nhost: test\r\nx-forwarded-for: {client}\r\n\r\n").into_bytes()
+    };
+    let open = async || Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    let mut first = open().await;
+    first.send(&request("/pending", "192.0.2.7")).await.expect("the request is sent");
+    served.until_stage(Stage::InFlight).await;
+    let mut second = open().await;
+    for (client, status) in [("192.0.2.7", 503), ("192.0.2.8", 200)] {
+        let answer = second.ask(&request("/", client)).await.expect("the server answers");
+        assert_eq!(answer.status, status, "{client}");
     }
 }
 
