@@ -6,6 +6,8 @@ pub mod http2_state;
 pub mod listener_name;
 pub mod proxied_client;
 pub mod proxy_header;
+#[cfg(test)]
+pub mod proxy_tests;
 pub mod replay;
 pub mod stream;
 pub mod stream_replay;

@@ -67,16 +67,11 @@ impl ProxiedClient {
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    /// A client that a proxy may report.
-    pub fn reported() -> impl Strategy<Value = Peer> {
-        let tcp = (any::<IpAddr>(), any::<u16>()).prop_map(|(ip, port)| Peer::tcp(ip, port));
-        prop_oneof![1 => Just(Peer::Unix), 4 => tcp]
-    }
+    use crate::transport::proxy_tests::reported;
 
     fn client() -> impl Strategy<Value = ProxiedClient> {
         prop_oneof![1 => Just(ProxiedClient::Awaited), 4 => reported().prop_map(ProxiedClient::Reported)]

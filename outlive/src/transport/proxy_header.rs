@@ -191,39 +191,11 @@ fn client_of_v2(command: u8, family: u8, rest: &[u8]) -> Result<Option<Peer>, Re
 }
 
 #[cfg(test)]
-pub mod tests {
+mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::transport::proxied_client::tests::reported;
-
-    /// A header of version 2. Its destination is the source again.
-    pub fn v2(client: Peer, fields: &[u8]) -> Vec<u8> {
-        let (family, addresses) = match client {
-            Peer::Unix => (0x31, vec![b'x'; 216]),
-            Peer::Tcp(address) => {
-                let ports = [address.port().to_be_bytes(); 2].concat();
-                match address.ip() {
-                    IpAddr::V4(ip) => (0x11, [&ip.octets()[..], &ip.octets(), &ports].concat()),
-                    IpAddr::V6(ip) => (0x21, [&ip.octets()[..], &ip.octets(), &ports].concat()),
-                }
-            }
-        };
-        v2_with(PROXY, family, &[&addresses[..], fields].concat())
-    }
-
-    fn v2_with(command: u8, family: u8, rest: &[u8]) -> Vec<u8> {
-        let length = u16::try_from(rest.len()).expect("the rest is short").to_be_bytes();
-        [V2_START, &[command, family], &length, rest].concat()
-    }
-
-    /// A header of version 1, which cannot report Unix sockets.
-    pub fn v1(client: Peer) -> Vec<u8> {
-        let Peer::Tcp(address) = client else { return b"PROXY UNKNOWN\r\n".to_vec() };
-        let (ip, port) = (address.ip(), address.port());
-        let protocol = if ip.is_ipv4() { "TCP4" } else { "TCP6" };
-        format!("PROXY {protocol} {ip} {ip} {port} 443\r\n").into_bytes()
-    }
+    use crate::transport::proxy_tests::{reported, v1, v2, v2_with};
 
     fn is_complete_only_as_a_whole(header: &[u8], client: Option<Peer>, after: &[u8]) {
         for length in 0..header.len() {
