@@ -146,7 +146,9 @@ pub const EVENTS: &[Event] = &[
                 let _ = kill_process(successor, Signal::KILL);
             }
             let _ = finish(reload);
-            // After the takeover the connections are those of the successor, which has no duplicates yet.
+            // If it was killed after the takeover, systemd starts the service again, and the connections were those of the
+            // successor, which had no duplicates yet.
+            scene.settle()?;
             Ok(if scene.main()? == main { Fate::Kept } else { Fate::Unknown })
         })
     }),
