@@ -413,7 +413,6 @@ mod tests {
     use axum::routing::{delete, get, post, put};
     use futures_util::stream;
     use http_body_util::BodyExt;
-    use hyper::http::uri::PathAndQuery;
     use tempfile::NamedTempFile;
     use tokio::time::Instant;
     use tracing::subscriber::DefaultGuard;
