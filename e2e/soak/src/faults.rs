@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::PathBuf;
 use std::process::Child;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -78,11 +79,11 @@ pub const EVENTS: &[Event] = &[
         scene.until("another main process", || Ok(scene.main()? != main))
     }),
     event("daemon-reload", Cost::Nothing, 2, |scene, _| scene.run(&["systemctl", "daemon-reload"])),
-    event("daemon-reexec", Cost::Nothing, 2, |scene, _| scene.run(&["systemctl", "daemon-reexec"])),
+    event("daemon-reexec", Cost::Nothing, 2, |scene, _| scene.reexec()),
     event("daemon-reexec during a reload", Cost::Nothing, 4, |scene, random| {
         let reload = scene.begin(&["systemctl", "reload", &scene.unit])?;
         scene.pause(random, 100);
-        scene.run(&["systemctl", "daemon-reexec"])?;
+        scene.reexec()?;
         // systemctl loses its connection to PID 1 and fails, but the reload itself continues.
         let _ = finish(reload);
         Ok(())
@@ -273,6 +274,8 @@ pub struct Scene {
     good: Release,
     /// `cgroup.procs` of the service, as a path outside the container.
     processes: PathBuf,
+    /// How often systemd has executed itself again.
+    pub reexecs: AtomicUsize,
 }
 
 impl Scene {
@@ -285,7 +288,7 @@ impl Scene {
         let processes = files.find(|file| file.exists()).context("the service has no control group")?;
         let unit = container.unit("service");
         let good = Release::copy_of(&container)?;
-        Ok(Self { container, name: name.to_owned(), unit, good, processes })
+        Ok(Self { container, name: name.to_owned(), unit, good, processes, reexecs: AtomicUsize::new(0) })
     }
 
     /// Whether all parked connections, which are at least [`PARKED`], have duplicates in the store.
@@ -338,6 +341,11 @@ impl Scene {
 
     fn run(&self, command: &[&str]) -> Result<()> {
         self.container.run(command).map(drop)
+    }
+
+    fn reexec(&self) -> Result<()> {
+        self.reexecs.fetch_add(1, Ordering::Relaxed);
+        self.run(&["systemctl", "daemon-reexec"])
     }
 
     fn verb(&self, verb: &str) -> Result<()> {

@@ -793,11 +793,12 @@ async fn events_without_a_pause_are_neither_lost_nor_repeated_over_moves() {
     let mut reader = Reader::open(&served).await;
     let (progress, mut events) = mpsc::channel(1);
     let reading = tokio::spawn(async move {
-        for number in 0..400_000 {
+        for number in 0..150_000 {
             let event = reader.event().await.expect("the response has not ended");
             assert_eq!(event, format!("id: {number}\ndata: x"));
-            if number % 4_000 == 0 {
-                let _ = progress.send(()).await;
+            if number % 1_500 == 0 {
+                // Without a wait, because the connection that moves cannot flush while the client does not read.
+                let _ = progress.try_send(());
             }
         }
     });
