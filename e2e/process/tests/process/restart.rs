@@ -662,7 +662,9 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
         let body = [&connection_type.to_le_bytes()[..], &name_and_unread("GET / HT"), more].concat();
         [&u32::try_from(body.len()).expect("a short length").to_le_bytes()[..], &body].concat()
     };
-    let records = [record(0, b""), record(99, b"unknown content"), record(0, b"further content")].concat();
+    // The number of the field, its length and its value.
+    let later_field = [&900_u16.to_le_bytes()[..], &5_u32.to_le_bytes(), b"value"].concat();
+    let records = [record(0, b""), record(99, b"unknown content"), record(0, &later_field)].concat();
     let mut file = tempfile::tempfile().expect("a temporary file is made");
     std::io::Write::write_all(&mut file, &records).expect("the file is written");
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
