@@ -1,5 +1,5 @@
-//! A service with sockets of its own beside HTTP: a TCP port on which devices send lines, and a UDP port. Over restarts and
-//! reloads it loses no line and no datagram, and keeps the connections open.
+//! A service with sockets of its own beside HTTP: a TCP port on which devices send lines, and a UDP port for readings. Over
+//! restarts and reloads it loses no line and no datagram, and keeps the connections open.
 //!
 //! `cargo run --example ingest -- --listen 127.0.0.1:8080 --listen lines=127.0.0.1:9000
 //! --listen readings=127.0.0.1:9001 --file /tmp/readings`
@@ -27,11 +27,11 @@ struct Config {
     file: PathBuf,
 }
 
-/// What the handler of a connection leaves for that of the next process.
+/// The state that the handler of a connection leaves for the handler in the next process.
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 struct Progress {
     lines: u64,
-    /// The beginning of the next line, which has been read already.
+    /// The bytes that were read after the last whole line.
     rest: Vec<u8>,
 }
 

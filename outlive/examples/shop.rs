@@ -30,7 +30,7 @@ async fn start(config: Config, _: &mut Setup) -> anyhow::Result<Router> {
     Ok(Router::new().route("/", get(async move || config.database)))
 }
 
-/// A database would check the password here.
+/// Stands for a connection to a database, which would check the password.
 fn connect(config: &Config) -> anyhow::Result<()> {
     ensure!(config.database_password.expose() == "open-sesame", "the database refuses the password");
     Ok(())

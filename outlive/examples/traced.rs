@@ -1,5 +1,5 @@
-//! A service with a layer of its own for `tracing_subscriber`: it writes each request to a file, as OpenTelemetry's layer
-//! sends it to a collector. `tests/examples.rs` restarts and reloads it.
+//! A service with a layer of its own for `tracing_subscriber`. The layer writes each request to a file; a layer such as that of
+//! OpenTelemetry would send it to a collector. `tests/examples.rs` restarts and reloads the service.
 
 use std::fmt::{Debug, Write as _};
 use std::io::Write as _;
@@ -22,7 +22,7 @@ use tracing::{Subscriber, info};
 #[derive(clap::Parser)]
 #[command(name = "traced", version, about)]
 struct Config {
-    /// Where the requests are recorded.
+    /// File to which a line is added for each request.
     #[arg(long, value_name = "FILE")]
     spans: PathBuf,
 }

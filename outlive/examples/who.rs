@@ -1,4 +1,4 @@
-//! A service that answers with the address of its client, over HTTP and on a socket of its own, to try it behind a proxy.
+//! A service to try behind a proxy: it answers with the address of its client, over HTTP and on a socket of its own.
 //! `e2e/process/tests/process/proxies.rs` tests it.
 //!
 //! `cargo run --example who -- --listen 127.0.0.1:8080 --listen who=127.0.0.1:9000 --socket who
@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 #[derive(clap::Parser)]
 #[command(name = "who", version, about)]
 struct Config {
-    /// Name of a socket on which the service answers each byte.
+    /// Name of a socket on which the service answers each byte with the address of the client.
     #[arg(long, value_name = "NAME")]
     socket: Option<String>,
 }

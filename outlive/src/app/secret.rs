@@ -13,15 +13,15 @@ pub const HIDDEN: &str = "[secret]";
 
 /// The value of an option that must not be shown, such as a password.
 ///
-/// If neither the command line, nor the environment, nor the file of `--config` sets the option, its value is the
-/// credential of the unit that has the name of the option (`LoadCredential=`, systemd.exec(5)), without one newline at
-/// the end. After a reload it is still the credential with which the unit was started. `Option<Secret>` is `None` if the
-/// unit has no such credential; `Secret` is required.
+/// If the command line, the environment and the file of `--config` do not set the option, its value is the credential of
+/// the unit that has the name of the option (`LoadCredential=`, systemd.exec(5)); one newline at the end is removed. A
+/// reload does not change it, because systemd reads credentials only when it starts the unit. `Option<Secret>` is `None` if
+/// no source has a value; with `Secret` the process then does not start.
 ///
-/// `{}` and `{:?}` show `[secret]`, and so do `check`, `--help` and errors. The memory is overwritten when the value is
-/// dropped. That does not apply to copies that the library does not make: the command line and the environment of the
-/// process, which other processes of the same user can read, and what [`expose`](Self::expose) is copied to. Prefer a
-/// credential for that reason.
+/// `{}` and `{:?}` print `[secret]`; `check`, `--help` and errors do not show the value either. The memory is overwritten
+/// when the value is dropped. The library cannot overwrite copies of the value in the command line and the environment of
+/// the process, which other processes of the same user can read, and copies that the application makes of the result of
+/// [`expose`](Self::expose). Therefore prefer a credential to an option or a variable.
 ///
 /// ```
 /// /// Sells things.

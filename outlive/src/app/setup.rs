@@ -111,8 +111,8 @@ impl Setup {
     }
 
     /// The content of a credential of the unit (`LoadCredential=`, systemd.exec(5)); `None` if the unit has no
-    /// credentials. After a reload it is the content with which the unit was started, because systemd reads credentials
-    /// at a start only. For a password that can also be an option, [`Secret`](crate::Secret) is simpler.
+    /// credentials. A reload does not change it, because systemd reads credentials only when it starts the unit. For a
+    /// password that can also be an option, [`Secret`](crate::Secret) is simpler.
     ///
     /// # Errors
     /// If the unit has credentials but not this one, or if it cannot be read or is larger than 1 MiB.
@@ -148,15 +148,16 @@ impl Setup {
     /// Serves a protocol of the application on all listening sockets called `name`: `handler` is called for each
     /// connection that is accepted, in a task of its own. This begins when the process begins to serve.
     ///
-    /// The library treats these connections as it does those of HTTP: they count for `--max-connections` and for the
-    /// requests that a drain waits for, a stop or reload cuts off the handlers that have not returned within
-    /// `--drain-timeout`, and a socket unit holds the port meanwhile. A handler that waits for its peer uses
-    /// [`Carry`]: when [`Carry::requested`] resolves, it leaves its state with [`Carry::hand_on`] and returns. The handler
-    /// of the next process then continues the same connection, and the client notices nothing. Without a state the
-    /// connection is closed when the handler returns.
+    /// The library treats these connections like those of HTTP. They count for `--max-connections`, and a drain waits for
+    /// their handlers as for requests in flight. A handler that has not returned within `--drain-timeout` is cut off when
+    /// the process exits. A socket unit keeps the port open meanwhile.
     ///
-    /// The bytes that the handler has read and not consumed must be a part of the state, because only the handler knows
-    /// where a message ends. An error of the handler is logged.
+    /// A handler that waits for its peer also waits for [`Carry::requested`]. When that resolves, the handler leaves its
+    /// state with [`Carry::hand_on`] and returns. The handler of the next process then continues the same connection, and
+    /// the client notices nothing. Without a state the connection is closed when the handler returns.
+    ///
+    /// The state must contain the bytes that the handler has read and not consumed, because only the handler knows where a
+    /// message ends. An error of the handler is logged.
     ///
     /// # Errors
     /// If no socket has this name, or one of them is not a listening stream socket.
@@ -207,8 +208,8 @@ impl Setup {
     /// The TCP listener called `name`, for a server that accepts by itself. [`serve`](Self::serve) also counts the
     /// connections and can hand them over.
     ///
-    /// During a reload both processes have the listener until the old one exits. Accept in a
-    /// [background task](Self::background), which begins when this process serves and can no longer fail to start.
+    /// During a reload both processes have the listener until the old one exits. Accept connections in a
+    /// [background task](Self::background), because it begins only when the start of this process can no longer fail.
     ///
     /// # Errors
     /// If there is not exactly one socket of this name, or if it is of another kind.
@@ -250,10 +251,10 @@ impl Setup {
 
     /// The UDP socket called `name` (`ListenDatagram=`, systemd.socket(5)).
     ///
-    /// Read it in an [`exclusive`](TaskOptions::exclusive) background task. Then one process at a time reads it: during a
-    /// reload the old one until it has sent its last response, and then the new one. Datagrams that arrive in between, or
-    /// during a restart, wait in the buffer of the socket (`ReceiveBuffer=` of the socket unit), so none is lost as long as
-    /// they fit.
+    /// Read it in an [`exclusive`](TaskOptions::exclusive) background task. Then only one process at a time reads it: during
+    /// a reload the old one until its task ends, after its last response or at the drain limit, and then the new one.
+    /// Datagrams that arrive in between, also at a restart, wait in the buffer of the socket (`ReceiveBuffer=` of the socket
+    /// unit), so none is lost as long as they fit.
     ///
     /// # Errors
     /// If there is not exactly one socket of this name, or if it is of another kind.
@@ -297,7 +298,7 @@ impl Setup {
     }
 
     /// The file descriptor called `name`, of any kind that systemd can pass: a socket for sequential packets, a FIFO, a
-    /// netlink socket, a device (systemd.socket(5)). Without systemd it is a TCP listener.
+    /// netlink socket, a device (systemd.socket(5)). Without systemd it is the TCP or Unix listener of `--listen`.
     ///
     /// # Errors
     /// If there is not exactly one file descriptor of this name.
@@ -345,9 +346,9 @@ impl Setup {
     /// Runs `task` while this process serves.
     ///
     /// The task begins when the process begins to serve. Its token is cancelled after the last response, so that the
-    /// task can still do the work that requests have given it. It then has until `--drain-timeout` after the beginning
-    /// of the drain, but at least five seconds, before it is cut off. A restart waits for the tasks while no process
-    /// serves, so they should end soon.
+    /// task can still do the work that requests have given it. It is cut off if it has not ended five seconds later and
+    /// `--drain-timeout` has passed since the beginning of the drain. At a restart no process serves until the tasks have
+    /// ended, so they should end soon.
     ///
     /// If the task ends before its token is cancelled, or panics, the process drains and exits with an error that names
     /// the task; systemd then starts the next process.
@@ -402,7 +403,7 @@ impl Setup {
         TaskOptions { tasks: &mut self.tasks }
     }
 
-    /// Adds a check to `/readyz`, which answers 503 while a check fails, and lists all checks by name.
+    /// Adds a check to `/readyz`. It answers 503 while a check fails, and lists all checks by name.
     ///
     /// The check runs when `/readyz` is requested, but at most once a second, and fails if it takes longer than two
     /// seconds. It has no effect on other requests.
@@ -426,8 +427,8 @@ impl Setup {
     /// Adds a layer of the crate `tracing_subscriber`, such as that of OpenTelemetry, Sentry or tokio-console. It receives
     /// the spans and events of the whole process from this call on, until the process ends.
     ///
-    /// The layer is independent of the log: `--log` hides nothing from it, and its filter changes nothing in the log.
-    /// Without a filter it receives all spans and events of all crates, which is slow, so add one
+    /// The layer is independent of the log: it also receives what `--log` leaves out, and its filter has no effect on the
+    /// log. Without a filter it receives all spans and events of all crates, which is slow, so add one
     /// ([`with_filter`](tracing_subscriber::Layer::with_filter)). With several layers, each has its own filter.
     ///
     /// Each request is a span of the level debug with the target and name `request`, so a filter must contain
@@ -435,8 +436,8 @@ impl Setup {
     /// response has begun and the span ends, `route` and `status`. Spans that handlers create are inside it.
     ///
     /// A layer that sends in the background should be flushed by [`on_exit`](Self::on_exit), because the process exits soon
-    /// after the last response, also at a restart or reload. Flush it on a thread that may wait
-    /// (`tokio::task::spawn_blocking`), because otherwise the time limit of exit hooks cannot cut it off.
+    /// after the last response, also at a restart or reload. If the flush blocks its thread, run it with
+    /// `tokio::task::spawn_blocking`, because otherwise the time limit of exit hooks cannot cut it off.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
@@ -474,11 +475,11 @@ pub struct TaskOptions<'a> {
 }
 
 impl TaskOptions<'_> {
-    /// Begins the task only when that of the predecessor of a reload has ended. Use it for schedulers and queue
-    /// consumers, of which only one may run at a time. If the predecessor still sends responses when the drain limit
-    /// has passed, it ends its task at that limit, so handlers of these responses can give the task no more work. Its
-    /// exit hooks run after the last response. At a restart under Server::Starter this process does not know the old
-    /// process, so the task does not wait for it.
+    /// Begins the task after a reload only when the exclusive tasks of the old process have ended. Use it for schedulers
+    /// and queue consumers, of which only one may run at a time. If the old process still sends responses when the drain
+    /// limit has passed, it ends its task at that limit, so the handlers of these responses can give the task no more
+    /// work. Its exit hooks run after the last response. At a restart under Server::Starter this process does not know
+    /// the old process, so the task does not wait for it.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {

@@ -54,8 +54,9 @@ pub trait SocketIo: AsyncRead + AsyncWrite + Send {}
 
 /// A TCP or Unix connection that was accepted from a socket of [`Setup::serve`](crate::Setup::serve).
 ///
-/// A write fails with [`TimedOut`](io::ErrorKind::TimedOut) if the peer takes nothing for `--request-timeout`. Reads have
-/// no limit. To drop it closes the connection in such a way that the peer receives all that was written.
+/// A write fails with [`TimedOut`](io::ErrorKind::TimedOut) if the peer reads nothing for `--request-timeout`. Reads have
+/// no time limit. When the stream is dropped, the peer receives everything that was written, and the connection is closed
+/// unless the handler has called [`Carry::hand_on`](crate::Carry::hand_on).
 pub struct SocketStream {
     io: Pin<Box<dyn SocketIo>>,
     peer: Peer,

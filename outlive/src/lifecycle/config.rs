@@ -34,8 +34,8 @@ pub struct Config {
     pub listen: Vec<Listen>,
 
     /// Name of a listener on which each connection begins with a PROXY header (version 1 or 2), in which a proxy reports
-    /// the address of its client. The process closes a connection that does not come from one of --trusted-proxies, or
-    /// whose header is missing, invalid, or not complete within --head-timeout. Repeatable; comma-separated in the
+    /// the address of its client. The process closes a connection that does not come from one of --trusted-proxies, and
+    /// one whose header is missing, invalid, or not complete within --head-timeout. Repeatable; comma-separated in the
     /// environment variable.
     #[arg(long, value_name = "NAME", value_delimiter = ',', requires = "trusted_proxies")]
     pub proxy_protocol: Vec<Name>,
@@ -46,8 +46,8 @@ pub struct Config {
     #[arg(long, value_name = "ADDRESS[/PREFIX]|unix", value_delimiter = ',')]
     pub trusted_proxies: Vec<TrustedProxy>,
 
-    /// Field in which --trusted-proxies report the client of each request. Name the one that they set or append to on each
-    /// request. Proxies pass other fields on as the client has sent them, so a client could choose its address in them.
+    /// Header field in which --trusted-proxies report the client of each request. Name a field that they set or append to
+    /// on each request. They pass other fields on as the client has sent them, so a client could choose its address there.
     #[arg(long, value_enum, value_name = "FIELD", default_value = "x-forwarded-for")]
     pub forwarded_header: ForwardedHeader,
 
@@ -60,7 +60,7 @@ pub struct Config {
     pub tls_key: Option<PathBuf>,
 
     /// Hand TLS 1.3 connections, including their traffic keys, to the next process. With `no`, a restart or reload closes
-    /// them gracefully: each finishes its requests first.
+    /// each connection after its requests have finished.
     #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = yes_or_no())]
     pub tls_handover: bool,
 
@@ -70,10 +70,11 @@ pub struct Config {
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = duration)]
     pub drain_delay: Duration,
 
-    /// Time that each request may take during a drain. It counts from the start of the drain, or from the start of the
-    /// request if the request starts later. The process cuts off requests that take longer; after a reload it does so
-    /// only at --linger-timeout. During a drain open connections may still send requests for this time, and each of those
-    /// may take this time again, so a drain can last twice as long. Set TimeoutStopSec= of the unit higher than that.
+    /// Time that each request may take during a drain, in which a process finishes its requests before it exits, at a stop,
+    /// restart or reload. It counts from the start of the drain, or from the start of the request if the request starts
+    /// later. The process cuts off requests that take longer; after a reload it does so only at --linger-timeout. Open
+    /// connections may still send requests for this time after the start of the drain, and each of those may take this time
+    /// again, so a drain can last twice as long. Set TimeoutStopSec= of the unit higher than that.
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = duration)]
     pub drain_timeout: Duration,
 
@@ -113,9 +114,9 @@ pub struct Config {
     #[arg(long, value_name = "SIZE", default_value = "2MiB", value_parser = size)]
     pub body_limit: ByteSize,
 
-    /// Maximum number of open connections. When it is reached, the connections that have been idle longest, for at least
-    /// 5 s, are closed; further ones wait in the accept queue of the socket until there is room. When memory is short
-    /// (MemoryPressureWatch= of the unit), some of the longest idle are closed too.
+    /// Maximum number of open connections. When it is reached, the process closes those that have been idle longest, if that
+    /// is at least 5 s; new connections wait in the accept queue of the socket until there is room. When memory is short
+    /// (MemoryPressureWatch= of the unit), the process also closes some of those that have been idle longest.
     #[arg(long, value_name = "N", default_value = "20000", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub max_connections: u32,
 
@@ -126,9 +127,9 @@ pub struct Config {
     #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
     pub max_requests: CountLimit,
 
-    /// As --max-requests, for the requests of one client: of an IPv4 address, or of an IPv6 network of 64 bits. A proxy
-    /// that is not in --trusted-proxies is one client, except on a Unix socket, for whose connections this limit does not
-    /// apply.
+    /// As --max-requests, for the requests of one client: an IPv4 address, or an IPv6 network of 64 bits. All requests
+    /// through a proxy that is not in --trusted-proxies count as those of one client. The limit does not apply to requests
+    /// over a Unix socket, unless a trusted proxy reports their client.
     #[arg(long, value_name = "N", default_value = "infinity", value_parser = CountLimit::parse)]
     pub max_requests_per_client: CountLimit,
 
@@ -160,8 +161,8 @@ pub struct Config {
 #[derive(Clone, Copy, Debug, ValueEnum, PartialEq, Eq)]
 pub enum Command {
     /// Check the configuration: start the service and bind the listeners, but serve no request. If that works, print
-    /// each option with its value and where it comes from, and exit with 0; otherwise print the reason and fail. It fails if another process listens on the same address; pass
-    /// --listen 127.0.0.1:0 to use a free port.
+    /// each option with its value and where it comes from, and exit with 0; otherwise print the reason and fail. It fails if
+    /// another process listens on the same address; pass --listen 127.0.0.1:0 to use a free port.
     Check,
     /// Reload the running service: start a successor and wait until it has taken over. Use it in ExecReload=, with
     /// the options of ExecStart=. If the successor cannot start, this command fails and the old process keeps serving.
