@@ -34,7 +34,7 @@ pub enum Begin {
 pub struct Task {
     pub name: String,
     pub begin: Begin,
-    /// Whether it begins only when the predecessor has exited.
+    /// Whether it begins only when the exclusive tasks of the predecessor have ended.
     pub is_exclusive: bool,
 }
 
