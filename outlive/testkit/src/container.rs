@@ -179,15 +179,26 @@ impl Container {
         Ok(stdout)
     }
 
+    /// As [`Container::run`], but fails after ten seconds. For commands during a soft-reboot: systemd stops all processes
+    /// inside before it kills them, and nsenter stops itself when its child is stopped.
+    pub fn run_during_soft_reboot(&self, command: &[&str]) -> Result<String> {
+        let mut limited = Command::new("timeout");
+        limited.args(["--kill-after=1", "10", "nsenter"]).args(self.entering()).args(command);
+        let output = limited.stdin(Stdio::null()).output()?;
+        ensure!(output.status.success(), "{command:?}: {}", output.status);
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// A command that will run inside.
     pub fn command(&self, command: &[&str]) -> Command {
         let mut entered = Command::new("nsenter");
+        entered.args(self.entering()).args(command).stdin(Stdio::null());
         entered
-            .arg(format!("--target={}", self.leader.as_raw_nonzero()))
-            .args(["--all", "--"])
-            .args(command)
-            .stdin(Stdio::null());
-        entered
+    }
+
+    /// The arguments of nsenter(1).
+    fn entering(&self) -> [String; 3] {
+        [format!("--target={}", self.leader.as_raw_nonzero()), "--all".to_owned(), "--".to_owned()]
     }
 
     /// A command with the host's file system and the network of the container.

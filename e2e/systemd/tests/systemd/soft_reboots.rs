@@ -56,14 +56,15 @@ fn boot(systemd: Systemd, certificate: &Certificate) -> Container {
 
 /// Runs `systemctl soft-reboot`.
 fn begin_soft_reboot(container: &Container) {
-    container.run(&["systemctl", "soft-reboot"]).expect("the soft-reboot begins");
+    // It may be killed before it has read the answer of PID 1.
+    let _ = container.run_during_soft_reboot(&["systemctl", "soft-reboot"]);
 }
 
 /// Waits until the soft-reboot with this number has ended.
 fn wait_for_soft_reboot(container: &Container, number: usize) {
     // PID 1 accepts no connection for a moment.
     wait_until("the soft-reboot has ended", || {
-        let shown = container.run(&["systemctl", "show", "-P", "SoftRebootsCount"]);
+        let shown = container.run_during_soft_reboot(&["systemctl", "show", "-P", "SoftRebootsCount"]);
         shown.is_ok_and(|count| count.trim() == number.to_string())
             && container.show("SubState").is_ok_and(|state| state == "running")
     });
@@ -124,7 +125,10 @@ fn connections_survive_a_soft_reboot(systemd: Systemd) {
             }
             busy.hold().await.expect("the request is in flight");
             begin_soft_reboot(&container);
-            container.wait_for_property("SubState", |state| state == "stop-sigterm");
+            wait_until("the service stops", || {
+                let show = ["systemctl", "show", "-P", "SubState", &container.unit("service")];
+                container.run_during_soft_reboot(&show).is_ok_and(|state| state.trim() == "stop-sigterm")
+            });
             busy.release().await.expect("the request in flight finishes");
             wait_for_soft_reboot(&container, number);
             let after = container.show("MainPID").expect("systemctl show succeeds");
