@@ -127,7 +127,7 @@ impl<S> fmt::Debug for Carry<S> {
 }
 
 impl<S> Carry<S> {
-    /// For the handler of a connection that spoke the application's protocol from its first byte on.
+    /// For the handler of a connection of [`Setup::serve`](crate::Setup::serve), which begins without a request.
     pub(crate) fn of_socket(continuation: Arc<Continuation>, shutdown: CancellationToken) -> Self {
         Self { continuation: Some(continuation), shutdown, limit: STATE_LIMIT, state: PhantomData }
     }

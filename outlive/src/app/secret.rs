@@ -38,7 +38,7 @@ pub const HIDDEN: &str = "[secret]";
 /// assert_eq!(format!("{:?}", config.database_password), "[secret]");
 /// ```
 ///
-/// With this line in the service unit, the password is the content of the file:
+/// This line in the service unit makes the content of the file the password:
 ///
 /// ```ini
 /// LoadCredential=database-password:/etc/shop/database-password

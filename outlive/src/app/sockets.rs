@@ -49,8 +49,14 @@ pub type SocketHandler = Arc<
         + Sync,
 >;
 
-/// What a [`SocketStream`] reads and writes.
-pub trait SocketIo: AsyncRead + AsyncWrite + Send {}
+/// A byte stream in both directions.
+pub trait Duplex: AsyncRead + AsyncWrite + Send {}
+impl<T: AsyncRead + AsyncWrite + Send> Duplex for T {}
+
+/// The owner of what a [`SocketStream`] reads and writes.
+pub trait SocketIo: Send {
+    fn io(&mut self) -> Pin<&mut dyn Duplex>;
+}
 
 /// A TCP or Unix connection that was accepted from a socket of [`Setup::serve`](crate::Setup::serve).
 ///
@@ -58,13 +64,13 @@ pub trait SocketIo: AsyncRead + AsyncWrite + Send {}
 /// no time limit. When the stream is dropped, the peer receives everything that was written, and the connection is closed
 /// unless the handler has called [`Carry::hand_on`](crate::Carry::hand_on).
 pub struct SocketStream {
-    io: Pin<Box<dyn SocketIo>>,
+    io: Box<dyn SocketIo>,
     peer: Peer,
 }
 
 impl SocketStream {
     pub(crate) fn new(io: impl SocketIo + 'static, peer: Peer) -> Self {
-        Self { io: Box::pin(io), peer }
+        Self { io: Box::new(io), peer }
     }
 
     /// The address of the other end.
@@ -91,13 +97,13 @@ impl AsyncRead for SocketStream {
         cx: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        self.io.as_mut().poll_read(cx, into)
+        self.io.io().poll_read(cx, into)
     }
 }
 
 impl AsyncWrite for SocketStream {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.io.as_mut().poll_write(cx, bytes)
+        self.io.io().poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -105,18 +111,19 @@ impl AsyncWrite for SocketStream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.io.as_mut().poll_write_vectored(cx, slices)
+        self.io.io().poll_write_vectored(cx, slices)
     }
 
+    /// True, because the IO is a socket without TLS.
     fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
+        true
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io.as_mut().poll_flush(cx)
+        self.io.io().poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io.as_mut().poll_shutdown(cx)
+        self.io.io().poll_shutdown(cx)
     }
 }

@@ -9,18 +9,16 @@ use std::io;
 use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tracing::{debug, warn};
 
 use super::io::{Io, Wire};
 use super::upgraded::Granted;
 use super::{Connection, ConnectionContext, Protocol};
 use crate::app::carry::Continuation;
-use crate::app::sockets::{SocketHandler, SocketIo, SocketStream};
+use crate::app::sockets::{Duplex, SocketHandler, SocketIo, SocketStream};
 use crate::os::lock::lock;
 use crate::registry::{Registration, Stage};
 use crate::transport::replay::{NO_HEAD, SOCKET};
@@ -91,12 +89,6 @@ struct HandedIo {
     dropped: Arc<Mutex<Option<Io>>>,
 }
 
-impl HandedIo {
-    fn io(&mut self) -> Pin<&mut Io> {
-        Pin::new(self.io.as_mut().expect("the IO is present until it is dropped"))
-    }
-}
-
 impl Drop for HandedIo {
     fn drop(&mut self) {
         let Some(io) = self.io.take() else { return };
@@ -108,40 +100,9 @@ impl Drop for HandedIo {
     }
 }
 
-impl SocketIo for HandedIo {}
-
-impl AsyncRead for HandedIo {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        into: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.io().poll_read(cx, into)
-    }
-}
-
-impl AsyncWrite for HandedIo {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.io().poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        self.io().poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.as_ref().is_some_and(Io::is_write_vectored)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io().poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io().poll_shutdown(cx)
+impl SocketIo for HandedIo {
+    fn io(&mut self) -> Pin<&mut dyn Duplex> {
+        let io: &mut Io = self.io.as_mut().expect("the IO is present until it is dropped");
+        Pin::<&mut Io>::new(io)
     }
 }

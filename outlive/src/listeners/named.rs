@@ -66,7 +66,7 @@ struct State {
 pub struct Others {
     /// Duplicates for the successor.
     pub duplicates: Vec<(OwnedFd, SocketRecord)>,
-    /// The files of those that this process bound, which are removed on drop.
+    /// The files of the Unix sockets among them that this process bound. To drop a file object removes the file.
     pub files: Vec<SocketFile>,
 }
 

@@ -53,8 +53,8 @@ async fn slept(connection: &mut Connection) -> String {
     connection.ask(&get("/sleep")).await.expect("the server answers").text()
 }
 
-/// A connection to the process of this generation, and its pid. The old process may have accepted it just before the end
-/// of the reload; it then moves.
+/// A connection to the process of this generation, and its pid. If the old process accepted it just
+/// before the end of the reload, it is handed over before it is returned.
 async fn next(service: &Service, wanted: u64) -> (Connection, i32) {
     let mut connection = service.connect().await;
     loop {

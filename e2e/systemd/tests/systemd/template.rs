@@ -72,7 +72,7 @@ fn tracked(folder: &Path) -> Vec<(String, Vec<u8>)> {
     files.lines().map(read).collect()
 }
 
-/// For a copy of the whole repository that GitHub's "Use this template" has made.
+/// GitHub's "Use this template" copies the whole repository, so the service is made in this copy.
 #[test]
 fn make_new_in_place_gives_the_same_files_as_a_copy() {
     let folder = tempfile::tempdir().expect("the folder is created");

@@ -43,8 +43,8 @@ pub fn read(path: &OsStr, command: &Command) -> Result<Vec<Given>> {
     parse(path, &text, command)
 }
 
-/// The content of the file. Anything but a regular file is refused, because a pipe or a device could block the start
-/// for ever.
+/// The content of the file. Only a regular file is accepted, because a read from a pipe or a device could block the start
+/// without a limit.
 fn text(path: &Path) -> Result<Zeroizing<String>> {
     // Without NONBLOCK, opening a FIFO would wait for a writer.
     let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
@@ -176,8 +176,8 @@ fn kind(value: &DeValue<'_>) -> &'static str {
     }
 }
 
-/// Checks each value by the parser of its option, also of those that a variable or a flag replaces, because the file is
-/// read again when that is no longer the case.
+/// Checks each value with the parser of its option. Values that a variable or a flag replaces are checked too, because
+/// they apply as soon as that variable or flag is removed.
 fn check(values: &[Given], command: &Command) -> Result<()> {
     let mut line = vec![command.get_name().into()];
     let mut checked = command.clone().mut_args(alone);
@@ -189,7 +189,8 @@ fn check(values: &[Given], command: &Command) -> Result<()> {
     let Err(error) = checked.try_get_matches_from_mut(line) else { return Ok(()) };
     let is_of_value = matches!(error.kind(), ErrorKind::InvalidValue | ErrorKind::ValueValidation);
     let Some(ContextValue::String(name)) = error.get(ContextKind::InvalidArg).filter(|_| is_of_value) else {
-        return Ok(()); // for example a missing argument, which may be on the command line
+        // Another error says nothing about the values: a required argument may be on the command line.
+        return Ok(());
     };
     let arg = checked.get_arguments().find(|arg| arg.to_string() == *name);
     let given = arg.and_then(|arg| values.iter().find(|given| given.id == *arg.get_id()));
