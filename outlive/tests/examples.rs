@@ -683,6 +683,77 @@ fn invalid_options_of_a_command_exit_with_78_and_one_line() {
     }
 }
 
+/// The body of `/config`, in the type that is accepted, or as text.
+async fn configuration(admin: &Target, accept: Option<&str>) -> String {
+    let accept = accept.map(|accept| format!("accept: {accept}\r\n")).unwrap_or_default();
+    let request = format!("GET /config HTTP/1.1\r\nhost: test\r\n{accept}\r\n");
+    let mut connection = Connection::open(admin).await.expect("the admin listener accepts");
+    let answer = connection.ask(request.as_bytes()).await.expect("the server answers");
+    assert_eq!(answer.status, 200);
+    answer.text()
+}
+
+#[test]
+fn config_of_the_admin_listener_shows_the_origins_of_each_process_and_no_secret() {
+    for (origin, flag, variable, credential) in [
+        ("credential", None, None, "open-sesame"),
+        ("flag", Some("--database-password=open-sesame"), None, "other-secret"),
+        ("variable SHOP_DATABASE_PASSWORD", None, Some("open-sesame"), "other-secret"),
+    ] {
+        let (mut command, folder) = shop(&["--listen", "127.0.0.1:0", "--drain-delay", "0s"], credential);
+        let path = |name: &str| folder.path().join(name).display().to_string();
+        let write = |text: &str| std::fs::write(path("shop.toml"), text).expect("the file is written");
+        write("database = 'one'\n");
+        let listen = format!("admin={}", path("admin.sock"));
+        command.args(["--listen", &listen, "--config", &path("shop.toml")]).args(flag);
+        command
+            .env("RUNTIME_DIRECTORY", folder.path())
+            .envs(variable.map(|value| ("SHOP_DATABASE_PASSWORD", value)));
+        let mut notifications = Notifications::new().expect("the socket is made");
+        notifications.announce(&mut command);
+        let mut process = Process::spawn(&mut command).expect("the process starts");
+        notifications.wait_for("READY=1").expect("the service is ready");
+        let admin = Target::Unix(path("admin.sock").into());
+        let shows = async |database: &str, line: u32| {
+            let (text, json) =
+                (configuration(&admin, None).await, configuration(&admin, Some("application/json")).await);
+            for shown in [&text, &json] {
+                assert!(!shown.contains("open-sesame") && !shown.contains("other-secret"), "{shown}");
+            }
+            let words: Vec<Vec<_>> = text.lines().map(|line| line.split_whitespace().collect()).collect();
+            let json: Value = serde_json::from_str(&json).expect("valid JSON");
+            let file = format!("file {}:{line}", path("shop.toml"));
+            for (name, value, origin) in [
+                ("database", Some(database), &*file),
+                ("database-password", Some("[secret]"), origin),
+                ("drain-delay", Some("0s"), "flag"),
+                ("body-limit", Some("2MiB"), "default"),
+                ("tls-key", None, "default"),
+            ] {
+                let expected: Vec<_> =
+                    [name, value.unwrap_or("-")].into_iter().chain(origin.split(' ')).collect();
+                assert!(words.contains(&expected), "{expected:?} is not in {text}");
+                let options = json["options"].as_array().expect("an array");
+                let expected = json!({"name": name, "value": value, "origin": origin});
+                assert!(options.contains(&expected), "{expected} is not in {json}");
+            }
+            assert_eq!(json["options"].as_array().map(Vec::len), Some(words.len()));
+        };
+        block_on(async {
+            shows("one", 1).await;
+            write("# changed\ndatabase = 'two'\n");
+            // Until it reloads, the process has the values with which it started.
+            shows("one", 1).await;
+            process.signal(Signal::HUP);
+            let main = notifications.wait_for("MAINPID=").expect("a successor takes over");
+            // Until then it may accept a connection.
+            assert!(process.wait().expect("the old process exits").success());
+            shows("two", 2).await;
+            terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+        });
+    }
+}
+
 #[test]
 fn check_shows_a_secret_and_its_origin_but_not_its_value() {
     let (mut check, _folder) = shop(&["check", "--listen", "127.0.0.1:0"], "open-sesame");

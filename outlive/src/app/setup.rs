@@ -330,8 +330,9 @@ impl Setup {
         prometheus::register(Box::new(metric)).context("could not register a metric")
     }
 
-    /// Adds routes to the admin listeners, besides `/healthz`, `/readyz` and `/metrics`. Like [`Router::merge`] it
-    /// panics if a route exists already.
+    /// Adds routes to the admin listeners, besides `/healthz`, `/readyz`, `/metrics` and `/config`, and those below
+    /// `/debug/pprof` with the features `cpu-profile` and `heap-profile`. A route that exists already is a panic, as in
+    /// [`Router::merge`].
     ///
     /// ```
     /// # use axum::{Router, routing::get};

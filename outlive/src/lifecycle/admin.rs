@@ -1,18 +1,22 @@
-//! The routes of the admin listeners: `/healthz` and `/readyz` for probes and load balancers, `/metrics` for
-//! Prometheus. They are served under a connection limit of their own, so that they answer when the service is
-//! overloaded.
+//! The routes of the admin listeners: `/healthz` and `/readyz` for probes and load balancers, `/metrics` for Prometheus,
+//! `/config` with the values of all options. They are served under a connection limit of their own, so that they answer
+//! when the service is overloaded.
+
+mod configuration;
 
 use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use prometheus::TextEncoder;
+use tokio::runtime::Handle;
 
 use crate::app::process::Process;
 use crate::app::readiness::{self, Check};
+use crate::lifecycle::cli::OptionValue;
 use crate::observe::metrics;
 use crate::registry::{Counts, Phase, Registry, Stage};
 use crate::requests::Intended;
@@ -24,6 +28,7 @@ pub struct Admin {
     pub registry: Arc<Registry>,
     pub queues: Queues,
     pub checks: Vec<Check>,
+    pub values: Vec<OptionValue>,
 }
 
 pub fn router(admin: Admin) -> Router {
@@ -31,6 +36,7 @@ pub fn router(admin: Admin) -> Router {
         .route("/healthz", get(alive))
         .route("/readyz", get(ready))
         .route("/metrics", get(numbers))
+        .route("/config", get(options))
         .with_state(Arc::new(admin))
 }
 
@@ -52,6 +58,10 @@ async fn ready(State(admin): State<Arc<Admin>>) -> Response {
         response.extensions_mut().insert(Intended);
     }
     response
+}
+
+async fn options(State(admin): State<Arc<Admin>>, headers: HeaderMap) -> Response {
+    configuration::answer(&admin.values, &headers)
 }
 
 async fn numbers(State(admin): State<Arc<Admin>>) -> Response {
@@ -80,6 +90,7 @@ impl Admin {
         // The clock of the registry is monotonic; the time of day may be set.
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
         metrics::process::update();
+        metrics::runtime::update(&Handle::current().metrics());
         for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
         {
             // Registers it, so that it is shown with 0 before the first event.

@@ -23,14 +23,15 @@ use clap::{Arg, ArgMatches, CommandFactory, FromArgMatches, Id, Subcommand};
 use tracing::warn;
 
 use self::given::Given;
-use self::origin::OptionValue;
 use self::syntax::lenient;
 use crate::app::secret;
 use crate::lifecycle::config::Config;
 use crate::os::credentials::Credentials;
 use crate::os::exit::{Failure, Result};
 
-pub use self::origin::table;
+#[cfg(test)]
+pub use self::origin::Origin;
+pub use self::origin::{OptionValue, table};
 pub use self::syntax::{command, command_with, position_of_takeover};
 
 /// The command line and environment: the application's options are `C`, and its commands `D`. [`CommandLine::service`]

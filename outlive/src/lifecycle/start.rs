@@ -24,7 +24,7 @@ use crate::app::tasks::{self, Task};
 use crate::connection::{ConnectionContext, Endpoint, EndpointKind};
 use crate::handover;
 use crate::lifecycle::admin::{self, Admin};
-use crate::lifecycle::cli::CommandLine;
+use crate::lifecycle::cli::{self, CommandLine, OptionValue};
 use crate::lifecycle::config::Config;
 use crate::lifecycle::serve::Serving;
 use crate::listeners::{self, Inherited, Listener, NamedSockets, Purpose, SocketFiles};
@@ -56,6 +56,8 @@ pub struct Boot<C> {
     config: Config,
     /// The application's options.
     service: C,
+    /// The values of all options, for the admin routes.
+    values: Vec<OptionValue>,
     inherited: Inherited,
     program: Program,
     role: Role,
@@ -71,7 +73,7 @@ impl<C: Parser> Boot<C> {
         program: Program,
         role: Role,
     ) -> Result<Self> {
-        let service = line.service(&inherited.credentials)?.options;
+        let cli::Service { options: service, values, .. } = line.service(&inherited.credentials)?;
         let from_store = handover::next_generation(&inherited.channels);
         let process = Process::begin(from_store.or(inherited.generation).unwrap_or(1));
         // Before `log::init`, which starts a thread.
@@ -80,7 +82,7 @@ impl<C: Parser> Boot<C> {
         let logging = log::init(line.name.clone(), filter.as_deref(), *log_format, process.generation)?;
         line.warn_of_unknown_variables();
         let (name, config) = (line.name.clone(), line.config.clone());
-        Ok(Self { name, config, service, inherited, program, role, process, logging })
+        Ok(Self { name, config, service, values, inherited, program, role, process, logging })
     }
 }
 
@@ -111,7 +113,7 @@ impl Started {
     where
         S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
     {
-        let Boot { name, config, service, mut inherited, program, role, process, logging } = boot;
+        let Boot { name, config, service, values, mut inherited, program, role, process, logging } = boot;
         let mut signals = Signals::new().context("could not watch for signals")?;
         inherited.listen(&config.listen, &name)?;
         let mut kinds = endpoint_kinds(&config, &inherited)?;
@@ -148,7 +150,7 @@ impl Started {
         let registry = Registry::new(config.limits(), shutdown.clone());
         let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
         let queues = Queues::default();
-        let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks };
+        let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks, values };
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
         let access_log = if config.access_log { AccessLog::On } else { AccessLog::Off };
         let routes = limited(routes).with_access_log(access_log).limited_by(config.request_limits());

@@ -22,8 +22,9 @@ macro_rules! metric {
     };
 }
 
-// After the macro, which it uses.
+// After the macro, which they use.
 pub mod process;
+pub mod runtime;
 
 pub static IN_FLIGHT: LazyLock<IntGauge> =
     metric!(register_int_gauge, "http_requests_in_flight", "Requests in flight.");

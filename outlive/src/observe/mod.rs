@@ -1,6 +1,7 @@
 //! The output for operators: log events (`log.rs`), metrics (`metrics.rs`), and the status line of `systemctl status`
 //! (`status.rs`). `log_control.rs` changes the log level while the process runs; `traces.rs` sends traces to a collector.
 
+pub mod json_string;
 pub mod log;
 #[cfg(feature = "log-control")]
 pub mod log_control;

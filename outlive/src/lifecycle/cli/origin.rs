@@ -1,4 +1,4 @@
-//! Where the value of each option comes from, as `check` prints it.
+//! Where the value of each option comes from, as `check` prints it and the admin listeners show it.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -39,11 +39,19 @@ impl fmt::Display for Origin {
 }
 
 /// An option, its value as text, and where that comes from.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OptionValue {
     pub name: String,
-    pub value: String,
+    /// None for an option without a value.
+    pub value: Option<String>,
     pub origin: Origin,
+}
+
+impl OptionValue {
+    /// The value as it is shown.
+    fn shown(&self) -> &str {
+        self.value.as_deref().unwrap_or("-")
+    }
 }
 
 /// The values of all options of `command` in the order of `--help`. Secrets are hidden.
@@ -52,7 +60,7 @@ pub fn values(command: &clap::Command, matches: &ArgMatches, given: &[Given]) ->
     options
         .map(|arg| OptionValue {
             name: arg.get_long().unwrap_or_default().to_owned(),
-            value: shown(arg, matches),
+            value: value(arg, matches),
             origin: origin(arg, matches, given),
         })
         .collect()
@@ -72,25 +80,25 @@ fn origin(arg: &Arg, matches: &ArgMatches, given: &[Given]) -> Origin {
     }
 }
 
-/// `-` for an option without a value. Control characters are escaped, so that each option has one line.
-fn shown(arg: &Arg, matches: &ArgMatches) -> String {
-    let Some(values) = matches.get_raw(arg.get_id().as_str()) else { return "-".into() };
+/// Control characters are escaped, so that each option has one line.
+fn value(arg: &Arg, matches: &ArgMatches) -> Option<String> {
+    let values = matches.get_raw(arg.get_id().as_str())?;
     if secret::is_secret(arg) || arg.is_hide_env_values_set() {
-        return HIDDEN.into();
+        return Some(HIDDEN.into());
     }
     let values: Vec<_> = values.map(|value| value.to_string_lossy()).collect();
     let text = values.join(",");
-    if text.is_empty() || text.contains(char::is_control) { format!("{text:?}") } else { text }
+    Some(if text.is_empty() || text.contains(char::is_control) { format!("{text:?}") } else { text })
 }
 
 /// One line for each option, in columns.
 pub fn table(values: &[OptionValue]) -> String {
     let width = |text: &str| text.chars().count();
     let names = values.iter().map(|option| width(&option.name)).max().unwrap_or_default();
-    let widths = values.iter().map(|option| width(&option.value)).filter(|width| *width <= WIDEST);
+    let widths = values.iter().map(|option| width(option.shown())).filter(|width| *width <= WIDEST);
     let widest = widths.max().unwrap_or_default();
     let line = |option: &OptionValue| {
-        let OptionValue { name, value, origin } = option;
+        let (OptionValue { name, origin, .. }, value) = (option, option.shown());
         format!("{name:names$}  {value:widest$}  {origin}\n")
     };
     values.iter().map(line).collect()
@@ -102,14 +110,17 @@ mod tests {
 
     #[test]
     fn table_has_aligned_columns_although_one_value_is_long() {
-        let option =
-            |name: &str, value: &str, origin| OptionValue { name: name.into(), value: value.into(), origin };
+        let option = |name: &str, value: Option<&str>, origin| OptionValue {
+            name: name.into(),
+            value: value.map(Into::into),
+            origin,
+        };
         let long = "x".repeat(WIDEST + 1);
         let values = [
-            option("listen", "127.0.0.1:0", Origin::Flag),
-            option("drain-timeout", "1s", Origin::Variable("SHOP_DRAIN_TIMEOUT".into())),
-            option("url", &long, Origin::File("/etc/shop.toml".into(), 3)),
-            option("log", "-", Origin::Default),
+            option("listen", Some("127.0.0.1:0"), Origin::Flag),
+            option("drain-timeout", Some("1s"), Origin::Variable("SHOP_DRAIN_TIMEOUT".into())),
+            option("url", Some(&long), Origin::File("/etc/shop.toml".into(), 3)),
+            option("log", None, Origin::Default),
         ];
         let expected = format!(
             "listen         127.0.0.1:0  flag\n\

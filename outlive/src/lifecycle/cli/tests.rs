@@ -88,7 +88,7 @@ impl Service<Own, OwnCommand> {
             Origin::File(path, line) => format!("{}:{line}", path.file_name().unwrap_or_default().display()),
             other => other.to_string(),
         };
-        (&value.value, origin)
+        (value.value.as_deref().unwrap_or("-"), origin)
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::SystemTime;
 use tracing::Level;
 
 use super::entry::{Entry, Recorded, Recording};
+use crate::observe::json_string;
 
 /// The longest line that journald reads as one entry (`LineMax=`, journald.conf(5)).
 const JOURNALD_LIMIT: usize = 48 << 10;
@@ -124,14 +125,14 @@ impl Line {
 
     fn text(&mut self, name: &str, value: &str) {
         let limit = self.limit / SHARE;
-        self.field(name, |text| push_string(text, value, limit));
+        self.field(name, |text| json_string::push(text, value, limit));
     }
 
     /// Adds a field, unless the line is full. `push` adds its value, and returns whether that is the whole value.
     fn field(&mut self, name: &str, push: impl FnOnce(&mut String) -> bool) {
         let before = self.text.len();
         self.text.push(',');
-        let is_whole_name = push_string(&mut self.text, name, self.limit);
+        let is_whole_name = json_string::push(&mut self.text, name, self.limit);
         self.text.push(':');
         let is_whole = push(&mut self.text);
         self.is_cut |= !is_whole;
@@ -148,37 +149,6 @@ impl Line {
         self.text.push_str("}\n");
         self.text
     }
-}
-
-/// Adds `value` as a string of JSON. Leaves out the end of `value` if the string would be longer than `limit` bytes;
-/// returns whether it is whole. Control characters are escaped, those above U+007F too, because a terminal could
-/// interpret them.
-fn push_string(text: &mut String, value: &str, limit: usize) -> bool {
-    let mut escaped;
-    let begin = text.len();
-    text.push('"');
-    let mut is_whole = true;
-    for character in value.chars() {
-        let before = text.len();
-        match character {
-            '"' | '\\' => text.extend(['\\', character]),
-            '\n' => text.push_str("\\n"),
-            '\r' => text.push_str("\\r"),
-            '\t' => text.push_str("\\t"),
-            character if character.is_control() => {
-                escaped = format!("\\u{:04x}", u32::from(character));
-                text.push_str(&escaped);
-            }
-            character => text.push(character),
-        }
-        if text.len() - begin >= limit {
-            text.truncate(before);
-            is_whole = false;
-            break;
-        }
-    }
-    text.push('"');
-    is_whole
 }
 
 #[cfg(test)]
