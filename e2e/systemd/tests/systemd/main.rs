@@ -2,9 +2,11 @@
 //! cargo and systemd.
 //!
 //! They are one test binary, so that many of them, which mostly wait, run at the same time. `make e2e PART=NAME` runs
-//! one module.
+//! one module. The runner starts the tests in the order of their names. Those of `copies` compile for minutes, so that name
+//! is near the beginning: at the end, no other tests would be left to run meanwhile.
 
 mod clock;
+mod copies;
 mod crashes;
 mod curl_and_openssl;
 mod descriptors;
@@ -28,7 +30,6 @@ mod silent;
 mod slow;
 mod soft_reboots;
 mod stalls;
-mod template;
 mod third_party_clients;
 mod upgrades;
 mod websockets;
