@@ -34,17 +34,26 @@ fn boot(systemd: Systemd) -> (Container, Certificate) {
     (container, certificate)
 }
 
-/// Waits until the only connection is parked, and then runs the verb. Returns the generation that answers afterwards.
+/// Waits until the only connection is parked, and then runs the verb and waits until the next process has parked it. Without
+/// the second wait the old process could answer the next request, because `systemctl reload` returns before the handover.
+/// Returns the generation that answers afterwards.
 fn park_and_move(container: &Container, generation: u64, verb: Option<&str>) -> u64 {
-    let socket = container.path(&format!("run/{NAME}-admin.sock"));
-    wait_until("the connection is parked", || {
-        let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
-        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl runs").stdout;
-        String::from_utf8_lossy(&metrics).contains("\noutlive_connections{stage=\"parked\"} 1\n")
-    });
+    wait_until_parked(container, generation);
     let Some(verb) = verb else { return generation };
     container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
+    wait_until_parked(container, generation + 1);
     generation + 1
+}
+
+fn wait_until_parked(container: &Container, generation: u64) {
+    let socket = container.path(&format!("run/{NAME}-admin.sock"));
+    wait_until(&format!("generation {generation} has parked the connection"), || {
+        let mut curl = container.outside(&["curl", "--silent", "--max-time", "10", "--unix-socket"]);
+        let metrics = curl.arg(&socket).arg("http://localhost/metrics").output().expect("curl runs").stdout;
+        let metrics = String::from_utf8_lossy(&metrics);
+        metrics.contains("\noutlive_connections{stage=\"parked\"} 1\n")
+            && metrics.contains(&format!("\noutlive_generation {generation}\n"))
+    });
 }
 
 fn requests_with_key_updates_of_rustls_are_answered_on_parked_and_moved_connections(systemd: Systemd) {
