@@ -29,6 +29,8 @@ pub struct Load {
     pub request: Vec<u8>,
     /// The expected status; a response with another status is lost.
     pub status: u16,
+    /// What the body of `/` begins with; a response with another body is lost.
+    pub root: &'static str,
     pub connections: Connections,
     /// The pause of a client between two requests.
     pub think: Duration,
@@ -64,6 +66,7 @@ impl Load {
             clients,
             request: get("/"),
             status: 200,
+            root: "pid ",
             connections: Connections::Kept,
             think,
         }
@@ -198,8 +201,8 @@ impl Load {
         }
     }
 
-    /// Checks that the body belongs to the response of this request: that of `/` begins with the pid, that of `/sleep`
-    /// with "slept", and that of `/echo` is the body of the request.
+    /// Checks that the body belongs to the response of this request: that of `/` begins with `root`, that of `/sleep` with
+    /// "slept", and that of `/echo` is the body of the request.
     fn check(&self, text: &str) -> Result<()> {
         let body = self
             .request
@@ -208,7 +211,7 @@ impl Load {
             .map_or(&[][..], |at| &self.request[at + 4..]);
         let is_right = match body {
             [] if self.request.starts_with(b"GET /sleep") => text.starts_with("slept "),
-            [] => text.starts_with("pid "),
+            [] => text.starts_with(self.root),
             _ => text.as_bytes() == body,
         };
         if is_right { Ok(()) } else { bail!("a wrong answer: {text:?}") }
