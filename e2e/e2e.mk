@@ -8,7 +8,8 @@
 ## make bench           as root: compare with other servers; BENCH=--quick takes three minutes
 ## make docs            build docs/ as a website in target/docs/site (needs mdbook; installs it with cargo)
 ## make audit           report known vulnerabilities of the dependencies (needs the network)
-## make new NAME=shop DIR=../shop  make a new repository for a service of that name; DIR=. makes it of this clone
+## make new NAME=shop DIR=../shop  make a new repository for a service of that name; DIR=. makes it of this clone;
+##                      EXAMPLE=board begins with the service of e2e/board
 
 # ---- make test, make check ----
 
@@ -95,6 +96,7 @@ e2e-deps: root
 	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)'
 	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)
 	cargo fetch --quiet # all platforms, because cargo-deny looks at each, also in the copies of tests, which have no network
+	cd e2e && cargo fetch --quiet
 
 .PHONY: cargo-deny
 cargo-deny:
@@ -179,7 +181,7 @@ bench-readme:
 
 .PHONY: new
 new:
-	@e2e/new '$(PACKAGE)' '$(NAME)' '$(DIR)'
+	@e2e/new '$(PACKAGE)' '$(NAME)' '$(DIR)' '$(EXAMPLE)'
 
 # ---- make docs ----
 

@@ -23,19 +23,22 @@ fn run(command: &mut Command) -> String {
     text
 }
 
-fn copy(to: &Path) {
-    run(&mut make(FOLDER, &["new", &format!("NAME={NEW_NAME}"), &format!("DIR={}", to.display())]));
+/// `example` is the name of one, or empty.
+fn copy(to: &Path, example: &str) {
+    let arguments =
+        [format!("NAME={NEW_NAME}"), format!("DIR={}", to.display()), format!("EXAMPLE={example}")];
+    run(make(FOLDER, &["new"]).args(arguments));
 }
 
 /// A copy that will be compiled. It is always in the same folder, so that cargo compiles only what has changed since
 /// the last run. The lock admits one test at a time, because two cargos would wait for each other's lock on the target
 /// folder while the time limits of the tests run.
-fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
+fn copy_to_compile(example: &str) -> (PathBuf, MutexGuard<'static, ()>) {
     static COPY: Mutex<()> = Mutex::new(());
     let alone = COPY.lock().unwrap_or_else(PoisonError::into_inner);
     let copied = Path::new(env!("CARGO_TARGET_TMPDIR")).join("copy");
     let _ = std::fs::remove_dir_all(&copied);
-    copy(&copied);
+    copy(&copied, example);
     // The copied sources have the old times of this repository, but the last test that compiled them may have changed
     // them. Without new times cargo would take its stale output for current.
     run(Command::new("sh").args(["-c", "touch src/*.rs tests/*.rs"]).current_dir(&copied));
@@ -46,7 +49,7 @@ fn copy_to_compile() -> (PathBuf, MutexGuard<'static, ()>) {
 fn copy_is_small_and_does_not_contain_the_old_name() {
     let folder = tempfile::tempdir().expect("the folder is created");
     let copied = folder.path().join("copy");
-    copy(&copied);
+    copy(&copied, "");
     // `app.rs` and `app::` are a file of the service, not the package.
     let words = format!(r"\b{NAME}\b(?!\.rs|::|;)|\b{}_", NAME.to_uppercase().replace('-', "_"));
     let mut grep = Command::new("grep");
@@ -75,21 +78,23 @@ fn tracked(folder: &Path) -> Vec<(String, Vec<u8>)> {
 /// GitHub's "Use this template" copies the whole repository, so the service is made in this copy.
 #[test]
 fn make_new_in_place_gives_the_same_files_as_a_copy() {
-    let folder = tempfile::tempdir().expect("the folder is created");
-    let source = source_repository(folder.path());
-    let copied = folder.path().join("copy");
-    let name = format!("NAME={NEW_NAME}");
-    run(&mut make(&source, &["new", &name, &format!("DIR={}", copied.display())]));
-    let before = run(Command::new("git").args(["rev-parse", "HEAD"]).current_dir(&source));
-    std::fs::write(source.join("deny.toml"), "mine").expect("the file is written");
-    let refusal = refused(make(&source, &["new", &name, "DIR=."]));
-    assert!(refusal.contains("There are uncommitted changes"), "{refusal}");
-    run(Command::new("git").args(["checkout", "--quiet", "deny.toml"]).current_dir(&source));
-    run(&mut make(&source, &["new", &name, "DIR=."]));
-    assert!(tracked(&source) == tracked(&copied), "the files differ");
-    let git = |arguments: &[&str]| run(Command::new("git").args(arguments).current_dir(&source));
-    assert_eq!(git(&["status", "--porcelain"]), "");
-    assert_eq!(git(&["rev-parse", "HEAD~"]), before, "the history is kept");
+    for example in ["EXAMPLE=", "EXAMPLE=board"] {
+        let folder = tempfile::tempdir().expect("the folder is created");
+        let source = source_repository(folder.path());
+        let copied = folder.path().join("copy");
+        let name = format!("NAME={NEW_NAME}");
+        run(&mut make(&source, &["new", &name, &format!("DIR={}", copied.display()), example]));
+        let before = run(Command::new("git").args(["rev-parse", "HEAD"]).current_dir(&source));
+        std::fs::write(source.join("deny.toml"), "mine").expect("the file is written");
+        let refusal = refused(make(&source, &["new", &name, "DIR=.", example]));
+        assert!(refusal.contains("There are uncommitted changes"), "{refusal}");
+        run(Command::new("git").args(["checkout", "--quiet", "deny.toml"]).current_dir(&source));
+        run(&mut make(&source, &["new", &name, "DIR=.", example]));
+        assert!(tracked(&source) == tracked(&copied), "the files differ");
+        let git = |arguments: &[&str]| run(Command::new("git").args(arguments).current_dir(&source));
+        assert_eq!(git(&["status", "--porcelain"]), "");
+        assert_eq!(git(&["rev-parse", "HEAD~"]), before, "the history is kept");
+    }
 }
 
 #[test]
@@ -188,7 +193,7 @@ fn in_copy(copied: &Path, command: &[&str]) -> Command {
 
 #[test]
 fn copy_passes_test_and_check_before_and_after_make_update() {
-    let (copied, _alone) = copy_to_compile();
+    let (copied, _alone) = copy_to_compile("");
     let make = |goal: &[&str]| run(&mut in_copy(&copied, &[&["make", "--silent"], goal].concat()));
     let sh = |script: &str| run(&mut in_copy(&copied, &["sh", "-ec", script]));
     let tested = make(&["test"]);
@@ -216,9 +221,29 @@ fn copy_passes_test_and_check_before_and_after_make_update() {
     assert_eq!(changed, "", "make update changed files outside outlive/");
 }
 
+/// `make test` would also run the tests of the library, which the test above does.
+#[test]
+fn copy_of_the_board_passes_its_tests_and_check_and_runs_on_a_systemd() {
+    let (copied, _alone) = copy_to_compile("board");
+    let tested = run(&mut in_copy(&copied, &["cargo", "test", "--workspace", "--bins", "--test", "service"]));
+    for test in ["events_begin_after_the_last_event_id", "a_connection_outlives_a_reload"] {
+        assert!(tested.contains(&format!("{test} ... ok")), "{tested}");
+    }
+    let tested = run(&mut in_copy(&copied, &["make", "--silent", "check", "test-systemd"]));
+    assert!(tested.contains("restarts_and_reloads_lose_no_request_and_no_connection ... ok"), "{tested}");
+    for unused in ["humantime", "e2e", "APP_", "/live", "board.service"] {
+        let mut grep = Command::new("grep");
+        let found = grep
+            .args(["-r", unused, "src", "systemd", "README.md", "Cargo.toml"])
+            .current_dir(&copied)
+            .output();
+        assert_eq!(String::from_utf8_lossy(&found.expect("grep runs").stdout), "");
+    }
+}
+
 #[test]
 fn make_dev_reloads_after_a_change_and_keeps_connections() {
-    let (copied, _alone) = copy_to_compile();
+    let (copied, _alone) = copy_to_compile("");
     let address = testkit::free_address();
     // Before any time limit of this test, because the first build may take long.
     run(&mut in_copy(&copied, &["cargo", "build"]));
@@ -315,6 +340,21 @@ fn invalid_name_or_folder_is_refused_by_make_new_before_a_folder_is_made() {
 }
 
 #[test]
+fn unknown_example_is_refused_by_make_new_with_the_names_of_the_examples() {
+    let parent = tempfile::tempdir().expect("the folder is created");
+    let new = parent.path().join("new");
+    for example in ["boar", "links", ".*", "board links"] {
+        let folder = format!("DIR={}", new.display());
+        let refusal = refused(make(FOLDER, &["new", "NAME=shop", &folder, &format!("EXAMPLE={example}")]));
+        assert!(
+            refusal.contains(&format!("EXAMPLE={example} is wrong: the examples are board, ")),
+            "{refusal}"
+        );
+        assert!(!new.exists());
+    }
+}
+
+#[test]
 fn make_new_that_fails_leaves_no_folder() {
     let parent = tempfile::tempdir().expect("the folder is created");
     let new = parent.path().join("new");
@@ -366,7 +406,7 @@ fn make_new_makes_a_repository_of_the_tracked_files_with_one_commit() {
 fn make_update_of_a_library_that_is_not_committed_is_refused_and_changes_nothing() {
     let folder = tempfile::tempdir().expect("the folder is created");
     let copied = folder.path().join("copy");
-    copy(&copied);
+    copy(&copied, "");
     let changed = copied.join("outlive/CHANGELOG.md");
     std::fs::write(&changed, "mine").expect("the file is written");
     let update = || {
