@@ -6,6 +6,7 @@
 //! is near the beginning: at the end, no other tests would be left to run meanwhile.
 
 mod clock;
+mod collector;
 mod copies;
 mod crashes;
 mod curl_and_openssl;
