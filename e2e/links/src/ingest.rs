@@ -44,8 +44,8 @@ async fn add(line: &[u8], store: &Store) -> Result<String, Refusal> {
 /// None if the line does not consist of one or two words.
 fn parse(line: &[u8]) -> Option<NewLink> {
     let mut words = str::from_utf8(line).ok()?.split_whitespace().map(str::to_owned);
-    let link = NewLink { url: words.next()?, code: words.next() };
-    words.next().is_none().then_some(link)
+    let new = NewLink { url: words.next()?, code: words.next() };
+    words.next().is_none().then_some(new)
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 
@@ -29,20 +29,15 @@ pub struct Link {
 }
 
 impl Store {
-    /// Connects, and migrates the tables to the form that this release needs.
+    /// Connects to a database whose tables `migrate` has created for this release or a later one.
     pub async fn open(database: &PgConnectOptions) -> anyhow::Result<Self> {
-        let place = match database.get_socket() {
-            Some(folder) => folder.display().to_string(),
-            None => format!("{}:{}", database.get_host(), database.get_port()),
-        };
-        let pool = PgPoolOptions::new()
-            .max_connections(MAX_CONNECTIONS)
-            .acquire_timeout(ACQUIRE_LIMIT)
-            // Without this, PostgreSQL reports on each start that the migrations table exists already.
-            .connect_with(database.clone().options([("client_min_messages", "warning")]))
+        let pool = connect(database).await?;
+        let applied: Vec<i64> = sqlx::query_scalar("select version from _sqlx_migrations where success")
+            .fetch_all(&pool)
             .await
-            .with_context(|| format!("could not reach the database at {place} (--database-url)"))?;
-        MIGRATIONS.run(&pool).await.context("could not update the database tables")?;
+            .context("could not read which migrations were applied: run `links migrate`")?;
+        let missing = MIGRATIONS.iter().filter(|migration| !applied.contains(&migration.version)).count();
+        ensure!(missing == 0, "the database lacks {missing} migrations: run `links migrate`");
         Ok(Self { pool })
     }
 
@@ -105,4 +100,24 @@ impl Store {
             .context("could not add clicks to the database")?;
         Ok(())
     }
+}
+
+/// Brings the tables to the form that this release needs.
+pub async fn migrate(database: &PgConnectOptions) -> anyhow::Result<()> {
+    let pool = connect(database).await?;
+    MIGRATIONS.run(&pool).await.context("could not update the database tables")
+}
+
+async fn connect(database: &PgConnectOptions) -> anyhow::Result<PgPool> {
+    let place = match database.get_socket() {
+        Some(folder) => folder.display().to_string(),
+        None => format!("{}:{}", database.get_host(), database.get_port()),
+    };
+    PgPoolOptions::new()
+        .max_connections(MAX_CONNECTIONS)
+        .acquire_timeout(ACQUIRE_LIMIT)
+        // Without this, PostgreSQL reports on each start that the migrations table exists already.
+        .connect_with(database.clone().options([("client_min_messages", "warning")]))
+        .await
+        .with_context(|| format!("could not reach the database at {place} (--database-url)"))
 }

@@ -1,9 +1,20 @@
 //! The link shortener with PostgreSQL, on this machine's systemd and on systemd 257.
 
+#[path = "../../systemd/tests/systemd/collector.rs"]
+mod collector;
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
 use testkit::client::{Answer, Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
-use testkit::{on_each_systemd, this_package, wait_until};
+use testkit::{TEST_TIMEOUT, on_each_systemd, this_package, wait_until};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+use crate::collector::{Collector, hexadecimal};
 
 /// Number of restarts and of reloads under load.
 const TIMES: usize = 10;
@@ -27,6 +38,10 @@ ExecStartPost=/bin/sh -c 'psql --quiet -d postgres -c "create role links login" 
 on_each_systemd! {
     clicks_in_the_database_equal_redirects_over_restarts_and_reloads
     the_service_recovers_after_the_database_was_unavailable
+    openapi_document_has_each_route_with_the_statuses_that_it_answers
+    each_line_of_the_ingest_port_is_answered_once_over_restarts_and_reloads
+    each_request_is_a_span_at_the_collector_over_a_restart_and_a_reload
+    release_does_not_start_before_its_migrations_were_applied
     the_unit_passes_systemd_analyze
 }
 
@@ -44,6 +59,14 @@ fn boot(systemd: Systemd) -> Container {
 
 fn database(container: &Container, verb: &str) {
     container.run(&["systemctl", verb, "postgresql.service"]).expect(verb);
+}
+
+/// The lines of the service in the journal, which are JSON.
+fn logged(container: &Container, matches: &[&str]) -> Vec<Value> {
+    let service = ["_SYSTEMD_UNIT=links.service"];
+    let entries = container.journal(&[&service, matches].concat()).expect("the journal can be read");
+    let lines = entries.iter().filter_map(|entry| entry["MESSAGE"].as_str());
+    lines.map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
 }
 
 fn ask(container: &Container, request: &[u8]) -> Answer {
@@ -122,7 +145,6 @@ fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     assert!(format!("{refused:#}").contains("Job for links.service failed"), "{refused:#}");
     assert_eq!(container.show("MainPID").expect("the unit has a main process"), pid);
     let reason = "could not reach the database at /run/postgresql (--database-url)";
-    assert!(container.show("StatusText").expect("the unit has a status").contains(reason));
     // The same process recovers without a restart, and writes the click that it kept in memory.
     database(&container, "start");
     wait_until("the check succeeds", || from_admin("/readyz") == "ready\ndatabase: ok\n");
@@ -134,10 +156,11 @@ fn the_service_recovers_after_the_database_was_unavailable(systemd: Systemd) {
     // A failed start logs one line. The port stays open, and a client that connects waits for a successful start.
     database(&container, "stop");
     container.systemctl("restart").expect_err("it cannot start");
-    let lines = container.journal(&["-u", "links.service", "-p", "err"]).expect("the journal can be read");
-    let lines: Vec<&str> = lines.iter().filter_map(|entry| entry["MESSAGE"].as_str()).collect();
-    assert!(lines.iter().any(|line| line.contains(reason)), "{lines:?}");
-    assert!(lines.iter().all(|line| !line.contains('\n')), "{lines:?}");
+    let lines = logged(&container, &["-p", "err"]);
+    assert!(
+        lines.iter().any(|line| line["message"].as_str().is_some_and(|text| text.contains(reason))),
+        "{lines:?}"
+    );
     let waits = std::thread::scope(|scope| {
         let waits = scope.spawn(|| ask(&container, &get("/here")).status);
         container.wait_for_property("NRestarts", |count| count != "0");
@@ -160,4 +183,141 @@ fn the_unit_passes_systemd_analyze(systemd: Systemd) {
     container
         .run(&["systemd-analyze", "security", "--threshold=5", "--no-pager", "links.service"])
         .expect("the exposure is below the threshold");
+}
+
+/// Each operation is asked so that the service answers with each status that can be reached without a fault.
+fn openapi_document_has_each_route_with_the_statuses_that_it_answers(systemd: Systemd) {
+    let container = boot(systemd);
+    let document: Value =
+        serde_json::from_str(&container.ask("/openapi.json")).expect("the document is JSON");
+    let paths = document["paths"].as_object().expect("the document has paths");
+    let operations = paths.iter().flat_map(|(path, item)| {
+        let methods = item.as_object().expect("a path has operations").keys();
+        methods.map(move |method| format!("{} {path}", method.to_uppercase()))
+    });
+    assert!(operations.eq(["GET /", "POST /links", "GET /{code}"]), "{document:#}");
+    let new = r#"{"url": "https://example.org/", "code": "here"}"#;
+    let json = "content-type: application/json\r\n";
+    for (method, path, route, headers, body, status) in [
+        ("GET", "/", "/", "", "", 200),
+        ("POST", "/links", "/links", json, new, 201),
+        ("POST", "/links", "/links", json, "{", 400),
+        ("POST", "/links", "/links", json, new, 409),
+        ("POST", "/links", "/links", "", new, 415),
+        ("POST", "/links", "/links", json, r#"{"url": "here"}"#, 422),
+        ("GET", "/here", "/{code}", "", "", 307),
+        ("GET", "/there", "/{code}", "", "", 404),
+    ] {
+        let length = body.len();
+        let request = format!(
+            "{method} {path} HTTP/1.1\r\nhost: test\r\n{headers}content-length: {length}\r\n\r\n{body}"
+        );
+        let answer = ask(&container, request.as_bytes());
+        assert_eq!(answer.status, status, "{request}: {}", answer.text());
+        let documented = &document["paths"][route][method.to_lowercase()]["responses"][status.to_string()];
+        assert!(documented.is_object(), "{method} {route} {status}: {document:#}");
+    }
+    // An operation that is not in the document.
+    assert_eq!(ask(&container, b"DELETE /links HTTP/1.1\r\nhost: test\r\n\r\n").status, 405);
+    let page = container.ask("/openapi.html");
+    assert!(
+        page.contains("<td>POST /links</td><td>Adds a link</td><td>201 400 409 415 422 503 </td>"),
+        "{page}"
+    );
+}
+
+/// A line is incomplete when the connection moves.
+fn each_line_of_the_ingest_port_is_answered_once_over_restarts_and_reloads(systemd: Systemd) {
+    let container = boot(systemd);
+    // The request starts the service, which has the port as a requirement.
+    assert_eq!(ask(&container, &get("/")).status, 200);
+    container.inside(async || {
+        let stream = TcpStream::connect("127.0.0.1:9000").await.expect("the port is open");
+        let mut stream = BufReader::new(stream);
+        for (number, verb) in ["restart", "reload"].repeat(TIMES).into_iter().enumerate() {
+            let lines = format!("https://example.org/ code{number}\nhttps://exam");
+            stream.write_all(lines.as_bytes()).await.expect("the connection is open");
+            assert_eq!(next_line(&mut stream).await, format!("added code{number}\n"));
+            container.systemctl(verb).expect(verb);
+            let rest = format!("ple.org/ code{number}\n");
+            stream.write_all(rest.as_bytes()).await.expect("the connection is open");
+            assert_eq!(next_line(&mut stream).await, "refused: this code is already in use\n");
+        }
+    });
+    assert_eq!(ask(&container, &get("/code0")).header("location"), Some("https://example.org/"));
+}
+
+async fn next_line(stream: &mut BufReader<TcpStream>) -> String {
+    let mut line = String::new();
+    timeout(TEST_TIMEOUT, stream.read_line(&mut line))
+        .await
+        .expect("in time")
+        .expect("the connection is open");
+    line
+}
+
+/// A process keeps its spans until it ends, because the time between two exports is longer than the test.
+fn each_request_is_a_span_at_the_collector_over_a_restart_and_a_reload(systemd: Systemd) {
+    const TRACE: &str = "4bf92f3577b34da6a3ce929d0e0e4736";
+    let container = boot(systemd);
+    let collector = container.inside(async || Collector::start(true));
+    // The changes that the comments of the unit name for a database over TCP.
+    let network = "PrivateNetwork=no\nRestrictAddressFamilies=AF_INET AF_INET6\nIPAddressAllow=127.0.0.1";
+    let variables =
+        format!("OTEL_EXPORTER_OTLP_ENDPOINT={} OTEL_BSP_SCHEDULE_DELAY=3600000", collector.endpoint);
+    container
+        .add_to_unit("service", "traces", &format!("[Service]\n{network}\nEnvironment={variables}\n"))
+        .expect("the drop-in is written");
+    let parents: Vec<String> = (1..=30).map(|number| format!("{number:016x}")).collect();
+    container.inside(async || {
+        let mut connection = Connection::open(&Container::target()).await.expect("the port is open");
+        for (round, parents) in parents.chunks(10).enumerate() {
+            for parent in parents {
+                let parent = format!("traceparent: 00-{TRACE}-{parent}-01");
+                let request = format!("GET /missing HTTP/1.1\r\nhost: test\r\n{parent}\r\n\r\n");
+                assert_eq!(
+                    connection.ask(request.as_bytes()).await.expect("the service answers").status,
+                    404
+                );
+            }
+            if let Some(verb) = ["restart", "reload"].get(round) {
+                container.systemctl(verb).expect(verb);
+            }
+        }
+    });
+    container.run(&["systemctl", "stop", "links.socket", "links.service"]).expect("the service stops");
+    let spans = collector.spans();
+    let received: BTreeSet<_> = spans.iter().map(|(_, span)| hexadecimal(&span.parent_span_id)).collect();
+    assert_eq!((spans.len(), received), (parents.len(), parents.iter().cloned().collect()));
+    for (_, span) in &spans {
+        assert_eq!((&*span.name, hexadecimal(&span.trace_id)), ("GET /{code}", TRACE.to_owned()));
+    }
+    // The three processes have logged lines of JSON.
+    let generations: BTreeSet<_> =
+        logged(&container, &[]).iter().filter_map(|line| line["generation"].as_u64()).collect();
+    assert_eq!(generations, BTreeSet::from([1, 2, 3]));
+}
+
+fn release_does_not_start_before_its_migrations_were_applied(systemd: Systemd) {
+    let container = boot(systemd);
+    container
+        .add_to_unit("service", "later", "[Service]\nExecStartPre=\nRestart=no\n")
+        .expect("the drop-in is written");
+    let as_user = |user: &str, command: &[&str]| {
+        let user = format!("--property=User={user}");
+        let run = ["systemd-run", "--quiet", "--wait", "--pipe", "--property=DynamicUser=yes", &user];
+        container.run(&[&run[..], command].concat()).expect("the command succeeds");
+    };
+    let refused = |reason: &str| {
+        container.systemctl("restart").expect_err("it cannot start");
+        let lines = logged(&container, &["-p", "err"]);
+        let last = lines.last().expect("a line was logged")["message"].to_string();
+        assert!(last.contains(reason), "{last}");
+    };
+    refused("could not read which migrations were applied: run `links migrate`");
+    as_user("links", &["links", "migrate"]);
+    container.systemctl("restart").expect("the service starts");
+    let forget = "update _sqlx_migrations set success = false";
+    as_user("postgres", &["psql", "--quiet", "--host=/run/postgresql", "-d", "links", "-c", forget]);
+    refused("the database lacks 1 migrations: run `links migrate`");
 }
