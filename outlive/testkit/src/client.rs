@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
@@ -15,6 +16,7 @@ use h2::client::SendRequest;
 use h2::{RecvStream, SendStream};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::time::sleep;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_rustls::rustls::ClientConfig;
@@ -311,6 +313,13 @@ impl Http2 {
     /// Whether the server has sent GOAWAY, or the connection is closed.
     pub async fn is_over(&mut self) -> bool {
         poll_fn(|cx| self.sender.poll_ready(cx)).await.is_err()
+    }
+
+    /// Waits until the server has sent GOAWAY, or the connection is closed.
+    pub async fn ended(&mut self) {
+        while !self.is_over().await {
+            sleep(Duration::from_millis(1)).await;
+        }
     }
 
     /// The status and body of a GET; `None` if nothing was sent because the server had sent GOAWAY.

@@ -20,6 +20,8 @@ pub struct Service {
     pub notifications: Notifications,
     pub target: Target,
     listener: OwnedFd,
+    /// The name of the socket.
+    name: &'static str,
     flags: Vec<String>,
     variables: Vec<(String, String)>,
 }
@@ -35,6 +37,13 @@ impl Service {
     pub fn start_with_store(binary: &str, flags: &[&str]) -> Result<Self> {
         let (listener, target) = tcp()?;
         Self::begin(binary, flags, listener, target, Vec::new(), Notifications::with_store()?)
+    }
+
+    /// As `start_with_store`, on a socket named https.
+    pub fn start_https(binary: &str, flags: &[&str]) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        let start = Start { name: "https", ..Start::new(binary, flags) };
+        start.begin(listener, target, Vec::new(), Notifications::with_store()?)
     }
 
     /// As `start`, with a takeover socket in `folder`.
@@ -80,6 +89,7 @@ impl Service {
         let flags: Vec<&str> = self.flags.iter().map(String::as_str).collect();
         let mut start = Start::new(binary, &flags);
         start.variables = self.variables;
+        start.name = self.name;
         start.begin(self.listener, self.target, stored, Notifications::with_store()?)
     }
 
@@ -131,6 +141,7 @@ impl Service {
 
 struct Start {
     command: Command,
+    name: &'static str,
     flags: Vec<String>,
     variables: Vec<(String, String)>,
 }
@@ -138,7 +149,7 @@ struct Start {
 impl Start {
     fn new(binary: &str, flags: &[&str]) -> Self {
         let flags_of_next = flags.iter().map(ToString::to_string).collect();
-        Self { command: command(binary, flags), flags: flags_of_next, variables: Vec::new() }
+        Self { command: command(binary, flags), name: "http", flags: flags_of_next, variables: Vec::new() }
     }
 
     /// Passes the socket as standard input and a channel as standard output, because a `Command` of
@@ -154,7 +165,7 @@ impl Start {
         self.command
             .envs(self.variables.iter().cloned())
             .env("LISTEN_FDS", (1 + stored.len()).to_string())
-            .env("LISTEN_FDNAMES", ["http", "http:connections"][stored.len()])
+            .env("LISTEN_FDNAMES", format!("{}{}", self.name, ["", ":connections"][stored.len()]))
             .env("LISTEN_FDS_FIRST_FD", "0")
             .stdin(listener.try_clone()?);
         notifications.announce(&mut self.command);
@@ -162,8 +173,8 @@ impl Start {
             self.command.stdout(channel);
         }
         let process = Process::spawn(&mut self.command)?;
-        let Self { flags, variables, .. } = self;
-        let mut service = Service { process, notifications, target, listener, flags, variables };
+        let Self { name, flags, variables, .. } = self;
+        let mut service = Service { process, notifications, target, listener, name, flags, variables };
         service.notifications.wait_for("READY=1")?;
         Ok(service)
     }
