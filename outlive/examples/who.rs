@@ -1,5 +1,5 @@
-//! A service to try behind a proxy: it answers with the address of its client, over HTTP and on a socket of its own.
-//! `e2e/process/tests/process/proxies.rs` tests it.
+//! A service that knows its clients: it answers with the address of the client, over HTTP and on a socket of its own, and with
+//! the names in its certificate. `e2e/process/tests/process/proxies.rs` and `client_certificates.rs` test it.
 //!
 //! `cargo run --example who -- --listen 127.0.0.1:8080 --listen who=127.0.0.1:9000 --socket who
 //! --proxy-protocol who --trusted-proxies 127.0.0.1`
@@ -8,10 +8,10 @@ use std::process::ExitCode;
 
 use axum::Router;
 use axum::routing::get;
-use outlive::{Carry, Peer, SocketStream};
+use outlive::{Carry, ClientCertificate, Peer, SocketStream};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// Answers with the address of the client.
+/// Answers with the address of the client, and with the names in its certificate.
 #[derive(clap::Parser)]
 #[command(name = "who", version, about)]
 struct Config {
@@ -24,7 +24,15 @@ async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Rou
     if let Some(name) = &config.socket {
         setup.serve(name, answer)?;
     }
-    Ok(Router::new().route("/", get(async |peer: Peer| format!("{peer}\n"))))
+    let address = get(async |peer: Peer| format!("{peer}\n"));
+    Ok(Router::new().route("/", address).route("/certificate", get(names)))
+}
+
+/// Answers with the names in the certificate of the client, and with 403 if it has presented none.
+async fn names(certificate: ClientCertificate) -> String {
+    let name = certificate.common_name().unwrap_or("-");
+    let uris: Vec<_> = certificate.uris().collect();
+    format!("{name} {}\n", uris.join(" "))
 }
 
 async fn answer(mut stream: SocketStream, carry: Carry<()>) -> anyhow::Result<()> {

@@ -29,4 +29,5 @@ pub use lifecycle::{command, command_with, run, run_with};
 pub use observe::traces::headers as trace_headers;
 pub use prometheus;
 pub use tracing_subscriber;
+pub use transport::client_certificate::ClientCertificate;
 pub use transport::stream::Peer;

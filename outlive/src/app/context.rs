@@ -3,12 +3,13 @@
 
 use std::sync::Arc;
 
-use axum::extract::FromRequestParts;
+use axum::extract::{FromRequestParts, OptionalFromRequestParts};
 use hyper::StatusCode;
 use hyper::http::request::Parts;
 use tokio_util::sync::CancellationToken;
 
 use crate::app::process::Process;
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Peer;
 
 /// A token that is cancelled when this process begins to drain. A handler of a response that does not end by itself,
@@ -35,6 +36,8 @@ pub struct RequestContext {
     pub process: Process,
     pub shutdown: CancellationToken,
     pub peer: Peer,
+    /// Present if the client has presented one.
+    pub client_certificate: Option<ClientCertificate>,
 }
 
 /// The response to a request without a context, which can only be one that a unit test made.
@@ -69,5 +72,22 @@ impl<S: Sync> FromRequestParts<S> for Peer {
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Missing> {
         of(parts).map(|context| context.peer)
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for ClientCertificate {
+    type Rejection = Missing;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Missing> {
+        let certificate = of(parts)?.client_certificate.clone();
+        certificate.ok_or((StatusCode::FORBIDDEN, "this request needs a client certificate\n"))
+    }
+}
+
+impl<S: Sync> OptionalFromRequestParts<S> for ClientCertificate {
+    type Rejection = Missing;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Option<Self>, Missing> {
+        of(parts).map(|context| context.client_certificate.clone())
     }
 }

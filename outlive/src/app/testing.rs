@@ -26,7 +26,11 @@ use crate::transport::stream::Peer;
 /// # }
 /// ```
 pub fn with_context(routes: Router) -> Router {
-    let context =
-        RequestContext { process: Process::begin(1), shutdown: CancellationToken::new(), peer: Peer::Unix };
+    let context = RequestContext {
+        process: Process::begin(1),
+        shutdown: CancellationToken::new(),
+        peer: Peer::Unix,
+        client_certificate: None,
+    };
     routes.layer(Extension(Arc::new(context)))
 }

@@ -63,7 +63,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
     let turn = poll_fn(|cx| {
         let mut has_looked_again = false;
         loop {
-            if !is_plain && driver.keeps_http2_and_tls() {
+            if !is_plain && driver.keeps_state() {
                 driver.forbid_handover();
             }
             if let Poll::Ready(result) = driver.poll_driver(cx, |cx| Pin::new(&mut connection).poll(cx)) {
@@ -93,7 +93,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             }
             // The flag is set before the phase is, but both may have been set after the check at the head of the loop.
             // Without this second check the connection would go to a process that does not adopt TLS connections.
-            if !is_plain && driver.keeps_http2_and_tls() {
+            if !is_plain && driver.keeps_state() {
                 continue;
             }
             // This hyper instance has served no request, so it holds at most a part of a head, and `into_parts`

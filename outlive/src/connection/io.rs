@@ -18,6 +18,7 @@ use super::Protocol;
 use super::tls::record_layer::RecordLayer;
 use super::tls::record_reader::{self, RecordAligned};
 use crate::registry::{IoHandle, Registration, Stage};
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::TlsTrafficState;
 
@@ -139,6 +140,15 @@ impl Io {
     /// The stage of a connection that has sent its last byte, and whose peer has sent nothing since.
     fn stage_of_silence(&self) -> Stage {
         if self.handle().state().has_left_body() { Stage::Discarding } else { Stage::Closing }
+    }
+
+    /// The certificate of the client, if it has presented one.
+    pub(super) fn client_certificate(&self) -> Option<&ClientCertificate> {
+        match &self.wire {
+            Wire::Left(_) => None,
+            Wire::Right(Tls::Left(tls)) => tls.get_ref().0.client(),
+            Wire::Right(Tls::Right(records)) => records.client(),
+        }
     }
 
     pub(super) fn is_plain(&self) -> bool {
@@ -330,10 +340,9 @@ mod tests {
     use tokio_util::sync::CancellationToken;
 
     use super::*;
-    use crate::os::credentials::Credentials;
     use crate::registry::{Limits, Registry};
     use crate::transport::stream::Peer;
-    use crate::transport::tls_config;
+    use crate::transport::tls_tests::tls_of;
 
     /// Both ends of a TCP connection: the server's and the peer's.
     async fn connection() -> (TcpStream, TcpStream) {
@@ -395,9 +404,7 @@ mod tests {
     #[tokio::test]
     async fn tls_close_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
         let certificate = Certificate::new().expect("openssl makes a certificate");
-        let (chain, key) = (certificate.chain(), certificate.key());
-        let acceptor = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
-            .expect("the TLS configuration is valid");
+        let acceptor = tls_of(&certificate);
         let connector =
             TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;

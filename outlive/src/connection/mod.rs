@@ -43,6 +43,7 @@ use crate::app::context::RequestContext;
 use crate::app::process::Process;
 use crate::registry::{DriverHandle, Registration, Stage};
 use crate::requests::Proxies;
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::http2_state::Http2State;
 use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::Replay;
@@ -81,10 +82,12 @@ impl ConnectionContext {
         endpoint: &Arc<Endpoint>,
         registration: &Registration,
         peer: Peer,
+        client_certificate: Option<ClientCertificate>,
         replay: Option<Box<Replay>>,
     ) -> exchange::Service {
         let Self { process, shutdown, return_path, proxies, .. } = self;
-        let context = RequestContext { process: *process, shutdown: shutdown.clone(), peer };
+        let shutdown = shutdown.clone();
+        let context = RequestContext { process: *process, shutdown, peer, client_certificate };
         let requests = registration.requests();
         let proxies = proxies.report_clients_of(peer).then(|| proxies.clone());
         exchange::Service::new(endpoint.clone(), context, requests, return_path.clone(), replay, proxies)
@@ -175,7 +178,7 @@ async fn serve_plain(
         // A resumed connection is driven even if it was idle for too long or the next process does not adopt HTTP/2:
         // its client then receives GOAWAY.
         FirstBytes::Bytes(_) | FirstBytes::Late | FirstBytes::Idle if is_resumed => Protocol::Http2,
-        FirstBytes::Quiescent if is_resumed && driver.keeps_http2_and_tls() => Protocol::Http2,
+        FirstBytes::Quiescent if is_resumed && driver.keeps_state() => Protocol::Http2,
         FirstBytes::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
         // The HTTP/1.1 driver answers an incomplete head with 408, and closes.
         FirstBytes::Bytes(_) | FirstBytes::Late => Protocol::Http1,
@@ -198,7 +201,8 @@ async fn drive(
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = io.registration().driver();
-    let service = context.service(&endpoint, io.registration(), driver.peer(), replay);
+    let certificate = io.client_certificate().cloned();
+    let service = context.service(&endpoint, io.registration(), driver.peer(), certificate, replay);
     let (parts, http2, unread, replay) = match protocol {
         Protocol::Http1 => match http1::drive(io, service, &driver).await {
             http1::Http1Outcome::Quiescent(parts, unread, replay) => (parts, None, unread, replay),

@@ -15,7 +15,6 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use super::tests::{Served, endpoint, move_to, serve_behind};
-use super::unread_tests::tls_of;
 use super::{Endpoint, EndpointKind};
 use crate::app::carry::Carry;
 use crate::app::sockets::SocketStream;
@@ -27,6 +26,7 @@ use crate::transport::proxy_header::{LENGTH_LIMIT, Refusal};
 use crate::transport::proxy_tests::{v1, v2};
 use crate::transport::stream::Peer;
 use crate::transport::tls_config::Tls;
+use crate::transport::tls_tests::tls_of;
 use crate::transport::trusted_proxies::TrustedProxies;
 
 /// How long a test waits for an event before it fails.
@@ -47,7 +47,7 @@ async fn serve_trusting(network: &str, kind: EndpointKind) -> Served {
     let application = Router::new().route("/", get(async |peer: Peer| peer.to_string()));
     let Endpoint { name, routes, .. } = &*endpoint(application, None);
     let (name, routes) = (name.clone(), routes.clone());
-    let endpoint = Endpoint { name, routes, kind, client: Some(ProxiedClient::Awaited) };
+    let endpoint = Endpoint::new(name, kind, routes, Some(ProxiedClient::Awaited));
     let trusted = TrustedProxies(vec![network.parse().expect("the network is valid")]);
     serve_behind(Arc::new(endpoint), Proxies { trusted, ..Proxies::default() }).await
 }
@@ -194,7 +194,7 @@ async fn limit_of_requests_per_client_applies_to_the_clients_that_a_proxy_report
     let Endpoint { name, routes, .. } = &*endpoint(pending.route("/", get("answer")), None);
     let limits = RequestLimits::new(None, NonZeroU32::new(1));
     let (name, routes) = (name.clone(), routes.clone().limited_by(limits));
-    let endpoint = Endpoint { name, routes, kind: EndpointKind::Http, client: None };
+    let endpoint = Endpoint::new(name, EndpointKind::Http, routes, None);
     let trusted = TrustedProxies(vec!["127.0.0.1".parse().expect("the address is valid")]);
     let served = serve_behind(Arc::new(endpoint), Proxies { trusted, ..Proxies::default() }).await;
     let request = |path, client| {

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Endpoint;
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::http2_state::Http2State;
 use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::{Kind, Replay};
@@ -41,6 +42,11 @@ impl Connection {
     /// Whether it has neither HTTP/2 nor TLS state, which some earlier releases cannot continue.
     pub fn is_plain_http1(&self) -> bool {
         self.http2.is_none() && self.tls.is_none()
+    }
+
+    /// The certificate of its client, if it has presented one.
+    pub fn client_certificate(&self) -> Option<&ClientCertificate> {
+        self.tls.as_ref()?.client.as_ref()
     }
 
     /// The open streams of an HTTP/2 connection. None if there are none.

@@ -29,7 +29,7 @@ where
     let kind = EndpointKind::Socket(Arc::new(handler));
     let name = "lines".parse().expect("the name is valid");
     let routes = endpoint(Router::new(), None).routes.clone();
-    serve_on(Arc::new(Endpoint { name, kind, routes, client: None })).await
+    serve_on(Arc::new(Endpoint::new(name, kind, routes, None))).await
 }
 
 async fn connect(served: &Served) -> TcpStream {

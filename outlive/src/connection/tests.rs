@@ -54,7 +54,7 @@ pub fn endpoint(application: Router, tls: Option<Tls>) -> Arc<Endpoint> {
     };
     let routes = Routes::new(application, 16 << 20, LIMIT);
     let name = name.parse().expect("the name is valid");
-    Arc::new(Endpoint { name, kind, routes, client: None })
+    Arc::new(Endpoint::new(name, kind, routes, None))
 }
 
 /// Serves `router` on a free port until the end of the test.
@@ -103,7 +103,7 @@ impl Served {
     }
 
     /// Waits until all connections are quiescent or closed. Returns those that are quiescent.
-    async fn take_quiescent(&self) -> Vec<Connection> {
+    pub async fn take_quiescent(&self) -> Vec<Connection> {
         let done = self.registry().wait_until(|| self.registry().is_drained());
         timeout(PATIENCE, done).await.expect("all connections become quiescent or close");
         let mut connections = self.server.handover_queue().take_all();

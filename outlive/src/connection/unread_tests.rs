@@ -11,9 +11,8 @@ use testkit::client::{Connection, Target};
 use tokio::time::timeout;
 
 use super::tests::{Served, move_to, serve_with};
-use crate::os::credentials::Credentials;
 use crate::registry::Stage;
-use crate::transport::tls_config::{Tls, acceptor};
+use crate::transport::tls_tests::tls_of;
 
 /// Longer than an idle connection stays unparked.
 pub const IDLE: Duration = Duration::from_secs(3);
@@ -107,11 +106,6 @@ async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificat
         let answer = answer.unwrap_or_else(|error| panic!("{pauses:?}, cut at {cut}: {error:#}"));
         assert_eq!((answer.status, answer.text()), (200, "second".to_owned()), "{pauses:?}, cut at {cut}");
     }
-}
-
-pub fn tls_of(certificate: &Certificate) -> Tls {
-    let (chain, key) = (certificate.chain(), certificate.key());
-    acceptor(Some(&chain), Some(&key), &Credentials::default(), true).expect("a TLS configuration")
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -13,7 +13,7 @@
 //!           N  sockets: connections, or listeners
 //! record    4  length of all that follows        version 2 only
 //!           2  protocols                         version 2 only; the sum of 1: HTTP/2, 2: TLS, 4: upgraded or events,
-//!                                                8: open HTTP/2 streams
+//!                                                8: open HTTP/2 streams, 16: client certificate
 //!           2  length of the listener's name
 //!           4  length of the payload
 //!           .  the listener's name
@@ -23,6 +23,7 @@
 //!           .  TLS only: 4, a length; keys and sequence numbers (`transport/tls_traffic.rs`)
 //!           .  upgraded, or an event stream, only: 4, a length; the request (`transport/replay.rs`)
 //!           .  open HTTP/2 streams only: 4, a length; their requests (`transport/stream_replay.rs`)
+//!           .  client certificate only: 4, a length; the certificate (`transport/client_certificate.rs`)
 //!           .  more fields                       version 2 only; releases that do not know a field ignore it:
 //!              2, its number; 4, its length; its value
 //!              1: the client that a proxy has reported (`transport/proxied_client.rs`)
@@ -140,6 +141,9 @@ pub struct SocketRecord {
     pub replay: Option<Bytes>,
     /// The encoded requests of the open streams of an HTTP/2 connection.
     pub streams: Option<Bytes>,
+    /// The encoded certificate of the client of a TLS connection. It is a protocol and not one of the fields that an
+    /// earlier release ignores: that release would take the client for one without a certificate.
+    pub client_certificate: Option<Bytes>,
     /// The encoded client of a proxied connection.
     pub client: Option<Bytes>,
 }
@@ -247,7 +251,16 @@ impl Header {
 impl SocketRecord {
     /// A record of an HTTP/1.1 connection, or of a socket that is no connection.
     pub fn new(listener: String, payload: Bytes) -> Self {
-        Self { listener, payload, http2: None, tls: None, replay: None, streams: None, client: None }
+        Self {
+            listener,
+            payload,
+            http2: None,
+            tls: None,
+            replay: None,
+            streams: None,
+            client_certificate: None,
+            client: None,
+        }
     }
 
     /// The first version of a frame that can express this record.
@@ -255,13 +268,14 @@ impl SocketRecord {
         if self.protocols() == HTTP1 && self.client.is_none() { FIRST_VERSION } else { LAST_VERSION }
     }
 
-    /// The sum of [`HTTP2`], [`TLS`], [`UPGRADED`] and [`STREAMS`], as they apply.
+    /// The sum of [`HTTP2`], [`TLS`], [`UPGRADED`], [`STREAMS`] and [`CERTIFICATE`], as they apply.
     fn protocols(&self) -> u16 {
         let parts = [
             (self.http2.is_some(), HTTP2),
             (self.tls.is_some(), TLS),
             (self.replay.is_some(), UPGRADED),
             (self.streams.is_some(), STREAMS),
+            (self.client_certificate.is_some(), CERTIFICATE),
         ];
         parts.into_iter().filter(|part| part.0).map(|part| part.1).sum()
     }
@@ -274,6 +288,7 @@ impl SocketRecord {
             .chain(tls)
             .chain(self.replay.as_deref())
             .chain(self.streams.as_deref())
+            .chain(self.client_certificate.as_deref())
     }
 
     /// The encoded length in version 2, in bytes. In version 1 a record is 6 bytes shorter.
@@ -313,7 +328,7 @@ impl SocketRecord {
         let length = bytes.try_get_u32_le().map_err(|_| FrameError::TruncatedRecord)?;
         let mut body = take(bytes, length)?;
         let protocols = body.try_get_u16_le().map_err(|_| FrameError::TruncatedRecord)?;
-        if protocols & !(HTTP2 | TLS | UPGRADED | STREAMS) != 0 {
+        if protocols & !(HTTP2 | TLS | UPGRADED | STREAMS | CERTIFICATE) != 0 {
             return Err(FrameError::UnsupportedProtocols(protocols));
         }
         let mut record = Self::decode_body(&mut body)?;
@@ -332,6 +347,9 @@ impl SocketRecord {
         }
         if protocols & STREAMS != 0 {
             record.streams = Some(Bytes::copy_from_slice(part()?));
+        }
+        if protocols & CERTIFICATE != 0 {
+            record.client_certificate = Some(Bytes::copy_from_slice(part()?));
         }
         while !body.is_empty() {
             let number = body.try_get_u16_le().map_err(|_| FrameError::TruncatedRecord)?;
@@ -369,6 +387,8 @@ const TLS: u16 = 2;
 const UPGRADED: u16 = 4;
 /// An HTTP/2 connection with open streams.
 const STREAMS: u16 = 8;
+/// A TLS connection whose client has presented a certificate.
+const CERTIFICATE: u16 = 16;
 /// The number of the field with the client of a proxied connection.
 const CLIENT: u16 = 1;
 /// The number and the length of a field, in bytes.
@@ -396,10 +416,10 @@ mod tests {
     fn record() -> impl Strategy<Value = SocketRecord> {
         let bytes = || prop::collection::vec(any::<u8>(), 0..300).prop_map(Bytes::from);
         let part = || prop::option::of(bytes());
-        (".{0,40}", bytes(), part(), part(), part(), part(), part()).prop_map(
-            |(listener, payload, http2, tls, replay, streams, client)| {
+        (".{0,40}", bytes(), part(), part(), part(), part(), part(), part()).prop_map(
+            |(listener, payload, http2, tls, replay, streams, client_certificate, client)| {
                 let tls = tls.map(|bytes| Secret(Zeroizing::new(bytes.to_vec())));
-                SocketRecord { listener, payload, http2, tls, replay, streams, client }
+                SocketRecord { listener, payload, http2, tls, replay, streams, client_certificate, client }
             },
         )
     }
@@ -444,7 +464,7 @@ mod tests {
                 let at = bytes.len() + 4;
                 record.encode(LAST_VERSION, &mut bytes).expect("a length above the limit");
                 if !is_known {
-                    bytes[at] = 31;
+                    bytes[at] = 63;
                 }
             }
             let mut bytes = &bytes[..];

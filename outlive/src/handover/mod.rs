@@ -29,8 +29,10 @@ pub use channel::{
 pub use overflow::{ChannelLocation, Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
 pub use store::FdStore;
+use tracing::debug;
 
 use crate::connection::{Connection, Endpoint, EndpointKind};
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::http2_state::Http2State;
 use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::{Kind, Replay};
@@ -49,7 +51,9 @@ pub enum Protocols {
     Http2AndTls,
     /// Upgraded connections too: a release from before the handover of event streams over HTTP/2.
     Upgrades,
-    /// Event streams over HTTP/2 too.
+    /// Event streams over HTTP/2 too: a release from before the handover of client certificates.
+    Streams,
+    /// Connections whose clients have presented certificates too.
     All,
 }
 
@@ -84,7 +88,8 @@ pub fn next_generation(channels: &[anyhow::Result<OwnedFd>]) -> Option<u64> {
     senders.map(|origin| origin.generation.saturating_add(1)).max()
 }
 
-/// Restores a connection from its record. Fails, with the reason for the log, if none of `endpoints` has the
+/// Restores a connection from its record. If the certificate of its client is not accepted, the endpoint of the connection
+/// refuses all requests. Fails, with the reason for the log, if none of `endpoints` has the
 /// name of its listener, its state cannot be decoded, or its protocol does not match its listener: the connection is then
 /// closed.
 pub fn unpack(
@@ -113,8 +118,17 @@ pub fn unpack(
     };
     let tls = match record.tls.map(|secret| TlsTrafficState::decode(&secret.0)) {
         Some(None) => return Err("could not decode the keys of a TLS connection".into()),
-        Some(Some(session)) => Some(Box::new(session)),
+        session => session.flatten(),
+    };
+    let client_certificate = match record.client_certificate.as_deref().map(ClientCertificate::decode) {
+        Some(None) => return Err("could not decode the certificate of a client".into()),
+        Some(certificate) => certificate,
         None => None,
+    };
+    let tls = match (tls, client_certificate) {
+        (None, Some(_)) => return Err("only a TLS connection can have a client certificate".into()),
+        (Some(session), client) => Some(Box::new(TlsTrafficState { client, ..session })),
+        (None, None) => None,
     };
     let replay = match record.replay.as_ref().map(Replay::decode) {
         Some(None) => return Err("could not decode the request of an upgraded connection".into()),
@@ -145,7 +159,15 @@ pub fn unpack(
             endpoint.name
         ));
     }
-    let endpoint = endpoint.clone();
+    let certificate = tls.as_ref().and_then(|session| session.client.as_ref());
+    let is_established = tls.is_some();
+    let endpoint = match endpoint.tls().filter(|_| is_established).map(|tls| tls.may_continue(certificate)) {
+        Some(Err(refusal)) => {
+            debug!(listener = %endpoint.name, "closing a connection of an old process: {refusal}");
+            endpoint.refusing()
+        }
+        Some(Ok(())) | None => endpoint.clone(),
+    };
     Ok(Connection {
         socket,
         endpoint,
@@ -184,6 +206,7 @@ pub fn pack(connections: &[Connection]) -> Vec<(BorrowedFd<'_>, SocketRecord)> {
         tls: connection.tls.as_deref().map(|session| Secret(session.encode())),
         replay: connection.replay.as_deref().map(|replay| replay.encode().into()),
         client: connection.client.as_deref().map(|client| client.encode()),
+        client_certificate: connection.client_certificate().map(ClientCertificate::encode),
         streams: connection.open_streams().map(|streams| stream_replay::encode(streams).into()),
     };
     connections.iter().map(|connection| (connection.socket.as_fd(), pack(connection))).collect()

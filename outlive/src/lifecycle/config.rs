@@ -14,7 +14,9 @@ use crate::listeners::Listen;
 use crate::observe::log::LogFormat;
 use crate::registry::Limits;
 use crate::requests::{ForwardedHeader, Proxies, RequestLimits};
+use crate::transport::client_auth::ClientAuthRule;
 use crate::transport::listener_name::Name;
+use crate::transport::tls_config::Files;
 use crate::transport::trusted_proxies::{TrustedProxies, TrustedProxy};
 
 /// How long a peer may take to read the last response of a connection and to close it.
@@ -58,6 +60,18 @@ pub struct Config {
     /// Private key of the certificate, in PEM format; the default is the unit's credential tls.key.
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
+
+    /// Ask clients for certificates: `required` refuses clients without one, `optional` does not; both refuse a certificate
+    /// that no authority in --tls-client-ca has issued. It applies to all https listeners, or with NAME= before it to those
+    /// of this name. Handlers get the certificate as outlive::ClientCertificate. Repeatable; comma-separated in the
+    /// environment variable.
+    #[arg(long, value_name = "[NAME=]optional|required", value_delimiter = ',')]
+    pub tls_client_auth: Vec<ClientAuthRule>,
+
+    /// Certificates of the authorities that issue certificates of clients, in PEM format; the default is the unit's
+    /// credential tls-client-ca.crt.
+    #[arg(long, value_name = "FILE", requires = "tls_client_auth")]
+    pub tls_client_ca: Option<PathBuf>,
 
     /// Hand TLS 1.3 connections, including their traffic keys, to the next process. With `no`, a restart or reload closes
     /// each connection after its requests have finished.
@@ -233,6 +247,14 @@ impl Config {
     /// The limits of the number of requests. None if there are none.
     pub fn request_limits(&self) -> Option<Arc<RequestLimits>> {
         RequestLimits::new(self.max_requests.maximum(), self.max_requests_per_client.maximum())
+    }
+
+    /// The files of https listeners.
+    pub fn tls_files(&self) -> Files {
+        Files {
+            certificate: self.tls_cert.clone().zip(self.tls_key.clone()),
+            client_authority: self.tls_client_ca.clone(),
+        }
     }
 
     /// The proxies before this service.

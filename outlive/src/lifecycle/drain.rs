@@ -447,8 +447,11 @@ fn keep_unadopted(registry: &Registry, next_adopts: Protocols) {
     if next_adopts < Protocols::Upgrades {
         registry.keep_upgrades();
     }
-    if next_adopts < Protocols::All {
+    if next_adopts < Protocols::Streams {
         registry.keep_streams();
+    }
+    if next_adopts < Protocols::All {
+        registry.keep_certificates();
     }
 }
 

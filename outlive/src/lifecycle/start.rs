@@ -42,9 +42,10 @@ use crate::server::{Acceptor, Queues, Server, allocator};
 use crate::takeover::{
     Adopter, OldProcesses, PredecessorLink, Program, Role, SuccessorBundle, TakeoverSocket,
 };
+use crate::transport::client_auth::{check_client_auth, client_auth_of};
 use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::proxied_client::ProxiedClient;
-use crate::transport::tls_config;
+use crate::transport::tls_config::TlsMaterial;
 
 /// How much more time each report asks systemd for, beyond the next report, so that one late report does not end the
 /// start.
@@ -162,7 +163,7 @@ impl Started {
             };
             let is_proxied = config.proxy_protocol.contains(&listener.name);
             let client = is_proxied.then_some(ProxiedClient::Awaited);
-            Arc::new(Endpoint { name: listener.name.clone(), routes: routes.clone(), kind, client })
+            Arc::new(Endpoint::new(listener.name.clone(), kind, routes.clone(), client))
         };
         let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
         let context = ConnectionContext::new(process, shutdown, config.drain_timeout / 2, config.proxies());
@@ -321,9 +322,14 @@ pub fn check_proxy_protocol(names: &[Name], listeners: &[Listener]) -> Result<()
 
 /// What each of the inherited listeners serves. Loads the certificate if one of them is an https listener.
 pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<EndpointKind>> {
-    let (cert, key) = (config.tls_cert.as_deref(), config.tls_key.as_deref());
-    // All https listeners use the same keys of session tickets, because a handover passes on one set of keys.
-    let mut loaded = None;
+    let Config { tls_client_auth: rules, tls_handover, .. } = config;
+    let listeners = inherited.listeners.iter();
+    let https: Vec<_> = listeners
+        .filter(|listener| listener.role() == ListenerRole::Https)
+        .map(|listener| &listener.name)
+        .collect();
+    check_client_auth(rules, &https).map_err(Failure::config)?;
+    let mut material = None;
     let mut kinds = Vec::new();
     for listener in &inherited.listeners {
         kinds.push(match listener.role() {
@@ -332,12 +338,20 @@ pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<Endp
             // `inherit` does not return these as listeners, because the application has not claimed them yet.
             ListenerRole::Application => continue,
             ListenerRole::Https => {
-                let tls = match loaded.take() {
-                    Some(tls) => tls,
-                    None => tls_config::acceptor(cert, key, &inherited.credentials, config.tls_handover)
+                let material = match &mut material {
+                    Some(material) => material,
+                    none => none.insert(
+                        TlsMaterial::load(
+                            &config.tls_files(),
+                            &inherited.credentials,
+                            !rules.is_empty(),
+                            *tls_handover,
+                        )
                         .map_err(Failure::config)?,
+                    ),
                 };
-                EndpointKind::Https(loaded.insert(tls).clone())
+                let auth = client_auth_of(&listener.name, rules);
+                EndpointKind::Https(material.tls(auth).map_err(Failure::config)?)
             }
         });
     }

@@ -34,9 +34,11 @@ impl DriverHandle {
         self.0.phase()
     }
 
-    /// See [`Registry::keep_http2_and_tls`](super::Registry::keep_http2_and_tls).
-    pub fn keeps_http2_and_tls(&self) -> bool {
-        self.0.keeps_http2_and_tls()
+    /// Whether the next process cannot adopt the HTTP/2 and TLS state of this connection. See
+    /// [`Registry::keep_http2_and_tls`](super::Registry::keep_http2_and_tls) and
+    /// [`Registry::keep_certificates`](super::Registry::keep_certificates).
+    pub fn keeps_state(&self) -> bool {
+        self.0.keeps_state()
     }
 
     /// Whether the connection closes after its next response, which says so (`Connection: close`, GOAWAY).

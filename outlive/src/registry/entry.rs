@@ -6,7 +6,7 @@
 //! (`driver_handle.rs`), the connection's IO (`io_handle.rs`) and the requests (`request_handle.rs`).
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicU32, AtomicU64 as Clock};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Clock};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -33,6 +33,8 @@ pub struct Entry {
     peer: Peer,
     /// The client that a PROXY header has reported.
     reported: OnceLock<Peer>,
+    /// Whether the client has presented a certificate.
+    has_certificate: AtomicBool,
     pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
@@ -114,6 +116,7 @@ impl Entry {
             id,
             peer,
             reported: OnceLock::new(),
+            has_certificate: AtomicBool::new(false),
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.word()),
@@ -154,9 +157,19 @@ impl Entry {
         self.registry.phase()
     }
 
-    /// See [`Registry::keep_http2_and_tls`].
-    pub(super) fn keeps_http2_and_tls(&self) -> bool {
-        self.registry.keeps_http2_and_tls()
+    /// See [`DriverHandle::keeps_state`](super::DriverHandle::keeps_state).
+    pub(super) fn keeps_state(&self) -> bool {
+        self.registry.keeps_http2_and_tls() || self.keeps_certificate()
+    }
+
+    /// Whether the client has presented a certificate, which the next process cannot adopt.
+    pub(super) fn keeps_certificate(&self) -> bool {
+        self.has_certificate.load(Relaxed) && self.registry.keeps_certificates()
+    }
+
+    /// The client has presented a certificate.
+    pub(super) fn note_certificate(&self) {
+        self.has_certificate.store(true, Relaxed);
     }
 
     /// See [`Stage::is_unanswered`].

@@ -161,6 +161,7 @@ pub struct Registry {
     handler_phase: watch::Sender<Phase>,
     keeps_upgrades: AtomicBool,
     keeps_streams: AtomicBool,
+    keeps_certificates: AtomicBool,
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
@@ -204,6 +205,7 @@ impl Registry {
             handler_phase: watch::Sender::new(Phase::Serving),
             keeps_upgrades: AtomicBool::new(false),
             keeps_streams: AtomicBool::new(false),
+            keeps_certificates: AtomicBool::new(false),
             connections: Mutex::new(Connections::default()),
             parked: AtomicUsize::new(0),
             now: Clock::new(0),
@@ -322,8 +324,9 @@ impl Registry {
         // Draining changes nothing for connections that can be handed over. To wake thousands of drivers that have
         // nothing to do would delay the requests in flight.
         let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
-        let affects_only_immovable = is_first && phase == Phase::Draining && !before.keeps_http2_and_tls();
-        let is_unaffected = |entry: &Entry| affects_only_immovable && entry.state().is_movable();
+        let affects_only_immovable = is_first && phase == Phase::Draining;
+        let is_unaffected =
+            |entry: &Entry| affects_only_immovable && entry.state().is_movable() && !entry.keeps_state();
         for entry in self.entries().iter().filter(|entry| !is_unaffected(entry)) {
             entry.wake();
         }
@@ -358,6 +361,18 @@ impl Registry {
     /// See [`Registry::keep_streams`].
     pub fn keeps_streams(&self) -> bool {
         self.keeps_streams.load(SeqCst)
+    }
+
+    /// Excludes connections whose clients have presented certificates from the handover, because the next process is a
+    /// release that would not know these certificates. They close after their next response.
+    pub fn keep_certificates(&self) {
+        self.keeps_certificates.store(true, SeqCst);
+        self.handler_phase.send_modify(|_| {});
+    }
+
+    /// See [`Registry::keep_certificates`].
+    pub fn keeps_certificates(&self) -> bool {
+        self.keeps_certificates.load(SeqCst)
     }
 
     /// Waits until the handlers of upgraded connections have to return.

@@ -44,6 +44,11 @@ impl Registration {
         self.entry.reported()
     }
 
+    /// The client has presented a certificate, to this process or to an earlier one.
+    pub fn note_certificate(&self) {
+        self.entry.note_certificate();
+    }
+
     /// When its stage began, in milliseconds of [`Registry::now`](super::Registry::now).
     pub fn since(&self) -> u64 {
         self.entry.since()

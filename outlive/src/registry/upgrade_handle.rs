@@ -61,7 +61,12 @@ impl UpgradeHandle {
 
     /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
     pub fn hands_over(&self) -> bool {
-        self.handler_phase().quiesces() && !self.0.registry.keeps_upgrades()
+        self.handler_phase().quiesces() && !self.keeps_upgrade()
+    }
+
+    /// Whether the next process cannot adopt this connection after its upgrade.
+    pub fn keeps_upgrade(&self) -> bool {
+        self.0.registry.keeps_upgrades() || self.0.keeps_certificate()
     }
 
     /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the

@@ -159,7 +159,7 @@ impl Server {
 
     /// None if this process hands no TLS connections over.
     fn tickets(&self) -> Option<&Tickets> {
-        self.endpoints.iter().find_map(|endpoint| endpoint.tls()?.tickets.as_deref())
+        self.endpoints.iter().find_map(|endpoint| endpoint.tls()?.tickets())
     }
 
     /// The TLS session ticket keys, for the next process. None if this process hands no TLS connections over.
@@ -198,6 +198,15 @@ impl Server {
     pub fn adopt(&self, connection: Connection) {
         let slot = self.slots(&connection.endpoint).clone().try_acquire_owned().ok();
         let since = self.registry.now();
+        if connection.endpoint.is_refusing() {
+            if let Some((connection, registration)) =
+                self.registered_again(ParkedConnection::new(connection, slot, since))
+            {
+                registration.evict();
+                self.serve(connection, registration);
+            }
+            return;
+        }
         if let Err(unparked) = self.parked.put(ParkedConnection::new(connection, slot, since)) {
             self.serve_unparked_connection(unparked);
         }
@@ -340,7 +349,7 @@ impl Server {
         }
         let can_continue = match self.registry.phase() {
             Phase::Serving | Phase::Announcing => returned.was_requested(),
-            Phase::Draining | Phase::Quiescing | Phase::Holding => !self.registry.keeps_upgrades(),
+            Phase::Draining | Phase::Quiescing | Phase::Holding => !returned.handle().keeps_upgrade(),
             Phase::Lingering | Phase::Closing | Phase::Finishing => false,
         };
         if !can_continue {

@@ -311,7 +311,8 @@ impl ParkedConnections {
     /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
         let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades()
-            || connection.open_streams().is_some() && self.registry.keeps_streams();
+            || connection.open_streams().is_some() && self.registry.keeps_streams()
+            || connection.client_certificate().is_some() && self.registry.keeps_certificates();
         !is_kept && (connection.is_plain_http1() || !self.registry.keeps_http2_and_tls())
     }
 

@@ -44,6 +44,8 @@ pub struct Adopter {
     finished: usize,
     /// How many of those adopted were parked when their process crashed.
     recovered: usize,
+    /// How many of those adopted are closing, because the certificate of their client is not accepted.
+    uncertified: usize,
     /// Connections closed because this process cannot serve them.
     refused: usize,
     /// Why the last one was refused.
@@ -61,6 +63,7 @@ impl Adopter {
             adopted: 0,
             finished: 0,
             recovered: 0,
+            uncertified: 0,
             refused: 0,
             reason: None,
             origin: None,
@@ -228,6 +231,7 @@ impl Adopter {
                 Ok(connection) if is_claimed(&connection) => {}
                 Ok(connection) => {
                     self.adopted += 1;
+                    self.uncertified += usize::from(connection.endpoint.is_refusing());
                     metrics::TAKEN_OVER.inc();
                     self.server.adopt(connection);
                 }
@@ -270,6 +274,15 @@ impl Adopter {
     }
 
     fn log_refused(&mut self) {
+        let uncertified = std::mem::take(&mut self.uncertified);
+        if uncertified > 0 {
+            let connections = counted(uncertified, "connection");
+            warn!(
+                uncertified,
+                "closing {connections} of an old process, because --tls-client-auth and --tls-client-ca do not accept the \
+                 certificate of the client; --log info,outlive=debug logs the reason for each"
+            );
+        }
         let refused = std::mem::take(&mut self.refused);
         match self.reason.take() {
             Some(reason) if refused > 0 => {

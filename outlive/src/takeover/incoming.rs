@@ -14,7 +14,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT};
+use super::{
+    ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT,
+};
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, SocketFiles};
 use crate::observe::status::Status;
@@ -116,7 +118,14 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.message_type == MessageType::Commit => {
             let hands_streams_over = frame.text == ADOPTS_STREAMS;
-            Ok((channel, if hands_streams_over { ADOPTS_STREAMS } else { ADOPTS_UPGRADES }))
+            let hands_certificates_over =
+                frame.sockets.iter().any(|(_, record)| record.listener == ADOPTS_CERTIFICATES);
+            let adopts = match (hands_streams_over, hands_certificates_over) {
+                (true, true) => ADOPTS_CERTIFICATES,
+                (true, false) => ADOPTS_STREAMS,
+                (false, _) => ADOPTS_UPGRADES,
+            };
+            Ok((channel, adopts))
         }
         Some(frame) if frame.message_type == MessageType::Refused => bail!("{}", frame.text),
         Some(frame) => {

@@ -21,7 +21,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
+use super::{ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
 use crate::handover::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -90,8 +90,9 @@ impl Program {
     }
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
-    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`] and [`ADOPTS_STREAMS`]. A file that is not
-    /// an ELF binary, or cannot be read, counts as a release that adopts all of them.
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`], [`ADOPTS_STREAMS`] and
+    /// [`ADOPTS_CERTIFICATES`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of
+    /// them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
         let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::All)).await;
@@ -159,7 +160,7 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(Protocols::All);
     }
-    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS];
+    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS, ADOPTS_CERTIFICATES];
     let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
     let mut wanted = texts.map(|text| (memmem::Finder::new(text), false));
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
@@ -177,8 +178,9 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     }
     Ok(match wanted.map(|(_, is_found)| is_found) {
         [false, ..] => Protocols::PlainHttp1,
-        [true, false, _] => Protocols::Http2AndTls,
-        [true, true, _] => Protocols::Upgrades,
+        [true, false, ..] => Protocols::Http2AndTls,
+        [true, true, false, _] => Protocols::Upgrades,
+        [true, true, true, _] => Protocols::Streams,
     })
 }
 

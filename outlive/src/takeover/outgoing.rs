@@ -4,6 +4,7 @@
 //! [`PreparedSuccessor`] and can be cancelled; [`PreparedSuccessor::commit`] cannot, and decides which process keeps
 //! serving. `Drain::pass_on` (`lifecycle/drain.rs`) then hands the connections over to the [`Successor`].
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
@@ -17,7 +18,9 @@ use tracing::{error, info};
 use super::launch::Program;
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS};
+use super::{
+    ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS,
+};
 use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
 use crate::observe::log::message_id;
@@ -272,7 +275,9 @@ impl PreparedSuccessor {
     async fn hand_main_over(mut self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
-            self.channel.send_text(MessageType::Commit, origin, ADOPTS_STREAMS).await?;
+            let certificates = SocketRecord::new(ADOPTS_CERTIFICATES.to_owned(), Bytes::new());
+            let offered = [(File::open("/dev/null")?, certificates)];
+            self.channel.send(MessageType::Commit, origin, &offered, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
         };
         let answer = timeout(COMMIT_LIMIT, exchange).await;
@@ -281,7 +286,8 @@ impl PreparedSuccessor {
             && let Ok(accepting) = &answer
         {
             self.adopts = match accepting.text.as_str() {
-                ADOPTS_STREAMS => Protocols::All,
+                ADOPTS_CERTIFICATES => Protocols::All,
+                ADOPTS_STREAMS => Protocols::Streams,
                 ADOPTS_UPGRADES => Protocols::Upgrades,
                 _ => Protocols::Http2AndTls,
             };

@@ -2,6 +2,11 @@
 //! of HTTP/2 and TLS with which another process can continue it. `connection` puts them together and serves the
 //! connection, and `handover` sends it to another process. Nothing here depends on requests.
 
+pub mod certificate;
+pub mod client_auth;
+pub mod client_authority;
+pub mod client_certificate;
+pub mod client_tickets;
 pub mod http2_state;
 pub mod listener_name;
 pub mod proxied_client;
@@ -13,6 +18,8 @@ pub mod stream;
 pub mod stream_replay;
 pub mod tickets;
 pub mod tls_config;
+#[cfg(test)]
+pub mod tls_tests;
 pub mod tls_traffic;
 pub mod traffic_secret;
 pub mod trusted_proxies;

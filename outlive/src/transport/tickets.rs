@@ -17,6 +17,8 @@ use crate::os::lock::lock;
 /// times.
 const ROTATION: u64 = 6 * 60 * 60;
 const KEY_LENGTH: usize = 32;
+/// The context of tickets from listeners that ask for no certificates of clients. Earlier releases have no other.
+const NO_CONTEXT: &[u8] = &[];
 
 pub struct Tickets {
     random: SystemRandom,
@@ -92,7 +94,8 @@ impl Tickets {
         true
     }
 
-    fn encrypt_at(&self, now: u64, plain: &[u8]) -> Option<Vec<u8>> {
+    /// Seals a ticket that only the same `context` opens.
+    pub fn encrypt_at(&self, now: u64, plain: &[u8], context: &[u8]) -> Option<Vec<u8>> {
         let key = {
             let mut keys = lock(&self.keys);
             if keys.current.is_older_than(ROTATION, now) {
@@ -104,11 +107,12 @@ impl Tickets {
         let mut nonce = [0; NONCE_LEN];
         self.random.fill(&mut nonce).ok()?;
         let mut sealed = plain.to_vec();
-        key.seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::empty(), &mut sealed).ok()?;
+        key.seal_in_place_append_tag(Nonce::assume_unique_for_key(nonce), Aad::from(context), &mut sealed)
+            .ok()?;
         Some([&nonce[..], &sealed].concat())
     }
 
-    fn decrypt_at(&self, now: u64, ticket: &[u8]) -> Option<Vec<u8>> {
+    pub fn decrypt_at(&self, now: u64, ticket: &[u8], context: &[u8]) -> Option<Vec<u8>> {
         let (nonce, sealed) = ticket.split_first_chunk::<NONCE_LEN>()?;
         let keys: Vec<LessSafeKey> = {
             let keys = lock(&self.keys);
@@ -118,14 +122,15 @@ impl Tickets {
         keys.iter().find_map(|key| {
             let mut opened = sealed.to_vec();
             let nonce = Nonce::assume_unique_for_key(*nonce);
-            let length = key.open_in_place(nonce, Aad::empty(), &mut opened).ok()?.len();
+            let length = key.open_in_place(nonce, Aad::from(context), &mut opened).ok()?.len();
             opened.truncate(length);
             Some(opened)
         })
     }
 }
 
-fn now() -> u64 {
+/// The time in seconds since 1970.
+pub fn now() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
@@ -146,11 +151,11 @@ impl ProducesTickets for Tickets {
     }
 
     fn encrypt(&self, plain: &[u8]) -> Option<Vec<u8>> {
-        self.encrypt_at(now(), plain)
+        self.encrypt_at(now(), plain, NO_CONTEXT)
     }
 
     fn decrypt(&self, ticket: &[u8]) -> Option<Vec<u8>> {
-        self.decrypt_at(now(), ticket)
+        self.decrypt_at(now(), ticket, NO_CONTEXT)
     }
 }
 
@@ -162,16 +167,20 @@ mod tests {
     fn ticket_is_accepted_for_its_lifetime_and_no_longer() {
         let tickets = Tickets::new().expect("random numbers are available");
         let begun = now();
-        let ticket = tickets.encrypt_at(begun, b"secret").expect("the ticket can be sealed");
+        let ticket = tickets.encrypt_at(begun, b"secret", NO_CONTEXT).expect("the ticket can be sealed");
         for hours in [1, 5, 7, 11] {
             let now = begun + hours * 3600;
-            assert_eq!(tickets.decrypt_at(now, &ticket).as_deref(), Some(&b"secret"[..]), "{hours}");
+            assert_eq!(
+                tickets.decrypt_at(now, &ticket, NO_CONTEXT).as_deref(),
+                Some(&b"secret"[..]),
+                "{hours}"
+            );
             // Sealing another ticket rotates the keys if that is due.
-            tickets.encrypt_at(now, b"other").expect("the ticket can be sealed");
+            tickets.encrypt_at(now, b"other", NO_CONTEXT).expect("the ticket can be sealed");
         }
-        assert_eq!(tickets.decrypt_at(begun + 12 * 3600, &ticket), None);
-        tickets.encrypt_at(begun + 14 * 3600, b"other").expect("the ticket can be sealed");
-        assert_eq!(tickets.decrypt_at(begun, &ticket), None, "its key is gone");
+        assert_eq!(tickets.decrypt_at(begun + 12 * 3600, &ticket, NO_CONTEXT), None);
+        tickets.encrypt_at(begun + 14 * 3600, b"other", NO_CONTEXT).expect("the ticket can be sealed");
+        assert_eq!(tickets.decrypt_at(begun, &ticket, NO_CONTEXT), None, "its key is gone");
     }
 
     #[test]
@@ -180,7 +189,7 @@ mod tests {
             Tickets::new().expect("random numbers are available"),
             Tickets::new().expect("random numbers are available"),
         );
-        let old = first.encrypt_at(now() - ROTATION, b"old").expect("the ticket can be sealed");
+        let old = first.encrypt_at(now() - ROTATION, b"old", NO_CONTEXT).expect("the ticket can be sealed");
         let new = first.encrypt(b"new").expect("the ticket can be sealed");
         assert_eq!((next.decrypt(&old), next.decrypt(&new)), (None, None));
         assert!(next.adopt_keys(&first.encode()));

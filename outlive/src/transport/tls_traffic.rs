@@ -8,6 +8,7 @@ use ring::hkdf;
 use tokio_rustls::rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
 use zeroize::Zeroizing;
 
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
 
 /// The length of an IV in bytes. It is the same for all suites.
@@ -90,6 +91,9 @@ pub struct TlsTrafficState {
     /// The bytes that were read from the socket and not decrypted.
     pub unread: Bytes,
     pub peer: PeerState,
+    /// The certificate of the client, if it has presented one. It is not part of the encoding, because earlier releases
+    /// would ignore it there: it has a field of its own in the record (`handover/frame.rs`).
+    pub client: Option<ClientCertificate>,
 }
 
 /// Does not show the keys.
@@ -119,7 +123,12 @@ impl fmt::Debug for Direction {
 /// ```
 impl TlsTrafficState {
     /// The state of a connection that leaves rustls. `None` if the suite is not one of TLS 1.3.
-    pub fn new(secrets: ExtractedSecrets, first: &FirstSecrets, unread: Bytes) -> Option<Self> {
+    pub fn new(
+        secrets: ExtractedSecrets,
+        first: &FirstSecrets,
+        unread: Bytes,
+        client: Option<ClientCertificate>,
+    ) -> Option<Self> {
         let (suite, mut from_peer) = direction(secrets.rx)?;
         let (_, mut to_peer) = direction(secrets.tx)?;
         for (direction, first) in [(&mut from_peer, &first.from_peer), (&mut to_peer, &first.to_peer)] {
@@ -127,7 +136,7 @@ impl TlsTrafficState {
             direction.secret =
                 first.and_then(|first| first.that_gives(&direction.key, suite, 1 + GENERATIONS_LIMIT));
         }
-        Some(Self { suite, from_peer, to_peer, unread, peer: PeerState::default() })
+        Some(Self { suite, from_peer, to_peer, unread, peer: PeerState::default(), client })
     }
 
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
@@ -181,7 +190,14 @@ impl TlsTrafficState {
         let (unread, mut bytes) = bytes.split_at_checked(length)?;
         let unread = Bytes::copy_from_slice(unread);
         if bytes.is_empty() {
-            return Some(Self { suite, from_peer, to_peer, unread, peer: PeerState::default() });
+            return Some(Self {
+                suite,
+                from_peer,
+                to_peer,
+                unread,
+                peer: PeerState::default(),
+                client: None,
+            });
         }
         for direction in [&mut from_peer, &mut to_peer] {
             if decode_bool(&mut bytes)? {
@@ -202,7 +218,7 @@ impl TlsTrafficState {
             wants_key_update,
             message,
         };
-        Some(Self { suite, from_peer, to_peer, unread, peer })
+        Some(Self { suite, from_peer, to_peer, unread, peer, client: None })
     }
 }
 
@@ -265,6 +281,7 @@ mod tests {
                 to_peer,
                 unread: unread.clone().into(),
                 peer: peer.clone(),
+                client: None,
             })
         })
     }
@@ -300,7 +317,14 @@ mod tests {
             let (from_peer, to_peer) = (direction()?, direction()?);
             let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
             let unread = Bytes::copy_from_slice(bytes.get(..length)?);
-            Some(TlsTrafficState { suite, from_peer, to_peer, unread, peer: PeerState::default() })
+            Some(TlsTrafficState {
+                suite,
+                from_peer,
+                to_peer,
+                unread,
+                peer: PeerState::default(),
+                client: None,
+            })
         }
     }
 

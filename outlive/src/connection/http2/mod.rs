@@ -199,7 +199,7 @@ impl Driver<'_> {
     fn cannot_move(&self, phase: Phase) -> bool {
         let is_stopping = phase != Phase::Serving;
         if is_stopping
-            && (self.handle.keeps_http2_and_tls()
+            && (self.handle.keeps_state()
                 || self.relay.with(|interposer| interposer.is_immovable()) == Some(true))
         {
             return true;
@@ -295,7 +295,7 @@ impl Quiescer {
         if !phase.quiesces() || !handle.state().is_movable() {
             return self.park_or_release(handle, relay);
         }
-        if handle.keeps_http2_and_tls() {
+        if handle.keeps_state() {
             // Both the flag and the phase may have been set after `Driver::cannot_move`, which now runs again. Without
             // this check the connection would go to a process that does not adopt HTTP/2.
             self.now = Attempt::None;

@@ -25,8 +25,8 @@ use super::frame::{
 };
 use crate::connection::PREFACE;
 use crate::connection::tests::{Served, move_to, serve_with};
-use crate::os::credentials::Credentials;
-use crate::transport::tls_config::{Tls, acceptor};
+use crate::transport::tls_config::Tls;
+use crate::transport::tls_tests;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 const PADDED: u8 = 8;
@@ -200,11 +200,7 @@ fn router() -> Router {
 }
 
 fn tls_of(certificate: Option<&Certificate>) -> Option<Tls> {
-    certificate.map(|certificate| {
-        let (chain, key) = (certificate.chain(), certificate.key());
-        acceptor(Some(&chain), Some(&key), &Credentials::default(), true)
-            .expect("the TLS configuration is valid")
-    })
+    certificate.map(tls_tests::tls_of)
 }
 
 /// How many connections are open at once; the server of the tests accepts 100.

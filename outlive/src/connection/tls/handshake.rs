@@ -17,6 +17,7 @@ use crate::connection::{
     Connection, ConnectionContext, ConnectionOutcome, FirstBytes, Protocol, drive, first_bytes,
 };
 use crate::registry::{DriverHandle, Registration, Stage};
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config;
 use crate::transport::tls_traffic::TlsTrafficState;
@@ -54,12 +55,26 @@ pub(in crate::connection) async fn serve(
         io.refuse(NOT_TLS).await;
         return ConnectionOutcome::Closed;
     }
-    let Some(stream) = perform_handshake(connection.socket, &driver, tls).await else {
+    let Some(mut stream) = perform_handshake(connection.socket, &driver, tls).await else {
         return ConnectionOutcome::Closed;
     };
-    if tls.tickets.is_some() && stream.get_ref().1.protocol_version() == Some(ProtocolVersion::TLSv1_3) {
+    let (below, session) = stream.get_mut();
+    let client = match tls.client_certificate(session.peer_certificates()) {
+        Ok(client) => client,
+        // rustls has refused the other clients in the handshake.
+        Err(refusal) => {
+            debug!(peer = %driver.peer(), "closed a connection whose session was resumed: {refusal}");
+            return ConnectionOutcome::Closed;
+        }
+    };
+    let is_movable = client.as_ref().is_none_or(ClientCertificate::is_movable);
+    if tls.hands_over() && session.protocol_version() == Some(ProtocolVersion::TLSv1_3) && is_movable {
         driver.allow_handover();
     }
+    if client.is_some() {
+        registration.note_certificate();
+    }
+    below.set_client(client);
     // The time limits of the first request begin after the handshake.
     driver.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls_config::HTTP2) {
@@ -79,9 +94,12 @@ async fn resume(
     context: &ConnectionContext,
 ) -> ConnectionOutcome {
     let driver = registration.driver();
+    if session.client.is_some() {
+        registration.note_certificate();
+    }
     if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
-            FirstBytes::Quiescent if !driver.keeps_http2_and_tls() => {
+            FirstBytes::Quiescent if !driver.keeps_state() => {
                 connection.tls = Some(session);
                 return ConnectionOutcome::Quiescent(connection, registration);
             }

@@ -6,8 +6,9 @@ use testkit::client::Connection;
 use tokio::time::timeout;
 
 use crate::connection::tests::{Served, move_to, serve_with};
-use crate::connection::unread_tests::{FIRST, IDLE, PATIENCE, SECOND, router, target, tls_of, wait_until};
+use crate::connection::unread_tests::{FIRST, IDLE, PATIENCE, SECOND, router, target, wait_until};
 use crate::registry::Stage;
+use crate::transport::tls_tests::tls_of;
 
 /// What happens to the connections between two requests.
 #[derive(Clone, Copy, Debug)]

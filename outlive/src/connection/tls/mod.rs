@@ -2,6 +2,8 @@
 //! over, the record layer (`record_layer.rs`) continues it with the traffic secrets that were exported from rustls.
 //! `record_reader.rs` makes sure that the secrets are exported between two records.
 
+#[cfg(test)]
+mod client_certificate_tests;
 pub mod handshake;
 #[cfg(test)]
 mod key_update_tests;

@@ -34,6 +34,7 @@ use bytes::{Buf, BufMut, Bytes, BytesMut};
 use ring::aead::{self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::{
     Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState,
@@ -256,11 +257,12 @@ pub(in crate::connection) struct RecordLayer {
     incoming: Incoming,
     outgoing: Outgoing,
     peer: PeerState,
+    client: Option<ClientCertificate>,
 }
 
 impl RecordLayer {
     pub(in crate::connection) fn new(stream: Stream, session: TlsTrafficState) -> Self {
-        let TlsTrafficState { suite, from_peer, to_peer, unread, peer } = session;
+        let TlsTrafficState { suite, from_peer, to_peer, unread, peer, client } = session;
         Self {
             stream,
             suite,
@@ -272,7 +274,12 @@ impl RecordLayer {
             incoming: Incoming::Open,
             outgoing: Outgoing::Open,
             peer,
+            client,
         }
+    }
+
+    pub(in crate::connection) fn client(&self) -> Option<&ClientCertificate> {
+        self.client.as_ref()
     }
 
     /// Whether the connection should close soon: the peer uses a key that is not known here, or the key to the peer is
@@ -296,11 +303,11 @@ impl RecordLayer {
     /// Takes the connection apart: its socket, the state that another process needs, and the data that was decrypted
     /// and not delivered.
     pub(in crate::connection) fn into_parts(self) -> (Stream, TlsTrafficState, Bytes) {
-        let Self { stream, suite, sealed, opened, peer, .. } = self;
+        let Self { stream, suite, sealed, opened, peer, client, .. } = self;
         let (from_peer, to_peer) = (self.from_peer.direction, self.to_peer.direction);
         (
             stream,
-            TlsTrafficState { suite, from_peer, to_peer, unread: sealed.freeze(), peer },
+            TlsTrafficState { suite, from_peer, to_peer, unread: sealed.freeze(), peer, client },
             opened.freeze(),
         )
     }

@@ -18,6 +18,7 @@ use tokio_rustls::rustls::ServerConnection;
 use tokio_rustls::server::TlsStream;
 
 use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
+use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::Tls;
 use crate::transport::tls_traffic::TlsTrafficState;
@@ -39,16 +40,33 @@ pub(in crate::connection) struct RecordAligned {
     begun: usize,
     /// The first traffic secrets of the connection; rustls stores them here during the handshake.
     secrets: Arc<FirstSecrets>,
+    /// The certificate of the client, from the end of the handshake on.
+    client: Option<ClientCertificate>,
 }
 
 /// Begins the server's side of the handshake on `stream`.
 pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<RecordAligned> {
     let secrets = Arc::new(FirstSecrets::default());
     let acceptor = tls.acceptor(&secrets);
-    acceptor.accept(RecordAligned { stream, buffer: BytesMut::new(), whole: 0, begun: 0, secrets })
+    acceptor.accept(RecordAligned {
+        stream,
+        buffer: BytesMut::new(),
+        whole: 0,
+        begun: 0,
+        secrets,
+        client: None,
+    })
 }
 
 impl RecordAligned {
+    pub(in crate::connection) fn client(&self) -> Option<&ClientCertificate> {
+        self.client.as_ref()
+    }
+
+    pub(in crate::connection) fn set_client(&mut self, client: Option<ClientCertificate>) {
+        self.client = client;
+    }
+
     #[cfg(test)]
     pub(in crate::connection) fn stream(&mut self) -> &mut Stream {
         &mut self.stream
@@ -135,9 +153,9 @@ pub(in crate::connection) fn into_parts(
     if !answer.is_empty() {
         below.send_now(&answer)?;
     }
-    let RecordAligned { stream, buffer, secrets, .. } = below;
+    let RecordAligned { stream, buffer, secrets, client, .. } = below;
     let extracted = session.dangerous_extract_secrets().ok()?;
-    Some((stream, TlsTrafficState::new(extracted, &secrets, buffer.freeze())?, opened.freeze()))
+    Some((stream, TlsTrafficState::new(extracted, &secrets, buffer.freeze(), client)?, opened.freeze()))
 }
 
 /// Reads all decrypted data. None if the peer has sent its last data, or the session has failed.

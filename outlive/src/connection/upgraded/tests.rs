@@ -36,9 +36,9 @@ use crate::app::carry::Carry;
 use crate::app::context::Shutdown;
 use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
-use crate::connection::unread_tests::tls_of;
 use crate::observe::metrics;
 use crate::registry::{Counts, Phase};
+use crate::transport::tls_tests::tls_of;
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);

@@ -143,7 +143,7 @@ async fn connect(parties: &Parties, suite: Suite, who: Who) -> (Client, Tls, Own
     // The server's `from_peer` is the client's `to_peer`.
     let reversed = FirstSecrets { from_peer: secrets.to_peer.clone(), to_peer: secrets.from_peer.clone() };
     let extracted = session.dangerous_extract_secrets().expect("the secrets are exported");
-    let session = TlsTrafficState::new(extracted, &reversed, Bytes::new()).expect("a suite of TLS 1.3");
+    let session = TlsTrafficState::new(extracted, &reversed, Bytes::new(), None).expect("a suite of TLS 1.3");
     let client = Client {
         socket,
         suite,

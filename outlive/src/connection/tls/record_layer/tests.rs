@@ -16,25 +16,23 @@ use tokio_rustls::server::TlsStream as ServerStream;
 
 use super::*;
 use crate::connection::tls::record_reader::{self, RecordAligned};
-use crate::os::credentials::Credentials;
-use crate::transport::tls_config;
+use crate::transport::tls_config::Tls;
+use crate::transport::tls_tests::tls_of;
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
 
 pub type Client = TlsStream<UnixStream>;
 
 /// The certificate of the server, which all tests share.
 pub struct Parties {
-    tls: tls_config::Tls,
+    tls: Tls,
     roots: RootCertStore,
 }
 
 impl Parties {
     pub fn new() -> Self {
         let certificate = Certificate::new().expect("openssl makes a certificate");
-        let (chain, key) = (certificate.chain(), certificate.key());
-        let tls = tls_config::acceptor(Some(&chain), Some(&key), &Credentials::default(), true);
         Self {
-            tls: tls.expect("the TLS configuration is valid"),
+            tls: tls_of(&certificate),
             roots: certificate.roots().expect("the certificate is a valid root"),
         }
     }
@@ -348,8 +346,14 @@ fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
         secret: Some(TrafficSecret::new(&vec![byte; suite.secret_length()])),
     };
     let (from_peer, to_peer) = (direction(1), direction(2));
-    let session =
-        TlsTrafficState { suite, from_peer, to_peer, unread: Bytes::new(), peer: PeerState::default() };
+    let session = TlsTrafficState {
+        suite,
+        from_peer,
+        to_peer,
+        unread: Bytes::new(),
+        peer: PeerState::default(),
+        client: None,
+    };
     let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
     (DirectionState::new(suite, direction(1)), RecordLayer::new(ours.into(), session), theirs)
 }
