@@ -6,6 +6,7 @@
 
 mod abuse;
 mod cli_and_limits;
+mod client_certificates;
 mod configuration;
 mod idle_connections;
 mod linger;

@@ -107,6 +107,7 @@ fn code_in_documents_is_taken_from_examples() {
         ("docs/recipes/configure.md", "outlive/examples/shop.rs"),
         ("docs/recipes/long-lived.md", "outlive/examples/chat.rs"),
         ("docs/recipes/sockets.md", "outlive/examples/ingest.rs"),
+        ("docs/recipes/tls.md", "outlive/examples/who.rs"),
         ("docs/recipes/traces.md", "outlive/examples/traced.rs"),
         ("docs/recipes/middleware.md", "e2e/middleware/src/main.rs"),
     ] {

@@ -5,6 +5,7 @@
 //! one module. The runner starts the tests in the order of their names. Those of `copies` compile for minutes, so that name
 //! is near the beginning: at the end, no other tests would be left to run meanwhile.
 
+mod client_certificates;
 mod clock;
 mod collector;
 mod copies;
