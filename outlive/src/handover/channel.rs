@@ -12,7 +12,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recv, recvmsg, sendmsg, socketpair,
@@ -69,7 +69,7 @@ pub fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 /// Whether no process has the other end of a channel open.
 pub(super) fn is_hung_up(channel: &OwnedFd) -> io::Result<bool> {
     let mut polled = [PollFd::new(channel, PollFlags::empty())];
-    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 }))?;
+    retry_on_intr(|| poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })))?;
     Ok(polled[0].revents().intersects(PollFlags::HUP | PollFlags::ERR))
 }
 

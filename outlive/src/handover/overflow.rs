@@ -17,6 +17,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Mutex;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::retry_on_intr;
 use rustix::net::sockopt;
 use tracing::warn;
 
@@ -230,7 +231,8 @@ fn is_hung_up(channel: &OwnedFd) -> bool {
 fn polls(socket: BorrowedFd<'_>, flags: PollFlags) -> bool {
     let mut polled = [PollFd::from_borrowed_fd(socket, flags)];
     // If poll(2) fails, the caller uses the socket, and the error shows there.
-    poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).map_or(true, |count| count > 0)
+    let polled = retry_on_intr(|| poll(&mut polled, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })));
+    polled.map_or(true, |count| count > 0)
 }
 
 /// Marks a connection that is served while a channel still has a descriptor of it, so that neither this process nor the
