@@ -14,9 +14,15 @@ use crate::transport::stream::Peer;
 
 /// A token that is cancelled when this process begins to drain. A handler of a response that does not end by itself,
 /// such as a long poll or a stream of gRPC, takes it as an argument, and ends the response when the token is cancelled.
-/// Otherwise the connection is cut off at `--drain-timeout`, after a reload at `--linger-timeout`, and the end of the
-/// process is delayed until then. The handler of a WebSocket can take a [`Carry`](crate::Carry) instead, and that of an
-/// event stream can return an [`EventStream`](crate::EventStream), so that the connection does not have to end.
+/// Otherwise the response is cut off at `--drain-timeout`, after a reload at `--linger-timeout`, and the end of the process is
+/// delayed until then.
+///
+/// The handler of a WebSocket has to end it too. Otherwise it is cut off at `--drain-timeout`. If the process still sends
+/// responses after a reload at that time, the WebSocket is cut off at their end.
+///
+/// The handler of a WebSocket can take a [`Carry`](crate::Carry) instead, that of an event stream can return an
+/// [`EventStream`](crate::EventStream), and that of a gRPC stream can mark its response as [`Resumable`](crate::Resumable), so
+/// that the connection does not have to end.
 ///
 /// ```
 /// use outlive::Shutdown;

@@ -18,7 +18,8 @@ use futures_util::Stream;
 /// from a place that both processes can read, such as a database: a channel is not handed over. Middleware must neither
 /// compress nor change the body, because the library finds the ends and the ids of the events in it. A response with a
 /// `Content-Encoding` ends when the drain begins, perhaps within an event. If middleware removes the empty lines that end
-/// events, the drain waits for the response, and cuts it off at `--drain-timeout`.
+/// events, the drain waits for the response, and cuts it off at `--drain-timeout`, after a reload at
+/// `--linger-timeout`.
 ///
 /// ```
 /// use std::convert::Infallible;

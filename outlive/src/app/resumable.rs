@@ -38,7 +38,7 @@
 ///   message encoding.
 ///
 /// The handler of a stream that is not `Resumable` has to end it when the [`Shutdown`](crate::Shutdown) is cancelled; otherwise
-/// the stream is cut off at `--drain-timeout`.
+/// the stream is cut off at `--drain-timeout`, after a reload at `--linger-timeout`.
 #[derive(Clone, Copy, Debug)]
 pub struct Resumable;
 
