@@ -18,7 +18,8 @@ use testkit::service::{Service, command, run_to_end};
 use testkit::tls_service::TlsService;
 use testkit::{block_on, wait_until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 
@@ -169,6 +170,66 @@ impl Device {
 /// The numbers from `first` to `last`, one in each line.
 fn numbers(first: u32, last: u32) -> String {
     (first..=last).map(|number| number.to_string()).collect::<Vec<_>>().join("\n") + "\n"
+}
+
+/// A client that reads no responses holds up the end of the old process. Until then only this process may read the port,
+/// because two processes would write the readings in another order.
+#[test]
+fn readings_are_in_order_while_a_client_holds_up_the_old_process_of_a_reload() {
+    // Two readers would exchange readings in one of about 50 bursts.
+    const BURSTS: u32 = 400;
+    const BURST: u32 = 100;
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let file = folder.path().join("readings");
+    let (http, readings) = (testkit::free_address(), testkit::free_address());
+    let mut notifications = Notifications::new().expect("the socket is made");
+    let flags = ["--listen", "lines=127.0.0.1:0", "--drain-timeout", "1h", "--request-timeout", "1h"];
+    let mut command = command(&example("ingest"), &flags);
+    command
+        .arg(format!("--listen={http}"))
+        .arg(format!("--listen=readings={readings}"))
+        .arg(format!("--file={}", file.display()))
+        .env("NOTIFY_SOCKET", notifications.path());
+    let mut first = Process::spawn(&mut command).expect("the service starts");
+    notifications.wait_for("READY=1").expect("the service is ready");
+    let sender = UdpSocket::bind("127.0.0.1:0").expect("the port is bound");
+    let mut sent = 0;
+    let mut burst = || {
+        for _ in 0..BURST {
+            sent += 1;
+            sender.send_to(sent.to_string().as_bytes(), readings).expect("the datagram is sent");
+        }
+        let expected = numbers(1, sent);
+        // The buffer of the port has room for one burst.
+        wait_until("the burst is in the file", || {
+            std::fs::read_to_string(&file).is_ok_and(|text| text.len() >= expected.len())
+        });
+        assert_eq!(std::fs::read_to_string(&file).expect("valid UTF-8"), expected);
+    };
+    block_on(async {
+        let socket = TcpSocket::new_v4().expect("a socket is made");
+        socket.set_recv_buffer_size(4096).expect("the size is valid");
+        let mut client = socket.connect(http).await.expect("the service listens");
+        // The process reads no further requests when the buffers have no room for its responses.
+        let requests = get("/").repeat(100);
+        while let Ok(written) = timeout(Duration::from_secs(5), client.write(&requests)).await {
+            written.expect("the connection is open");
+        }
+        burst();
+        first.signal(Signal::HUP);
+        let main = notifications.wait_for("MAINPID=").expect("a successor takes over");
+        for _ in 0..BURSTS {
+            burst();
+        }
+        assert!(
+            first.child().try_wait().expect("the process is known").is_none(),
+            "the old process has ended"
+        );
+        drop(client);
+        assert!(first.wait().expect("the old process exits").success());
+        burst();
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+    });
 }
 
 /// The datagrams are sent before, while and after each process takes over.
