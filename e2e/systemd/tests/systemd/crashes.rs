@@ -57,7 +57,7 @@ fn boot(systemd: Systemd, certificate: &Certificate) -> Container {
 }
 
 /// Kills the main process, and waits until another one serves. Returns its pid.
-fn crash(container: &Container, restarts: usize) -> String {
+pub fn crash(container: &Container, restarts: usize) -> String {
     container
         .run(&["systemctl", "kill", "--kill-whom=main", "--signal=KILL", &container.unit("service")])
         .expect("the signal is sent");
@@ -66,7 +66,8 @@ fn crash(container: &Container, restarts: usize) -> String {
     container.show("MainPID").expect("systemctl show succeeds")
 }
 
-fn until_backed_up(container: &Container, count: usize) {
+/// Waits until this number of connections has duplicates. The container needs the admin socket.
+pub fn until_backed_up(container: &Container, count: usize) {
     let line = format!("\noutlive_connections_backed_up {count}\n");
     wait_until("the connections have duplicates", || ask_admin(container, "/metrics").contains(&line));
 }

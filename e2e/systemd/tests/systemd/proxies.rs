@@ -8,6 +8,8 @@ use testkit::wait_until;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
+use crate::crashes::{crash, until_backed_up};
+use crate::on_systemd::ask_admin;
 use crate::{app_binary, app_package};
 
 /// HAProxy passes connections to the first port on with a header of version 2, and requests to the second port with one of
@@ -46,8 +48,9 @@ async fn is_known(stream: &mut TcpStream) {
 }
 
 #[test]
-fn clients_behind_haproxy_keep_their_addresses_over_a_restart_and_a_reload() {
+fn clients_behind_haproxy_keep_their_addresses_over_a_restart_a_reload_and_a_crash() {
     let container = Container::boot(Systemd::V257, app_package()).expect("the container boots");
+    container.start_socket("admin").expect("the socket unit starts");
     container.inside(|| async {
         let mut direct = Connection::open(&Container::target()).await.expect("the port is open");
         direct.ask(&get("/")).await.expect("the request is answered");
@@ -85,5 +88,12 @@ fn clients_behind_haproxy_keep_their_addresses_over_a_restart_and_a_reload() {
             is_known(connection).await;
             is_known(request).await;
         }
+        until_backed_up(&container, clients.len());
+        crash(&container, 1);
+        let [connection, request] = &mut clients[..] else { panic!("there are two") };
+        is_known(connection).await;
+        is_known(request).await;
+        let metrics = ask_admin(&container, "/metrics");
+        assert!(metrics.contains("\noutlive_connections_taken_over_total 2\n"), "{metrics}");
     });
 }
