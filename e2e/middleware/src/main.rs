@@ -54,10 +54,10 @@ async fn start(config: Config, setup: &mut Setup) -> anyhow::Result<Router> {
     Ok(Router::new()
         .route("/report", get(report).layer(GlobalConcurrencyLimitLayer::new(1))) // one at a time; others wait
         .route("/", get(who))
-        .route("/events", get(events))
         .nest_service("/static", ServeDir::new(config.files))
-        .layer(CompressionLayer::new())
         .layer(GovernorLayer::new(rate))
+        .route("/events", get(events)) // not limited, because a stream that moves counts again in the next process
+        .layer(CompressionLayer::new())
         .layer(cors) // around the rate limit, so that a browser can read its responses too
         .layer(from_fn(connect_info)))
 }

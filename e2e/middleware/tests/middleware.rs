@@ -129,3 +129,27 @@ fn event_stream_continues_through_the_layers_over_a_reload() {
         terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
     });
 }
+
+/// More than `burst_size`. Within the rate limit, the next process would refuse those above it, and end them.
+#[test]
+fn more_event_streams_than_the_rate_limit_permits_continue_over_a_reload() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let flags = ["--refill", "1h"];
+    let mut service = Service::start_in(env!("CARGO_BIN_EXE_middleware"), &flags, folder.path())
+        .expect("the service starts");
+    block_on(async {
+        let mut streams = Vec::new();
+        for _ in 0..30 {
+            let mut stream = EventStream::http1(&service.target).await.expect("the stream opens");
+            assert!(stream.next().await.expect("no error").expect("an event").contains("id: 0\n"));
+            streams.push(stream);
+        }
+        service.signal(Signal::HUP);
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+        for stream in &mut streams {
+            let event = stream.next().await.expect("no error").expect("the stream continues");
+            assert!(event.contains("id: 1\n"), "{event}");
+        }
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+    });
+}
