@@ -28,7 +28,7 @@ check-e2e:
 	cd e2e && cargo clippy --workspace --all-targets -- -D warnings
 	cd e2e && cargo clippy --workspace --test '*' -- -D warnings
 	cargo clippy -p outlive -- -D warnings
-	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests,outlive/jemalloc,outlive/log-control,outlive/otlp -- -D warnings
+	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests,outlive/cpu-profile,outlive/heap-profile,outlive/log-control,outlive/otlp -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
 check-e2e-dependencies:
 	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny --config ../deny.toml check bans licenses sources)
@@ -72,6 +72,7 @@ DEBIAN := bsdutils ca-certificates curl inotify-tools libfaketime libnss-systemd
 	systemd systemd-container util-linux
 CARGO_TOOLS := cargo-auditable cargo-deb cargo-deny cargo-generate-rpm
 GO_CLIENT := target/tools/bin/go-client
+PPROF := target/tools/bin/pprof
 
 # A shell command that prints each of $(TOOLS) that is missing.
 MISSING_TOOLS = for tool in $(TOOLS); do [ -e $$tool ] || command -v $$tool >/dev/null || echo $$tool; done
@@ -80,7 +81,7 @@ MISSING_TOOLS = for tool in $(TOOLS); do [ -e $$tool ] || command -v $$tool >/de
 .PHONY: e2e-tools
 e2e-tools:
 	@missing=$$($(MISSING_TOOLS); for tool in $(filter-out cargo-deny,$(CARGO_TOOLS)); do command -v $$tool >/dev/null || echo $$tool; done; \
-		for made in $(ROOTS) $(GO_CLIENT); do [ -e $$made ] || echo $$made; done); \
+		for made in $(ROOTS) $(GO_CLIENT) $(PPROF); do [ -e $$made ] || echo $$made; done); \
 	[ -z "$$missing" ] || { echo "Missing, and installed by make e2e-deps (as root):" $$missing; exit 1; }
 
 # Debian starts a database server when postgresql is installed, unless this file says otherwise.
@@ -93,8 +94,8 @@ e2e-deps: root
 		echo 'Installing Debian packages: $(DEBIAN)'; \
 		echo 'Writing create_main_cluster = false to /etc/postgresql-common/createcluster.conf, so that no database server starts'; \
 		$(call NO_CLUSTER,) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN); }
-	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)'
-	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(KUBERNETES_VALIDATE)
+	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(PPROF) $(KUBERNETES_VALIDATE)'
+	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(PPROF) $(KUBERNETES_VALIDATE)
 	cargo fetch --quiet # all platforms, because cargo-deny looks at each, also in the copies of tests, which have no network
 	cd e2e && cargo fetch --quiet
 
@@ -129,9 +130,15 @@ $(ROOTS:=.list): unconditionally
 
 # The compiler of Debian 13, because Go before 1.20, as in Debian 12, ignores a header table size of 0.
 GO = $(CURDIR)/target/go/usr/lib/go-1.24
-$(GO_CLIENT): e2e/systemd/clients/main.go
-	[ -e $(GO) ] || { rm -rf target/go && mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go; }
+$(GO)/bin/go:
+	rm -rf target/go
+	mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go
+$(GO_CLIENT): e2e/systemd/clients/main.go | $(GO)/bin/go
 	HOME=$(CURDIR)/target/go GOROOT=$(GO) GOTOOLCHAIN=local CGO_ENABLED=0 $(GO)/bin/go build -o $@ $<
+
+# Go's tool for profiles, with which e2e/systemd/tests/profiles.rs reads them.
+$(PPROF): | $(GO)/bin/go
+	install $(GO)/pkg/tool/linux_*/pprof $@
 
 # ---- fuzzing ----
 

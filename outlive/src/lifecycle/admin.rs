@@ -1,8 +1,10 @@
 //! The routes of the admin listeners: `/healthz` and `/readyz` for probes and load balancers, `/metrics` for Prometheus,
-//! `/config` with the values of all options. They are served under a connection limit of their own, so that they answer
-//! when the service is overloaded.
+//! `/config` with the values of all options, and profiles for developers. They are served under a connection limit of their
+//! own, so that they answer when the service is overloaded.
 
 mod configuration;
+#[cfg(any(feature = "cpu-profile", feature = "heap-profile"))]
+mod profiles;
 
 use std::sync::Arc;
 
@@ -32,7 +34,10 @@ pub struct Admin {
 }
 
 pub fn router(admin: Admin) -> Router {
-    Router::new()
+    let router = Router::new();
+    #[cfg(any(feature = "cpu-profile", feature = "heap-profile"))]
+    let router = router.merge(profiles::router());
+    router
         .route("/healthz", get(alive))
         .route("/readyz", get(ready))
         .route("/metrics", get(numbers))

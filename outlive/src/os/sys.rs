@@ -84,7 +84,7 @@ pub fn watch(file: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> 
 }
 
 /// The settings that jemalloc reads when the process starts (`malloc_conf`, jemalloc(3)): freed memory returns to the
-/// system after one second.
+/// system after one second. With the feature `heap-profile` it also records the stack of one allocation in 512 KiB.
 #[cfg(feature = "jemalloc")]
 #[expect(
     unsafe_code,
@@ -92,7 +92,12 @@ pub fn watch(file: OwnedFd, interest: Interest) -> io::Result<AsyncFd<OwnedFd>> 
 )]
 // SAFETY: jemalloc, as tikv-jemalloc-sys builds it, declares a symbol of this name and type.
 #[unsafe(export_name = "_rjem_malloc_conf")]
-pub static ALLOCATOR: &[u8; 37] = b"dirty_decay_ms:1000,muzzy_decay_ms:0\0";
+pub static ALLOCATOR: &[u8; ALLOCATOR_SETTINGS.len()] = ALLOCATOR_SETTINGS;
+
+#[cfg(all(feature = "jemalloc", not(feature = "heap-profile")))]
+const ALLOCATOR_SETTINGS: &[u8; 37] = b"dirty_decay_ms:1000,muzzy_decay_ms:0\0";
+#[cfg(feature = "heap-profile")]
+const ALLOCATOR_SETTINGS: &[u8; 65] = b"dirty_decay_ms:1000,muzzy_decay_ms:0,prof:true,lg_prof_sample:19\0";
 
 /// Lets jemalloc return memory in a background thread. Otherwise a thread returns freed memory only at its next
 /// allocations, and an idle service has none.
@@ -111,6 +116,17 @@ pub fn give_memory_back() -> io::Result<()> {
         )
     };
     if error == 0 { Ok(()) } else { Err(io::Error::from_raw_os_error(error)) }
+}
+
+/// Sends the signal of the profiler's timer, SIGPROF, to this thread. It is handled before this returns. Without a handler it
+/// would end the process.
+#[cfg(feature = "cpu-profile")]
+#[expect(unsafe_code, reason = "no safe crate sends a signal to a thread")]
+pub fn raise_profiling_signal() {
+    // SAFETY: it has no preconditions.
+    unsafe {
+        libc::raise(libc::SIGPROF);
+    }
 }
 
 /// Gives the free pages of the C library's heap back to the system (`malloc_trim(3)`). Other C libraries than glibc
