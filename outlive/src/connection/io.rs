@@ -409,7 +409,7 @@ mod tests {
             TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("the name is valid");
-        let ours = record_reader::accept(ours.into(), &acceptor);
+        let ours = record_reader::accept(ours.into(), &acceptor).1;
         let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
         let mut ours = ours.expect("the handshake succeeds");
         fill(ours.get_mut().0.stream()).await;

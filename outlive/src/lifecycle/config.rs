@@ -6,17 +6,20 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use anyhow::ensure;
 use bytesize::ByteSize;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
 use clap::{ArgAction, Args, ValueEnum};
 
 use crate::listeners::Listen;
+use crate::observe::counted;
 use crate::observe::log::LogFormat;
+use crate::os::credentials::Credentials;
 use crate::registry::Limits;
 use crate::requests::{ForwardedHeader, Proxies, RequestLimits};
 use crate::transport::client_auth::ClientAuthRule;
 use crate::transport::listener_name::Name;
-use crate::transport::tls_config::Files;
+use crate::transport::tls_files::TlsFiles;
 use crate::transport::trusted_proxies::{TrustedProxies, TrustedProxy};
 
 /// How long a peer may take to read the last response of a connection and to close it.
@@ -53,13 +56,22 @@ pub struct Config {
     #[arg(long, value_enum, value_name = "FIELD", default_value = "x-forwarded-for")]
     pub forwarded_header: ForwardedHeader,
 
-    /// Certificate chain for https listeners, in PEM format; the default is the unit's credential tls.crt.
-    #[arg(long, value_name = "FILE", requires = "tls_key")]
-    pub tls_cert: Option<PathBuf>,
+    /// Certificate chain for https listeners, in PEM format; the default is the unit's credential tls.crt. Repeatable;
+    /// comma-separated in the environment variable. With several, each connection uses the one whose names have the server
+    /// name that the client asks for, or else the first. Further credentials are tls-2.crt, tls-3.crt and so on.
+    #[arg(long, value_name = "FILE", value_delimiter = ',', requires = "tls_key")]
+    pub tls_cert: Vec<PathBuf>,
 
-    /// Private key of the certificate, in PEM format; the default is the unit's credential tls.key.
-    #[arg(long, value_name = "FILE", requires = "tls_cert")]
-    pub tls_key: Option<PathBuf>,
+    /// Private key of the certificate, in PEM format; the default is the unit's credential tls.key. Repeatable, in the order
+    /// of --tls-cert. Further credentials are tls-2.key, tls-3.key and so on.
+    #[arg(long, value_name = "FILE", value_delimiter = ',', requires = "tls_cert")]
+    pub tls_key: Vec<PathBuf>,
+
+    /// Look for changed files of --tls-cert, --tls-key and --tls-client-ca at this interval, and use them for new TLS
+    /// handshakes. Without it, the next restart or reload uses changed files. Files that cannot be used are logged as an error,
+    /// and the former ones stay in use. Credentials of the unit do not change before a restart.
+    #[arg(long, value_name = "TIME", value_parser = positive_duration)]
+    pub tls_check_interval: Option<Duration>,
 
     /// Ask clients for certificates: `required` refuses clients without one, `optional` does not; both refuse a certificate
     /// that no authority in --tls-client-ca has issued. It applies to all https listeners, or with NAME= before it to those
@@ -249,12 +261,21 @@ impl Config {
         RequestLimits::new(self.max_requests.maximum(), self.max_requests_per_client.maximum())
     }
 
-    /// The files of https listeners.
-    pub fn tls_files(&self) -> Files {
-        Files {
-            certificate: self.tls_cert.clone().zip(self.tls_key.clone()),
+    /// The files of https listeners. Fails unless each certificate has a key.
+    pub fn tls_files(&self, credentials: &Credentials) -> anyhow::Result<TlsFiles> {
+        let (certificates, keys) = (&self.tls_cert, &self.tls_key);
+        ensure!(
+            certificates.len() == keys.len(),
+            "--tls-cert has {} and --tls-key has {}: give the key of each certificate, in the same order",
+            counted(certificates.len(), "file"),
+            counted(keys.len(), "file")
+        );
+        Ok(TlsFiles {
+            certificates: certificates.iter().cloned().zip(keys.iter().cloned()).collect(),
             client_authority: self.tls_client_ca.clone(),
-        }
+            asks_clients: !self.tls_client_auth.is_empty(),
+            credentials: credentials.clone(),
+        })
     }
 
     /// The proxies before this service.

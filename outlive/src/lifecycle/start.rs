@@ -46,6 +46,7 @@ use crate::transport::client_auth::{check_client_auth, client_auth_of};
 use crate::transport::listener_name::{ListenerRole, Name};
 use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::tls_config::TlsMaterial;
+use crate::transport::tls_renewal::TlsRenewal;
 
 /// How much more time each report asks systemd for, beyond the next report, so that one late report does not end the
 /// start.
@@ -105,6 +106,8 @@ pub struct Started {
     status: Arc<Status>,
     tasks: Vec<Task>,
     hooks: Hooks,
+    /// Present if changed certificate files are taken over while the process serves, with the interval.
+    renewal: Option<(TlsRenewal, Duration)>,
 }
 
 impl Started {
@@ -117,7 +120,7 @@ impl Started {
         let Boot { name, config, service, values, mut inherited, program, role, process, logging } = boot;
         let mut signals = Signals::new().context("could not watch for signals")?;
         inherited.listen(&config.listen, &name)?;
-        let mut kinds = endpoint_kinds(&config, &inherited)?;
+        let (mut kinds, tls) = endpoint_kinds(&config, &inherited)?;
         let Inherited { mut listeners, named, channels, credentials, watchdog, socket_files, .. } = inherited;
         let sockets = NamedSockets::new(named, &config.listen, socket_files.clone(), Purpose::Serve);
         let sockets = Arc::new(sockets);
@@ -170,6 +173,7 @@ impl Started {
         let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
         tokio::spawn(registry.clone().watch());
         allocator::return_memory(registry);
+        let renewal = tls.map(TlsRenewal::new).zip(config.tls_check_interval);
         let example = listeners.iter().find_map(Listener::example_command);
         let acceptors = listeners
             .into_iter()
@@ -190,6 +194,7 @@ impl Started {
             status,
             tasks,
             hooks,
+            renewal,
         }))
     }
 
@@ -233,6 +238,9 @@ impl Started {
             Ok(None) => {}
             Ok(Some(pressure)) => drop(tokio::spawn(server.clone().relieve(pressure))),
             Err(error) => warn!("idle connections stay open when memory is short: {error:#}"),
+        }
+        if let Some((renewal, interval)) = self.renewal {
+            tokio::spawn(renewal.run(interval));
         }
         let tasks = tasks::begin(self.tasks, &predecessor_gone);
         let generation = process.generation;
@@ -320,40 +328,35 @@ pub fn check_proxy_protocol(names: &[Name], listeners: &[Listener]) -> Result<()
     )))
 }
 
-/// What each of the inherited listeners serves. Loads the certificate if one of them is an https listener.
-pub fn endpoint_kinds(config: &Config, inherited: &Inherited) -> Result<Vec<EndpointKind>> {
-    let Config { tls_client_auth: rules, tls_handover, .. } = config;
-    let listeners = inherited.listeners.iter();
-    let https: Vec<_> = listeners
-        .filter(|listener| listener.role() == ListenerRole::Https)
-        .map(|listener| &listener.name)
-        .collect();
+/// What each of the inherited listeners serves. Loads the certificates if one of them is an https listener, and returns what
+/// these share.
+pub fn endpoint_kinds(
+    config: &Config,
+    inherited: &Inherited,
+) -> Result<(Vec<EndpointKind>, Option<TlsMaterial>)> {
+    let rules = &config.tls_client_auth;
+    let https = inherited.listeners.iter().filter(|listener| listener.role() == ListenerRole::Https);
+    let https: Vec<_> = https.map(|listener| &listener.name).collect();
     check_client_auth(rules, &https).map_err(Failure::config)?;
-    let mut material = None;
+    let mut material = if https.is_empty() {
+        None
+    } else {
+        let files = config.tls_files(&inherited.credentials);
+        let material = files.and_then(|files| TlsMaterial::load(files, config.tls_handover));
+        Some(material.map_err(Failure::config)?)
+    };
     let mut kinds = Vec::new();
     for listener in &inherited.listeners {
-        kinds.push(match listener.role() {
-            ListenerRole::Http => EndpointKind::Http,
-            ListenerRole::Admin => EndpointKind::Admin,
-            // `inherit` does not return these as listeners, because the application has not claimed them yet.
-            ListenerRole::Application => continue,
-            ListenerRole::Https => {
-                let material = match &mut material {
-                    Some(material) => material,
-                    none => none.insert(
-                        TlsMaterial::load(
-                            &config.tls_files(),
-                            &inherited.credentials,
-                            !rules.is_empty(),
-                            *tls_handover,
-                        )
-                        .map_err(Failure::config)?,
-                    ),
-                };
+        kinds.push(match (listener.role(), &mut material) {
+            (ListenerRole::Http, _) => EndpointKind::Http,
+            (ListenerRole::Admin, _) => EndpointKind::Admin,
+            (ListenerRole::Https, Some(material)) => {
                 let auth = client_auth_of(&listener.name, rules);
                 EndpointKind::Https(material.tls(auth).map_err(Failure::config)?)
             }
+            // `inherit` does not return these as listeners, because the application has not claimed them yet.
+            (ListenerRole::Https, None) | (ListenerRole::Application, _) => continue,
         });
     }
-    Ok(kinds)
+    Ok((kinds, material))
 }

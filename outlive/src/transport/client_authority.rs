@@ -164,9 +164,10 @@ impl ClientPolicy {
 mod tests {
     use std::time::Duration;
 
-    use testkit::certificate::{Authority, Certificate};
+    use testkit::certificate::Authority;
 
     use super::*;
+    use crate::transport::tls_tests::chain_of;
 
     const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -183,11 +184,6 @@ mod tests {
 
     fn policy(auth: ClientAuth, authorities: &[&Authority]) -> ClientPolicy {
         trusting(authorities).policy(auth).expect("there is an authority")
-    }
-
-    fn chain_of(certificate: &Certificate) -> Vec<CertificateDer<'static>> {
-        let chain = CertificateDer::pem_file_iter(certificate.chain()).expect("the file is readable");
-        chain.collect::<Result<_, _>>().expect("the file is PEM")
     }
 
     #[test]

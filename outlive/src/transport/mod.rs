@@ -14,10 +14,13 @@ pub mod proxy_header;
 #[cfg(test)]
 pub mod proxy_tests;
 pub mod replay;
+pub mod server_certificates;
 pub mod stream;
 pub mod stream_replay;
 pub mod tickets;
 pub mod tls_config;
+pub mod tls_files;
+pub mod tls_renewal;
 #[cfg(test)]
 pub mod tls_tests;
 pub mod tls_traffic;

@@ -1,10 +1,12 @@
 //! TLS configurations for the tests of other files.
 
 use testkit::certificate::{Authority, Certificate};
+use tokio_rustls::rustls::pki_types::CertificateDer;
+use tokio_rustls::rustls::pki_types::pem::PemObject;
 
 use super::client_auth::ClientAuth;
-use super::tls_config::{Files, Tls, TlsMaterial};
-use crate::os::credentials::Credentials;
+use super::tls_config::{Tls, TlsMaterial};
+use super::tls_files::TlsFiles;
 
 /// The configuration of a listener with this certificate, which hands its connections over.
 pub fn tls_of(certificate: &Certificate) -> Tls {
@@ -13,16 +15,23 @@ pub fn tls_of(certificate: &Certificate) -> Tls {
 
 /// The same, which asks its clients for certificates of this authority.
 pub fn tls_for(certificate: &Certificate, clients: Option<(ClientAuth, &Authority)>) -> Tls {
-    let material = material_for(certificate, clients.map(|(_, authority)| authority));
+    let mut material = material_for(certificate, clients.map(|(_, authority)| authority));
     material.tls(clients.map(|(auth, _)| auth)).expect("the TLS configuration is valid")
 }
 
 /// What the listeners of a process with these certificates share.
 pub fn material_for(certificate: &Certificate, authority: Option<&Authority>) -> TlsMaterial {
-    let files = Files {
-        certificate: Some((certificate.chain(), certificate.key())),
+    let files = TlsFiles {
+        certificates: vec![(certificate.chain(), certificate.key())],
         client_authority: authority.map(Authority::certificate),
+        asks_clients: authority.is_some(),
+        ..TlsFiles::default()
     };
-    TlsMaterial::load(&files, &Credentials::default(), authority.is_some(), true)
-        .expect("the files are valid")
+    TlsMaterial::load(files, true).expect("the files are valid")
+}
+
+/// All certificates in a file.
+pub fn chain_of(certificate: &Certificate) -> Vec<CertificateDer<'static>> {
+    let chain = CertificateDer::pem_file_iter(certificate.chain()).expect("the file is readable");
+    chain.collect::<Result<_, _>>().expect("the file is PEM")
 }

@@ -28,6 +28,8 @@ pub enum Target {
     Unix(PathBuf),
     /// TLS, with the trusted roots and the ALPN protocols of the client.
     Tls(SocketAddr, Arc<ClientConfig>),
+    /// As `Tls`, for a client that asks for this server name.
+    Named(String, SocketAddr, Arc<ClientConfig>),
     /// One of the others, to which a proxy passes the connection on after it has sent a PROXY header.
     Behind(Vec<u8>, Box<Target>),
 }
@@ -53,6 +55,11 @@ impl Target {
             Self::Tls(address, client) => {
                 let stream = connect(*address, first).await?;
                 Box::pin(TlsConnector::from(client.clone()).connect(address.ip().into(), stream).await?)
+            }
+            Self::Named(name, address, client) => {
+                let name = name.clone().try_into().map_err(io::Error::other)?;
+                let stream = connect(*address, first).await?;
+                Box::pin(TlsConnector::from(client.clone()).connect(name, stream).await?)
             }
             Self::Behind(..) => return Err(io::ErrorKind::Unsupported.into()),
         })

@@ -213,8 +213,8 @@ async fn resumed_session_has_the_certificate_of_its_first_handshake() {
 async fn ticket_of_a_listener_with_another_policy_or_authority_does_not_let_a_client_in() {
     let parties = Parties::new();
     let other = Authority::new("other").expect("openssl runs");
-    let material = material_for(&parties.server, Some(&parties.authority));
-    let others = material_for(&parties.server, Some(&other));
+    let mut material = material_for(&parties.server, Some(&parties.authority));
+    let mut others = material_for(&parties.server, Some(&other));
     let required = others.tls(Some(Required)).expect("a configuration");
     let keys = material.tls(None).expect("a configuration").tickets().expect("they are handed over").encode();
     assert!(required.tickets().expect("they are handed over").adopt_keys(&keys));

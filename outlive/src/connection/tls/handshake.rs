@@ -19,7 +19,7 @@ use crate::connection::{
 use crate::registry::{DriverHandle, Registration, Stage};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
-use crate::transport::tls_config;
+use crate::transport::tls_config::{self, Handshake};
 use crate::transport::tls_traffic::TlsTrafficState;
 
 /// The first byte of each TLS connection: the content type of a handshake record (RFC 8446 section 5.1).
@@ -55,11 +55,11 @@ pub(in crate::connection) async fn serve(
         io.refuse(NOT_TLS).await;
         return ConnectionOutcome::Closed;
     }
-    let Some(mut stream) = perform_handshake(connection.socket, &driver, tls).await else {
+    let Some((handshake, mut stream)) = perform_handshake(connection.socket, &driver, tls).await else {
         return ConnectionOutcome::Closed;
     };
     let (below, session) = stream.get_mut();
-    let client = match tls.client_certificate(session.peer_certificates()) {
+    let client = match handshake.client_certificate(session.peer_certificates()) {
         Ok(client) => client,
         // rustls has refused the other clients in the handshake.
         Err(refusal) => {
@@ -119,11 +119,12 @@ async fn perform_handshake(
     stream: Stream,
     driver: &DriverHandle,
     tls: &tls_config::Tls,
-) -> Option<TlsStream<RecordAligned>> {
-    let mut handshake = pin!(record_reader::accept(stream, tls));
-    poll_fn(|cx| {
+) -> Option<(Handshake, TlsStream<RecordAligned>)> {
+    let (handshake, accept) = record_reader::accept(stream, tls);
+    let mut accept = pin!(accept);
+    let stream = poll_fn(|cx| {
         driver.wake_on_change(cx);
-        match handshake.as_mut().poll(cx) {
+        match accept.as_mut().poll(cx) {
             Poll::Ready(Ok(stream)) => Poll::Ready(Some(stream)),
             Poll::Ready(Err(error)) => {
                 debug!(peer = %driver.peer(), %error, "TLS handshake failed");
@@ -136,5 +137,6 @@ async fn perform_handshake(
             Poll::Pending => Poll::Pending,
         }
     })
-    .await
+    .await?;
+    Some((handshake, stream))
 }

@@ -20,7 +20,7 @@ use tokio_rustls::server::TlsStream;
 use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
-use crate::transport::tls_config::Tls;
+use crate::transport::tls_config::{Handshake, Tls};
 use crate::transport::tls_traffic::TlsTrafficState;
 use crate::transport::traffic_secret::FirstSecrets;
 #[cfg(test)]
@@ -45,17 +45,18 @@ pub(in crate::connection) struct RecordAligned {
 }
 
 /// Begins the server's side of the handshake on `stream`.
-pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> Accept<RecordAligned> {
+pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> (Handshake, Accept<RecordAligned>) {
     let secrets = Arc::new(FirstSecrets::default());
-    let acceptor = tls.acceptor(&secrets);
-    acceptor.accept(RecordAligned {
+    let handshake = tls.begin(&secrets);
+    let accept = handshake.acceptor.accept(RecordAligned {
         stream,
         buffer: BytesMut::new(),
         whole: 0,
         begun: 0,
         secrets,
         client: None,
-    })
+    });
+    (handshake, accept)
 }
 
 impl RecordAligned {

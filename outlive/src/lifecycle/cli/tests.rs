@@ -135,7 +135,7 @@ fn flag_that_is_false_in_the_file_is_not_given() {
 fn options_that_require_each_other_may_stand_in_the_file_and_on_the_command_line() {
     let files = Files::new("database = 'd'\npassword = 'p'\ntls-key = 'k'\n", &[]);
     let (line, _) = files.read("x --config FILE --tls-cert c").expect("the line is valid");
-    assert!(line.config.tls_cert.is_some() && line.config.tls_key.is_some());
+    assert!(line.config.tls_cert.len() == 1 && line.config.tls_key.len() == 1);
     let error = files.error("x --config FILE");
     assert!(error.contains("--tls-cert <FILE>"), "{error}");
 }

@@ -61,7 +61,7 @@ impl Parties {
         config.key_log = secrets.clone();
         config.enable_secret_extraction = true;
         let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
-        let server = record_reader::accept(ours.into(), &self.tls);
+        let server = record_reader::accept(ours.into(), &self.tls).1;
         let name = "localhost".try_into().expect("the name is valid");
         let client = TlsConnector::from(Arc::new(config)).connect(name, theirs);
         let (server, client) = tokio::join!(server, client);
