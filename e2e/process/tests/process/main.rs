@@ -5,6 +5,7 @@
 //! timeouts, and only tests of the same binary can wait at the same time.
 
 mod abuse;
+mod certificates;
 mod cli_and_limits;
 mod client_certificates;
 mod configuration;
