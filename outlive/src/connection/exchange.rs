@@ -141,6 +141,11 @@ impl Service {
         head.headers.remove(STREAM_FIELD);
         let stream = number.to_str().ok()?.parse().ok()?;
         let begun = streams.request(stream)?;
+        if begun != Begun::Here {
+            // An older id may precede the one with which this process continues (`header_block.rs`).
+            let last = head.headers.get_all(LAST_EVENT_ID).iter().next_back().cloned();
+            last.and_then(|last| head.headers.insert(LAST_EVENT_ID, last));
+        }
         let body = match &begun {
             // A call in gRPC; the others are event streams, whose requests have no body.
             Begun::Here if head.method == Method::POST => Some(KeptBody::default()),
@@ -160,6 +165,8 @@ impl Service {
     }
 }
 
+/// The field with the id of the last event that a client has received (HTML standard section 9.2.4).
+const LAST_EVENT_ID: &str = "last-event-id";
 /// The media type of an event stream (HTML standard section 9.2.5).
 const EVENT_STREAM: &[u8] = b"text/event-stream";
 

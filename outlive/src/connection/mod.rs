@@ -178,7 +178,7 @@ async fn serve_plain(
         // A resumed connection is driven even if it was idle for too long or the next process does not adopt HTTP/2:
         // its client then receives GOAWAY.
         FirstBytes::Bytes(_) | FirstBytes::Late | FirstBytes::Idle if is_resumed => Protocol::Http2,
-        FirstBytes::Quiescent if is_resumed && driver.keeps_state() => Protocol::Http2,
+        FirstBytes::Quiescent if is_resumed && driver.keeps_http2() => Protocol::Http2,
         FirstBytes::Bytes(length) if &bytes[..length] == PREFACE => Protocol::Http2,
         // The HTTP/1.1 driver answers an incomplete head with 408, and closes.
         FirstBytes::Bytes(_) | FirstBytes::Late => Protocol::Http1,

@@ -335,13 +335,9 @@ async fn incomplete_http2_frame_passes_through_a_process_that_is_already_quiesci
     hello.extend([frame(SETTINGS, 0, 0, &[]), frame(SETTINGS, ACK, 0, &[])].concat());
     client.write_all(&hello).await.expect("the bytes are sent");
     await_frame(&mut client, |head| head.frame_type == SETTINGS && !head.has(ACK)).await;
-    let get = |stream, table: &[u8]| {
-        let fields = [table, b"\x82\x86\x84\x41\x01x"].concat();
-        frame(HEADERS, END_HEADERS | END_STREAM, stream, &fields)
-    };
-    let mut sent = get(1, b"\x20");
+    let mut sent = get_on(1);
     for stream in [3, 5, 7] {
-        let next = get(stream, b"");
+        let next = get_on(stream);
         let (begun, left) = next.split_at(12);
         // In one write, so that the server reads the beginning of the next frame together with the request.
         client.write_all(&[&sent, begun].concat()).await.expect("the bytes are sent");
@@ -351,20 +347,22 @@ async fn incomplete_http2_frame_passes_through_a_process_that_is_already_quiesci
     }
 }
 
-/// A client whose connection cannot be handed over, because it uses its header table. It has received the response on
-/// stream 1.
+/// A client whose connection cannot be handed over, because it has more settings than are kept. It has received the
+/// response on stream 1.
 async fn immovable_client(served: &Served) -> TcpStream {
     let mut client = TcpStream::connect(served.address).await.expect("the server accepts");
-    let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+    let settings: Vec<u8> =
+        (0x100..0x130_u16).flat_map(|key| [&key.to_be_bytes()[..], &[0; 4]].concat()).collect();
+    let hello = [PREFACE, &frame(SETTINGS, 0, 0, &settings)].concat();
     client.write_all(&hello).await.expect("the bytes are sent");
     await_frame(&mut client, |head| head.frame_type == SETTINGS && !head.has(ACK)).await;
-    let acknowledged = [frame(SETTINGS, ACK, 0, &[]), get_with_table(1)].concat();
+    let acknowledged = [frame(SETTINGS, ACK, 0, &[]), get_on(1)].concat();
     client.write_all(&acknowledged).await.expect("the bytes are sent");
     await_frame(&mut client, |head| head.stream == 1 && head.has(END_STREAM)).await;
     client
 }
 
-fn get_with_table(stream: u32) -> Vec<u8> {
+fn get_on(stream: u32) -> Vec<u8> {
     frame(HEADERS, END_HEADERS | END_STREAM, stream, b"\x82\x86\x84\x41\x01x")
 }
 
@@ -408,7 +406,7 @@ async fn request_that_crosses_the_first_goaway_is_answered() {
     assert_eq!(goaway(&mut client).await, ANY_STREAM);
     let (ping, payload) = next_frame(&mut client).await.expect("a frame arrives");
     assert_eq!((ping.frame_type, ping.flags), (PING, 0));
-    let crossing = [get_with_table(3), frame(PING, ACK, 0, &payload)].concat();
+    let crossing = [get_on(3), frame(PING, ACK, 0, &payload)].concat();
     client.write_all(&crossing).await.expect("the bytes are sent");
     let mut is_answered = false;
     let last = loop {

@@ -51,9 +51,10 @@ pub enum Protocols {
     Http2AndTls,
     /// Upgraded connections too: a release from before the handover of event streams over HTTP/2.
     Upgrades,
-    /// Event streams over HTTP/2 too: a release from before the handover of client certificates.
+    /// Event streams over HTTP/2 too: a release that does not know client certificates, and permits HTTP/2 clients no header
+    /// table.
     Streams,
-    /// Connections whose clients have presented certificates too.
+    /// Connections whose clients have presented certificates, and HTTP/2 connections with a header table too.
     All,
 }
 

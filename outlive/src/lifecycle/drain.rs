@@ -452,6 +452,7 @@ fn keep_unadopted(registry: &Registry, next_adopts: Protocols) {
     }
     if next_adopts < Protocols::All {
         registry.keep_certificates();
+        registry.keep_http2();
     }
 }
 

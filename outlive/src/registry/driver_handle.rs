@@ -41,6 +41,11 @@ impl DriverHandle {
         self.0.keeps_state()
     }
 
+    /// As [`DriverHandle::keeps_state`], for an HTTP/2 connection. See [`Registry::keep_http2`](super::Registry::keep_http2).
+    pub fn keeps_http2(&self) -> bool {
+        self.0.keeps_http2()
+    }
+
     /// Whether the connection closes after its next response, which says so (`Connection: close`, GOAWAY).
     pub fn must_close(&self) -> bool {
         self.0.must_close()

@@ -172,6 +172,11 @@ impl Entry {
         self.has_certificate.store(true, Relaxed);
     }
 
+    /// See [`DriverHandle::keeps_http2`](super::DriverHandle::keeps_http2).
+    pub(super) fn keeps_http2(&self) -> bool {
+        self.registry.keeps_http2() || self.keeps_state()
+    }
+
     /// See [`Stage::is_unanswered`].
     pub fn is_unanswered(&self) -> bool {
         self.stage().is_unanswered()

@@ -162,6 +162,7 @@ pub struct Registry {
     keeps_upgrades: AtomicBool,
     keeps_streams: AtomicBool,
     keeps_certificates: AtomicBool,
+    keeps_http2: AtomicBool,
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
@@ -206,6 +207,7 @@ impl Registry {
             keeps_upgrades: AtomicBool::new(false),
             keeps_streams: AtomicBool::new(false),
             keeps_certificates: AtomicBool::new(false),
+            keeps_http2: AtomicBool::new(false),
             connections: Mutex::new(Connections::default()),
             parked: AtomicUsize::new(0),
             now: Clock::new(0),
@@ -324,7 +326,7 @@ impl Registry {
         // Draining changes nothing for connections that can be handed over. To wake thousands of drivers that have
         // nothing to do would delay the requests in flight.
         let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
-        let affects_only_immovable = is_first && phase == Phase::Draining;
+        let affects_only_immovable = is_first && phase == Phase::Draining && !self.keeps_http2();
         let is_unaffected =
             |entry: &Entry| affects_only_immovable && entry.state().is_movable() && !entry.keeps_state();
         for entry in self.entries().iter().filter(|entry| !is_unaffected(entry)) {
@@ -373,6 +375,17 @@ impl Registry {
     /// See [`Registry::keep_certificates`].
     pub fn keeps_certificates(&self) -> bool {
         self.keeps_certificates.load(SeqCst)
+    }
+
+    /// Excludes HTTP/2 connections from the handover, because the next process is a release that cannot adopt their header
+    /// tables. As [`Registry::keep_http2_and_tls`], this must be called before the phase `Quiescing`.
+    pub fn keep_http2(&self) {
+        self.keeps_http2.store(true, SeqCst);
+    }
+
+    /// See [`Registry::keep_http2`] and [`Registry::keep_http2_and_tls`].
+    pub fn keeps_http2(&self) -> bool {
+        self.keeps_http2.load(SeqCst) || self.keeps_http2_and_tls()
     }
 
     /// Waits until the handlers of upgraded connections have to return.

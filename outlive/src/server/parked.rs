@@ -312,7 +312,8 @@ impl ParkedConnections {
     fn can_move(&self, connection: &Connection) -> bool {
         let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades()
             || connection.open_streams().is_some() && self.registry.keeps_streams()
-            || connection.client_certificate().is_some() && self.registry.keeps_certificates();
+            || connection.client_certificate().is_some() && self.registry.keeps_certificates()
+            || connection.http2.is_some() && self.registry.keeps_http2();
         !is_kept && (connection.is_plain_http1() || !self.registry.keeps_http2_and_tls())
     }
 

@@ -15,7 +15,8 @@ use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
 use super::{
-    ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, CREDENTIALS, OUTCOME_LIMIT,
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, CREDENTIALS,
+    OUTCOME_LIMIT,
 };
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, SocketFiles};
@@ -119,9 +120,9 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
         Some(frame) if frame.message_type == MessageType::Commit => {
             let hands_streams_over = frame.text == ADOPTS_STREAMS;
             let hands_certificates_over =
-                frame.sockets.iter().any(|(_, record)| record.listener == ADOPTS_CERTIFICATES);
+                frame.sockets.iter().any(|(_, record)| record.listener == ADOPTS_TABLES_AND_CERTIFICATES);
             let adopts = match (hands_streams_over, hands_certificates_over) {
-                (true, true) => ADOPTS_CERTIFICATES,
+                (true, true) => ADOPTS_TABLES_AND_CERTIFICATES,
                 (true, false) => ADOPTS_STREAMS,
                 (false, _) => ADOPTS_UPGRADES,
             };

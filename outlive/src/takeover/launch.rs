@@ -22,7 +22,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, OUTCOME_LIMIT};
+use super::{
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, OUTCOME_LIMIT,
+};
 use crate::handover::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -92,7 +94,7 @@ impl Program {
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
     /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`], [`ADOPTS_STREAMS`] and
-    /// [`ADOPTS_CERTIFICATES`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of
+    /// [`ADOPTS_TABLES_AND_CERTIFICATES`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of
     /// them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
@@ -161,7 +163,7 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(Protocols::All);
     }
-    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS, ADOPTS_CERTIFICATES];
+    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES];
     let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
     let mut wanted = texts.map(|text| (memmem::Finder::new(text), false));
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);

@@ -19,7 +19,8 @@ use super::launch::Program;
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{
-    ADOPTS_CERTIFICATES, ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_UPGRADES, COMMIT_LIMIT, CREDENTIALS,
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, COMMIT_LIMIT,
+    CREDENTIALS,
 };
 use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
@@ -275,7 +276,7 @@ impl PreparedSuccessor {
     async fn hand_main_over(mut self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
-            let certificates = SocketRecord::new(ADOPTS_CERTIFICATES.to_owned(), Bytes::new());
+            let certificates = SocketRecord::new(ADOPTS_TABLES_AND_CERTIFICATES.to_owned(), Bytes::new());
             let offered = [(File::open("/dev/null")?, certificates)];
             self.channel.send(MessageType::Commit, origin, &offered, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
@@ -286,7 +287,7 @@ impl PreparedSuccessor {
             && let Ok(accepting) = &answer
         {
             self.adopts = match accepting.text.as_str() {
-                ADOPTS_CERTIFICATES => Protocols::All,
+                ADOPTS_TABLES_AND_CERTIFICATES => Protocols::All,
                 ADOPTS_STREAMS => Protocols::Streams,
                 ADOPTS_UPGRADES => Protocols::Upgrades,
                 _ => Protocols::Http2AndTls,

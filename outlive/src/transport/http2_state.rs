@@ -4,7 +4,7 @@
 //! of what is shared by all streams: the settings of both sides, the windows of the connection, the last stream, and the
 //! header compression (HPACK, RFC 7541); and of the requests of those streams (`stream_replay.rs`).
 
-use bytes::{Buf, BufMut};
+use bytes::{Buf, BufMut, Bytes};
 
 use super::stream_replay::StreamReplay;
 
@@ -21,6 +21,9 @@ pub const HEADER_TABLE_SIZE: u16 = 1;
 pub const FIRST_HEADER_TABLE_SIZE: u32 = 4096;
 /// `SETTINGS_INITIAL_WINDOW_SIZE` (RFC 9113 section 6.5.2).
 pub const INITIAL_WINDOW_SIZE: u16 = 4;
+/// The largest encoding of a header table, in bytes. A table has at most 4,096 bytes, and the longest Huffman code has 30
+/// bits for one byte.
+const HEADER_TABLE_LIMIT: usize = 16 * 1024;
 /// The highest stream identifier.
 const STREAM_LIMIT: u32 = (1 << 31) - 1;
 
@@ -86,26 +89,6 @@ impl Settings {
     }
 }
 
-/// The dynamic table of the client's header encoder. This server sends `SETTINGS_HEADER_TABLE_SIZE=0`, so that the
-/// table is empty and the decoder of another process can continue without it.
-///
-/// ```text
-/// Unknown --headers begin with a size update to 0--> Empty
-///    `------headers begin without one--------------> InUse
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Table {
-    /// The client has sent no headers since it acknowledged the setting.
-    Unknown,
-    /// The client has sent the size update with which the first headers after the acknowledgement must begin (RFC 7541
-    /// section 4.2).
-    Empty,
-    /// The client has sent headers without it, so its next headers may refer to entries that another decoder does not
-    /// have. Such a connection cannot be handed over.
-    InUse,
-}
-
 /// The state of an HTTP/2 connection without open streams, except those whose response has no end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Http2State {
@@ -119,7 +102,8 @@ pub struct Http2State {
     pub receive_window: i64,
     /// How many bytes the server may still send on the connection.
     pub send_window: i64,
-    pub table: Table,
+    /// The client's header table, as a header block that gives it to a decoder. Empty if the table is as at the beginning.
+    pub header_table: Bytes,
     /// The open streams, in ascending order. They are not part of the encoding, because earlier releases do not adopt them.
     pub streams: Vec<StreamReplay>,
 }
@@ -132,7 +116,7 @@ impl Default for Http2State {
             last_stream: 0,
             receive_window: FIRST_WINDOW,
             send_window: FIRST_WINDOW,
-            table: Table::Unknown,
+            header_table: Bytes::new(),
             streams: Vec::new(),
         }
     }
@@ -146,21 +130,43 @@ impl Http2State {
         bytes.put_u32_le(self.last_stream);
         bytes.put_i64_le(self.receive_window);
         bytes.put_i64_le(self.send_window);
-        bytes.put_u8(self.table as u8);
+        // Earlier releases announced an empty header table, and said here whether the client had confirmed it.
+        bytes.put_u8(0);
+        bytes.put_u16_le(
+            u16::try_from(self.header_table.len()).expect("HEADER_TABLE_LIMIT bounds the length"),
+        );
+        bytes.put_slice(&self.header_table);
         bytes
     }
 
-    /// `None` if `bytes` are invalid. Bytes that follow are ignored, so that a later release can append fields.
+    /// `None` if `bytes` are invalid. Bytes that follow are ignored, so that a later release can append fields. Earlier
+    /// releases send no header table.
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
         let theirs = Settings::decode(&mut bytes)?;
         let ours = Settings::decode(&mut bytes)?;
-        let last_stream = bytes.try_get_u32_le().ok().filter(|stream| *stream <= STREAM_LIMIT)?;
+        // The streams of a client have odd numbers.
+        let is_stream = |stream: &u32| *stream == 0 || *stream <= STREAM_LIMIT && !stream.is_multiple_of(2);
+        let last_stream = bytes.try_get_u32_le().ok().filter(is_stream)?;
         let sizes = -WINDOW_LIMIT..=WINDOW_LIMIT;
         let mut window = || bytes.try_get_i64_le().ok().filter(|window| sizes.contains(window));
         let (receive_window, send_window) = (window()?, window()?);
-        let table = bytes.try_get_u8().ok()?;
-        let table = [Table::Unknown, Table::Empty].into_iter().find(|known| *known as u8 == table)?;
-        Some(Self { theirs, ours, last_stream, receive_window, send_window, table, streams: Vec::new() })
+        bytes.try_get_u8().ok().filter(|table| *table <= 1)?;
+        let header_table = if bytes.is_empty() {
+            Bytes::new()
+        } else {
+            let length = bytes.try_get_u16_le().ok().map(usize::from)?;
+            let table = bytes.split_at_checked(length)?.0;
+            (length <= HEADER_TABLE_LIMIT).then(|| Bytes::copy_from_slice(table))?
+        };
+        Some(Self {
+            theirs,
+            ours,
+            last_stream,
+            receive_window,
+            send_window,
+            header_table,
+            streams: Vec::new(),
+        })
     }
 }
 
@@ -178,18 +184,22 @@ mod tests {
     proptest! {
         #[test]
         fn decode_returns_what_encode_was_given_and_refuses_truncated_bytes(
-            theirs in settings(), ours in settings(), last_stream in 0..=STREAM_LIMIT,
+            theirs in settings(), ours in settings(), last_stream in (0..=STREAM_LIMIT / 2).prop_map(|half| if half == 0 { 0 } else { half * 2 - 1 }),
             receive_window in -WINDOW_LIMIT..=WINDOW_LIMIT, send_window in -WINDOW_LIMIT..=WINDOW_LIMIT,
-            is_empty: bool, more: Vec<u8>,
+            header_table in prop::collection::vec(any::<u8>(), 0..600), more: Vec<u8>,
         ) {
-            let table = if is_empty { Table::Empty } else { Table::Unknown };
+            let header_table = Bytes::from(header_table);
             let streams = Vec::new();
-            let state = Http2State { theirs, ours, last_stream, receive_window, send_window, table, streams };
+            let state = Http2State { theirs, ours, last_stream, receive_window, send_window, header_table, streams };
             let bytes = state.encode();
-            prop_assert_eq!(Http2State::decode(&[&bytes[..], &more].concat()), Some(state));
-            for cut in 0..bytes.len() {
+            prop_assert_eq!(Http2State::decode(&[&bytes[..], &more].concat()), Some(state.clone()));
+            // Without the header table it is the state of an earlier release.
+            let earlier = bytes.len() - 2 - state.header_table.len();
+            for cut in (0..bytes.len()).filter(|cut| *cut != earlier) {
                 prop_assert_eq!(Http2State::decode(&bytes[..cut]), None);
             }
+            let state = Http2State { header_table: Bytes::new(), ..state };
+            prop_assert_eq!(Http2State::decode(&bytes[..earlier]), Some(state));
         }
     }
 

@@ -105,7 +105,7 @@ fn connection_with_a_certificate_closes_gracefully_before_a_release_that_would_n
     let container = &partners.container;
     let newer = tempfile::NamedTempFile::new().expect("the file is created");
     std::fs::copy(container.binary(), newer.path()).expect("the binary is copied");
-    let older = release_without(container, &["takes-client-certificates"]);
+    let older = release_without(container, &["takes-header-tables-and-client-certificates"]);
     for verb in ["restart", "reload"] {
         container.replace_binary(newer.path()).expect("the binary is replaced");
         container.systemctl("restart").expect("the restart succeeds");

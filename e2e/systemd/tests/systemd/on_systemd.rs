@@ -56,6 +56,7 @@ on_each_systemd_and_unstable! {
     restarts_under_http2_over_tls_close_no_connection
     reloads_under_https_and_http2_close_no_connection
     release_that_adopts_only_http1_receives_only_http1_connections
+    release_without_header_tables_receives_no_http2_connections
     session_ticket_of_the_previous_process_is_accepted
     renewed_certificate_is_used_after_a_restart_with_credentials
     renewed_certificate_is_used_after_a_reload_with_files
@@ -942,33 +943,50 @@ pub fn release_without(container: &Container, texts: &[&str]) -> tempfile::Named
     release
 }
 
-/// The library looks for a certain text in the binary of the next release to see whether it adopts HTTP/2 and TLS
-/// connections. An older release does not contain it, so it must receive only HTTP/1.1 without TLS.
+/// The library looks for certain texts in the binary of the next release to see which connections it adopts. An older
+/// release does not contain the one for HTTP/2 and TLS connections, so it must receive only HTTP/1.1 without TLS.
 fn release_that_adopts_only_http1_receives_only_http1_connections(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let (https1, https2) = (
-        https(certificate.client(&["http/1.1"]).expect("the client configuration is valid")),
-        https(certificate.client(&["h2"]).expect("the client configuration is valid")),
-    );
-    let older = release_without(&container, &["takes-http2-and-tls"]);
+    let [plain, https1, https2] = targets(&certificate);
+    let closed = [Load::http2(&https2), Load::paced(&https1), Load::http2(&plain)];
+    replace_by_an_older_release(&container, "takes-http2-and-tls", &[Load::saturating(&plain)], &closed);
+}
+
+/// Such a release permits HTTP/2 clients no header table, and could not read the requests of a client that has one.
+fn release_without_header_tables_receives_no_http2_connections(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let [plain, https1, https2] = targets(&certificate);
+    let moving = [Load::saturating(&plain), Load::paced(&https1)];
+    let closed = [Load::http2(&https2), Load::http2(&plain)];
+    replace_by_an_older_release(&container, "takes-header-tables-and-client-certificates", &moving, &closed);
+}
+
+/// The service without TLS, and with TLS for HTTP/1.1 and HTTP/2.
+fn targets(certificate: &Certificate) -> [Target; 3] {
+    let client = |protocol| certificate.client(&[protocol]).expect("the client configuration is valid");
+    [Container::target(), https(client("http/1.1")), https(client("h2"))]
+}
+
+/// Replaces the service by a release whose binary does not contain `text`, and by the present one, in turns. The
+/// connections of `moving` have to stay, and those of `closed` to be closed gracefully.
+fn replace_by_an_older_release(container: &Container, text: &str, moving: &[Load], closed: &[Load]) {
+    let older = release_without(container, &[text]);
     let newer = std::path::Path::new(app_binary());
     for verb in ["reload", "restart"] {
-        let moving = Load { clients: 5, ..Load::saturating(&Container::target()) }.start(container.enter());
-        let closed = [
-            Load { clients: 5, ..Load::http2(&https2) },
-            Load { clients: 5, ..Load::paced(&https1) },
-            Load { clients: 5, ..Load::http2(&Container::target()) },
-        ];
-        let closed = closed.map(|load| load.start(container.enter()));
+        let start = |load: &Load| Load { clients: 5, ..load.clone() }.start(container.enter());
+        let [moving, closed] = [moving, closed].map(|loads| loads.iter().map(start).collect::<Vec<_>>());
         for number in 0..iterations() / 2 {
             container
                 .replace_binary(if number % 2 == 0 { older.path() } else { newer })
                 .expect("the binary is replaced");
             container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
         }
-        let report = moving.stop();
-        assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
+        for load in moving {
+            let report = load.stop();
+            assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
+        }
         for load in closed {
             let report = load.stop();
             eprintln!("{verb}: {report}");

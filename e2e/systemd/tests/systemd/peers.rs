@@ -83,6 +83,43 @@ fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
     );
 }
 
+/// HAProxy keeps a header table whatever the service announces, and refers to it in each request.
+#[test]
+fn haproxy_in_front_over_http2_loses_nothing_and_keeps_its_connection() {
+    run_behind_http2_proxy(&boot(), 8080, "proto h2");
+}
+
+#[test]
+fn haproxy_in_front_over_http2_and_tls_loses_nothing_and_keeps_its_connection() {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    run_behind_http2_proxy(&container, 8443, "ssl verify none alpn h2");
+}
+
+fn run_behind_http2_proxy(container: &Container, port: u16, options: &str) {
+    run_behind_proxy_in(
+        container,
+        &["haproxy", "-db", "-f", "/run/peer"],
+        &format!(
+            "global
+             nbthread 1
+         defaults
+             mode http
+             retries 0
+             http-reuse always
+             timeout connect 60s
+             timeout client 60s
+             timeout server 60s
+         listen front
+             bind 127.0.0.1:8000
+             http-request set-header x-number %[rand]
+             server service 127.0.0.1:{port} {options} pool-purge-delay 1h"
+        ),
+        Load::post,
+        Pool { port, connections: 1 },
+    );
+}
+
 #[test]
 fn apache_in_front_loses_nothing_and_keeps_its_connections() {
     // One process, because each process has its own pool.
@@ -146,33 +183,49 @@ fn caddy_in_front_loses_nothing_and_keeps_its_connections() {
 /// Runs a proxy between the service and two loads, a paced blind one and `second`. Asserts that no request is lost, and
 /// that no connection is closed, reset or opened besides those of the clients.
 fn run_behind_proxy(command: &[&str], config: &str, second: fn(&Target) -> Load) {
-    let container = boot();
+    run_behind_proxy_in(&boot(), command, config, second, Pool { port: 8080, connections: POOL });
+}
+
+/// The connections of a proxy to a port of the service, which it opens for [`POOL`] requests at once.
+#[derive(Clone, Copy)]
+struct Pool {
+    port: u16,
+    connections: usize,
+}
+
+fn run_behind_proxy_in(
+    container: &Container,
+    command: &[&str],
+    config: &str,
+    second: fn(&Target) -> Load,
+    pool: Pool,
+) {
     container.write("run/peer", &format!("{config}\n")).expect("the file is written");
-    start(&container, command);
+    start(container, command);
     let front = Target::Tcp(FRONT.into());
     wait_until(command[0], || {
         container.run(&["systemctl", "is-active", "peer"]).expect("the process runs");
         container.inside(|| async { Connection::open(&front).await.is_ok() })
     });
-    container.inside(|| async { fill_pool(&container, &front).await });
-    let before = Kernel::of(&container);
+    container.inside(|| async { fill_pool(container, &front, pool).await });
+    let before = Kernel::of(container, pool.port);
     let some = |load| Load { clients: POOL / 3, think: Duration::from_millis(20), ..load };
     let loads = [Load::paced_blind(&front), second(&front)].map(some);
     let clients = loads.iter().map(|load| load.clients as u64).sum::<u64>();
     let loads = loads.map(|load| load.start(container.enter()));
-    restart_and_reload(&container);
+    restart_and_reload(container);
     for load in loads {
         let report = load.stop();
         eprintln!("{}: {report}", command[0]);
         assert!(report.answered > u64::from(iterations()), "the load was too small: {report}");
         assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
     }
-    assert_eq!(Kernel::of(&container), Kernel { accepted: before.accepted + clients, ..before });
+    assert_eq!(Kernel::of(container, pool.port), Kernel { accepted: before.accepted + clients, ..before });
 }
 
-/// Sends slow requests at the same time until the proxy has [`POOL`] connections to the service.
-async fn fill_pool(container: &Container, front: &Target) {
-    while Kernel::of(container).connections.len() < POOL {
+/// Sends [`POOL`] slow requests at the same time until the proxy has all connections of the pool.
+async fn fill_pool(container: &Container, front: &Target, pool: Pool) {
+    while Kernel::of(container, pool.port).connections.len() < pool.connections {
         let mut waiting = Vec::new();
         for _ in 0..POOL {
             let mut connection = Connection::open(front).await.expect("the proxy listens");
@@ -322,7 +375,7 @@ fn run_requests(call: &str, engine: Engine) {
         loop {
             let (report, waiting) = script.report().await;
             assert_eq!(report, "connected");
-            let has_all = Kernel::of(&container).connections.len() == CONNECTIONS;
+            let has_all = Kernel::of(&container, 8080).connections.len() == CONNECTIONS;
             answer(waiting, if has_all { "" } else { "again" }).await;
             if has_all {
                 break;
@@ -330,10 +383,10 @@ fn run_requests(call: &str, engine: Engine) {
         }
         let (report, waiting) = script.report().await;
         assert_eq!(report, "asking");
-        let before = Kernel::of(&container);
+        let before = Kernel::of(&container, 8080);
         assert_eq!(before.connections.len(), CONNECTIONS);
         restart_and_reload(&container);
-        assert_eq!(Kernel::of(&container), before);
+        assert_eq!(Kernel::of(&container, 8080), before);
         answer(waiting, "").await;
         let (counts, waiting) = script.report().await;
         answer(waiting, "").await;
@@ -459,8 +512,9 @@ struct Kernel {
 }
 
 impl Kernel {
-    fn of(container: &Container) -> Self {
-        let connections = third_party_clients::connections(container, 8080).into_iter().collect();
+    /// `port`: that of the service to which the connections lead.
+    fn of(container: &Container, port: u16) -> Self {
+        let connections = third_party_clients::connections(container, port).into_iter().collect();
         let all = container.run(&["cat", "/proc/net/snmp"]).expect("the counters are readable");
         let mut rows = all.lines().filter_map(|line| line.strip_prefix("Tcp: "));
         let [names, values] =

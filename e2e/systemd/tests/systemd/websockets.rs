@@ -358,7 +358,14 @@ fn websocket_is_closed_with_1012_by_systemctl_stop(systemd: Systemd) {
 fn websocket_is_closed_with_1012_before_a_release_that_cannot_adopt_it(systemd: Systemd) {
     let container = Container::boot(systemd, app_package()).expect("the container boots");
     // Event streams over HTTP/2 came later.
-    let older = release_without(&container, &["takes-upgraded-connections", "takes-http2-event-streams"]);
+    let older = release_without(
+        &container,
+        &[
+            "takes-upgraded-connections",
+            "takes-http2-event-streams",
+            "takes-header-tables-and-client-certificates",
+        ],
+    );
     for verb in ["restart", "reload"] {
         container.replace_binary(Path::new(app_binary())).expect("the binary is replaced");
         container.systemctl("restart").expect("the restart succeeds");

@@ -167,6 +167,16 @@ impl EndlessStreams {
         lock(&self.0).streams.iter().all(has_stopped)
     }
 
+    /// The header blocks with which another process would continue the streams that have stopped, in the order of the
+    /// streams.
+    pub fn stopped_blocks(&self) -> Vec<Bytes> {
+        let block = |stream: &EndlessStream| match &stream.response {
+            Response::Stopped(continuation) => Some(continuation.block.clone()),
+            Response::Unrequested(_) | Response::Awaited | Response::Open => None,
+        };
+        lock(&self.0).streams.iter().filter_map(block).collect()
+    }
+
     /// The streams that have stopped, for another process.
     pub fn take_stopped(&self) -> Vec<StreamReplay> {
         let streams = std::mem::take(&mut lock(&self.0).streams);

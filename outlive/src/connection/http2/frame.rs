@@ -52,34 +52,6 @@ impl Head {
         self.flags & flag != 0
     }
 
-    /// Whether the header block in `payload` begins with a dynamic table size update (RFC 7541 section 6.3).
-    pub fn sets_table_size(self, payload: &[u8]) -> bool {
-        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
-        payload.get(before).is_some_and(|first| first & 0xe0 == 0x20)
-    }
-
-    /// Whether the header block in `payload` begins with a dynamic table size update to zero. Of several updates the
-    /// last one counts (RFC 7541 section 4.2). None if it does not begin with an update.
-    pub fn empties_table(self, payload: &[u8]) -> Option<bool> {
-        /// An integer that does not fit into the 5 bits of the first byte continues in bytes of which all but the last
-        /// have this bit (RFC 7541 section 5.1).
-        const MORE: u8 = 0x80;
-        let before = usize::from(self.has(PADDED)) + 5 * usize::from(self.has(WITH_PRIORITY));
-        let mut bytes = payload.get(before..)?;
-        let mut is_empty = None;
-        while let Some((first, mut rest)) = bytes.split_first()
-            && first & 0xe0 == 0x20
-        {
-            if first & 0x1f == 0x1f {
-                let length = rest.iter().take_while(|byte| *byte & MORE != 0).count() + 1;
-                rest = rest.get(length..).unwrap_or_default();
-            }
-            is_empty = Some(*first == 0x20);
-            bytes = rest;
-        }
-        is_empty
-    }
-
     /// The header block in the payload of HEADERS. None if the frame is something else, or is padded, or CONTINUATION
     /// follows.
     pub fn whole_block(self, payload: &[u8]) -> Option<&[u8]> {
@@ -160,17 +132,16 @@ pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
     into.put_u32(NO_ERROR);
 }
 
-/// Appends a request whose headers count as `limit` bytes or more (RFC 9113 section 6.5.2). A server with this limit
-/// refuses it without calling a handler, and keeps no state of the stream, as it would of one that it resets.
-pub fn put_oversized_request(stream: u32, limit: u32, into: &mut BytesMut) {
+/// Appends a request that begins with the fields of `block`, and whose headers count as `limit` bytes or more (RFC 9113
+/// section 6.5.2). A server with this limit refuses it without calling a handler, and keeps no state of the stream, as it
+/// would of one that it resets.
+pub fn put_oversized_request(stream: u32, block: &[u8], limit: u32, into: &mut BytesMut) {
     // `accept-encoding: gzip, deflate` by its index in the static table (RFC 7541 appendix A).
     const FIELD: u8 = 0x80 | 16;
     const FIELD_SIZE: usize = 15 + 13 + 32;
-    /// A dynamic table size update to 0, which the server's `SETTINGS_HEADER_TABLE_SIZE=0` demands.
-    const NO_TABLE: u8 = 0x20;
     let fields = limit as usize / FIELD_SIZE + 1;
-    Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, 1 + fields) }.put(into);
-    into.put_u8(NO_TABLE);
+    Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, block.len() + fields) }.put(into);
+    into.put_slice(block);
     into.put_bytes(FIELD, fields);
 }
 

@@ -10,6 +10,8 @@ mod endless;
 pub(super) mod frame;
 mod grpc;
 mod header_block;
+#[cfg(test)]
+mod header_model;
 mod header_table;
 mod interposer;
 #[cfg(test)]
@@ -35,7 +37,7 @@ use tracing::{debug, warn};
 use super::exchange::Service;
 use super::io::{Io, Parts};
 use crate::registry::{DriverHandle, Phase, Stage};
-use crate::transport::http2_state::Http2State;
+use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, Http2State};
 pub(super) use endless::{Begun, BodyTurn, EndlessStreams};
 pub(super) use grpc::{EndingCall, KeptBody, Messages};
 pub(super) use header_block::STREAM_FIELD;
@@ -98,7 +100,14 @@ pub(super) async fn drive(
     handle: &DriverHandle,
     quiesce_limit: Duration,
 ) -> Http2Outcome {
-    let interposer = state.map_or_else(Interposer::new, Interposer::resume);
+    let interposer = match state.map(Interposer::resume) {
+        None => Interposer::new(),
+        Some(Ok(interposer)) => interposer,
+        Some(Err(_)) => {
+            warn!(peer = %handle.peer(), "closed an HTTP/2 connection of the previous process: its header table is invalid");
+            return Http2Outcome::Closed;
+        }
+    };
     let service = service.with_streams(interposer.endless());
     let replay_deadline = interposer.is_replaying().then(|| Box::pin(sleep(REPLAY_LIMIT)));
     let relay = Relay::new(io, interposer);
@@ -144,7 +153,8 @@ fn serve_connection(relay: Relay, service: Service) -> HyperConnection {
         .initial_connection_window_size(WINDOW)
         .initial_stream_window_size(WINDOW)
         .max_header_list_size(HEADER_LIST_LIMIT)
-        .header_table_size(0) // a table of the decoder could not be handed over
+        // The size at the beginning. It is announced because an earlier release may have announced another one.
+        .header_table_size(FIRST_HEADER_TABLE_SIZE)
         .serve_connection(TokioIo::new(relay), service)
 }
 
@@ -199,7 +209,7 @@ impl Driver<'_> {
     fn cannot_move(&self, phase: Phase) -> bool {
         let is_stopping = phase != Phase::Serving;
         if is_stopping
-            && (self.handle.keeps_state()
+            && (self.handle.keeps_http2()
                 || self.relay.with(|interposer| interposer.is_immovable()) == Some(true))
         {
             return true;
@@ -295,7 +305,7 @@ impl Quiescer {
         if !phase.quiesces() || !handle.state().is_movable() {
             return self.park_or_release(handle, relay);
         }
-        if handle.keeps_state() {
+        if handle.keeps_http2() {
             // Both the flag and the phase may have been set after `Driver::cannot_move`, which now runs again. Without
             // this check the connection would go to a process that does not adopt HTTP/2.
             self.now = Attempt::None;

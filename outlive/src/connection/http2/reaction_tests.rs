@@ -44,6 +44,8 @@ const FRAME_SIZE_ERROR: u32 = 6;
 /// Header blocks; the indices are those of the static table (RFC 7541 appendix A).
 const GET: &[u8] = b"\x82\x86\x84\x41\x01x";
 const POST: &[u8] = b"\x83\x86\x84\x41\x01x";
+/// The same as GET, with a reference to the field that GET has entered into the header table.
+const GET_AGAIN: &[u8] = b"\x82\x86\x84\xbe";
 /// A POST to a handler that neither reads nor answers.
 const POST_STALLED: &[u8] = b"\x83\x86\x04\x06/stall\x41\x01x";
 
@@ -104,8 +106,8 @@ struct Client {
 }
 
 impl Client {
-    /// A connection on which streams 1 and 3 have been answered.
-    async fn open(served: &Served, certificate: Option<&Certificate>) -> Self {
+    /// A connection on which streams 1 and 3 have been answered. `second` is the request on stream 3.
+    async fn open(served: &Served, certificate: Option<&Certificate>, second: &[u8]) -> Self {
         let stream = TcpStream::connect(served.address).await.expect("the server accepts");
         let wire: Box<dyn Wire> = match certificate {
             None => Box::new(stream),
@@ -120,10 +122,10 @@ impl Client {
         let mut client = Self { wire };
         client.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await;
         client.wait_until(|head| head.frame_type == SETTINGS && !head.has(ACK)).await;
-        let first = frame(HEADERS, ENDS, 1, &[b"\x20", GET].concat());
+        let first = frame(HEADERS, ENDS, 1, GET);
         client.send(&[frame(SETTINGS, ACK, 0, &[]), first].concat()).await;
         client.wait_until(|head| head.stream == 1 && head.has(END_STREAM)).await;
-        client.send(&frame(HEADERS, ENDS, 3, GET)).await;
+        client.send(&frame(HEADERS, ENDS, 3, second)).await;
         client.wait_until(|head| head.stream == 3 && head.has(END_STREAM)).await;
         // When the server answers this, it has dropped its state of the streams.
         client.send(&frame(PING, 0, 0, b"finished")).await;
@@ -208,14 +210,25 @@ const BATCH: usize = 50;
 
 /// The reactions to `probes`, each on a connection of its own that has been handed over `moves` times.
 async fn reactions(probes: &[Vec<u8>], certificate: Option<&Certificate>, moves: usize) -> Vec<Reaction> {
+    reactions_after(GET_AGAIN, probes, certificate, moves).await
+}
+
+/// As [`reactions`], with this request on stream 3.
+async fn reactions_after(
+    second: &[u8],
+    probes: &[Vec<u8>],
+    certificate: Option<&Certificate>,
+    moves: usize,
+) -> Vec<Reaction> {
     let mut all = Vec::new();
     for batch in probes.chunks(BATCH) {
-        all.extend(batch_reactions(batch, certificate, moves).await);
+        all.extend(batch_reactions(second, batch, certificate, moves).await);
     }
     all
 }
 
 async fn batch_reactions(
+    second: &[u8],
     probes: &[Vec<u8>],
     certificate: Option<&Certificate>,
     moves: usize,
@@ -223,7 +236,7 @@ async fn batch_reactions(
     let mut served = serve_with(router(), tls_of(certificate)).await;
     let mut clients = Vec::new();
     for _ in probes {
-        clients.push(Client::open(&served, certificate).await);
+        clients.push(Client::open(&served, certificate, second).await);
     }
     for _ in 0..moves {
         let next = serve_with(router(), tls_of(certificate)).await;
@@ -547,6 +560,34 @@ async fn handed_over_http2_connection_reacts_to_each_frame_like_a_fresh_one_over
     assert_same_reactions(Some(&certificate)).await;
 }
 
+/// The second request enters a second `:authority`, so h2 receives the header table in a request that it resets. That is on
+/// stream 1. h2 ignores frames on a stream that it has reset, and reacts to all others as before.
+#[tokio::test(flavor = "multi_thread")]
+async fn handed_over_http2_connection_ignores_frames_on_one_old_stream_if_its_table_is_no_request() {
+    let is_answered = |reaction: &Reaction| reaction.answers.contains_key(&1);
+    let probes = [on_connection_frames(), on_old_streams(), requests(), on_other_streams()].concat();
+    let (about_1, others): (Vec<_>, Vec<_>) = probes
+        .into_iter()
+        .map(|(_, bytes, _)| bytes)
+        .partition(|bytes| heads(bytes).any(|head| head.stream == 1));
+    assert!(about_1.len() > 10 && others.len() > 30);
+    for moves in [1, 2] {
+        let fresh = reactions_after(GET, &others, None, 0).await;
+        assert_eq!(reactions_after(GET, &others, None, moves).await, fresh, "after {moves} handovers");
+        let moved = reactions_after(GET, &about_1, None, moves).await;
+        assert!(!moved.iter().any(is_answered), "{moved:?}");
+    }
+}
+
+/// The heads of whole frames.
+fn heads(mut bytes: &[u8]) -> impl Iterator<Item = Head> {
+    std::iter::from_fn(move || {
+        let head = Head::decode(*bytes.first_chunk()?);
+        bytes = bytes.get(HEAD_LENGTH + head.length..).unwrap_or_default();
+        Some(head)
+    })
+}
+
 /// The most that the buffers of the kernel and of h2 accept from a client that never reads, in bytes.
 const FLOOD_LIMIT: usize = 32 << 20;
 
@@ -571,9 +612,17 @@ async fn flood(mut client: Client, mut parts: impl FnMut() -> Vec<u8>) -> usize 
 #[tokio::test(flavor = "multi_thread")]
 async fn client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
     let certificate = Certificate::new().expect("openssl makes a certificate");
-    for (moves, certificate) in [(0, None), (1, None), (0, Some(&certificate)), (1, Some(&certificate))] {
+    let tls = Some(&certificate);
+    for (moves, second, certificate) in [
+        (0, GET_AGAIN, None),
+        (1, GET_AGAIN, None),
+        (1, GET, None),
+        (0, GET_AGAIN, tls),
+        (1, GET_AGAIN, tls),
+        (1, GET, tls),
+    ] {
         let mut served = serve_with(router(), tls_of(certificate)).await;
-        let client = Client::open(&served, certificate).await;
+        let client = Client::open(&served, certificate, second).await;
         for _ in 0..moves {
             let next = serve_with(router(), tls_of(certificate)).await;
             move_to(&next, served).await;
@@ -591,7 +640,7 @@ async fn client_that_sends_requests_with_a_closed_window_is_cut_off() {
     const GET_LARGE: &[u8] = b"\x82\x86\x04\x06/large\x41\x01x";
     const GET_HEADERS: &[u8] = b"\x82\x86\x04\x08/headers\x41\x01x";
     let served = serve_with(router(), None).await;
-    let mut client = Client::open(&served, None).await;
+    let mut client = Client::open(&served, None, GET_AGAIN).await;
     client.send(&frame(HEADERS, ENDS, 5, GET_LARGE)).await;
     client.wait_until(|head| head.stream == 5 && head.has(END_STREAM)).await;
     let next = serve_with(router(), None).await;
@@ -657,7 +706,7 @@ fn any_frame() -> impl Strategy<Value = Vec<u8>> {
 async fn stream_that_was_reset_before_it_began_stays_used_after_a_handover() {
     for moves in [0, 1] {
         let mut served = serve_with(router(), None).await;
-        let mut client = Client::open(&served, None).await;
+        let mut client = Client::open(&served, None, GET_AGAIN).await;
         client.send(&[priority(9, 9), frame(PING, 0, 0, b"finished")].concat()).await;
         while let Some((head, _)) = client.receive().await
             && head.frame_type != PING

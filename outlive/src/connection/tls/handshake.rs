@@ -99,7 +99,9 @@ async fn resume(
     }
     if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
-            FirstBytes::Quiescent if !driver.keeps_state() => {
+            FirstBytes::Quiescent
+                if !(driver.keeps_state() || connection.http2.is_some() && driver.keeps_http2()) =>
+            {
                 connection.tls = Some(session);
                 return ConnectionOutcome::Quiescent(connection, registration);
             }

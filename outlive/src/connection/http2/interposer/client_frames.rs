@@ -7,11 +7,8 @@ use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
 };
-use crate::connection::http2::header_block::{
-    STREAM_FIELD_LENGTH, may_have_endless_response, put_stream_field,
-};
-use crate::connection::http2::header_table::{Untraceable, independent};
-use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings, Table};
+use crate::connection::http2::header_block::{STREAM_FIELD_LENGTH, put_stream_field};
+use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings};
 
 impl Interposer {
     /// Whether the client's bytes may reach h2.
@@ -65,10 +62,9 @@ impl Interposer {
                         WINDOW_UPDATE if head.stream == 0 || self.maybe_endless.contains(&head.stream) => {
                             false
                         }
-                        HEADERS | CONTINUATION if self.client_table.is_some() => false,
                         _ => {
                             let payload = bytes.get(HEAD_LENGTH..HEAD_LENGTH + head.length);
-                            payload.is_some_and(|payload| endless_request(*head, payload).is_none())
+                            payload.is_some_and(|payload| !self.may_be_endless(*head, payload))
                         }
                     };
                     let Some((raw, head)) = head.filter(is_plain) else {
@@ -77,13 +73,13 @@ impl Interposer {
                     };
                     bytes = &bytes[HEAD_LENGTH..];
                     let payload = take(&mut { bytes }, head.length);
-                    self.note_table_size(head, payload);
-                    let disposition = self.on_client_frame(head, payload);
+                    let disposition = self.on_client_frame(head);
                     if disposition != Disposition::Forward {
                         self.begin_payload(raw, head, disposition);
                         self.receive(bytes);
                         return passed;
                     }
+                    self.follow_table(head, payload);
                     self.from_client = FrameParser::Payload(disposition, head.length);
                 }
                 FrameParser::Head(..) | FrameParser::Payload(..) | FrameParser::Whole(..) => {
@@ -136,7 +132,7 @@ impl Interposer {
             }
             return;
         }
-        let disposition = self.on_client_frame(head, &[]);
+        let disposition = self.on_client_frame(head);
         self.begin_payload(bytes, head, disposition);
     }
 
@@ -162,9 +158,8 @@ impl Interposer {
         self.release_held();
     }
 
-    /// Decides what to do with a frame of the client, and records what it changes. `payload` is complete, except for
-    /// DATA and for frames that are too long.
-    pub(super) fn on_client_frame(&mut self, head: Head, payload: &[u8]) -> Disposition {
+    /// Decides what to do with a frame of the client, and records what it changes.
+    pub(super) fn on_client_frame(&mut self, head: Head) -> Disposition {
         let Head { length, frame_type, stream, .. } = head;
         if let Some(disposition) = self.block {
             if frame_type != CONTINUATION {
@@ -176,11 +171,10 @@ impl Interposer {
             }
             return disposition;
         }
-        // Headers that were sent before the client acknowledged our settings may use the header table, so only this h2
-        // can decode them: they are not held.
-        let is_new = self.hold_state == HoldState::Holding
-            && stream > self.state.last_stream
-            && self.has_been_acknowledged();
+        let is_new = self.hold_state == HoldState::Holding && stream > self.state.last_stream;
+        // Header blocks have to be decoded in the order in which the client has sent them, because each one may refer to
+        // what the ones before have entered into the table.
+        let is_new = is_new || self.keep_order(head);
         let disposition = if is_new { Disposition::Hold } else { Disposition::Forward };
         match frame_type {
             DATA if !is_new => {
@@ -190,10 +184,6 @@ impl Interposer {
                 }
             }
             HEADERS => {
-                if !is_new && self.state.table == Table::Unknown && self.has_been_acknowledged() {
-                    self.state.table =
-                        if head.sets_table_size(payload) { Table::Empty } else { Table::InUse };
-                }
                 if !is_new {
                     self.begin_stream(stream);
                     if head.has(END_STREAM) {
@@ -222,21 +212,13 @@ impl Interposer {
         disposition
     }
 
-    /// Records the header table size that a client announces before it acknowledges our settings. The JDK's HttpClient
-    /// announces size 0 in its first headers. It does not repeat that after the acknowledgement, because the size does
-    /// not change (RFC 7541 section 4.2); without this record it would be taken for a client that uses its table.
-    pub(super) fn note_table_size(&mut self, head: Head, payload: &[u8]) {
-        if head.frame_type == HEADERS
-            && !self.has_been_acknowledged()
-            && let Some(is_empty) = head.empties_table(payload)
-        {
-            self.state.table = if is_empty { Table::Empty } else { Table::Unknown };
-        }
-    }
-
-    /// Whether the client has acknowledged our settings.
-    pub(super) fn has_been_acknowledged(&self) -> bool {
-        self.former > 0 || (self.unanswered.ours == 0 && self.state.ours != Settings::default())
+    /// Whether a frame has trailers of an older stream that follow held header blocks. They are held too, and the stream
+    /// cannot end, so all held frames have to be released.
+    fn keep_order(&mut self, head: Head) -> bool {
+        let is_overtaking =
+            self.hold_state == HoldState::Holding && head.frame_type == HEADERS && !self.held.is_empty();
+        self.must_release |= is_overtaking && head.stream <= self.state.last_stream;
+        is_overtaking
     }
 
     pub(super) fn begin_stream(&mut self, stream: u32) {
@@ -286,8 +268,11 @@ impl Interposer {
         let disposition = match head {
             // Inside a header block every frame except CONTINUATION is an error, which h2 must see unchanged.
             _ if self.block.is_some() => {
-                self.follow_table(head, &payload);
-                self.on_client_frame(head, &payload)
+                let disposition = self.on_client_frame(head);
+                if disposition == Disposition::Forward {
+                    self.follow_table(head, &payload);
+                }
+                disposition
             }
             Head { frame_type: WINDOW_UPDATE, stream: 0, length: 4, .. } => {
                 self.receive_grant(increment(&payload).expect("four bytes"));
@@ -326,14 +311,13 @@ impl Interposer {
                 }
             }
             _ => {
-                self.note_table_size(head, &payload);
                 let is_new = head.stream > self.state.last_stream;
-                let block = self.endless_block(head, &payload);
-                let disposition = self.on_client_frame(head, &payload);
-                if is_new
-                    && disposition == Disposition::Forward
-                    && self.state.last_stream == head.stream
-                    && let Some(block) = block
+                let disposition = self.on_client_frame(head);
+                let has_begun = is_new && self.state.last_stream == head.stream;
+                if disposition == Disposition::Forward
+                    && let Some(block) = self.follow_table(head, &payload)
+                    && has_begun
+                    && has_room_for_stream_field(head, &payload)
                 {
                     self.endless.begin(head.stream, block, self.initial_window());
                     self.maybe_endless.push(head.stream);
@@ -348,24 +332,19 @@ impl Interposer {
         self.release_held();
     }
 
-    /// The header block of a request whose response may have no end, encoded without references to a table. None for
-    /// any other frame. Also updates the copy of the client's table.
-    fn endless_block(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
-        if self.client_table.is_none() {
-            return endless_request(head, payload).and_then(independent);
-        }
-        let block = self.follow_table(head, payload)?;
-        let may_be_kept = whole_request(head, payload).is_some();
-        (may_be_kept && may_have_endless_response(&block, !head.has(END_STREAM))).then_some(block)
+    /// Whether a frame has the request of a stream whose response may have no end.
+    fn may_be_endless(&self, head: Head, payload: &[u8]) -> bool {
+        head.frame_type == HEADERS
+            && self.client_table.as_ref().is_some_and(|table| table.may_be_endless(head, payload))
     }
 
-    /// Returns the block that ends with this frame, encoded without references to the table. Updates the copy of the
-    /// table for every block, because h2 decodes even blocks of streams that it refuses.
+    /// Updates the copy of the client's table with a frame that h2 receives. h2 decodes even blocks of streams that it
+    /// refuses. Returns the fields of a request whose response may have no end.
     fn follow_table(&mut self, head: Head, payload: &[u8]) -> Option<Bytes> {
         let table =
             self.client_table.as_mut().filter(|_| matches!(head.frame_type, HEADERS | CONTINUATION))?;
         let followed = table.follow(head, payload);
-        if followed == Err(Untraceable) {
+        if followed.is_err() {
             self.client_table = None;
         }
         followed.ok().flatten()
@@ -373,10 +352,6 @@ impl Interposer {
 
     pub(super) fn receive_acknowledgement(&mut self) -> Disposition {
         self.unanswered.ours = self.unanswered.ours.saturating_sub(1);
-        if self.has_been_acknowledged() {
-            // The next header block empties the table. If it does not, the connection is immovable.
-            self.client_table = None;
-        }
         match self.unanswered.ours_in_its_name.checked_sub(1) {
             Some(left) => {
                 self.unanswered.ours_in_its_name = left;
@@ -400,14 +375,7 @@ impl Interposer {
     }
 }
 
-/// The header block of a request whose response may have no end. None if the frame is something else.
-fn endless_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
-    let has_body = !head.has(END_STREAM);
-    whole_request(head, payload).filter(|block| may_have_endless_response(block, has_body))
-}
-
-/// The header block of a request to which [`put_stream_field`] can append. None if the frame is something else.
-fn whole_request(head: Head, payload: &[u8]) -> Option<&[u8]> {
-    let has_room = payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT;
-    head.whole_block(payload).filter(|_| has_room)
+/// Whether [`put_stream_field`] can append to the header block in a frame.
+fn has_room_for_stream_field(head: Head, payload: &[u8]) -> bool {
+    head.whole_block(payload).is_some() && payload.len() + STREAM_FIELD_LENGTH <= FRAME_LIMIT
 }

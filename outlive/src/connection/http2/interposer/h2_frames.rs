@@ -120,14 +120,13 @@ impl Interposer {
                 ToldToH2::Settings => preamble.told = ToldToH2::All,
                 ToldToH2::All => return false,
             },
-            // This refuses the request on the last stream of the former process. Next h2 needs the client's settings.
-            HEADERS | RST_STREAM
-                if preamble.told == ToldToH2::FormerStreams && head.stream == self.former =>
-            {
-                if preamble.replays {
+            // This refuses a request on a stream of the former process. After the last one h2 needs the client's settings.
+            HEADERS | RST_STREAM if preamble.refused.contains(&head.stream) => {
+                preamble.refused.retain(|stream| *stream != head.stream);
+                if preamble.refused.is_empty() && preamble.replays {
                     // h2 has the client's settings already. `end_replay` adds the size of the table.
                     preamble.told = ToldToH2::All;
-                } else {
+                } else if preamble.refused.is_empty() {
                     preamble.told = ToldToH2::Settings;
                     let theirs = self.state.theirs.clone().or(HEADER_TABLE_SIZE, FIRST_HEADER_TABLE_SIZE);
                     put_settings(&theirs.payload(), &mut self.to_h2);

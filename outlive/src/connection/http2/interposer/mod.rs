@@ -11,41 +11,35 @@
 //!   WINDOW_UPDATE of h2 the client receives only the part that it is missing. If the client accepts less than the
 //!   65,535 bytes with which h2 starts, DATA beyond that waits in the interposer, and later grants of the client are
 //!   used for this debt first.
-//! - HPACK (RFC 7541): the decoder has no dynamic table, because of `SETTINGS_HEADER_TABLE_SIZE=0`. The connection of a
-//!   client that ignores this setting (Go before 1.20) is not handed over. Requests that the client sends before it has
-//!   received this setting may use a table; `header_table.rs` encodes those that are kept without references to it. The
-//!   encoder starts with an empty table, which is compatible with the client's older one: indices count from the newest
-//!   entry, and the oldest entry is evicted first.
+//! - HPACK (RFC 7541): the decoder needs the client's table. `header_table.rs` follows it, and h2 receives it as the fields
+//!   of a request that it refuses. The encoder starts with an empty table, which is compatible with the client's older
+//!   one: indices count from the newest entry, and the oldest entry is evicted first.
 //! - Streams: for a fresh h2 the streams of the former process would be idle, and most frames on idle streams are
 //!   connection errors. Therefore h2 first receives a request on the last of these streams, and refuses it. From then
 //!   on h2 knows that all of them are closed, and judges late frames on them as if it had served them. The interposer
 //!   judges no frames.
 //! - Responses without end: before that, h2 receives the requests of the streams that have stopped (`endless.rs`). The
 //!   client does not receive the heads of their responses, so the encoder must not enter them into its table: for h2 the
-//!   client's table has size 0 until all of them are there.
+//!   client's table has size 0 until all of them are there. If every stream of the connection is such a stream, none is
+//!   left for the request with the client's table. Their fields then enter the table of the decoder as they entered that
+//!   of the former one.
 //!
 //! `client_frames.rs` and `h2_frames.rs` handle the two directions, `quiesce.rs` decides when the connection can be
-//! handed over.
+//! handed over, and `resume.rs` writes what a fresh h2 receives.
 
 mod client_frames;
 mod h2_frames;
 mod quiesce;
+mod resume;
 
 use bytes::BytesMut;
 
-use super::HEADER_LIST_LIMIT;
 use super::endless::EndlessStreams;
-use super::frame::{
-    Disposition, END_HEADERS, END_STREAM, FrameParser, HEADERS, Head, put_oversized_request, put_settings,
-    put_window_update,
-};
-use super::header_block::put_stream_field;
+use super::frame::{Disposition, FrameParser};
 use super::header_table::ClientTable;
 use crate::connection::PREFACE;
-use crate::transport::http2_state::{
-    FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, INITIAL_WINDOW_SIZE, Settings,
-};
-use crate::transport::stream_replay::{StreamKind, StreamReplay};
+use crate::transport::http2_state::{FIRST_WINDOW, Http2State, INITIAL_WINDOW_SIZE};
+use crate::transport::stream_replay::StreamKind;
 
 /// If a client sends more than this while new streams are held, in bytes, they are released.
 const HELD_LIMIT: usize = 1280 * 1024;
@@ -67,8 +61,6 @@ const PING_LENGTH: usize = 8;
 /// One HTTP/2 connection between its client and h2. It performs no IO; `relay.rs` does that.
 pub struct Interposer {
     state: Http2State,
-    /// Streams up to this one were served by a former process.
-    former: u32,
     /// The open streams of this process, in ascending order, and which of their sides have ended.
     open: Vec<(u32, Ended)>,
     /// The open streams whose responses may have no end.
@@ -76,8 +68,7 @@ pub struct Interposer {
     /// Their numbers, so that frames of other streams need no lock.
     maybe_endless: Vec<u32>,
     replays: Replays,
-    /// The client's header table. None when the client has acknowledged that it has none, or if it is not known. Requests
-    /// that refer to it are not kept then.
+    /// The client's header table. None if it is not known, because h2 has refused a header block.
     client_table: Option<ClientTable>,
     /// How many bytes of the preface the client has not sent.
     preface_left: usize,
@@ -88,6 +79,8 @@ pub struct Interposer {
     hold_state: HoldState,
     /// Frames of the client on new streams, while these are held.
     held: BytesMut,
+    /// Whether the held frames have to be released, because an older stream cannot end before them.
+    must_release: bool,
     to_h2: BytesMut,
     /// Frames for h2 that must not interrupt a frame of the client.
     between_frames: BytesMut,
@@ -156,6 +149,8 @@ struct Preamble {
     has_sent_settings: bool,
     has_sent_window: bool,
     told: ToldToH2,
+    /// The requests that h2 has not refused yet.
+    refused: Vec<u32>,
     /// Whether h2 has received requests of the former process. Then it has received the client's settings before.
     replays: bool,
 }
@@ -163,9 +158,9 @@ struct Preamble {
 /// What a fresh h2 has received in the client's name.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum ToldToH2 {
-    /// Settings that disable the encoder's table, and a request on the last stream of the former process. The client
-    /// does not receive the refusal of that request. If h2 entered its headers into the table, the client's table would
-    /// differ from then on.
+    /// Settings that disable the encoder's table, and requests on streams of the former process that have ended. The client
+    /// does not receive the refusals of these requests. If h2 entered their headers into the table, the client's table
+    /// would differ from then on.
     FormerStreams,
     /// The client's settings.
     Settings,
@@ -193,7 +188,6 @@ impl Interposer {
     pub fn new() -> Self {
         Self {
             state: Http2State::default(),
-            former: 0,
             open: Vec::new(),
             endless: EndlessStreams::default(),
             maybe_endless: Vec::new(),
@@ -204,6 +198,7 @@ impl Interposer {
             block: None,
             hold_state: HoldState::Open,
             held: BytesMut::new(),
+            must_release: false,
             to_h2: BytesMut::new(),
             between_frames: BytesMut::new(),
             from_h2: FrameParser::START,
@@ -215,68 +210,6 @@ impl Interposer {
             unanswered: Unanswered::default(),
             is_ending: false,
         }
-    }
-
-    /// For a connection that continues with a fresh h2, after it was parked or handed over.
-    pub fn resume(mut state: Http2State) -> Self {
-        let former = state.last_stream;
-        let replays = std::mem::take(&mut state.streams);
-        let mut to_h2 = BytesMut::from(PREFACE);
-        let told = if former == 0 {
-            put_settings(&state.theirs.payload(), &mut to_h2);
-            ToldToH2::Settings
-        } else if let Some(last) = replays.last() {
-            put_settings(&state.theirs.clone().with(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
-            if last.stream == former { ToldToH2::Settings } else { ToldToH2::FormerStreams }
-        } else {
-            put_settings(&Settings::default().or(HEADER_TABLE_SIZE, 0).payload(), &mut to_h2);
-            ToldToH2::FormerStreams
-        };
-        let granted = state.send_window - FIRST_WINDOW;
-        let mut resumed = Self {
-            former,
-            state,
-            // A connection moves only after the client has acknowledged our settings.
-            client_table: None,
-            preface_left: 0,
-            to_h2,
-            preamble: Some(Preamble {
-                has_sent_settings: false,
-                has_sent_window: false,
-                told,
-                replays: !replays.is_empty(),
-            }),
-            debt: (-granted).max(0),
-            ..Self::new()
-        };
-        for replay in replays {
-            resumed.replay(replay);
-        }
-        if told == ToldToH2::FormerStreams {
-            put_oversized_request(former, HEADER_LIST_LIMIT, &mut resumed.to_h2);
-        }
-        if let Ok(granted @ 1..) = u32::try_from(granted) {
-            put_window_update(0, granted, &mut resumed.to_h2);
-        }
-        resumed
-    }
-
-    /// Gives h2 a request of the former process, whose response has no end.
-    fn replay(&mut self, replay: StreamReplay) {
-        let (stream, kind) = (replay.stream, replay.kind());
-        let mut block = BytesMut::from(&replay.block[..]);
-        put_stream_field(stream, &mut block);
-        Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, block.len()) }.put(&mut self.to_h2);
-        self.to_h2.extend_from_slice(&block);
-        let assumed = self.initial_window();
-        let missing = u32::try_from(replay.send_window - assumed).unwrap_or(0);
-        if missing > 0 {
-            put_window_update(stream, missing, &mut self.to_h2);
-        }
-        self.endless.resume(replay, assumed + i64::from(missing));
-        self.open.push((stream, Ended { client: true, h2: false }));
-        self.maybe_endless.push(stream);
-        self.replays.awaited.push((stream, kind));
     }
 
     /// The initial window of the client's streams, in bytes.

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::{HELD_BESIDE_UPLOADS, HELD_LIMIT, HoldState, Interposer, Unanswered, WAITING_LIMIT};
 use crate::connection::http2::frame::{Disposition, FrameParser, put_goaway};
-use crate::transport::http2_state::{Http2State, Table};
+use crate::transport::http2_state::Http2State;
 
 impl Interposer {
     /// Holds streams that begin from now on. See [`HoldState`].
@@ -25,14 +25,14 @@ impl Interposer {
         }
     }
 
-    /// Whether the connection can never be handed over: it is ending, or its client uses a header table.
+    /// Whether the connection can never be handed over: it is ending, or the header table of its client is not known.
     pub fn is_immovable(&self) -> bool {
-        self.is_ending || self.state.table == Table::InUse
+        self.is_ending || self.client_table.is_none()
     }
 
-    /// Whether the held frames exceed their limit and must be released.
+    /// Whether the held frames must be released: they exceed their limit, or an older stream cannot end before them.
     pub fn is_full(&self) -> bool {
-        self.hold_state == HoldState::Holding && self.held.len() > HELD_LIMIT
+        self.hold_state == HoldState::Holding && (self.held.len() > HELD_LIMIT || self.must_release)
     }
 
     /// Whether more bytes wait for a WINDOW_UPDATE than a well-behaved client lets accumulate.
@@ -66,6 +66,18 @@ impl Interposer {
                 .all(BytesMut::is_empty)
             && matches!(self.unanswered, Unanswered { ours: 0, theirs: 0, pings: 0, .. })
             && !self.is_immovable()
+            && self.can_restore_table()
+    }
+
+    /// Whether a fresh h2 can receive the client's header table: in a request on a stream that has ended, or with the
+    /// requests of the open ones (`resume.rs`).
+    fn can_restore_table(&self) -> bool {
+        let is_each_open = self.open.len() as u64 * 2 == u64::from(self.state.last_stream) + 1;
+        !is_each_open
+            || self
+                .client_table
+                .as_ref()
+                .is_some_and(|table| table.is_made_by(&self.endless.stopped_blocks()))
     }
 
     /// Whether no stream is open, except those whose response has no end and has stopped.
@@ -131,7 +143,9 @@ impl Interposer {
     pub fn into_state(self) -> (Http2State, Bytes) {
         let mut unread = self.held;
         unread.extend_from_slice(&self.from_client.buffered());
-        let state = Http2State { streams: self.endless.take_stopped(), ..self.state };
+        let streams = self.endless.take_stopped();
+        let header_table = self.client_table.map_or_else(Bytes::new, |table| table.pack());
+        let state = Http2State { header_table, streams, ..self.state };
         (state, unread.freeze())
     }
 
@@ -154,6 +168,7 @@ impl Interposer {
             return;
         }
         self.hold_state = HoldState::Open;
+        self.must_release = false;
         self.block = None;
         let held = std::mem::take(&mut self.held);
         let buffered = std::mem::replace(&mut self.from_client, FrameParser::START).buffered();
