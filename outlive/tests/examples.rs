@@ -14,7 +14,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 use testkit::client::{Connection, Target, get};
 use testkit::process::{Notifications, Process, terminate};
-use testkit::service::{Service, command, run_to_end};
+use testkit::service::{Service, Socket, command, run_to_end};
 use testkit::tls_service::TlsService;
 use testkit::{block_on, wait_until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -170,6 +170,32 @@ impl Device {
 /// The numbers from `first` to `last`, one in each line.
 fn numbers(first: u32, last: u32) -> String {
     (first..=last).map(|number| number.to_string()).collect::<Vec<_>>().join("\n") + "\n"
+}
+
+#[test]
+fn connection_of_a_named_socket_outlives_a_restart() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let file = format!("--file={}", folder.path().join("readings").display());
+    let sockets = [Socket::Tcp("lines"), Socket::Udp("readings")];
+    let service = Service::start_with_sockets(&example("ingest"), &[&file], &sockets, folder.path())
+        .expect("the service starts");
+    block_on(async {
+        let stream = TcpStream::connect(service.socket("lines")).await.expect("the service listens");
+        let mut device = Device { stream, lines: 0 };
+        device.sends(b"a\nb", 1).await;
+        service.signal(Signal::TERM);
+        let _next = service.restart(&example("ingest")).expect("the next process starts");
+        device.sends(b"\nc\n", 2).await;
+    });
+}
+
+#[test]
+fn start_without_a_socket_that_the_service_claims_fails_at_once_with_its_log() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let file = format!("--file={}", folder.path().join("readings").display());
+    let error = Service::start(&example("ingest"), &[&file]).err().expect("the service does not start");
+    let error = format!("{error:#}");
+    assert!(error.contains("exited before READY=1") && error.contains("\"lines\""), "{error}");
 }
 
 /// A client that reads no responses holds up the end of the old process. Until then only this process may read the port,

@@ -136,10 +136,25 @@ impl NamedSockets {
         }
         ensure!(
             !taken.is_empty(),
-            "no socket has this name: add a socket unit with FileDescriptorName={name} and restart the service, because \
-             systemd passes sockets at a start only; without systemd use --listen {name}=ADDR"
+            "no socket has this name{}: add a socket unit with FileDescriptorName={name} and restart the service, \
+             because systemd passes sockets at a start only; without systemd add --listen {name}=ADDR, and --listen \
+             ADDR for HTTP",
+            state.others()
         );
         Ok(taken)
+    }
+}
+
+impl State {
+    /// The names of the sockets that are not claimed, for an error: one of them may be misspelt.
+    fn others(&self) -> String {
+        let sockets = self.unclaimed.iter().map(|socket| socket.name.as_str());
+        let addresses = self.addresses.iter().map(|address| address.name().as_str());
+        let names: BTreeSet<_> = sockets.chain(addresses).collect();
+        if names.is_empty() {
+            return String::new();
+        }
+        format!(" (the others are {})", names.into_iter().collect::<Vec<_>>().join(" "))
     }
 }
 
@@ -379,6 +394,8 @@ mod tests {
             sockets(vec![socket("web", tcp()), socket("a", tcp())], &["c=127.0.0.1:0"], Purpose::Serve);
         sockets.claim("a", SocketKind::TcpListener).expect("it is a TCP listener");
         let error = error(sockets.finish());
+        let missing = self::error(sockets.claim("wep", SocketKind::TcpListener));
+        assert!(missing.contains("no socket has this name (the others are c web): add"), "{missing}");
         assert!(
             error.starts_with(
                 "this service does not use a socket with the name c web: expected one of admin http… https… a "

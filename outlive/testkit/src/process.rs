@@ -171,6 +171,27 @@ impl Notifications {
         self.wait_for_line(wanted, limit, |line| line.starts_with(wanted))
     }
 
+    /// Waits for READY=1. Returns false if `is_running` returns false before; fails after [`TEST_TIMEOUT`].
+    pub fn wait_for_ready(&mut self, mut is_running: impl FnMut() -> Result<bool>) -> Result<bool> {
+        const INTERVAL: Duration = Duration::from_millis(50);
+        let deadline = Instant::now() + TEST_TIMEOUT;
+        loop {
+            let was_running = is_running()?;
+            match self.messages.recv_timeout(INTERVAL) {
+                Ok(message) => self.note(message),
+                // A process that has exited sends no further message.
+                Err(_) if !was_running => return Ok(false),
+                Err(_) if Instant::now() >= deadline => {
+                    bail!("no READY=1 arrived within {TEST_TIMEOUT:?}, only {:?}", self.lines)
+                }
+                Err(_) => {}
+            }
+            if self.lines.iter().any(|line| line == "READY=1") {
+                return Ok(true);
+            }
+        }
+    }
+
     /// Waits for a STATUS= line that contains `wanted`, and returns it. The limit covers the whole wait, because a
     /// service that sends a status each second would otherwise extend it without end.
     pub fn wait_for_status(&mut self, wanted: &str) -> Result<String> {

@@ -1,27 +1,31 @@
-//! [`Service`]: the real binary without systemd. The test passes it a socket and is its service manager.
+//! [`Service`]: the real binary without systemd. The test passes it sockets and is its service manager.
 
 use std::io::Read;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, ExitStatus, Stdio};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
+use command_fds::{CommandFdExt, FdMapping};
 use rustix::net::{RecvFlags, recv};
 use rustix::process::Signal;
 
 use crate::client::{Connection, Target};
 use crate::process::{Notifications, Process};
 
-/// A running process of the binary on one socket. Dropping it kills the process.
+/// A running process of the binary. Dropping it kills the process.
 pub struct Service {
     process: Process,
     pub notifications: Notifications,
+    /// The socket of HTTP.
     pub target: Target,
     listener: OwnedFd,
-    /// The name of the socket.
+    /// The name of the socket of HTTP.
     name: &'static str,
+    others: Vec<NamedSocket>,
     flags: Vec<String>,
     variables: Vec<(String, String)>,
 }
@@ -65,6 +69,31 @@ impl Service {
         start.begin(listener, target, Vec::new(), Notifications::with_store()?)
     }
 
+    /// As `start_with_store`, with a takeover socket in `folder`, and with these sockets besides that of HTTP.
+    ///
+    /// ```no_run
+    /// # use testkit::service::{Service, Socket};
+    /// # fn main() -> anyhow::Result<()> {
+    /// let folder = tempfile::tempdir()?;
+    /// let sockets = [Socket::Tcp("lines"), Socket::Udp("readings")];
+    /// let service = Service::start_with_sockets("target/debug/app", &[], &sockets, folder.path())?;
+    /// let connection = std::net::TcpStream::connect(service.socket("lines"))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn start_with_sockets(
+        binary: &str,
+        flags: &[&str],
+        sockets: &[Socket<'_>],
+        folder: &Path,
+    ) -> Result<Self> {
+        let (listener, target) = tcp()?;
+        let variables = vec![("RUNTIME_DIRECTORY".into(), folder.to_string_lossy().into_owned())];
+        let others = sockets.iter().map(Socket::bind).collect::<Result<_>>()?;
+        let start = Start { variables, others, ..Start::new(binary, flags) };
+        start.begin(listener, target, Vec::new(), Notifications::with_store()?)
+    }
+
     /// As `start_with_store`, on a Unix socket.
     pub fn start_on_path(binary: &str, path: &Path) -> Result<Self> {
         let listener = UnixListener::bind(path)?.into();
@@ -90,6 +119,7 @@ impl Service {
         let mut start = Start::new(binary, &flags);
         start.variables = self.variables;
         start.name = self.name;
+        start.others = self.others;
         start.begin(self.listener, self.target, stored, Notifications::with_store()?)
     }
 
@@ -102,6 +132,17 @@ impl Service {
         notifications: Notifications,
     ) -> Result<Self> {
         Start::new(binary, flags).begin(listener, target, stored, notifications)
+    }
+
+    /// Waits for READY=1. Fails at once if the process exits before, with what it has logged.
+    fn wait_until_ready(&mut self) -> Result<()> {
+        let process = &mut self.process;
+        let is_running = || Ok(!process.ends_within(Duration::ZERO)?);
+        if self.notifications.wait_for_ready(is_running)? {
+            return Ok(());
+        }
+        let status = self.process.wait()?;
+        bail!("the service exited before READY=1: {status}: {}", read_all(self.process.child().stderr.take()))
     }
 
     pub fn pid(&self) -> i32 {
@@ -117,6 +158,12 @@ impl Service {
             Target::Tcp(address) => address,
             _ => panic!("this service does not listen on TCP"),
         }
+    }
+
+    /// The address of a socket besides that of HTTP.
+    pub fn socket(&self, name: &str) -> SocketAddr {
+        let socket = self.others.iter().find(|socket| socket.name == name);
+        socket.unwrap_or_else(|| panic!("the service has no socket named {name}")).address
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -139,9 +186,42 @@ impl Service {
     }
 }
 
+/// A socket of an application, by its name (`FileDescriptorName=`).
+#[derive(Clone, Copy, Debug)]
+pub enum Socket<'a> {
+    /// A listener.
+    Tcp(&'a str),
+    Udp(&'a str),
+}
+
+struct NamedSocket {
+    name: String,
+    address: SocketAddr,
+    fd: OwnedFd,
+}
+
+impl Socket<'_> {
+    /// Binds it to a free port of the loopback address.
+    fn bind(&self) -> Result<NamedSocket> {
+        const ANY_PORT: &str = "127.0.0.1:0";
+        let (name, address, fd) = match *self {
+            Self::Tcp(name) => {
+                let listener = TcpListener::bind(ANY_PORT)?;
+                (name, listener.local_addr()?, listener.into())
+            }
+            Self::Udp(name) => {
+                let socket = UdpSocket::bind(ANY_PORT)?;
+                (name, socket.local_addr()?, socket.into())
+            }
+        };
+        Ok(NamedSocket { name: name.to_owned(), address, fd })
+    }
+}
+
 struct Start {
     command: Command,
     name: &'static str,
+    others: Vec<NamedSocket>,
     flags: Vec<String>,
     variables: Vec<(String, String)>,
 }
@@ -149,11 +229,12 @@ struct Start {
 impl Start {
     fn new(binary: &str, flags: &[&str]) -> Self {
         let flags_of_next = flags.iter().map(ToString::to_string).collect();
-        Self { command: command(binary, flags), name: "http", flags: flags_of_next, variables: Vec::new() }
+        let (others, variables) = (Vec::new(), Vec::new());
+        Self { command: command(binary, flags), name: "http", others, flags: flags_of_next, variables }
     }
 
-    /// Passes the socket as standard input and a channel as standard output, because a `Command` of
-    /// std passes no other file descriptors. `LISTEN_FDS_FIRST_FD=0` tells listenfd where they begin.
+    /// Passes the sockets and the channels in the order of `LISTEN_FDNAMES` (sd_listen_fds(3)), without `LISTEN_PID`, because
+    /// the pid is not known before the process starts.
     fn begin(
         mut self,
         listener: OwnedFd,
@@ -161,21 +242,28 @@ impl Start {
         stored: Vec<OwnedFd>,
         notifications: Notifications,
     ) -> Result<Service> {
-        ensure!(stored.len() <= 1, "at most one channel can be passed: {stored:?}");
+        const FIRST: i32 = 3;
+        let others = self.others.iter().map(|socket| (socket.name.as_str(), &socket.fd));
+        let channels = stored.iter().map(|channel| ("connections", channel));
+        let passed: Vec<_> = std::iter::once((self.name, &listener)).chain(others).chain(channels).collect();
+        let names = passed.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(":");
+        let fds = passed
+            .iter()
+            .zip(FIRST..)
+            .map(|((_, fd), child_fd)| Ok(FdMapping { parent_fd: fd.try_clone()?, child_fd }));
+        let fds = fds.collect::<Result<Vec<_>>>()?;
         self.command
             .envs(self.variables.iter().cloned())
-            .env("LISTEN_FDS", (1 + stored.len()).to_string())
-            .env("LISTEN_FDNAMES", format!("{}{}", self.name, ["", ":connections"][stored.len()]))
-            .env("LISTEN_FDS_FIRST_FD", "0")
-            .stdin(listener.try_clone()?);
+            .env("LISTEN_FDS", passed.len().to_string())
+            .env("LISTEN_FDNAMES", names)
+            .fd_mappings(fds)?;
         notifications.announce(&mut self.command);
-        for channel in stored {
-            self.command.stdout(channel);
-        }
+        drop(stored);
         let process = Process::spawn(&mut self.command)?;
-        let Self { name, flags, variables, .. } = self;
-        let mut service = Service { process, notifications, target, listener, name, flags, variables };
-        service.notifications.wait_for("READY=1")?;
+        let Self { name, others, flags, variables, command: _ } = self;
+        let mut service =
+            Service { process, notifications, target, listener, name, others, flags, variables };
+        service.wait_until_ready()?;
         Ok(service)
     }
 }
