@@ -7,7 +7,7 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::{Json, Router};
 use maud::{DOCTYPE, Markup, html};
-use outlive::Setup;
+use outlive::{ClientCertificate, Setup};
 use rand::distr::{Alphanumeric, SampleString};
 use serde::{Deserialize, Serialize};
 use sqlx::postgres::PgConnectOptions;
@@ -18,7 +18,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::clicks::Clicks;
-use crate::store::{self, Store};
+use crate::store::{self, Link, Store};
 use crate::{api, ingest};
 
 /// Number of letters and digits of a code that the service chooses.
@@ -79,7 +79,7 @@ pub async fn execute(command: Command, config: Config, _: &mut Setup) -> anyhow:
 fn routes(app: App) -> Router {
     let (routes, document) = OpenApiRouter::with_openapi(api::Document::openapi())
         .routes(routes!(page))
-        .routes(routes!(add))
+        .routes(routes!(list, add))
         .routes(routes!(follow))
         .split_for_parts();
     routes.merge(api::routes(&document)).layer(CompressionLayer::new()).with_state(app)
@@ -115,6 +115,17 @@ async fn page(State(app): State<App>) -> Result<Markup, Refusal> {
             }
         }
     })
+}
+
+/// The links that were followed most, for partners
+#[utoipa::path(get, path = "/links", responses(
+    (status = 200, body = [Link]),
+    (status = 403, description = "The client has presented no certificate"),
+    (status = 503, description = "The database is not available"),
+))]
+async fn list(partner: ClientCertificate, State(app): State<App>) -> Result<Json<Vec<Link>>, Refusal> {
+    tracing::info!(partner = partner.common_name(), "a partner reads the links");
+    Ok(Json(app.store.most_followed().await?))
 }
 
 #[derive(Deserialize, ToSchema)]

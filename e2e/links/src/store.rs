@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use anyhow::{Context, ensure};
+use serde::Serialize;
 use sqlx::migrate::Migrator;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
+use utoipa::ToSchema;
 
 use crate::clicks::Counts;
 
@@ -22,6 +24,7 @@ pub struct Store {
 }
 
 /// A link, and the number of its clicks.
+#[derive(Serialize, ToSchema)]
 pub struct Link {
     pub code: String,
     pub url: String,

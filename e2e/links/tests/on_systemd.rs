@@ -6,6 +6,7 @@ mod collector;
 use std::collections::BTreeSet;
 
 use serde_json::Value;
+use testkit::certificate::{Authority, Certificate};
 use testkit::client::{Answer, Connection, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::load::Load;
@@ -40,6 +41,7 @@ on_each_systemd! {
     the_service_recovers_after_the_database_was_unavailable
     openapi_document_has_each_route_with_the_statuses_that_it_answers
     each_line_of_the_ingest_port_is_answered_once_over_restarts_and_reloads
+    partners_with_a_certificate_read_the_links_over_a_restart_and_a_reload
     each_request_is_a_span_at_the_collector_over_a_restart_and_a_reload
     release_starts_only_after_its_migrations_which_a_reload_applies
     the_unit_passes_systemd_analyze
@@ -195,11 +197,12 @@ fn openapi_document_has_each_route_with_the_statuses_that_it_answers(systemd: Sy
         let methods = item.as_object().expect("a path has operations").keys();
         methods.map(move |method| format!("{} {path}", method.to_uppercase()))
     });
-    assert!(operations.eq(["GET /", "POST /links", "GET /{code}"]), "{document:#}");
+    assert!(operations.eq(["GET /", "GET /links", "POST /links", "GET /{code}"]), "{document:#}");
     let new = r#"{"url": "https://example.org/", "code": "here"}"#;
     let json = "content-type: application/json\r\n";
     for (method, path, route, headers, body, status) in [
         ("GET", "/", "/", "", "", 200),
+        ("GET", "/links", "/links", "", "", 403),
         ("POST", "/links", "/links", json, new, 201),
         ("POST", "/links", "/links", json, "{", 400),
         ("POST", "/links", "/links", json, new, 409),
@@ -245,6 +248,48 @@ fn each_line_of_the_ingest_port_is_answered_once_over_restarts_and_reloads(syste
         }
     });
     assert_eq!(ask(&container, &get("/code0")).header("location"), Some("https://example.org/"));
+}
+
+/// The comments of the socket unit have the lines of the drop-in.
+fn partners_with_a_certificate_read_the_links_over_a_restart_and_a_reload(systemd: Systemd) {
+    const UNIT: &str = include_str!("../systemd/links-partners.socket");
+    let authority = Authority::new("CA").expect("openssl runs");
+    let partner = authority.issue("/CN=partner", "DNS:partner.example.org").expect("openssl runs");
+    let server = Certificate::new().expect("openssl runs");
+    let container = boot(systemd);
+    container.install_certificate(&server).expect("the certificate is installed");
+    let authority = std::fs::read_to_string(authority.certificate()).expect("the file is readable");
+    container.write("etc/links/tls-client-ca.crt", &authority).expect("the file is written");
+    let comments = UNIT.lines().filter_map(|line| line.strip_prefix('#'));
+    let lines: Vec<_> = comments.filter(|line| !line.starts_with(' ')).collect();
+    assert_eq!(lines.len(), 5, "{UNIT}");
+    container.add_to_unit("service", "partners", &(lines.join("\n") + "\n")).expect("the file is written");
+    container.start_socket("partners").expect("the socket unit starts");
+    assert_eq!(add(&container, r#"{"url": "https://example.org/", "code": "here"}"#).status, 201);
+    let target = |client| Target::Tls(([127, 0, 0, 1], 8443).into(), client);
+    let known = target(server.client_as(&partner, &["http/1.1"]).expect("the configuration is valid"));
+    let anonymous = target(server.client(&["http/1.1"]).expect("the configuration is valid"));
+    container.inside(async || {
+        let mut connection = Connection::open(&known).await.expect("the certificate is accepted");
+        for verb in ["start", "restart", "reload"] {
+            container.systemctl(verb).expect(verb);
+            let answer = connection.ask(&get("/links")).await.expect("the connection is open");
+            assert!(
+                answer.status == 200 && answer.text().contains(r#""code":"here""#),
+                "{verb}: {}",
+                answer.text()
+            );
+        }
+        // In TLS 1.3 the client learns of the refusal only when it reads.
+        if let Ok(mut connection) = Connection::open(&anonymous).await {
+            assert!(
+                connection.ask(&get("/links")).await.is_err(),
+                "a client without a certificate is served"
+            );
+        }
+    });
+    let lines = logged(&container, &[]);
+    assert!(lines.iter().any(|line| line.to_string().contains(r#""partner":"partner""#)), "{lines:?}");
 }
 
 async fn next_line(stream: &mut BufReader<TcpStream>) -> String {
