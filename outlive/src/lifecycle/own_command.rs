@@ -28,7 +28,7 @@ where
     D: Subcommand,
     R: AsyncFnOnce(D, C, &mut Setup) -> anyhow::Result<()>,
 {
-    let credentials = Credentials::of_environment().map_err(Failure::config)?;
+    let credentials = Credentials::of_command().map_err(Failure::config)?;
     let service = line.service(&credentials)?;
     let command = service.command.context("the command line has no command")?;
     log::init(line.name.clone(), line.config.log.as_deref(), line.config.log_format, 1)?;

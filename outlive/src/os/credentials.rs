@@ -9,7 +9,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use anyhow::{Context, ensure};
+use anyhow::{Context, anyhow, ensure};
 use rustix::fs::{Mode, OFlags, open, openat};
 use rustix::io::Errno;
 use zeroize::Zeroizing;
@@ -20,33 +20,62 @@ const LIMIT: u64 = 1024 * 1024;
 
 /// The directory of the credentials, if the unit has any.
 #[derive(Clone, Default)]
-pub struct Credentials(Option<Arc<OwnedFd>>);
+pub struct Credentials(Folder);
+
+#[derive(Clone, Default)]
+enum Folder {
+    #[default]
+    None,
+    Open(Arc<OwnedFd>),
+    /// The unit has credentials, but this process may not read them.
+    Denied(Arc<str>),
+}
 
 impl Credentials {
     /// The credentials in `$CREDENTIALS_DIRECTORY`.
     pub fn of_environment() -> anyhow::Result<Self> {
-        let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY") else { return Ok(Self(None)) };
+        let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY") else { return Ok(Self::default()) };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = open(Path::new(&folder), flags, Mode::empty())
             .with_context(|| format!("could not open CREDENTIALS_DIRECTORY={}", folder.display()))?;
-        Ok(Self(Some(Arc::new(fd))))
+        Ok(Self(Folder::Open(Arc::new(fd))))
+    }
+
+    /// The credentials of a command. It may have been started by `ExecReload=`, for which systemd 252 denies access to the
+    /// directory. Then only the use of a credential fails, because most commands need none.
+    pub fn of_command() -> anyhow::Result<Self> {
+        match Self::of_environment() {
+            Err(error) if matches!(error.downcast_ref(), Some(&Errno::ACCESS | &Errno::NOENT)) => {
+                Ok(Self(Folder::Denied(format!("{error:#}").into())))
+            }
+            credentials => credentials,
+        }
     }
 
     /// The credentials in `folder`, which came from the predecessor.
     pub fn of_predecessor(folder: OwnedFd) -> Self {
-        Self(Some(Arc::new(folder)))
+        Self(Folder::Open(Arc::new(folder)))
     }
 
     /// The directory, for a successor.
     pub fn folder(&self) -> Option<impl AsFd> {
-        self.0.as_ref()
+        match &self.0 {
+            Folder::Open(folder) => Some(folder),
+            Folder::None | Folder::Denied(_) => None,
+        }
     }
 
     /// Opens the credential `name`. `None` if the unit has no credentials.
     pub fn open(&self, name: &str) -> Option<anyhow::Result<File>> {
-        let folder = self.0.as_ref()?;
-        let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-        Some(file.map(File::from).with_context(|| format!("could not read the credential {name:?}")))
+        let could_not = || format!("could not read the credential {name:?}");
+        match &self.0 {
+            Folder::None => None,
+            Folder::Open(folder) => {
+                let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+                Some(file.map(File::from).with_context(could_not))
+            }
+            Folder::Denied(reason) => Some(Err(anyhow!("{reason}")).with_context(could_not)),
+        }
     }
 
     /// The content of the credential `name`. `None` if the unit has no credentials. Fails if it is larger than
@@ -96,6 +125,14 @@ mod tests {
             let (_folder, credentials) = credentials(&[("x", content.as_bytes())]);
             assert_eq!(credentials.text("x").expect("valid UTF-8").as_deref(), Some(text));
         }
+    }
+
+    #[test]
+    fn only_the_use_of_a_credential_fails_if_the_directory_is_denied() {
+        let credentials = Credentials(Folder::Denied("permission denied".into()));
+        assert!(credentials.folder().is_none());
+        let error = format!("{:#}", credentials.text("x").expect_err("it is denied"));
+        assert_eq!(error, "could not read the credential \"x\": permission denied");
     }
 
     #[test]

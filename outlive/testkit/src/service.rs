@@ -90,7 +90,7 @@ impl Service {
         let (listener, target) = tcp()?;
         let variables = vec![("RUNTIME_DIRECTORY".into(), folder.to_string_lossy().into_owned())];
         let others = sockets.iter().map(Socket::bind).collect::<Result<_>>()?;
-        let start = Start { variables, others, ..Start::new(binary, flags) };
+        let start = Start { others, variables, ..Start::new(binary, flags) };
         start.begin(listener, target, Vec::new(), Notifications::with_store()?)
     }
 
