@@ -112,7 +112,10 @@ fn connection_with_a_certificate_closes_gracefully_before_a_release_that_would_n
         let loads = [Load::paced(&partners.target("http/1.1")), Load::http2(&partners.target("h2"))];
         let loads = loads.map(|load| Load { clients: 5, ..load }.start(container.enter()));
         container.replace_binary(older.path()).expect("the binary is replaced");
+        let old = container.show("MainPID").expect("systemctl show succeeds");
         container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
+        // `systemctl reload` returns before the old process has closed its connections.
+        wait_until("the old process has exited", || !container.path(&format!("proc/{old}")).exists());
         for load in loads {
             let report = load.stop();
             assert!(report.lost() == 0 && report.told_to_close > 0, "{verb}: {report}");
