@@ -103,7 +103,7 @@ impl Client {
 fn notes_are_not_lost_or_repeated_and_no_connection_ends_over_restarts_and_reloads(systemd: Systemd) {
     let container = boot(systemd);
     let _alone = exclusive_cpu();
-    // For each client, the number of its notes.
+    // The number of notes that each client has sent.
     let written: Arc<[AtomicU64; CLIENTS]> = Arc::default();
     let is_over = Arc::new(AtomicBool::new(false));
     let (enter, counts, over) = (container.enter(), written.clone(), is_over.clone());

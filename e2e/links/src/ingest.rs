@@ -41,7 +41,7 @@ async fn add(line: &[u8], store: &Store) -> Result<String, Refusal> {
     add_link(parse(line).ok_or(Refusal::Line)?, store).await
 }
 
-/// None if the line does not consist of one or two words.
+/// Returns None unless the line consists of one or two words: a link, and perhaps its code.
 fn parse(line: &[u8]) -> Option<NewLink> {
     let mut words = str::from_utf8(line).ok()?.split_whitespace().map(str::to_owned);
     let new = NewLink { url: words.next()?, code: words.next() };

@@ -18,8 +18,8 @@ pub const HIDDEN: &str = "[secret]";
 /// reload does not change it, because systemd reads credentials only when it starts the unit. `Option<Secret>` is `None` if
 /// no source has a value; with `Secret` the process then does not start.
 ///
-/// `{}` and `{:?}` print `[secret]`; `check`, `/config` of the admin listeners, `--help` and errors do not show the value either. The memory is overwritten
-/// when the value is dropped. The library cannot overwrite copies of the value in the command line and the environment of
+/// `{}` and `{:?}` print `[secret]`; `check`, `/config` of the admin listeners, `--help` and errors do not show the value
+/// either. The memory is overwritten when the value is dropped. The library cannot overwrite copies of the value in the command line and the environment of
 /// the process, which other processes of the same user can read, and copies that the application makes of the result of
 /// [`expose`](Self::expose). Therefore prefer a credential to an option or a variable.
 ///

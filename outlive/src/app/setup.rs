@@ -331,8 +331,8 @@ impl Setup {
     }
 
     /// Adds routes to the admin listeners, besides `/healthz`, `/readyz`, `/metrics` and `/config`, and those below
-    /// `/debug/pprof` with the features `cpu-profile` and `heap-profile`. A route that exists already is a panic, as in
-    /// [`Router::merge`].
+    /// `/debug/pprof` with the features `cpu-profile` and `heap-profile`. Like [`Router::merge`] it panics if a route exists
+    /// already.
     ///
     /// ```
     /// # use axum::{Router, routing::get};

@@ -32,8 +32,8 @@ const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 pub struct Config {
     /// Address to listen on: 127.0.0.1:8080, [::1]:8080, /run/x.sock, unix:/run/x.sock or unix:@abstract. Ignored if the
     /// process inherits listening sockets, as from a socket unit. Prefix the address with http=, https= (TLS) or admin=
-    /// (/healthz, /readyz, /metrics, /config) to choose the protocol, or with another name that the application uses for a socket of
-    /// its own; in a socket unit, FileDescriptorName= is this name. Repeatable; comma-separated in the environment variable.
+    /// (/healthz, /readyz, /metrics, /config) to choose the protocol, or with another name that the application uses for a
+    /// socket of its own; in a socket unit, FileDescriptorName= is this name. Repeatable; comma-separated in the environment variable.
     /// The default is 127.0.0.1:8080; under systemd there is no default, because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,

@@ -78,8 +78,8 @@ const ADOPTS_UPGRADES: &str = "takes-upgraded-connections";
 const ADOPTS_STREAMS: &str = "takes-http2-event-streams";
 /// The name of a socket without a meaning in `Commit`, from a predecessor that hands over connections with client certificates
 /// and HTTP/2 connections with header tables, and the text of `Accepting` as the answer to it from a successor that adopts
-/// them. Releases before these expect the exact texts above, but ignore sockets in `Commit`. As the others, it is searched for
-/// in a binary, and must not change.
+/// them. Releases before these expect the exact texts above, but ignore sockets in `Commit`. As the others, it is
+/// searched for in a binary, and must not change.
 const ADOPTS_TABLES_AND_CERTIFICATES: &str = "takes-header-tables-and-client-certificates";
 
 /// The name of the credentials directory among the names of the listeners in the message `Listeners`.

@@ -26,7 +26,7 @@ struct Partners {
 }
 
 impl Partners {
-    /// Of the installed service, or of an example in its place.
+    /// Boots a container with the installed service, or with an example in its place.
     fn boot(systemd: Systemd, example: Option<&str>) -> Self {
         let authority = Authority::new("CA").expect("openssl runs");
         let client = authority.issue("/CN=shop", "URI:spiffe://example.org/shop").expect("openssl runs");

@@ -64,39 +64,26 @@ fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
 
 #[test]
 fn haproxy_in_front_loses_nothing_and_keeps_its_connections() {
-    // One thread, because each thread has its own pool. Without pool-purge-delay, haproxy would close idle connections.
-    run_behind_proxy(
-        &["haproxy", "-db", "-f", "/run/peer"],
-        "global
-             nbthread 1
-         defaults
-             mode http
-             retries 0
-             http-reuse always
-             timeout connect 60s
-             timeout client 60s
-             timeout server 60s
-         listen front
-             bind 127.0.0.1:8000
-             server service 127.0.0.1:8080 pool-purge-delay 1h",
-        Load::post,
-    );
+    run_behind_haproxy(&boot(), "", Pool { port: 8080, connections: POOL });
 }
 
 /// HAProxy keeps a header table whatever the service announces, and refers to it in each request.
 #[test]
 fn haproxy_in_front_over_http2_loses_nothing_and_keeps_its_connection() {
-    run_behind_http2_proxy(&boot(), 8080, "proto h2");
+    run_behind_haproxy(&boot(), "proto h2", Pool { port: 8080, connections: 1 });
 }
 
 #[test]
 fn haproxy_in_front_over_http2_and_tls_loses_nothing_and_keeps_its_connection() {
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(Systemd::V257, &certificate);
-    run_behind_http2_proxy(&container, 8443, "ssl verify none alpn h2");
+    run_behind_haproxy(&container, "ssl verify none alpn h2", Pool { port: 8443, connections: 1 });
 }
 
-fn run_behind_http2_proxy(container: &Container, port: u16, options: &str) {
+/// `options`: how HAProxy connects to the service. Each request has another value of a field, so a header table changes.
+fn run_behind_haproxy(container: &Container, options: &str, pool: Pool) {
+    // One thread, because each thread has its own pool. Without pool-purge-delay, haproxy would close idle connections.
+    let port = pool.port;
     run_behind_proxy_in(
         container,
         &["haproxy", "-db", "-f", "/run/peer"],
@@ -116,7 +103,7 @@ fn run_behind_http2_proxy(container: &Container, port: u16, options: &str) {
              server service 127.0.0.1:{port} {options} pool-purge-delay 1h"
         ),
         Load::post,
-        Pool { port, connections: 1 },
+        pool,
     );
 }
 

@@ -133,8 +133,8 @@ pub fn put_goaway(last_stream: u32, into: &mut BytesMut) {
 }
 
 /// Appends a request that begins with the fields of `block`, and whose headers count as `limit` bytes or more (RFC 9113
-/// section 6.5.2). A server with this limit refuses it without calling a handler, and keeps no state of the stream, as it
-/// would of one that it resets.
+/// section 6.5.2). A server with this limit refuses the request without calling a handler. It keeps no state of the stream;
+/// it would keep the state of a stream that it resets.
 pub fn put_oversized_request(stream: u32, block: &[u8], limit: u32, into: &mut BytesMut) {
     // `accept-encoding: gzip, deflate` by its index in the static table (RFC 7541 appendix A).
     const FIELD: u8 = 0x80 | 16;

@@ -275,9 +275,9 @@ impl Clues {
     }
 }
 
-/// The same fields with `last-event-id: id` at the end. A field with an older id is removed, unless it enters the header table
-/// of the decoder, which has to stay the client's. None if the block would be too large, or the id is not a valid value of a
-/// field.
+/// The same fields with `last-event-id: id` at the end. A field with an older id is removed, unless it enters the header table:
+/// without it the table of the decoder would differ from the client's. None if the block would be too large, or if `id` is
+/// not a valid value of a field.
 pub fn with_last_event_id(block: &[u8], id: &[u8]) -> Option<Bytes> {
     let is_valid = |byte: &u8| *byte == b'\t' || *byte >= b' ' && *byte != 0x7f;
     if !id.iter().all(is_valid) {

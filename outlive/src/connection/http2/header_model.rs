@@ -131,7 +131,7 @@ pub struct Written {
     pub how: How,
     /// Selects an entry of the static or of the dynamic table.
     pub entry: usize,
-    /// None: the name of the entry.
+    /// The name of the field. If it is None, the field has the name of the entry.
     pub name: Option<String>,
     pub value: String,
     pub is_huffman: bool,

@@ -422,9 +422,9 @@ fn decoded_length(string: Encoded<'_>) -> Result<usize, Untraceable> {
 
 /// The longest code of a letter, in bits (RFC 7541 appendix B).
 const LONGEST_CODE: usize = 30;
-/// For each length in bits, the number after the last code of that length. The Huffman code is canonical: the codes of
-/// one length are consecutive, and the first follows the last shorter code, with a zero bit appended. So the bits read
-/// so far are a whole code if they are below this number.
+/// `CODE_ENDS[n]` is the last code of `n` bits plus one. The Huffman code is canonical: the codes of one length are
+/// consecutive, and the first of them is the last shorter code plus one, with zero bits appended. So `n` bits are a
+/// whole code if their value is below `CODE_ENDS[n]`.
 const CODE_ENDS: [u32; LONGEST_CODE + 1] = {
     // The number of letters whose code has this length. The end-of-string symbol is left out, because no string may
     // have it.
@@ -439,7 +439,7 @@ const CODE_ENDS: [u32; LONGEST_CODE + 1] = {
     }
     ends
 };
-/// For each first byte of a code, the length of the code in bits. 0 if the code is longer than the byte.
+/// The length in bits of the code that begins with a byte, by that byte. It is 0 if the code is longer than eight bits.
 const SHORT_CODES: [u8; 256] = {
     let mut lengths = [0; 256];
     let mut byte = 0_u32;

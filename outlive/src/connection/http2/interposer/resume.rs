@@ -15,9 +15,9 @@ use crate::transport::stream_replay::StreamReplay;
 
 /// A request that h2 receives.
 enum Request<'a> {
-    /// Of a stream whose response has no end.
+    /// The request of a stream whose response has no end.
     Replay(&'a StreamReplay),
-    /// On a stream that has ended, with the client's header table if `has_table` is set. h2 refuses it.
+    /// A request that h2 refuses, on a stream that has ended. If `has_table` is set, its fields are the client's header table.
     Refused { stream: u32, has_table: bool },
 }
 
@@ -34,8 +34,8 @@ impl Request<'_> {
 fn requests<'a>(former: u32, replays: &'a [StreamReplay], table: &ClientTable) -> Vec<Request<'a>> {
     let mut requests: Vec<_> = replays.iter().map(Request::Replay).collect();
     let is_former_open = replays.last().is_some_and(|last| last.stream == former);
-    // If the fields of the table are no well-formed request, h2 resets the stream instead of refusing the request, and
-    // keeps its state. That is better not the last stream, on which the client may still send frames.
+    // If the fields of the table are no well-formed request, h2 resets the stream instead of refusing the request, and then
+    // ignores frames on it. The last stream must not be reset, because the client may still send frames on it.
     let is_apart = is_former_open || !table.is_well_formed();
     let table_stream = ended_stream(former, replays).filter(|_| is_apart);
     if let Some(stream) = table_stream {
@@ -61,8 +61,8 @@ fn ended_stream(former: u32, open: &[StreamReplay]) -> Option<u32> {
 }
 
 impl Interposer {
-    /// For a connection that continues with a fresh h2, after it was parked or handed over. Fails if the header table in
-    /// `state` is invalid.
+    /// Creates the interposer of a connection that was parked or handed over, and continues with a fresh h2. Fails if the
+    /// header table in `state` is invalid.
     pub fn resume(mut state: Http2State) -> Result<Self, Untraceable> {
         let former = state.last_stream;
         let replays = std::mem::take(&mut state.streams);
