@@ -42,22 +42,6 @@ use crate::transport::tls_traffic::TlsTrafficState;
 /// The name of the channel in systemd's file descriptor store (`FDNAME=` of sd_notify(3)).
 pub const STORE_NAME: &str = "connections";
 
-/// Which connections a process can adopt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Protocols {
-    /// HTTP/1.1 without TLS: a release from before the handover of HTTP/2 and TLS.
-    PlainHttp1,
-    /// HTTP/1.1 and HTTP/2, with and without TLS: a release from before the handover of upgraded connections.
-    Http2AndTls,
-    /// Upgraded connections too: a release from before the handover of event streams over HTTP/2.
-    Upgrades,
-    /// Event streams over HTTP/2 too: a release that does not know client certificates, and permits HTTP/2 clients no header
-    /// table.
-    Streams,
-    /// Connections whose clients have presented certificates, and HTTP/2 connections with a header table too.
-    All,
-}
-
 /// The sender of a frame; each frame carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {

@@ -24,16 +24,14 @@ use tracing::{info, warn};
 
 use crate::app::tasks::Running;
 use crate::connection::Connection;
-use crate::handover::{
-    Channel, FdStore, MAX_SOCKETS, MessageType, Origin, Protocols, pack, pack_channel, pack_tickets,
-};
+use crate::handover::{Channel, FdStore, MAX_SOCKETS, MessageType, Origin, pack, pack_channel, pack_tickets};
 use crate::lifecycle::config::TimeLimit;
 use crate::lifecycle::stop::TASKS_MINIMUM;
 use crate::observe::log::message_id;
 use crate::observe::{counted, metrics};
 use crate::os::signals::Signals;
 use crate::os::systemd;
-use crate::registry::{Counts, PendingWork, Phase, Registry};
+use crate::registry::{Counts, PendingWork, Phase, Protocols, Registry};
 use crate::requests::logged;
 use crate::server::Server;
 use crate::takeover::{OldProcesses, Successor};
@@ -155,7 +153,7 @@ impl<'a> Drain<'a> {
         // A port that this process bound itself closes with it. Its clients could not reconnect to a next process at
         // once, so its connections are told to close.
         let store = if self.server.owns_ports() { None } else { FdStore::open().await };
-        keep_unadopted(self.server.registry(), next_adopts);
+        self.server.registry().limit_handover(next_adopts);
         let drained = async {
             if let Some(store) = &store {
                 self.hand_over(store).await
@@ -300,7 +298,7 @@ impl<'a> Drain<'a> {
         // so only a second one cuts the drain short.
         limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
-        keep_unadopted(registry, adopts);
+        registry.limit_handover(adopts);
         if adopts >= Protocols::Http2AndTls
             && let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok())
         {
@@ -436,23 +434,6 @@ async fn serve_on(server: &Server, limit: &mut Limit<'_>, at_most: Duration) -> 
             () = &mut time_over => return false,
             connection = server.handover_queue().next() => server.adopt(connection),
         }
-    }
-}
-
-/// Excludes the connections that the next process cannot adopt from the handover.
-fn keep_unadopted(registry: &Registry, next_adopts: Protocols) {
-    if next_adopts < Protocols::Http2AndTls {
-        registry.keep_http2_and_tls();
-    }
-    if next_adopts < Protocols::Upgrades {
-        registry.keep_upgrades();
-    }
-    if next_adopts < Protocols::Streams {
-        registry.keep_streams();
-    }
-    if next_adopts < Protocols::All {
-        registry.keep_certificates();
-        registry.keep_http2();
     }
 }
 

@@ -34,14 +34,13 @@ impl DriverHandle {
         self.0.phase()
     }
 
-    /// Whether the next process cannot adopt the HTTP/2 and TLS state of this connection. See
-    /// [`Registry::keep_http2_and_tls`](super::Registry::keep_http2_and_tls) and
-    /// [`Registry::keep_certificates`](super::Registry::keep_certificates).
+    /// Whether the next process cannot adopt the TLS state of this connection. See
+    /// [`Registry::limit_handover`](super::Registry::limit_handover).
     pub fn keeps_state(&self) -> bool {
         self.0.keeps_state()
     }
 
-    /// As [`DriverHandle::keeps_state`], for an HTTP/2 connection. See [`Registry::keep_http2`](super::Registry::keep_http2).
+    /// As [`DriverHandle::keeps_state`], for an HTTP/2 connection.
     pub fn keeps_http2(&self) -> bool {
         self.0.keeps_http2()
     }

@@ -15,7 +15,7 @@ use hyper::http::uri::PathAndQuery;
 use tokio::time::Instant;
 
 use super::state::{Event, Stage, State};
-use super::{Phase, Registry};
+use super::{Phase, Protocols, Registry};
 use crate::registry::sync::{AtomicU64, Mutex, lock};
 use crate::transport::stream::Peer;
 
@@ -159,12 +159,12 @@ impl Entry {
 
     /// See [`DriverHandle::keeps_state`](super::DriverHandle::keeps_state).
     pub(super) fn keeps_state(&self) -> bool {
-        self.registry.keeps_http2_and_tls() || self.keeps_certificate()
+        self.registry.next_adopts() < Protocols::Http2AndTls || self.keeps_certificate()
     }
 
     /// Whether the client has presented a certificate, which the next process cannot adopt.
     pub(super) fn keeps_certificate(&self) -> bool {
-        self.has_certificate.load(Relaxed) && self.registry.keeps_certificates()
+        self.has_certificate.load(Relaxed) && self.registry.next_adopts() < Protocols::CertificatesAndTables
     }
 
     /// The client has presented a certificate.
@@ -174,7 +174,7 @@ impl Entry {
 
     /// See [`DriverHandle::keeps_http2`](super::DriverHandle::keeps_http2).
     pub(super) fn keeps_http2(&self) -> bool {
-        self.registry.keeps_http2() || self.keeps_state()
+        !self.registry.next_adopts_http2() || self.keeps_certificate()
     }
 
     /// See [`Stage::is_unanswered`].

@@ -14,6 +14,7 @@ mod io_handle;
 #[cfg(all(test, feature = "model-tests"))]
 mod models;
 mod phase_word;
+mod protocols;
 mod registration;
 mod request_handle;
 mod state;
@@ -24,13 +25,14 @@ use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::sync::Arc;
 use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicBool, AtomicU64 as Clock, AtomicUsize};
+use std::sync::atomic::{AtomicU8, AtomicU64 as Clock, AtomicUsize};
 use std::time::Duration;
 
 pub use driver_handle::DriverHandle;
 pub use entry::{CutOffConnection, Entry, InFlight, PendingWork};
 pub use io_handle::IoHandle;
 use phase_word::{PendingCount, PhaseWord};
+pub use protocols::Protocols;
 pub use registration::Registration;
 pub use request_handle::{BodyGuard, PendingFrame, RequestGuard, RequestHandle};
 pub use state::{BodyEnd, Stage};
@@ -159,10 +161,8 @@ pub struct Registry {
     /// The phase again, for the handlers of upgraded connections. They have a channel of their own, because `changed`
     /// would wake all of them at each change of a watched connection.
     handler_phase: watch::Sender<Phase>,
-    keeps_upgrades: AtomicBool,
-    keeps_streams: AtomicBool,
-    keeps_certificates: AtomicBool,
-    keeps_http2: AtomicBool,
+    /// See [`Registry::limit_handover`].
+    next_adopts: AtomicU8,
     connections: Mutex<Connections>,
     /// The number of parked connections (`server/parked.rs`), which are not in `connections`.
     parked: AtomicUsize,
@@ -204,10 +204,7 @@ impl Registry {
             phase_word: PhaseWord::new(),
             changed: Notify::new(),
             handler_phase: watch::Sender::new(Phase::Serving),
-            keeps_upgrades: AtomicBool::new(false),
-            keeps_streams: AtomicBool::new(false),
-            keeps_certificates: AtomicBool::new(false),
-            keeps_http2: AtomicBool::new(false),
+            next_adopts: AtomicU8::new(Protocols::ALL as u8),
             connections: Mutex::new(Connections::default()),
             parked: AtomicUsize::new(0),
             now: Clock::new(0),
@@ -326,7 +323,7 @@ impl Registry {
         // Draining changes nothing for connections that can be handed over. To wake thousands of drivers that have
         // nothing to do would delay the requests in flight.
         let is_first = matches!(before.phase(), Phase::Serving | Phase::Announcing);
-        let affects_only_immovable = is_first && phase == Phase::Draining && !self.keeps_http2();
+        let affects_only_immovable = is_first && phase == Phase::Draining && self.next_adopts_http2();
         let is_unaffected =
             |entry: &Entry| affects_only_immovable && entry.state().is_movable() && !entry.keeps_state();
         for entry in self.entries().iter().filter(|entry| !is_unaffected(entry)) {
@@ -334,58 +331,22 @@ impl Registry {
         }
     }
 
-    /// Excludes HTTP/2 and TLS connections from the handover, because the next process is a release that cannot adopt
-    /// them; they close after their next response. Must be called before the phase `Quiescing`; otherwise some of them
-    /// could be handed over before.
-    pub fn keep_http2_and_tls(&self) {
-        self.phase_word.keep_http2_and_tls();
-    }
-
-    /// Excludes upgraded connections from the handover, because the next process is a release that cannot adopt them.
-    /// Their handlers are asked to return as soon as the process drains, so that the connections can be closed.
-    pub fn keep_upgrades(&self) {
-        self.keeps_upgrades.store(true, SeqCst);
+    /// Excludes the connections that the next process cannot adopt from the handover: they close after their next response,
+    /// and handlers of upgraded connections are asked to return as soon as the process drains. Must be called before the phase `Quiescing`; otherwise some of them could be handed
+    /// over before.
+    pub fn limit_handover(&self, next_adopts: Protocols) {
+        self.next_adopts.store(next_adopts as u8, SeqCst);
         self.handler_phase.send_modify(|_| {});
     }
 
-    /// See [`Registry::keep_upgrades`].
-    pub fn keeps_upgrades(&self) -> bool {
-        self.keeps_upgrades.load(SeqCst)
+    /// Which connections the next process can adopt. See [`Registry::limit_handover`].
+    pub fn next_adopts(&self) -> Protocols {
+        Protocols::from_number(self.next_adopts.load(SeqCst))
     }
 
-    /// Excludes the HTTP/2 streams of responses without end from the handover, because the next process is a release that
-    /// cannot adopt them. They end as soon as the process drains.
-    pub fn keep_streams(&self) {
-        self.keeps_streams.store(true, SeqCst);
-        self.handler_phase.send_modify(|_| {});
-    }
-
-    /// See [`Registry::keep_streams`].
-    pub fn keeps_streams(&self) -> bool {
-        self.keeps_streams.load(SeqCst)
-    }
-
-    /// Excludes connections whose clients have presented certificates from the handover, because the next process is a
-    /// release that would not know these certificates. They close after their next response.
-    pub fn keep_certificates(&self) {
-        self.keeps_certificates.store(true, SeqCst);
-        self.handler_phase.send_modify(|_| {});
-    }
-
-    /// See [`Registry::keep_certificates`].
-    pub fn keeps_certificates(&self) -> bool {
-        self.keeps_certificates.load(SeqCst)
-    }
-
-    /// Excludes HTTP/2 connections from the handover, because the next process is a release that cannot adopt their header
-    /// tables. As [`Registry::keep_http2_and_tls`], this must be called before the phase `Quiescing`.
-    pub fn keep_http2(&self) {
-        self.keeps_http2.store(true, SeqCst);
-    }
-
-    /// See [`Registry::keep_http2`] and [`Registry::keep_http2_and_tls`].
-    pub fn keeps_http2(&self) -> bool {
-        self.keeps_http2.load(SeqCst) || self.keeps_http2_and_tls()
+    /// Whether the next process can adopt HTTP/2 connections: this release permits clients a header table.
+    pub fn next_adopts_http2(&self) -> bool {
+        self.next_adopts() >= Protocols::CertificatesAndTables
     }
 
     /// Waits until the handlers of upgraded connections have to return.
@@ -398,12 +359,7 @@ impl Registry {
     /// Whether the handlers of upgraded connections have to return in this phase.
     fn handlers_return_in(&self, phase: Phase) -> bool {
         let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
-        phase.quiesces() || phase.ends(true) || is_draining && self.keeps_upgrades()
-    }
-
-    /// See [`Registry::keep_http2_and_tls`].
-    pub fn keeps_http2_and_tls(&self) -> bool {
-        self.phase_word.now().keeps_http2_and_tls()
+        phase.quiesces() || phase.ends(true) || is_draining && self.next_adopts() < Protocols::Upgrades
     }
 
     pub async fn wait_for_phase(&self, wanted: impl Fn(Phase) -> bool) {

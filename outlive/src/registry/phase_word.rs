@@ -23,8 +23,6 @@ pub enum PendingCount {
 }
 
 const PHASE: u64 = 0b111;
-/// The bit for [`super::Registry::keep_http2_and_tls`].
-const KEEPS_HTTP2_AND_TLS: u64 = 0b1000;
 const COUNTS: u64 = !0b1111;
 const ARRIVING: u64 = (PendingCount::Accepting as u64 - 1) & COUNTS;
 
@@ -35,11 +33,6 @@ pub struct Snapshot(u64);
 impl Snapshot {
     pub fn phase(self) -> Phase {
         Phase::ALL[usize::try_from(self.0 & PHASE).unwrap_or_default()]
-    }
-
-    /// See [`super::Registry::keep_http2_and_tls`].
-    pub fn keeps_http2_and_tls(self) -> bool {
-        self.0 & KEEPS_HTTP2_AND_TLS != 0
     }
 
     pub fn is_arriving(self) -> bool {
@@ -83,10 +76,6 @@ impl PhaseWord {
         // The closure never returns None, so this cannot fail.
         Snapshot(self.0.fetch_update(AcqRel, Acquire, next).unwrap_or_else(|word| word))
     }
-
-    pub fn keep_http2_and_tls(&self) {
-        self.0.fetch_or(KEEPS_HTTP2_AND_TLS, AcqRel);
-    }
 }
 
 #[cfg(all(test, not(feature = "model-tests")))]
@@ -97,8 +86,8 @@ mod tests {
 
     proptest! {
         #[test]
-        fn counts_flag_and_phase_do_not_affect_each_other(
-            counts in (0..20_u32, 0..20_u32, 0..20_u32), phase in 0..Phase::ALL.len(), keeps: bool,
+        fn counts_and_phase_do_not_affect_each_other(
+            counts in (0..20_u32, 0..20_u32, 0..20_u32), phase in 0..Phase::ALL.len(),
         ) {
             let phase_word = PhaseWord::new();
             let all = [PendingCount::Arriving, PendingCount::Accepting, PendingCount::Unanswered];
@@ -107,13 +96,9 @@ mod tests {
                     phase_word.acquire(one);
                 }
             }
-            if keeps {
-                phase_word.keep_http2_and_tls();
-            }
             phase_word.enter(Phase::ALL[phase]);
             let snapshot = phase_word.now();
             prop_assert_eq!(snapshot.phase(), Phase::ALL[phase]);
-            prop_assert_eq!(snapshot.keeps_http2_and_tls(), keeps);
             prop_assert_eq!(snapshot.is_arriving(), counts.0 > 0);
             prop_assert_eq!(snapshot.is_drained(), counts == (0, 0, 0));
             for (one, count) in all.into_iter().zip([counts.0, counts.1, counts.2]) {

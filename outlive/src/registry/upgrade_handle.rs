@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Phase;
 use super::entry::Entry;
+use super::protocols::Protocols;
 use super::state::Event;
 use crate::transport::stream::Peer;
 
@@ -46,17 +47,12 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| !matches!(phase, Phase::Serving | Phase::Announcing)).await;
     }
 
-    /// Waits until a response without end has to end over HTTP/2, because the process does not hand it over. To hand it over,
-    /// its connection stops it.
+    /// Waits until a response without end has to end over HTTP/2, because the process hands no connection over. If it does,
+    /// the driver of the connection stops or ends the response.
     pub async fn streams_must_end(&self) {
-        let registry = &self.0.registry;
-        let mut phase = registry.handler_phase.subscribe();
-        let must_end = |phase: &Phase| {
-            let is_draining = !matches!(phase, Phase::Serving | Phase::Announcing);
-            phase.ends(true) || is_draining && registry.keeps_streams()
-        };
+        let mut phase = self.0.registry.handler_phase.subscribe();
         // The sender is not dropped before, because it is in the registry.
-        let _ = phase.wait_for(must_end).await;
+        let _ = phase.wait_for(|phase| phase.ends(true)).await;
     }
 
     /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
@@ -66,7 +62,7 @@ impl UpgradeHandle {
 
     /// Whether the next process cannot adopt this connection after its upgrade.
     pub fn keeps_upgrade(&self) -> bool {
-        self.0.registry.keeps_upgrades() || self.0.keeps_certificate()
+        self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_certificate()
     }
 
     /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the

@@ -24,7 +24,7 @@ use crate::handover::{Backup, ParkedSockets};
 use crate::observe::metrics;
 use crate::os::lock::lock;
 use crate::os::sys;
-use crate::registry::{Phase, Registration, Registry};
+use crate::registry::{Phase, Protocols, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
 use crate::transport::stream::Stream;
 
@@ -310,11 +310,11 @@ impl ParkedConnections {
 
     /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
-        let is_kept = connection.replay.is_some() && self.registry.keeps_upgrades()
-            || connection.open_streams().is_some() && self.registry.keeps_streams()
-            || connection.client_certificate().is_some() && self.registry.keeps_certificates()
-            || connection.http2.is_some() && self.registry.keeps_http2();
-        !is_kept && (connection.is_plain_http1() || !self.registry.keeps_http2_and_tls())
+        let adopts = self.registry.next_adopts();
+        let is_kept = connection.replay.is_some() && adopts < Protocols::Upgrades
+            || connection.client_certificate().is_some() && adopts < Protocols::CertificatesAndTables
+            || connection.http2.is_some() && !self.registry.next_adopts_http2();
+        !is_kept && (connection.is_plain_http1() || adopts >= Protocols::Http2AndTls)
     }
 
     /// Takes all connections, for the next process. Their sockets stay in the epoll instance, which reports each of

@@ -22,10 +22,8 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{
-    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, OUTCOME_LIMIT,
-};
-use crate::handover::Protocols;
+use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, OUTCOME_LIMIT};
+use crate::registry::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
 const ROLE: &str = "TAKEOVER_ROLE";
@@ -98,8 +96,8 @@ impl Program {
     /// them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
-        let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::All)).await;
-        adopts.unwrap_or(Protocols::All)
+        let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::ALL)).await;
+        adopts.unwrap_or(Protocols::ALL)
     }
 
     fn command(&self, role: &str) -> Command {
@@ -161,9 +159,9 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     let mut file = File::open(path)?;
     let (theirs, ours) = (file.metadata()?, std::fs::metadata("/proc/self/exe")?);
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
-        return Ok(Protocols::All);
+        return Ok(Protocols::ALL);
     }
-    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES];
+    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_TABLES_AND_CERTIFICATES];
     let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
     let mut wanted = texts.map(|text| (memmem::Finder::new(text), false));
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
@@ -174,7 +172,7 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
             *is_found = *is_found || text.find(&buffer).is_some();
         }
         if !is_elf || wanted.iter().all(|(_, is_found)| *is_found) {
-            return Ok(Protocols::All);
+            return Ok(Protocols::ALL);
         }
         // The end is kept, because a text may begin in this part of the file and end in the next one.
         buffer.drain(..buffer.len().saturating_sub(longest));
@@ -182,8 +180,7 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     Ok(match wanted.map(|(_, is_found)| is_found) {
         [false, ..] => Protocols::PlainHttp1,
         [true, false, ..] => Protocols::Http2AndTls,
-        [true, true, false, _] => Protocols::Upgrades,
-        [true, true, true, _] => Protocols::Streams,
+        [true, true, _] => Protocols::Upgrades,
     })
 }
 

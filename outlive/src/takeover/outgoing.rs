@@ -22,13 +22,14 @@ use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, COMMIT_LIMIT,
     CREDENTIALS,
 };
-use crate::handover::{Channel, Frame, MessageType, Origin, Protocols, SocketRecord, pair};
+use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
 use crate::observe::log::message_id;
 use crate::observe::status::{ManagerRole, Status};
 use crate::os::credentials::Credentials;
 use crate::os::signals::{SignalRequest, Signals};
 use crate::os::systemd;
+use crate::registry::Protocols;
 
 /// Why a reload is refused while another one is in progress.
 pub const UNDER_WAY: &str = "another reload is in progress";
@@ -287,9 +288,8 @@ impl PreparedSuccessor {
             && let Ok(accepting) = &answer
         {
             self.adopts = match accepting.text.as_str() {
-                ADOPTS_TABLES_AND_CERTIFICATES => Protocols::All,
-                ADOPTS_STREAMS => Protocols::Streams,
-                ADOPTS_UPGRADES => Protocols::Upgrades,
+                ADOPTS_TABLES_AND_CERTIFICATES => Protocols::CertificatesAndTables,
+                ADOPTS_STREAMS | ADOPTS_UPGRADES => Protocols::Upgrades,
                 _ => Protocols::Http2AndTls,
             };
         }

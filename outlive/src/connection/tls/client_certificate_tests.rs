@@ -21,7 +21,7 @@ use crate::app::carry::Carry;
 use crate::connection::tests::{Served, serve_with};
 use crate::connection::unread_tests::{IDLE, PATIENCE, wait_until};
 use crate::handover::{MessageType, Next, Origin, pack, pair, receive_frame, send_frames, unpack};
-use crate::registry::{Phase, Stage};
+use crate::registry::{Phase, Protocols, Stage};
 use crate::transport::client_auth::ClientAuth;
 use crate::transport::client_auth::ClientAuth::{Optional, Required};
 use crate::transport::client_certificate::ClientCertificate;
@@ -330,7 +330,7 @@ async fn connection_with_a_certificate_is_closed_gracefully_if_the_next_process_
     assert_eq!(asks(&mut http1).await.0, 200);
     assert_eq!(http2.get("/").await.expect("the server answers").expect("no GOAWAY").0, 200);
     assert_eq!(asks(&mut anonymous).await.0, 200);
-    served.registry().keep_certificates();
+    served.registry().limit_handover(Protocols::Upgrades);
     served.server.enter(Phase::Draining);
     let answer = http1.ask(REQUEST).await.expect("the server answers");
     assert!(answer.status == 200 && answer.closes(), "{answer:?}");
