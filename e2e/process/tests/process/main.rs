@@ -9,6 +9,7 @@ mod certificates;
 mod cli_and_limits;
 mod client_certificates;
 mod configuration;
+mod goaway;
 mod idle_connections;
 mod linger;
 mod listeners;

@@ -3,7 +3,7 @@
 //! process.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
@@ -283,82 +283,11 @@ fn a_partial_http2_frame_is_completed_in_the_next_process() {
     }
 }
 
-/// New streams are served while an older one is open. GOAWAY is sent at half of the timeout, so that the client still
-/// has time to finish its streams.
-#[test]
-fn an_http2_connection_that_is_never_quiescent_gets_goaway_at_half_of_the_drain_timeout() {
-    let folder = tempfile::tempdir().expect("a temporary folder is made");
-    // Half of it must be enough for the slow stream to finish, on a slow machine too.
-    let limit = Duration::from_secs(10);
-    let flags = ["--drain-timeout", &humantime::format_duration(limit).to_string()];
-    let mut service = Service::start_in(app_binary(), &flags, folder.path()).expect("the service starts");
-    block_on(async {
-        let mut connection = Http2::open(&service.target).await.expect("the connection opens");
-        let slow = connection.hold().await.expect("the response begins");
-        let begun = Instant::now();
-        service.signal(Signal::HUP);
-        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
-        let mut answered = 0;
-        loop {
-            match connection.get("/").await {
-                Ok(Some((status, _))) => assert_eq!(status, 200),
-                Ok(None) => break,
-                // GOAWAY arrived while the client was about to send the request.
-                Err(error) if error.to_string().contains("not a result of an error") => break,
-                Err(error) => panic!("{error:#}"),
-            }
-            answered += 1;
-        }
-        let took = begun.elapsed();
-        assert!(answered > 0 && took >= limit / 2, "{answered} in {took:?}");
-        assert_eq!(slow.release().await.expect("the stream finishes"), b"0123456789");
-        service.process().wait().expect("the old process exits");
-        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
-    });
-}
-
 /// Reads the next frame, and returns its type and payload.
 async fn http2_frame(connection: &mut Connection) -> (u8, Vec<u8>) {
     let head = connection.take(9).await.expect("a frame arrives");
     let length = usize::from(head[1]) << 8 | usize::from(head[2]);
     (head[3], connection.take(length).await.expect("the payload arrives"))
-}
-
-/// Without a store there is no next process, so the connection cannot be handed over.
-#[test]
-fn an_idle_http2_connection_without_a_store_gets_goaway_at_once() {
-    let service = Service::start(app_binary(), &[]).expect("the service starts");
-    block_on(async {
-        let mut connection = service.connect().await;
-        connection
-            .send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0")
-            .await
-            .expect("the bytes are sent");
-        let mut goaways = 0;
-        loop {
-            let head = connection.take(9).await.expect("a frame arrives");
-            let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-            let payload = connection.take(length).await.expect("the payload arrives");
-            goaways += u32::from(head[3] == 7);
-            match (head[3], head[4]) {
-                (4, 0) => {
-                    connection.send(b"\0\0\0\x04\x01\0\0\0\0").await.expect("the acknowledgement is sent");
-                    service.signal(Signal::TERM);
-                }
-                // The server sends a PING after the first GOAWAY, and the final GOAWAY after the answer.
-                (6, 0) => {
-                    let answer = [&b"\0\0\x08\x06\x01\0\0\0\0"[..], &payload].concat();
-                    connection.send(&answer).await.expect("the acknowledgement is sent");
-                }
-                // The first GOAWAY still admits streams that are on their way, the second one does not (RFC 9113
-                // section 6.8).
-                (7, _) if goaways == 2 => break,
-                _ => {}
-            }
-        }
-        let (status, log) = service.end().expect("the process ends");
-        assert!(status.success() && log.contains("0 cut off"), "{log}");
-    });
 }
 
 async fn websocket(service: &Service) -> Connection {
