@@ -106,6 +106,13 @@ pub fn tables(result: &Value) -> String {
     );
     titled_rows(
         &mut text,
+        "Accepted connections per second, one request on each, 100 at a time; the server on one core and the client on another; ratios of the same rounds.",
+        &throughput["accepting"],
+        &["server", "connections per second", "relative to bare axum::serve", "middle half of the rounds"]
+            .map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
         "Messages on 8 WebSockets that are echoed, many at a time; one core each for server and client; ratios of the same rounds.",
         &result["websockets"],
         &[

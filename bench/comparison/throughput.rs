@@ -1,4 +1,5 @@
-//! Requests per second without restarts: compared with other servers, and by the number of connections.
+//! Requests per second without restarts: compared with other servers, by the number of connections, and with a new
+//! connection for each request.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -18,6 +19,9 @@ use crate::servers::{OURS, Peers, wait_for};
 
 /// Connections of the load on shared cores.
 const CONNECTIONS: usize = 64;
+
+/// Connections that are open at once, where each serves one request.
+const ACCEPTED: usize = 100;
 
 /// A server with its port and the path that is asked for, and its rate in each round.
 pub struct Contender {
@@ -45,7 +49,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
     progress.set_message("throughput");
     let mut beside = contenders(peers, Cores::Shared)?;
     measure(&mut beside, extent.rounds, |_, port, path| {
-        wrk(port, path, extent.round, CONNECTIONS, Cores::Shared)
+        wrk(port, path, extent.round, CONNECTIONS, Cores::Shared, &[])
     })?;
     let beside = ratios(&beside, 1, "requests per second", "relative to bare axum::serve");
 
@@ -55,7 +59,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
         let mut contenders = contenders(peers, Cores::OneEach)?;
         let rounds = extent.rounds.div_ceil(5);
         measure(&mut contenders, rounds, |_, port, path| {
-            wrk(port, path, extent.round, connections, Cores::OneEach)
+            wrk(port, path, extent.round, connections, Cores::OneEach, &[])
         })?;
         let mut row = json!({ "connections": connections });
         for Contender { label, rates, .. } in contenders {
@@ -64,7 +68,15 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
         growth.push(row);
     }
 
-    Ok(json!({ "beside": beside, "growth": growth }))
+    progress.set_message("new connections");
+    let mut accepting = contenders(peers, Cores::OneEach)?;
+    measure(&mut accepting, extent.rounds, |_, port, path| {
+        let close = ["--header", "Connection: close"];
+        wrk(port, path, extent.round, ACCEPTED, Cores::OneEach, &close)
+    })?;
+    let accepting = ratios(&accepting, 1, "connections per second", "relative to bare axum::serve");
+
+    Ok(json!({ "beside": beside, "growth": growth, "accepting": accepting }))
 }
 
 impl Contender {
@@ -183,8 +195,16 @@ pub fn ratios(contenders: &[Contender], base: usize, rate: &str, column: &str) -
     figures.collect()
 }
 
-fn wrk(port: u16, path: &str, length: Duration, connections: usize, cores: Cores) -> Result<f64> {
+fn wrk(
+    port: u16,
+    path: &str,
+    length: Duration,
+    connections: usize,
+    cores: Cores,
+    arguments: &[&str],
+) -> Result<f64> {
     let mut wrk = Command::new("wrk");
+    wrk.args(arguments);
     wrk.args(["-t1", &format!("-c{connections}"), &format!("-d{}s", length.as_secs())]);
     wrk.arg(format!("http://127.0.0.1:{port}{path}"));
     let output = on(cores, "1", &wrk).output()?;
