@@ -8,9 +8,11 @@ use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::time::{Instant, timeout_at};
 use tokio_rustls::server::TlsStream;
 use tokio_util::either::Either;
 
@@ -24,6 +26,12 @@ use crate::transport::tls_traffic::TlsTrafficState;
 
 /// How much is read and discarded while a peer receives the last response, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
+
+/// How long a peer that must answer the last message may take to receive it and to answer.
+const ANSWER_LIMIT: Duration = Duration::from_secs(3);
+/// How much of what it has sent before its answer is read and discarded, in bytes. The buffers of both sockets can hold
+/// about 10 MB.
+const UNANSWERED_LIMIT: usize = 16 * 1024 * 1024;
 
 /// What `Io` reads and writes: the socket itself (`Left`), or TLS on it (`Right`).
 pub(super) type Wire = Either<Stream, Tls>;
@@ -198,12 +206,48 @@ impl Io {
 
     /// Sends `answer`, which hyper does not produce (408, 400, GOAWAY), and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
-        // In this stage the stall limit applies to the answer.
-        self.handle().enter(Stage::Ending);
-        let written = self.in_time(|io, cx| io.poll_write(cx, answer)).await;
-        if written.is_ok() && self.in_time(Self::poll_flush).await.is_ok() {
+        if self.send_last(answer).await.is_ok() {
             self.close().await;
         }
+    }
+
+    /// Sends `message`, discards what the peer sends until `is_answered` returns true for a part of it, and closes. A
+    /// drain waits for the answer too, but no longer than [`ANSWER_LIMIT`].
+    pub(super) async fn refuse_and_wait(mut self, message: &[u8], is_answered: impl FnMut(&[u8]) -> bool) {
+        let deadline = Instant::now() + ANSWER_LIMIT;
+        if !matches!(timeout_at(deadline, self.send_last(message)).await, Ok(Ok(()))) {
+            return;
+        }
+        let _ = timeout_at(deadline, self.discard_until(is_answered)).await;
+        self.close().await;
+    }
+
+    async fn send_last(&mut self, message: &[u8]) -> io::Result<()> {
+        // In this stage the stall limit applies to the message.
+        self.handle().enter(Stage::Ending);
+        self.in_time(|io, cx| io.poll_write(cx, message)).await?;
+        self.in_time(Self::poll_flush).await
+    }
+
+    /// Ends also if the peer has closed the connection, or has sent more than [`UNANSWERED_LIMIT`].
+    async fn discard_until(&mut self, mut is_end: impl FnMut(&[u8]) -> bool) {
+        if is_end(&std::mem::take(&mut self.unread)) {
+            return;
+        }
+        let mut left = UNANSWERED_LIMIT;
+        poll_fn(|cx| {
+            loop {
+                let mut discard = [0; 4096];
+                let mut into = ReadBuf::new(&mut discard);
+                let read = std::task::ready!(Pin::new(&mut self.wire).poll_read(cx, &mut into));
+                let read_bytes = into.filled();
+                if read.is_err() || read_bytes.is_empty() || read_bytes.len() > left || is_end(read_bytes) {
+                    return Poll::Ready(());
+                }
+                left -= read_bytes.len();
+            }
+        })
+        .await;
     }
 
     /// The result of `poll`, or `TimedOut` if the peer takes nothing for as long as the stage allows.
@@ -365,7 +409,10 @@ mod tests {
     /// The same, with another idle limit.
     fn io_that_idles(wire: Wire, idle: Duration) -> Io {
         let short = Duration::from_millis(20);
-        let limits = Limits { head: short, idle, stall: short, close: short };
+        io_within(wire, Limits { head: short, idle, stall: short, close: short })
+    }
+
+    fn io_within(wire: Wire, limits: Limits) -> Io {
         let registry = Registry::new(limits, CancellationToken::new());
         let registration = registry.register(Peer::Unix, None);
         tokio::spawn(registry.watch());
@@ -399,6 +446,70 @@ mod tests {
         let mut stream = Stream::from(ours);
         fill(&mut stream).await;
         assert_ends(io(Wire::Left(stream)).refuse(b"HTTP/1.1 408 Request Timeout\r\n\r\n")).await;
+    }
+
+    /// The whole of what `refuse_and_wait` does takes this long at most, however long the stall limit is.
+    async fn assert_refusal_ends_in_time(stream: Stream) {
+        let (short, long) = (Duration::from_millis(20), Duration::from_secs(3600));
+        let io = io_within(Wire::Left(stream), Limits { head: long, idle: long, stall: long, close: short });
+        let before = Instant::now();
+        io.refuse_and_wait(b"bye", |_| false).await;
+        assert!(before.elapsed() < ANSWER_LIMIT + Duration::from_secs(1), "{:?}", before.elapsed());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refusal_does_not_wait_for_a_peer_that_does_not_answer_longer_than_its_limit() {
+        let (ours, _peer) = connection().await;
+        assert_refusal_ends_in_time(ours.into()).await;
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn refusal_does_not_wait_for_a_peer_that_reads_nothing_longer_than_its_limit() {
+        let (ours, _peer) = connection().await;
+        let mut stream = Stream::from(ours);
+        fill(&mut stream).await;
+        assert_refusal_ends_in_time(stream).await;
+    }
+
+    /// The clock does not advance while there is input, so only the number of bytes ends this.
+    #[tokio::test(start_paused = true)]
+    async fn refusal_does_not_read_without_end_what_a_peer_sends() {
+        let (ours, mut peer) = connection().await;
+        let sending = tokio::spawn(async move {
+            let mut sent = 0;
+            while let Ok(length) = peer.write(&[0; 16 * 1024]).await {
+                sent += length;
+            }
+            sent
+        });
+        assert_refusal_ends_in_time(ours.into()).await;
+        let sent = timeout(Duration::from_secs(120), sending).await.expect("the connection is closed");
+        assert!(sent.expect("no panic") > UNANSWERED_LIMIT);
+    }
+
+    #[tokio::test]
+    async fn connection_stays_open_until_the_peer_has_answered_a_refusal() {
+        let (ours, mut peer) = connection().await;
+        let long = Duration::from_secs(3600);
+        let io =
+            io_within(Wire::Left(ours.into()), Limits { head: long, idle: long, stall: long, close: long });
+        let entry = io.registration().driver();
+        let mut all = Vec::new();
+        let refusing = tokio::spawn(io.refuse_and_wait(b"bye", move |bytes| {
+            all.extend_from_slice(bytes);
+            all.ends_with(b"message bye")
+        }));
+        let mut read = [0; 3];
+        peer.read_exact(&mut read).await.expect("the connection is open");
+        for part in ["mess", "age ", "by"] {
+            peer.write_all(part.as_bytes()).await.expect("the connection is open");
+            assert!(timeout(Duration::from_millis(20), peer.read_exact(&mut [0])).await.is_err());
+            assert_eq!(entry.stage(), Stage::Ending, "a drain does not wait");
+        }
+        peer.write_all(b"e").await.expect("the connection is open");
+        assert_eq!(peer.read(&mut read).await.expect("no error occurs"), 0);
+        drop(peer);
+        refusing.await.expect("no panic");
     }
 
     #[tokio::test]

@@ -319,16 +319,55 @@ fn a_websocket_survives_restarts_and_its_messages_are_answered_by_the_next_proce
     });
 }
 
+/// Opens a WebSocket of a service without a store, which closes it with 1012 at the stop signal.
+async fn closed_with_1012() -> (Service, Connection) {
+    // With this limit a WebSocket that delayed the exit would delay it for an hour.
+    let service = Service::start(app_binary(), &["--drain-timeout", "1h"]).expect("the service starts");
+    let mut connection = websocket(&service).await;
+    connection.send(HI.0).await.expect("the bytes are sent");
+    assert_eq!(connection.take(4).await.expect("the echo arrives"), HI.1);
+    service.signal(Signal::TERM);
+    let close = connection.take(4).await.expect("a close frame arrives");
+    assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
+    (service, connection)
+}
+
+/// Otherwise browsers report that the WebSocket was not closed cleanly.
 #[test]
-fn a_websocket_is_closed_with_1012_if_there_is_no_store() {
-    let service = Service::start(app_binary(), &[]).expect("the service starts");
+fn a_websocket_is_closed_with_1012_and_ends_after_the_answer_if_there_is_no_store() {
     block_on(async {
-        let mut connection = websocket(&service).await;
+        let (mut service, mut connection) = closed_with_1012().await;
         connection.send(HI.0).await.expect("the bytes are sent");
-        assert_eq!(connection.take(4).await.expect("the echo arrives"), HI.1);
+        let ended = tokio::time::timeout(Duration::from_millis(300), connection.read_more()).await;
+        assert!(ended.is_err(), "the connection does not wait for the answer: {ended:?}");
+        let has_ended = service.process().ends_within(Duration::ZERO).expect("the wait succeeds");
+        assert!(!has_ended, "the process does not wait for the answer");
+        connection.send(b"\x88\x82\0\0\0\0\x03\xf4").await.expect("the bytes are sent");
+        assert_eq!(connection.read_more().await.expect("the connection ends cleanly"), 0);
+        let (status, log) = service.end().expect("the process ends");
+        assert!(status.success() && log.contains("0 cut off"), "{log}");
+    });
+}
+
+#[test]
+fn a_websocket_whose_client_does_not_answer_the_close_does_not_delay_the_exit() {
+    block_on(async {
+        let (mut service, connection) = closed_with_1012().await;
+        let has_ended = service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds");
+        assert!(has_ended, "the process waits for a client");
+        drop(connection);
+    });
+}
+
+#[test]
+fn second_signal_ends_the_wait_for_the_answer_to_a_close() {
+    block_on(async {
+        let (mut service, connection) = closed_with_1012().await;
         service.signal(Signal::TERM);
-        let close = connection.take(4).await.expect("a close frame arrives");
-        assert_eq!((close[0], u16::from_be_bytes([close[2], close[3]])), (0x88, 1012));
+        // Less than the process would wait otherwise.
+        let has_ended = service.process().ends_within(Duration::from_secs(2)).expect("the wait succeeds");
+        assert!(has_ended, "the process waits for a client");
+        drop(connection);
     });
 }
 

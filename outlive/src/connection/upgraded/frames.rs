@@ -307,6 +307,19 @@ impl Inbound {
         self.state == InboundState::Closed
     }
 
+    /// Whether no more frames follow `bytes`, which arrived next and which no handler reads: the Close of the peer is among
+    /// them, or an invalid frame has made it impossible to find a Close.
+    pub(super) fn is_ended_by(&mut self, mut bytes: &[u8]) -> bool {
+        while self.state != InboundState::Lost
+            && let Some(head) = self.position.advance(&mut bytes)
+        {
+            if head.opcode() == CLOSE {
+                return true;
+            }
+        }
+        self.state == InboundState::Lost
+    }
+
     /// The bytes that the handler of the next process has to read again: an unanswered Ping, and what this handler has
     /// read of an incomplete message.
     pub(super) fn unread(self) -> Bytes {
@@ -493,6 +506,28 @@ mod tests {
             prop_assert!(data_read == data, "{} of {} bytes", data_read.len(), data.len());
         }
 
+        /// A handler has read the first frames up to any byte, and then the library has sent Close.
+        #[test]
+        fn peer_has_ended_exactly_when_the_last_byte_of_its_close_has_arrived(
+            sent in prop::collection::vec(sent(), 0..4),
+            has_read in any::<prop::sample::Index>(),
+            length in 1..200_usize,
+        ) {
+            let mut all: Vec<u8> = frames(&sent).into_iter().flat_map(|frame| frame.0).collect();
+            let has_read = has_read.index(all.len() + 1);
+            all.extend(frame(CLOSE, true, Some([1, 2, 3, 4]), &[3, 244]));
+            let end = all.len();
+            all.extend(b"what follows is not a frame");
+            let mut inbound = Inbound::default();
+            inbound.admit(&all[..has_read], Reading::Ahead, || 0);
+            let mut at = has_read;
+            while at < end {
+                let piece = &all[at..(at + length).min(all.len())];
+                at += piece.len();
+                prop_assert_eq!(inbound.is_ended_by(piece), at >= end);
+            }
+        }
+
         #[test]
         fn handler_reads_at_most_one_frame_at_once_in_a_drain(sent in prop::collection::vec(sent(), 1..6)) {
             let frames = frames(&sent);
@@ -546,6 +581,7 @@ mod tests {
                 at += admitted;
             }
             let _ = inbound.unread();
+            Inbound::default().is_ended_by(&bytes);
             Outbound::default().wrote(&bytes);
         }
     }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use tokio::io::AsyncWrite;
 use tokio::sync::mpsc;
 
-use super::frames::close;
+use super::frames::{Inbound, close};
 use super::{Frames, Granted};
 use crate::connection::io::{Io, Parts, join};
 use crate::connection::{Connection, Endpoint, proxied};
@@ -26,10 +26,17 @@ const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 /// Closes a connection that began in another process, and that this process cannot continue.
 pub(in crate::connection) async fn close_unadopted(io: Io, kind: Kind) {
     match kind {
-        Kind::WebSocket => io.refuse(&close(SERVICE_RESTART)).await,
+        // In a box, because the task of each connection would have room for it otherwise.
+        Kind::WebSocket => Box::pin(close_websocket(io, Inbound::default())).await,
         Kind::EventStream => io.refuse(LAST_CHUNK).await,
         Kind::Other | Kind::Socket => io.close().await,
     }
+}
+
+/// Closes a WebSocket with the code 1012. The client closes the connection cleanly only if its own Close has arrived
+/// before the end of the connection (RFC 6455 section 7.1.4). `inbound` has followed what was read before.
+async fn close_websocket(io: Io, mut inbound: Inbound) {
+    io.refuse_and_wait(&close(SERVICE_RESTART), |bytes| inbound.is_ended_by(bytes)).await;
 }
 
 /// Where handlers give connections back.
@@ -126,10 +133,13 @@ impl ReturnedConnection {
 
     /// Closes the connection; a WebSocket with the code 1012, service restart.
     pub async fn close(self) {
-        match &self.frames {
-            Some(frames) if frames.response.is_none() && frames.outbound.may_close() => {
-                let code = if frames.inbound.is_closed() { NORMAL } else { SERVICE_RESTART };
-                self.io.refuse(&close(code)).await;
+        match self.frames {
+            Some(Frames { mut inbound, outbound, excess, response: None }) if outbound.may_close() => {
+                if inbound.is_closed() || inbound.is_ended_by(&excess) {
+                    self.io.refuse(&close(NORMAL)).await;
+                } else {
+                    close_websocket(self.io, inbound).await;
+                }
             }
             _ => self.io.close().await,
         }

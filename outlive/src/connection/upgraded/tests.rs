@@ -37,7 +37,7 @@ use crate::app::context::Shutdown;
 use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::observe::metrics;
-use crate::registry::{Counts, Phase};
+use crate::registry::{Counts, Phase, Protocols};
 use crate::transport::tls_tests::tls_of;
 
 /// How long a test waits for an event before it fails.
@@ -371,6 +371,44 @@ async fn websocket_is_closed_with_1012_if_there_is_no_next_process() {
     served.server.enter(Phase::Closing);
     let drained = served.registry().wait_until(|| served.registry().is_drained());
     timeout(PATIENCE, drained).await.expect("the drain ends");
+}
+
+/// What the client had sent before it received the Close is discarded.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_ends_only_after_the_client_has_answered_the_close() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    let served = serve_with(counting(), Some(tls_of(&certificate))).await;
+    let client = connect_over(&served, &certificate, &TLS12).await;
+    assert_ends_after_the_answer(&served, client.into_inner(), Phase::Draining).await;
+    for phase in [Phase::Lingering, Phase::Draining] {
+        let served = serve(counting()).await;
+        served.registry().limit_handover(Protocols::Http2AndTls);
+        let client = connect(&served).await;
+        assert_ends_after_the_answer(&served, client.into_inner(), phase).await;
+    }
+}
+
+async fn assert_ends_after_the_answer(
+    served: &Served,
+    mut client: impl AsyncRead + AsyncWrite + Unpin,
+    phase: Phase,
+) {
+    client.write_all(b"\x81\x85\0\0\0\0he").await.expect("the connection is open");
+    served.server.enter(phase);
+    let mut close = [0; 4];
+    client.read_exact(&mut close).await.expect("the Close arrives");
+    assert_eq!(&close, b"\x88\x02\x03\xf4");
+    // The remainder of the message, a further one, and a Ping.
+    for bytes in [&b"llo"[..], b"\x81\x81\0\0\0\0x", b"\x89\x80\0\0\0\0", b"\x88\x82\0\0\0"] {
+        client.write_all(bytes).await.expect("the connection is open");
+        assert!(timeout(Duration::from_millis(50), client.read_exact(&mut [0])).await.is_err(), "{phase:?}");
+        assert!(!served.registry().is_drained(), "{phase:?}: the process could exit");
+    }
+    client.write_all(b"\0\x03\xf4").await.expect("the connection is open");
+    let read = timeout(Duration::from_secs(2), client.read(&mut [0])).await.expect("the connection ends");
+    assert_eq!(read.expect("it ends cleanly"), 0, "{phase:?}");
+    drop(client);
+    served.until_connections(0).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
