@@ -28,7 +28,7 @@ check-e2e:
 	cd e2e && cargo clippy --workspace --all-targets -- -D warnings
 	cd e2e && cargo clippy --workspace --test '*' -- -D warnings
 	cargo clippy -p outlive -- -D warnings
-	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests,outlive/cpu-profile,outlive/heap-profile,outlive/log-control,outlive/otlp -- -D warnings
+	cargo clippy --workspace --lib --tests --features outlive/fuzz-tests,outlive/cpu-profile,outlive/heap-profile,outlive/log-control,outlive/otlp,outlive/span-filter -- -D warnings
 	RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps -p outlive
 check-e2e-dependencies:
 	@$(call WITH_TOOL,cargo-deny,cd e2e && cargo deny --config ../deny.toml check bans licenses sources)

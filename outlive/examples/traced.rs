@@ -11,12 +11,12 @@ use anyhow::Context as _;
 use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
-use outlive::tracing_subscriber::EnvFilter;
+use outlive::tracing_subscriber::filter::Targets;
 use outlive::tracing_subscriber::layer::{Context, Layer};
 use outlive::tracing_subscriber::registry::LookupSpan;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
-use tracing::{Subscriber, info};
+use tracing::{Level, Subscriber, info};
 
 /// Records its requests.
 #[derive(clap::Parser)]
@@ -83,7 +83,7 @@ impl<S: Subscriber + for<'a> LookupSpan<'a>> Layer<S> for Spans {
 
 async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
     let spans = Spans::default();
-    setup.tracing_layer(spans.clone().with_filter(EnvFilter::new("off,request=debug")));
+    setup.tracing_layer(spans.clone().with_filter(Targets::new().with_target("request", Level::DEBUG)));
     setup.on_exit("flush the spans", async move {
         tokio::task::spawn_blocking(move || spans.flush(&config.spans)).await?
     });

@@ -442,12 +442,15 @@ impl Setup {
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) {
-    /// use outlive::tracing_subscriber::{EnvFilter, Layer, fmt};
+    /// use outlive::tracing_subscriber::filter::Targets;
+    /// use outlive::tracing_subscriber::{Layer, fmt};
+    /// use tracing::Level;
     ///
     /// let debug = std::fs::File::create("/dev/null").map(std::sync::Arc::new);
     /// if let Ok(file) = debug {
     ///     let layer = fmt::layer().with_writer(file);
-    ///     setup.tracing_layer(layer.with_filter(EnvFilter::new("info,request=debug")));
+    ///     let filter = Targets::new().with_default(Level::INFO).with_target("request", Level::DEBUG);
+    ///     setup.tracing_layer(layer.with_filter(filter));
     /// }
     /// # }
     /// ```

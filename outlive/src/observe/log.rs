@@ -9,6 +9,7 @@
 //! and no request. Events that do not fit into the queue are dropped and counted.
 
 mod entry;
+mod filter;
 mod journal;
 mod json;
 mod late_layers;
@@ -30,9 +31,10 @@ use tracing_subscriber::layer;
 use tracing_subscriber::layer::Layered;
 use tracing_subscriber::prelude::*;
 use tracing_subscriber::registry::LookupSpan;
-use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+use tracing_subscriber::{Layer, Registry, reload};
 
 use self::entry::{Entries, Entry};
+pub use self::filter::{LogFilter, parse as parse_filter};
 use self::journal::Journal;
 pub use self::late_layers::BoxedLayer;
 use self::late_layers::{AddedLayers, LateLayers};
@@ -94,7 +96,7 @@ pub enum Target {
 pub struct Control {
     /// The name of the service.
     pub name: String,
-    pub filter: reload::Handle<EnvFilter, Layered<AddedLayers, Registry>>,
+    pub filter: reload::Handle<LogFilter, Layered<AddedLayers, Registry>>,
     pub target: Arc<AtomicU8>,
     /// The target at the start. The journal can be selected later only if it was the target then, because it is opened
     /// at the start only.
@@ -199,10 +201,8 @@ pub fn init(
         (None, Ok(text)) => ("RUST_LOG", text),
         (None, Err(_)) => ("", "info".to_owned()),
     };
-    let filter = EnvFilter::builder()
-        .parse(&text)
-        // Its error and the source of that say the same, and name no part of the text.
-        .map_err(|_| {
+    let filter = parse_filter(&text)
+        .ok_or_else(|| {
             anyhow!(
                 "invalid {name} {text:?}: expected a log filter such as info or info,request=debug, with the levels \
                  off, error, warn, info, debug and trace"
@@ -457,7 +457,7 @@ mod tests {
             let log = While { is: Target::Console, target, layer: tracing_subscriber::fmt::layer() };
             let other =
                 tracing_subscriber::fmt::layer().with_writer(io::sink).with_filter(LevelFilter::TRACE);
-            let log = log.with_filter(EnvFilter::new(of_log));
+            let log = log.with_filter(parse_filter(of_log).expect("the filter is valid"));
             let _guard =
                 tracing::subscriber::set_default(tracing_subscriber::registry().with(other).with(log));
             let span = tracing::debug_span!(target: "request", "request");

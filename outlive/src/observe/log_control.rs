@@ -14,12 +14,13 @@ use futures_util::future;
 use tokio::time::timeout;
 use tracing::debug;
 use tracing::level_filters::LevelFilter;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::Registry;
+use tracing_subscriber::layer::Filter;
 use zbus::fdo::{Error, PropertiesProxy, RequestNameFlags, Result};
 use zbus::names::InterfaceName;
 use zbus::{Connection, connection, interface};
 
-use crate::observe::log::{Control, Target};
+use crate::observe::log::{Control, Target, parse_filter};
 use crate::os::lock::lock;
 
 const PATH: &str = "/org/freedesktop/LogControl1";
@@ -117,6 +118,7 @@ fn set_level(control: &Control, level: &str) -> Result<()> {
             )));
         }
     };
+    let filter = parse_filter(filter).ok_or_else(|| Error::Failed("the filter is invalid".into()))?;
     control.filter.reload(filter).map_err(|error| Error::Failed(error.to_string()))?;
     level.clone_into(&mut lock(&control.set).0);
     Ok(())
@@ -152,7 +154,7 @@ struct LogControl(Arc<Control>);
 impl LogControl {
     #[zbus(property)]
     fn log_level(&self) -> &'static str {
-        let level = self.0.filter.with_current(EnvFilter::max_level_hint).ok().flatten();
+        let level = self.0.filter.with_current(Filter::<Registry>::max_level_hint).ok().flatten();
         match level.unwrap_or(LevelFilter::TRACE) {
             LevelFilter::OFF | LevelFilter::ERROR => "err",
             LevelFilter::WARN => "warning",
@@ -208,7 +210,7 @@ mod tests {
         for first in [Target::Console, Target::Journal] {
             let control = Control {
                 name: "app".into(),
-                filter: reload::Layer::new(EnvFilter::new("info")).1,
+                filter: reload::Layer::new(parse_filter("info").expect("the filter is valid")).1,
                 target: Arc::new(AtomicU8::new(first as u8)),
                 first,
                 set: Mutex::default(),

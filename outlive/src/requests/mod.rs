@@ -416,7 +416,7 @@ mod tests {
     use tempfile::NamedTempFile;
     use tokio::time::Instant;
     use tracing::subscriber::DefaultGuard;
-    use tracing_subscriber::filter::LevelFilter;
+    use tracing_subscriber::filter::{LevelFilter, Targets};
     use tracing_subscriber::prelude::*;
 
     use super::*;
@@ -619,8 +619,9 @@ mod tests {
     fn access_log_to_file() -> (NamedTempFile, DefaultGuard) {
         let file = NamedTempFile::new().expect("the file is created");
         let writer = Arc::new(file.reopen().expect("the file is opened"));
-        let subscriber = tracing_subscriber::fmt().with_writer(writer).with_ansi(false);
-        (file, tracing::subscriber::set_default(subscriber.with_env_filter("off,access=info").finish()))
+        let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(false);
+        let lines = lines.with_filter(Targets::new().with_target("access", LevelFilter::INFO));
+        (file, tracing::subscriber::set_default(tracing_subscriber::registry().with(lines)))
     }
 
     #[tokio::test(start_paused = true)]

@@ -150,11 +150,11 @@ impl Layer<Registry> for Forward {
 mod tests {
     use tracing::subscriber::{DefaultGuard, set_default};
     use tracing::{Dispatch, Subscriber, debug, info, info_span, trace};
-    use tracing_subscriber::EnvFilter;
     use tracing_subscriber::filter::filter_fn;
     use tracing_subscriber::prelude::*;
 
     use super::super::entry::entries_of;
+    use super::super::parse_filter;
     use super::*;
 
     /// A layer that records the names of spans and the messages of events that it receives.
@@ -195,7 +195,7 @@ mod tests {
     fn set_up(filter: &str) -> (&'static LateLayers, Record, DefaultGuard) {
         let late: &LateLayers = Box::leak(Box::new(LateLayers::new()));
         let log = Record::default();
-        let logged = log.clone().with_filter(EnvFilter::new(filter));
+        let logged = log.clone().with_filter(parse_filter(filter).expect("the filter is valid"));
         let guard = set_default(tracing_subscriber::registry().with(late.layer()).with(logged));
         (late, log, guard)
     }
@@ -297,7 +297,7 @@ mod tests {
         let (late, _log, _guard) = set_up("off");
         let layer = Record::default();
         late.add(Box::new(Record::default().with_filter(LevelFilter::INFO).boxed()));
-        late.add(Box::new(EnvFilter::new("info").and_then(layer.clone()).boxed()));
+        late.add(Box::new(LevelFilter::INFO.and_then(layer.clone()).boxed()));
         dispatcher::get_default(|dispatch: &Dispatch| {
             assert!(dispatch.downcast_ref::<Record>().is_some());
             assert!(dispatch.downcast_ref::<Registry>().is_some());
