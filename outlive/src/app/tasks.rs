@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{error, warn};
 
 use crate::os::lock::lock;
+use crate::os::task;
 
 /// The pause before a supervised task begins again, so that a task that fails at once does not use a whole CPU.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
@@ -74,7 +75,7 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
         let group = if task.is_exclusive { &mut exclusive } else { &mut others };
         let (end, names, fail) = (group.end.clone(), names.clone(), fail.clone());
         let predecessor_gone = predecessor_gone.clone();
-        let running = group.tracker.spawn(async move {
+        let running = task::spawn(group.tracker.track_future(async move {
             let name = task.name.clone();
             // An exclusive task that still waits at the end of the process never begins, because it has no work to
             // finish.
@@ -84,7 +85,7 @@ pub fn begin(tasks: Vec<Task>, predecessor_gone: &CancellationToken) -> Running 
                 fail.send_if_modified(|failed| failed.is_none() && failed.replace(reason).is_none());
             }
             lock(&names).retain(|other| *other != name);
-        });
+        }));
         group.tasks.push(running.abort_handle());
     }
     Running { exclusive, others, names, failed }

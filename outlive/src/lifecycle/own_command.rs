@@ -20,6 +20,7 @@ use crate::observe::log;
 use crate::os::credentials::Credentials;
 use crate::os::exit::{Exit, FLUSH_LIMIT, Failure, Result};
 use crate::os::signals::Signals;
+use crate::os::task;
 
 /// Runs the command of `line` with `execute` until it ends.
 pub fn run<C, D, R>(line: &CommandLine<C, D>, execute: R) -> Result<()>
@@ -36,7 +37,7 @@ where
     Runtime::new()?.block_on(async {
         let signals = Signals::new().context("could not watch for signals")?;
         let stop = CancellationToken::new();
-        tokio::spawn(stop_on_signal(signals, stop.clone()));
+        task::spawn(stop_on_signal(signals, stop.clone()));
         let sockets = NamedSockets::new(Vec::new(), &[], SocketFiles::owned(), Purpose::Command);
         let mut setup = Setup::new(Process::begin(1), stop, credentials, Arc::new(sockets));
         let executed = AssertUnwindSafe(execute(command, service.options, &mut setup)).catch_unwind().await;

@@ -1,6 +1,7 @@
 //! [`Runtime`], the tokio runtime of a process.
 
 use anyhow::Context;
+use futures_util::FutureExt;
 
 use crate::os::exit::Result;
 
@@ -16,7 +17,9 @@ impl Runtime {
     }
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
-        self.0.as_ref().expect("only `drop` takes the runtime").block_on(future)
+        let runtime = self.0.as_ref().expect("only `drop` takes the runtime");
+        // In a box, because the binary would have tokio's code for each type of future otherwise.
+        runtime.block_on(future.boxed_local())
     }
 }
 

@@ -35,7 +35,7 @@ use crate::os::exit::{Failure, Result};
 use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit;
 use crate::os::signals::Signals;
-use crate::os::systemd;
+use crate::os::{systemd, task};
 use crate::registry::Registry;
 use crate::requests::{AccessLog, Routes};
 use crate::server::{Acceptor, Queues, Server, allocator};
@@ -171,7 +171,7 @@ impl Started {
         let endpoints: Vec<_> = listeners.iter().zip(kinds).map(endpoint).collect();
         let context = ConnectionContext::new(process, shutdown, config.drain_timeout / 2, config.proxies());
         let server = Server::new(context, &endpoints, registry.clone(), config.max_connections, queues)?;
-        tokio::spawn(registry.clone().watch());
+        task::spawn(registry.clone().watch());
         allocator::return_memory(registry);
         let renewal = tls.map(TlsRenewal::new).zip(config.tls_check_interval);
         let example = listeners.iter().find_map(Listener::example_command);
@@ -233,14 +233,14 @@ impl Started {
             predecessor_gone.cancel();
             socket
         };
-        tokio::spawn(server.clone().back_up(process.generation, predecessor_gone.clone()));
+        task::spawn(server.clone().back_up(process.generation, predecessor_gone.clone()));
         match MemoryPressure::of_environment() {
             Ok(None) => {}
-            Ok(Some(pressure)) => drop(tokio::spawn(server.clone().relieve(pressure))),
+            Ok(Some(pressure)) => drop(task::spawn(server.clone().relieve(pressure))),
             Err(error) => warn!("idle connections stay open when memory is short: {error:#}"),
         }
         if let Some((renewal, interval)) = self.renewal {
-            tokio::spawn(renewal.run(interval));
+            task::spawn(renewal.run(interval));
         }
         let tasks = tasks::begin(self.tasks, &predecessor_gone);
         let generation = process.generation;
@@ -251,12 +251,10 @@ impl Started {
         // Not earlier: a successor that then failed to start would have taken the bus name away from its predecessor.
         logging.offer();
         let reported = status.clone();
-        tokio::spawn(systemd::report(move || {
-            (reported.role() == ManagerRole::Main).then(|| reported.line())
-        }));
+        task::spawn(systemd::report(move || (reported.role() == ManagerRole::Main).then(|| reported.line())));
         if let Some(watchdog) = watchdog {
             let watched = status.clone();
-            tokio::spawn(systemd::feed_watchdog(watchdog, move || watched.role() < ManagerRole::Former));
+            task::spawn(systemd::feed_watchdog(watchdog, move || watched.role() < ManagerRole::Former));
         }
         Ok(Serving {
             config,

@@ -7,18 +7,21 @@ use std::sync::LazyLock;
 
 use anyhow::Context;
 use hyper::Method;
-use prometheus::{
-    IntCounter, IntCounterVec, IntGauge, IntGaugeVec, register_int_counter, register_int_counter_vec,
-    register_int_gauge, register_int_gauge_vec,
-};
+use prometheus::core::Collector;
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
 
 pub use durations::answered;
 #[cfg(test)]
 pub use durations::count;
 
 macro_rules! metric {
-    ($register:ident, $name:literal, $help:literal $(, $more:expr)*) => {
-        LazyLock::new(|| $register!($name, $help $(, $more)*).expect("each name is registered once"))
+    ($kind:ident, $name:literal, $help:literal) => {
+        LazyLock::new(|| $crate::observe::metrics::registered($kind::new($name, $help)))
+    };
+    ($kind:ident, $name:literal, $help:literal, $labels:expr) => {
+        LazyLock::new(|| {
+            $crate::observe::metrics::registered($kind::new(prometheus::Opts::new($name, $help), $labels))
+        })
     };
 }
 
@@ -27,66 +30,71 @@ pub mod process;
 pub mod runtime;
 
 pub static IN_FLIGHT: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "http_requests_in_flight", "Requests in flight.");
+    metric!(IntGauge, "http_requests_in_flight", "Requests in flight.");
 pub static CONNECTIONS: LazyLock<IntGaugeVec> =
-    metric!(register_int_gauge_vec, "outlive_connections", "Open connections by stage.", &["stage"]);
+    metric!(IntGaugeVec, "outlive_connections", "Open connections by stage.", &["stage"]);
 pub static HANDED_OVER: LazyLock<IntCounter> = metric!(
-    register_int_counter,
+    IntCounter,
     "outlive_connections_handed_over_total",
     "Connections handed over to the next process, by this process and its predecessors."
 );
 pub static TAKEN_OVER: LazyLock<IntCounter> = metric!(
-    register_int_counter,
+    IntCounter,
     "outlive_connections_taken_over_total",
     "Connections taken over from the predecessor."
 );
 pub static BACKED_UP: LazyLock<IntGauge> = metric!(
-    register_int_gauge,
+    IntGauge,
     "outlive_connections_backed_up",
     "Parked connections that stay open if this process crashes."
 );
 pub static CUT_OFF: LazyLock<IntCounter> = metric!(
-    register_int_counter,
+    IntCounter,
     "outlive_requests_cut_off_total",
     "Requests cut off at the end of a drain, by this process and its predecessors."
 );
 pub static REFUSED: LazyLock<IntCounterVec> = metric!(
-    register_int_counter_vec,
+    IntCounterVec,
     "outlive_requests_refused_total",
     "Requests that this process answered with 503 because too many were in flight, by the option that limits them.",
     &["limit"]
 );
 pub static LOG_DROPPED: LazyLock<IntCounter> = metric!(
-    register_int_counter,
+    IntCounter,
     "outlive_log_messages_dropped_total",
     "Log messages of this process that were dropped because journald or standard error did not accept them in time. \
      Messages that journald refused are not counted."
 );
 #[cfg(feature = "otlp")]
 pub static SPANS_DROPPED: LazyLock<IntCounter> = metric!(
-    register_int_counter,
+    IntCounter,
     "outlive_spans_dropped_total",
     "Spans of this process that were dropped because the queue was full or the collector did not accept them."
 );
 pub static PROXY_HEADERS_REFUSED: LazyLock<IntCounterVec> = metric!(
-    register_int_counter_vec,
+    IntCounterVec,
     "outlive_proxy_headers_refused_total",
     "Connections that this process closed because they did not begin with a valid PROXY header of a trusted proxy, by reason.",
     &["reason"]
 );
 pub static ACCEPT_QUEUE: LazyLock<IntGaugeVec> = metric!(
-    register_int_gauge_vec,
+    IntGaugeVec,
     "outlive_accept_queue_length",
     "Connections waiting to be accepted, by TCP listener.",
     &["listener"]
 );
-pub static GENERATION: LazyLock<IntGauge> = metric!(
-    register_int_gauge,
-    "outlive_generation",
-    "Number of this process in the handover chain; the first is 1."
-);
+pub static GENERATION: LazyLock<IntGauge> =
+    metric!(IntGauge, "outlive_generation", "Number of this process in the handover chain; the first is 1.");
 pub static UPTIME: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "outlive_uptime_seconds", "Seconds since this process started.");
+    metric!(IntGauge, "outlive_uptime_seconds", "Seconds since this process started.");
+
+/// Registers a metric. Not inlined, because the binary would have this code for each metric otherwise.
+#[inline(never)]
+fn registered<M: Collector + Clone + 'static>(metric: prometheus::Result<M>) -> M {
+    let metric = metric.expect("the names and labels are valid");
+    prometheus::register(Box::new(metric.clone())).expect("each name is registered once");
+    metric
+}
 
 /// The counters that the next process continues. They are incremented at the end of a process, when no request for
 /// `/metrics` can reach it any more, so their values would otherwise never be seen.

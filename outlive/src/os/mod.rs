@@ -10,3 +10,4 @@ pub mod rlimit;
 pub mod signals;
 pub mod sys;
 pub mod systemd;
+pub mod task;

@@ -36,7 +36,7 @@ mod with_malloc {
     use tokio::task::spawn_blocking;
     use tokio::time::interval;
 
-    use crate::os::sys;
+    use crate::os::{sys, task};
     use crate::registry::Registry;
 
     const INTERVAL: Duration = Duration::from_secs(1);
@@ -46,7 +46,7 @@ mod with_malloc {
     /// Trims the heap after connections were parked or closed, on a thread for blocking work, because that takes up to
     /// 100 ms after 10,000 connections.
     pub fn return_memory(registry: Arc<Registry>) {
-        tokio::spawn(async move {
+        task::spawn(async move {
             let mut clock = interval(INTERVAL);
             loop {
                 clock.tick().await;

@@ -35,7 +35,7 @@ use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
 use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit;
-use crate::os::sys;
+use crate::os::{sys, task};
 use crate::registry::{Phase, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
 use crate::server::parked::{ParkedConnection, ParkedConnections};
@@ -130,8 +130,8 @@ impl Server {
         let endpoints = endpoints.into();
         let server =
             Self { context, endpoints, registry, slots, admin_slots, parked, own_ports, queues, overflow };
-        tokio::spawn(server.clone().serve_unparked());
-        tokio::spawn(server.clone().serve_returned(returned));
+        task::spawn(server.clone().serve_unparked());
+        task::spawn(server.clone().serve_returned(returned));
         Ok(server)
     }
 
@@ -142,9 +142,9 @@ impl Server {
         let is_own = matches!(acceptor.ownership, Ownership::Bound(_));
         let accept = self.clone().accept(acceptor);
         if is_own {
-            self.own_ports.spawn(accept)
+            task::spawn(self.own_ports.track_future(accept))
         } else {
-            tokio::spawn(accept)
+            task::spawn(accept)
         };
     }
 
@@ -221,7 +221,7 @@ impl Server {
                 let registration = self.registry.register_since(peer, None, since);
                 registration.close_after_response();
                 let context = self.context.clone();
-                tokio::spawn(async move {
+                task::spawn(async move {
                     drop(connection::serve(connection, registration, &context).await);
                     // Closing is not enough, because the descriptor in the channel keeps the connection open.
                     if let Ok(copy) = copy {
@@ -331,7 +331,7 @@ impl Server {
     /// Continues the upgraded connections that their handlers have given back, or closes them.
     async fn serve_returned(self, mut returned: ReturnedConnections) {
         while let Some(connection) = returned.recv().await {
-            tokio::spawn(self.clone().continue_returned(connection));
+            task::spawn(self.clone().continue_returned(connection));
         }
     }
 

@@ -18,6 +18,7 @@ use crate::handover::{
 use crate::observe::log::message_id;
 use crate::observe::{counted, metrics};
 use crate::os::rlimit::{self, FdRoom};
+use crate::os::task;
 use crate::server::Server;
 
 /// How often the connections that wait for descriptors are checked while their peers are idle.
@@ -268,7 +269,7 @@ impl Adopter {
                  response: raise LimitNOFILE= (now {})",
                 rlimit::limit()
             );
-            tokio::spawn(self.rotate());
+            task::spawn(self.rotate());
         }
         note
     }

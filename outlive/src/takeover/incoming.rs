@@ -22,6 +22,7 @@ use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_fr
 use crate::listeners::{Inherited, SocketFiles};
 use crate::observe::status::Status;
 use crate::os::credentials::Credentials;
+use crate::os::task;
 use crate::server::Server;
 use crate::takeover::adopter::Adopter;
 use crate::takeover::old_processes::OldProcesses;
@@ -161,7 +162,7 @@ impl Committed {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
-        tokio::spawn(async move {
+        task::spawn(async move {
             receive(channel, server, status, old, to_main).await;
             gone.cancel();
         });

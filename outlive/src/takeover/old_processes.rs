@@ -29,6 +29,7 @@ use super::adopter::Adopter;
 use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, send_frames};
 use crate::observe::status::Status;
 use crate::os::lock::lock;
+use crate::os::task;
 use crate::server::Server;
 
 /// How many processes may linger. Each needs its own memory for as long as the slowest of its clients reads, so without
@@ -108,7 +109,7 @@ impl OldProcesses {
                 let reading = Channel::new(channel.socket.try_clone()?)?;
                 let id = *next_id;
                 *next_id += 1;
-                let reader = tokio::spawn(self.clone().follow(id, reading)).abort_handle();
+                let reader = task::spawn(self.clone().follow(id, reading)).abort_handle();
                 processes.push(OldProcess { id, channel, reader });
                 // Older processes than this one were asked to end when earlier ones were added.
                 if let Some(oldest) = processes.len().checked_sub(MAX_OLD_PROCESSES + 1) {

@@ -7,33 +7,30 @@ use std::io;
 use std::sync::{LazyLock, Mutex};
 use std::time::{Duration, SystemTime};
 
-use prometheus::{Counter, IntGauge, register_counter, register_int_gauge};
+use prometheus::{Counter, IntGauge};
 use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::registered;
 use crate::os::lock::lock;
 
-static CPU_SECONDS: LazyLock<Counter> = metric!(
-    register_counter,
-    "process_cpu_seconds_total",
-    "Total user and system CPU time spent in seconds."
-);
+static CPU_SECONDS: LazyLock<Counter> =
+    metric!(Counter, "process_cpu_seconds_total", "Total user and system CPU time spent in seconds.");
 static OPEN_FDS: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "process_open_fds", "Number of open file descriptors.");
+    metric!(IntGauge, "process_open_fds", "Number of open file descriptors.");
 static MAX_FDS: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "process_max_fds", "Maximum number of open file descriptors.");
+    metric!(IntGauge, "process_max_fds", "Maximum number of open file descriptors.");
 static VIRTUAL_MEMORY: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "process_virtual_memory_bytes", "Virtual memory size in bytes.");
+    metric!(IntGauge, "process_virtual_memory_bytes", "Virtual memory size in bytes.");
 static RESIDENT_MEMORY: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "process_resident_memory_bytes", "Resident memory size in bytes.");
+    metric!(IntGauge, "process_resident_memory_bytes", "Resident memory size in bytes.");
 static THREADS: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "process_threads", "Number of OS threads in the process.");
+    metric!(IntGauge, "process_threads", "Number of OS threads in the process.");
 /// Computed once, because it would follow each change of the wall clock.
 static START_TIME: LazyLock<IntGauge> = LazyLock::new(|| {
     let name = "process_start_time_seconds";
-    let gauge = register_int_gauge!(name, "Start time of the process since unix epoch in seconds.")
-        .expect("each name is registered once");
+    let gauge = registered(IntGauge::new(name, "Start time of the process since unix epoch in seconds."));
     if let Ok(stat) = Stat::read() {
         gauge.set(number(start_time(&stat)));
     }

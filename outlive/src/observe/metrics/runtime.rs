@@ -4,31 +4,29 @@
 
 use std::sync::{LazyLock, Mutex};
 
-use prometheus::{
-    CounterVec, IntCounterVec, IntGauge, register_counter_vec, register_int_counter_vec, register_int_gauge,
-};
+use prometheus::{CounterVec, IntCounterVec, IntGauge};
 use tokio::runtime::RuntimeMetrics;
 
 use crate::os::lock::lock;
 
 static WORKERS: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "outlive_runtime_workers", "Worker threads of the tokio runtime.");
+    metric!(IntGauge, "outlive_runtime_workers", "Worker threads of the tokio runtime.");
 static TASKS: LazyLock<IntGauge> =
-    metric!(register_int_gauge, "outlive_runtime_tasks", "Tasks of the tokio runtime that have not ended.");
+    metric!(IntGauge, "outlive_runtime_tasks", "Tasks of the tokio runtime that have not ended.");
 static QUEUE: LazyLock<IntGauge> = metric!(
-    register_int_gauge,
+    IntGauge,
     "outlive_runtime_global_queue_length",
     "Tasks waiting in the queue of the tokio runtime from which all its workers take tasks."
 );
 static BUSY: LazyLock<CounterVec> = metric!(
-    register_counter_vec,
+    CounterVec,
     "outlive_runtime_worker_busy_seconds_total",
     "Time that a worker thread of the tokio runtime has spent with tasks and events, by worker. The time since it last \
      waited is not included.",
     &["worker"]
 );
 static PARKS: LazyLock<IntCounterVec> = metric!(
-    register_int_counter_vec,
+    IntCounterVec,
     "outlive_runtime_worker_parks_total",
     "How often a worker thread of the tokio runtime has begun to wait for events, by worker.",
     &["worker"]

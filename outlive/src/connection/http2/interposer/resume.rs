@@ -39,13 +39,18 @@ fn requests<'a>(former: u32, replays: &'a [StreamReplay], table: &ClientTable) -
     let is_apart = is_former_open || !table.is_well_formed();
     let table_stream = ended_stream(former, replays).filter(|_| is_apart);
     if let Some(stream) = table_stream {
-        requests.push(Request::Refused { stream, has_table: true });
+        insert(&mut requests, Request::Refused { stream, has_table: true });
     }
     if former > 0 && !is_former_open {
-        requests.push(Request::Refused { stream: former, has_table: table_stream.is_none() });
+        insert(&mut requests, Request::Refused { stream: former, has_table: table_stream.is_none() });
     }
-    requests.sort_by_key(Request::stream);
     requests
+}
+
+/// Inserts `request` into `requests`, which are in ascending order.
+fn insert<'a>(requests: &mut Vec<Request<'a>>, request: Request<'a>) {
+    let at = requests.partition_point(|other| other.stream() < request.stream());
+    requests.insert(at, request);
 }
 
 /// The last stream before `former` that is not open. `open` is in ascending order.
