@@ -345,6 +345,35 @@ fn run_websocket(engine: Engine) {
     });
 }
 
+#[test]
+fn a_websocket_in_node_is_closed_cleanly_by_a_stop_without_a_store() {
+    run_stopped_websocket(Engine::Node);
+}
+
+#[test]
+fn a_websocket_in_chromium_is_closed_cleanly_by_a_stop_without_a_store() {
+    run_stopped_websocket(Engine::Chromium);
+}
+
+/// The script sends one message before the stop.
+fn run_stopped_websocket(engine: Engine) {
+    let container = boot();
+    container
+        .add_to_unit("service", "store", "[Service]\nFileDescriptorStoreMax=0\n")
+        .expect("the drop-in is written");
+    container.systemctl("restart").expect("the restart succeeds");
+    container.inside(|| async {
+        let script = Script::start(&container, "webSocket()", engine).await;
+        let (counts, _waiting) = script.report().await;
+        assert_eq!(counts["echoed"], 1, "{counts}");
+        container.systemctl("stop").expect("the stop succeeds");
+        let (counts, waiting) = script.report().await;
+        let wanted = json!({ "opened": 1, "echoed": 1, "wrong": 0, "errors": 0, "closed": ["1012 "] });
+        assert_eq!(counts, wanted);
+        answer(waiting, "").await;
+    });
+}
+
 /// The program that executes a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Engine {
