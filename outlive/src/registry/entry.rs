@@ -196,13 +196,19 @@ impl Entry {
     }
 
     /// Applies an event to the state, and wakes the tasks that the event concerns. Returns the state before.
+    #[expect(
+        clippy::inline_always,
+        reason = "little is left of `State::after` for an event that the compiler knows"
+    )]
+    #[inline(always)]
     pub(super) fn apply(&self, event: Event) -> State {
         let mut word = self.state.load(Acquire);
         let (before, next, effects) = loop {
             let before = State::from_word(word);
             let (next, effects) = before.after(event);
+            // An event that changes nothing has no effects.
             if next == before {
-                break (before, next, effects);
+                return before;
             }
             if next.stage() != before.stage() {
                 self.touch();

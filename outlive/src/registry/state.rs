@@ -194,7 +194,17 @@ impl State {
     pub const WATCHED: u64 = 1 << Flag::Watched as u64;
 
     pub fn stage(self) -> Stage {
-        Stage::ALL[(self.0 & STAGE) as usize]
+        // A match and not an index into `Stage::ALL`, because the compiler can then compare the bits themselves.
+        match self.0 & STAGE {
+            0 => Stage::Waiting,
+            1 => Stage::Head,
+            2 => Stage::InFlight,
+            3 => Stage::Upgraded,
+            4 => Stage::Ending,
+            5 => Stage::Discarding,
+            6 => Stage::Closing,
+            _ => Stage::Closed,
+        }
     }
 
     const fn has(self, flag: Flag) -> bool {
@@ -294,6 +304,8 @@ impl State {
     }
 
     /// The state after `event`, and the tasks to wake.
+    #[expect(clippy::inline_always, reason = "see `Entry::apply`")]
+    #[inline(always)]
     #[must_use]
     pub fn after(self, event: Event) -> (Self, Effects) {
         let stage = self.stage();
