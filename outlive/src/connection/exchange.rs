@@ -18,6 +18,7 @@ use hyper::body::Incoming;
 use hyper::header::{
     ACCEPT, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderValue, SEC_WEBSOCKET_EXTENSIONS, UPGRADE,
 };
+use hyper::http::Extensions;
 use hyper::http::request::Parts;
 use hyper::upgrade::OnUpgrade;
 use hyper::{HeaderMap, Method, Request, Response, StatusCode, Version};
@@ -43,6 +44,8 @@ use crate::transport::stream::Peer;
 pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
+    /// The context as an extension. A request gets a clone, because to insert the context into its own costs twice as much.
+    extensions: Extensions,
     requests: RequestHandle,
     endpoint: Arc<Endpoint>,
     upgrade: Upgrade,
@@ -64,9 +67,13 @@ impl Service {
         replay: Option<Box<Replay>>,
         proxies: Option<Arc<Proxies>>,
     ) -> Self {
+        let context = Arc::new(context);
+        let mut extensions = Extensions::new();
+        extensions.insert(context.clone());
         Self {
             routes: endpoint.routes.clone().into(),
-            context: Arc::new(context),
+            context,
+            extensions,
             requests,
             endpoint,
             upgrade: Upgrade::default(),
@@ -155,13 +162,14 @@ impl Service {
             }
             Begun::Here | Begun::Elsewhere { .. } => None,
         };
-        Some(Offered::Stream(OfferedStream {
+        let handle = self.requests.upgrade_handle();
+        Some(Offered::Stream(Box::new(OfferedStream {
             streams: streams.clone(),
             stream,
             begun,
             body,
-            handle: self.requests.upgrade_handle(),
-        }))
+            handle,
+        })))
     }
 }
 
@@ -182,11 +190,12 @@ fn accepts_events(head: &Parts) -> bool {
         && head.headers.get_all(ACCEPT).iter().any(accepts)
 }
 
-/// What a request offers besides a response that ends.
+/// What a request offers besides a response that ends. The large variants are boxed, because the future of each request
+/// has room for an offer, and is moved several times.
 enum Offered {
     Upgrade(Box<OfferedUpgrade>),
     Events { continuation: Arc<Continuation>, upgrade: Upgrade },
-    Stream(OfferedStream),
+    Stream(Box<OfferedStream>),
 }
 
 impl Offered {
@@ -378,14 +387,14 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             guard.was_counted_before();
             head.extensions.insert(CountedBefore);
         }
-        let context = match self.reported_client(&head.headers) {
+        match self.reported_client(&head.headers) {
             Some(peer) => {
                 guard.identify(peer);
-                Arc::new(RequestContext { peer, ..RequestContext::clone(&self.context) })
+                let context = RequestContext { peer, ..RequestContext::clone(&self.context) };
+                head.extensions.insert(Arc::new(context));
             }
-            None => self.context.clone(),
-        };
-        head.extensions.insert(context);
+            None => head.extensions.extend(self.extensions.clone()),
+        }
         let body = request_body(&guard, body, offered.as_ref().and_then(Offered::call));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }

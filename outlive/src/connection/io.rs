@@ -188,11 +188,13 @@ impl Io {
 
     /// Applies the stall limit to the writes of a handler that owns an upgraded connection (WebSocket): an error if
     /// the peer has taken nothing for that long. Without this a peer that never reads would keep the connection open.
+    #[inline]
     fn limit_handler<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if self.handle().stage() == Stage::Upgraded { self.limit_upgraded(cx, polled) } else { polled }
+    }
+
+    fn limit_upgraded<T>(&self, cx: &Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
         let handle = self.handle();
-        if handle.stage() != Stage::Upgraded {
-            return polled;
-        }
         if polled.is_ready() {
             // A handler need not flush, so what it has written counts as flushed. Otherwise the stall limit would apply
             // while it has nothing to send.

@@ -89,13 +89,6 @@ pub enum AccessLog {
     Off,
 }
 
-/// What a line of the access log shows besides the fields of [`ResponseFuture`].
-#[derive(Clone, Copy)]
-struct Access {
-    peer: Option<Peer>,
-    version: Version,
-}
-
 /// The limits of the number of requests, and the routes for those above a limit: all of them answer 503, under the label of
 /// the route.
 #[derive(Clone)]
@@ -149,8 +142,7 @@ impl Routes {
         let id = request_id(&head.headers);
         let is_counted = head.extensions.get::<CountedBefore>().is_none();
         let span = span(&head, &id);
-        let access = (is_counted && self.access_log == AccessLog::On)
-            .then(|| Access { peer: peer(&head), version: head.version });
+        let access = (is_counted && self.access_log == AccessLog::On).then_some(head.version);
         let method = metrics::method(&head.method);
         let trace = if is_counted {
             let path = logged(head.uri.path());
@@ -216,8 +208,8 @@ pin_project! {
     pub struct ResponseFuture {
         span: Span,
         trace: RequestTrace,
-        // Present if the request is to be in the access log.
-        access: Option<Access>,
+        // The version of the request, if it is to be in the access log.
+        access: Option<Version>,
         id: Option<HeaderValue>,
         method: &'static str,
         is_counted: bool,
@@ -283,7 +275,7 @@ impl ResponseFuture {
             debug!(target: TARGET, status = code, latency = %latency(took), "answered");
         }
         this.trace.answered(method, route, status);
-        if let Some(Access { peer, version }) = *this.access {
+        if let Some(version) = *this.access {
             let (id, path) = of_request();
             // Without the span, which would repeat some of the fields.
             info!(
@@ -295,7 +287,7 @@ impl ResponseFuture {
                 route,
                 status = code,
                 latency_ms = milliseconds(took),
-                peer = peer.map(tracing::field::display),
+                peer = %request.peer,
                 version = ?version,
                 "{method} {path} {code}"
             );
@@ -636,7 +628,7 @@ mod tests {
                 "PUT",
                 "/users/7",
                 "PUT /users/7 201 request_id=\"mine\" method=\"PUT\" path=\"/users/7\" \
-                route=\"/users/{id}\" status=201 latency_ms=0.0 version=HTTP/1.1",
+                route=\"/users/{id}\" status=201 latency_ms=0.0 peer=unix version=HTTP/1.1",
             ),
             ("GET", "/panics", "route=\"/panics\" status=500 latency_ms=0.0"),
             ("GET", "/late", "route=\"/late\" status=503 latency_ms=30"),

@@ -58,7 +58,7 @@ struct Log {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Client {
     V4(Ipv4Addr),
-    V6(u128),
+    V6([u16; 4]),
 }
 
 impl Client {
@@ -67,7 +67,10 @@ impl Client {
         let Peer::Tcp(address) = peer else { return None };
         Some(match address.ip().to_canonical() {
             IpAddr::V4(address) => Self::V4(address),
-            IpAddr::V6(address) => Self::V6(address.to_bits() >> 64),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                Self::V6([a, b, c, d])
+            }
         })
     }
 }
