@@ -23,10 +23,11 @@ use tokio_rustls::server::TlsStream;
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let (pid, since) = (std::process::id(), std::time::SystemTime::now());
+    let (pid, generation, since) = (std::process::id(), 1, std::time::SystemTime::now());
+    // As in `src/app.rs`, because both servers are compared by the instructions for a request.
     let identity = async move || {
         let since = humantime::format_rfc3339_seconds(since);
-        format!("pid {pid}, generation 1, since {since}\n")
+        format!("pid {pid}, generation {generation}, since {since}\n")
     };
     let router = Router::new()
         .route("/", get(identity))

@@ -65,11 +65,11 @@ root:
 ROOTS := target/systemd-257 target/systemd-252 target/systemd-unstable
 # Programs that the tests run, and the Debian packages that contain them.
 TOOLS := curl h2load inotifywait java lintian mmdebstrap openssl prlimit script start_server systemctl systemd-nspawn \
-	systemd-socket-activate /usr/lib/python3.*/ensurepip /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
+	systemd-socket-activate valgrind /usr/lib/python3.*/ensurepip /usr/lib/postgresql/*/bin/postgres /usr/lib/*/libnss_systemd.so.2 \
 	/usr/lib/*/faketime/libfaketimeMT.so.1 $(addprefix /usr/lib/python3/dist-packages/,grpc h2 httpx websockets)
 DEBIAN := bsdutils ca-certificates curl inotify-tools libfaketime libnss-systemd libserver-starter-perl lintian mmdebstrap \
 	nghttp2-client openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx python3-venv python3-websockets \
-	systemd systemd-container util-linux
+	systemd systemd-container util-linux valgrind
 CARGO_TOOLS := cargo-auditable cargo-deb cargo-deny cargo-generate-rpm
 GO_CLIENT := target/tools/bin/go-client
 PPROF := target/tools/bin/pprof

@@ -1,0 +1,36 @@
+//! What a request costs, in user instructions relative to bare `axum::serve`. Relative, because the count itself also depends
+//! on the processor, for which glibc chooses its functions, and on the versions of the compiler and of the crates.
+
+use std::path::Path;
+
+use e2e_cost::{Protocol, of_one_request};
+
+/// The ratios as they were measured. A change that needs more has to set them anew, with the reason in its commit message.
+const HTTP1: f64 = 1.180;
+const HTTP2: f64 = 1.392;
+/// A larger increase fails the test. Thirteen runs on a busy machine differed by up to 0.8 % from what is recorded.
+const TOLERANCE: f64 = 1.02;
+
+#[test]
+fn http1_request_costs_no_more_than_recorded() {
+    assert_cost(Protocol::Http1, HTTP1);
+}
+
+#[test]
+fn http2_request_costs_no_more_than_recorded() {
+    assert_cost(Protocol::Http2, HTTP2);
+}
+
+fn assert_cost(protocol: Protocol, recorded: f64) {
+    let of = |binary| of_one_request(Path::new(binary), protocol).expect("the requests are counted");
+    let (ours, bare) = (of(env!("CARGO_BIN_EXE_cost_service")), of(env!("CARGO_BIN_EXE_cost_bare")));
+    let ratio = ours / bare;
+    let measured = format!("{protocol:?}: {ours:.0} instructions, bare axum::serve {bare:.0}: {ratio:.3}");
+    eprintln!("{measured}");
+    assert!(
+        ratio <= recorded * TOLERANCE,
+        "{measured}, but {recorded} is recorded. To see where they go, run callgrind_annotate on the files of \
+         `valgrind --tool=callgrind target/release/cost_service` for two numbers of requests. If the change is worth them, \
+         record the new ratio in e2e/cost/tests/cost.rs."
+    );
+}
