@@ -113,6 +113,12 @@ pub fn tables(result: &Value) -> String {
     );
     titled_rows(
         &mut text,
+        "User instructions for one request, counted by callgrind: one worker thread, one connection, one request at a time.",
+        &throughput["instructions"],
+        &["server", "HTTP/1.1", "HTTP/2"].map(str::to_owned),
+    );
+    titled_rows(
+        &mut text,
         "Messages on 8 WebSockets that are echoed, many at a time; one core each for server and client; ratios of the same rounds.",
         &result["websockets"],
         &[

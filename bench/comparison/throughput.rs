@@ -7,6 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use e2e_cost::{Protocol, of_one_request};
 use indicatif::ProgressBar;
 use rustix::process::Pid;
 use serde_json::{Value, json};
@@ -76,7 +77,21 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
     })?;
     let accepting = ratios(&accepting, 1, "connections per second", "relative to bare axum::serve");
 
-    Ok(json!({ "beside": beside, "growth": growth, "accepting": accepting }))
+    progress.set_message("instructions for a request");
+    let instructions = instructions(peers)?;
+    Ok(json!({ "beside": beside, "growth": growth, "accepting": accepting, "instructions": instructions }))
+}
+
+/// The user instructions of each server for one request.
+fn instructions(peers: &Peers) -> Result<Value> {
+    let mut rows = Vec::new();
+    for (server, binary) in [("this service", Path::new(OURS)), ("bare axum::serve", peers.bare())] {
+        let of = |protocol| of_one_request(binary, protocol).map(f64::round);
+        rows.push(
+            json!({ "server": server, "HTTP/1.1": of(Protocol::Http1)?, "HTTP/2": of(Protocol::Http2)? }),
+        );
+    }
+    Ok(rows.into())
 }
 
 impl Contender {
