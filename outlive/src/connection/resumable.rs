@@ -14,7 +14,7 @@ use crate::transport::proxied_client::ProxiedClient;
 use crate::transport::replay::{Kind, Replay};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::stream_replay::StreamReplay;
-use crate::transport::tls_traffic::TlsTrafficState;
+use crate::transport::tls_traffic::{TlsTrafficState, Version};
 
 /// A connection with everything that is needed to continue it, in this or in the next process.
 ///
@@ -47,6 +47,10 @@ impl Connection {
     /// The certificate of its client, if it has presented one.
     pub fn client_certificate(&self) -> Option<&ClientCertificate> {
         self.tls.as_ref()?.client.as_ref()
+    }
+
+    pub fn is_tls12(&self) -> bool {
+        self.tls.as_ref().is_some_and(|session| session.suite.version == Version::Tls12)
     }
 
     /// The open streams of an HTTP/2 connection. None if there are none.

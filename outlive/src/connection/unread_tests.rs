@@ -13,6 +13,7 @@ use tokio::time::timeout;
 use super::tests::{Served, move_to, serve_with};
 use crate::registry::Stage;
 use crate::transport::tls_tests::tls_of;
+use crate::transport::tls_traffic::Version;
 
 /// Longer than an idle connection stays unparked.
 pub const IDLE: Duration = Duration::from_secs(3);
@@ -75,10 +76,17 @@ async fn idle(served: &Served, parked: usize) {
     .await;
 }
 
-async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificate>) {
-    let tls = || certificate.map(tls_of);
-    let mut served = serve_with(router(), tls()).await;
-    let target = target(&served, certificate);
+async fn answers_both_requests(pauses: &[Pause], tls: Option<(&Certificate, Version)>) {
+    let certificate = tls.map(|(certificate, _)| certificate);
+    let of_server = || certificate.map(tls_of);
+    let mut served = serve_with(router(), of_server()).await;
+    let target = match tls {
+        Some((certificate, Version::Tls12)) => {
+            let client = certificate.client_over_tls12(None, &["http/1.1"]);
+            Target::Tls(served.address, client.expect("a client configuration"))
+        }
+        _ => target(&served, certificate),
+    };
     let mut clients = Vec::new();
     for cut in 0..SECOND.len() {
         let mut client = Connection::open(&target).await.expect("the server accepts");
@@ -94,7 +102,7 @@ async fn answers_both_requests(pauses: &[Pause], certificate: Option<&Certificat
             // Only the connection that is cut at 0 is between two requests, so only that one is parked.
             Idle => idle(&served, 1).await,
             Handover => {
-                let next = serve_with(router(), tls()).await;
+                let next = serve_with(router(), of_server()).await;
                 move_to(&next, served).await;
                 served = next;
             }
@@ -119,6 +127,8 @@ async fn request_split_at_any_byte_is_answered_after_parking_and_handover() {
 async fn request_split_at_any_byte_is_answered_over_tls_after_parking_and_handover() {
     let certificate = Arc::new(Certificate::new().expect("openssl makes a certificate"));
     for pauses in PAUSES {
-        answers_both_requests(pauses, Some(&certificate)).await;
+        for version in [Version::Tls12, Version::Tls13] {
+            answers_both_requests(pauses, Some((&certificate, version))).await;
+        }
     }
 }

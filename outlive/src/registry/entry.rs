@@ -35,6 +35,8 @@ pub struct Entry {
     reported: OnceLock<Peer>,
     /// Whether the client has presented a certificate.
     has_certificate: AtomicBool,
+    /// Whether it is a TLS 1.2 connection.
+    is_tls12: AtomicBool,
     pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
@@ -117,6 +119,7 @@ impl Entry {
             peer,
             reported: OnceLock::new(),
             has_certificate: AtomicBool::new(false),
+            is_tls12: AtomicBool::new(false),
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.word()),
@@ -159,12 +162,14 @@ impl Entry {
 
     /// See [`DriverHandle::keeps_state`](super::DriverHandle::keeps_state).
     pub(super) fn keeps_state(&self) -> bool {
-        self.registry.next_adopts() < Protocols::Http2AndTls || self.keeps_certificate()
+        self.registry.next_adopts() < Protocols::Http2AndTls || self.keeps_some_tls()
     }
 
-    /// Whether the client has presented a certificate, which the next process cannot adopt.
-    pub(super) fn keeps_certificate(&self) -> bool {
-        self.has_certificate.load(Relaxed) && self.registry.next_adopts() < Protocols::CertificatesAndTables
+    /// Whether the client has presented a certificate, or speaks TLS 1.2, and the next process cannot adopt that.
+    pub(super) fn keeps_some_tls(&self) -> bool {
+        let next_adopts = self.registry.next_adopts();
+        self.has_certificate.load(Relaxed) && next_adopts < Protocols::CertificatesAndTables
+            || self.is_tls12.load(Relaxed) && next_adopts < Protocols::Tls12
     }
 
     /// The client has presented a certificate.
@@ -172,9 +177,14 @@ impl Entry {
         self.has_certificate.store(true, Relaxed);
     }
 
+    /// The client has negotiated TLS 1.2.
+    pub(super) fn note_tls12(&self) {
+        self.is_tls12.store(true, Relaxed);
+    }
+
     /// See [`DriverHandle::keeps_http2`](super::DriverHandle::keeps_http2).
     pub(super) fn keeps_http2(&self) -> bool {
-        !self.registry.next_adopts_http2() || self.keeps_certificate()
+        !self.registry.next_adopts_http2() || self.keeps_some_tls()
     }
 
     /// See [`Stage::is_unanswered`].

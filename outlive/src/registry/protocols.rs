@@ -11,16 +11,19 @@ pub enum Protocols {
     /// Upgraded connections too: a release that does not know client certificates, and permits HTTP/2 clients no header
     /// table.
     Upgrades,
-    /// Connections whose clients have presented certificates, and HTTP/2 connections with a header table too.
+    /// Connections whose clients have presented certificates, and HTTP/2 connections with a header table too: a release from
+    /// before the handover of TLS 1.2.
     CertificatesAndTables,
+    /// TLS 1.2 connections too.
+    Tls12,
 }
 
 impl Protocols {
     /// In ascending order.
-    const VARIANTS: [Self; 4] =
-        [Self::PlainHttp1, Self::Http2AndTls, Self::Upgrades, Self::CertificatesAndTables];
+    const VARIANTS: [Self; 5] =
+        [Self::PlainHttp1, Self::Http2AndTls, Self::Upgrades, Self::CertificatesAndTables, Self::Tls12];
     /// What this release adopts.
-    pub const ALL: Self = Self::CertificatesAndTables;
+    pub const ALL: Self = Self::Tls12;
 
     /// The variant of a number that `as u8` returned.
     pub(super) fn from_number(number: u8) -> Self {

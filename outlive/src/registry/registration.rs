@@ -49,6 +49,11 @@ impl Registration {
         self.entry.note_certificate();
     }
 
+    /// The client has negotiated TLS 1.2, with this process or with an earlier one.
+    pub fn note_tls12(&self) {
+        self.entry.note_tls12();
+    }
+
     /// When its stage began, in milliseconds of [`Registry::now`](super::Registry::now).
     pub fn since(&self) -> u64 {
         self.entry.since()

@@ -62,7 +62,7 @@ impl UpgradeHandle {
 
     /// Whether the next process cannot adopt this connection after its upgrade.
     pub fn keeps_upgrade(&self) -> bool {
-        self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_certificate()
+        self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_some_tls()
     }
 
     /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the

@@ -313,6 +313,7 @@ impl ParkedConnections {
         let adopts = self.registry.next_adopts();
         let is_kept = connection.replay.is_some() && adopts < Protocols::Upgrades
             || connection.client_certificate().is_some() && adopts < Protocols::CertificatesAndTables
+            || connection.is_tls12() && adopts < Protocols::Tls12
             || connection.http2.is_some() && !self.registry.next_adopts_http2();
         !is_kept && (connection.is_plain_http1() || adopts >= Protocols::Http2AndTls)
     }

@@ -15,8 +15,8 @@ use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
 use super::{
-    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, CREDENTIALS,
-    OUTCOME_LIMIT,
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
+    CREDENTIALS, OUTCOME_LIMIT,
 };
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, SocketFiles};
@@ -120,12 +120,14 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.message_type == MessageType::Commit => {
             let hands_streams_over = frame.text == ADOPTS_STREAMS;
-            let hands_certificates_over =
-                frame.sockets.iter().any(|(_, record)| record.listener == ADOPTS_TABLES_AND_CERTIFICATES);
-            let adopts = match (hands_streams_over, hands_certificates_over) {
-                (true, true) => ADOPTS_TABLES_AND_CERTIFICATES,
-                (true, false) => ADOPTS_STREAMS,
-                (false, _) => ADOPTS_UPGRADES,
+            let hands_over = |text| frame.sockets.iter().any(|(_, record)| record.listener == text);
+            let (certificates, tls12) =
+                (hands_over(ADOPTS_TABLES_AND_CERTIFICATES), hands_over(ADOPTS_TLS12));
+            let adopts = match (hands_streams_over, certificates, tls12) {
+                (true, true, true) => ADOPTS_TLS12,
+                (true, true, false) => ADOPTS_TABLES_AND_CERTIFICATES,
+                (true, false, _) => ADOPTS_STREAMS,
+                (false, ..) => ADOPTS_UPGRADES,
             };
             Ok((channel, adopts))
         }

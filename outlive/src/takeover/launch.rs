@@ -22,7 +22,9 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::process_handle::ProcessHandle;
-use super::{ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, OUTCOME_LIMIT};
+use super::{
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES, OUTCOME_LIMIT,
+};
 use crate::registry::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -91,9 +93,8 @@ impl Program {
     }
 
     /// Which connections the next process can adopt. At a restart that process does not run yet and cannot be asked, so
-    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`], [`ADOPTS_STREAMS`] and
-    /// [`ADOPTS_TABLES_AND_CERTIFICATES`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of
-    /// them.
+    /// its binary is searched for [`ADOPTS_HTTP2_AND_TLS`], [`ADOPTS_UPGRADES`], [`ADOPTS_TABLES_AND_CERTIFICATES`] and
+    /// [`ADOPTS_TLS12`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
         let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::ALL)).await;
@@ -161,7 +162,7 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     if (theirs.dev(), theirs.ino()) == (ours.dev(), ours.ino()) {
         return Ok(Protocols::ALL);
     }
-    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_TABLES_AND_CERTIFICATES];
+    let texts = [ADOPTS_HTTP2_AND_TLS, ADOPTS_UPGRADES, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12];
     let longest = texts.iter().map(|text| text.len()).max().unwrap_or_default();
     let mut wanted = texts.map(|text| (memmem::Finder::new(text), false));
     let mut buffer = Vec::with_capacity(READ_LENGTH + longest);
@@ -180,7 +181,8 @@ fn adopts(path: &Path) -> io::Result<Protocols> {
     Ok(match wanted.map(|(_, is_found)| is_found) {
         [false, ..] => Protocols::PlainHttp1,
         [true, false, ..] => Protocols::Http2AndTls,
-        [true, true, _] => Protocols::Upgrades,
+        [true, true, false, _] => Protocols::Upgrades,
+        [true, true, true, _] => Protocols::CertificatesAndTables,
     })
 }
 

@@ -81,6 +81,8 @@ const ADOPTS_STREAMS: &str = "takes-http2-event-streams";
 /// them. Releases before these expect the exact texts above, but ignore sockets in `Commit`. As the others, it is
 /// searched for in a binary, and must not change.
 const ADOPTS_TABLES_AND_CERTIFICATES: &str = "takes-header-tables-and-client-certificates";
+/// The same for TLS 1.2 connections: the name of a second socket in `Commit`, and the text of `Accepting`.
+const ADOPTS_TLS12: &str = "takes-tls-1.2-connections";
 
 /// The name of the credentials directory among the names of the listeners in the message `Listeners`.
 const CREDENTIALS: &str = "credentials";

@@ -19,8 +19,8 @@ use super::launch::Program;
 use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{
-    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_UPGRADES, COMMIT_LIMIT,
-    CREDENTIALS,
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
+    COMMIT_LIMIT, CREDENTIALS,
 };
 use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
@@ -277,8 +277,10 @@ impl PreparedSuccessor {
     async fn hand_main_over(mut self, bundle: &SuccessorBundle, status: &Status) -> Result<Self> {
         let origin = Origin::now(bundle.generation);
         let exchange = async {
-            let certificates = SocketRecord::new(ADOPTS_TABLES_AND_CERTIFICATES.to_owned(), Bytes::new());
-            let offered = [(File::open("/dev/null")?, certificates)];
+            let mut offered = Vec::new();
+            for adopted in [ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12] {
+                offered.push((File::open("/dev/null")?, SocketRecord::new(adopted.to_owned(), Bytes::new())));
+            }
             self.channel.send(MessageType::Commit, origin, &offered, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
         };
@@ -288,6 +290,7 @@ impl PreparedSuccessor {
             && let Ok(accepting) = &answer
         {
             self.adopts = match accepting.text.as_str() {
+                ADOPTS_TLS12 => Protocols::Tls12,
                 ADOPTS_TABLES_AND_CERTIFICATES => Protocols::CertificatesAndTables,
                 ADOPTS_STREAMS | ADOPTS_UPGRADES => Protocols::Upgrades,
                 _ => Protocols::Http2AndTls,

@@ -85,7 +85,7 @@ impl Contents {
 }
 
 impl TlsMaterial {
-    /// Loads the files. `handover` enables the extraction of secrets, with which another process can continue TLS 1.3
+    /// Loads the files. `handover` enables the extraction of secrets, with which another process can continue
     /// connections.
     pub fn load(files: TlsFiles, handover: bool) -> anyhow::Result<Self> {
         let contents = Contents::parse(&files.read()?)?;

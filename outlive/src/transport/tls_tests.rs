@@ -13,7 +13,15 @@ pub fn tls_of(certificate: &Certificate) -> Tls {
     tls_for(certificate, None)
 }
 
-/// The same, which asks its clients for certificates of this authority.
+/// The same, with `--tls-handover no`.
+pub fn tls_without_handover(certificate: &Certificate) -> Tls {
+    let files =
+        TlsFiles { certificates: vec![(certificate.chain(), certificate.key())], ..TlsFiles::default() };
+    let material = TlsMaterial::load(files, false);
+    material.and_then(|mut material| material.tls(None)).expect("the TLS configuration is valid")
+}
+
+/// As [`tls_of`], with a listener that asks its clients for certificates of this authority.
 pub fn tls_for(certificate: &Certificate, clients: Option<(ClientAuth, &Authority)>) -> Tls {
     let mut material = material_for(certificate, clients.map(|(_, authority)| authority));
     material.tls(clients.map(|(auth, _)| auth)).expect("the TLS configuration is valid")

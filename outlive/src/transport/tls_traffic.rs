@@ -1,11 +1,11 @@
-//! [`TlsTrafficState`], the state of a TLS 1.3 connection with which another process can continue to seal and open its
-//! records (RFC 8446 section 5), and its encoding. `connection/tls/record_layer.rs` uses it in place of rustls.
+//! [`TlsTrafficState`], the state of a TLS connection with which another process can continue to seal and open its
+//! records, and its encoding. `connection/tls/record_layer.rs` uses it in place of rustls.
 
 use std::fmt;
 
 use bytes::{Buf, BufMut, Bytes};
 use ring::hkdf;
-use tokio_rustls::rustls::{ConnectionTrafficSecrets, ExtractedSecrets};
+use tokio_rustls::rustls::{ConnectionTrafficSecrets, ExtractedSecrets, ProtocolVersion};
 use zeroize::Zeroizing;
 
 use crate::transport::client_certificate::ClientCertificate;
@@ -19,37 +19,87 @@ pub const MESSAGE_HEADER_LENGTH: usize = 4;
 /// followed. Finding the secrets takes a few milliseconds at this limit, once in a connection's life.
 const GENERATIONS_LIMIT: usize = 1024;
 
-/// The supported cipher suites of TLS 1.3, with their numbers of RFC 8446 appendix B.4.
+/// The version of TLS. It decides the format of the records, and which messages may follow the handshake.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u16)]
-pub enum Suite {
-    Aes128Gcm = 0x1301,
-    Aes256Gcm = 0x1302,
-    ChaCha20Poly1305 = 0x1303,
+pub enum Version {
+    Tls12,
+    Tls13,
+}
+
+impl Version {
+    /// The version after the handshake. `None` if rustls has negotiated another one, which it does not support today.
+    pub fn negotiated(version: Option<ProtocolVersion>) -> Option<Self> {
+        match version? {
+            ProtocolVersion::TLSv1_2 => Some(Self::Tls12),
+            ProtocolVersion::TLSv1_3 => Some(Self::Tls13),
+            _ => None,
+        }
+    }
+}
+
+/// The ciphers that rustls supports. Both versions have the same ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cipher {
+    Aes128Gcm,
+    Aes256Gcm,
+    ChaCha20Poly1305,
+}
+
+/// A cipher suite, as far as the records depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Suite {
+    pub version: Version,
+    pub cipher: Cipher,
 }
 
 impl Suite {
-    pub const ALL: [Self; 3] = [Self::Aes128Gcm, Self::Aes256Gcm, Self::ChaCha20Poly1305];
+    pub const ALL: [Self; 6] = {
+        let [first, second, third] = Self::of(Version::Tls13);
+        let [fourth, fifth, sixth] = Self::of(Version::Tls12);
+        [first, second, third, fourth, fifth, sixth]
+    };
+
+    /// The suites of a version.
+    pub const fn of(version: Version) -> [Self; 3] {
+        [
+            Self { version, cipher: Cipher::Aes128Gcm },
+            Self { version, cipher: Cipher::Aes256Gcm },
+            Self { version, cipher: Cipher::ChaCha20Poly1305 },
+        ]
+    }
+
+    /// Its number in the encoding, that of RFC 8446 appendix B.4, RFC 5289 or RFC 7905. TLS 1.2 has two suites for each
+    /// cipher, of which this is the one for ECDSA keys: the records do not depend on the key of the certificate.
+    pub fn number(self) -> u16 {
+        match (self.version, self.cipher) {
+            (Version::Tls13, Cipher::Aes128Gcm) => 0x1301,
+            (Version::Tls13, Cipher::Aes256Gcm) => 0x1302,
+            (Version::Tls13, Cipher::ChaCha20Poly1305) => 0x1303,
+            (Version::Tls12, Cipher::Aes128Gcm) => 0xc02b,
+            (Version::Tls12, Cipher::Aes256Gcm) => 0xc02c,
+            (Version::Tls12, Cipher::ChaCha20Poly1305) => 0xcca9,
+        }
+    }
 
     pub fn key_length(self) -> usize {
-        match self {
-            Self::Aes128Gcm => 16,
-            Self::Aes256Gcm | Self::ChaCha20Poly1305 => 32,
+        match self.cipher {
+            Cipher::Aes128Gcm => 16,
+            Cipher::Aes256Gcm | Cipher::ChaCha20Poly1305 => 32,
         }
     }
 
     pub fn hkdf(self) -> hkdf::Algorithm {
-        match self {
-            Self::Aes128Gcm | Self::ChaCha20Poly1305 => hkdf::HKDF_SHA256,
-            Self::Aes256Gcm => hkdf::HKDF_SHA384,
+        match self.cipher {
+            Cipher::Aes128Gcm | Cipher::ChaCha20Poly1305 => hkdf::HKDF_SHA256,
+            Cipher::Aes256Gcm => hkdf::HKDF_SHA384,
         }
     }
 
-    /// The length of a traffic secret in bytes, which is that of the suite's hash (RFC 8446 section 7.1).
+    /// The length of a traffic secret of TLS 1.3 in bytes, which is that of the suite's hash (RFC 8446 section 7.1).
     pub fn secret_length(self) -> usize {
-        match self {
-            Self::Aes128Gcm | Self::ChaCha20Poly1305 => 32,
-            Self::Aes256Gcm => 48,
+        match self.cipher {
+            Cipher::Aes128Gcm | Cipher::ChaCha20Poly1305 => 32,
+            Cipher::Aes256Gcm => 48,
         }
     }
 }
@@ -58,11 +108,15 @@ impl Suite {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Direction {
     pub key: Zeroizing<Vec<u8>>,
+    /// With AES-GCM in TLS 1.2, the first four bytes are the salt (RFC 5288 section 3). The other eight are XORed with the
+    /// sequence number, which gives the explicit nonce that is sent with the record. rustls takes them from the key block, and
+    /// continuing with the same ones makes sure that no nonce repeats.
     pub iv: Zeroizing<[u8; IV_LENGTH]>,
     /// The sequence number of the next record.
     pub sequence: u64,
     /// The traffic secret from which the key and the IV were derived; the next KeyUpdate needs it. `None` if a release
-    /// without this field handed the connection over, or if rustls had followed too many KeyUpdates.
+    /// without this field handed the connection over, if rustls had followed too many KeyUpdates, and with TLS 1.2, which
+    /// has no KeyUpdate.
     pub secret: Option<TrafficSecret>,
 }
 
@@ -80,9 +134,13 @@ pub struct PeerState {
     pub wants_key_update: bool,
     /// The beginning of a handshake message that continues in the next record. At most its header is kept.
     pub message: Vec<u8>,
+    /// TLS 1.2: the number of ClientHello messages, which begin a renegotiation.
+    pub renegotiations: u8,
+    /// TLS 1.2: how many bytes of a ClientHello have not arrived. Its content has no effect, so it is not kept.
+    pub awaited: u16,
 }
 
-/// The state of a TLS 1.3 connection after its handshake, without rustls.
+/// The state of a TLS connection after its handshake, without rustls.
 #[derive(Clone, PartialEq, Eq)]
 pub struct TlsTrafficState {
     pub suite: Suite,
@@ -120,17 +178,21 @@ impl fmt::Debug for Direction {
 /// .  for each direction: 1, whether its secret follows; the secret, whose length follows from the suite
 /// 4  one byte each: empty records, warnings, KeyUpdates, whether the peer has requested a KeyUpdate
 /// 1  length; the beginning of a handshake message
+/// 3  TLS 1.2 only: 1, renegotiations; 2, bytes of a ClientHello that have not arrived
 /// ```
+///
+/// Releases that do not adopt TLS 1.2 connections refuse the suite, which closes only this connection.
 impl TlsTrafficState {
-    /// The state of a connection that leaves rustls. `None` if the suite is not one of TLS 1.3.
+    /// The state of a connection that leaves rustls. `None` if its cipher is not one of [`Cipher`].
     pub fn new(
+        version: Version,
         secrets: ExtractedSecrets,
         first: &FirstSecrets,
         unread: Bytes,
         client: Option<ClientCertificate>,
     ) -> Option<Self> {
-        let (suite, mut from_peer) = direction(secrets.rx)?;
-        let (_, mut to_peer) = direction(secrets.tx)?;
+        let (suite, mut from_peer) = direction(version, secrets.rx)?;
+        let (_, mut to_peer) = direction(version, secrets.tx)?;
         for (direction, first) in [(&mut from_peer, &first.from_peer), (&mut to_peer, &first.to_peer)] {
             let first = first.get().filter(|first| first.bytes().len() == suite.secret_length());
             direction.secret =
@@ -142,10 +204,8 @@ impl TlsTrafficState {
     pub fn encode(&self) -> Zeroizing<Vec<u8>> {
         // The whole capacity at once: a vector that grows would leave copies of keys in freed memory, which are not
         // wiped.
-        let secrets = 2 * (1 + self.suite.secret_length());
-        let length = self.length_without_secrets() + secrets + 5 + self.peer.message.len();
-        let mut bytes = Zeroizing::new(Vec::with_capacity(length));
-        bytes.put_u16_le(self.suite as u16);
+        let mut bytes = Zeroizing::new(Vec::with_capacity(self.longest_encoding()));
+        bytes.put_u16_le(self.suite.number());
         for direction in [&self.from_peer, &self.to_peer] {
             bytes.put_u64_le(direction.sequence);
             bytes.put_slice(&direction.iv[..]);
@@ -157,11 +217,29 @@ impl TlsTrafficState {
             bytes.put_u8(direction.secret.is_some().into());
             bytes.put_slice(direction.secret.as_ref().map_or(&[], TrafficSecret::bytes));
         }
-        let PeerState { empty_records, warnings, key_updates, wants_key_update, message } = &self.peer;
+        let PeerState {
+            empty_records,
+            warnings,
+            key_updates,
+            wants_key_update,
+            message,
+            renegotiations,
+            awaited,
+        } = &self.peer;
         bytes.put_slice(&[*empty_records, *warnings, *key_updates, (*wants_key_update).into()]);
         bytes.put_u8(u8::try_from(message.len()).expect("at most a header is kept"));
         bytes.put_slice(message);
+        if self.suite.version == Version::Tls12 {
+            bytes.put_u8(*renegotiations);
+            bytes.put_u16_le(*awaited);
+        }
         bytes
+    }
+
+    /// The length of the encoding if it has all fields.
+    fn longest_encoding(&self) -> usize {
+        let secrets = 2 * (1 + self.suite.secret_length());
+        self.length_without_secrets() + secrets + 5 + self.peer.message.len() + 3
     }
 
     /// The length of the encoding of a release that does not follow KeyUpdates.
@@ -171,8 +249,8 @@ impl TlsTrafficState {
 
     /// `None` if `bytes` are invalid. Bytes that follow are ignored, so that a later release can append fields.
     pub fn decode(mut bytes: &[u8]) -> Option<Self> {
-        let suite = bytes.try_get_u16_le().ok()?;
-        let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
+        let number = bytes.try_get_u16_le().ok()?;
+        let suite = Suite::ALL.into_iter().find(|known| known.number() == number)?;
         let mut direction = || {
             let sequence = bytes.try_get_u64_le().ok()?;
             let (iv, rest) = bytes.split_first_chunk::<IV_LENGTH>()?;
@@ -189,7 +267,7 @@ impl TlsTrafficState {
         let length = usize::try_from(bytes.try_get_u32_le().ok()?).ok()?;
         let (unread, mut bytes) = bytes.split_at_checked(length)?;
         let unread = Bytes::copy_from_slice(unread);
-        if bytes.is_empty() {
+        if bytes.is_empty() && suite.version == Version::Tls13 {
             return Some(Self {
                 suite,
                 from_peer,
@@ -201,6 +279,9 @@ impl TlsTrafficState {
         }
         for direction in [&mut from_peer, &mut to_peer] {
             if decode_bool(&mut bytes)? {
+                if suite.version == Version::Tls12 {
+                    return None;
+                }
                 let (secret, rest) = bytes.split_at_checked(suite.secret_length())?;
                 bytes = rest;
                 direction.secret = Some(TrafficSecret::new(secret));
@@ -210,13 +291,22 @@ impl TlsTrafficState {
         bytes = rest;
         let wants_key_update = decode_bool(&mut bytes)?;
         let length = usize::from(bytes.try_get_u8().ok()?);
-        let message = bytes.get(..length).filter(|message| message.len() <= MESSAGE_HEADER_LENGTH)?.to_vec();
+        let (message, mut bytes) = bytes.split_at_checked(length)?;
+        if message.len() > MESSAGE_HEADER_LENGTH {
+            return None;
+        }
+        let (renegotiations, awaited) = match suite.version {
+            Version::Tls12 => (bytes.try_get_u8().ok()?, bytes.try_get_u16_le().ok()?),
+            Version::Tls13 => (0, 0),
+        };
         let peer = PeerState {
             empty_records: *empty_records,
             warnings: *warnings,
             key_updates: *key_updates,
             wants_key_update,
-            message,
+            message: message.to_vec(),
+            renegotiations,
+            awaited,
         };
         Some(Self { suite, from_peer, to_peer, unread, peer, client: None })
     }
@@ -230,13 +320,17 @@ fn decode_bool(bytes: &mut &[u8]) -> Option<bool> {
     }
 }
 
-fn direction((sequence, secrets): (u64, ConnectionTrafficSecrets)) -> Option<(Suite, Direction)> {
-    let (suite, key, iv) = match &secrets {
-        ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Suite::Aes128Gcm, key, iv),
-        ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Suite::Aes256Gcm, key, iv),
-        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Suite::ChaCha20Poly1305, key, iv),
+fn direction(
+    version: Version,
+    (sequence, secrets): (u64, ConnectionTrafficSecrets),
+) -> Option<(Suite, Direction)> {
+    let (cipher, key, iv) = match &secrets {
+        ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (Cipher::Aes128Gcm, key, iv),
+        ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (Cipher::Aes256Gcm, key, iv),
+        ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (Cipher::ChaCha20Poly1305, key, iv),
         _ => return None,
     };
+    let suite = Suite { version, cipher };
     // rustls keeps all keys in 32 bytes.
     let key = Zeroizing::new(key.as_ref().get(..suite.key_length())?.to_vec());
     let iv = Zeroizing::new(iv.as_ref().try_into().ok()?);
@@ -252,7 +346,8 @@ mod tests {
     fn session() -> impl Strategy<Value = TlsTrafficState> {
         let direction = |suite: Suite| {
             let bytes = |length| prop::collection::vec(any::<u8>(), length);
-            let secret = prop::option::of(bytes(suite.secret_length()));
+            let secret = prop::option::of(bytes(suite.secret_length()))
+                .prop_map(move |secret| secret.filter(|_| suite.version == Version::Tls13));
             (bytes(suite.key_length()), any::<[u8; IV_LENGTH]>(), any::<u64>(), secret).prop_map(
                 |(key, iv, sequence, secret)| Direction {
                     key: key.into(),
@@ -270,29 +365,37 @@ mod tests {
                 key_updates,
                 wants_key_update,
                 message,
+                ..PeerState::default()
             },
         );
         let bytes = prop::collection::vec(any::<u8>(), 0..100);
-        (0..Suite::ALL.len(), bytes, peer).prop_flat_map(move |(suite, unread, peer)| {
-            let suite = Suite::ALL[suite];
-            (direction(suite), direction(suite)).prop_map(move |(from_peer, to_peer)| TlsTrafficState {
-                suite,
-                from_peer,
-                to_peer,
-                unread: unread.clone().into(),
-                peer: peer.clone(),
-                client: None,
-            })
-        })
+        (0..Suite::ALL.len(), bytes, peer, any::<(u8, u16)>()).prop_flat_map(
+            move |(suite, unread, peer, renegotiation)| {
+                let suite = Suite::ALL[suite];
+                let (renegotiations, awaited) =
+                    if suite.version == Version::Tls12 { renegotiation } else { (0, 0) };
+                let peer = PeerState { renegotiations, awaited, ..peer };
+                (direction(suite), direction(suite)).prop_map(move |(from_peer, to_peer)| TlsTrafficState {
+                    suite,
+                    from_peer,
+                    to_peer,
+                    unread: unread.clone().into(),
+                    peer: peer.clone(),
+                    client: None,
+                })
+            },
+        )
     }
 
-    /// The unchanged code of the releases that did not follow KeyUpdates.
+    /// The unchanged code of the releases that did not follow KeyUpdates, but for the type of the suite.
     mod before {
         use super::*;
 
+        const SUITES: [Suite; 3] = Suite::of(Version::Tls13);
+
         pub fn encode(session: &TlsTrafficState) -> Vec<u8> {
             let mut bytes = Vec::new();
-            bytes.put_u16_le(session.suite as u16);
+            bytes.put_u16_le(session.suite.number());
             for direction in [&session.from_peer, &session.to_peer] {
                 bytes.put_u64_le(direction.sequence);
                 bytes.put_slice(&direction.iv[..]);
@@ -305,7 +408,7 @@ mod tests {
 
         pub fn decode(mut bytes: &[u8]) -> Option<TlsTrafficState> {
             let suite = bytes.try_get_u16_le().ok()?;
-            let suite = Suite::ALL.into_iter().find(|known| *known as u16 == suite)?;
+            let suite = SUITES.into_iter().find(|known| known.number() == suite)?;
             let mut direction = || {
                 let sequence = bytes.try_get_u64_le().ok()?;
                 let (iv, rest) = bytes.split_first_chunk::<IV_LENGTH>()?;
@@ -339,19 +442,21 @@ mod tests {
         #[test]
         fn decode_returns_what_encode_was_given_and_refuses_truncated_bytes(session in session(), more: Vec<u8>) {
             let bytes = session.encode();
-            let whole_in_older_releases = session.length_without_secrets();
-            if session.from_peer.secret.is_some() && session.to_peer.secret.is_some() {
-                prop_assert_eq!(bytes.capacity(), bytes.len(), "the vector grew and left copies of keys");
-            }
+            let is_tls13 = session.suite.version == Version::Tls13;
+            let whole_in_older_releases = is_tls13.then(|| session.length_without_secrets());
+            // The capacity is that of the longest encoding, so the vector has not grown, which would leave copies of keys.
+            prop_assert!(bytes.capacity() == session.longest_encoding());
             prop_assert!(TlsTrafficState::decode(&[&bytes[..], &more].concat()) == Some(session));
-            for cut in (0..bytes.len()).filter(|cut| *cut != whole_in_older_releases) {
+            for cut in (0..bytes.len()).filter(|cut| Some(*cut) != whole_in_older_releases) {
                 prop_assert!(TlsTrafficState::decode(&bytes[..cut]).is_none());
             }
         }
 
         #[test]
         fn releases_with_and_without_secrets_decode_the_encoding_of_each_other(session in session()) {
-            let wanted = Some(without_secrets(session.clone()));
+            // Those releases do not adopt TLS 1.2 connections.
+            let is_tls13 = session.suite.version == Version::Tls13;
+            let wanted = is_tls13.then(|| without_secrets(session.clone()));
             prop_assert!(before::decode(&session.encode()) == wanted);
             prop_assert!(TlsTrafficState::decode(&before::encode(&session)) == wanted);
         }

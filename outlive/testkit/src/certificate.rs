@@ -13,7 +13,8 @@ use tokio_rustls::rustls::client::{Resumption, WantsClientCert};
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use tokio_rustls::rustls::{ConfigBuilder, RootCertStore};
+use tokio_rustls::rustls::version::TLS12;
+use tokio_rustls::rustls::{ALL_VERSIONS, ConfigBuilder, RootCertStore, SupportedProtocolVersion};
 
 /// The extension of a certificate that issues no others.
 const END_ENTITY: &str = "basicConstraints=critical,CA:FALSE";
@@ -81,10 +82,20 @@ impl Certificate {
 
     /// The same, which also presents the certificate `identity` if the server asks for one.
     pub fn client_as(&self, identity: &Certificate, protocols: &[&str]) -> Result<Arc<ClientConfig>> {
-        let chain = CertificateDer::pem_file_iter(identity.chain())?.collect::<Result<Vec<_>, _>>()?;
-        let key = PrivateKeyDer::from_pem_file(identity.key())?;
-        let client = builder(&[self])?.with_client_auth_cert(chain, key)?;
-        Ok(finish(client, protocols))
+        present(builder(&[self], ALL_VERSIONS)?, identity, protocols)
+    }
+
+    /// A client as these, with TLS 1.2 only.
+    pub fn client_over_tls12(
+        &self,
+        identity: Option<&Certificate>,
+        protocols: &[&str],
+    ) -> Result<Arc<ClientConfig>> {
+        let builder = builder(&[self], &[&TLS12])?;
+        match identity {
+            Some(identity) => present(builder, identity, protocols),
+            None => Ok(finish(builder.with_no_client_auth(), protocols)),
+        }
     }
 }
 
@@ -136,12 +147,25 @@ fn roots_of(certificates: &[&Certificate]) -> Result<RootCertStore> {
 
 /// A client that trusts these certificates, and offers these protocols (ALPN).
 pub fn client_of(certificates: &[&Certificate], protocols: &[&str]) -> Result<Arc<ClientConfig>> {
-    Ok(finish(builder(certificates)?.with_no_client_auth(), protocols))
+    Ok(finish(builder(certificates, ALL_VERSIONS)?.with_no_client_auth(), protocols))
 }
 
-fn builder(certificates: &[&Certificate]) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>> {
+fn present(
+    builder: ConfigBuilder<ClientConfig, WantsClientCert>,
+    identity: &Certificate,
+    protocols: &[&str],
+) -> Result<Arc<ClientConfig>> {
+    let chain = CertificateDer::pem_file_iter(identity.chain())?.collect::<Result<Vec<_>, _>>()?;
+    let key = PrivateKeyDer::from_pem_file(identity.key())?;
+    Ok(finish(builder.with_client_auth_cert(chain, key)?, protocols))
+}
+
+fn builder(
+    certificates: &[&Certificate],
+    versions: &[&'static SupportedProtocolVersion],
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>> {
     Ok(ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-        .with_safe_default_protocol_versions()?
+        .with_protocol_versions(versions)?
         .with_root_certificates(roots_of(certificates)?))
 }
 

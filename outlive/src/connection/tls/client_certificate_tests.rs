@@ -48,6 +48,12 @@ impl Parties {
         tls_for(&self.server, Some((auth, &self.authority)))
     }
 
+    /// The same client with TLS 1.2.
+    fn config_over_tls12(&self, protocol: &str, has_certificate: bool) -> Arc<ClientConfig> {
+        let identity = has_certificate.then_some(&self.client);
+        self.server.client_over_tls12(identity, &[protocol]).expect("the client configuration is valid")
+    }
+
     /// A client that presents its certificate, if `has_certificate`.
     fn config(&self, protocol: &str, has_certificate: bool) -> Arc<ClientConfig> {
         let config = if has_certificate {
@@ -126,17 +132,22 @@ async fn certificate_stays_with_its_connection_when_it_is_parked_and_moves() {
     let parties = Parties::new();
     for auth in [Optional, Required] {
         let mut served = serve(parties.tls(auth)).await;
-        let http1 = Connection::open(&parties.target(&served, "http/1.1", true)).await;
-        let http2 = Http2::open(&parties.target(&served, "h2", true)).await;
-        let (mut http1, mut http2) = (http1.expect("it is accepted"), http2.expect("it is accepted"));
+        let mut clients = Vec::new();
+        for config in [Parties::config, Parties::config_over_tls12] {
+            let target = |protocol| Target::Tls(served.address, config(&parties, protocol, true));
+            let http1 = Connection::open(&target("http/1.1")).await.expect("it is accepted");
+            clients.push((http1, Http2::open(&target("h2")).await.expect("it is accepted")));
+        }
         for is_parked in [false, true, false] {
             if is_parked {
-                park_all(&served, 2).await;
+                park_all(&served, 4).await;
             }
-            for _ in 0..2 {
-                assert_eq!(asks(&mut http1).await, (200, NAMES.to_owned()));
-                let answer = http2.get("/").await.expect("the server answers");
-                assert_eq!(answer, Some((200, NAMES.to_owned())));
+            for (http1, http2) in clients.iter_mut() {
+                for _ in 0..2 {
+                    assert_eq!(asks(http1).await, (200, NAMES.to_owned()));
+                    let answer = http2.get("/").await.expect("the server answers");
+                    assert_eq!(answer, Some((200, NAMES.to_owned())));
+                }
             }
             let next = serve(parties.tls(auth)).await;
             move_to(&next, served).await;
@@ -201,9 +212,11 @@ async fn resumed_session_has_the_certificate_of_its_first_handshake() {
     let parties = Parties::new();
     for auth in [Optional, Required] {
         let served = serve(parties.tls(auth)).await;
-        let config = resuming(&parties.config("http/1.1", true));
-        for kind in [HandshakeKind::Full, HandshakeKind::Resumed, HandshakeKind::Resumed] {
-            assert_eq!(ask_with(&config, &served).await, Some((kind, NAMES.to_owned())));
+        for config in [Parties::config, Parties::config_over_tls12] {
+            let config = resuming(&config(&parties, "http/1.1", true));
+            for kind in [HandshakeKind::Full, HandshakeKind::Resumed, HandshakeKind::Resumed] {
+                assert_eq!(ask_with(&config, &served).await, Some((kind, NAMES.to_owned())));
+            }
         }
     }
 }
@@ -222,17 +235,41 @@ async fn ticket_of_a_listener_with_another_policy_or_authority_does_not_let_a_cl
     let required = serve(material.tls(Some(Required)).expect("a configuration")).await;
     for auth in [None, Some(Optional)] {
         let open = serve(material.tls(auth).expect("a configuration")).await;
-        let config = resuming(&parties.config("http/1.1", false));
-        for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
-            assert_eq!(ask_with(&config, &open).await, Some((kind, "none".to_owned())), "{auth:?}");
+        for config in [Parties::config, Parties::config_over_tls12] {
+            let config = resuming(&config(&parties, "http/1.1", false));
+            for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+                assert_eq!(ask_with(&config, &open).await, Some((kind, "none".to_owned())), "{auth:?}");
+            }
+            assert_eq!(ask_with(&config, &required).await, None, "{auth:?}");
         }
-        assert_eq!(ask_with(&config, &required).await, None, "{auth:?}");
     }
-    let config = resuming(&parties.config("http/1.1", true));
-    for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
-        assert_eq!(ask_with(&config, &required).await, Some((kind, NAMES.to_owned())));
+    for config in [Parties::config, Parties::config_over_tls12] {
+        let config = resuming(&config(&parties, "http/1.1", true));
+        for kind in [HandshakeKind::Full, HandshakeKind::Resumed] {
+            assert_eq!(ask_with(&config, &required).await, Some((kind, NAMES.to_owned())));
+        }
+        assert_eq!(ask_with(&config, &required_by_others).await, None);
     }
-    assert_eq!(ask_with(&config, &required_by_others).await, None);
+}
+
+/// The next process has the ticket keys of the one before.
+#[tokio::test(flavor = "multi_thread")]
+async fn ticket_of_the_previous_process_resumes_a_session_with_its_certificate() {
+    let parties = Parties::new();
+    for auth in [None, Some(Optional), Some(Required)] {
+        let tls = || auth.map_or_else(|| tls_of(&parties.server), |auth| parties.tls(auth));
+        let (before, after) = (tls(), tls());
+        let keys = before.tickets().expect("they are handed over").encode();
+        assert!(after.tickets().expect("they are handed over").adopt_keys(&keys));
+        let (before, after) = (serve(before).await, serve(after).await);
+        let names = if auth.is_some() { NAMES } else { "none" };
+        for config in [Parties::config, Parties::config_over_tls12] {
+            let config = resuming(&config(&parties, "http/1.1", true));
+            for (served, kind) in [(&before, HandshakeKind::Full), (&after, HandshakeKind::Resumed)] {
+                assert_eq!(ask_with(&config, served).await, Some((kind, names.to_owned())), "{auth:?}");
+            }
+        }
+    }
 }
 
 /// Whether a connection ends without an answer to a request, or with 403 and `Connection: close`.
@@ -340,4 +377,39 @@ async fn connection_with_a_certificate_is_closed_gracefully_if_the_next_process_
     move_to(&next, served).await;
     assert_eq!(asks(&mut anonymous).await, (200, "none".to_owned()));
     next.until_connections(1).await;
+}
+
+/// As a restart or reload to an earlier release.
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_1_2_connection_is_closed_gracefully_if_the_next_process_would_not_adopt_it() {
+    let parties = Parties::new();
+    for is_parked in [false, true] {
+        let served = serve(tls_of(&parties.server)).await;
+        let target = |protocol| Target::Tls(served.address, parties.config_over_tls12(protocol, false));
+        let http1 = Connection::open(&target("http/1.1")).await;
+        let http2 = Http2::open(&target("h2")).await;
+        let other = Connection::open(&parties.target(&served, "http/1.1", false)).await;
+        let (mut http1, mut http2) = (http1.expect("it is accepted"), http2.expect("it is accepted"));
+        let mut other = other.expect("it is accepted");
+        assert_eq!(asks(&mut http1).await.0, 200);
+        assert_eq!(http2.get("/").await.expect("the server answers").expect("no GOAWAY").0, 200);
+        assert_eq!(asks(&mut other).await.0, 200);
+        if is_parked {
+            park_all(&served, 3).await;
+        }
+        served.registry().limit_handover(Protocols::CertificatesAndTables);
+        served.server.enter(Phase::Draining);
+        let answer = http1.ask(REQUEST).await.expect("the server answers");
+        assert!(answer.status == 200 && answer.closes(), "{answer:?}");
+        if is_parked {
+            // A connection that was parked waits for bytes of its client, until this phase ends the wait.
+            served.server.enter(Phase::Quiescing);
+        }
+        timeout(PATIENCE, http2.ended()).await.expect("GOAWAY arrives in time");
+        drop((http1, http2));
+        let next = serve(tls_of(&parties.server)).await;
+        move_to(&next, served).await;
+        assert_eq!(asks(&mut other).await, (200, "none".to_owned()));
+        next.until_connections(1).await;
+    }
 }

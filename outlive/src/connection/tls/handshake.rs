@@ -1,12 +1,11 @@
 //! Serves a connection of an https listener: performs the TLS handshake with rustls, or continues a connection with the
-//! keys of an earlier handshake. A connection cannot be handed over during its handshake, or if it speaks TLS 1.2.
+//! keys of an earlier handshake. A connection cannot be handed over during its handshake.
 
 use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
 
 use bytes::Bytes;
-use tokio_rustls::rustls::ProtocolVersion;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
@@ -20,7 +19,7 @@ use crate::registry::{DriverHandle, Registration, Stage};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::{self, Handshake};
-use crate::transport::tls_traffic::TlsTrafficState;
+use crate::transport::tls_traffic::{TlsTrafficState, Version};
 
 /// The first byte of each TLS connection: the content type of a handshake record (RFC 8446 section 5.1).
 const HANDSHAKE: u8 = 22;
@@ -68,7 +67,10 @@ pub(in crate::connection) async fn serve(
         }
     };
     let is_movable = client.as_ref().is_none_or(ClientCertificate::is_movable);
-    if tls.hands_over() && session.protocol_version() == Some(ProtocolVersion::TLSv1_3) && is_movable {
+    if Version::negotiated(session.protocol_version()) == Some(Version::Tls12) {
+        registration.note_tls12();
+    }
+    if tls.hands_over() && is_movable {
         driver.allow_handover();
     }
     if client.is_some() {
@@ -96,6 +98,9 @@ async fn resume(
     let driver = registration.driver();
     if session.client.is_some() {
         registration.note_certificate();
+    }
+    if session.suite.version == Version::Tls12 {
+        registration.note_tls12();
     }
     if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {

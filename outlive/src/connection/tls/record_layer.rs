@@ -1,26 +1,36 @@
-//! The record layer of a TLS 1.3 connection that has left rustls, because it was parked or handed over.
+//! The record layer of a TLS connection that has left rustls, because it was parked or handed over.
 //!
-//! [`RecordLayer`] encrypts and decrypts records with `ring`, following RFC 8446 section 5. rustls cannot be given
-//! traffic secrets, so it cannot continue such a connection; it serves a connection from the handshake until then.
+//! [`RecordLayer`] encrypts and decrypts records with `ring` (`record_layer/protection.rs`), following RFC 8446 section 5 for
+//! TLS 1.3, and RFC 5246 section 6 for TLS 1.2. rustls cannot be given traffic secrets, so it cannot continue such a
+//! connection; it serves a connection from the handshake until then.
 //!
 //! | RFC 8446 | here |
 //! | --- | --- |
 //! | 5.1: a handshake message may be split over several records, with no others between them | `handle_handshake_message` |
 //! | 5.2: a fragment has at most 2^14 bytes with its padding | `FRAGMENT_LIMIT`; longer ones are `record_overflow` |
-//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303, authenticated header | `DirectionState::open`, `seal` |
-//! | 5.3: the nonce is the sequence number, from 0 without wrapping, XOR the IV | `DirectionState::nonce` |
-//! | 5.4: zeros after the content type are padding; a record of only padding is refused | `DirectionState::open` |
-//! | 5.5: a key encrypts a limited number of records (2^24.5 with AES-GCM) | `SEALED_RECORDS_LIMIT`, then a KeyUpdate |
+//! | 5.2: `opaque_type` is 23, `legacy_record_version` 0x0303, authenticated header | `RecordProtection::open`, `seal` |
+//! | 5.3: the nonce is the sequence number, from 0 without wrapping, XOR the IV | `RecordProtection::nonce` |
+//! | 5.4: zeros after the content type are padding; a record of only padding is refused | `remove_padding` |
+//! | 5.5: a key encrypts a limited number of records (2^24.5 with AES-GCM) | `RecordProtection::record_limit`, then a KeyUpdate |
 //! | 6.1: `close_notify` ends a direction; nothing is sent after it | `poll_read`, `poll_shutdown` |
 //! | 6.2: other alerts and records that cannot be decrypted are fatal; one alert is sent | `RecordLayer::fail` |
 //! | 4.6.3: a KeyUpdate changes the key of one direction and may request the other's | `handle_handshake_message`, `update_keys` |
 //! | 4.6: a server expects no other messages after the handshake | `unexpected_message` |
 //!
+//! With TLS 1.2 these parts differ:
+//!
+//! | RFC | here |
+//! | --- | --- |
+//! | 5246, 6.2.3.3; 5288, 3; 7905, 2: the format of records | `protection.rs` |
+//! | 5246, 7.2.2 and 7.4.1.2: a renegotiation may be refused with the warning `no_renegotiation` | `refuse_renegotiation` |
+//! | 5246, 7.2: a peer may send other warnings | `handle_alert` |
+//! | there is no KeyUpdate | the connection closes with a response before the limit of its key |
+//!
 //! Where the RFC leaves a choice, the behaviour is that of rustls, so that a client cannot tell the two apart: how many
 //! empty records, alerts without effect and KeyUpdates are accepted, and which alert answers which fault. The tests
 //! send the same bytes to both. SECURITY.md lists the remaining differences.
 //!
-//! If the traffic secrets of a connection are not known (see `Direction::secret`), a KeyUpdate of the peer cannot be
+//! If the traffic secrets of a TLS 1.3 connection are not known (see `Direction::secret`), a KeyUpdate of the peer cannot be
 //! followed: it ends the input like `close_notify`, and the connection closes after the response in flight.
 //!
 //! There is no early data, because rustls is not configured to accept any.
@@ -30,15 +40,13 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
-use ring::aead::{self, AES_128_GCM, AES_256_GCM, Aad, CHACHA20_POLY1305, LessSafeKey, Nonce, UnboundKey};
+use bytes::{Buf, Bytes, BytesMut};
+use protection::RecordProtection;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
-use crate::transport::tls_traffic::{
-    Direction, IV_LENGTH, MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState,
-};
+use crate::transport::tls_traffic::{MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState, Version};
 
 /// The largest fragment of a record, in bytes.
 const FRAGMENT_LIMIT: usize = 1 << 14;
@@ -49,8 +57,6 @@ const SEALED_LIMIT: usize = FRAGMENT_LIMIT + 2048;
 const TAG_LENGTH: usize = 16;
 /// The header of a record, in bytes.
 pub(in crate::connection) const HEADER_LENGTH: usize = 5;
-/// The longest handshake message, in bytes, as in rustls.
-const MESSAGE_LIMIT: usize = 0xffff;
 /// How many empty records in a row are accepted, as in rustls and BoringSSL. They cost the server more than the peer.
 const EMPTY_RECORDS_LIMIT: u8 = 32;
 /// How many alerts without effect are accepted on a connection, as in rustls and BoringSSL.
@@ -58,11 +64,8 @@ const WARNINGS_LIMIT: u8 = 4;
 /// How many KeyUpdates are accepted without application data between them, as in rustls and BoringSSL, because each
 /// costs a key schedule.
 const KEY_UPDATES_LIMIT: u8 = 32;
-/// After so many records a connection whose key cannot be updated closes with its next response. This is half of
-/// `SEALED_RECORDS_LIMIT`, so that the response still fits.
-const KEY_LIMIT_SOFT: u64 = 1 << 23;
-/// How many records one key encrypts. The last of them is a KeyUpdate.
-const SEALED_RECORDS_LIMIT: u64 = 1 << 24;
+/// How many renegotiations are refused with a warning on a connection, as in rustls. The next one ends the connection.
+const RENEGOTIATIONS_LIMIT: u8 = 1;
 /// While so many encrypted bytes are unsent, no further data is encrypted.
 const UNSENT_LIMIT: usize = 64 * 1024;
 /// How much is read at once, in bytes.
@@ -75,6 +78,8 @@ const HANDSHAKE: u8 = 22;
 const APPLICATION_DATA: u8 = 23;
 const HEARTBEAT: u8 = 24;
 
+/// The type of the handshake message that begins a renegotiation of TLS 1.2 (RFC 5246 section 7.4.1.2).
+const CLIENT_HELLO: u8 = 1;
 /// The type of a handshake message (section 4), and its `request_update` values (section 4.6.3).
 const KEY_UPDATE: u8 = 24;
 const UPDATE_NOT_REQUESTED: u8 = 0;
@@ -98,6 +103,8 @@ enum Alert {
 
 /// The alert `user_canceled`, which has no effect.
 const USER_CANCELED: u8 = 90;
+/// The warning with which a renegotiation of TLS 1.2 is refused (RFC 5246 section 7.2.2).
+const NO_RENEGOTIATION: u8 = 100;
 
 /// Why reading failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,6 +116,9 @@ enum Refusal {
     /// The peer has sent this fatal alert, so it expects no answer.
     PeerFailed(u8),
 }
+
+const UNEXPECTED_MESSAGE: Refusal =
+    Refusal::Alert(Alert::UnexpectedMessage, "received a handshake message after the handshake");
 
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -142,84 +152,6 @@ pub(in crate::connection) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>
     }
 }
 
-/// The traffic state of one direction, with its key prepared for `ring`.
-struct DirectionState {
-    direction: Direction,
-    key: LessSafeKey,
-}
-
-impl DirectionState {
-    fn new(suite: Suite, direction: Direction) -> Self {
-        let algorithm: &aead::Algorithm = match suite {
-            Suite::Aes128Gcm => &AES_128_GCM,
-            Suite::Aes256Gcm => &AES_256_GCM,
-            Suite::ChaCha20Poly1305 => &CHACHA20_POLY1305,
-        };
-        let key = UnboundKey::new(algorithm, &direction.key).expect("a key of the suite's length");
-        Self { direction, key: LessSafeKey::new(key) }
-    }
-
-    /// Replaces the key and the IV by those after a KeyUpdate. False if the secret is not known.
-    fn update_keys(&mut self, suite: Suite) -> bool {
-        let Some(secret) = &self.direction.secret else { return false };
-        let next = secret.next(suite);
-        let (key, iv) = next.keys(suite);
-        *self = Self::new(suite, Direction { key, iv, sequence: 0, secret: Some(next) });
-        true
-    }
-
-    fn nonce(&self) -> Nonce {
-        let mut nonce = *self.direction.iv;
-        let sequence = self.direction.sequence.to_be_bytes();
-        for (byte, with) in nonce[IV_LENGTH - sequence.len()..].iter_mut().zip(sequence) {
-            *byte ^= with;
-        }
-        Nonce::assume_unique_for_key(nonce)
-    }
-
-    /// Decrypts a record in place, to its content. Returns its content type.
-    fn open(&mut self, sealed: &mut BytesMut) -> Result<u8, Refusal> {
-        let length =
-            u16::try_from(sealed.len()).expect("a record header has a length of 16 bits").to_be_bytes();
-        // The received type and version are not authenticated, as in rustls.
-        let header = [APPLICATION_DATA, 3, 3, length[0], length[1]];
-        let unsealed = self.key.open_in_place(self.nonce(), Aad::from(header), sealed);
-        let wrong =
-            Refusal::Alert(Alert::BadRecordMac, "could not decrypt a record with the connection's key");
-        let length = unsealed.map_err(|_| wrong)?.len();
-        // A wrapped sequence number would repeat a nonce (section 5.3). No peer sends that many records.
-        self.direction.sequence = self.direction.sequence.checked_add(1).ok_or(wrong)?;
-        if length > FRAGMENT_LIMIT + 1 {
-            return Err(Refusal::Alert(Alert::RecordOverflow, "a record with its padding is too long"));
-        }
-        sealed.truncate(length);
-        let end = sealed.iter().rposition(|byte| *byte != 0);
-        let end = end.ok_or(Refusal::NoAlert("a record contains only padding"))?;
-        let kind = sealed[end];
-        sealed.truncate(end);
-        Ok(kind)
-    }
-
-    /// Encrypts `content` as one record, and appends it to `into`.
-    fn seal(&mut self, kind: u8, content: &[u8], into: &mut BytesMut) -> io::Result<()> {
-        if self.direction.sequence >= SEALED_RECORDS_LIMIT {
-            return Err(io::Error::other("the connection's key has encrypted the maximum number of records"));
-        }
-        let length = content.len() + 1 + TAG_LENGTH;
-        let mut header = [APPLICATION_DATA, 3, 3, 0, 0];
-        header[3..].copy_from_slice(&u16::try_from(length).map_err(io::Error::other)?.to_be_bytes());
-        into.put_slice(&header);
-        let at = into.len();
-        into.put_slice(content);
-        into.put_u8(kind);
-        let sealed = self.key.seal_in_place_separate_tag(self.nonce(), Aad::from(header), &mut into[at..]);
-        let tag = sealed.map_err(|_| io::Error::other("could not encrypt a record"))?;
-        into.put_slice(tag.as_ref());
-        self.direction.sequence += 1;
-        Ok(())
-    }
-}
-
 /// The state of the direction from the peer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Incoming {
@@ -246,8 +178,8 @@ enum Outgoing {
 pub(in crate::connection) struct RecordLayer {
     stream: Stream,
     suite: Suite,
-    from_peer: DirectionState,
-    to_peer: DirectionState,
+    from_peer: RecordProtection,
+    to_peer: RecordProtection,
     /// Bytes that were read and not decrypted.
     sealed: BytesMut,
     /// Data that was decrypted and not delivered.
@@ -266,8 +198,8 @@ impl RecordLayer {
         Self {
             stream,
             suite,
-            from_peer: DirectionState::new(suite, from_peer),
-            to_peer: DirectionState::new(suite, to_peer),
+            from_peer: RecordProtection::new(suite, from_peer),
+            to_peer: RecordProtection::new(suite, to_peer),
             sealed: unread.into(),
             opened: BytesMut::new(),
             unsent: BytesMut::new(),
@@ -285,8 +217,7 @@ impl RecordLayer {
     /// Whether the connection should close soon: the peer uses a key that is not known here, or the key to the peer is
     /// near its limit and cannot be updated.
     pub(in crate::connection) fn is_near_key_limit(&self) -> bool {
-        let Direction { sequence, secret, .. } = &self.to_peer.direction;
-        self.is_read_closed() || secret.is_none() && *sequence >= KEY_LIMIT_SOFT
+        self.is_read_closed() || self.to_peer.is_near_limit()
     }
 
     /// Whether the peer uses a key that is not known here.
@@ -321,22 +252,16 @@ impl RecordLayer {
             let Some(length) = length.filter(|length| self.sealed.len() >= HEADER_LENGTH + length) else {
                 return Ok(false);
             };
-            let outer_kind = self.sealed[0];
-            self.sealed.advance(HEADER_LENGTH);
+            let mut header = [0; HEADER_LENGTH];
+            self.sealed.copy_to_slice(&mut header);
             let mut record = self.sealed.split_to(length);
-            let has_part = !self.peer.message.is_empty();
-            if outer_kind == CHANGE_CIPHER_SPEC && !has_part {
+            let has_part = !self.peer.message.is_empty() || self.peer.awaited > 0;
+            if header[0] == CHANGE_CIPHER_SPEC && !has_part {
                 // This is the only record that is not encrypted, and it is allowed only in a handshake (section 5).
                 let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
                 return Err(Refusal::Alert(alert, "received change_cipher_spec after the handshake"));
             }
-            let kind = self.from_peer.open(&mut record)?;
-            if kind == CHANGE_CIPHER_SPEC {
-                return Err(Refusal::Alert(
-                    Alert::UnexpectedMessage,
-                    "received an encrypted change_cipher_spec",
-                ));
-            }
+            let kind = self.from_peer.open(header, &mut record)?;
             if kind != HANDSHAKE && has_part {
                 return Err(Refusal::NoAlert("received another record in the middle of a handshake message"));
             }
@@ -351,7 +276,10 @@ impl RecordLayer {
                     self.opened = record;
                 }
                 ALERT => self.handle_alert(&record)?,
-                HANDSHAKE => self.handle_handshake_message(&record)?,
+                HANDSHAKE => match self.suite.version {
+                    Version::Tls13 => self.handle_handshake_message(&record)?,
+                    Version::Tls12 => self.refuse_renegotiation(&record)?,
+                },
                 _ => return Err(Refusal::Alert(Alert::DecodeError, "unknown record type")),
             }
         }
@@ -367,7 +295,7 @@ impl RecordLayer {
             FATAL => return Err(Refusal::PeerFailed(description)),
             WARNING => {
                 count(&mut self.peer.warnings, WARNINGS_LIMIT, "received too many warning alerts")?;
-                if description != USER_CANCELED {
+                if description != USER_CANCELED && self.suite.version == Version::Tls13 {
                     return Err(Refusal::Alert(
                         Alert::DecodeError,
                         "received a warning alert that must be fatal",
@@ -379,7 +307,7 @@ impl RecordLayer {
         Ok(())
     }
 
-    /// Handles a handshake message or a part of one. After the handshake a server expects only KeyUpdate.
+    /// Handles a handshake message of TLS 1.3 or a part of one. After the handshake a server expects only KeyUpdate.
     fn handle_handshake_message(&mut self, part: &[u8]) -> Result<(), Refusal> {
         let mut message = std::mem::take(&mut self.peer.message);
         message.extend_from_slice(part);
@@ -387,17 +315,10 @@ impl RecordLayer {
             self.peer.message = message;
             return Ok(());
         };
-        let [kind, length @ ..] = *header;
-        let length = length.into_iter().fold(0, |length, byte| length << 8 | usize::from(byte));
-        if length > MESSAGE_LIMIT {
-            return Err(Refusal::NoAlert("a handshake message is too long"));
-        }
+        let (kind, length) = parse_message_header(*header)?;
         // rustls refuses such a message too, but only when it is complete.
         if kind != KEY_UPDATE {
-            return Err(Refusal::Alert(
-                Alert::UnexpectedMessage,
-                "received a handshake message after the handshake",
-            ));
+            return Err(UNEXPECTED_MESSAGE);
         }
         if length != 1 {
             return Err(Refusal::Alert(Alert::DecodeError, "invalid KeyUpdate length"));
@@ -425,8 +346,40 @@ impl RecordLayer {
                 ));
             }
         }
-        if !self.from_peer.update_keys(self.suite) {
+        if !self.from_peer.update_keys() {
             self.incoming = Incoming::Deaf;
+        }
+        Ok(())
+    }
+
+    /// Handles handshake messages of TLS 1.2. After the handshake a client can send only a ClientHello, which begins a
+    /// renegotiation. It is refused without a look at its content, and the connection continues.
+    fn refuse_renegotiation(&mut self, mut part: &[u8]) -> Result<(), Refusal> {
+        while !part.is_empty() {
+            let PeerState { message, awaited, .. } = &mut self.peer;
+            if *awaited == 0 {
+                let (head, rest) = part.split_at(part.len().min(MESSAGE_HEADER_LENGTH - message.len()));
+                message.extend_from_slice(head);
+                part = rest;
+                let Some(header) = message.first_chunk() else { return Ok(()) };
+                let (kind, length) = parse_message_header(*header)?;
+                if kind != CLIENT_HELLO {
+                    return Err(UNEXPECTED_MESSAGE);
+                }
+                message.clear();
+                *awaited = length;
+            }
+            let skipped = part.len().min(usize::from(*awaited));
+            part = &part[skipped..];
+            *awaited -= u16::try_from(skipped).expect("at most as many bytes are skipped as are awaited");
+            if *awaited > 0 {
+                return Ok(());
+            }
+            count(&mut self.peer.renegotiations, RENEGOTIATIONS_LIMIT, "received too many renegotiations")?;
+            if self.outgoing == Outgoing::Open {
+                // Fails only if the key has reached its limit. Then the next write fails too.
+                let _ = self.seal(ALERT, &[WARNING, NO_RENEGOTIATION]);
+            }
         }
         Ok(())
     }
@@ -436,7 +389,7 @@ impl RecordLayer {
         let direction = &self.to_peer.direction;
         let request = if self.peer.wants_key_update {
             UPDATE_NOT_REQUESTED
-        } else if direction.sequence + 1 >= SEALED_RECORDS_LIMIT {
+        } else if direction.sequence >= self.to_peer.record_limit() - 1 {
             UPDATE_REQUESTED
         } else {
             return Ok(());
@@ -446,7 +399,7 @@ impl RecordLayer {
         }
         self.peer.wants_key_update = false;
         self.to_peer.seal(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, request], &mut self.unsent)?;
-        self.to_peer.update_keys(self.suite);
+        self.to_peer.update_keys();
         Ok(())
     }
 
@@ -488,10 +441,16 @@ impl AsyncRead for RecordLayer {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         loop {
+            let has_sent_all = this.unsent.is_empty();
             let is_news = this.open().unwrap_or_else(|refusal| {
                 this.fail(cx, refusal);
                 true
             });
+            // A warning for the peer. If older records are unsent, another task may be waiting to send them, and sends the
+            // warning too; to try here would replace its waker.
+            if has_sent_all && !this.unsent.is_empty() {
+                let _ = this.poll_send(cx);
+            }
             match this.incoming {
                 Incoming::Open | Incoming::Ended | Incoming::Deaf => {}
                 Incoming::CutOff => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
@@ -558,6 +517,15 @@ impl AsyncWrite for RecordLayer {
     }
 }
 
+/// The type and the length of a handshake message (RFC 8446 section 4, the same in TLS 1.2). As in rustls, the longest one
+/// has 0xffff bytes besides its header.
+fn parse_message_header(header: [u8; MESSAGE_HEADER_LENGTH]) -> Result<(u8, u16), Refusal> {
+    match header {
+        [kind, 0, high, low] => Ok((kind, u16::from_be_bytes([high, low]))),
+        _ => Err(Refusal::NoAlert("a handshake message is too long")),
+    }
+}
+
 /// Increments a counter, or fails if it has reached `limit`.
 fn count(counted: &mut u8, limit: u8, reason: &'static str) -> Result<(), Refusal> {
     if *counted >= limit {
@@ -567,6 +535,7 @@ fn count(counted: &mut u8, limit: u8, reason: &'static str) -> Result<(), Refusa
     Ok(())
 }
 
+mod protection;
 #[cfg(test)]
 mod rustls_tests;
 #[cfg(test)]

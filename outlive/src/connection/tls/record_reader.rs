@@ -21,7 +21,7 @@ use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::{Handshake, Tls};
-use crate::transport::tls_traffic::TlsTrafficState;
+use crate::transport::tls_traffic::{TlsTrafficState, Version};
 use crate::transport::traffic_secret::FirstSecrets;
 #[cfg(test)]
 use crate::transport::traffic_secret::TrafficSecret;
@@ -144,7 +144,7 @@ pub(in crate::connection) fn into_parts(
     if session.is_handshaking() || session.wants_write() {
         return None;
     }
-    // When the peer asks for a KeyUpdate, rustls changes its key at once, but sends its KeyUpdate only before the next
+    // When the peer of a TLS 1.3 connection asks for a KeyUpdate, rustls changes its key at once, but sends its KeyUpdate only before the next
     // data. This empty write makes rustls produce it now. Without it the peer could decrypt nothing that is sent later.
     let _written = session.writer().write(&[]).ok()?;
     let mut answer = Vec::new();
@@ -155,8 +155,10 @@ pub(in crate::connection) fn into_parts(
         below.send_now(&answer)?;
     }
     let RecordAligned { stream, buffer, secrets, client, .. } = below;
+    let version = Version::negotiated(session.protocol_version())?;
     let extracted = session.dangerous_extract_secrets().ok()?;
-    Some((stream, TlsTrafficState::new(extracted, &secrets, buffer.freeze(), client)?, opened.freeze()))
+    let session = TlsTrafficState::new(version, extracted, &secrets, buffer.freeze(), client)?;
+    Some((stream, session, opened.freeze()))
 }
 
 /// Reads all decrypted data. None if the peer has sent its last data, or the session has failed.

@@ -38,7 +38,7 @@ use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::observe::metrics;
 use crate::registry::{Counts, Phase, Protocols};
-use crate::transport::tls_tests::tls_of;
+use crate::transport::tls_tests::{tls_of, tls_without_handover};
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -377,7 +377,7 @@ async fn websocket_is_closed_with_1012_if_there_is_no_next_process() {
 #[tokio::test(flavor = "multi_thread")]
 async fn websocket_ends_only_after_the_client_has_answered_the_close() {
     let certificate = Certificate::new().expect("the certificate is made");
-    let served = serve_with(counting(), Some(tls_of(&certificate))).await;
+    let served = serve_with(counting(), Some(tls_without_handover(&certificate))).await;
     let client = connect_over(&served, &certificate, &TLS12).await;
     assert_ends_after_the_answer(&served, client.into_inner(), Phase::Draining).await;
     for phase in [Phase::Lingering, Phase::Draining] {
@@ -465,31 +465,57 @@ async fn connect_over(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn websocket_over_tls_1_3_answers_each_message_over_moves() {
+async fn websocket_over_tls_answers_each_message_over_moves() {
     let certificate = Certificate::new().expect("the certificate is made");
-    let mut served = serve_with(counting(), Some(tls_of(&certificate))).await;
-    let mut client = connect_over(&served, &certificate, &TLS13).await;
-    for number in 1..=30 {
-        // Some of these are longer than a record.
-        let text = "y".repeat(number * 1_000);
-        client.send(Sent::Text(text.clone().into())).await.expect("the WebSocket is open");
-        let next = serve_with(counting(), Some(tls_of(&certificate))).await;
-        move_to(&next, served).await;
-        served = next;
-        let answer = next_text(&mut client).await;
-        assert!(answer == format!("{number} {text}"), "{answer:.40}");
+    for version in [&TLS12, &TLS13] {
+        let mut served = serve_with(counting(), Some(tls_of(&certificate))).await;
+        let mut client = connect_over(&served, &certificate, version).await;
+        for number in 1..=30 {
+            // Some of these are longer than a record.
+            let text = "y".repeat(number * 1_000);
+            client.send(Sent::Text(text.clone().into())).await.expect("the WebSocket is open");
+            let next = serve_with(counting(), Some(tls_of(&certificate))).await;
+            move_to(&next, served).await;
+            served = next;
+            let answer = next_text(&mut client).await;
+            assert!(answer == format!("{number} {text}"), "{version:?}: {answer:.40}");
+        }
     }
 }
 
+/// With `--tls-handover no`.
 #[tokio::test(flavor = "multi_thread")]
-async fn websocket_over_tls_1_2_is_closed_with_1012() {
+async fn websocket_over_tls_is_closed_with_1012_if_tls_connections_are_not_handed_over() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    for version in [&TLS12, &TLS13] {
+        let served = serve_with(counting(), Some(tls_without_handover(&certificate))).await;
+        let mut client = connect_over(&served, &certificate, version).await;
+        client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+        assert_eq!(next_text(&mut client).await, "1 x");
+        served.registry().set_phase(Phase::Draining);
+        assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+    }
+}
+
+/// As a restart or reload to an earlier release.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_over_tls_1_2_is_closed_with_1012_if_the_next_process_does_not_adopt_it() {
     let certificate = Certificate::new().expect("the certificate is made");
     let served = serve_with(counting(), Some(tls_of(&certificate))).await;
-    let mut client = connect_over(&served, &certificate, &TLS12).await;
-    client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
-    assert_eq!(next_text(&mut client).await, "1 x");
-    served.registry().set_phase(Phase::Draining);
-    assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+    let mut closed = connect_over(&served, &certificate, &TLS12).await;
+    let mut moves = connect_over(&served, &certificate, &TLS13).await;
+    for client in [&mut closed, &mut moves] {
+        client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+        assert_eq!(next_text(client).await, "1 x");
+    }
+    served.registry().limit_handover(Protocols::CertificatesAndTables);
+    served.registry().set_phase(Phase::Quiescing);
+    assert_eq!(close_code(&mut closed).await, SERVICE_RESTART);
+    drop(closed);
+    let next = serve_with(counting(), Some(tls_of(&certificate))).await;
+    move_to(&next, served).await;
+    moves.send(Sent::Text("y".into())).await.expect("the WebSocket is open");
+    assert_eq!(next_text(&mut moves).await, "2 y");
 }
 
 /// The state of an extension cannot be handed over.

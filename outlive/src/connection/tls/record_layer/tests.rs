@@ -18,7 +18,19 @@ use super::*;
 use crate::connection::tls::record_reader::{self, RecordAligned};
 use crate::transport::tls_config::Tls;
 use crate::transport::tls_tests::tls_of;
+use crate::transport::tls_traffic::{Cipher, Direction, IV_LENGTH};
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
+
+/// With this version and AES-128-GCM.
+pub fn aes_128(version: Version) -> Suite {
+    Suite { version, cipher: Cipher::Aes128Gcm }
+}
+
+fn aes_256(version: Version) -> Suite {
+    Suite { version, cipher: Cipher::Aes256Gcm }
+}
+
+pub const VERSIONS: [Version; 2] = [Version::Tls13, Version::Tls12];
 
 pub type Client = TlsStream<UnixStream>;
 
@@ -45,16 +57,16 @@ impl Parties {
         (client, RecordLayer::new(stream, session))
     }
 
-    /// Both ends after the handshake, and the traffic secrets as the client has them.
+    /// Both ends after the handshake, and the traffic secrets as the client has them with TLS 1.3.
     pub async fn perform_handshake(
         &self,
         suite: Suite,
     ) -> (Client, ServerStream<RecordAligned>, Arc<FirstSecrets>) {
         let mut provider = ring::default_provider();
-        provider.cipher_suites.retain(|known| u16::from(known.suite()) == suite as u16);
+        provider.cipher_suites.retain(|known| u16::from(known.suite()) == suite.number());
         let mut config = ClientConfig::builder_with_provider(Arc::new(provider))
             .with_safe_default_protocol_versions()
-            .expect("the suite belongs to TLS 1.3")
+            .expect("the suite belongs to one of the versions")
             .with_root_certificates(self.roots.clone())
             .with_no_client_auth();
         let secrets = Arc::new(FirstSecrets::default());
@@ -134,8 +146,11 @@ fn handover_loses_nothing_that_rustls_has_read_or_decrypted() {
         let small = [0, 1, 100, 300, 301, 4_000, 15_000].map(|read| (read, 300, 15_000));
         let large =
             [0, 1, 4_096, 16_384, 16_385, 60_000, 100_000].map(|read| (read, FRAGMENT_LIMIT, 100_000));
-        for (read, record, length) in small.into_iter().chain(large) {
-            let (mut client, mut server, _) = parties.perform_handshake(Suite::Aes256Gcm).await;
+        let cases = VERSIONS
+            .into_iter()
+            .flat_map(|version| small.into_iter().chain(large).map(move |case| (version, case)));
+        for (version, (read, record, length)) in cases {
+            let (mut client, mut server, _) = parties.perform_handshake(aes_256(version)).await;
             let sent = bytes(length);
             for chunk in sent.chunks(record) {
                 client.write_all(chunk).await.expect("the bytes are sent");
@@ -160,36 +175,40 @@ fn handover_loses_nothing_that_rustls_has_read_or_decrypted() {
 #[test]
 fn close_notify_ends_one_direction_only() {
     let parties = Parties::new();
-    run(async {
-        let (mut client, mut records) = parties.connect(Suite::Aes128Gcm).await;
-        client.shutdown().await.expect("close_notify is sent");
-        assert_eq!(records.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
-        assert!(!records.is_movable());
-        // The direction to the client is still open.
-        pass(&mut records, &mut client, 10).await;
-        records.shutdown().await.expect("close_notify is sent");
-        assert_eq!(client.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
-    });
+    for version in VERSIONS {
+        run(async {
+            let (mut client, mut records) = parties.connect(aes_128(version)).await;
+            client.shutdown().await.expect("close_notify is sent");
+            assert_eq!(records.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
+            assert!(!records.is_movable());
+            // The direction to the client is still open.
+            pass(&mut records, &mut client, 10).await;
+            records.shutdown().await.expect("close_notify is sent");
+            assert_eq!(client.read(&mut [0]).await.expect("the input ends with close_notify"), 0);
+        });
+    }
 }
 
 #[test]
 fn end_without_close_notify_is_an_error() {
     let parties = Parties::new();
-    run(async {
-        let (mut client, mut records) = parties.connect(Suite::Aes128Gcm).await;
-        // The client reads the session tickets too; otherwise closing its socket would reset the connection.
-        pass(&mut records, &mut client, 10).await;
-        drop(client.into_inner());
-        let error = records.read(&mut [0]).await.expect_err("the data was cut off");
-        assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
-    });
+    for version in VERSIONS {
+        run(async {
+            let (mut client, mut records) = parties.connect(aes_128(version)).await;
+            // The client reads the session tickets too; otherwise closing its socket would reset the connection.
+            pass(&mut records, &mut client, 10).await;
+            drop(client.into_inner());
+            let error = records.read(&mut [0]).await.expect_err("the data was cut off");
+            assert_eq!(error.kind(), ErrorKind::UnexpectedEof);
+        });
+    }
 }
 
 /// rustls follows the KeyUpdates before the handover, `RecordLayer` those after it.
 #[test]
 fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
     let parties = Parties::new();
-    for suite in Suite::ALL {
+    for suite in Suite::of(Version::Tls13) {
         run(async {
             let (mut client, mut server, _) = parties.perform_handshake(suite).await;
             for length in 1..4 {
@@ -218,7 +237,7 @@ fn key_updates_of_both_ends_are_followed_before_and_after_handovers() {
 fn handover_from_rustls_sends_the_key_update_that_is_due() {
     let parties = Parties::new();
     run(async {
-        let (mut client, mut server, _) = parties.perform_handshake(Suite::Aes256Gcm).await;
+        let (mut client, mut server, _) = parties.perform_handshake(aes_256(Version::Tls13)).await;
         pass(&mut client, &mut server, 10).await;
         client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
         pass(&mut client, &mut server, 10).await;
@@ -234,7 +253,8 @@ fn handover_from_rustls_sends_the_key_update_that_is_due() {
 fn key_update_without_known_secrets_ends_the_connection_after_the_response() {
     let parties = Parties::new();
     run(async {
-        let (mut client, records) = parties.connect(Suite::ChaCha20Poly1305).await;
+        let (mut client, records) =
+            parties.connect(Suite { version: Version::Tls13, cipher: Cipher::ChaCha20Poly1305 }).await;
         let mut records = without_secrets(records);
         pass(&mut client, &mut records, 10).await;
         client.get_mut().1.refresh_traffic_keys().expect("the key is updated");
@@ -256,13 +276,13 @@ fn without_secrets(records: RecordLayer) -> RecordLayer {
 
 #[test]
 fn key_at_its_record_limit_is_updated() {
-    for suite in Suite::ALL {
+    for suite in Suite::of(Version::Tls13) {
         run(async {
             let (_, mut records, peer) = pair(suite);
-            let direction =
-                Direction { sequence: SEALED_RECORDS_LIMIT - 2, ..records.to_peer.direction.clone() };
-            let mut half = DirectionState::new(suite, direction.clone());
-            records.to_peer = DirectionState::new(suite, direction);
+            let sequence = records.to_peer.record_limit() - 2;
+            let direction = Direction { sequence, ..records.to_peer.direction.clone() };
+            let mut half = RecordProtection::new(suite, direction.clone());
+            records.to_peer = RecordProtection::new(suite, direction);
             assert!(!records.is_near_key_limit());
             records.write_all(b"the last record of data").await.expect("the bytes are sent");
             records.write_all(b"with the next key").await.expect("the bytes are sent");
@@ -271,12 +291,9 @@ fn key_at_its_record_limit_is_updated() {
             let mut peer = peer;
             let mut bytes = BytesMut::new();
             while peer.read_buf(&mut bytes).await.expect("the bytes are read") > 0 {}
-            while let Some(length) = sealed_length(&bytes).expect("the record header is valid") {
-                bytes.advance(HEADER_LENGTH);
-                let mut record = bytes.split_to(length);
-                let kind = half.open(&mut record).expect("the record has the key that is due");
+            while let Some((kind, record)) = open_next(&mut half, &mut bytes) {
                 if kind == HANDSHAKE {
-                    assert!(half.update_keys(suite));
+                    assert!(half.update_keys());
                 }
                 opened.push((kind, record.to_vec()));
             }
@@ -288,16 +305,63 @@ fn key_at_its_record_limit_is_updated() {
     }
 }
 
+/// Decrypts the record that `bytes` begin with.
+pub fn open_next(half: &mut RecordProtection, bytes: &mut BytesMut) -> Option<(u8, BytesMut)> {
+    let length = sealed_length(bytes).expect("the record header is valid")?;
+    let mut header = [0; HEADER_LENGTH];
+    bytes.copy_to_slice(&mut header);
+    let mut record = bytes.split_to(length);
+    let kind = half.open(header, &mut record).expect("the record has the key that is due");
+    Some((kind, record))
+}
+
+/// A key of TLS 1.2 cannot be updated either.
 #[test]
 fn key_at_its_record_limit_without_a_secret_encrypts_nothing_more() {
     let parties = Parties::new();
+    for suite in Suite::ALL {
+        run(async {
+            let (_client, records) = parties.connect(suite).await;
+            let mut records = without_secrets(records);
+            let is_unlimited = suite == (Suite { version: Version::Tls12, cipher: Cipher::ChaCha20Poly1305 });
+            records.to_peer.direction.sequence = 1 << 23;
+            assert_eq!((records.is_near_key_limit(), records.is_movable()), (!is_unlimited, is_unlimited));
+            records.to_peer.direction.sequence = 1 << 24;
+            assert_eq!(records.write_all(b"one too many").await.is_ok(), is_unlimited, "{suite:?}");
+            // The sequence number never wraps.
+            records.to_peer.direction.sequence = u64::MAX;
+            assert!(records.is_near_key_limit());
+            records.write_all(b"x").await.expect_err("the key has reached its limit");
+        });
+    }
+}
+
+/// RFC 5288 section 3: with AES-GCM a nonce that occurs twice would reveal the key of the authentication. rustls sends the
+/// first records, and a handover is between any two of the others.
+#[test]
+fn explicit_nonces_of_tls_1_2_do_not_repeat_over_handovers() {
+    let parties = Parties::new();
     run(async {
-        let (_client, records) = parties.connect(Suite::Aes128Gcm).await;
-        let mut records = without_secrets(records);
-        records.to_peer.direction.sequence = KEY_LIMIT_SOFT;
-        assert!(records.is_near_key_limit());
-        records.to_peer.direction.sequence = SEALED_RECORDS_LIMIT;
-        records.write_all(b"one too many").await.expect_err("the key has reached its limit");
+        let (client, mut server, _) = parties.perform_handshake(aes_256(Version::Tls12)).await;
+        let (mut socket, _) = client.into_inner();
+        let mut nonces = std::collections::HashSet::new();
+        let mut take_nonce = async || {
+            let mut record = [0; HEADER_LENGTH + 8 + 1 + TAG_LENGTH];
+            socket.read_exact(&mut record).await.expect("a record arrives");
+            assert!(nonces.insert(record[HEADER_LENGTH..][..8].to_vec()), "a nonce repeats");
+        };
+        for _ in 0..5 {
+            server.write_all(b"x").await.expect("the bytes are sent");
+            server.flush().await.expect("the bytes are sent");
+            take_nonce().await;
+        }
+        let (stream, session, _) = record_reader::into_parts(server).expect("the secrets are exported");
+        let mut records = RecordLayer::new(stream, session);
+        for _ in 0..20 {
+            records.write_all(b"x").await.expect("the bytes are sent");
+            take_nonce().await;
+            records = move_on(records);
+        }
     });
 }
 
@@ -305,10 +369,10 @@ fn key_at_its_record_limit_without_a_secret_encrypts_nothing_more() {
 #[test]
 fn repeated_key_update_requests_queue_one_answer() {
     run(async {
-        let (mut half, mut records, mut peer) = pair(Suite::Aes128Gcm);
+        let (mut half, mut records, mut peer) = pair(aes_128(Version::Tls13));
         for _ in 0..1000 {
             let mut bytes = seal(&mut half, HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, UPDATE_REQUESTED], 0);
-            assert!(half.update_keys(Suite::Aes128Gcm));
+            assert!(half.update_keys());
             bytes.extend(seal(&mut half, APPLICATION_DATA, b"x", 0));
             peer.write_all(&bytes).await.expect("the bytes are sent");
             assert_eq!(records.read(&mut [0]).await.expect("the KeyUpdate is followed"), 1);
@@ -327,8 +391,8 @@ fn repeated_key_update_requests_queue_one_answer() {
 fn secrets_are_referenced_only_by_their_connection() {
     let parties = Parties::new();
     run(async {
-        let (_first_client, first, _) = parties.perform_handshake(Suite::Aes128Gcm).await;
-        let (_second_client, second, secrets) = parties.perform_handshake(Suite::Aes128Gcm).await;
+        let (_first_client, first, _) = parties.perform_handshake(aes_128(Version::Tls13)).await;
+        let (_second_client, second, secrets) = parties.perform_handshake(aes_128(Version::Tls13)).await;
         assert_eq!(second.get_ref().0.secrets(), (1, secrets.from_peer.get(), secrets.to_peer.get()));
         let (_, first, _) = record_reader::into_parts(first).expect("the secrets are exported");
         let (_, second, _) = record_reader::into_parts(second).expect("the secrets are exported");
@@ -338,12 +402,13 @@ fn secrets_are_referenced_only_by_their_connection() {
 }
 
 /// The peer's keys, a `RecordLayer` with the matching keys, and the peer's socket, without a handshake.
-fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
+fn pair(suite: Suite) -> (RecordProtection, RecordLayer, UnixStream) {
     let direction = |byte: u8| Direction {
         key: vec![byte; suite.key_length()].into(),
         iv: [byte; IV_LENGTH].into(),
         sequence: 7,
-        secret: Some(TrafficSecret::new(&vec![byte; suite.secret_length()])),
+        secret: (suite.version == Version::Tls13)
+            .then(|| TrafficSecret::new(&vec![byte; suite.secret_length()])),
     };
     let (from_peer, to_peer) = (direction(1), direction(2));
     let session = TlsTrafficState {
@@ -355,11 +420,11 @@ fn pair(suite: Suite) -> (DirectionState, RecordLayer, UnixStream) {
         client: None,
     };
     let (ours, theirs) = UnixStream::pair().expect("a socket pair is made");
-    (DirectionState::new(suite, direction(1)), RecordLayer::new(ours.into(), session), theirs)
+    (RecordProtection::new(suite, direction(1)), RecordLayer::new(ours.into(), session), theirs)
 }
 
-/// Encrypts a record with `padding` zeros.
-pub fn seal(half: &mut DirectionState, kind: u8, content: &[u8], padding: usize) -> BytesMut {
+/// Encrypts a record with `padding` zeros. TLS 1.2 has no padding.
+pub fn seal(half: &mut RecordProtection, kind: u8, content: &[u8], padding: usize) -> BytesMut {
     let mut record = BytesMut::new();
     // `seal` appends its content type as the last byte, so padding is content that ends with the type and zeros.
     let mut padded = content.to_vec();
@@ -378,16 +443,18 @@ proptest! {
 
     #[test]
     fn records_are_read_whole_however_they_are_split_and_padded(
-        suite in 0..3_usize,
+        suite in 0..Suite::ALL.len(),
         contents in prop::collection::vec((0..20_000_usize, 0..200_usize), 1..6),
         pieces in prop::collection::vec(1..9_000_usize, 1..20),
         moves: u8,
     ) {
         run(async {
-            let (mut half, mut records, mut peer) = pair(Suite::ALL[suite]);
+            let suite = Suite::ALL[suite];
+            let (mut half, mut records, mut peer) = pair(suite);
             let mut sealed = Vec::new();
             let mut wanted = Vec::new();
             for (length, padding) in contents {
+                let padding = if suite.version == Version::Tls13 { padding } else { 0 };
                 let content = bytes(length.min(FRAGMENT_LIMIT - padding));
                 sealed.extend(seal(&mut half, APPLICATION_DATA, &content, padding));
                 wanted.extend(content);
@@ -422,14 +489,15 @@ proptest! {
         });
     }
 
-    /// The type and the version in a record header are not authenticated, as in rustls, so a change there has no
-    /// effect.
+    /// With TLS 1.3 the type and the version in a record header are not authenticated, as in rustls, so a change there has
+    /// no effect.
     #[test]
     fn record_with_a_changed_bit_is_refused_or_read_unchanged(
-        suite in 0..3_usize, length in 0..300_usize, at: prop::sample::Index, bit in 0..8_u32,
+        suite in 0..Suite::ALL.len(), length in 0..300_usize, at: prop::sample::Index, bit in 0..8_u32,
     ) {
         run(async {
-            let (mut half, mut records, mut peer) = pair(Suite::ALL[suite]);
+            let suite = Suite::ALL[suite];
+            let (mut half, mut records, mut peer) = pair(suite);
             let content = bytes(length);
             let mut record = seal(&mut half, APPLICATION_DATA, &content, 0);
             let at = at.index(record.len());
@@ -438,13 +506,19 @@ proptest! {
             peer.shutdown().await.expect("the bytes are sent");
             let mut received = Vec::new();
             assert!(records.read_to_end(&mut received).await.is_err(), "changed at {at}");
-            assert!(received.is_empty() || received == content && at < 3, "changed at {at}");
+            let is_authenticated = at >= 3 || suite.version == Version::Tls12;
+            assert!(received.is_empty() || received == content && !is_authenticated, "changed at {at}");
             // The server sends one alert, and nothing else.
             let _ = records.shutdown().await;
             drop(records);
             let mut received = Vec::new();
             peer.read_to_end(&mut received).await.expect("the alert arrives");
-            assert_eq!(received.len(), HEADER_LENGTH + 2 + 1 + TAG_LENGTH);
+            let overhead = match suite {
+                Suite { version: Version::Tls13, .. } => 1,
+                Suite { cipher: Cipher::ChaCha20Poly1305, .. } => 0,
+                _ => 8,
+            };
+            assert_eq!(received.len(), HEADER_LENGTH + overhead + 2 + TAG_LENGTH);
         });
     }
 }
@@ -460,7 +534,8 @@ fn fuzzed_records_of_a_peer_do_not_panic() {
                 for (kind, content, is_sealed) in pieces {
                     // Some of the pieces are validly encrypted records, of every content type.
                     let bytes = if *is_sealed {
-                        seal(&mut half, kind % 26, content, 3).to_vec()
+                        let padding = if records.suite.version == Version::Tls13 { 3 } else { 0 };
+                        seal(&mut half, kind % 26, content, padding).to_vec()
                     } else {
                         content.clone()
                     };
@@ -469,10 +544,11 @@ fn fuzzed_records_of_a_peer_do_not_panic() {
                     }
                     // The peer uses its next key after its KeyUpdate.
                     if *is_sealed
+                        && records.suite.version == Version::Tls13
                         && kind % 26 == HANDSHAKE
                         && matches!(content[..], [KEY_UPDATE, 0, 0, 1, 0 | 1])
                     {
-                        assert!(half.update_keys(records.suite));
+                        assert!(half.update_keys());
                     }
                 }
                 let _ = peer.shutdown().await;
