@@ -81,17 +81,26 @@ pub enum Client {
 }
 
 impl Client {
-    /// Connects; `kind` modulo 4 selects plain HTTP/1.1, plain HTTP/2, or these over TLS.
+    /// How many kinds of connections there are.
+    pub const KINDS: usize = 6;
+
+    /// Connects; `kind` modulo [`Self::KINDS`] selects plain HTTP/1.1, plain HTTP/2, these over TLS 1.3, or over TLS 1.2.
     pub async fn open(service: &TlsService, kind: usize) -> Self {
         let plain = Target::Tcp(service.http);
         let tls = |protocol| service.https(&[protocol]).expect("the client configuration is valid");
+        let tls12 = |protocol| {
+            let client = service.certificate.client_over_tls12(None, &[protocol]);
+            Target::Tls(service.https, client.expect("the client configuration is valid"))
+        };
         let http1 = async |target| Self::Http1(Connection::open(&target).await.expect("the service listens"));
         let http2 = async |target| Self::Http2(Http2::open(&target).await.expect("the service listens"));
-        match kind % 4 {
+        match kind % Self::KINDS {
             0 => http1(plain).await,
             1 => http2(plain).await,
             2 => http1(tls("http/1.1")).await,
-            _ => http2(tls("h2")).await,
+            3 => http2(tls("h2")).await,
+            4 => http1(tls12("http/1.1")).await,
+            _ => http2(tls12("h2")).await,
         }
     }
 

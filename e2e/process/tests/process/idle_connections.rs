@@ -55,12 +55,14 @@ async fn ends(client: Client) -> bool {
 #[test]
 fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
     const CONNECTIONS: usize = 20;
+    /// How many are closed at once.
+    const EVICTED: usize = 4;
     let limit = CONNECTIONS.to_string();
     let service =
         TlsService::start(app_binary(), &["--max-connections", &limit]).expect("the service starts");
     block_on(async {
         let mut oldest = Vec::new();
-        for kind in 0..4 {
+        for kind in 0..EVICTED {
             let mut client = Client::open(&service, kind).await;
             client.is_answered().await;
             oldest.push(client);
@@ -68,7 +70,7 @@ fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
         // Longer than the shortest time after which a connection is closed for another one; the others are younger.
         sleep(2 * PARKED).await;
         let mut others = Vec::new();
-        for kind in 4..CONNECTIONS {
+        for kind in EVICTED..CONNECTIONS {
             let mut client = Client::open(&service, kind).await;
             client.is_answered().await;
             others.push(client);
@@ -85,10 +87,10 @@ fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
     });
 }
 
-/// The first connections are HTTP/1.1 and HTTP/2, each without and with TLS.
+/// The first connections are HTTP/1.1 and HTTP/2, each without TLS, with TLS 1.3 and with TLS 1.2.
 #[test]
 fn memory_pressure_closes_the_eighth_of_the_idle_connections_that_is_longest_idle() {
-    const CONNECTIONS: usize = 32;
+    const CONNECTIONS: usize = 8 * Client::KINDS;
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
@@ -122,7 +124,7 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     let service = TlsService::start(app_binary(), &["--idle-timeout", &limit]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
-        for kind in 0..4 {
+        for kind in 0..Client::KINDS {
             clients.push((Client::open(&service, kind).await, Client::open(&service, kind).await));
         }
         for (unused, used) in &mut clients {
@@ -199,14 +201,14 @@ fn parked_connections_are_counted_as_parked() {
     let service = TlsService::start(app_binary(), &[]).expect("the service starts");
     block_on(async {
         let mut clients = Vec::new();
-        for kind in 0..4 {
+        for kind in 0..Client::KINDS {
             let mut client = Client::open(&service, kind).await;
             client.is_answered().await;
             clients.push(client);
         }
         let count = async |stage| count_in_stage(&service, stage).await;
         let all_parked = async {
-            while (count("parked").await, count("waiting").await) != (4, 0) {
+            while (count("parked").await, count("waiting").await) != (Client::KINDS, 0) {
                 sleep(Duration::from_millis(20)).await;
             }
         };
@@ -218,7 +220,7 @@ fn parked_connections_are_counted_as_parked() {
                 for client in &mut clients {
                     client.is_answered().await;
                 }
-                if (count("parked").await, count("waiting").await) == (0, 4) {
+                if (count("parked").await, count("waiting").await) == (0, Client::KINDS) {
                     return;
                 }
             }

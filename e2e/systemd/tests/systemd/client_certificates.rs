@@ -52,10 +52,15 @@ impl Partners {
         Target::Tls(([127, 0, 0, 1], 8443).into(), client.expect("the client configuration is valid"))
     }
 
-    async fn clients(&self) -> (Connection, Http2) {
-        let http1 = Connection::open(&self.target("http/1.1")).await.expect("the port is open");
-        (http1, Http2::open(&self.target("h2")).await.expect("the port is open"))
+    fn target_over_tls12(&self, protocol: &str) -> Target {
+        let client = self.server.client_over_tls12(Some(&self.client), &[protocol]);
+        Target::Tls(([127, 0, 0, 1], 8443).into(), client.expect("the client configuration is valid"))
     }
+}
+
+async fn open(target: impl Fn(&str) -> Target) -> (Connection, Http2) {
+    let http1 = Connection::open(&target("http/1.1")).await.expect("the port is open");
+    (http1, Http2::open(&target("h2")).await.expect("the port is open"))
 }
 
 /// The names of the client as the service knows it on both connections.
@@ -69,18 +74,21 @@ fn certificates_of_clients_are_known_after_a_restart_a_reload_and_a_crash(system
     let partners = Partners::boot(systemd, Some("who"));
     let container = &partners.container;
     container.inside(async || {
-        let mut clients = partners.clients().await;
+        let mut clients = open(|protocol| partners.target(protocol)).await;
+        let mut over_tls12 = open(|protocol| partners.target_over_tls12(protocol)).await;
         for verb in ["start", "restart", "reload", "restart"] {
             container.systemctl(verb).unwrap_or_else(|error| panic!("{verb} failed: {error:#}"));
             assert_eq!(names(&mut clients).await, [NAMES; 2], "{verb}");
+            assert_eq!(names(&mut over_tls12).await, [NAMES; 2], "{verb}, TLS 1.2");
         }
-        let line = "\noutlive_connections_backed_up 2\n";
+        let line = "\noutlive_connections_backed_up 4\n";
         wait_until("the connections have duplicates", || ask_admin(container, "/metrics").contains(line));
         let unit = container.unit("service");
         container
             .run(&["systemctl", "kill", "--kill-whom=main", "--signal=KILL", &unit])
             .expect("the signal is sent");
         assert_eq!(names(&mut clients).await, [NAMES; 2], "after a crash");
+        assert_eq!(names(&mut over_tls12).await, [NAMES; 2], "after a crash, TLS 1.2");
     });
     let curl = |certificate: &[&str]| {
         let arguments = ["curl", "--silent", "--show-error", "--max-time", "60", "--cacert"];

@@ -8,7 +8,7 @@ use testkit::container::{Container, Systemd};
 use testkit::{on_each_systemd, wait_until};
 
 use crate::on_systemd::ask_admin;
-use crate::{app_package, tls_target};
+use crate::{app_package, tls_target, tls12_target};
 
 /// A third each over HTTP/1.1, HTTP/1.1 with TLS, and HTTP/2 with TLS.
 const CONNECTIONS: usize = 300;
@@ -79,6 +79,8 @@ fn crash_closes_no_parked_connection(systemd: Systemd) {
         (Container::target(), false),
         (tls_target(&certificate, "http/1.1"), false),
         (tls_target(&certificate, "h2"), true),
+        (tls12_target(&certificate, "http/1.1"), false),
+        (tls12_target(&certificate, "h2"), true),
     ];
     let opened =
         targets.iter().cycle().take(CONNECTIONS).map(|(target, is_http2)| Client::open(target, *is_http2));

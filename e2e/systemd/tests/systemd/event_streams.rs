@@ -13,10 +13,10 @@ use testkit::on_each_systemd;
 use crate::on_systemd::release_without;
 use crate::third_party_clients::{Client, ROUNDS};
 use crate::websockets::replace_process;
-use crate::{app_binary, boot_with_tls, tls_target};
+use crate::{app_binary, boot_with_tls, tls_target, tls12_target};
 
-/// A quarter each over HTTP/1.1 and HTTP/2, without and with TLS.
-const STREAMS: usize = 200;
+/// A sixth each over HTTP/1.1 and HTTP/2, without TLS, with TLS 1.3 and with TLS 1.2.
+const STREAMS: usize = 240;
 /// How many of them are on one HTTP/2 connection.
 const STREAMS_OF_CONNECTION: usize = 5;
 const RESTARTS: usize = 10;
@@ -47,13 +47,13 @@ fn event_streams_lose_no_event_over_restarts_and_reloads(systemd: Systemd) {
     let tls = |protocol| tls_target(&certificate, protocol);
     container.inside(async || {
         let (mut streams, mut connections) = (Vec::new(), Vec::new());
-        for target in [Container::target(), tls("http/1.1")] {
-            for _ in 0..STREAMS / 4 {
+        for target in [Container::target(), tls("http/1.1"), tls12_target(&certificate, "http/1.1")] {
+            for _ in 0..STREAMS / 6 {
                 streams.push(EventStream::http1(&target).await.expect("the response begins"));
             }
         }
-        for target in [Container::target(), tls("h2")] {
-            for _ in 0..STREAMS / 4 / STREAMS_OF_CONNECTION {
+        for target in [Container::target(), tls("h2"), tls12_target(&certificate, "h2")] {
+            for _ in 0..STREAMS / 6 / STREAMS_OF_CONNECTION {
                 let mut connection = Http2::open(&target).await.expect("the port is open");
                 for _ in 0..STREAMS_OF_CONNECTION {
                     streams.push(EventStream::http2(&mut connection).await.expect("the response begins"));

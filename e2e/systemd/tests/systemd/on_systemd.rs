@@ -16,7 +16,7 @@ use testkit::release::Release;
 use testkit::verbs::{iterations, repeat_under_load};
 use testkit::{on_each_systemd_and_unstable, on_one, wait_until};
 
-use crate::{NAME, app_binary, app_package};
+use crate::{NAME, app_binary, app_package, tls12_target};
 
 on_each_systemd_and_unstable! {
     the_first_request_after_boot_starts_the_service
@@ -57,6 +57,7 @@ on_each_systemd_and_unstable! {
     reloads_under_https_and_http2_close_no_connection
     release_that_adopts_only_http1_receives_only_http1_connections
     release_without_header_tables_receives_no_http2_connections
+    release_that_does_not_adopt_tls_1_2_receives_no_tls_1_2_connections
     session_ticket_of_the_previous_process_is_accepted
     renewed_certificate_is_used_after_a_restart_with_credentials
     renewed_certificate_is_used_after_a_reload_with_files
@@ -963,6 +964,16 @@ fn release_without_header_tables_receives_no_http2_connections(systemd: Systemd)
     replace_by_an_older_release(&container, "takes-header-tables-and-client-certificates", &moving, &closed);
 }
 
+fn release_that_does_not_adopt_tls_1_2_receives_no_tls_1_2_connections(systemd: Systemd) {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(systemd, &certificate);
+    let [plain, https1, https2] = targets(&certificate);
+    let moving = [Load::saturating(&plain), Load::paced(&https1), Load::http2(&https2)];
+    let over_tls12 = |protocol| tls12_target(&certificate, protocol);
+    let closed = [Load::http2(&over_tls12("h2")), Load::paced(&over_tls12("http/1.1"))];
+    replace_by_an_older_release(&container, "takes-tls-1.2-connections", &moving, &closed);
+}
+
 /// The service without TLS, and with TLS for HTTP/1.1 and HTTP/2.
 fn targets(certificate: &Certificate) -> [Target; 3] {
     let client = |protocol| certificate.client(&[protocol]).expect("the client configuration is valid");
@@ -1000,21 +1011,24 @@ fn session_ticket_of_the_previous_process_is_accepted(systemd: Systemd) {
     let container = boot_with_tls(systemd, &certificate);
     let folder = tempfile::tempdir().expect("the folder is created");
     let session = folder.path().join("session");
-    let connect = |flag: &str| {
+    let connect = |version: &str, flag: &str| {
         let script = format!(
             "printf 'GET / HTTP/1.1\\r\\nhost: x\\r\\nconnection: close\\r\\n\\r\\n' | \
-             openssl s_client -connect 127.0.0.1:8443 -tls1_3 -ign_eof {flag} {} 2>&1",
+             openssl s_client -connect 127.0.0.1:8443 {version} -ign_eof {flag} {} 2>&1",
             session.display()
         );
         let output = container.outside(&["sh", "-c", &script]).output().expect("openssl runs");
         String::from_utf8_lossy(&output.stdout).into_owned()
     };
-    for verb in ["restart", "reload", "restart"] {
-        let output = connect("-sess_out");
-        assert!(output.contains("New, TLSv1.3") && output.contains("200 OK"), "{output}");
-        container.systemctl(verb).expect(verb);
-        let output = connect("-sess_in");
-        assert!(output.contains("Reused, TLSv1.3") && output.contains("200 OK"), "after a {verb}: {output}");
+    for (version, name) in [("-tls1_3", "TLSv1.3"), ("-tls1_2", "TLSv1.2")] {
+        for verb in ["restart", "reload", "restart"] {
+            let output = connect(version, "-sess_out");
+            assert!(output.contains(&format!("New, {name}")) && output.contains("200 OK"), "{output}");
+            container.systemctl(verb).expect(verb);
+            let output = connect(version, "-sess_in");
+            let is_resumed = output.contains(&format!("Reused, {name}"));
+            assert!(is_resumed && output.contains("200 OK"), "after a {verb}: {output}");
+        }
     }
 }
 

@@ -33,32 +33,51 @@ const CONNECTIONS: usize = 6;
 
 #[test]
 fn nginx_in_front_loses_nothing_and_keeps_its_connections() {
-    run_behind_proxy(
+    run_behind_nginx(&boot(), "http", "", Pool { port: 8080, connections: POOL });
+}
+
+#[test]
+fn nginx_in_front_over_tls_1_2_loses_nothing_and_keeps_its_connections() {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    let pool = Pool { port: 8443, connections: POOL };
+    run_behind_nginx(&container, "https", "proxy_ssl_protocols TLSv1.2;", pool);
+}
+
+/// `options`: how nginx connects to the service.
+fn run_behind_nginx(container: &Container, scheme: &str, options: &str, pool: Pool) {
+    let port = pool.port;
+    run_behind_proxy_in(
+        container,
         &["nginx", "-c", "/run/peer"],
-        "daemon off;
+        &format!(
+            "daemon off;
          user root;
          error_log stderr;
-         events {}
-         http {
+         events {{}}
+         http {{
              access_log off;
              keepalive_requests 1000000;
-             upstream service {
-                 server 127.0.0.1:8080 max_fails=0;
+             upstream service {{
+                 server 127.0.0.1:{port} max_fails=0;
                  keepalive 64;
                  keepalive_requests 1000000;
                  keepalive_timeout 1h;
-             }
-             server {
+             }}
+             server {{
                  listen 127.0.0.1:8000;
-                 location / {
-                     proxy_pass http://service;
+                 location / {{
+                     proxy_pass {scheme}://service;
+                     {options}
                      proxy_http_version 1.1;
                      proxy_set_header Connection '';
                      proxy_next_upstream off;
-                 }
-             }
-         }",
+                 }}
+             }}
+         }}"
+        ),
         Load::post,
+        pool,
     );
 }
 
@@ -78,6 +97,22 @@ fn haproxy_in_front_over_http2_and_tls_loses_nothing_and_keeps_its_connection() 
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(Systemd::V257, &certificate);
     run_behind_haproxy(&container, "ssl verify none alpn h2", Pool { port: 8443, connections: 1 });
+}
+
+#[test]
+fn haproxy_in_front_over_tls_1_2_loses_nothing_and_keeps_its_connections() {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    let pool = Pool { port: 8443, connections: POOL };
+    run_behind_haproxy(&container, "ssl verify none force-tlsv12 alpn http/1.1", pool);
+}
+
+#[test]
+fn haproxy_in_front_over_http2_and_tls_1_2_loses_nothing_and_keeps_its_connection() {
+    let certificate = Certificate::new().expect("openssl creates a certificate");
+    let container = boot_with_tls(Systemd::V257, &certificate);
+    let pool = Pool { port: 8443, connections: 1 };
+    run_behind_haproxy(&container, "ssl verify none force-tlsv12 alpn h2", pool);
 }
 
 /// `options`: how HAProxy connects to the service. Each request has another value of a field, so a header table changes.

@@ -156,7 +156,7 @@ impl Traffic {
     /// Starts clients in the network of the container.
     fn start(
         container: &Container,
-        tls: Arc<ClientConfig>,
+        tls: [Arc<ClientConfig>; 2],
         clients: usize,
     ) -> (Arc<Self>, JoinHandle<Vec<Seen>>) {
         let traffic = Arc::new(Self {
@@ -167,7 +167,9 @@ impl Traffic {
         let (enter, shared) = (container.enter(), traffic.clone());
         let thread = std::thread::spawn(move || {
             enter();
-            let clients = (0..clients).map(|client| shared.run(client, (client % 2 == 1).then_some(&tls)));
+            // Two of three clients use TLS, each with one of the configurations.
+            let clients =
+                (0..clients).map(|client| shared.run(client, (client % 3).checked_sub(1).map(|at| &tls[at])));
             testkit::block_on(join_all(clients))
         });
         (traffic, thread)
@@ -253,7 +255,8 @@ pub fn replace_process(container: &Container, verb: &str) {
 fn websockets_lose_no_message_over_restarts_and_reloads(systemd: Systemd) {
     let certificate = Certificate::new().expect("openssl creates a certificate");
     let container = boot_with_tls(systemd, &certificate);
-    let tls = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
+    let tls = [certificate.client(&["http/1.1"]), certificate.client_over_tls12(None, &["http/1.1"])]
+        .map(|client| client.expect("the client configuration is valid"));
     let _alone = exclusive_cpu();
     let (traffic, clients) = Traffic::start(&container, tls, CLIENTS);
     traffic.wait_for_echoes(ECHOES);

@@ -142,7 +142,7 @@ async fn certificate_stays_with_its_connection_when_it_is_parked_and_moves() {
             if is_parked {
                 park_all(&served, 4).await;
             }
-            for (http1, http2) in clients.iter_mut() {
+            for (http1, http2) in &mut clients {
                 for _ in 0..2 {
                     assert_eq!(asks(http1).await, (200, NAMES.to_owned()));
                     let answer = http2.get("/").await.expect("the server answers");
