@@ -48,7 +48,7 @@ use futures_util::Stream;
 ///
 /// - The request has no `Accept: text/event-stream`, which browsers send (with HTTP/2 this type has to be the first one), is
 ///   not a GET request, has a body, or uses HTTP/1.0. Or the status of the response is not 200.
-/// - The connection cannot be handed over, for example because it uses TLS 1.2.
+/// - The connection cannot be handed over, for example because it uses TLS and `--tls-handover` is `no`.
 /// - The last event that was sent has data and no id, or an id above 4 KB.
 /// - There is no next process that can adopt the connection: an older release, or no file descriptor store.
 /// - The next process answers the request with another status or content type, with a content encoding, not with an

@@ -85,7 +85,7 @@ pub struct Config {
     #[arg(long, value_name = "FILE", requires = "tls_client_auth")]
     pub tls_client_ca: Option<PathBuf>,
 
-    /// Hand TLS 1.3 connections, including their traffic keys, to the next process. With `no`, a restart or reload closes
+    /// Hand TLS connections, including their traffic keys, to the next process. With `no`, a restart or reload closes
     /// each connection after its requests have finished.
     #[arg(long, value_name = "YES|NO", default_value = "yes", action = ArgAction::Set, value_parser = yes_or_no())]
     pub tls_handover: bool,
