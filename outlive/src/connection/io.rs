@@ -206,6 +206,15 @@ impl Io {
         if handle.is_overdue() { Poll::Ready(Err(io::ErrorKind::TimedOut.into())) } else { Poll::Pending }
     }
 
+    fn note_written(&mut self, written: &Poll<io::Result<usize>>) {
+        if written.is_ready() {
+            self.handle().wrote();
+        }
+        if let (Poll::Ready(Ok(length)), Wire::Right(Tls::Left(tls))) = (written, &mut self.wire) {
+            tls.get_mut().0.note_sealed(*length);
+        }
+    }
+
     /// Sends `answer`, which hyper does not produce (408, 400, GOAWAY), and closes.
     pub(super) async fn refuse(mut self, answer: &[u8]) {
         if self.send_last(answer).await.is_ok() {
@@ -305,10 +314,15 @@ impl AsyncRead for Io {
         }
         let before = into.filled().len();
         std::task::ready!(Pin::new(&mut this.wire).poll_read(cx, into))?;
+        let is_near_key_limit = match &this.wire {
+            Wire::Left(_) => false,
+            Wire::Right(Tls::Left(tls)) => tls.get_ref().0.is_near_key_limit(),
+            Wire::Right(Tls::Right(records)) => records.is_near_key_limit(),
+        };
+        if is_near_key_limit {
+            handle.close_after_response();
+        }
         if let Wire::Right(Tls::Right(records)) = &this.wire {
-            if records.is_near_key_limit() {
-                handle.close_after_response();
-            }
             // At the end of the input hyper would abort the response in flight, so it learns of the end only after that
             // response is sent.
             if records.is_read_closed() && into.filled().len() == before && state.is_in_flight() {
@@ -326,9 +340,7 @@ impl AsyncWrite for Io {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         self.handle().writing();
         let written = Pin::new(&mut self.wire).poll_write(cx, bytes);
-        if written.is_ready() {
-            self.handle().wrote();
-        }
+        self.note_written(&written);
         self.limit_handler(cx, written)
     }
 
@@ -339,9 +351,7 @@ impl AsyncWrite for Io {
     ) -> Poll<io::Result<usize>> {
         self.handle().writing();
         let written = Pin::new(&mut self.wire).poll_write_vectored(cx, slices);
-        if written.is_ready() {
-            self.handle().wrote();
-        }
+        self.note_written(&written);
         self.limit_handler(cx, written)
     }
 
@@ -376,9 +386,10 @@ impl AsyncWrite for Io {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
-    use testkit::certificate::Certificate;
+    use testkit::certificate::{Certificate, ClientConfig};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::{TcpListener, TcpStream};
     use tokio::time::timeout;
@@ -514,18 +525,43 @@ mod tests {
         refusing.await.expect("no panic");
     }
 
-    #[tokio::test]
-    async fn tls_close_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
+    /// A TLS connection of which this process has performed the handshake, and its client.
+    async fn tls_connection(
+        client: &dyn Fn(&Certificate) -> Arc<ClientConfig>,
+    ) -> (Box<TlsStream<RecordAligned>>, tokio_rustls::client::TlsStream<TcpStream>) {
         let certificate = Certificate::new().expect("openssl makes a certificate");
-        let acceptor = tls_of(&certificate);
-        let connector =
-            TlsConnector::from(certificate.client(&[]).expect("the client configuration is valid"));
         let (ours, peer) = connection().await;
         let name = "localhost".try_into().expect("the name is valid");
-        let ours = record_reader::accept(ours.into(), &acceptor).1;
-        let (ours, _peer) = tokio::join!(ours, connector.connect(name, peer));
-        let mut ours = ours.expect("the handshake succeeds");
+        let ours = record_reader::accept(ours.into(), &tls_of(&certificate)).1;
+        let (ours, peer) = tokio::join!(ours, TlsConnector::from(client(&certificate)).connect(name, peer));
+        (Box::new(ours.expect("the handshake succeeds")), peer.expect("the handshake succeeds"))
+    }
+
+    /// rustls would close it within a response.
+    #[tokio::test]
+    async fn tls_1_2_connection_closes_with_a_response_before_the_limit_of_its_key() {
+        let client = |certificate: &Certificate| {
+            certificate.client_over_tls12(None, &[]).expect("the client configuration is valid")
+        };
+        let (mut ours, mut peer) = tls_connection(&client).await;
+        ours.get_mut().0.limit_records(3);
+        let mut io = io_that_idles(Wire::Right(Tls::Left(ours)), Duration::from_secs(60));
+        // The second write takes two records.
+        for (length, closes) in [(1, false), (16 * 1024 + 1, true)] {
+            io.write_all(&vec![7; length]).await.expect("the client reads");
+            peer.read_exact(&mut vec![0; length]).await.expect("the bytes arrive");
+            peer.write_all(b"x").await.expect("the bytes are sent");
+            io.read_exact(&mut [0]).await.expect("the bytes arrive");
+            assert_eq!(io.handle().state().closes_after_response(), closes);
+        }
+    }
+
+    #[tokio::test]
+    async fn tls_close_ends_at_the_stall_limit_if_the_peer_reads_nothing() {
+        let client =
+            |certificate: &Certificate| certificate.client(&[]).expect("the client configuration is valid");
+        let (mut ours, _peer) = tls_connection(&client).await;
         fill(ours.get_mut().0.stream()).await;
-        assert_ends(io(Wire::Right(Tls::Left(Box::new(ours)))).close()).await;
+        assert_ends(io(Wire::Right(Tls::Left(ours))).close()).await;
     }
 }

@@ -6,6 +6,7 @@ use std::pin::pin;
 use std::task::Poll;
 
 use bytes::Bytes;
+use tokio_rustls::rustls::SupportedCipherSuite;
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
@@ -77,6 +78,11 @@ pub(in crate::connection) async fn serve(
         registration.note_certificate();
     }
     below.set_client(client);
+    if let Some(SupportedCipherSuite::Tls12(suite)) = session.negotiated_cipher_suite() {
+        // rustls closes the connection at its limit, even within a response, because TLS 1.2 has no KeyUpdate. Half of the
+        // limit leaves room for the response in flight.
+        below.limit_records(suite.common.confidentiality_limit / 2);
+    }
     // The time limits of the first request begin after the handshake.
     driver.enter(Stage::Waiting);
     let protocol = if stream.get_ref().1.alpn_protocol() == Some(tls_config::HTTP2) {

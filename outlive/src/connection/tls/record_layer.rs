@@ -49,7 +49,7 @@ use crate::transport::stream::Stream;
 use crate::transport::tls_traffic::{MESSAGE_HEADER_LENGTH, PeerState, Suite, TlsTrafficState, Version};
 
 /// The largest fragment of a record, in bytes.
-const FRAGMENT_LIMIT: usize = 1 << 14;
+pub(in crate::connection) const FRAGMENT_LIMIT: usize = 1 << 14;
 /// A record whose header names this length or more, in bytes, is refused before its content arrives, as in rustls. The
 /// limit has room for the overhead of every TLS version.
 const SEALED_LIMIT: usize = FRAGMENT_LIMIT + 2048;

@@ -17,7 +17,7 @@ use tokio_rustls::Accept;
 use tokio_rustls::rustls::ServerConnection;
 use tokio_rustls::server::TlsStream;
 
-use super::record_layer::{HEADER_LENGTH, NoHeader, sealed_length};
+use super::record_layer::{FRAGMENT_LIMIT, HEADER_LENGTH, NoHeader, sealed_length};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::{Handshake, Tls};
@@ -42,6 +42,8 @@ pub(in crate::connection) struct RecordAligned {
     secrets: Arc<FirstSecrets>,
     /// The certificate of the client, from the end of the handshake on.
     client: Option<ClientCertificate>,
+    /// How many records rustls may seal before the connection has to close with a response.
+    records_left: u64,
 }
 
 /// Begins the server's side of the handshake on `stream`.
@@ -55,6 +57,7 @@ pub(in crate::connection) fn accept(stream: Stream, tls: &Tls) -> (Handshake, Ac
         begun: 0,
         secrets,
         client: None,
+        records_left: u64::MAX,
     });
     (handshake, accept)
 }
@@ -66,6 +69,22 @@ impl RecordAligned {
 
     pub(in crate::connection) fn set_client(&mut self, client: Option<ClientCertificate>) {
         self.client = client;
+    }
+
+    /// Lets the connection close with a response when rustls has sealed `count` more records.
+    pub(in crate::connection) fn limit_records(&mut self, count: u64) {
+        self.records_left = count;
+    }
+
+    /// rustls has sealed `length` bytes of data.
+    pub(in crate::connection) fn note_sealed(&mut self, length: usize) {
+        let records = u64::try_from(length.div_ceil(FRAGMENT_LIMIT)).unwrap_or(u64::MAX);
+        self.records_left = self.records_left.saturating_sub(records);
+    }
+
+    /// Whether the connection should close soon.
+    pub(in crate::connection) fn is_near_key_limit(&self) -> bool {
+        self.records_left == 0
     }
 
     #[cfg(test)]
