@@ -297,7 +297,10 @@ impl ResponseFuture {
             this.span.record("route", route);
             this.span.record("status", code);
         }
-        if let Some(id) = this.id.take() {
+        if let Some(mut id) = this.id.take() {
+            // h2 does not enter such a value into the header table of the client (RFC 7541 section 7.1.3). Otherwise each id
+            // would evict another field, and h2 would compare each id with those in the table.
+            id.set_sensitive(true);
             response.headers_mut().insert(REQUEST_ID, id);
         }
         if let Some(permit) = this.permit.take() {
@@ -455,6 +458,13 @@ mod tests {
             let replaced = request_id_after(id.as_bytes()).await;
             assert_ne!(replaced, id);
             assert_eq!(replaced.len(), 24, "{id:?} is replaced by an id of this process");
+        }
+    }
+
+    #[tokio::test]
+    async fn request_id_stays_out_of_the_header_table_of_the_client() {
+        for sent in ["mine", "is replaced"] {
+            assert!(request_id_after(sent.as_bytes()).await.is_sensitive(), "{sent}");
         }
     }
 
