@@ -24,7 +24,7 @@ use tokio_rustls::server::TlsStream;
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
     let (pid, generation, since) = (std::process::id(), 1, std::time::SystemTime::now());
-    // As in `src/app.rs`, because both servers are compared by the instructions for a request.
+    // The text has the fields of `src/app.rs`, because the instructions of both servers are compared.
     let identity = async move || {
         let since = humantime::format_rfc3339_seconds(since);
         format!("pid {pid}, generation {generation}, since {since}\n")

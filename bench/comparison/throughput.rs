@@ -1,5 +1,5 @@
-//! Requests per second without restarts: compared with other servers, by the number of connections, and with a new
-//! connection for each request.
+//! Requests per second without restarts, compared with other servers, by the number of connections, and with a new
+//! connection for each request; and the instructions for one request.
 
 use std::net::SocketAddr;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use e2e_cost::{Protocol, of_one_request};
+use e2e_cost::{Protocol, instructions_of_request};
 use indicatif::ProgressBar;
 use rustix::process::Pid;
 use serde_json::{Value, json};
@@ -86,7 +86,7 @@ pub fn run(peers: &Peers, extent: &Extent, progress: &ProgressBar) -> Result<Val
 fn instructions(peers: &Peers) -> Result<Value> {
     let mut rows = Vec::new();
     for (server, binary) in [("this service", Path::new(OURS)), ("bare axum::serve", peers.bare())] {
-        let of = |protocol| of_one_request(binary, protocol).map(f64::round);
+        let of = |protocol| instructions_of_request(binary, protocol).map(f64::round);
         rows.push(
             json!({ "server": server, "HTTP/1.1": of(Protocol::Http1)?, "HTTP/2": of(Protocol::Http2)? }),
         );

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-/// How a client asks: on one connection, one request after the other.
+/// The protocol of the client, which sends one request after the other on one connection.
 #[derive(Clone, Copy, Debug)]
 pub enum Protocol {
     Http1,
@@ -21,17 +21,17 @@ pub enum Protocol {
 const REQUESTS: u32 = 8_000;
 
 /// The instructions of the server `binary` for one `GET /`. The server takes its listener from `LISTEN_FDS`.
-pub fn of_one_request(binary: &Path, protocol: Protocol) -> Result<f64> {
+pub fn instructions_of_request(binary: &Path, protocol: Protocol) -> Result<f64> {
     // The difference of two runs, because it has neither start and end of the process nor its first requests.
-    let few = of_process(binary, protocol, REQUESTS)?;
-    let many = of_process(binary, protocol, 2 * REQUESTS)?;
+    let few = instructions_of_process(binary, protocol, REQUESTS)?;
+    let many = instructions_of_process(binary, protocol, 2 * REQUESTS)?;
     let difference =
         u32::try_from(many.saturating_sub(few)).context("a request cannot take so many instructions")?;
     Ok(f64::from(difference) / f64::from(REQUESTS))
 }
 
-/// The instructions of a process that answers so many requests.
-fn of_process(binary: &Path, protocol: Protocol, requests: u32) -> Result<u64> {
+/// The instructions of a process that answers `requests` requests.
+fn instructions_of_process(binary: &Path, protocol: Protocol, requests: u32) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let counts = folder.path().join("callgrind.out");
     let listener = TcpListener::bind("127.0.0.1:0")?;
@@ -57,7 +57,7 @@ fn of_process(binary: &Path, protocol: Protocol, requests: u32) -> Result<u64> {
     total.context("the counts have no total")?.trim().parse().context("the total is not a number")
 }
 
-/// Waits until the server is ready, because its listener accepts the connection before.
+/// Sends the requests. The connection waits in the accept queue of the listener until the server is ready.
 fn ask(address: SocketAddr, protocol: Protocol, requests: u32) -> Result<()> {
     let mut h2load = Command::new("h2load");
     if let Protocol::Http1 = protocol {

@@ -1,9 +1,10 @@
-//! What a request costs, in user instructions relative to bare `axum::serve`. Relative, because the count itself also depends
-//! on the processor, for which glibc chooses its functions, and on the versions of the compiler and of the crates.
+//! Compares the user instructions for a request with those of bare `axum::serve`. It checks the ratio, because the
+//! counts also depend on the processor, for which glibc chooses functions, and on the versions of the compiler and the
+//! crates.
 
 use std::path::Path;
 
-use e2e_cost::{Protocol, of_one_request};
+use e2e_cost::{Protocol, instructions_of_request};
 
 /// The ratios as they were measured. A change that needs more has to set them anew, with the reason in its commit message.
 const HTTP1: f64 = 1.185;
@@ -22,15 +23,15 @@ fn http2_request_costs_no_more_than_recorded() {
 }
 
 fn assert_cost(protocol: Protocol, recorded: f64) {
-    let of = |binary| of_one_request(Path::new(binary), protocol).expect("the requests are counted");
+    let of = |binary| instructions_of_request(Path::new(binary), protocol).expect("the requests are counted");
     let (ours, bare) = (of(env!("CARGO_BIN_EXE_cost_service")), of(env!("CARGO_BIN_EXE_cost_bare")));
     let ratio = ours / bare;
     let measured = format!("{protocol:?}: {ours:.0} instructions, bare axum::serve {bare:.0}: {ratio:.3}");
     eprintln!("{measured}");
     assert!(
         ratio <= recorded * TOLERANCE,
-        "{measured}, but {recorded} is recorded. To see where they go, run callgrind_annotate on the files of \
-         `valgrind --tool=callgrind target/release/cost_service` for two numbers of requests. If the change is worth them, \
+        "{measured}, but {recorded} is recorded. To see which functions take them, run callgrind_annotate on the files of \
+         `valgrind --tool=callgrind target/release/cost_service` for two numbers of requests. If the change is worth the cost, \
          record the new ratio in e2e/cost/tests/cost.rs."
     );
 }

@@ -44,7 +44,8 @@ use crate::transport::stream::Peer;
 pub(super) struct Service {
     routes: RefCell<Routes>,
     context: Arc<RequestContext>,
-    /// The context as an extension. A request gets a clone, because to insert the context into its own costs twice as much.
+    /// The context in a map of extensions. Each request adds a clone of it to its own map, at half the cost of an
+    /// insertion.
     extensions: Extensions,
     requests: RequestHandle,
     endpoint: Arc<Endpoint>,

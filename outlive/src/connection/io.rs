@@ -2,7 +2,8 @@
 //!
 //! [`Io`] reports to the registry what was read, written and flushed, because the state and the time limits of the
 //! connection depend on that. It withholds new requests from hyper while the connection must become quiescent. At the
-//! end the driver closes it (`close`, `refuse`) or takes it apart for the next process (`into_parts`).
+//! end the driver closes it (`close`, `refuse`, `refuse_and_wait`) or takes it apart for the next process
+//! (`into_parts`).
 
 use std::future::poll_fn;
 use std::io;
@@ -29,7 +30,7 @@ const DISCARD_LIMIT: usize = 256 * 1024;
 
 /// How long a peer that must answer the last message may take to receive it and to answer.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
-/// How much of what it has sent before its answer is read and discarded, in bytes. The buffers of both sockets can hold
+/// How many bytes from the peer are read and discarded before its answer. The buffers of both sockets can hold
 /// about 10 MB.
 const UNANSWERED_LIMIT: usize = 16 * 1024 * 1024;
 
@@ -222,8 +223,8 @@ impl Io {
         }
     }
 
-    /// Sends `message`, discards what the peer sends until `is_answered` returns true for a part of it, and closes. A
-    /// drain waits for the answer too, but no longer than [`ANSWER_LIMIT`].
+    /// Sends `message`, discards what the peer sends until `is_answered` returns true for a part of it, and closes. The
+    /// send and the wait take at most [`ANSWER_LIMIT`]; a drain waits for both.
     pub(super) async fn refuse_and_wait(mut self, message: &[u8], is_answered: impl FnMut(&[u8]) -> bool) {
         let deadline = Instant::now() + ANSWER_LIMIT;
         if !matches!(timeout_at(deadline, self.send_last(message)).await, Ok(Ok(()))) {
@@ -240,7 +241,7 @@ impl Io {
         self.in_time(Self::poll_flush).await
     }
 
-    /// Ends also if the peer has closed the connection, or has sent more than [`UNANSWERED_LIMIT`].
+    /// Also ends if the peer has closed the connection, or has sent more than [`UNANSWERED_LIMIT`].
     async fn discard_until(&mut self, mut is_end: impl FnMut(&[u8]) -> bool) {
         if is_end(&std::mem::take(&mut self.unread)) {
             return;
@@ -461,7 +462,7 @@ mod tests {
         assert_ends(io(Wire::Left(stream)).refuse(b"HTTP/1.1 408 Request Timeout\r\n\r\n")).await;
     }
 
-    /// The whole of what `refuse_and_wait` does takes this long at most, however long the stall limit is.
+    /// Checks that `refuse_and_wait` takes at most its limit and a second, although the stall limit is an hour.
     async fn assert_refusal_ends_in_time(stream: Stream) {
         let (short, long) = (Duration::from_millis(20), Duration::from_secs(3600));
         let io = io_within(Wire::Left(stream), Limits { head: long, idle: long, stall: long, close: short });
@@ -471,13 +472,13 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn refusal_does_not_wait_for_a_peer_that_does_not_answer_longer_than_its_limit() {
+    async fn refusal_waits_no_longer_than_its_limit_for_an_answer() {
         let (ours, _peer) = connection().await;
         assert_refusal_ends_in_time(ours.into()).await;
     }
 
     #[tokio::test(start_paused = true)]
-    async fn refusal_does_not_wait_for_a_peer_that_reads_nothing_longer_than_its_limit() {
+    async fn refusal_waits_no_longer_than_its_limit_for_a_peer_that_reads_nothing() {
         let (ours, _peer) = connection().await;
         let mut stream = Stream::from(ours);
         fill(&mut stream).await;
@@ -486,7 +487,7 @@ mod tests {
 
     /// The clock does not advance while there is input, so only the number of bytes ends this.
     #[tokio::test(start_paused = true)]
-    async fn refusal_does_not_read_without_end_what_a_peer_sends() {
+    async fn refusal_reads_a_limited_number_of_bytes() {
         let (ours, mut peer) = connection().await;
         let sending = tokio::spawn(async move {
             let mut sent = 0;
@@ -537,7 +538,7 @@ mod tests {
         (Box::new(ours.expect("the handshake succeeds")), peer.expect("the handshake succeeds"))
     }
 
-    /// rustls would close it within a response.
+    /// At the limit rustls would close the connection within a response.
     #[tokio::test]
     async fn tls_1_2_connection_closes_with_a_response_before_the_limit_of_its_key() {
         let client = |certificate: &Certificate| {

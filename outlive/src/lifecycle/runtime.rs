@@ -18,7 +18,7 @@ impl Runtime {
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let runtime = self.0.as_ref().expect("only `drop` takes the runtime");
-        // In a box, because the binary would have tokio's code for each type of future otherwise.
+        // Boxed, so that the binary has tokio's code only once, not for each type of future.
         runtime.block_on(future.boxed_local())
     }
 }

@@ -88,7 +88,7 @@ pub static GENERATION: LazyLock<IntGauge> =
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(IntGauge, "outlive_uptime_seconds", "Seconds since this process started.");
 
-/// Registers a metric. Not inlined, because the binary would have this code for each metric otherwise.
+/// Registers a metric. Not inlined, so that the binary has this code once for each type of metric.
 #[inline(never)]
 fn registered<M: Collector + Clone + 'static>(metric: prometheus::Result<M>) -> M {
     let metric = metric.expect("the names and labels are valid");

@@ -162,11 +162,11 @@ impl Entry {
 
     /// See [`DriverHandle::keeps_state`](super::DriverHandle::keeps_state).
     pub(super) fn keeps_state(&self) -> bool {
-        self.registry.next_adopts() < Protocols::Http2AndTls || self.keeps_some_tls()
+        self.registry.next_adopts() < Protocols::Http2AndTls || self.keeps_tls()
     }
 
-    /// Whether the client has presented a certificate, or speaks TLS 1.2, and the next process cannot adopt that.
-    pub(super) fn keeps_some_tls(&self) -> bool {
+    /// Whether the next process cannot adopt the connection because of its client certificate or TLS 1.2.
+    pub(super) fn keeps_tls(&self) -> bool {
         let next_adopts = self.registry.next_adopts();
         self.has_certificate.load(Relaxed) && next_adopts < Protocols::CertificatesAndTables
             || self.is_tls12.load(Relaxed) && next_adopts < Protocols::Tls12
@@ -184,7 +184,7 @@ impl Entry {
 
     /// See [`DriverHandle::keeps_http2`](super::DriverHandle::keeps_http2).
     pub(super) fn keeps_http2(&self) -> bool {
-        !self.registry.next_adopts_http2() || self.keeps_some_tls()
+        !self.registry.next_adopts_http2() || self.keeps_tls()
     }
 
     /// See [`Stage::is_unanswered`].
@@ -208,7 +208,7 @@ impl Entry {
     /// Applies an event to the state, and wakes the tasks that the event concerns. Returns the state before.
     #[expect(
         clippy::inline_always,
-        reason = "little is left of `State::after` for an event that the compiler knows"
+        reason = "the compiler knows the event at nearly every call, and removes the code for the others"
     )]
     #[inline(always)]
     pub(super) fn apply(&self, event: Event) -> State {

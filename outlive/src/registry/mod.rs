@@ -331,9 +331,9 @@ impl Registry {
         }
     }
 
-    /// Excludes the connections that the next process cannot adopt from the handover: they close after their next response,
-    /// and handlers of upgraded connections are asked to return as soon as the process drains. Must be called before the phase `Quiescing`; otherwise some of them could be handed
-    /// over before.
+    /// Does not hand over the connections that the next process cannot adopt; they close after their next response. If
+    /// it adopts no upgraded connections, their handlers have to return as soon as the process drains. Must be called
+    /// before the phase `Quiescing`; otherwise some of them could be handed over before.
     pub fn limit_handover(&self, next_adopts: Protocols) {
         self.next_adopts.store(next_adopts as u8, SeqCst);
         self.handler_phase.send_modify(|_| {});
@@ -344,7 +344,7 @@ impl Registry {
         Protocols::from_number(self.next_adopts.load(SeqCst))
     }
 
-    /// Whether the next process can adopt HTTP/2 connections: this release permits clients a header table.
+    /// Whether the next process can adopt HTTP/2 connections, whose clients may use a header table in this release.
     pub fn next_adopts_http2(&self) -> bool {
         self.next_adopts() >= Protocols::CertificatesAndTables
     }

@@ -6,7 +6,7 @@
 pub enum Protocols {
     /// HTTP/1.1 without TLS: a release from before the handover of HTTP/2 and TLS.
     PlainHttp1,
-    /// HTTP/1.1 and HTTP/2, with and without TLS: a release from before the handover of upgraded connections.
+    /// HTTP/1.1 and HTTP/2, without TLS and with TLS 1.3: a release from before the handover of upgraded connections.
     Http2AndTls,
     /// Upgraded connections too: a release that does not know client certificates, and permits HTTP/2 clients no header
     /// table.

@@ -35,8 +35,8 @@ pub enum Stage {
     InFlight,
     /// A handler owns the connection (WebSocket).
     Upgraded,
-    /// The last bytes are being sent: a response of the library such as 408, or the `close_notify` of TLS. A WebSocket stays
-    /// in this stage until its client has answered the Close.
+    /// The last bytes are being sent: a response of the library such as 408, or the `close_notify` of TLS. A WebSocket
+    /// that the library closes with 1012 stays in this stage until its client answers, for at most 3 s.
     Ending,
     /// The last bytes are sent, and the peer still sends. Its bytes are read and discarded, because closing now would
     /// reset the connection, and the peer could lose the response (RFC 9112 section 9.6).

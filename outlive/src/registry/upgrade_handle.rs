@@ -47,8 +47,8 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| !matches!(phase, Phase::Serving | Phase::Announcing)).await;
     }
 
-    /// Waits until a response without end has to end over HTTP/2, because the process hands no connection over. If it does,
-    /// the driver of the connection stops or ends the response.
+    /// Waits until a response without end has to end over HTTP/2, because the process hands no connection over.
+    /// Otherwise the driver of the connection stops or ends the response.
     pub async fn streams_must_end(&self) {
         let mut phase = self.0.registry.handler_phase.subscribe();
         // The sender is not dropped before, because it is in the registry.
@@ -62,7 +62,7 @@ impl UpgradeHandle {
 
     /// Whether the next process cannot adopt this connection after its upgrade.
     pub fn keeps_upgrade(&self) -> bool {
-        self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_some_tls()
+        self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_tls()
     }
 
     /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the

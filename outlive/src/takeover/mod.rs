@@ -72,9 +72,9 @@ const ADOPTS_HTTP2_AND_TLS: &str = "takes-http2-and-tls";
 /// The text of `Accepting` from a successor that adopts upgraded connections too; earlier releases send no text. As
 /// [`ADOPTS_HTTP2_AND_TLS`], it is searched for in a binary, and must not change.
 const ADOPTS_UPGRADES: &str = "takes-upgraded-connections";
-/// The text of `Commit` from a predecessor that hands open HTTP/2 streams over, and of `Accepting` as the answer to it from
-/// a successor that adopts them. A predecessor before these releases sends no text, and expects the exact text above. As
-/// the others, it is searched for in a binary, and must not change.
+/// The text of `Commit` from a predecessor that hands open HTTP/2 streams over, and of `Accepting` as the answer to it
+/// from a successor that adopts them. A predecessor before these releases sends no text, and expects the exact text
+/// above. Earlier releases search for it in a binary, so it must not change.
 const ADOPTS_STREAMS: &str = "takes-http2-event-streams";
 /// The name of a socket without a meaning in `Commit`, from a predecessor that hands over connections with client certificates
 /// and HTTP/2 connections with header tables, and the text of `Accepting` as the answer to it from a successor that adopts

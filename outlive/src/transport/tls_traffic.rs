@@ -27,7 +27,7 @@ pub enum Version {
 }
 
 impl Version {
-    /// The version after the handshake. `None` if rustls has negotiated another one, which it does not support today.
+    /// The version after the handshake. `None` for any other version; rustls supports no others today.
     pub fn negotiated(version: Option<ProtocolVersion>) -> Option<Self> {
         match version? {
             ProtocolVersion::TLSv1_2 => Some(Self::Tls12),
@@ -68,8 +68,8 @@ impl Suite {
         ]
     }
 
-    /// Its number in the encoding, that of RFC 8446 appendix B.4, RFC 5289 or RFC 7905. TLS 1.2 has two suites for each
-    /// cipher, of which this is the one for ECDSA keys: the records do not depend on the key of the certificate.
+    /// Its number in the encoding, from RFC 8446 appendix B.4, RFC 5289 or RFC 7905. TLS 1.2 has two suites for each
+    /// cipher; this is the one for ECDSA keys. The records do not depend on the key of the certificate.
     pub fn number(self) -> u16 {
         match (self.version, self.cipher) {
             (Version::Tls13, Cipher::Aes128Gcm) => 0x1301,
@@ -108,9 +108,9 @@ impl Suite {
 #[derive(Clone, PartialEq, Eq)]
 pub struct Direction {
     pub key: Zeroizing<Vec<u8>>,
-    /// With AES-GCM in TLS 1.2, the first four bytes are the salt (RFC 5288 section 3). The other eight are XORed with the
-    /// sequence number, which gives the explicit nonce that is sent with the record. rustls takes them from the key block, and
-    /// continuing with the same ones makes sure that no nonce repeats.
+    /// With AES-GCM in TLS 1.2, the first four bytes are the salt (RFC 5288 section 3). The other eight come from the
+    /// key block; their XOR with the sequence number is sent in the record. Each process uses the same IV, so no nonce
+    /// repeats.
     pub iv: Zeroizing<[u8; IV_LENGTH]>,
     /// The sequence number of the next record.
     pub sequence: u64,
@@ -387,7 +387,7 @@ mod tests {
         )
     }
 
-    /// The unchanged code of the releases that did not follow KeyUpdates, but for the type of the suite.
+    /// The code of the releases that did not follow KeyUpdates. Only the type of the suite is changed.
     mod before {
         use super::*;
 

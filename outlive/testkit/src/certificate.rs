@@ -85,7 +85,7 @@ impl Certificate {
         present(builder(&[self], ALL_VERSIONS)?, identity, protocols)
     }
 
-    /// A client as these, with TLS 1.2 only.
+    /// A client that speaks TLS 1.2 only, and presents `identity` if there is one.
     pub fn client_over_tls12(
         &self,
         identity: Option<&Certificate>,

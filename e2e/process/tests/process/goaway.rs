@@ -1,5 +1,5 @@
-//! How HTTP/2 connections end that cannot be handed over: by two GOAWAY frames with a round trip in between (RFC 9113
-//! section 6.8), so that no request is lost that was on its way at the first one.
+//! An HTTP/2 connection that cannot be handed over ends with two GOAWAY frames and a round trip between them (RFC 9113
+//! section 6.8), so that a request that crosses the first one is not lost.
 
 use std::time::{Duration, Instant};
 

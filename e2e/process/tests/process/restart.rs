@@ -350,7 +350,7 @@ fn a_websocket_is_closed_with_1012_and_ends_after_the_answer_if_there_is_no_stor
 }
 
 #[test]
-fn a_websocket_whose_client_does_not_answer_the_close_does_not_delay_the_exit() {
+fn exit_does_not_wait_without_limit_for_the_answer_to_a_close() {
     block_on(async {
         let (mut service, connection) = closed_with_1012().await;
         let has_ended = service.process().ends_within(TEST_TIMEOUT).expect("the wait succeeds");

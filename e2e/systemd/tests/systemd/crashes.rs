@@ -10,7 +10,7 @@ use testkit::{on_each_systemd, wait_until};
 use crate::on_systemd::ask_admin;
 use crate::{app_package, tls_target, tls12_target};
 
-/// A third each over HTTP/1.1, HTTP/1.1 with TLS, and HTTP/2 with TLS.
+/// A fifth each over HTTP/1.1, and over HTTP/1.1 and HTTP/2 with TLS 1.3 and with TLS 1.2.
 const CONNECTIONS: usize = 300;
 const CRASHES: usize = 3;
 

@@ -63,7 +63,7 @@ fn boot_with_tls(systemd: Systemd, certificate: &Certificate) -> Container {
     container
 }
 
-/// The same for a client that speaks TLS 1.2 only.
+/// The TLS port of the service, for a client that speaks TLS 1.2 only.
 fn tls12_target(certificate: &Certificate, protocol: &str) -> Target {
     let client = certificate.client_over_tls12(None, &[protocol]).expect("the client configuration is valid");
     Target::Tls(([127, 0, 0, 1], 8443).into(), client)

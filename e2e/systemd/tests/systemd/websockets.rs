@@ -35,7 +35,7 @@ use crate::{FOLDER, app_binary, app_package, boot_with_tls, tls_target};
 
 const PLAIN_PORT: u16 = 8080;
 const TLS_PORT: u16 = 8443;
-/// Half of the clients use TLS.
+/// Two thirds of the clients use TLS.
 const CLIENTS: usize = 40;
 /// The number of echoes that each client receives between two verbs.
 const ECHOES: u64 = 5;

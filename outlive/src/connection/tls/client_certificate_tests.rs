@@ -48,7 +48,7 @@ impl Parties {
         tls_for(&self.server, Some((auth, &self.authority)))
     }
 
-    /// The same client with TLS 1.2.
+    /// As [`Self::config`], with TLS 1.2 only.
     fn config_over_tls12(&self, protocol: &str, has_certificate: bool) -> Arc<ClientConfig> {
         let identity = has_certificate.then_some(&self.client);
         self.server.client_over_tls12(identity, &[protocol]).expect("the client configuration is valid")

@@ -1,8 +1,8 @@
 //! The record layer of a TLS connection that has left rustls, because it was parked or handed over.
 //!
-//! [`RecordLayer`] encrypts and decrypts records with `ring` (`record_layer/protection.rs`), following RFC 8446 section 5 for
-//! TLS 1.3, and RFC 5246 section 6 for TLS 1.2. rustls cannot be given traffic secrets, so it cannot continue such a
-//! connection; it serves a connection from the handshake until then.
+//! [`RecordLayer`] encrypts and decrypts records with `ring` (`record_layer/protection.rs`), as in RFC 8446 section 5
+//! for TLS 1.3, and RFC 5246 section 6 for TLS 1.2. rustls cannot be given traffic secrets, so it cannot continue such
+//! a connection; it serves each connection until it leaves.
 //!
 //! | RFC 8446 | here |
 //! | --- | --- |
@@ -257,7 +257,7 @@ impl RecordLayer {
             let mut record = self.sealed.split_to(length);
             let has_part = !self.peer.message.is_empty() || self.peer.awaited > 0;
             if header[0] == CHANGE_CIPHER_SPEC && !has_part {
-                // This is the only record that is not encrypted, and it is allowed only in a handshake (section 5).
+                // TLS 1.3 does not encrypt such a record, and both versions permit it only in a handshake.
                 let alert = if record[..] == [1] { Alert::UnexpectedMessage } else { Alert::DecodeError };
                 return Err(Refusal::Alert(alert, "received change_cipher_spec after the handshake"));
             }
@@ -352,8 +352,8 @@ impl RecordLayer {
         Ok(())
     }
 
-    /// Handles handshake messages of TLS 1.2. After the handshake a client can send only a ClientHello, which begins a
-    /// renegotiation. It is refused without a look at its content, and the connection continues.
+    /// Handles handshake messages of TLS 1.2. After the handshake a client can send only a ClientHello, which requests
+    /// a renegotiation. The answer is a warning; its content is not read, and the connection continues.
     fn refuse_renegotiation(&mut self, mut part: &[u8]) -> Result<(), Refusal> {
         while !part.is_empty() {
             let PeerState { message, awaited, .. } = &mut self.peer;
@@ -446,8 +446,8 @@ impl AsyncRead for RecordLayer {
                 this.fail(cx, refusal);
                 true
             });
-            // A warning for the peer. If older records are unsent, another task may be waiting to send them, and sends the
-            // warning too; to try here would replace its waker.
+            // Sends a warning that `open` has queued. If older records are unsent, another task may wait to send them;
+            // it sends the warning too, and a send here would replace its waker.
             if has_sent_all && !this.unsent.is_empty() {
                 let _ = this.poll_send(cx);
             }

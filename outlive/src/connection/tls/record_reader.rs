@@ -163,8 +163,9 @@ pub(in crate::connection) fn into_parts(
     if session.is_handshaking() || session.wants_write() {
         return None;
     }
-    // When the peer of a TLS 1.3 connection asks for a KeyUpdate, rustls changes its key at once, but sends its KeyUpdate only before the next
-    // data. This empty write makes rustls produce it now. Without it the peer could decrypt nothing that is sent later.
+    // When the peer of a TLS 1.3 connection requests a KeyUpdate, rustls changes its key at once, but sends its
+    // KeyUpdate only before the next data. This empty write makes rustls produce it now. Otherwise the peer could not
+    // decrypt later data.
     let _written = session.writer().write(&[]).ok()?;
     let mut answer = Vec::new();
     while session.wants_write() {

@@ -307,9 +307,9 @@ impl Inbound {
         self.state == InboundState::Closed
     }
 
-    /// Whether no more frames follow `bytes`, which arrived next and which no handler reads: the Close of the peer is among
-    /// them, or an invalid frame has made it impossible to find a Close.
-    pub(super) fn is_ended_by(&mut self, mut bytes: &[u8]) -> bool {
+    /// Follows `bytes`, which arrived next and which no handler reads. True if the Close of the peer has arrived, or if
+    /// an invalid frame makes it impossible to find.
+    pub(super) fn follow_to_end(&mut self, mut bytes: &[u8]) -> bool {
         while self.state != InboundState::Lost
             && let Some(head) = self.position.advance(&mut bytes)
         {
@@ -524,7 +524,7 @@ mod tests {
             while at < end {
                 let piece = &all[at..(at + length).min(all.len())];
                 at += piece.len();
-                prop_assert_eq!(inbound.is_ended_by(piece), at >= end);
+                prop_assert_eq!(inbound.follow_to_end(piece), at >= end);
             }
         }
 
@@ -581,7 +581,7 @@ mod tests {
                 at += admitted;
             }
             let _ = inbound.unread();
-            Inbound::default().is_ended_by(&bytes);
+            Inbound::default().follow_to_end(&bytes);
             Outbound::default().wrote(&bytes);
         }
     }

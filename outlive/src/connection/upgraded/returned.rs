@@ -26,17 +26,17 @@ const LAST_CHUNK: &[u8] = b"0\r\n\r\n";
 /// Closes a connection that began in another process, and that this process cannot continue.
 pub(in crate::connection) async fn close_unadopted(io: Io, kind: Kind) {
     match kind {
-        // In a box, because the task of each connection would have room for it otherwise.
+        // Boxed, so that the task of each connection does not reserve room for this future.
         Kind::WebSocket => Box::pin(close_websocket(io, Inbound::default())).await,
         Kind::EventStream => io.refuse(LAST_CHUNK).await,
         Kind::Other | Kind::Socket => io.close().await,
     }
 }
 
-/// Closes a WebSocket with the code 1012. The client closes the connection cleanly only if its own Close has arrived
-/// before the end of the connection (RFC 6455 section 7.1.4). `inbound` has followed what was read before.
+/// Closes a WebSocket with the code 1012. The closure is clean only if the client's Close has arrived before the end of
+/// the connection (RFC 6455 section 7.1.4). `inbound` has followed what was read before.
 async fn close_websocket(io: Io, mut inbound: Inbound) {
-    io.refuse_and_wait(&close(SERVICE_RESTART), |bytes| inbound.is_ended_by(bytes)).await;
+    io.refuse_and_wait(&close(SERVICE_RESTART), |bytes| inbound.follow_to_end(bytes)).await;
 }
 
 /// Where handlers give connections back.
@@ -135,7 +135,7 @@ impl ReturnedConnection {
     pub async fn close(self) {
         match self.frames {
             Some(Frames { mut inbound, outbound, excess, response: None }) if outbound.may_close() => {
-                if inbound.is_closed() || inbound.is_ended_by(&excess) {
+                if inbound.is_closed() || inbound.follow_to_end(&excess) {
                     self.io.refuse(&close(NORMAL)).await;
                 } else {
                     close_websocket(self.io, inbound).await;

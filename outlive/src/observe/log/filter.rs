@@ -1,8 +1,8 @@
 //! The filter of the log, which `--log` and `RUST_LOG` set: levels, each for all targets or for those that begin with a
 //! name.
 //!
-//! `EnvFilter` of `tracing_subscriber` can also select spans and values of their fields. It is behind a feature, because it
-//! compiles regular expressions, which add 0.6 MB to the binary.
+//! `EnvFilter` of `tracing_subscriber` can also select spans and values of their fields. It is behind a feature,
+//! because its crates for regular expressions add 0.6 MB to the binary.
 
 /// The type of the filter.
 #[cfg(not(feature = "span-filter"))]

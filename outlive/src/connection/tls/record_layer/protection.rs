@@ -4,7 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | content type | encrypted, behind the content; 23 in the header | in the header | in the header |
 //! | padding | zeros behind the content type | none | none |
-//! | nonce | IV XOR sequence number | salt, and eight bytes at the beginning of the record | IV XOR sequence number |
+//! | nonce | IV XOR sequence number | salt, and eight bytes between the header and the content | IV XOR sequence number |
 //! | authenticated | the header | sequence number, type, version, length of the content | as with AES-GCM |
 
 use std::io;
@@ -51,8 +51,8 @@ impl RecordProtection {
         }
     }
 
-    /// Whether half of the records are encrypted and the key cannot be updated, so that the connection has to end soon. The
-    /// response in flight still fits.
+    /// Whether half of the limit is used and the key cannot be updated, so that the connection has to end soon. The
+    /// other half is for the response in flight.
     pub(super) fn is_near_limit(&self) -> bool {
         let Direction { sequence, secret, .. } = &self.direction;
         secret.is_none() && *sequence >= self.record_limit() / 2

@@ -531,7 +531,7 @@ fn key_updates_are_followed_and_refused_as_by_rustls() {
 #[test]
 fn handshake_messages_and_unknown_records_are_refused_as_by_rustls() {
     for version in VERSIONS {
-        // Without the type of TLS 1.3 in it, such a record looks like one of the handshake, which is not encrypted.
+        // TLS 1.2 has the type in the header, so this record is taken for a change_cipher_spec that is not encrypted.
         let change_cipher_spec = if version == Tls13 { Alert::UnexpectedMessage } else { Alert::DecodeError };
         let mut cases: Vec<Case> = vec![
             ("Finished", vec![record(HANDSHAKE, &[20, 0, 0, 1, 0])], Some(Alert::UnexpectedMessage)),

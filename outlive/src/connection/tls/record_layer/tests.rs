@@ -21,7 +21,7 @@ use crate::transport::tls_tests::tls_of;
 use crate::transport::tls_traffic::{Cipher, Direction, IV_LENGTH};
 use crate::transport::traffic_secret::{FirstSecrets, TrafficSecret};
 
-/// With this version and AES-128-GCM.
+/// The suite of this version with AES-128-GCM.
 pub fn aes_128(version: Version) -> Suite {
     Suite { version, cipher: Cipher::Aes128Gcm }
 }
