@@ -46,6 +46,14 @@ struct Group {
     pause: Duration,
 }
 
+/// The TLS port of the service, for clients of each kind. Those without a version negotiate TLS 1.3.
+pub struct Https {
+    pub http1: Target,
+    pub http1_over_tls12: Target,
+    pub http2: Target,
+    pub http2_over_tls12: Target,
+}
+
 pub struct Clients {
     /// All clients except the WebSockets and event streams, which `run` adds.
     groups: Vec<Group>,
@@ -54,7 +62,7 @@ pub struct Clients {
 }
 
 impl Clients {
-    pub fn new(address: SocketAddr, https: &Target, https_h2: &Target) -> Self {
+    pub fn new(address: SocketAddr, https: &Https) -> Self {
         let plain = Target::Tcp(address);
         let group = |name, count, target: &Target, connection, pause| {
             let pause = Duration::from_millis(pause);
@@ -67,10 +75,12 @@ impl Clients {
             group("one each", 5, &plain, Use::OneEach, 2),
             Group { path: "/echo", body: 20_000, ..group("POST of 20 kB", 5, &plain, Use::Kept, 5) },
             group("HTTP/2", 4, &plain, Use::Http2, 2),
-            group("TLS", 5, https, Use::Kept, 5),
-            group("HTTP/2 over TLS", 4, https_h2, Use::Http2, 5),
+            group("TLS 1.3", 5, &https.http1, Use::Kept, 5),
+            group("TLS 1.2", 5, &https.http1_over_tls12, Use::Kept, 5),
+            group("HTTP/2 over TLS 1.3", 4, &https.http2, Use::Http2, 5),
+            group("HTTP/2 over TLS 1.2", 4, &https.http2_over_tls12, Use::Http2, 5),
         ];
-        Self { groups, plain: address, https_h2: https_h2.clone() }
+        Self { groups, plain: address, https_h2: https.http2.clone() }
     }
 
     /// The number of clients that must receive responses after each event.

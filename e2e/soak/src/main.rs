@@ -25,7 +25,7 @@ use testkit::certificate::Certificate;
 use testkit::client::Target;
 use testkit::container::{Container, Package, Systemd};
 
-use clients::Clients;
+use clients::{Clients, Https};
 use faults::{Cost, EVENTS, Event, Scene, TAKEOVER_TIMEOUT};
 use random::Random;
 use record::{Complaint, Record, Seen};
@@ -96,9 +96,13 @@ fn soak(systemd: Systemd, name: &str, seed: u64, time: Duration) -> Result<Vec<L
     let scene = Scene::new(container, package.name)?;
 
     let at = |port| SocketAddr::from(([127, 0, 0, 1], port));
-    let https = Target::Tls(at(8443), certificate.client(&["http/1.1"])?);
-    let https_h2 = Target::Tls(at(8443), certificate.client(&["h2"])?);
-    let clients = Clients::new(at(8080), &https, &https_h2);
+    let https = Https {
+        http1: Target::Tls(at(8443), certificate.client(&["http/1.1"])?),
+        http1_over_tls12: Target::Tls(at(8443), certificate.client_over_tls12(None, &["http/1.1"])?),
+        http2: Target::Tls(at(8443), certificate.client(&["h2"])?),
+        http2_over_tls12: Target::Tls(at(8443), certificate.client_over_tls12(None, &["h2"])?),
+    };
+    let clients = Clients::new(at(8080), &https);
     let record = Arc::new(Record::new(clients.count()));
     let (enter, shared) = (scene.container.enter(), record.clone());
     let load = std::thread::spawn(move || {
