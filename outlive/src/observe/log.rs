@@ -205,7 +205,7 @@ pub fn init(
         .ok_or_else(|| {
             anyhow!(
                 "invalid {name} {text:?}: expected a log filter such as info or info,request=debug, with the levels \
-                 off, error, warn, info, debug and trace"
+                 off, error, warn, info, debug and trace; spans in brackets require the cargo feature span-filter"
             )
         })
         .map_err(Failure::config)?;

@@ -274,6 +274,7 @@ fn a_successor_that_cannot_start_changes_nothing_and_its_error_is_reported() {
         let mut connection = service.connect().await;
         for (flags, reason) in [
             (["--log", "x=loud"], "invalid --log \"x=loud\": expected a log filter"),
+            (["--log", "[request]=debug"], "spans in brackets require the cargo feature span-filter"),
             (["--idle-timeout", "0s"], "expected a time above zero"),
         ] {
             let (code, log) = reload(folder.path(), &path, &flags);
