@@ -142,7 +142,7 @@ $(PPROF): | $(GO)/bin/go
 
 # ---- fuzzing ----
 
-# `make e2e PART=fuzz` runs each target on its corpus (e2e/fuzz/corpus) and for a second; this runs each for TIME, as
+# `make e2e PART=features` runs each target on its corpus (e2e/fuzz/corpus) and for a second; this runs each for TIME, as
 # many at once as there are cores. Inputs that make one fail are kept in target/fuzz/artifacts, with the log. libFuzzer
 # needs the compiler's coverage, which stable Rust has; a sanitizer is not needed where the code has no `unsafe`.
 TIME := 1m
