@@ -148,8 +148,8 @@ impl Client {
 
     async fn wait_until(&mut self, wanted: impl Fn(Head) -> bool) {
         let reached = async {
-            while let Some((head, _)) = self.receive().await {
-                assert!(![RST_STREAM, GOAWAY].contains(&head.frame_type), "{head:?}");
+            while let Some((head, payload)) = self.receive().await {
+                assert!(![RST_STREAM, GOAWAY].contains(&head.frame_type), "{head:?} {payload:?}");
                 if wanted(head) {
                     return true;
                 }
