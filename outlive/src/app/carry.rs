@@ -79,9 +79,10 @@ const STATE_LIMIT: usize = 64 * 1024;
 /// The library closes the WebSocket with the code 1012, service restart (RFC 6455 section 7.4), if it cannot continue,
 /// for example because of `--tls-handover no`, an older release as the next process, no file descriptor store, a state
 /// above the [limit](Self::limit), or a next process that does not answer the request with the same status and
-/// subprotocol within ten seconds. With a store, `systemctl stop` ends it without a Close frame, because the process
-/// stores it as for a restart, and systemd then empties the store. A handler that has not returned at `--drain-timeout`
-/// is cut off. If the process still sends responses after a reload at that time, the handler is cut off at their end.
+/// subprotocol within ten seconds. With a store, `systemctl stop` ends the WebSocket without a Close frame, because the
+/// process stores it as for a restart, and systemd then empties the store. A handler that has not returned at
+/// `--drain-timeout` is cut off. If the process still sends responses after a reload at that time, the handler is cut
+/// off at their end.
 ///
 /// # The state
 ///

@@ -28,7 +28,7 @@ use crate::transport::tls_traffic::TlsTrafficState;
 /// How much is read and discarded while a peer receives the last response, in bytes.
 const DISCARD_LIMIT: usize = 256 * 1024;
 
-/// How long a peer that must answer the last message may take to receive it and to answer.
+/// How long a peer may take to receive the last message and to answer it.
 const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// How many bytes from the peer are read and discarded before its answer. The buffers of both sockets can hold
 /// about 10 MB.

@@ -6,7 +6,7 @@
 //! (`driver_handle.rs`), the connection's IO (`io_handle.rs`) and the requests (`request_handle.rs`).
 
 use std::sync::atomic::Ordering::{AcqRel, Acquire, Relaxed, Release};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64 as Clock};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64 as Clock};
 use std::sync::{Arc, OnceLock};
 use std::task::{Context, Waker};
 use std::time::Duration;
@@ -33,10 +33,8 @@ pub struct Entry {
     peer: Peer,
     /// The client that a PROXY header has reported.
     reported: OnceLock<Peer>,
-    /// Whether the client has presented a certificate.
-    has_certificate: AtomicBool,
-    /// Whether it is a TLS 1.2 connection.
-    is_tls12: AtomicBool,
+    /// What the next process has to adopt because of the TLS version and the client certificate.
+    required: AtomicU8,
     pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
@@ -118,8 +116,7 @@ impl Entry {
             id,
             peer,
             reported: OnceLock::new(),
-            has_certificate: AtomicBool::new(false),
-            is_tls12: AtomicBool::new(false),
+            required: AtomicU8::new(Protocols::PlainHttp1 as u8),
             registry: registry.clone(),
             registered: registry.now(),
             state: AtomicU64::new(State::NEW.word()),
@@ -167,19 +164,12 @@ impl Entry {
 
     /// Whether the next process cannot adopt the connection because of its client certificate or TLS 1.2.
     pub(super) fn keeps_tls(&self) -> bool {
-        let next_adopts = self.registry.next_adopts();
-        self.has_certificate.load(Relaxed) && next_adopts < Protocols::CertificatesAndTables
-            || self.is_tls12.load(Relaxed) && next_adopts < Protocols::Tls12
+        self.registry.next_adopts() < Protocols::from_number(self.required.load(Relaxed))
     }
 
-    /// The client has presented a certificate.
-    pub(super) fn note_certificate(&self) {
-        self.has_certificate.store(true, Relaxed);
-    }
-
-    /// The client has negotiated TLS 1.2.
-    pub(super) fn note_tls12(&self) {
-        self.is_tls12.store(true, Relaxed);
+    /// Only a next process that adopts `protocols` can adopt the connection.
+    pub(super) fn require(&self, protocols: Protocols) {
+        self.required.fetch_max(protocols as u8, Relaxed);
     }
 
     /// See [`DriverHandle::keeps_http2`](super::DriverHandle::keeps_http2).

@@ -8,6 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::driver_handle::DriverHandle;
 use super::entry::Entry;
 use super::io_handle::IoHandle;
+use super::protocols::Protocols;
 use super::request_handle::RequestHandle;
 use super::state::{Event, Stage};
 use crate::transport::stream::Peer;
@@ -44,14 +45,9 @@ impl Registration {
         self.entry.reported()
     }
 
-    /// The client has presented a certificate, to this process or to an earlier one.
-    pub fn note_certificate(&self) {
-        self.entry.note_certificate();
-    }
-
-    /// The client has negotiated TLS 1.2, with this process or with an earlier one.
-    pub fn note_tls12(&self) {
-        self.entry.note_tls12();
+    /// Only a next process that adopts `protocols` can adopt the connection.
+    pub fn require(&self, protocols: Protocols) {
+        self.entry.require(protocols);
     }
 
     /// When its stage began, in milliseconds of [`Registry::now`](super::Registry::now).

@@ -47,7 +47,7 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| !matches!(phase, Phase::Serving | Phase::Announcing)).await;
     }
 
-    /// Waits until a response without end has to end over HTTP/2, because the process hands no connection over.
+    /// Waits until an HTTP/2 response without end has to be ended, because the process hands no connection over.
     /// Otherwise the driver of the connection stops or ends the response.
     pub async fn streams_must_end(&self) {
         let mut phase = self.0.registry.handler_phase.subscribe();

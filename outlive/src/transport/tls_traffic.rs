@@ -115,8 +115,8 @@ pub struct Direction {
     /// The sequence number of the next record.
     pub sequence: u64,
     /// The traffic secret from which the key and the IV were derived; the next KeyUpdate needs it. `None` if a release
-    /// without this field handed the connection over, if rustls had followed too many KeyUpdates, and with TLS 1.2, which
-    /// has no KeyUpdate.
+    /// without this field handed the connection over, if rustls had followed too many KeyUpdates, or if it is TLS 1.2,
+    /// which has no KeyUpdate.
     pub secret: Option<TrafficSecret>,
 }
 

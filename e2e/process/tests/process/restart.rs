@@ -321,7 +321,7 @@ fn a_websocket_survives_restarts_and_its_messages_are_answered_by_the_next_proce
 
 /// Opens a WebSocket of a service without a store, which closes it with 1012 at the stop signal.
 async fn closed_with_1012() -> (Service, Connection) {
-    // With this limit a WebSocket that delayed the exit would delay it for an hour.
+    // If the drain waited for the WebSocket until its limit, the process would exit after an hour.
     let service = Service::start(app_binary(), &["--drain-timeout", "1h"]).expect("the service starts");
     let mut connection = websocket(&service).await;
     connection.send(HI.0).await.expect("the bytes are sent");

@@ -16,7 +16,7 @@ use crate::connection::io::{Io, Tls, Wire};
 use crate::connection::{
     Connection, ConnectionContext, ConnectionOutcome, FirstBytes, Protocol, drive, first_bytes,
 };
-use crate::registry::{DriverHandle, Registration, Stage};
+use crate::registry::{DriverHandle, Protocols, Registration, Stage};
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::stream::Stream;
 use crate::transport::tls_config::{self, Handshake};
@@ -69,13 +69,13 @@ pub(in crate::connection) async fn serve(
     };
     let is_movable = client.as_ref().is_none_or(ClientCertificate::is_movable);
     if Version::negotiated(session.protocol_version()) == Some(Version::Tls12) {
-        registration.note_tls12();
+        registration.require(Protocols::Tls12);
     }
     if tls.hands_over() && is_movable {
         driver.allow_handover();
     }
     if client.is_some() {
-        registration.note_certificate();
+        registration.require(Protocols::CertificatesAndTables);
     }
     below.set_client(client);
     if let Some(SupportedCipherSuite::Tls12(suite)) = session.negotiated_cipher_suite() {
@@ -103,10 +103,10 @@ async fn resume(
 ) -> ConnectionOutcome {
     let driver = registration.driver();
     if session.client.is_some() {
-        registration.note_certificate();
+        registration.require(Protocols::CertificatesAndTables);
     }
     if session.suite.version == Version::Tls12 {
-        registration.note_tls12();
+        registration.require(Protocols::Tls12);
     }
     if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
         match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {

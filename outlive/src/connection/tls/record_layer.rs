@@ -353,7 +353,7 @@ impl RecordLayer {
     }
 
     /// Handles handshake messages of TLS 1.2. After the handshake a client can send only a ClientHello, which requests
-    /// a renegotiation. The answer is a warning; its content is not read, and the connection continues.
+    /// a renegotiation. It is answered with a warning and not read, and the connection continues.
     fn refuse_renegotiation(&mut self, mut part: &[u8]) -> Result<(), Refusal> {
         while !part.is_empty() {
             let PeerState { message, awaited, .. } = &mut self.peer;
