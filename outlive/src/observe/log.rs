@@ -203,9 +203,14 @@ pub fn init(
     };
     let filter = parse_filter(&text)
         .ok_or_else(|| {
+            let spans = if text.contains('[') && cfg!(not(feature = "span-filter")) {
+                "; spans in brackets require the cargo feature span-filter"
+            } else {
+                ""
+            };
             anyhow!(
                 "invalid {name} {text:?}: expected a log filter such as info or info,request=debug, with the levels \
-                 off, error, warn, info, debug and trace; spans in brackets require the cargo feature span-filter"
+                 off, error, warn, info, debug and trace{spans}"
             )
         })
         .map_err(Failure::config)?;
