@@ -1,5 +1,6 @@
 //! The SQLite database: its connection, its migrations and all queries.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -122,9 +123,11 @@ impl Store {
 }
 
 fn connect(file: &Path) -> anyhow::Result<Connection> {
-    if let Some(folder) = file.parent() {
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    }
+    let folder = file.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
+    std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+    // One process at a time, because SQLite fails at once if two of them change the journal mode of a new database.
+    let alone = File::open(folder)?;
+    alone.lock().with_context(|| format!("could not lock {}", folder.display()))?;
     let mut connection = Connection::open(file)?;
     connection.busy_timeout(LOCK_LIMIT)?;
     // Readers and the writer do not wait for each other, in one process and in two.
@@ -155,6 +158,16 @@ mod tests {
 
     async fn add(store: &Store, text: &str) -> i64 {
         store.add("ada".to_owned(), text.to_owned()).await.expect("the note is added")
+    }
+
+    #[test]
+    fn database_that_several_processes_create_at_once_opens_in_each() {
+        for _ in 0..20 {
+            let folder = tempfile::tempdir().expect("the folder is created");
+            let file = folder.path().join("state/notes.sqlite");
+            let open = || Store::open(&file).map(drop).expect("the database opens");
+            std::thread::scope(|threads| (0..8).for_each(|_| drop(threads.spawn(open))));
+        }
     }
 
     #[tokio::test]
