@@ -101,6 +101,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             if driver.started() == started_before {
                 return Poll::Ready(Turn::Quiescent);
             }
+            upgrade.withhold_input();
             // If hyper considers the connection idle, it ends it without sending a byte. Otherwise it has more to send,
             // and ends in a later poll.
             Pin::new(&mut connection).graceful_shutdown();

@@ -3,6 +3,7 @@
 
 use std::task::Context;
 
+use super::Phase;
 use super::entry::Entry;
 use super::state::{Event, Stage, State};
 
@@ -22,9 +23,8 @@ impl<'a> IoHandle<'a> {
         self.0.stage()
     }
 
-    /// See [`DriverHandle::must_quiesce`](super::DriverHandle::must_quiesce).
-    pub fn must_quiesce(self) -> bool {
-        self.0.must_quiesce()
+    pub fn phase(self) -> Phase {
+        self.0.phase()
     }
 
     /// Whether the connection has been too long in this stage.

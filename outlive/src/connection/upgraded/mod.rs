@@ -61,6 +61,8 @@ struct Shared {
     is_continued: AtomicBool,
     /// Set when an event stream has to continue in another process.
     handed_on: Mutex<Option<Replay>>,
+    /// Set when the driver takes the connection away from hyper.
+    withholds_input: AtomicBool,
 }
 
 /// An upgrade whose handler has a `Carry`.
@@ -126,6 +128,12 @@ impl Upgrade {
     /// The event stream that hyper has stopped sending, because it continues in another process.
     pub(super) fn take_handed_on(&self) -> Option<Replay> {
         lock(&self.0.handed_on).take()
+    }
+
+    /// Withholds from hyper what arrives from now on, also in a phase that hands no connections over. Otherwise hyper, which
+    /// has to end, would answer a request that has just arrived, and close the connection.
+    pub(super) fn withhold_input(&self) {
+        self.0.withholds_input.store(true, Release);
     }
 
     pub(super) fn is_refused(&self) -> bool {
@@ -273,6 +281,9 @@ impl ResponseHead {
 impl AsyncRead for UpgradableIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
+        if this.upgrade.0.withholds_input.load(Acquire) {
+            return Poll::Pending;
+        }
         if let Some(replay) = &mut this.replay {
             return replay.poll_read(into);
         }
