@@ -7,11 +7,16 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
+use bytes::BufMut;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketAddrAny};
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+
+/// Slices of together no more bytes are copied into one, because `send` with one slice takes 0.2 µs less than `writev` with
+/// two. That is 3 % of the time of a small request, and more than the copy takes.
+const COPIED_LIMIT: usize = 1024;
 
 pub struct Stream {
     /// Present until [`Stream::into_socket`] takes it.
@@ -223,6 +228,13 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        let length = slices.iter().map(|slice| slice.len()).sum();
+        if slices.len() > 1 && length <= COPIED_LIMIT {
+            let mut joined = [0; COPIED_LIMIT];
+            let mut rest = &mut joined[..];
+            slices.iter().for_each(|slice| rest.put_slice(slice));
+            return self.poll_write(cx, &joined[..length]);
+        }
         match self.get_mut().socket_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
             Socket::Unix(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
