@@ -16,7 +16,8 @@ use bytes::Bytes;
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use hyper::body::Incoming;
 use hyper::header::{
-    ACCEPT, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderValue, SEC_WEBSOCKET_EXTENSIONS, UPGRADE,
+    ACCEPT, CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderName, HeaderValue, SEC_WEBSOCKET_EXTENSIONS,
+    UPGRADE,
 };
 use hyper::http::Extensions;
 use hyper::http::request::Parts;
@@ -145,8 +146,8 @@ impl Service {
     /// As [`Service::offered`], for HTTP/2. Removes the field that the interposer has appended to the request.
     fn offered_stream(&self, streams: &EndlessStreams, head: &mut Parts) -> Option<Offered> {
         // The client may have sent such a field too; the interposer's is the last one.
-        let number = head.headers.get_all(STREAM_FIELD).iter().next_back()?.clone();
-        head.headers.remove(STREAM_FIELD);
+        let number = head.headers.get_all(STREAM_NUMBER).iter().next_back()?.clone();
+        head.headers.remove(STREAM_NUMBER);
         let stream = number.to_str().ok()?.parse().ok()?;
         let begun = streams.request(stream)?;
         if begun != Begun::Here {
@@ -174,6 +175,8 @@ impl Service {
     }
 }
 
+/// [`STREAM_FIELD`] as a name that need not be parsed for each request.
+const STREAM_NUMBER: HeaderName = HeaderName::from_static(STREAM_FIELD);
 /// The field with the id of the last event that a client has received (HTML standard section 9.2.4).
 const LAST_EVENT_ID: &str = "last-event-id";
 /// The media type of an event stream (HTML standard section 9.2.5).

@@ -2,12 +2,12 @@
 
 use std::fmt;
 use std::io;
+use std::mem::MaybeUninit;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use bytes::BufMut;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::retry_on_intr;
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketAddrAny};
@@ -228,12 +228,12 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let length = slices.iter().map(|slice| slice.len()).sum();
+        let length: usize = slices.iter().map(|slice| slice.len()).sum();
         if slices.len() > 1 && length <= COPIED_LIMIT {
-            let mut joined = [0; COPIED_LIMIT];
-            let mut rest = &mut joined[..];
-            slices.iter().for_each(|slice| rest.put_slice(slice));
-            return self.poll_write(cx, &joined[..length]);
+            let mut joined = [MaybeUninit::uninit(); COPIED_LIMIT];
+            let mut joined = ReadBuf::uninit(&mut joined);
+            slices.iter().for_each(|slice| joined.put_slice(slice));
+            return self.poll_write(cx, joined.filled());
         }
         match self.get_mut().socket_mut() {
             Socket::Tcp(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
