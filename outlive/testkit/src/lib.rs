@@ -7,8 +7,8 @@
 //!   a load.
 //! - [`binaries`], [`certificate`], [`debian`] and [`release`] make what is installed: the binary, a certificate,
 //!   packages, and bad releases.
-//! - [`frames`] writes frames of the handover channel, valid and invalid; [`process`] ends child processes with the
-//!   test.
+//! - [`frames`] writes frames of the handover channel, valid and invalid; [`http2_frames`] sends and receives single
+//!   frames of HTTP/2; [`process`] ends child processes with the test.
 
 pub mod binaries;
 pub mod certificate;
@@ -17,6 +17,7 @@ pub mod container;
 pub mod debian;
 pub mod events;
 pub mod frames;
+pub mod http2_frames;
 pub mod load;
 pub mod process;
 pub mod release;

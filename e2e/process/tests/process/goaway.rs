@@ -6,81 +6,30 @@ use std::time::{Duration, Instant};
 use rustix::process::Signal;
 use testkit::block_on;
 use testkit::client::{Connection, Http2};
+use testkit::http2_frames::{
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PREFACE, SETTINGS, frame, next, next_that,
+};
 use testkit::process::terminate;
 use testkit::service::Service;
 
 use crate::app_binary;
 
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
-const PING: u8 = 6;
-const GOAWAY: u8 = 7;
-/// A flag of DATA and HEADERS. The same bit of SETTINGS and PING is ACK.
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-const ACK: u8 = END_STREAM;
 /// The last stream of the first GOAWAY, which admits all streams.
 const EVERY_STREAM: u32 = (1 << 31) - 1;
 /// The header blocks of requests, without entries for the header table: `:method`, `:scheme`, `:path`, `:authority`.
 const GET: &[u8] = b"\x82\x86\x84\x01\x01x";
 const POST_ECHO: &[u8] = b"\x83\x86\x04\x05/echo\x01\x01x";
 
-struct Frame {
-    kind: u8,
-    flags: u8,
-    stream: u32,
-    payload: Vec<u8>,
-}
-
-impl Frame {
-    /// The last stream that a GOAWAY names.
-    fn last_stream(&self) -> u32 {
-        let (stream, error) = self.payload.split_first_chunk().expect("the payload has a stream id");
-        assert_eq!(error, [0; 4], "NO_ERROR");
-        u32::from_be_bytes(*stream)
-    }
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("the payload is short");
-    [&[0, 0, length, kind, flags][..], &stream.to_be_bytes(), payload].concat()
-}
-
 /// Opens an HTTP/2 connection, and acknowledges the SETTINGS of the server.
 async fn open(service: &Service) -> Connection {
     let mut connection = service.connect().await;
-    let hello = [&b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"[..], &frame(SETTINGS, 0, 0, b"")].concat();
+    let hello = [PREFACE, &frame(SETTINGS, 0, 0, b"")].concat();
     connection.send(&hello).await.expect("the bytes are sent");
     loop {
         let frame_read = next(&mut connection).await.expect("the server sends SETTINGS");
         if (frame_read.kind, frame_read.flags) == (SETTINGS, 0) {
             connection.send(&frame(SETTINGS, ACK, 0, b"")).await.expect("the acknowledgement is sent");
             return connection;
-        }
-    }
-}
-
-/// The next frame; `None` at the end of the stream.
-async fn next(connection: &mut Connection) -> Option<Frame> {
-    if connection.unread().is_empty()
-        && connection.read_more().await.expect("the connection is not reset") == 0
-    {
-        return None;
-    }
-    let head = connection.take(9).await.expect("a frame arrives");
-    let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    let payload = connection.take(length).await.expect("the payload arrives");
-    let stream = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-    Some(Frame { kind: head[3], flags: head[4], stream, payload })
-}
-
-/// Reads until a frame is `wanted`, and returns it.
-async fn next_that(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) -> Frame {
-    loop {
-        let frame = next(connection).await.expect("the server sends further frames");
-        if wanted(&frame) {
-            return frame;
         }
     }
 }

@@ -6,21 +6,15 @@ use std::time::{Duration, Instant};
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Http2};
 use testkit::container::{Container, Systemd};
+use testkit::http2_frames::{
+    ACK, END_HEADERS, END_STREAM, Frame, GOAWAY, HEADERS, PREFACE, SETTINGS, frame, next, next_that,
+};
 use testkit::{on_each_systemd, wait_until};
 
 use crate::{boot_with_tls, tls_target};
 
 /// A third of the drain limit of the unit. A drain that takes longer has waited for the limit.
 const SOON: Duration = Duration::from_secs(10);
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
-/// A flag of DATA and HEADERS. The same bit of SETTINGS is ACK.
-const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
 
 on_each_systemd! {
     restart_sends_goaway_to_silent_http2_clients_and_does_not_wait_for_them
@@ -62,7 +56,7 @@ impl Silence {
             Self::HalfHeaders => {
                 connection.send(&hello).await.expect("the bytes are sent");
                 read_until(connection, |frame| frame.kind == SETTINGS && frame.flags == 0).await;
-                let acknowledged = frame(SETTINGS, END_STREAM, 0, b"");
+                let acknowledged = frame(SETTINGS, ACK, 0, b"");
                 let half = frame(HEADERS, END_STREAM, 3, GET);
                 // In one write, so that a server that has answered stream 1 has also read the half block.
                 connection.send(&[acknowledged, get, half].concat()).await.expect("the bytes are sent");
@@ -96,44 +90,9 @@ impl Silence {
 /// The header block of a GET for /, with a dynamic table of size 0.
 const GET: &[u8] = b"\x20\x82\x86\x84\x41\x01x";
 
-struct Frame {
-    kind: u8,
-    flags: u8,
-    payload: Vec<u8>,
-}
-
-impl Frame {
-    fn ends_stream(&self) -> bool {
-        matches!(self.kind, DATA | HEADERS) && self.flags & END_STREAM != 0
-    }
-}
-
-fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
-    let length = u8::try_from(payload.len()).expect("the payload is short");
-    [&[0, 0, length, kind, flags][..], &stream.to_be_bytes(), payload].concat()
-}
-
-/// The next frame; `None` at the end of the stream.
-async fn next(connection: &mut Connection) -> Option<Frame> {
-    if connection.unread().is_empty()
-        && connection.read_more().await.expect("the connection is not reset") == 0
-    {
-        return None;
-    }
-    let head = connection.take(9).await.expect("the message is a frame");
-    let length = usize::from(head[1]) << 8 | usize::from(head[2]);
-    let payload = connection.take(length).await.expect("the payload follows");
-    Some(Frame { kind: head[3], flags: head[4], payload })
-}
-
 async fn read_until(connection: &mut Connection, wanted: impl Fn(&Frame) -> bool) {
-    loop {
-        let frame = next(connection).await.expect("another frame follows");
-        assert_ne!(frame.kind, GOAWAY);
-        if wanted(&frame) {
-            return;
-        }
-    }
+    let read = next_that(connection, |frame| frame.kind == GOAWAY || wanted(frame)).await;
+    assert_ne!(read.kind, GOAWAY);
 }
 
 /// Reads to the end of the stream; returns the last stream id of each GOAWAY.
@@ -141,9 +100,7 @@ async fn goaways(connection: &mut Connection) -> Vec<u32> {
     let mut named = Vec::new();
     while let Some(frame) = next(connection).await {
         if frame.kind == GOAWAY {
-            let (stream, error) = frame.payload.split_first_chunk().expect("the payload has a stream id");
-            assert_eq!(error, [0; 4], "NO_ERROR");
-            named.push(u32::from_be_bytes(*stream));
+            named.push(frame.last_stream());
         }
     }
     named
