@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Endpoint;
+use crate::registry::Protocols;
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::http2_state::Http2State;
 use crate::transport::proxied_client::ProxiedClient;
@@ -39,18 +40,22 @@ pub struct Connection<S = OwnedFd> {
 }
 
 impl Connection {
-    /// Whether it has neither HTTP/2 nor TLS state, which some earlier releases cannot continue.
-    pub fn is_plain_http1(&self) -> bool {
-        self.http2.is_none() && self.tls.is_none()
+    /// Only a process that adopts these protocols can continue it.
+    pub fn required(&self) -> Protocols {
+        let tls = self.tls.as_ref().map_or(Protocols::PlainHttp1, |session| match session.suite.version {
+            Version::Tls12 => Protocols::Tls12,
+            Version::Tls13 if session.client.is_some() => Protocols::CertificatesAndTables,
+            Version::Tls13 => Protocols::Http2AndTls,
+        });
+        // Earlier releases adopt HTTP/2 connections, but not with the header table that the client may use in this one.
+        let http2 = self.http2.as_ref().map_or(Protocols::PlainHttp1, |_| Protocols::CertificatesAndTables);
+        let upgraded = self.replay.as_ref().map_or(Protocols::PlainHttp1, |_| Protocols::Upgrades);
+        tls.max(http2).max(upgraded)
     }
 
     /// The certificate of its client, if it has presented one.
     pub fn client_certificate(&self) -> Option<&ClientCertificate> {
         self.tls.as_ref()?.client.as_ref()
-    }
-
-    pub fn is_tls12(&self) -> bool {
-        self.tls.as_ref().is_some_and(|session| session.suite.version == Version::Tls12)
     }
 
     /// The open streams of an HTTP/2 connection. None if there are none.

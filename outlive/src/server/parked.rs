@@ -24,7 +24,7 @@ use crate::handover::{Backup, ParkedSockets};
 use crate::observe::metrics;
 use crate::os::lock::lock;
 use crate::os::sys;
-use crate::registry::{Phase, Protocols, Registration, Registry};
+use crate::registry::{Phase, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
 use crate::transport::stream::Stream;
 
@@ -310,12 +310,7 @@ impl ParkedConnections {
 
     /// Whether the next process can adopt the connection.
     fn can_move(&self, connection: &Connection) -> bool {
-        let adopts = self.registry.next_adopts();
-        let is_kept = connection.replay.is_some() && adopts < Protocols::Upgrades
-            || connection.client_certificate().is_some() && adopts < Protocols::CertificatesAndTables
-            || connection.is_tls12() && adopts < Protocols::Tls12
-            || connection.http2.is_some() && !self.registry.next_adopts_http2();
-        !is_kept && (connection.is_plain_http1() || adopts >= Protocols::Http2AndTls)
+        self.registry.next_adopts() >= connection.required()
     }
 
     /// Takes all connections, for the next process. Their sockets stay in the epoll instance, which reports each of
