@@ -232,7 +232,9 @@ impl AsyncWrite for Stream {
         if slices.len() > 1 && length <= COPIED_LIMIT {
             let mut joined = [MaybeUninit::uninit(); COPIED_LIMIT];
             let mut joined = ReadBuf::uninit(&mut joined);
-            slices.iter().for_each(|slice| joined.put_slice(slice));
+            for slice in slices {
+                joined.put_slice(slice);
+            }
             return self.poll_write(cx, joined.filled());
         }
         match self.get_mut().socket_mut() {
