@@ -228,8 +228,11 @@ impl AsyncWrite for Stream {
         cx: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let [only] = slices {
+            return self.poll_write(cx, only);
+        }
         let length: usize = slices.iter().map(|slice| slice.len()).sum();
-        if slices.len() > 1 && length <= COPIED_LIMIT {
+        if length <= COPIED_LIMIT {
             let mut joined = [MaybeUninit::uninit(); COPIED_LIMIT];
             let mut joined = ReadBuf::uninit(&mut joined);
             for slice in slices {
