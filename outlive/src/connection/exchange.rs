@@ -112,7 +112,7 @@ impl Service {
     }
 
     /// What a request offers besides a response that ends. `body`: whether the request has one.
-    fn offered(&self, head: &mut Parts, body: bool) -> Option<Offered> {
+    fn offered(&self, head: &mut Parts, body: bool) -> Option<Box<Offered>> {
         if let Some(streams) = &self.streams {
             return self.offered_stream(streams, head);
         }
@@ -129,8 +129,8 @@ impl Service {
             None => Continuation::new(handle, replay::head_of(head).filter(|_| !body)),
         });
         let upgrade = self.upgrade.clone();
-        Some(match prepared {
-            Some(prepared) => Offered::Upgrade(Box::new(OfferedUpgrade {
+        Some(Box::new(match prepared {
+            Some(prepared) => Offered::Upgrade(OfferedUpgrade {
                 prepared,
                 upgrade,
                 is_websocket: head.headers.get(UPGRADE).is_some_and(is_websocket),
@@ -138,13 +138,13 @@ impl Service {
                 continuation,
                 endpoint: self.endpoint.clone(),
                 return_path: self.return_path.clone(),
-            })),
+            }),
             None => Offered::Events { continuation, upgrade },
-        })
+        }))
     }
 
     /// As [`Service::offered`], for HTTP/2. Removes the field that the interposer has appended to the request.
-    fn offered_stream(&self, streams: &EndlessStreams, head: &mut Parts) -> Option<Offered> {
+    fn offered_stream(&self, streams: &EndlessStreams, head: &mut Parts) -> Option<Box<Offered>> {
         // The client may have sent such a field too; the interposer's is the last one.
         let number = head.headers.get_all(STREAM_NUMBER).iter().next_back()?.clone();
         head.headers.remove(STREAM_NUMBER);
@@ -165,13 +165,8 @@ impl Service {
             Begun::Here | Begun::Elsewhere { .. } => None,
         };
         let handle = self.requests.upgrade_handle();
-        Some(Offered::Stream(Box::new(OfferedStream {
-            streams: streams.clone(),
-            stream,
-            begun,
-            body,
-            handle,
-        })))
+        let streams = streams.clone();
+        Some(Box::new(Offered::Stream(OfferedStream { streams, stream, begun, body, handle })))
     }
 }
 
@@ -194,12 +189,11 @@ fn accepts_events(head: &Parts) -> bool {
         && head.headers.get_all(ACCEPT).iter().any(accepts)
 }
 
-/// What a request offers besides a response that ends. The large variants are boxed, because the future of each request
-/// has room for an offer, and is moved several times.
+/// What a request offers besides a response that ends.
 enum Offered {
-    Upgrade(Box<OfferedUpgrade>),
+    Upgrade(OfferedUpgrade),
     Events { continuation: Arc<Continuation>, upgrade: Upgrade },
-    Stream(Box<OfferedStream>),
+    Stream(OfferedStream),
 }
 
 impl Offered {
@@ -384,10 +378,10 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let connects = head.method == Method::CONNECT;
         let version = head.version;
         let offered = self.offered(&mut head, !body.is_end_stream());
-        if let Some(continuation) = offered.as_ref().and_then(Offered::continuation) {
+        if let Some(continuation) = offered.as_deref().and_then(Offered::continuation) {
             head.extensions.insert(continuation.clone());
         }
-        if offered.as_ref().is_some_and(Offered::is_replay) {
+        if offered.as_deref().is_some_and(Offered::is_replay) {
             guard.was_counted_before();
             head.extensions.insert(CountedBefore);
         }
@@ -399,7 +393,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             }
             None => head.extensions.extend(self.extensions.clone()),
         }
-        let body = request_body(&guard, body, offered.as_ref().and_then(Offered::call));
+        let body = request_body(&guard, body, offered.as_deref().and_then(Offered::call));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }
     }
@@ -413,7 +407,8 @@ pin_project! {
         guard: Option<RequestGuard>,
         connects: bool,
         version: Version,
-        offered: Option<Offered>,
+        // Boxed, because it is rare; see `requests::ResponseFuture`.
+        offered: Option<Box<Offered>>,
     }
 }
 

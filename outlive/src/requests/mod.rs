@@ -141,7 +141,7 @@ impl Routes {
     {
         let id = request_id(&head.headers);
         let is_counted = head.extensions.get::<CountedBefore>().is_none();
-        let span = span(&head, &id);
+        let span = Some(span(&head, &id)).filter(|span| !span.is_disabled()).map(Box::new);
         let access = (is_counted && self.access_log == AccessLog::On).then_some(head.version);
         let method = metrics::method(&head.method);
         let trace = if is_counted {
@@ -184,7 +184,7 @@ impl Routes {
             route,
             limit: self.limit,
             late: None,
-            permit,
+            permit: permit.map(Box::new),
             future: router.call(request),
         }
     }
@@ -204,9 +204,12 @@ impl Admission {
 }
 
 pin_project! {
-    /// The future of a response: a request until its response begins.
+    /// The future of a response: a request until its response begins. What few requests have is boxed, because the future
+    /// is moved several times, and because glibc takes three times as long to allocate the task of an HTTP/2 stream if that
+    /// has more than 768 bytes.
     pub struct ResponseFuture {
-        span: Span,
+        // Present if it is enabled.
+        span: Option<Box<Span>>,
         trace: RequestTrace,
         // The version of the request, if it is to be in the access log.
         access: Option<Version>,
@@ -218,7 +221,7 @@ pin_project! {
         // Created at the first pending poll, because most responses are ready at once and need no timer.
         late: Option<Pin<Box<Sleep>>>,
         // Present if the number of requests is limited, until the response begins. Its body has it then.
-        permit: Option<Permit>,
+        permit: Option<Box<Permit>>,
         #[pin]
         future: RouteFuture<Infallible>,
     }
@@ -229,7 +232,7 @@ impl ResponseFuture {
     pub fn poll(self: Pin<&mut Self>, cx: &mut TaskContext<'_>, request: &InFlight) -> Poll<Response<Body>> {
         let mut this = self.project();
         let _traced = this.trace.enter();
-        let _entered = this.span.enter();
+        let _entered = this.span.as_deref().map(Span::enter);
         let polled = catch_unwind(AssertUnwindSafe(|| this.future.as_mut().poll(cx)));
         *this.route = route_labels::matched().or(*this.route);
         let mut reason = String::new();
@@ -256,7 +259,7 @@ impl ResponseFuture {
         let code = status.as_u16();
         if status.is_server_error() && response.extensions().get::<Intended>().is_none() {
             let latency = latency(took);
-            if log::shows(this.span) {
+            if this.span.as_deref().is_some_and(log::shows) {
                 error!(target: TARGET, status = code, %latency, "request failed{reason}");
             } else {
                 // The span would add these fields. It is disabled by default, but a failure needs them to be found.
@@ -292,10 +295,10 @@ impl ResponseFuture {
                 "{method} {path} {code}"
             );
         }
-        if !this.span.is_disabled() {
+        if let Some(span) = this.span.as_deref() {
             // After the events, which have fields of the same names.
-            this.span.record("route", route);
-            this.span.record("status", code);
+            span.record("route", route);
+            span.record("status", code);
         }
         if let Some(mut id) = this.id.take() {
             // h2 does not enter such a value into the header table of the client (RFC 7541 section 7.1.3). Otherwise each id
