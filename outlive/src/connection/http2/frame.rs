@@ -195,6 +195,14 @@ impl FrameParser {
     }
 }
 
+/// Splits a frame off the front: its header and its payload. None if it is incomplete.
+pub fn take_frame<'a>(bytes: &mut &'a [u8]) -> Option<(Head, &'a [u8])> {
+    let head = Head::decode(*bytes.first_chunk()?);
+    let (frame, rest) = bytes.split_at_checked(HEAD_LENGTH + head.length)?;
+    *bytes = rest;
+    Some((head, &frame[HEAD_LENGTH..]))
+}
+
 /// Splits at most `length` bytes off the front.
 pub fn take<'a>(bytes: &mut &'a [u8], length: usize) -> &'a [u8] {
     let (taken, rest) = bytes.split_at(length.min(bytes.len()));

@@ -5,7 +5,7 @@
 //! boundaries of the fields have to be found. A few names and values are compared in the two ways in which they can be
 //! encoded.
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes, BytesMut};
 
 /// The name of a field that the interposer appends to the request of a stream that may have a response without end. Its
 /// value is the number of the stream, which hyper does not tell. A handler never sees it.
@@ -195,12 +195,12 @@ pub fn next_field<'a>(block: &mut &'a [u8]) -> Option<Field<'a>> {
 /// Splits an integer off whose first byte has it in the last `bits` (RFC 7541 section 5.1).
 fn take_integer(block: &mut &[u8], bits: u32) -> Option<usize> {
     let limit = (1 << bits) - 1;
-    let mut value = usize::from(block.try_get_u8().ok()?) & limit;
+    let mut value = usize::from(*block.split_off_first()?) & limit;
     if value < limit {
         return Some(value);
     }
     for shift in [0, 7, 14, 21] {
-        let byte = block.try_get_u8().ok()?;
+        let byte = *block.split_off_first()?;
         value += usize::from(byte & 0x7f) << shift;
         if byte & 0x80 == 0 {
             return Some(value);

@@ -40,6 +40,17 @@ const LAST_PSEUDO: u8 = 14;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Untraceable;
 
+/// What a frame of a header block does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Effect {
+    /// It need not be followed.
+    None,
+    /// It has to be followed, because it may change the table.
+    ChangesTable,
+    /// It is a request whose response may have no end. It has to be followed too.
+    MayBeEndless,
+}
+
 /// The table of a client, and the beginning of a header block.
 pub struct ClientTable {
     table: HeaderTable,
@@ -78,11 +89,13 @@ impl ClientTable {
         blocks.iter().all(|block| table.apply(block, None).is_ok()) && table.pack() == self.pack()
     }
 
-    /// Whether the response to the request in a frame may have no end. False if CONTINUATION follows.
-    pub fn may_be_endless(&self, head: Head, payload: &[u8]) -> bool {
-        head.whole_block(payload)
-            .and_then(|block| self.table.scan(block).ok())
-            .is_some_and(|scan| scan.clues.may_be_endless(!head.has(END_STREAM)))
+    /// What a frame of a header block would do.
+    pub fn effect(&self, head: Head, payload: &[u8]) -> Effect {
+        match head.whole_block(payload).map(|block| self.table.scan(block)) {
+            Some(Ok(scan)) if scan.clues.may_be_endless(!head.has(END_STREAM)) => Effect::MayBeEndless,
+            Some(Ok(scan)) if !scan.changes_table => Effect::None,
+            Some(Ok(_) | Err(Untraceable)) | None => Effect::ChangesTable,
+        }
     }
 
     /// Follows the next frame of a header block, HEADERS or CONTINUATION. If the frame is a request whose response may have

@@ -94,7 +94,7 @@ fn request_whose_response_may_have_no_end_is_recognized_by_its_fields() {
     let mut is_endless = |block: &[u8], has_body| {
         let flags = if has_body { END_HEADERS } else { REQUEST };
         let head = Head::new(HEADERS, flags, block.len());
-        let may_be = table.may_be_endless(head, block);
+        let may_be = table.effect(head, block) == Effect::MayBeEndless;
         let kept = table.follow(head, block).expect("the block is valid");
         assert_eq!(kept.is_some(), may_be);
         may_be
@@ -350,7 +350,8 @@ fn check_blocks(blocks: &[Vec<u8>]) {
         let plain = without_indexing(&kept);
         HeaderTable::new(0).apply(&plain, None).expect("it needs no table");
         if let Some(next) = with_last_event_id(&plain, b"7") {
-            assert!(ClientTable::new().may_be_endless(Head::new(HEADERS, REQUEST, next.len()), &next));
+            let effect = ClientTable::new().effect(Head::new(HEADERS, REQUEST, next.len()), &next);
+            assert_eq!(effect, Effect::MayBeEndless);
             assert_eq!(with_last_event_id(&next, b"7"), Some(next));
         }
     }

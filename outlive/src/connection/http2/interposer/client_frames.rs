@@ -8,6 +8,7 @@ use crate::connection::http2::frame::{
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
 };
 use crate::connection::http2::header_block::{STREAM_FIELD_LENGTH, put_stream_field};
+use crate::connection::http2::header_table::Effect;
 use crate::transport::http2_state::{HEADER_TABLE_SIZE, Settings};
 
 impl Interposer {
@@ -54,32 +55,26 @@ impl Interposer {
                 }
                 FrameParser::Head(_, 0) if bytes.is_empty() => return all.len(),
                 FrameParser::Head(_, 0) => {
-                    let head =
-                        bytes.first_chunk::<HEAD_LENGTH>().copied().map(|head| (head, Head::decode(head)));
-                    let is_plain = |(_, head): &([u8; HEAD_LENGTH], Head)| match head.frame_type {
-                        DATA => true,
-                        SETTINGS => false,
-                        WINDOW_UPDATE if head.stream == 0 || self.maybe_endless.contains(&head.stream) => {
-                            false
-                        }
-                        _ => {
-                            let payload = bytes.get(HEAD_LENGTH..HEAD_LENGTH + head.length);
-                            payload.is_some_and(|payload| !self.may_be_endless(*head, payload))
-                        }
-                    };
-                    let Some((raw, head)) = head.filter(is_plain) else {
+                    let head = bytes.first_chunk::<HEAD_LENGTH>().map(|head| (*head, Head::decode(*head)));
+                    let plain = head.and_then(|(raw, head)| {
+                        let payload = &bytes[HEAD_LENGTH..];
+                        let effect = self.effect_in_place(head, payload.get(..head.length))?;
+                        Some((raw, head, effect))
+                    });
+                    let Some((raw, head, effect)) = plain else {
                         self.receive(bytes);
                         return passed;
                     };
                     bytes = &bytes[HEAD_LENGTH..];
-                    let payload = take(&mut { bytes }, head.length);
                     let disposition = self.on_client_frame(head);
                     if disposition != Disposition::Forward {
                         self.begin_payload(raw, head, disposition);
                         self.receive(bytes);
                         return passed;
                     }
-                    self.follow_table(head, payload);
+                    if effect == Effect::ChangesTable {
+                        self.follow_table(head, &bytes[..head.length]);
+                    }
                     self.from_client = FrameParser::Payload(disposition, head.length);
                 }
                 FrameParser::Head(..) | FrameParser::Payload(..) | FrameParser::Whole(..) => {
@@ -332,10 +327,22 @@ impl Interposer {
         self.release_held();
     }
 
-    /// Whether a frame has the request of a stream whose response may have no end.
-    fn may_be_endless(&self, head: Head, payload: &[u8]) -> bool {
-        head.frame_type == HEADERS
-            && self.client_table.as_ref().is_some_and(|table| table.may_be_endless(head, payload))
+    /// What a frame does to the client's table, if h2 can read the frame in place: it must not be changed or discarded, and
+    /// frames other than DATA have to be complete. `payload`: None if it is incomplete.
+    fn effect_in_place(&self, head: Head, payload: Option<&[u8]>) -> Option<Effect> {
+        match head.frame_type {
+            DATA => return Some(Effect::None),
+            SETTINGS => return None,
+            WINDOW_UPDATE if head.stream == 0 || self.maybe_endless.contains(&head.stream) => return None,
+            _ => {}
+        }
+        let payload = payload?;
+        match &self.client_table {
+            Some(table) if matches!(head.frame_type, HEADERS | CONTINUATION) => {
+                Some(table.effect(head, payload)).filter(|effect| *effect != Effect::MayBeEndless)
+            }
+            Some(_) | None => Some(Effect::None),
+        }
     }
 
     /// Updates the copy of the client's table with a frame that h2 receives. h2 decodes even blocks of streams that it

@@ -7,7 +7,7 @@ use super::{Interposer, ToldToH2, size};
 use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_cancel, put_end_of_stream,
-    put_grpc_unavailable, put_settings, put_settings_ack, put_window_update, take,
+    put_grpc_unavailable, put_settings, put_settings_ack, put_window_update, take, take_frame,
 };
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
 use crate::transport::stream_replay::StreamKind;
@@ -31,6 +31,12 @@ impl Interposer {
     /// Records bytes of h2 that were sent unchanged.
     pub fn sent(&mut self, mut bytes: &[u8]) {
         while !bytes.is_empty() {
+            if self.from_h2.is_start()
+                && let Some((head, payload)) = take_frame(&mut bytes)
+            {
+                self.note_sent(head, payload);
+                continue;
+            }
             match &mut self.from_h2 {
                 FrameParser::Head(..) => {
                     let Some(bytes) = self.from_h2.take_head(&mut bytes) else { continue };
