@@ -5,18 +5,18 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use hyper::server::conn::http1::Builder;
+use hyper::server::conn::http1::{Builder, UpgradeableConnection};
 use hyper_util::rt::TokioIo;
 use tokio::time::sleep;
 use tracing::{debug, warn};
 
 use super::exchange::Service;
 use super::io::{Io, Parts};
-use super::upgraded::{UpgradableIo, close_unadopted};
+use super::upgraded::{UpgradableIo, Upgrade, close_unadopted};
 use crate::registry::{DriverHandle, Stage};
 use crate::transport::replay::Replay;
 
@@ -28,6 +28,8 @@ const REPLAY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The response to a request whose head does not arrive within `--head-timeout`.
 const TIMEOUT: &[u8] = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
+
+type HyperConnection = UpgradeableConnection<TokioIo<UpgradableIo>, Service>;
 
 pub(super) enum Http1Outcome {
     Closed,
@@ -101,14 +103,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             if driver.started() == started_before {
                 return Poll::Ready(Turn::Quiescent);
             }
-            upgrade.withhold_input();
-            // If hyper considers the connection idle, it ends it without sending a byte. Otherwise it has more to send,
-            // and ends in a later poll.
-            Pin::new(&mut connection).graceful_shutdown();
-            return Pin::new(&mut connection).poll(cx).map(|result| match result {
-                Ok(()) => Turn::Quiescent,
-                Err(error) => Turn::Done(Err(error)),
-            });
+            return end(Pin::new(&mut connection), &upgrade, cx);
         }
     })
     .await;
@@ -155,4 +150,21 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
         }
     }
     Http1Outcome::Closed
+}
+
+/// Takes the connection away from hyper. If hyper considers it idle, hyper ends without sending a byte. Otherwise it has more
+/// to send, and ends in a later poll.
+fn end(mut connection: Pin<&mut HyperConnection>, upgrade: &Upgrade, cx: &mut Context<'_>) -> Poll<Turn> {
+    upgrade.withhold_input(true);
+    connection.as_mut().graceful_shutdown();
+    let ended = connection.poll(cx);
+    upgrade.withhold_input(false);
+    if ended.is_pending() {
+        // Input wakes this task only if hyper polls for it without being withheld from it.
+        cx.waker().wake_by_ref();
+    }
+    ended.map(|result| match result {
+        Ok(()) => Turn::Quiescent,
+        Err(error) => Turn::Done(Err(error)),
+    })
 }

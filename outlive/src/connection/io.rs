@@ -453,7 +453,7 @@ mod tests {
         let mut read = [0; 1];
         io.read_exact(&mut read).await.expect("the input is read");
         assert!(!driver.is_parkable());
-        upgrade.withhold_input();
+        upgrade.withhold_input(true);
         assert!(timeout(Duration::from_millis(50), io.read_exact(&mut read)).await.is_err());
     }
 

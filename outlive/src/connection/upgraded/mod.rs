@@ -61,7 +61,7 @@ struct Shared {
     is_continued: AtomicBool,
     /// Set when an event stream has to continue in another process.
     handed_on: Mutex<Option<Replay>>,
-    /// Set when the driver takes the connection away from hyper.
+    /// See [`Upgrade::withhold_input`].
     withholds_input: AtomicBool,
 }
 
@@ -130,10 +130,10 @@ impl Upgrade {
         lock(&self.0.handed_on).take()
     }
 
-    /// Withholds from hyper what arrives from now on, also in a phase that hands no connections over. Otherwise hyper, which
-    /// has to end, would answer a request that has just arrived, and close the connection.
-    pub(super) fn withhold_input(&self) {
-        self.0.withholds_input.store(true, Release);
+    /// Whether hyper reads nothing, also in a phase that hands no connections over. The driver sets this while it polls a
+    /// hyper that has to end, which would otherwise answer a request that has just arrived, and close the connection.
+    pub(super) fn withhold_input(&self, withholds: bool) {
+        self.0.withholds_input.store(withholds, Release);
     }
 
     pub(super) fn is_refused(&self) -> bool {
