@@ -71,7 +71,8 @@ DEBIAN := bsdutils ca-certificates curl inotify-tools libfaketime libnss-systemd
 	nghttp2-client openjdk-17-jdk-headless openssl postgresql python3-grpcio python3-h2 python3-httpx python3-venv python3-websockets \
 	systemd systemd-container util-linux valgrind
 CARGO_TOOLS := cargo-auditable cargo-deb cargo-deny cargo-generate-rpm
-GO_CLIENT := target/tools/bin/go-client
+GO_VERSIONS := go-1.19 go-1.24
+GO_CLIENTS := $(GO_VERSIONS:%=target/tools/bin/%-client)
 PPROF := target/tools/bin/pprof
 
 # A shell command that prints each of $(TOOLS) that is missing.
@@ -81,7 +82,7 @@ MISSING_TOOLS = for tool in $(TOOLS); do [ -e $$tool ] || command -v $$tool >/de
 .PHONY: e2e-tools
 e2e-tools:
 	@missing=$$($(MISSING_TOOLS); for tool in $(filter-out cargo-deny,$(CARGO_TOOLS)); do command -v $$tool >/dev/null || echo $$tool; done; \
-		for made in $(ROOTS) $(GO_CLIENT) $(PPROF); do [ -e $$made ] || echo $$made; done); \
+		for made in $(ROOTS) $(GO_CLIENTS) $(PPROF); do [ -e $$made ] || echo $$made; done); \
 	[ -z "$$missing" ] || { echo "Missing, and installed by make e2e-deps (as root):" $$missing; exit 1; }
 
 # Debian starts a database server when postgresql is installed, unless this file says otherwise.
@@ -94,8 +95,8 @@ e2e-deps: root
 		echo 'Installing Debian packages: $(DEBIAN)'; \
 		echo 'Writing create_main_cluster = false to /etc/postgresql-common/createcluster.conf, so that no database server starts'; \
 		$(call NO_CLUSTER,) && apt-get update && apt-get install --yes --no-install-recommends $(DEBIAN); }
-	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(PPROF) $(KUBERNETES_VALIDATE)'
-	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENT) $(PPROF) $(KUBERNETES_VALIDATE)
+	@echo 'Building or fetching into target/, where missing: $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENTS) $(PPROF) $(KUBERNETES_VALIDATE)'
+	@$(MAKE) --no-print-directory --jobs 4 $(CARGO_TOOLS) $(ROOTS) $(GO_CLIENTS) $(PPROF) $(KUBERNETES_VALIDATE)
 	cargo fetch --quiet # all platforms, because cargo-deny looks at each, also in the copies of tests, which have no network
 	cd e2e && cargo fetch --quiet
 
@@ -128,17 +129,20 @@ $(ROOTS:=.list): unconditionally
 	@echo '$(RELEASE) $(INCLUDED)' | cmp --silent - $@ || echo '$(RELEASE) $(INCLUDED)' >$@
 .PHONY: unconditionally
 
-# The compiler of Debian 13, because Go before 1.20, as in Debian 12, ignores a header table size of 0.
-GO = $(CURDIR)/target/go/usr/lib/go-1.24
-$(GO)/bin/go:
-	rm -rf target/go
-	mmdebstrap --quiet --variant=extract --include=golang-1.24-go trixie target/go
-$(GO_CLIENT): e2e/systemd/clients/main.go | $(GO)/bin/go
-	HOME=$(CURDIR)/target/go GOROOT=$(GO) GOTOOLCHAIN=local CGO_ENABLED=0 $(GO)/bin/go build -o $@ $<
+# The compilers of Debian 12 and 13. Before Go 1.20, net/http uses its header table whatever size the server announces.
+GO_OF_go-1.19 := bookworm
+GO_OF_go-1.24 := trixie
+GO = target/$(1)/usr/lib/$(1)
+$(GO_VERSIONS:%=target/%/installed): target/%/installed:
+	rm -rf $(@D)
+	mmdebstrap --quiet --variant=extract --include=$(*:go-%=golang-%-go) $(GO_OF_$*) $(@D)
+	touch $@
+$(GO_CLIENTS): target/tools/bin/%-client: e2e/systemd/clients/main.go | target/%/installed
+	HOME=$(CURDIR)/target/$* GOROOT=$(CURDIR)/$(call GO,$*) GOTOOLCHAIN=local CGO_ENABLED=0 $(call GO,$*)/bin/go build -o $@ $<
 
 # Go's tool for profiles, with which e2e/systemd/tests/profiles.rs reads them.
-$(PPROF): | $(GO)/bin/go
-	install $(GO)/pkg/tool/linux_*/pprof $@
+$(PPROF): | target/go-1.24/installed
+	install $(call GO,go-1.24)/pkg/tool/linux_*/pprof $@
 
 # ---- fuzzing ----
 

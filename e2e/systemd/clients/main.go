@@ -2,9 +2,9 @@
 // input it prints "answered", as soon as a request of each goroutine that began after the line was answered. At its end
 // it prints a line: answered, lost, connections opened, connections closed by net/http itself.
 //
-// net/http closes a connection by itself if its writer had to wait for 50 ms (`maxWriteWaitBeforeConnReuse` in its
-// transport.go), and opens another one without an error. Every other end of a connection comes from the server, and is
-// reported on standard error.
+// net/http closes an HTTP/1.1 connection by itself if its writer had to wait for 50 ms (`maxWriteWaitBeforeConnReuse` in its
+// transport.go), and an HTTP/2 connection after GOAWAY. It opens another one without an error. Every other end of a
+// connection comes from the server, and is reported on standard error.
 package main
 
 import (
@@ -18,7 +18,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -132,7 +131,14 @@ func main() {
 		mutex.Lock()
 		defer mutex.Unlock()
 		until[number] = asked
-		for reported < slices.Min(until) {
+		// Without package slices, which Go 1.19 does not have.
+		oldest := asked
+		for _, other := range until {
+			if other < oldest {
+				oldest = other
+			}
+		}
+		for reported < oldest {
 			fmt.Println("answered")
 			reported++
 		}
@@ -148,6 +154,7 @@ func main() {
 	var group sync.WaitGroup
 	for number := range until {
 		group.Add(1)
+		number := number // Before Go 1.22 all iterations share the variable of the loop.
 		go func() {
 			defer group.Done()
 			for isLast := false; !isLast; {
