@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use super::Endpoint;
+use super::tls::record_layer::begins_with_record;
 use crate::registry::Protocols;
 use crate::transport::client_certificate::ClientCertificate;
 use crate::transport::http2_state::Http2State;
@@ -40,17 +41,24 @@ pub struct Connection<S = OwnedFd> {
 }
 
 impl Connection {
-    /// Only a process that adopts these protocols can continue it.
+    /// The protocols that a process has to adopt to continue it.
     pub fn required(&self) -> Protocols {
         let tls = self.tls.as_ref().map_or(Protocols::PlainHttp1, |session| match session.suite.version {
             Version::Tls12 => Protocols::Tls12,
             Version::Tls13 if session.client.is_some() => Protocols::CertificatesAndTables,
             Version::Tls13 => Protocols::Http2AndTls,
         });
-        // Earlier releases adopt HTTP/2 connections, but not with the header table that the client may use in this one.
+        // Earlier releases adopt HTTP/2 connections, but not with the header table that this release permits the client.
         let http2 = self.http2.as_ref().map_or(Protocols::PlainHttp1, |_| Protocols::CertificatesAndTables);
         let upgraded = self.replay.as_ref().map_or(Protocols::PlainHttp1, |_| Protocols::Upgrades);
         tls.max(http2).max(upgraded)
+    }
+
+    /// Whether bytes that were read have to be processed although no further ones arrive: bytes that hyper has not consumed,
+    /// or a TLS record.
+    pub fn has_input(&self) -> bool {
+        !self.unread.is_empty()
+            || self.tls.as_ref().is_some_and(|session| begins_with_record(&session.unread))
     }
 
     /// The certificate of its client, if it has presented one.

@@ -147,10 +147,10 @@ impl ParkedConnections {
         let phase = self.registry.phase();
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
         let connection = &idle.connection;
-        // Unread bytes belong to a request, and epoll would not report them. A response without end needs its handler,
+        // Input that was read belongs to a request, and epoll would not report it. A response without end needs its handler,
         // which may have something to send. A PROXY header has a time limit, which no parked connection has.
         if must_leave
-            || !connection.unread.is_empty()
+            || connection.has_input()
             || connection.has_endless_response()
             || connection.awaits_header()
         {

@@ -25,6 +25,7 @@ use super::frame::{
 };
 use crate::connection::PREFACE;
 use crate::connection::tests::{Served, move_to, serve_with};
+use crate::registry::Phase;
 use crate::transport::tls_config::Tls;
 use crate::transport::tls_tests;
 
@@ -109,6 +110,8 @@ impl Client {
     /// A connection on which streams 1 and 3 have been answered. `second` is the request on stream 3.
     async fn open(served: &Served, certificate: Option<&Certificate>, second: &[u8]) -> Self {
         let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+        // As real clients do. Otherwise the kernel would hold back what the client sends while the server does not run.
+        stream.set_nodelay(true).expect("the option is set");
         let wire: Box<dyn Wire> = match certificate {
             None => Box::new(stream),
             Some(certificate) => {
@@ -128,9 +131,14 @@ impl Client {
         client.send(&frame(HEADERS, ENDS, 3, second)).await;
         client.wait_until(|head| head.stream == 3 && head.has(END_STREAM)).await;
         // When the server answers this, it has dropped its state of the streams.
-        client.send(&frame(PING, 0, 0, b"finished")).await;
-        client.wait_until(|head| head.frame_type == PING && head.has(ACK)).await;
+        client.ping(b"finished").await;
         client
+    }
+
+    /// Waits until the server has processed everything so far.
+    async fn ping(&mut self, payload: &[u8; 8]) {
+        self.send(&frame(PING, 0, 0, payload)).await;
+        self.wait_until(|head| head.frame_type == PING && head.has(ACK)).await;
     }
 
     async fn send(&mut self, bytes: &[u8]) {
@@ -719,6 +727,32 @@ async fn stream_that_was_reset_before_it_began_stays_used_after_a_handover() {
         let reaction = client.react(&frame(HEADERS, ENDS, 7, GET)).await;
         let codes: Vec<u32> = reaction.goaways.iter().map(|(_, code)| *code).collect();
         assert_eq!(codes, [PROTOCOL_ERROR], "after {moves} handovers");
+    }
+}
+
+/// The server reads two TLS records at once. The first one resets the last open stream, so the connection is handed over, and
+/// the second one is not opened. Parked, the connection would wait for further bytes, because epoll does not report those that
+/// were read.
+#[tokio::test]
+async fn request_in_a_tls_record_that_was_read_before_a_handover_is_answered_after_it() {
+    let certificate = Certificate::new().expect("openssl makes a certificate");
+    for moves in [0, 1] {
+        let mut served = serve_with(router(), tls_of(Some(&certificate))).await;
+        let mut client = Client::open(&served, Some(&certificate), GET_AGAIN).await;
+        for _ in 0..moves {
+            let next = serve_with(router(), tls_of(Some(&certificate))).await;
+            move_to(&next, served).await;
+            served = next;
+        }
+        client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
+        client.ping(b"begun???").await;
+        served.server.enter(Phase::Quiescing);
+        client.ping(b"holding?").await;
+        client.send(&frame(RST_STREAM, 0, 5, &[0; 4])).await;
+        client.send(&frame(HEADERS, ENDS, 7, GET_AGAIN)).await;
+        let next = serve_with(router(), tls_of(Some(&certificate))).await;
+        move_to(&next, served).await;
+        client.wait_until(|head| head.stream == 7 && head.has(END_STREAM)).await;
     }
 }
 

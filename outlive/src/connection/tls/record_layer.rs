@@ -152,6 +152,16 @@ pub(in crate::connection) fn sealed_length(bytes: &[u8]) -> Result<Option<usize>
     }
 }
 
+/// Whether `bytes` begin with a whole record, or with what no record begins with: the record layer can process them although
+/// no further bytes arrive.
+pub(in crate::connection) fn begins_with_record(bytes: &[u8]) -> bool {
+    match sealed_length(bytes) {
+        Ok(Some(length)) => bytes.len() >= HEADER_LENGTH + length,
+        Ok(None) => false,
+        Err(NoHeader) => true,
+    }
+}
+
 /// The state of the direction from the peer.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Incoming {
