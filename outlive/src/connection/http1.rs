@@ -62,6 +62,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
+    let mut is_ending = false;
     let turn = poll_fn(|cx| {
         let mut has_looked_again = false;
         loop {
@@ -102,6 +103,9 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
             // returns that. Shut down, it would wait for the remainder, which `Io` withholds until the handover.
             if driver.started() == started_before {
                 return Poll::Ready(Turn::Quiescent);
+            }
+            if std::mem::replace(&mut is_ending, true) {
+                return Poll::Pending;
             }
             return end(Pin::new(&mut connection), &upgrade, cx);
         }
@@ -152,19 +156,17 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
     Http1Outcome::Closed
 }
 
-/// Takes the connection away from hyper. If hyper considers it idle, hyper ends without sending a byte. Otherwise it has more
-/// to send, and ends in a later poll.
+/// Shuts hyper down. hyper ends at once, without sending a byte, if it considers the connection idle. Otherwise it has more to
+/// send, and ends in a later poll.
 fn end(mut connection: Pin<&mut HyperConnection>, upgrade: &Upgrade, cx: &mut Context<'_>) -> Poll<Turn> {
     upgrade.withhold_input(true);
     connection.as_mut().graceful_shutdown();
-    let ended = connection.poll(cx);
+    let ended = connection.as_mut().poll(cx);
     upgrade.withhold_input(false);
-    if ended.is_pending() {
-        // Input wakes this task only if hyper polls for it without being withheld from it.
-        cx.waker().wake_by_ref();
+    match ended {
+        Poll::Ready(Ok(())) => Poll::Ready(Turn::Quiescent),
+        Poll::Ready(Err(error)) => Poll::Ready(Turn::Done(Err(error))),
+        // Withheld input does not wake this task, so hyper has to ask for input again.
+        Poll::Pending => connection.poll(cx).map(Turn::Done),
     }
-    ended.map(|result| match result {
-        Ok(()) => Turn::Quiescent,
-        Err(error) => Turn::Done(Err(error)),
-    })
 }
