@@ -129,7 +129,7 @@ $(ROOTS:=.list): unconditionally
 	@echo '$(RELEASE) $(INCLUDED)' | cmp --silent - $@ || echo '$(RELEASE) $(INCLUDED)' >$@
 .PHONY: unconditionally
 
-# The compilers of Debian 12 and 13. Before Go 1.20, net/http uses its header table whatever size the server announces.
+# Debian 12 and 13 have these compilers. Before Go 1.20, net/http ignores the header table size that the server announces.
 GO_OF_go-1.19 := bookworm
 GO_OF_go-1.24 := trixie
 GO = target/$(1)/usr/lib/$(1)

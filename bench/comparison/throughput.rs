@@ -226,5 +226,6 @@ fn wrk(
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     let rate = said.lines().find_map(|line| line.strip_prefix("Requests/sec:"));
     ensure!(!said.contains("Non-2xx"), "wrk: {said}");
-    rate.with_context(|| said.clone())?.trim().parse().context("the rate is not a number")
+    let rate = rate.with_context(|| format!("wrk: {said}{}", String::from_utf8_lossy(&output.stderr)))?;
+    rate.trim().parse().context("the rate is not a number")
 }

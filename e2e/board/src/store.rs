@@ -125,9 +125,9 @@ impl Store {
 fn connect(file: &Path) -> anyhow::Result<Connection> {
     let folder = file.parent().filter(|folder| *folder != Path::new("")).unwrap_or(Path::new("."));
     std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
-    // One process at a time, because SQLite fails at once if two of them change the journal mode of a new database.
-    let alone = File::open(folder)?;
-    alone.lock().with_context(|| format!("could not lock {}", folder.display()))?;
+    // Without this lock SQLite fails, and does not wait, if two processes change the journal mode of a new database.
+    let lock = File::open(folder).with_context(|| folder.display().to_string())?;
+    lock.lock().with_context(|| format!("could not lock {}", folder.display()))?;
     let mut connection = Connection::open(file)?;
     connection.busy_timeout(LOCK_LIMIT)?;
     // Readers and the writer do not wait for each other, in one process and in two.
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn database_that_several_processes_create_at_once_opens_in_each() {
+    fn new_database_opens_in_each_of_the_threads_that_create_it() {
         for _ in 0..20 {
             let folder = tempfile::tempdir().expect("the folder is created");
             let file = folder.path().join("state/notes.sqlite");

@@ -3,7 +3,7 @@
 // it prints a line: answered, lost, connections opened, connections closed by net/http itself.
 //
 // net/http closes an HTTP/1.1 connection by itself if its writer had to wait for 50 ms (`maxWriteWaitBeforeConnReuse` in its
-// transport.go), and an HTTP/2 connection after GOAWAY. It opens another one without an error. Every other end of a
+// transport.go), and an HTTP/2 connection after GOAWAY. net/http then opens another one without an error. Every other end of a
 // connection comes from the server, and is reported on standard error.
 package main
 
@@ -131,7 +131,7 @@ func main() {
 		mutex.Lock()
 		defer mutex.Unlock()
 		until[number] = asked
-		// Without package slices, which Go 1.19 does not have.
+		// Go 1.19 does not have the package slices.
 		oldest := asked
 		for _, other := range until {
 			if other < oldest {

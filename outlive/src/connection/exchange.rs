@@ -407,7 +407,7 @@ pin_project! {
         guard: Option<RequestGuard>,
         connects: bool,
         version: Version,
-        // Boxed, because it is rare; see `requests::ResponseFuture`.
+        // Boxed, because few requests have one; see `requests::ResponseFuture`.
         offered: Option<Box<Offered>>,
     }
 }

@@ -438,9 +438,10 @@ mod tests {
         timeout(Duration::from_secs(120), end).await.expect("the stall limit applies");
     }
 
-    /// On a busy machine a request can have waited for so long that the connection counts as idle.
+    /// On a busy machine a request can have waited for so long that its connection counts as idle. If the connection was
+    /// parked, the request would have to wait again.
     #[tokio::test]
-    async fn input_of_a_parkable_connection_is_read_until_its_driver_takes_it_away() {
+    async fn parkable_connection_is_read_until_its_driver_withholds_input() {
         let (ours, mut peer) = connection().await;
         let io = io_that_idles(Wire::Left(ours.into()), Duration::from_secs(60));
         let driver = io.registration().driver();

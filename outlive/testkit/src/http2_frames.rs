@@ -1,4 +1,4 @@
-//! HTTP/2 frames (RFC 9113 section 4.1), for tests that send and receive single frames. `client::Http2` is a client for
+//! HTTP/2 frames (RFC 9113 section 4.1), for tests that encode and read single frames. `client::Http2` is a client for
 //! all other tests.
 
 use crate::client::Connection;
@@ -12,8 +12,9 @@ pub const SETTINGS: u8 = 4;
 pub const PING: u8 = 6;
 pub const GOAWAY: u8 = 7;
 
-/// Flags of DATA and HEADERS.
+/// A flag of DATA and HEADERS.
 pub const END_STREAM: u8 = 1;
+/// A flag of HEADERS.
 pub const END_HEADERS: u8 = 4;
 /// A flag of SETTINGS and PING.
 pub const ACK: u8 = 1;
@@ -28,12 +29,12 @@ pub struct Frame {
 }
 
 impl Frame {
-    /// Whether it is the last frame of a message on its stream.
+    /// Whether it is DATA or HEADERS with END_STREAM.
     pub fn ends_stream(&self) -> bool {
         matches!(self.kind, DATA | HEADERS) && self.flags & END_STREAM != 0
     }
 
-    /// The last stream that a GOAWAY without an error names.
+    /// The last stream of a GOAWAY, which must have the code NO_ERROR.
     pub fn last_stream(&self) -> u32 {
         let (stream, error) = self.payload.split_first_chunk().expect("the payload has a stream id");
         assert_eq!(error, [0; 4], "NO_ERROR");
@@ -47,7 +48,7 @@ pub fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     [&[0, 0, length, kind, flags][..], &stream.to_be_bytes(), payload].concat()
 }
 
-/// The next frame; `None` at the end of the stream.
+/// The next frame; `None` after the server has closed the connection.
 pub async fn next(connection: &mut Connection) -> Option<Frame> {
     if connection.unread().is_empty()
         && connection.read_more().await.expect("the connection is not reset") == 0

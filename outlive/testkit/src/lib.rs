@@ -7,7 +7,7 @@
 //!   a load.
 //! - [`binaries`], [`certificate`], [`debian`] and [`release`] make what is installed: the binary, a certificate,
 //!   packages, and bad releases.
-//! - [`frames`] writes frames of the handover channel, valid and invalid; [`http2_frames`] sends and receives single
+//! - [`frames`] writes frames of the handover channel, valid and invalid; [`http2_frames`] encodes and reads single
 //!   frames of HTTP/2; [`process`] ends child processes with the test.
 
 pub mod binaries;

@@ -257,7 +257,7 @@ fn nghttp_receives_all_responses(systemd: Systemd) {
     });
 }
 
-/// net/http over TLS. Go 1.19 uses its header table whatever size the server announces.
+/// net/http over TLS. Go 1.19 ignores the header table size that the server announces.
 fn go_keeps_its_connections(systemd: Systemd) {
     const VERSIONS: [&str; 2] = ["1.19", "1.24"];
     const PROTOCOLS: [(&str, u64); 2] = [("HTTP/1.1", 10), ("HTTP/2.0", 1)];
@@ -269,6 +269,7 @@ fn go_keeps_its_connections(systemd: Systemd) {
     let (begun, mut clients): (Vec<_>, Vec<_>) = all
         .map(|(version, (protocol, connections))| {
             let client = format!("{FOLDER}/target/tools/bin/go-{version}-client");
+            assert!(Path::new(&client).is_file(), "{client} is missing: make e2e-deps");
             let command = [&client, &url, LIMIT, protocol, chain];
             ((version, protocol, connections), Client::start(&container, &command))
         })

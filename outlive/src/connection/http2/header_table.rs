@@ -43,11 +43,11 @@ pub struct Untraceable;
 /// What a frame of a header block does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Effect {
-    /// It need not be followed.
+    /// It need not be passed to [`ClientTable::follow`].
     None,
-    /// It has to be followed, because it may change the table.
-    ChangesTable,
-    /// It is a request whose response may have no end. It has to be followed too.
+    /// It may change the table, so `follow` has to read it.
+    MayChangeTable,
+    /// It is a request whose response may have no end. `follow` has to read it too.
     MayBeEndless,
 }
 
@@ -94,7 +94,7 @@ impl ClientTable {
         match head.whole_block(payload).map(|block| self.table.scan(block)) {
             Some(Ok(scan)) if scan.clues.may_be_endless(!head.has(END_STREAM)) => Effect::MayBeEndless,
             Some(Ok(scan)) if !scan.changes_table => Effect::None,
-            Some(Ok(_) | Err(Untraceable)) | None => Effect::ChangesTable,
+            Some(Ok(_) | Err(Untraceable)) | None => Effect::MayChangeTable,
         }
     }
 

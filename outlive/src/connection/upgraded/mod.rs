@@ -45,7 +45,7 @@ pub use returned::{ReturnPath, ReturnedConnection, ReturnedConnections, Successi
 /// The end of a head in HTTP/1.1.
 const BLANK_LINE: &[u8; 4] = b"\r\n\r\n";
 
-/// What the service of a connection, its driver and its IO know about upgrades.
+/// What the service of a connection, its driver and its IO share: the state of upgrades, and whether input is withheld.
 #[derive(Clone, Default)]
 pub(super) struct Upgrade(Arc<Shared>);
 
@@ -130,8 +130,8 @@ impl Upgrade {
         lock(&self.0.handed_on).take()
     }
 
-    /// Whether hyper reads nothing, also in a phase that hands no connections over. The driver sets this while it polls a
-    /// hyper that has to end, which would otherwise answer a request that has just arrived, and close the connection.
+    /// Withholds input from hyper in every phase. The driver sets this while it shuts hyper down; otherwise hyper could answer
+    /// a request that has just arrived, and close the connection.
     pub(super) fn withhold_input(&self, withholds: bool) {
         self.0.withholds_input.store(withholds, Release);
     }

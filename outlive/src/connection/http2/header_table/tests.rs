@@ -20,7 +20,18 @@ fn apply(table: &mut HeaderTable, block: &[u8]) -> Result<Option<Bytes>, Untrace
 }
 
 fn follow(table: &mut ClientTable, block: &[u8]) -> Result<Option<Bytes>, Untraceable> {
-    table.follow(Head::new(HEADERS, REQUEST, block.len()), block)
+    follow_frame(table, Head::new(HEADERS, REQUEST, block.len()), block)
+}
+
+/// Follows a frame, and checks that it changes nothing if its effect is `None`.
+fn follow_frame(table: &mut ClientTable, head: Head, payload: &[u8]) -> Result<Option<Bytes>, Untraceable> {
+    let (effect, before) = (table.effect(head, payload), table.pack());
+    let followed = table.follow(head, payload);
+    if effect == Effect::None {
+        assert_eq!(followed, Ok(None));
+        assert!(table.pack() == before && table.block.is_empty());
+    }
+    followed
 }
 
 fn hex(digits: &str) -> Vec<u8> {
@@ -464,7 +475,7 @@ async fn assert_decodes(frames: &[(Head, Vec<u8>)], requests: &[HeaderMap], move
     while left > 0
         && let Some((head, payload)) = frames.next()
     {
-        table.follow(*head, payload).expect("the block is valid");
+        follow_frame(&mut table, *head, payload).expect("the block is valid");
         left -= usize::from(head.has(END_HEADERS));
     }
     let (near, mut far) = tokio::io::duplex(1 << 20);

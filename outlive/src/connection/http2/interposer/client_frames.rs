@@ -72,7 +72,7 @@ impl Interposer {
                         self.receive(bytes);
                         return passed;
                     }
-                    if effect == Effect::ChangesTable {
+                    if effect == Effect::MayChangeTable {
                         self.follow_table(head, &bytes[..head.length]);
                     }
                     self.from_client = FrameParser::Payload(disposition, head.length);
@@ -327,8 +327,8 @@ impl Interposer {
         self.release_held();
     }
 
-    /// What a frame does to the client's table, if h2 can read the frame in place: it must not be changed or discarded, and
-    /// frames other than DATA have to be complete. `payload`: None if it is incomplete.
+    /// What a frame does to the client's table. None if h2 cannot read the frame in place, because it may have to be changed,
+    /// or because it is incomplete and not DATA. `payload`: None if it is incomplete.
     fn effect_in_place(&self, head: Head, payload: Option<&[u8]>) -> Option<Effect> {
         match head.frame_type {
             DATA => return Some(Effect::None),
