@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use e2e_cost::{Protocol, instructions_of_request};
 use indicatif::ProgressBar;
-use rustix::process::Pid;
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use testkit::process::Process;
 use testkit::service::command;
@@ -20,6 +20,9 @@ use crate::servers::{OURS, Peers, wait_for};
 
 /// Connections of the load on shared cores.
 const CONNECTIONS: usize = 64;
+
+/// How long a server may take to end. After that it is killed.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Connections that are open at once, where each serves one request.
 const ACCEPTED: usize = 100;
@@ -184,9 +187,13 @@ pub fn measure(
             let place = if round % 2 == 0 { place } else { contenders.len() - 1 - place };
             let Contender { port, path, command, rates, .. } = &mut contenders[place];
             command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-            let process = Process::spawn(command)?;
+            let mut process = Process::spawn(command)?;
             wait_for(SocketAddr::from(([127, 0, 0, 1], *port)));
             rates.push(load(process.pid(), *port, path)?);
+            // A server that is killed may leave processes behind. nginx does, and they keep the port of the next round open
+            // until they exit.
+            process.signal(Signal::TERM);
+            process.ends_within(END_LIMIT)?;
         }
     }
     Ok(())
