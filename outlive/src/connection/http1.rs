@@ -62,6 +62,7 @@ pub(super) async fn drive(io: Io, service: Service, driver: &DriverHandle) -> Ht
         .max_header_size(HEAD_LIMIT)
         .serve_connection(TokioIo::new(io), service)
         .with_upgrades();
+    // Set once hyper was asked to end. To ask again would change nothing, but withhold input again.
     let mut is_ending = false;
     let turn = poll_fn(|cx| {
         let mut has_looked_again = false;
