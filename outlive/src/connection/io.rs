@@ -452,7 +452,8 @@ mod tests {
         }
         peer.write_all(b"GET").await.expect("the bytes are sent");
         let mut read = [0; 1];
-        io.read_exact(&mut read).await.expect("the input is read");
+        let reading = timeout(Duration::from_secs(60), io.read_exact(&mut read)).await;
+        reading.expect("the input is not withheld").expect("the input is read");
         assert!(!driver.is_parkable());
         upgrade.withhold_input(true);
         assert!(timeout(Duration::from_millis(50), io.read_exact(&mut read)).await.is_err());
