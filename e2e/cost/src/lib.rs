@@ -40,7 +40,7 @@ fn instructions_of_process(binary: &Path, protocol: Protocol, requests: u32) -> 
         .args(["--quiet", "--tool=callgrind"])
         .arg(format!("--callgrind-out-file={}", counts.display()))
         .arg(binary)
-        // With more threads the count would depend on their scheduling.
+        // Otherwise the count would depend on the scheduling of the threads.
         .envs([("TOKIO_WORKER_THREADS", "1"), ("LISTEN_FDS", "1"), ("LISTEN_FDS_FIRST_FD", "0")])
         .env_remove("LISTEN_FDNAMES")
         .stdin(OwnedFd::from(listener))

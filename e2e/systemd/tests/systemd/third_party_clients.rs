@@ -279,7 +279,7 @@ fn go_keeps_its_connections(systemd: Systemd) {
         let [answered, lost, made, closed] = client.last_numbers()[..] else {
             panic!("the last line has four numbers")
         };
-        // With HTTP/2, net/http closes a connection only after GOAWAY.
+        // net/http closes an HTTP/2 connection by itself only after GOAWAY.
         let closes_by_itself = protocol == "HTTP/1.1";
         // Ten goroutines, each answered in each of five rounds.
         assert!(
