@@ -377,7 +377,9 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let mut guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
-        let offered = self.offered(&mut head, !body.is_end_stream());
+        // For HTTP/2 each look at the body locks a mutex.
+        let is_empty = body.is_end_stream();
+        let offered = self.offered(&mut head, !is_empty);
         if let Some(continuation) = offered.as_deref().and_then(Offered::continuation) {
             head.extensions.insert(continuation.clone());
         }
@@ -393,7 +395,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
             }
             None => head.extensions.extend(self.extensions.clone()),
         }
-        let body = request_body(&guard, body, offered.as_deref().and_then(Offered::call));
+        let body = request_body(&guard, body, is_empty, offered.as_deref().and_then(Offered::call));
         let future = self.routes.borrow_mut().answer(head, body);
         ResponseFuture { future, guard: Some(guard), connects, version, offered }
     }
@@ -443,14 +445,20 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
-/// The body of a request for its handler. None if it is empty. `call`: present for a call in gRPC.
-fn request_body(guard: &RequestGuard, body: Incoming, call: Option<&OfferedStream>) -> Option<RequestBody> {
+/// The body of a request for its handler. None if the handler receives no byte. `is_empty`: whether the client sends none. `call`:
+/// present for a call in gRPC, for which the body may have arrived in another process.
+fn request_body(
+    guard: &RequestGuard,
+    body: Incoming,
+    is_empty: bool,
+    call: Option<&OfferedStream>,
+) -> Option<RequestBody> {
     let former = match call.map(|call| &call.begun) {
         Some(Begun::Elsewhere { body, .. }) => Some(body.clone()),
         Some(Begun::Here) | None => None,
     };
     let kept = call.filter(|_| former.is_none()).and_then(|call| call.body.clone());
-    let is_empty = former.is_none() && body.is_end_stream();
+    let is_empty = is_empty && former.is_none();
     (!is_empty).then(|| RequestBody { body, former, kept, reading: Some(guard.begin_body()) })
 }
 

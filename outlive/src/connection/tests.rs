@@ -88,7 +88,7 @@ pub async fn serve_behind(endpoint: Arc<Endpoint>, proxies: Proxies) -> Served {
     let address = socket.local_addr().expect("the listener has an address");
     let socket = ListeningSocket::Tcp(socket);
     let listener = Listener { name: endpoint.name.clone(), socket, ownership: Ownership::Inherited };
-    server.accept_from(Acceptor::new(listener, endpoint).expect("the socket listens"));
+    server.accept_from(Acceptor::new(listener, endpoint, LIMIT).expect("the socket listens"));
     Served { address, server }
 }
 

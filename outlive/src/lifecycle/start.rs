@@ -178,7 +178,7 @@ impl Started {
         let acceptors = listeners
             .into_iter()
             .zip(endpoints)
-            .map(|(listener, endpoint)| Acceptor::new(listener, endpoint))
+            .map(|(listener, endpoint)| Acceptor::new(listener, endpoint, config.request_timeout))
             .collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Some(Self {
             config,

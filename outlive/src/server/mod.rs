@@ -54,6 +54,9 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
 const KEEPALIVE_PROBES: u32 = 6;
+/// How long the kernel sends the same bytes again to a client that acknowledges none, at least (`TCP_USER_TIMEOUT`). By default
+/// that takes some 15 minutes, and no keepalive probe is sent meanwhile.
+const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
 /// because its client has to close too.
@@ -553,19 +556,20 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// Fails if the runtime cannot watch the socket, for example because file descriptors ran out.
-    pub fn new(listener: Listener, endpoint: Arc<Endpoint>) -> anyhow::Result<Self> {
+    /// `stall`: how long a client may take to read the next part of a response. Fails if the runtime cannot watch the socket,
+    /// for example because file descriptors ran out.
+    pub fn new(listener: Listener, endpoint: Arc<Endpoint>, stall: Duration) -> anyhow::Result<Self> {
         let label = listener.label();
-        Self::watching(listener, endpoint).with_context(|| format!("could not listen on {label}"))
+        Self::watching(listener, endpoint, stall).with_context(|| format!("could not listen on {label}"))
     }
 
-    fn watching(listener: Listener, endpoint: Arc<Endpoint>) -> io::Result<Self> {
+    fn watching(listener: Listener, endpoint: Arc<Endpoint>, stall: Duration) -> io::Result<Self> {
         let label = listener.label();
         let Listener { socket, ownership, .. } = listener;
         let socket = match socket {
             ListeningSocket::Tcp(socket) => {
-                if let Err(error) = keep_alive(&socket) {
-                    warn!(%error, listener = label, "could not enable TCP keepalive; dead peers will not be detected");
+                if let Err(error) = detect_dead_peers(&socket, stall) {
+                    warn!(%error, listener = label, "could not set the TCP keepalive and TCP_USER_TIMEOUT; dead peers will not be detected");
                 }
                 socket.into()
             }
@@ -598,13 +602,19 @@ impl Acceptor {
     }
 }
 
-/// Enables TCP keepalive, so that the kernel closes connections whose peers have disappeared without a FIN. An idle
-/// WebSocket has no other time limit. On Linux an accepted connection inherits these options from its listener.
-fn keep_alive(listener: impl AsFd) -> io::Result<()> {
+/// Lets the kernel close connections whose peers have disappeared without a FIN. An idle WebSocket has no other time limit, and
+/// an event stream closes only once the socket has taken all events that fit into its buffer. On Linux an accepted connection
+/// inherits these options from its listener.
+fn detect_dead_peers(listener: impl AsFd, stall: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(&listener, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(&listener, KEEPALIVE_PROBES)?;
+    // This limit also applies to a client that acknowledges, but reads nothing. It must not close the connection before
+    // `stall` does.
+    let unacknowledged = UNACKNOWLEDGED_LIMIT.max(stall);
+    let milliseconds = i32::try_from(unacknowledged.as_millis()).unwrap_or(i32::MAX);
+    sockopt::set_tcp_user_timeout(&listener, milliseconds.cast_unsigned())?;
     Ok(())
 }
 
@@ -655,14 +665,20 @@ mod tests {
     use crate::transport::listener_name::Name;
 
     #[tokio::test]
-    async fn accepted_connections_have_nodelay_and_keepalive() {
+    async fn accepted_connections_have_nodelay_keepalive_and_a_limit_for_unacknowledged_bytes() {
+        for (stall, limit) in [(30, 120_000), (600, 600_000), (u64::MAX, i32::MAX.cast_unsigned())] {
+            assert_options_of_accepted(Duration::from_secs(stall), limit);
+        }
+    }
+
+    fn assert_options_of_accepted(stall: Duration, unacknowledged: u32) {
         let socket = TcpListener::bind("127.0.0.1:0").expect("could not bind");
         socket.set_nonblocking(true).expect("could not set the socket non-blocking");
         let address = socket.local_addr().expect("the socket has no address");
         let socket = ListeningSocket::Tcp(socket);
         let listener = Listener { name: Name::default(), socket, ownership: Ownership::Inherited };
-        let acceptor =
-            Acceptor::new(listener, endpoint(Router::new(), None)).expect("could not watch the listener");
+        let acceptor = Acceptor::new(listener, endpoint(Router::new(), None), stall)
+            .expect("could not watch the listener");
         let _peer = TcpStream::connect(address).expect("could not connect");
         let stream = acceptor.accept().expect("could not accept").expect("the queue is empty").0.socket;
         assert_eq!(sockopt::tcp_nodelay(&stream), Ok(true));
@@ -670,5 +686,6 @@ mod tests {
         assert_eq!(sockopt::tcp_keepidle(&stream), Ok(KEEPALIVE_IDLE));
         assert_eq!(sockopt::tcp_keepintvl(&stream), Ok(KEEPALIVE_INTERVAL));
         assert_eq!(sockopt::tcp_keepcnt(&stream), Ok(KEEPALIVE_PROBES));
+        assert_eq!(sockopt::tcp_user_timeout(&stream), Ok(unacknowledged));
     }
 }

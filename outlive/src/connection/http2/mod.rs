@@ -45,9 +45,6 @@ use interposer::Interposer;
 use relay::Relay;
 pub(super) use stream_body::{Content, StreamBody};
 
-/// The interval of pings, and how long a peer may take to answer one before the connection is closed.
-const PING_INTERVAL: Duration = Duration::from_secs(20);
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
 /// How many requests one connection may have in flight.
 const MAX_STREAMS: u32 = 200;
 /// The receive window of the connection and of each stream, in bytes. No later release may use less, because the client
@@ -147,8 +144,6 @@ type HyperConnection = Connection<TokioIo<Relay>, Service, TokioExecutor>;
 fn serve_connection(relay: Relay, service: Service) -> HyperConnection {
     Builder::new(TokioExecutor::new())
         .timer(TokioTimer::new())
-        .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
         .max_concurrent_streams(MAX_STREAMS)
         .initial_connection_window_size(WINDOW)
         .initial_stream_window_size(WINDOW)
