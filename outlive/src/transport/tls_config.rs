@@ -197,6 +197,18 @@ impl Tls {
         config
     }
 
+    /// Lets new handshakes use only `suite`.
+    #[cfg(test)]
+    pub fn use_suite(&self, suite: rustls::SupportedCipherSuite) {
+        let mut current = lock(&self.current);
+        let provider = Arc::new(CryptoProvider { cipher_suites: vec![suite], ..default_provider() });
+        let verifier = WebPkiClientVerifier::no_client_auth();
+        let mut config = server_config(provider, verifier, current.config.cert_resolver.clone())
+            .expect("ring has the suite");
+        config.enable_secret_extraction = self.handover;
+        *current = Arc::new(Current { config: Arc::new(config), clients: None });
+    }
+
     /// Whether the connections of the listener can be handed over.
     pub fn hands_over(&self) -> bool {
         self.handover
