@@ -103,9 +103,7 @@ fn memory_pressure_closes_the_eighth_of_the_idle_connections_that_is_longest_idl
         }
         // Longer than the shortest time after which a connection is closed for lack of memory.
         sleep(2 * PARKED).await;
-        while count_in_stage(&service, "parked").await != CONNECTIONS {
-            sleep(Duration::from_millis(20)).await;
-        }
+        wait_until_parked(&service, CONNECTIONS).await;
         service.report_memory_pressure().expect("the service reads the FIFO");
         let others = clients.split_off(CONNECTIONS / 8);
         for client in clients {
@@ -194,6 +192,16 @@ async fn count_in_stage(service: &TlsService, stage: &str) -> usize {
     let name = format!("outlive_connections{{stage=\"{stage}\"}} ");
     let line = metrics.lines().find_map(|line| line.strip_prefix(&name)).expect("the count is present");
     line.parse().expect("a valid number")
+}
+
+/// Waits until so many connections are parked.
+pub async fn wait_until_parked(service: &TlsService, count: usize) {
+    let parked = async {
+        while count_in_stage(service, "parked").await != count {
+            sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(TEST_TIMEOUT, parked).await.expect("the connections are parked in time");
 }
 
 #[test]

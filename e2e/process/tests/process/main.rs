@@ -15,6 +15,7 @@ mod linger;
 mod listeners;
 mod proxies;
 mod reload;
+mod renegotiation;
 mod restart;
 
 /// The package of the binary in the root workspace.
