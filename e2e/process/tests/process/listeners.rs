@@ -157,7 +157,12 @@ fn metrics_are_labelled_by_route_template_and_not_by_path() {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in {text}");
         }
-        for start in ["process_resident_memory_bytes ", "process_open_fds ", "outlive_uptime_seconds "] {
+        for start in [
+            "process_resident_memory_bytes ",
+            "process_open_fds ",
+            "outlive_uptime_seconds ",
+            "outlive_runtime_worker_parks_total{worker=\"0\"} ",
+        ] {
             assert!(text.lines().any(|line| line.starts_with(start)), "{start} is not in {text}");
         }
         assert!(!text.contains("made-up") && !text.contains("BREW"), "{text}");

@@ -98,6 +98,16 @@ mod tests {
         let parks =
             || -> u64 { ["0", "1"].map(|worker| PARKS.with_label_values(&[worker]).get()).iter().sum() };
         let (busy_before, parks_before) = (busy(), parks());
+        // An update adds only what is new. The counts of workers do not change while these are blocked.
+        update();
+        let of_runtime = |count: fn(&RuntimeMetrics, usize) -> u64| -> u64 {
+            (0..2).map(|worker| count(&runtime.metrics(), worker)).sum()
+        };
+        assert_eq!(parks(), of_runtime(RuntimeMetrics::worker_park_count));
+        let nanoseconds = of_runtime(|metrics, worker| {
+            u64::try_from(metrics.worker_total_busy_duration(worker).as_nanos()).expect("the test is short")
+        });
+        assert!((busy() - Duration::from_nanos(nanoseconds).as_secs_f64()).abs() < 1e-6, "{}", busy());
         std::thread::sleep(Duration::from_millis(50));
         drop(blocked);
         let deadline = Instant::now() + Duration::from_secs(60);
