@@ -57,7 +57,8 @@ pub fn start(service: &str) -> Result<()> {
     }
     let pid = i64::from(std::process::id());
     let resource = resource.with_attribute(KeyValue::new("process.pid", pid)).build();
-    let exporter = SpanExporter::builder().with_http().with_http_client(Client).build();
+    let client = Client::default();
+    let exporter = SpanExporter::builder().with_http().with_http_client(client.clone()).build();
     let mut exporter = exporter.map_err(|error| Failure::config(anyhow::Error::new(error)))?;
     exporter.set_resource(&resource);
     let (send, spans) = mpsc::channel(settings.queue);
@@ -68,7 +69,7 @@ pub fn start(service: &str) -> Result<()> {
     log::add_layer(Box::new(
         tracing_opentelemetry::layer().with_tracer(tracer.clone()).with_filter(LevelFilter::INFO),
     ));
-    tokio::spawn(export(spans, exporter, settings));
+    tokio::spawn(export(spans, exporter, client, settings));
     let _ = TRACES.set(Traces { tracer, queue, _provider: provider });
     Ok(())
 }
@@ -118,7 +119,12 @@ impl SpanProcessor for Queue {
 }
 
 /// Sends the spans in batches.
-async fn export(mut messages: mpsc::Receiver<Message>, exporter: SpanExporter, settings: Settings) {
+async fn export(
+    mut messages: mpsc::Receiver<Message>,
+    exporter: SpanExporter,
+    client: Client,
+    settings: Settings,
+) {
     let mut clock = interval(settings.delay);
     clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let (mut batch, mut is_failing) = (Vec::new(), false);
@@ -142,7 +148,7 @@ async fn export(mut messages: mpsc::Receiver<Message>, exporter: SpanExporter, s
             let sent = timeout(settings.timeout, exporter.export(std::mem::take(&mut batch))).await;
             let reason = match sent {
                 Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(error.to_string()),
+                Ok(Err(error)) => Some(client.take_failure().unwrap_or_else(|| error.to_string())),
                 Err(_) => {
                     Some(format!("no response within {}", humantime::format_duration(settings.timeout)))
                 }

@@ -10,6 +10,7 @@ use rustix::process::Signal;
 use testkit::process::terminate;
 use testkit::service::{Service, command, run_to_end};
 use testkit::{block_on, wait_until};
+use tokio::net::TcpSocket;
 
 use crate::app_binary;
 use crate::collector::{Collector, hexadecimal};
@@ -127,6 +128,25 @@ fn a_collector_that_hangs_delays_no_request_and_an_exit_no_longer_than_the_limit
     let (status, log) = service.end().expect("the process ends");
     assert!(status.success(), "{log}");
     assert!(log.contains("did not accept the last spans within 1s: they are lost"), "{log}");
+}
+
+#[test]
+fn a_collector_that_refuses_connections_is_logged_with_the_cause() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    // It does not listen.
+    let port = TcpSocket::new_v4().expect("a socket is made");
+    port.bind("127.0.0.1:0".parse().expect("the address is valid")).expect("a port is bound");
+    let endpoint = format!("http://{}", port.local_addr().expect("the socket has an address"));
+    let variables =
+        [("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str()), ("OTEL_BSP_SCHEDULE_DELAY", "3600000")];
+    let service = Service::start_with_variables(app_binary(), &variables, folder.path());
+    let service = service.expect("the service starts");
+    block_on(ask(&service, "/", 0..3));
+    service.signal(Signal::TERM);
+    let (status, log) = service.end().expect("the process ends");
+    assert!(status.success(), "{log}");
+    let warning = format!("could not send 3 spans to {endpoint}: Connection refused (os error 111)");
+    assert!(log.contains(&warning), "{log}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
@@ -12,13 +13,26 @@ use hyper_util::rt::TokioIo;
 use opentelemetry_http::{HttpClient, HttpError};
 use tokio::net::TcpStream;
 
+use crate::os::lock::lock;
+
 /// The maximum size of the collector's response, which only says what it has rejected.
 const RESPONSE_LIMIT: usize = 64 << 10;
 /// The port of an address without one.
 const DEFAULT_PORT: u16 = 80;
 
-#[derive(Debug)]
-pub struct Client;
+/// Clones share the failure.
+#[derive(Clone, Debug, Default)]
+pub struct Client {
+    /// Why the last batch could not be sent. The exporter hides that behind "network error".
+    failure: Arc<Mutex<Option<String>>>,
+}
+
+impl Client {
+    /// Why the last batch could not be sent. None if the collector has received it.
+    pub fn take_failure(&self) -> Option<String> {
+        lock(&self.failure).take()
+    }
+}
 
 impl HttpClient for Client {
     fn send_bytes<'a, 'b>(
@@ -29,7 +43,11 @@ impl HttpClient for Client {
         'a: 'b,
         Self: 'b,
     {
-        Box::pin(send(request))
+        Box::pin(async move {
+            let sent = send(request).await;
+            *lock(&self.failure) = sent.as_ref().err().map(ToString::to_string);
+            sent
+        })
     }
 }
 
