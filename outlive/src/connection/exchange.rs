@@ -445,8 +445,8 @@ fn grants_upgrade(response: &Response<Body>, connects: bool) -> bool {
     response.status() == StatusCode::SWITCHING_PROTOCOLS || (connects && response.status().is_success())
 }
 
-/// The body of a request for its handler. None if the handler receives no byte. `is_empty`: whether the client sends none. `call`:
-/// present for a call in gRPC, for which the body may have arrived in another process.
+/// The body of a request for its handler. None if the request has no body. `is_empty`: the client sends no
+/// body here. `call`: present for a call in gRPC, whose body may have arrived in another process.
 fn request_body(
     guard: &RequestGuard,
     body: Incoming,

@@ -54,8 +54,8 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 /// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
 const KEEPALIVE_PROBES: u32 = 6;
-/// How long the kernel sends the same bytes again to a client that acknowledges none, at least (`TCP_USER_TIMEOUT`). By default
-/// that takes some 15 minutes, and no keepalive probe is sent meanwhile.
+/// The minimum time after which the kernel closes a connection whose client acknowledges none of the bytes that were sent
+/// (`TCP_USER_TIMEOUT` of tcp(7)). The default is about 15 minutes, and the kernel sends no keepalive probes meanwhile.
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
@@ -602,9 +602,9 @@ impl Acceptor {
     }
 }
 
-/// Lets the kernel close connections whose peers have disappeared without a FIN. An idle WebSocket has no other time limit, and
-/// an event stream closes only once the socket has taken all events that fit into its buffer. On Linux an accepted connection
-/// inherits these options from its listener.
+/// Lets the kernel close connections whose peers have disappeared without a FIN. An idle WebSocket has no other time limit. An
+/// event stream to such a peer would otherwise end only when its events have filled the send buffer of the socket. On Linux an
+/// accepted connection inherits these options from its listener.
 fn detect_dead_peers(listener: impl AsFd, stall: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;

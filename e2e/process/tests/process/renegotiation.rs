@@ -41,7 +41,7 @@ fn renegotiation_of_openssl_is_refused_with_a_warning_before_and_after_parking()
             block_on(wait_until_parked(&service, 1));
             ask();
         }
-        // This letter is a command of s_client.
+        // With this command s_client begins a renegotiation.
         stdin.write_all(b"R\n").expect("openssl reads");
         let mut errors = String::new();
         let stderr = openssl.child().stderr.take().expect("it is piped");

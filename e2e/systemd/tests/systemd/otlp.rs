@@ -133,7 +133,7 @@ fn a_collector_that_hangs_delays_no_request_and_an_exit_no_longer_than_the_limit
 #[test]
 fn a_collector_that_refuses_connections_is_logged_with_the_cause() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
-    // It does not listen.
+    // The socket does not listen, so the kernel refuses connections to its port.
     let port = TcpSocket::new_v4().expect("a socket is made");
     port.bind("127.0.0.1:0".parse().expect("the address is valid")).expect("a port is bound");
     let endpoint = format!("http://{}", port.local_addr().expect("the socket has an address"));

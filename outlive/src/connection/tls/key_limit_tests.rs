@@ -1,4 +1,5 @@
-//! A connection over TLS 1.2 closes with a response before rustls closes it, because its key has sealed too many records.
+//! The service closes a TLS 1.2 connection with a response (`Connection: close`) before its key has sealed as many records as
+//! permitted. At that limit rustls would close the connection within a response.
 
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target};
@@ -11,7 +12,7 @@ use crate::connection::tests::serve_with;
 use crate::connection::unread_tests::{FIRST, PATIENCE, router};
 use crate::transport::tls_tests::tls_of;
 
-/// How many records rustls seals with one key in these tests, including that of its last handshake message.
+/// How many records rustls seals with one key in this test, including the record of its last handshake message.
 const LIMIT: u64 = 12;
 
 /// The suite that the test certificate permits, with a limit of [`LIMIT`].
@@ -47,6 +48,6 @@ async fn tls_1_2_response_closes_the_connection_at_half_of_the_limit_of_its_suit
         answered += 1;
         assert!(answered < LIMIT, "no response closes the connection");
     }
-    // Each response is one record. The limit is noticed when the next request is read.
+    // Each response is one record. The service checks the limit when it reads the next request.
     assert_eq!(answered, LIMIT / 2 + 1);
 }
