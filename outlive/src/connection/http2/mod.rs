@@ -30,7 +30,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::server::conn::http2::{Builder, Connection};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::time::{Instant, Sleep, sleep};
 use tracing::{debug, warn};
 
@@ -143,7 +143,6 @@ type HyperConnection = Connection<TokioIo<Relay>, Service, TokioExecutor>;
 
 fn serve_connection(relay: Relay, service: Service) -> HyperConnection {
     Builder::new(TokioExecutor::new())
-        .timer(TokioTimer::new())
         .max_concurrent_streams(MAX_STREAMS)
         .initial_connection_window_size(WINDOW)
         .initial_stream_window_size(WINDOW)
