@@ -52,10 +52,11 @@ const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 /// The time between two keepalive probes (`TCP_KEEPINTVL`).
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`).
+/// How many probes without an answer close the connection (`TCP_KEEPCNT`). While `TCP_USER_TIMEOUT` is set, the kernel closes it at
+/// that time instead.
 const KEEPALIVE_PROBES: u32 = 6;
-/// The minimum time after which the kernel closes a connection whose client acknowledges none of the bytes that were sent
-/// (`TCP_USER_TIMEOUT` of tcp(7)). The default is about 15 minutes, and the kernel sends no keepalive probes meanwhile.
+/// The smallest value of `TCP_USER_TIMEOUT` (tcp(7)): after this time the kernel closes a connection whose client acknowledges
+/// nothing. Without the option that takes about 15 minutes if bytes are unacknowledged, because no probes are sent then.
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
@@ -603,15 +604,15 @@ impl Acceptor {
 }
 
 /// Lets the kernel close connections whose peers have disappeared without a FIN. An idle WebSocket has no other time limit. An
-/// event stream to such a peer would otherwise end only when its events have filled the send buffer of the socket. On Linux an
-/// accepted connection inherits these options from its listener.
+/// event stream to such a peer would otherwise end only after about 15 minutes. On Linux an accepted connection inherits these
+/// options from its listener.
 fn detect_dead_peers(listener: impl AsFd, stall: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(&listener, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(&listener, KEEPALIVE_PROBES)?;
-    // This limit also applies to a client that acknowledges, but reads nothing. It must not close the connection before
-    // `stall` does.
+    // The kernel applies this limit also to a client that acknowledges but reads nothing. It is at least `stall`, so that the
+    // library closes such a connection first and logs the reason.
     let unacknowledged = UNACKNOWLEDGED_LIMIT.max(stall);
     let milliseconds = i32::try_from(unacknowledged.as_millis()).unwrap_or(i32::MAX);
     sockopt::set_tcp_user_timeout(&listener, milliseconds.cast_unsigned())?;

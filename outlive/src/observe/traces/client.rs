@@ -28,7 +28,7 @@ pub struct Client {
 }
 
 impl Client {
-    /// Why the last batch could not be sent. None if the collector has received it.
+    /// Removes and returns the error of the last exchange with the collector. None if a whole response has arrived.
     pub fn take_failure(&self) -> Option<String> {
         lock(&self.failure).take()
     }
