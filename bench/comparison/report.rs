@@ -53,7 +53,11 @@ pub fn table(result: &Value) -> String {
         );
     }
     for (heading, value) in pause["each group of the sandbox's lines ms"].as_object().into_iter().flatten() {
-        let _ = writeln!(text, "- of that, \"{heading}\" alone: {} ms", plain(value));
+        let _ = writeln!(
+            text,
+            "- added to the sleep without a sandbox by \"{heading}\" alone (a negative value is noise): {} ms",
+            plain(value)
+        );
     }
     for left_out in result["left out"].as_array().into_iter().flatten() {
         let _ = writeln!(text, "- left out: {}", plain(left_out));

@@ -377,7 +377,7 @@ impl hyper::service::Service<Request<Incoming>> for Service {
         let mut guard = self.requests.begin(&head.uri);
         let connects = head.method == Method::CONNECT;
         let version = head.version;
-        // For HTTP/2 each look at the body locks a mutex.
+        // Called once, because it locks a mutex for HTTP/2.
         let is_empty = body.is_end_stream();
         let offered = self.offered(&mut head, !is_empty);
         if let Some(continuation) = offered.as_deref().and_then(Offered::continuation) {

@@ -52,11 +52,10 @@ const ACCEPT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
 /// The time between two keepalive probes (`TCP_KEEPINTVL`).
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-/// How many probes without an answer close the connection (`TCP_KEEPCNT`). While `TCP_USER_TIMEOUT` is set, the kernel closes it at
-/// that time instead.
+/// After so many probes without an answer the kernel closes the connection (`TCP_KEEPCNT`), unless `TCP_USER_TIMEOUT` is set.
 const KEEPALIVE_PROBES: u32 = 6;
-/// The smallest value of `TCP_USER_TIMEOUT` (tcp(7)): after this time the kernel closes a connection whose client acknowledges
-/// nothing. Without the option that takes about 15 minutes if bytes are unacknowledged, because no probes are sent then.
+/// The value of `TCP_USER_TIMEOUT` (tcp(7)): after this time the kernel closes a connection whose client acknowledges neither data
+/// nor probes. Without the option unacknowledged data takes about 15 minutes, because the kernel sends no probes meanwhile.
 const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
@@ -557,8 +556,8 @@ pub struct Acceptor {
 }
 
 impl Acceptor {
-    /// `stall`: how long a client may take to read the next part of a response. Fails if the runtime cannot watch the socket,
-    /// for example because file descriptors ran out.
+    /// `stall`: how long a client may take to read the next part of a response. Fails if the runtime cannot watch the socket
+    /// (file descriptors ran out).
     pub fn new(listener: Listener, endpoint: Arc<Endpoint>, stall: Duration) -> anyhow::Result<Self> {
         let label = listener.label();
         Self::watching(listener, endpoint, stall).with_context(|| format!("could not listen on {label}"))
@@ -570,7 +569,7 @@ impl Acceptor {
         let socket = match socket {
             ListeningSocket::Tcp(socket) => {
                 if let Err(error) = detect_dead_peers(&socket, stall) {
-                    warn!(%error, listener = label, "could not set the TCP keepalive and TCP_USER_TIMEOUT; dead peers will not be detected");
+                    warn!(%error, listener = label, "could not set TCP keepalive or TCP_USER_TIMEOUT; connections of clients that have disappeared may stay open");
                 }
                 socket.into()
             }
@@ -604,18 +603,17 @@ impl Acceptor {
 }
 
 /// Lets the kernel close connections whose peers have disappeared without a FIN. An idle WebSocket has no other time limit. An
-/// event stream to such a peer would otherwise end only after about 15 minutes. On Linux an accepted connection inherits these
+/// event stream to such a peer would end only after about 15 minutes without `TCP_USER_TIMEOUT`. On Linux an accepted connection inherits these
 /// options from its listener.
 fn detect_dead_peers(listener: impl AsFd, stall: Duration) -> io::Result<()> {
     sockopt::set_socket_keepalive(&listener, true)?;
     sockopt::set_tcp_keepidle(&listener, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(&listener, KEEPALIVE_INTERVAL)?;
     sockopt::set_tcp_keepcnt(&listener, KEEPALIVE_PROBES)?;
-    // The kernel applies this limit also to a client that acknowledges but reads nothing. It is at least `stall`, so that the
-    // library closes such a connection first and logs the reason.
-    let unacknowledged = UNACKNOWLEDGED_LIMIT.max(stall);
-    let milliseconds = i32::try_from(unacknowledged.as_millis()).unwrap_or(i32::MAX);
-    sockopt::set_tcp_user_timeout(&listener, milliseconds.cast_unsigned())?;
+    // The kernel also closes a client that acknowledges but reads nothing. If `stall` permits that for longer, the option is not
+    // set (0). A longer limit would not do, because it would also replace the count of probes for idle connections.
+    let unacknowledged = if stall < UNACKNOWLEDGED_LIMIT { UNACKNOWLEDGED_LIMIT } else { Duration::ZERO };
+    sockopt::set_tcp_user_timeout(&listener, u32::try_from(unacknowledged.as_millis()).unwrap_or(0))?;
     Ok(())
 }
 
@@ -666,8 +664,9 @@ mod tests {
     use crate::transport::listener_name::Name;
 
     #[tokio::test]
-    async fn accepted_connections_have_nodelay_keepalive_and_a_limit_for_unacknowledged_bytes() {
-        for (stall, limit) in [(30, 120_000), (600, 600_000), (u64::MAX, i32::MAX.cast_unsigned())] {
+    async fn accepted_connections_have_nodelay_and_keepalive_and_a_limit_for_lost_clients_unless_stalls_may_last_longer()
+     {
+        for (stall, limit) in [(30, 120_000), (119, 120_000), (120, 0), (u64::MAX, 0)] {
             assert_options_of_accepted(Duration::from_secs(stall), limit);
         }
     }

@@ -197,7 +197,7 @@ impl Tls {
         config
     }
 
-    /// Lets new handshakes use only `suite`.
+    /// Lets new handshakes use only `suite`, without certificates of clients.
     #[cfg(test)]
     pub fn use_suite(&self, suite: rustls::SupportedCipherSuite) {
         let mut current = lock(&self.current);

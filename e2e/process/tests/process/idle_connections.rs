@@ -194,7 +194,7 @@ async fn count_in_stage(service: &TlsService, stage: &str) -> usize {
     line.parse().expect("a valid number")
 }
 
-/// Waits until so many connections are parked.
+/// Waits until exactly `count` connections are parked.
 pub async fn wait_until_parked(service: &TlsService, count: usize) {
     let parked = async {
         while count_in_stage(service, "parked").await != count {

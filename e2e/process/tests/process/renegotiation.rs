@@ -1,5 +1,5 @@
-//! OpenSSL begins a renegotiation of TLS 1.2, which the service refuses with a warning (RFC 5246 section 7.2.2), whether rustls
-//! serves the connection or the library's own record layer, as after a handover.
+//! OpenSSL begins a renegotiation of TLS 1.2. The service answers with the alert `no_renegotiation` (RFC 5246 section 7.2.2) while
+//! rustls serves the connection, and after parking, when the record layer of the library serves it.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::process::Stdio;
@@ -41,7 +41,7 @@ fn renegotiation_of_openssl_is_refused_with_a_warning_before_and_after_parking()
             block_on(wait_until_parked(&service, 1));
             ask();
         }
-        // With this command s_client begins a renegotiation.
+        // s_client renegotiates when it reads this line.
         stdin.write_all(b"R\n").expect("openssl reads");
         let mut errors = String::new();
         let stderr = openssl.child().stderr.take().expect("it is piped");

@@ -98,7 +98,7 @@ mod tests {
         let parks =
             || -> u64 { ["0", "1"].map(|worker| PARKS.with_label_values(&[worker]).get()).iter().sum() };
         let (busy_before, parks_before) = (busy(), parks());
-        // An update adds only what is new. The counts of workers do not change while these are blocked.
+        // A second update must not add the same counts again. They do not change while the workers are blocked.
         update();
         let of_runtime = |count: fn(&RuntimeMetrics, usize) -> u64| -> u64 {
             (0..2).map(|worker| count(&runtime.metrics(), worker)).sum()

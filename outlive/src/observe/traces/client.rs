@@ -23,7 +23,7 @@ const DEFAULT_PORT: u16 = 80;
 /// Clones share the failure.
 #[derive(Clone, Debug, Default)]
 pub struct Client {
-    /// Why the last batch could not be sent. The exporter hides that behind "network error".
+    /// The error of the last exchange with the collector. The exporter reports only "network error".
     failure: Arc<Mutex<Option<String>>>,
 }
 
