@@ -382,40 +382,85 @@ mod tests {
         clues.may_be_endless(has_body)
     }
 
-    #[test]
-    fn names_and_values_are_recognized_in_each_encoding() {
-        let (name, content_type) = (NAMES.2.huffman, GRPC.huffman);
-        // The padding has the first bits of a code of ones.
-        let padded = |mut bytes: Vec<u8>, bits: usize| {
-            if !bits.is_multiple_of(8) {
-                *bytes.last_mut().expect("it is not empty") |= 0xff >> (bits % 8);
-            }
-            bytes
-        };
-        let name = padded(name.to_vec(), NAMES.2.bits);
-        let value = padded(content_type.to_vec(), GRPC.bits);
-        let string = |is_huffman: bool, bytes: &[u8]| {
-            let length = u8::try_from(bytes.len()).expect("it is short");
-            [&[if is_huffman { 0x80 | length } else { length }][..], bytes].concat()
-        };
-        for name in [string(false, b"content-type"), string(true, &name)] {
-            for value in [string(false, b"application/grpc"), string(true, &value)] {
-                for first in [LITERAL, 0x10, 0x40] {
-                    let block = [&[0x83, first][..], &name, &value].concat();
-                    assert!(may_be_endless(&block, true), "{block:?}");
-                    assert!(!may_be_endless(&block, false), "{block:?}");
-                }
+    /// Texts and their Huffman codes with padding (RFC 7541 section 5.2), from another encoder: hpack 4 of Python.
+    const ENCODED: [(&str, &[u8]); 12] = [
+        ("accept", b"\x19\x08\x5a\xd3"),
+        ("content-length", b"\x21\xea\x49\x6a\x4a\xd4\x16\xa9\x93\x3f"),
+        ("content-type", b"\x21\xea\x49\x6a\x4a\xc9\xf5\x59\x7f"),
+        ("last-event-id", b"\xa0\x68\x4a\xc5\xee\x5a\x92\xb1\xa4"),
+        ("text/event-stream", b"\x49\x7c\xa5\x82\xf7\x2d\x49\x59\x09\xb0\xa3\xa7"),
+        ("text/event-stream, */*", b"\x49\x7c\xa5\x82\xf7\x2d\x49\x59\x09\xb0\xa3\xa7\xe9\x4f\x96\x3e\x7f"),
+        ("text/html", b"\x49\x7c\xa5\x89\xd3\x4d\x1f"),
+        ("application/grpc", b"\x1d\x75\xd0\x62\x0d\x26\x3d\x4c\x4d\x65\x64"),
+        ("application/grpc+proto", b"\x1d\x75\xd0\x62\x0d\x26\x3d\x4c\x4d\x65\x64\xff\x75\xd8\x74\x9f"),
+        ("application/json", b"\x1d\x75\xd0\x62\x0d\x26\x3d\x4c\x74\x41\xea"),
+        ("content-types", b"\x21\xea\x49\x6a\x4a\xc9\xf5\x59\x47"),
+        ("1", b"\x0f"),
+    ];
+
+    /// `text` in both encodings.
+    fn encodings(text: &'static str) -> [Encoded<'static>; 2] {
+        let (_, huffman) =
+            ENCODED.iter().find(|(known, _)| *known == text).expect("add the code of this text");
+        [(false, text.as_bytes()), (true, *huffman)].map(|(is_huffman, bytes)| Encoded { is_huffman, bytes })
+    }
+
+    /// Whether the response to a request with a field may have no end, for each encoding of its name and value.
+    fn answers(method: u8, name: &'static str, value: &'static str, has_body: bool) -> Vec<bool> {
+        let mut answers = Vec::new();
+        for (name, value) in
+            encodings(name).into_iter().flat_map(|name| encodings(value).map(|value| (name, value)))
+        {
+            for first in [LITERAL, NEVER_INDEXED, INCREMENTAL] {
+                let mut block = BytesMut::from(&[method, first][..]);
+                put_string(name, &mut block);
+                put_string(value, &mut block);
+                answers.push(may_be_endless(&block, has_body));
             }
         }
-        for (length, bits) in [
-            (NAMES.0.huffman.len(), NAMES.0.bits),
-            (NAMES.1.huffman.len(), NAMES.1.bits),
-            (NAMES.2.huffman.len(), NAMES.2.bits),
-            (GRPC.huffman.len(), GRPC.bits),
-            (EVENT_STREAM.huffman.len(), EVENT_STREAM.bits),
-            (LAST_EVENT_ID.huffman.len(), LAST_EVENT_ID.bits),
-        ] {
-            assert_eq!(length, bits.div_ceil(8));
+        answers
+    }
+
+    #[test]
+    fn names_and_values_are_recognized_in_each_encoding() {
+        let (get, post) = (0x82, 0x83);
+        for value in ["text/event-stream", "text/event-stream, */*"] {
+            assert_eq!(answers(get, "accept", value, false), [true; 12], "{value}");
+            assert_eq!(answers(get, "accept", value, true), [false; 12], "{value}");
+            assert_eq!(answers(get, "content-type", value, false), [false; 12], "{value}");
+        }
+        for value in ["application/grpc", "application/grpc+proto"] {
+            assert_eq!(answers(post, "content-type", value, true), [true; 12], "{value}");
+            assert_eq!(answers(post, "content-type", value, false), [false; 12], "{value}");
+            assert_eq!(answers(post, "content-types", value, true), [false; 12], "{value}");
+        }
+        assert_eq!(answers(get, "accept", "text/html", false), [false; 12]);
+        assert_eq!(answers(post, "content-type", "application/json", true), [false; 12]);
+        for name in ["accept", "content-length", "content-type", "content-types"] {
+            let index = match name {
+                "accept" => Some(ACCEPT),
+                "content-length" => Some(CONTENT_LENGTH),
+                "content-type" => Some(CONTENT_TYPE),
+                _ => None,
+            };
+            assert_eq!(encodings(name).map(|name| Name::Literal(name).index()), [index; 2], "{name}");
+        }
+        // A shorter string, and a code whose padding is not all ones.
+        let [_, Encoded { bytes, .. }] = encodings("content-type");
+        let (shorter, unpadded) = (&bytes[..bytes.len() - 1], [&bytes[..bytes.len() - 1], &[0x7e]].concat());
+        for bytes in [shorter, &unpadded] {
+            assert_eq!(Name::Literal(Encoded { is_huffman: true, bytes }).index(), None, "{bytes:?}");
+        }
+    }
+
+    #[test]
+    fn last_event_id_is_replaced_in_each_encoding() {
+        for name in encodings("last-event-id") {
+            let mut block = BytesMut::from(&[0x82, LITERAL][..]);
+            put_string(name, &mut block);
+            put_string(encodings("1")[1], &mut block);
+            let next = with_last_event_id(&block, b"123").expect("the id is valid");
+            assert_eq!(names(&next), ["2", "last-event-id"]);
         }
     }
 
