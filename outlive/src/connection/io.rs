@@ -34,6 +34,9 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(3);
 /// about 10 MB.
 const UNANSWERED_LIMIT: usize = 16 * 1024 * 1024;
 
+/// The size of the read that shows whether a client has disconnected while requests are withheld, in bytes.
+const WITHHELD_LENGTH: usize = 1024;
+
 /// What `Io` reads and writes: the socket itself (`Left`), or TLS on it (`Right`).
 pub(super) type Wire = Either<Stream, Tls>;
 /// TLS by rustls if this process performed the handshake (`Left`), or by `RecordLayer` after that (`Right`).
@@ -50,7 +53,7 @@ pub(super) struct Parts {
 
 pub(super) struct Io {
     wire: Wire,
-    /// Bytes that came with the connection. They are read before any others.
+    /// Bytes that came with the connection, or were read while requests are withheld. They are read before any others.
     unread: Bytes,
     registration: Registration,
     protocol: Protocol,
@@ -278,6 +281,25 @@ impl Io {
         })
         .await
     }
+
+    /// The result of a read while the next request is withheld. With TLS only a read shows that the client has disconnected
+    /// during a response. What the client has sent is kept in `unread` for the next process.
+    fn poll_withheld(&mut self, cx: &mut Context<'_>, is_in_flight: bool) -> Poll<io::Result<()>> {
+        if !is_in_flight || self.is_plain() || !self.unread.is_empty() {
+            return Poll::Pending;
+        }
+        let mut bytes = [0; WITHHELD_LENGTH];
+        let mut read = ReadBuf::new(&mut bytes);
+        std::task::ready!(Pin::new(&mut self.wire).poll_read(cx, &mut read))?;
+        let has_disconnected = read.filled().is_empty() && !self.has_stopped_reading();
+        self.unread = Bytes::copy_from_slice(read.filled());
+        if has_disconnected { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    /// Whether TLS reads no more, because it does not know the key that the client uses now.
+    fn has_stopped_reading(&self) -> bool {
+        matches!(&self.wire, Wire::Right(Tls::Right(records)) if records.is_read_closed())
+    }
 }
 
 /// `first` followed by `second`; copies only if neither is empty.
@@ -299,9 +321,11 @@ impl AsyncRead for Io {
         let held = this.protocol == Protocol::Http1
             && state.is_movable()
             && !state.is_reading()
+            // If the handler has not read the whole body, hyper reads what has arrived of it. Otherwise it ends the connection.
+            && !state.has_left_body()
             && handle.phase().quiesces();
         if held {
-            return Poll::Pending;
+            return this.poll_withheld(cx, state.is_in_flight());
         }
         if this.unread.has_remaining() {
             let length = this.unread.remaining().min(into.remaining());
@@ -323,12 +347,10 @@ impl AsyncRead for Io {
         if is_near_key_limit {
             handle.close_after_response();
         }
-        if let Wire::Right(Tls::Right(records)) = &this.wire {
-            // At the end of the input hyper would abort the response in flight, so it learns of the end only after that
-            // response is sent.
-            if records.is_read_closed() && into.filled().len() == before && state.is_in_flight() {
-                return Poll::Pending;
-            }
+        // At the end of the input hyper would abort the response in flight, so it learns of the end only after that response
+        // is sent.
+        if this.has_stopped_reading() && into.filled().len() == before && state.is_in_flight() {
+            return Poll::Pending;
         }
         if this.protocol == Protocol::Http1 && into.filled().len() > before {
             handle.received();

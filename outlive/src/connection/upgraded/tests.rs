@@ -37,7 +37,7 @@ use crate::app::context::Shutdown;
 use crate::app::event_stream::EventStream;
 use crate::connection::tests::{Served, move_to, serve, serve_with};
 use crate::observe::metrics;
-use crate::registry::{Counts, Phase, Protocols};
+use crate::registry::{Counts, Phase, Protocols, Stage};
 use crate::transport::tls_tests::{tls_of, tls_without_handover};
 
 /// How long a test waits for an event before it fails.
@@ -611,12 +611,11 @@ struct Reader {
 
 impl Reader {
     async fn open(served: &Served) -> Self {
-        Self::begin(served, EVENTS).await
+        Self::begin(&Target::Tcp(served.address), EVENTS).await
     }
 
-    async fn begin(served: &Served, request: &[u8]) -> Self {
-        let mut client =
-            client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    async fn begin(target: &Target, request: &[u8]) -> Self {
+        let mut client = client::Connection::open(target).await.expect("the server accepts");
         client.send(request).await.expect("the bytes are sent");
         assert_eq!(client.head().await.expect("the server answers").status, 200);
         Self { client, text: String::new() }
@@ -679,7 +678,7 @@ async fn response_that_moves_is_counted_by_the_process_in_which_it_began_only() 
     let router = || Router::new().route("/moves/events", get(numbers)).route("/moves/socket", any(count));
     let served = serve(router()).await;
     let request = b"GET /moves/events HTTP/1.1\r\nhost: test\r\naccept: text/event-stream\r\n\r\n";
-    let mut reader = Reader::begin(&served, request).await;
+    let mut reader = Reader::begin(&Target::Tcp(served.address), request).await;
     reader.event().await.expect("the response has not ended");
     let stream = TcpStream::connect(served.address).await.expect("the server accepts");
     let socket = tokio_tungstenite::client_async("ws://test/moves/socket", stream).await;
@@ -785,7 +784,7 @@ async fn event_stream_without_ids_ends_at_a_move() {
 #[tokio::test(flavor = "multi_thread")]
 async fn event_stream_of_a_client_that_does_not_ask_for_one_ends_at_the_drain() {
     let served = serve(numbering()).await;
-    let mut reader = Reader::begin(&served, &client::get("/")).await;
+    let mut reader = Reader::begin(&Target::Tcp(served.address), &client::get("/")).await;
     reader.event().await.expect("the response has not ended");
     served.registry().set_phase(Phase::Draining);
     reader.reaches_the_end().await;
@@ -807,12 +806,66 @@ async fn event_stream_over_http2_ends_at_the_drain() {
     assert_eq!(all.expect("the response is complete").expect("no GOAWAY arrives").0, 200);
 }
 
+/// Sends one event, and then none.
+async fn silent(headers: HeaderMap) -> EventStream<impl Stream<Item = Result<Event, Infallible>>> {
+    let is_first = !headers.contains_key("last-event-id");
+    let first = is_first.then(|| Ok(Event::default().id("1").data("x")));
+    EventStream(Sse::new(stream::iter(first).chain(stream::pending())))
+}
+
+/// Serves `router` over TCP or TLS to a client that has received the first event.
+async fn serve_first(router: Router, certificate: Option<&Certificate>) -> (Served, Reader) {
+    let served = serve_with(router, certificate.map(tls_of)).await;
+    let target = match certificate {
+        None => Target::Tcp(served.address),
+        Some(certificate) => {
+            Target::Tls(served.address, certificate.client(&[]).expect("the client is made"))
+        }
+    };
+    let mut reader = Reader::begin(&target, EVENTS).await;
+    reader.event().await.expect("an event arrives");
+    (served, reader)
+}
+
 #[tokio::test(flavor = "multi_thread")]
-async fn event_stream_ends_when_its_client_disconnects() {
-    let served = serve(numbering()).await;
-    let reader = Reader::open(&served).await;
-    drop(reader);
-    served.until_connections(0).await;
+async fn event_stream_without_events_ends_when_its_client_disconnects() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    for certificate in [None, Some(&certificate)] {
+        let (served, reader) = serve_first(Router::new().route("/", get(silent)), certificate).await;
+        drop(reader);
+        served.until_connections(0).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn event_stream_without_events_ends_when_its_client_disconnects_after_a_move() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    for certificate in [None, Some(&certificate)] {
+        let (served, reader) = serve_first(Router::new().route("/", get(silent)), certificate).await;
+        let next = serve_with(Router::new().route("/", get(silent)), certificate.map(tls_of)).await;
+        move_to(&next, served).await;
+        next.until_stage(Stage::InFlight).await;
+        drop(reader);
+        next.until_connections(0).await;
+    }
+}
+
+/// The response stays in the process that drains, because it is no `EventStream`.
+#[tokio::test(flavor = "multi_thread")]
+async fn response_without_data_ends_when_its_client_disconnects_while_connections_move() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    let stream = async || {
+        let first = stream::iter([Ok::<_, Infallible>(Event::default().data("x"))]);
+        Sse::new(first.chain(stream::pending()))
+    };
+    for certificate in [None, Some(&certificate)] {
+        for phase in [Phase::Quiescing, Phase::Holding] {
+            let (served, reader) = serve_first(Router::new().route("/", get(stream)), certificate).await;
+            served.server.enter(phase);
+            drop(reader);
+            served.until_connections(0).await;
+        }
+    }
 }
 
 /// A handler may answer only after the phase has begun to hand connections over. The head of its response is then in
@@ -1015,7 +1068,7 @@ async fn events_continue_on_a_connection_with_a_declined_upgrade() {
     let request = "GET / HTTP/1.1\r\nhost: test\r\nconnection: upgrade, http2-settings\r\nupgrade: h2c\r\n\
         http2-settings: AAEAAEAAAAIAAAAA\r\naccept: text/event-stream\r\n\r\n";
     let mut served = serve(numbering()).await;
-    let mut reader = Reader::begin(&served, request.as_bytes()).await;
+    let mut reader = Reader::begin(&Target::Tcp(served.address), request.as_bytes()).await;
     for number in 0..200_usize {
         let event = reader.event().await.expect("the response has not ended");
         assert!(event.starts_with(&format!("id: {number}\n")), "{event:.60}");
