@@ -792,3 +792,34 @@ fn handed_over_http2_connection_reacts_to_random_frames_like_a_fresh_one() {
         })
         .unwrap_or_else(|error| panic!("{error}"));
 }
+
+/// A client may use almost all of the connection's window before it grants more. The fresh h2 assumes that it has all of it.
+#[tokio::test(flavor = "multi_thread")]
+async fn response_after_a_move_uses_what_is_left_of_a_window_before_the_client_grants_more() {
+    /// A GET request for /large, with the authority from the header table.
+    const GET_LARGE: &[u8] = b"\x82\x86\x04\x06/large\xbe";
+    const LENGTH: usize = 60_000;
+    let served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None, GET_AGAIN).await;
+    let mut left = 65_535 - 2 * "hello\n".len();
+    client.send(&frame(HEADERS, ENDS, 5, GET_LARGE)).await;
+    client.wait_until(|head| head.stream == 5 && head.has(END_STREAM)).await;
+    left -= LENGTH;
+    let next = serve_with(router(), None).await;
+    move_to(&next, served).await;
+    client.send(&frame(HEADERS, ENDS, 7, GET_LARGE)).await;
+    let mut length = 0;
+    while length < LENGTH {
+        let received = timeout(PATIENCE, client.receive()).await.expect("the server uses the window");
+        let (head, _) = received.expect("the connection is open");
+        if head.frame_type == DATA {
+            length += head.length;
+            left = left.checked_sub(head.length).expect("the server respects the window");
+        }
+        if left == 0 {
+            left = LENGTH;
+            client.send(&grant(0, u32::try_from(left).expect("it is small"))).await;
+        }
+    }
+    assert_eq!(length, LENGTH);
+}

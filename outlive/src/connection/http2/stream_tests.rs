@@ -21,6 +21,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::timeout;
 
+use super::MAX_STREAMS;
 use super::frame::{
     ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, RST_STREAM, SETTINGS,
     put_settings, put_settings_ack, put_window_update,
@@ -688,5 +689,22 @@ async fn field_of_the_library_is_hidden_from_handlers_and_ignored_from_clients()
             let chunk = body.data().await.expect("the body has a chunk").expect("the stream is open");
             assert_eq!(chunk, "false");
         }
+    }
+}
+
+/// For the fresh h2 the request that gives it the header table is one more.
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_event_streams_as_are_permitted_continue_after_a_move() {
+    let served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    client.plain(1).await;
+    let mut readers = Vec::new();
+    for _ in 0..MAX_STREAMS {
+        readers.push(client.events().await);
+    }
+    let next = moved(served, router()).await;
+    until_in_flight(&next, readers.len()).await;
+    for reader in &mut readers {
+        reader.expect(0).await;
     }
 }

@@ -1,7 +1,7 @@
 //! Frames from h2 to the client. They are forwarded unchanged, or rewritten while h2 is sending its preamble or the
 //! client's window is smaller than h2 assumes.
 
-use bytes::BytesMut;
+use bytes::{Buf, BytesMut};
 
 use super::{Interposer, ToldToH2, size};
 use crate::connection::http2::frame::{
@@ -95,6 +95,7 @@ impl Interposer {
             }
             if waits { self.waiting.unsplit(frame) } else { self.to_client.unsplit(frame) }
         }
+        self.send_waiting();
     }
 
     pub(super) fn has_room(&self, head: Head) -> bool {
@@ -105,7 +106,7 @@ impl Interposer {
         while let Some(bytes) = self.waiting.first_chunk::<HEAD_LENGTH>() {
             let head = Head::decode(*bytes);
             if !self.has_room(head) {
-                return;
+                return self.send_part(head);
             }
             let frame = self.waiting.split_to(HEAD_LENGTH + head.length);
             if head.frame_type != SETTINGS {
@@ -113,6 +114,20 @@ impl Interposer {
             }
             self.to_client.unsplit(frame);
         }
+    }
+
+    /// Sends as much of the first waiting frame, which is DATA, as the client's window has room for. The frame can be larger than
+    /// the whole window, and a client may grant more only when little is left. h2 does not pad its frames.
+    fn send_part(&mut self, head: Head) {
+        let Ok(room @ 1..) = usize::try_from(self.state.send_window) else { return };
+        let part = Head { length: room, flags: head.flags & !END_STREAM, ..head };
+        part.put(&mut self.to_client);
+        self.to_client.extend_from_slice(&self.waiting[HEAD_LENGTH..HEAD_LENGTH + room]);
+        self.note_sent(part, &[]);
+        // The head of the rest is written over the end of what was sent.
+        let rest = Head { length: head.length - room, ..head };
+        self.waiting.advance(room);
+        self.waiting[..HEAD_LENGTH].copy_from_slice(&rest.encode());
     }
 
     /// Absorbs the preamble of a fresh h2, because the client received one from the former process. The client receives
@@ -129,6 +144,7 @@ impl Interposer {
             // This refuses a request on a stream of the former process. After the last one h2 needs the client's settings.
             HEADERS | RST_STREAM if preamble.refused.contains(&head.stream) => {
                 preamble.refused.retain(|stream| *stream != head.stream);
+                self.to_h2.unsplit(std::mem::take(&mut preamble.later));
                 if preamble.refused.is_empty() && preamble.replays {
                     // h2 has the client's settings already. `end_replay` adds the size of the table.
                     preamble.told = ToldToH2::All;

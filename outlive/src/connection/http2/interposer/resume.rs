@@ -4,12 +4,12 @@ use bytes::BytesMut;
 
 use super::{Ended, Interposer, Preamble, ToldToH2};
 use crate::connection::PREFACE;
-use crate::connection::http2::HEADER_LIST_LIMIT;
 use crate::connection::http2::frame::{
     END_HEADERS, END_STREAM, HEADERS, Head, put_oversized_request, put_settings, put_window_update,
 };
 use crate::connection::http2::header_block::put_stream_field;
 use crate::connection::http2::header_table::{ClientTable, Untraceable, without_indexing};
+use crate::connection::http2::{HEADER_LIST_LIMIT, MAX_STREAMS};
 use crate::transport::http2_state::{FIRST_WINDOW, HEADER_TABLE_SIZE, Http2State, Settings};
 use crate::transport::stream_replay::StreamReplay;
 
@@ -103,22 +103,32 @@ impl Interposer {
                 has_sent_window: false,
                 told,
                 refused,
+                later: BytesMut::new(),
                 replays: has_replays,
             }),
             debt: (-granted).max(0),
             ..Self::new()
         };
+        // h2 would also refuse the last replay, because the request with the table counts as open until it is refused.
+        let are_too_many = requests.len() > MAX_STREAMS as usize;
+        let mut first_end = None;
         for request in requests {
             match request {
                 Request::Replay(replay) => resumed.replay(replay.clone(), !has_table),
                 Request::Refused { stream, has_table } => {
                     let block = if has_table { &packed[..] } else { &[] };
                     put_oversized_request(stream, block, HEADER_LIST_LIMIT, &mut resumed.to_h2);
+                    if has_table && are_too_many {
+                        first_end = Some(resumed.to_h2.len());
+                    }
                 }
             }
         }
         if let Ok(granted @ 1..) = u32::try_from(granted) {
             put_window_update(0, granted, &mut resumed.to_h2);
+        }
+        if let (Some(end), Some(preamble)) = (first_end, &mut resumed.preamble) {
+            preamble.later = resumed.to_h2.split_off(end);
         }
         Ok(resumed)
     }
