@@ -320,6 +320,9 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Quiescing);
         let queue = server.handover_queue();
         let mut idle = server.take_parked();
+        // The limit may have passed already, or pass just after the phase was set. The tasks of idle connections have not run
+        // yet then, and their connections would be closed.
+        let ends_after = Instant::now() + QUIESCE_LIMIT;
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
@@ -336,7 +339,7 @@ impl<'a> Drain<'a> {
                     }
                     connection = queue.next() => Some(connection),
                     () = registry.wait_until(|| registry.is_drained()) => queue.take(),
-                    () = limit.passes() => queue.take(),
+                    () = async { limit.passes().await; sleep_until(ends_after).await } => queue.take(),
                     // Connections that cannot move have begun further requests. From now on none may begin, because
                     // the drain has to end within twice the limit.
                     () = sleep_until(first_deadline), if registry.phase() == Phase::Quiescing => {
@@ -572,8 +575,11 @@ mod tests {
     use std::cell::RefCell;
     use std::collections::HashMap;
     use std::convert::Infallible;
+    use std::net::SocketAddr;
     use std::ops::Range;
+    use std::os::fd::OwnedFd;
     use std::rc::Rc;
+    use std::sync::Arc;
 
     use axum::Router;
     use axum::response::sse::{Event, Sse};
@@ -583,10 +589,15 @@ mod tests {
     use proptest::prelude::*;
     use testkit::client::{self, Target};
     use tokio::task::LocalSet;
+    use tokio_util::sync::CancellationToken;
 
     use super::*;
     use crate::app::event_stream::EventStream;
+    use crate::app::tasks;
     use crate::connection::tests::{Served, serve};
+    use crate::handover::{Next, pair, receive_frame};
+    use crate::observe::status::Status;
+    use crate::registry::Limits;
     use crate::transport::stream::Peer;
 
     /// Hands over beside a request that arrives during the drain and never ends, and returns the duration of the drain.
@@ -624,6 +635,57 @@ mod tests {
         let expected = "handed over 1 connection; 0 requests in flight finished, 0 cut off, 1 moved, in ";
         assert!(line.starts_with(expected), "{line}");
         assert!(line.ends_with(" ms; 1 answered in total"), "{line}");
+    }
+
+    /// A successor for [`Drain::pass_on`], and its end of the channel.
+    fn successor() -> (Successor, OwnedFd) {
+        let (ours, theirs) = pair().expect("a socket pair is made");
+        let channel = Channel::new(ours).expect("the socket is watched");
+        (Successor { channel, adopts: Protocols::ALL }, theirs)
+    }
+
+    /// Passes the connections of `server` on to `successor` within `limit`, without lingering. Returns the time that it
+    /// took.
+    async fn pass_on(server: Server, successor: Successor, limit: Duration) -> Duration {
+        let limits = Limits { head: LIMIT, idle: LIMIT, stall: LIMIT, close: LIMIT };
+        let status = Status::new(Registry::new(limits, CancellationToken::new()), String::new());
+        let old = OldProcesses::new(server.clone(), Arc::new(status), 1);
+        let tasks = tasks::begin(Vec::new(), &CancellationToken::new());
+        let linger = Linger { limit: TimeLimit::Limited(Duration::ZERO), old: &old, tasks: &tasks };
+        let mut signals = Signals::new().expect("the signal handlers can be installed");
+        let begun = Instant::now();
+        let drain = Drain::new(&server, &mut signals, limit, 1);
+        // A limit of zero has passed then.
+        tokio::time::advance(Duration::from_millis(1)).await;
+        drain.pass_on(successor, 0, linger).await;
+        begun.elapsed()
+    }
+
+    /// The number of connections that wait in a channel.
+    fn connections_in(channel: &OwnedFd) -> usize {
+        let mut connections = 0;
+        while let Next::Frame(frame) = receive_frame(channel).expect("the channel can be read") {
+            connections +=
+                if frame.message_type == MessageType::Connections { frame.sockets.len() } else { 0 };
+        }
+        connections
+    }
+
+    /// A connection that has received one response.
+    async fn used_connection(address: SocketAddr) -> client::Connection {
+        let mut client = client::Connection::open(&Target::Tcp(address)).await.expect("the server accepts");
+        assert_eq!(client.ask(&client::get("/")).await.expect("the server answers").status, 200);
+        client
+    }
+
+    #[tokio::test]
+    async fn connection_that_was_just_used_is_handed_over_although_the_limit_is_zero() {
+        let Served { server, address } = serve(Router::new().route("/", get("hello"))).await;
+        let _client = used_connection(address).await;
+        let (successor, theirs) = successor();
+        tokio::time::pause();
+        assert!(pass_on(server, successor, Duration::ZERO).await < QUIESCE_LIMIT * 2);
+        assert_eq!(connections_in(&theirs), 1);
     }
 
     #[tokio::test(start_paused = true)]
