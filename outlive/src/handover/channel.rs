@@ -9,6 +9,7 @@ use std::io::{self, IoSlice, IoSliceMut, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -19,6 +20,8 @@ use rustix::net::{
 };
 use tokio::io::Interest;
 use tokio::net::UnixStream;
+use tokio::time::{Instant, sleep};
+use tracing::debug;
 use zeroize::Zeroizing;
 
 use super::Origin;
@@ -36,6 +39,21 @@ const RECORDS_LIMIT: u64 = 252 << 21;
 const SMALL_FRAME: usize = 32;
 /// How many frames with connections the socket's buffer holds, with room for the frames that follow them.
 const FRAMES_IN_CHANNEL: usize = 200;
+
+/// How long [`Channel::send`] tries again if files or memory run short. In a reload the connections of the frame are
+/// served by no process meanwhile. It is long enough for a successor that adopts thousands of connections to receive those
+/// that are in flight.
+const SHORTAGE_LIMIT: Duration = Duration::from_secs(5);
+/// The pause between two of these attempts. It is short, because the shortage usually ends when the other process receives
+/// the next frame.
+const SHORTAGE_PAUSE: Duration = Duration::from_millis(5);
+
+/// Whether a frame could not be sent because files or memory have run short: this passes when other descriptors are
+/// received or closed. ETOOMANYREFS: too many descriptors of this user are in flight (unix(7)).
+fn is_shortage(error: &io::Error) -> bool {
+    let shortages = [Errno::TOOMANYREFS, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
+    Errno::from_io_error(error).is_some_and(|errno| shortages.contains(&errno))
+}
 
 /// A frame that was received.
 pub struct Frame {
@@ -346,7 +364,8 @@ impl Channel {
         Ok(self.0.into_std()?.into())
     }
 
-    /// Sends all of `sockets`. Waits for the other process to read when the channel is full.
+    /// Sends all of `sockets`. Waits for the other process to read when the channel is full, without a limit, and no longer
+    /// than [`SHORTAGE_LIMIT`] while files or memory run short.
     pub async fn send<S: AsFd>(
         &self,
         message_type: MessageType,
@@ -354,15 +373,51 @@ impl Channel {
         mut sockets: &[(S, SocketRecord)],
         text: &str,
     ) -> io::Result<()> {
+        self.send_from(message_type, origin, &mut sockets, text).await
+    }
+
+    /// As [`Channel::send`]. Removes from `unsent` what it has sent, so that the caller knows after an error or a timeout
+    /// which sockets the other process does not receive.
+    pub async fn send_from<S: AsFd>(
+        &self,
+        message_type: MessageType,
+        origin: Origin,
+        unsent: &mut &[(S, SocketRecord)],
+        text: &str,
+    ) -> io::Result<()> {
+        self.retry(|| {
+            let (sent, error) = send(&self.0, message_type, origin, unsent, text);
+            *unsent = &unsent[sent..];
+            (sent, error)
+        })
+        .await
+    }
+
+    /// Calls `attempt`, which returns how many sockets it has sent and what prevented the others, until it has sent all.
+    async fn retry(&self, mut attempt: impl FnMut() -> (usize, Option<io::Error>)) -> io::Result<()> {
+        // Since when files or memory run short.
+        let mut short_since = None;
         loop {
             self.0.writable().await?;
-            let sent = self.0.try_io(Interest::WRITABLE, || {
-                let (sent, error) = send(&self.0, message_type, origin, sockets, text);
-                sockets = &sockets[sent..];
+            let result = self.0.try_io(Interest::WRITABLE, || {
+                let (sent, error) = attempt();
+                if sent > 0 {
+                    short_since = None;
+                }
                 error.map_or(Ok(()), Err)
             });
-            match sent {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            match result {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => short_since = None,
+                Err(error) if is_shortage(&error) => {
+                    let since = *short_since.get_or_insert_with(|| {
+                        debug!(%error, "could not send through the handover channel; retrying");
+                        Instant::now()
+                    });
+                    if since.elapsed() >= SHORTAGE_LIMIT {
+                        return Err(error);
+                    }
+                    sleep(SHORTAGE_PAUSE).await;
+                }
                 result => return result,
             }
         }
@@ -409,6 +464,81 @@ mod tests {
             received += frame.sockets.len();
         }
         assert_eq!(received, fitted);
+    }
+
+    /// A channel, and its other end.
+    fn channel() -> (Channel, OwnedFd) {
+        let (ours, theirs) = pair().expect("could not create a socket pair");
+        (Channel::new(ours).expect("could not watch the socket"), theirs)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn frame_is_sent_again_when_files_or_memory_run_short_for_a_moment() {
+        let (channel, _theirs) = channel();
+        for errno in [Errno::TOOMANYREFS, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
+            let mut failures = 3;
+            let sent = channel.retry(|| {
+                if failures == 0 {
+                    return (1, None);
+                }
+                failures -= 1;
+                (0, Some(errno.into()))
+            });
+            sent.await.unwrap_or_else(|error| panic!("{errno}: gave up: {error}"));
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn shortage_that_lasts_is_an_error_unless_some_frames_are_sent_meanwhile() {
+        let (channel, _theirs) = channel();
+        let begun = Instant::now();
+        let error = channel.retry(|| (0, Some(Errno::MFILE.into()))).await.expect_err("no frame was sent");
+        assert_eq!(Errno::from_io_error(&error), Some(Errno::MFILE));
+        assert!(begun.elapsed() >= SHORTAGE_LIMIT && begun.elapsed() < SHORTAGE_LIMIT * 2);
+        let mut calls = 0;
+        let attempts = SHORTAGE_LIMIT.as_millis() / SHORTAGE_PAUSE.as_millis() * 3;
+        let sent = channel.retry(|| {
+            calls += 1;
+            if calls > attempts {
+                (1, None)
+            } else {
+                (usize::from(calls % 100 == 0), Some(Errno::MFILE.into()))
+            }
+        });
+        sent.await.expect("each frame was sent in time");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn exit_of_the_other_process_is_an_error_at_once() {
+        let (channel, theirs) = channel();
+        drop(theirs);
+        let begun = Instant::now();
+        let sent = channel.send(MessageType::Connections, Origin::now(1), &sockets(1), "").await;
+        assert_eq!(sent.expect_err("nothing was sent").kind(), io::ErrorKind::BrokenPipe);
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+    }
+
+    #[tokio::test]
+    async fn sending_that_is_cancelled_leaves_the_sockets_that_were_not_sent() {
+        let (channel, theirs) = channel();
+        rustix::net::sockopt::set_socket_send_buffer_size(&channel.0, 1).expect("could not set SO_SNDBUF");
+        let all = sockets(2000);
+        let mut unsent = &all[..];
+        channel.0.writable().await.expect("the socket is watched");
+        tokio::select! {
+            biased;
+            sent = channel.send_from(MessageType::Connections, Origin::now(1), &mut unsent, "") => {
+                panic!("the channel holds too many frames: {sent:?}")
+            }
+            // It has filled the channel when it waits for the first time.
+            () = std::future::ready(()) => {}
+        }
+        let mut received = 0;
+        while let Next::Frame(frame) = receive(&theirs).expect("could not receive") {
+            received += frame.sockets.len();
+        }
+        assert!(received > 0);
+        assert_eq!(unsent.len(), all.len() - received);
     }
 
     #[test]

@@ -40,8 +40,9 @@ use schedule::{Schedule, Step};
 
 /// How long idle connections may take to become quiescent if the drain limit has already passed.
 const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
-/// How long connections that do not fit into the handover channel are served, so that they can be told to close. It is
-/// short, because all connections that did fit wait for the next process meanwhile.
+/// How long connections that could not be handed over are served at least, so that they can be told to close. At a restart
+/// they did not fit into the handover channel. It is short, because all connections that did fit wait for the next process
+/// meanwhile.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
 /// How long a message to the successor may take before the successor is taken to hang. For messages with connections,
 /// this time is added to the drain limit.
@@ -299,22 +300,11 @@ impl<'a> Drain<'a> {
         limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
         registry.limit_handover(adopts);
-        if adopts >= Protocols::Http2AndTls
-            && let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok())
-        {
-            let _ =
-                timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
+        if adopts >= Protocols::Http2AndTls {
+            pass_tickets(server, &successor, origin).await;
         }
+        pass_overflow(server, &successor, origin).await;
         let mut handed_over = 0;
-        for waiting in server.overflow().hand_over() {
-            let packed = pack_channel(&waiting);
-            let sent =
-                timeout(SUCCESSOR_LINGER, successor.send(MessageType::Connections, origin, &packed, ""))
-                    .await;
-            if let Err(error) = sent.map_err(io::Error::from).flatten() {
-                warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
-            }
-        }
         let mut route = Route::Handover(successor);
         old.pass_on();
         server.enter(Phase::Quiescing);
@@ -322,7 +312,7 @@ impl<'a> Drain<'a> {
         let mut idle = server.take_parked();
         // The limit may have passed already, or pass just after the phase was set. The tasks of idle connections have not run
         // yet then, and their connections would be closed.
-        let ends_after = Instant::now() + QUIESCE_LIMIT;
+        let mut ends_after = Instant::now() + QUIESCE_LIMIT;
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
@@ -331,7 +321,8 @@ impl<'a> Drain<'a> {
                 connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
-                let first_deadline = limit.first_deadline();
+                // Not before `ends_after`, because `Holding` closes connections that are idle.
+                let first_deadline = limit.first_deadline().max(ends_after);
                 let connection = tokio::select! {
                     channel = old.next_to_pass() => {
                         route.pass(channel, origin).await;
@@ -351,20 +342,37 @@ impl<'a> Drain<'a> {
                 connections.push(connection);
             }
             let packed = pack(&connections);
+            let mut unsent = &packed[..];
             let sent = tokio::select! {
-                sent = route.send(&packed, origin) => sent,
+                sent = route.send(&mut unsent, origin) => sent,
                 () = async { limit.passes().await; sleep(SUCCESSOR_LINGER).await } => {
                     Err(io::ErrorKind::TimedOut.into())
                 }
             };
-            if let Err(error) = sent {
-                warn!(%error, connections = connections.len(), "could not hand over connections; they will be closed");
-                limit.passed.get_or_insert(EndReason::SuccessorExited);
-                break;
-            }
+            let mut left = connections.split_off(packed.len() - unsent.len());
             handed_over += connections.len();
             metrics::HANDED_OVER.inc_by(connections.len() as u64);
             *moved += moving_responses(&connections);
+            match sent {
+                Ok(()) => {}
+                Err(error) if is_exit(&error) => {
+                    warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; they will be closed");
+                    limit.passed.get_or_insert(EndReason::SuccessorExited);
+                    break;
+                }
+                // The successor hangs, or files or memory have run short for too long. This process serves the connections
+                // again, also those that were to follow: otherwise no process would while the next ones are tried.
+                Err(error) => {
+                    left.append(&mut idle);
+                    left.append(&mut queue.take_all());
+                    warn!(%error, connections = left.len(), "could not hand over connections; each will be closed after its next response");
+                    for connection in left {
+                        server.finish(connection);
+                    }
+                    // The limit may have passed: they would be closed before they can answer.
+                    ends_after = Instant::now() + OVERFLOW_LINGER;
+                }
+            }
         }
         // A channel may have arrived with the last connection of the predecessor.
         while let Some(channel) = old.take_to_pass() {
@@ -411,6 +419,31 @@ impl<'a> Drain<'a> {
         );
         line
     }
+}
+
+/// Sends the TLS session ticket keys, without which clients do full handshakes.
+async fn pass_tickets(server: &Server, successor: &Channel, origin: Origin) {
+    if let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok()) {
+        let _ = timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
+    }
+}
+
+/// Sends the channels with connections that wait for file descriptors.
+async fn pass_overflow(server: &Server, successor: &Channel, origin: Origin) {
+    for waiting in server.overflow().hand_over() {
+        let packed = pack_channel(&waiting);
+        let sent =
+            timeout(SUCCESSOR_LINGER, successor.send(MessageType::Connections, origin, &packed, "")).await;
+        if let Err(error) = sent.map_err(io::Error::from).flatten() {
+            warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
+        }
+    }
+}
+
+/// Whether an error of sending says that the other process has closed the channel.
+fn is_exit(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
 }
 
 fn moving_responses(connections: &[Connection]) -> usize {
@@ -595,7 +628,7 @@ mod tests {
     use crate::app::event_stream::EventStream;
     use crate::app::tasks;
     use crate::connection::tests::{Served, serve};
-    use crate::handover::{Next, pair, receive_frame};
+    use crate::handover::{Next, pair, receive_frame, send_frames};
     use crate::observe::status::Status;
     use crate::registry::Limits;
     use crate::transport::stream::Peer;
@@ -637,9 +670,18 @@ mod tests {
         assert!(line.ends_with(" ms; 1 answered in total"), "{line}");
     }
 
+    /// How full a channel is at the beginning of a test.
+    #[derive(Clone, Copy, PartialEq, Eq)]
+    enum Fill {
+        Empty,
+        Full,
+    }
+
     /// A successor for [`Drain::pass_on`], and its end of the channel.
-    fn successor() -> (Successor, OwnedFd) {
+    fn successor(fill: Fill) -> (Successor, OwnedFd) {
         let (ours, theirs) = pair().expect("a socket pair is made");
+        let send = || send_frames::<OwnedFd>(&ours, MessageType::Main, Origin::now(1), &[], "");
+        while fill == Fill::Full && send().1.is_none() {}
         let channel = Channel::new(ours).expect("the socket is watched");
         (Successor { channel, adopts: Protocols::ALL }, theirs)
     }
@@ -679,10 +721,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn successor_that_hangs_costs_no_request_and_connections_are_closed_gracefully() {
+        let served = serve(Router::new().route("/", get("hello"))).await;
+        let mut client = used_connection(served.address).await;
+        let (successor, _theirs) = successor(Fill::Full);
+        // From now on time passes only while nothing else happens.
+        tokio::time::pause();
+        let passed_on = tokio::spawn(pass_on(served.server.clone(), successor, Duration::ZERO));
+        // The drain has the connection, and tries to send it.
+        served.until_connections(0).await;
+        let answer = client.ask(&client::get("/")).await.expect("the server answers");
+        assert!(answer.closes(), "the connection stays open");
+        // It tries to send the totals too.
+        let limit = QUIESCE_LIMIT + 2 * SUCCESSOR_LINGER + OVERFLOW_LINGER;
+        assert!(passed_on.await.expect("the drain ends") <= limit);
+    }
+
+    #[tokio::test]
     async fn connection_that_was_just_used_is_handed_over_although_the_limit_is_zero() {
         let Served { server, address } = serve(Router::new().route("/", get("hello"))).await;
         let _client = used_connection(address).await;
-        let (successor, theirs) = successor();
+        let (successor, theirs) = successor(Fill::Empty);
         tokio::time::pause();
         assert!(pass_on(server, successor, Duration::ZERO).await < QUIESCE_LIMIT * 2);
         assert_eq!(connections_in(&theirs), 1);

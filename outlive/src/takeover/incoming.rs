@@ -4,19 +4,21 @@
 //! [`PredecessorLink::commit`] then agrees with the predecessor that this process serves, and [`Committed::take_over`]
 //! adopts the connections with an [`Adopter`].
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use tokio::sync::oneshot;
+use tokio::time::{timeout, timeout_at};
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, warn};
 
 use super::launch::{ResultPipe, is_readable, take_standard_input};
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
-    CREDENTIALS, OUTCOME_LIMIT,
+    COMMIT_LIMIT, CREDENTIALS, OUTCOME_LIMIT,
 };
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, SocketFiles};
@@ -112,11 +114,9 @@ impl PredecessorLink {
 /// Returns also the text of `Accepting` that the predecessor expects.
 async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Result<(Channel, &'static str)> {
     let channel = Channel::new(channel)?;
-    channel
-        .send_text(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS)
-        .await
-        .context("could not send Ready to the predecessor")?;
-    let answer = tokio::time::timeout_at(deadline.into(), channel.receive()).await;
+    let ready = timeout_at(deadline.into(), channel.send_text(MessageType::Ready, me, ADOPTS_HTTP2_AND_TLS));
+    ready.await.map_err(io::Error::from).flatten().context("could not send Ready to the predecessor")?;
+    let answer = timeout_at(deadline.into(), channel.receive()).await;
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.message_type == MessageType::Commit => {
             let hands_streams_over = frame.text == ADOPTS_STREAMS;
@@ -160,7 +160,8 @@ impl Committed {
         gone: CancellationToken,
     ) -> ResultPipe {
         let Self { channel, outcome, me, adopts } = self;
-        if let Err(error) = channel.send_text(MessageType::Accepting, me, adopts).await {
+        let accepting = timeout(COMMIT_LIMIT, channel.send_text(MessageType::Accepting, me, adopts)).await;
+        if let Err(error) = accepting.map_err(io::Error::from).flatten() {
             warn!(%error, "could not send Accepting to the predecessor");
         }
         let (to_main, is_main) = oneshot::channel();
@@ -169,7 +170,7 @@ impl Committed {
             gone.cancel();
         });
         // A timeout is ignored: if the predecessor has died or hangs, this process is the only one that serves.
-        let _ = tokio::time::timeout(OUTCOME_LIMIT, is_main).await;
+        let _ = timeout(OUTCOME_LIMIT, is_main).await;
         outcome
     }
 }

@@ -136,8 +136,10 @@ impl<'a> Reloads<'a> {
 
 async fn refuse(channel: &Channel, generation: u64) {
     info!("refused a takeover: {UNDER_WAY}");
-    // An error means that the takeover command has exited, so it needs no reason.
-    let _ = channel.send_text(MessageType::Refused, Origin::now(generation), UNDER_WAY).await;
+    // An error means that the takeover command has exited, so it needs no reason. The limit is for one that does not read:
+    // the main loop waits for this.
+    let refused = channel.send_text(MessageType::Refused, Origin::now(generation), UNDER_WAY);
+    let _ = timeout(COMMIT_LIMIT, refused).await;
 }
 
 /// Prepares a successor that a takeover command starts. The command sends `Go` after the intermediate process has

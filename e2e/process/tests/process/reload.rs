@@ -1,6 +1,7 @@
 //! Reloads without systemd. The tests use a real successor, a real successor whose messages they delay (`Delayed`), or
 //! they play the successor themselves on the takeover socket, with valid and invalid messages.
 
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
@@ -11,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType, recv, shutdown, socketpair};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use tempfile::TempDir;
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
@@ -491,7 +492,47 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
         drop(channel);
     });
     let (_, log) = service.end().expect("the process ends");
-    assert!(log.contains("could not hand over connections; they will be closed"), "{log}");
+    assert!(
+        log.contains("could not hand over connections; each will be closed after its next response"),
+        "{log}"
+    );
+}
+
+/// Limits how many files `process` may open, and returns the former limit.
+fn limit_files(process: &Process, limit: Rlimit) -> Rlimit {
+    prlimit(Some(process.pid()), Resource::Nofile, limit).expect("the limit is set")
+}
+
+#[test]
+fn a_process_that_may_open_no_file_for_a_moment_of_its_reload_loses_no_request() {
+    let (mut service, folder) = start(&["--log", "debug"]);
+    block_on(async {
+        let (mut first, mut second) = (service.connect().await, service.connect().await);
+        first.hold().await.expect("the request is in flight");
+        second.hold().await.expect("the request is in flight");
+        let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
+        assert_eq!(code, Some(0), "{log}");
+        let process = service.process();
+        // The process inherits the hard limit of the test.
+        let before = limit_files(process, Rlimit { current: Some(3), ..getrlimit(Resource::Nofile) });
+        first.release().await.expect("the response is whole");
+        // The old process now tries to send the first connection, for which it needs a file for its records.
+        let log = BufReader::new(process.child().stderr.take().expect("the log is a pipe"));
+        let mut lines = log.lines().map(|line| line.expect("the log is readable"));
+        let wanted = "could not send through the handover channel; retrying";
+        assert!(lines.any(|line| line.contains(wanted)), "the old process has exited");
+        limit_files(process, before);
+        second.release().await.expect("the response is whole");
+        let (pid, generation) = process_on(&mut first).await;
+        assert_eq!((pid, generation), process_on(&mut second).await);
+        assert_eq!(generation, 2);
+        let line = lines.find(|line| line.contains("handed over ")).expect("the drain is logged");
+        assert!(
+            line.contains("handed over 2 connections; 2 requests in flight finished, 0 cut off"),
+            "{line}"
+        );
+        end(pid);
+    });
 }
 
 // ---- a real successor, delayed at each step ----

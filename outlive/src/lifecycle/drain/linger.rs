@@ -241,14 +241,14 @@ impl Route {
         }
     }
 
-    /// Sends connections. An error if no process can adopt them.
+    /// Sends connections, and removes them from `unsent`. An error if no process can adopt the others.
     pub(super) async fn send(
         &self,
-        packed: &[(BorrowedFd<'_>, SocketRecord)],
+        unsent: &mut &[(BorrowedFd<'_>, SocketRecord)],
         origin: Origin,
     ) -> io::Result<()> {
         match self.channel() {
-            Some(channel) => channel.send(MessageType::Connections, origin, packed, "").await,
+            Some(channel) => channel.send_from(MessageType::Connections, origin, unsent, "").await,
             None => Err(io::ErrorKind::NotConnected.into()),
         }
     }
@@ -256,7 +256,7 @@ impl Route {
     /// Returns the connection if no process can adopt it.
     async fn hand_over(&self, connection: Connection, origin: Origin) -> Result<(), Connection> {
         let packed = pack(std::slice::from_ref(&connection));
-        let sent = timeout(SUCCESSOR_LINGER, self.send(&packed, origin)).await;
+        let sent = timeout(SUCCESSOR_LINGER, self.send(&mut &packed[..], origin)).await;
         match sent.map_err(io::Error::from).flatten() {
             Ok(()) => {
                 metrics::HANDED_OVER.inc();
