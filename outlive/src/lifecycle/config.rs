@@ -25,6 +25,10 @@ use crate::transport::trusted_proxies::{TrustedProxies, TrustedProxy};
 /// How long a peer may take to read the last response of a connection and to close it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
+/// The longest time that an option accepts, in days: 100 years. Sums of a time that the clock shows and of some times of options
+/// are far from the end of the clock then. A sum beyond it panics.
+const MAX_DAYS: u64 = 36_500;
+
 /// The options of the library. They are not in a clap group: a group is named after its struct, so that an application
 /// whose struct is called `Config` too could not be combined with it.
 #[derive(Clone, Debug, Args)]
@@ -307,8 +311,16 @@ fn yes_or_no() -> impl TypedValueParser<Value = bool> {
     PossibleValuesParser::new(values).map(move |value| is_yes.matches(&value, true))
 }
 
+/// Parses the time of an option. Every option with a time uses this function, so that none exceeds [`MAX_DAYS`].
 fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text).map_err(|_| "expected a time such as 30s or 1m".into())
+    const MAX: Duration = Duration::from_secs(MAX_DAYS * 24 * 60 * 60);
+    match humantime::parse_duration(text) {
+        Ok(time) if time <= MAX => Ok(time),
+        Ok(_) | Err(humantime::DurationError::NumberOverflow) => {
+            Err(format!("expected a time of at most {MAX_DAYS}days"))
+        }
+        Err(_) => Err("expected a time such as 30s or 1m".into()),
+    }
 }
 
 fn size(text: &str) -> Result<ByteSize, String> {

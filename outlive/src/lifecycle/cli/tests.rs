@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::fs::{self, File};
 
-use clap::Parser;
+use clap::{Args, Parser};
 use tempfile::TempDir;
 
 use super::origin::Origin;
@@ -266,6 +266,31 @@ fn invalid_options_after_a_command_are_reported_as_those_before_it() {
     assert!(error.contains("unexpected argument '--drian-timeout'"), "{error}");
     let error = files.error("x --database d migrato");
     assert!(error.contains("migrato") && error.contains("'migrate'"), "{error}");
+}
+
+#[test]
+fn times_above_36500_days_are_refused_in_every_option() {
+    let files = Files::new("", &[("password", "p")]);
+    let command = Config::augment_args(clap::Command::new("x"));
+    let options: Vec<_> = command
+        .get_arguments()
+        .filter(|option| option.get_value_names().is_some_and(|names| names == ["TIME"]))
+        .filter_map(|option| option.get_long())
+        .collect();
+    assert!(options.contains(&"drain-timeout") && options.contains(&"idle-timeout"), "{options:?}");
+    for option in options {
+        files.read(&format!("x --database d --{option} 36500days")).expect(option);
+        // The last one is more than humantime can express.
+        for time in
+            ["36501days", "18446744073709551615s", "18446744073709551616s", "18446744073709551615days"]
+        {
+            let error = files.error(&format!("x --database d --{option} {time}"));
+            let expected = format!(
+                "invalid value '{time}' for '--{option} <TIME>': expected a time of at most 36500days"
+            );
+            assert!(error.starts_with(&expected), "{error}");
+        }
+    }
 }
 
 #[test]
