@@ -1,9 +1,15 @@
 //! [`Runtime`], the tokio runtime of a process.
 
-use anyhow::Context;
+use std::ffi::OsStr;
+use std::num::NonZeroUsize;
+
+use anyhow::{Context, ensure};
 use futures_util::FutureExt;
 
-use crate::os::exit::Result;
+use crate::os::exit::{Failure, Result};
+
+/// The environment variable with the number of tokio's worker threads; the default is one for each CPU.
+const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
 
 /// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
 /// their time. The drop of tokio's own runtime would wait for a handler that blocks its thread, for any length of time.
@@ -13,6 +19,9 @@ pub struct Runtime(Option<tokio::runtime::Runtime>);
 
 impl Runtime {
     pub fn new() -> Result<Self> {
+        if let Some(count) = std::env::var_os(WORKER_THREADS) {
+            check_worker_threads(&count).map_err(Failure::config)?;
+        }
         Ok(Self(Some(tokio::runtime::Runtime::new().context("could not start the runtime")?)))
     }
 
@@ -29,4 +38,12 @@ impl Drop for Runtime {
             runtime.shutdown_background();
         }
     }
+}
+
+/// Fails if tokio would panic because of this value.
+fn check_worker_threads(count: &OsStr) -> anyhow::Result<()> {
+    let is_valid = count.to_str().is_some_and(|count| count.parse::<NonZeroUsize>().is_ok());
+    let count = count.display();
+    ensure!(is_valid, "invalid {WORKER_THREADS} \"{count}\": expected a number above zero");
+    Ok(())
 }

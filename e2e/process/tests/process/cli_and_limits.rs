@@ -744,6 +744,15 @@ fn invalid_variables_are_refused_by_their_names() {
 }
 
 #[test]
+fn an_invalid_number_of_worker_threads_is_refused() {
+    for value in ["0", "x", ""] {
+        let mut command = inheriting(fd(listener()), &[("TOKIO_WORKER_THREADS", value)]);
+        let reason = format!("invalid TOKIO_WORKER_THREADS \"{value}\": expected a number above zero");
+        assert_refused(&mut command, 78, &[&reason]);
+    }
+}
+
+#[test]
 fn an_invalid_number_is_quoted_in_the_error() {
     let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "two")]);
     assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
