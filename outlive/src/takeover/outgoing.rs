@@ -205,7 +205,7 @@ async fn prepare(
     let successor = successor.context("protocol error: no Hello from the successor")?;
     systemd::reloading(&format!(
         "reloading: generation {} starts as pid {}",
-        bundle.generation + 1,
+        bundle.generation.saturating_add(1),
         successor.pid()
     ));
     let watchdog = bundle.watchdog.map_or_else(String::new, |time| time.as_micros().to_string());
@@ -316,7 +316,7 @@ impl PreparedSuccessor {
         // An error is ignored, because a successor that has died meanwhile was the main process, so systemd restarts
         // the service.
         let _ = timeout(COMMIT_LIMIT, self.channel.send_text(MessageType::Main, origin, "")).await;
-        let next = bundle.generation + 1;
+        let next = bundle.generation.saturating_add(1);
         info!(
             message_id = message_id::SUCCEEDED,
             successor = pid,

@@ -252,6 +252,24 @@ fn sighup_reloads_without_systemd_and_keeps_the_socket_file() {
 }
 
 #[test]
+fn a_reload_of_the_highest_generation_succeeds() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let highest = u64::MAX.to_string();
+    let variables = [("SERVER_STARTER_GENERATION", highest.as_str())];
+    let mut service =
+        Service::start_with_variables(app_binary(), &variables, folder.path()).expect("the service starts");
+    block_on(async {
+        let mut connection = service.connect().await;
+        let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
+        assert_eq!(code, Some(0), "{log}");
+        assert!(service.process().wait().expect("the process ends").success());
+        let (pid, generation) = process_on(&mut connection).await;
+        assert_eq!(generation, u64::MAX);
+        end(pid);
+    });
+}
+
+#[test]
 fn an_option_value_takeover_is_not_removed_as_the_subcommand() {
     let (mut service, folder) = start(&["--log", "takeover"]);
     block_on(async {
