@@ -18,6 +18,7 @@ use anyhow::{Context, Result, anyhow, ensure};
 use memchr::memmem;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::{SocketType, sockopt};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
@@ -50,11 +51,16 @@ pub enum Role {
     Successor,
 }
 
-/// The role that the process has according to its environment.
+/// The role of this process: that of its environment, if the handover channel is its standard input.
+///
+/// The variable alone is not enough. A successor keeps it, so the commands that its handlers run inherit it: the
+/// service's own binary would wait for a predecessor there. They do not inherit the channel, because
+/// [`take_standard_input`] replaces it.
 pub fn role() -> Role {
+    let has_channel = sockopt::socket_type(io::stdin()) == Ok(SocketType::SEQPACKET);
     match std::env::var(ROLE).as_deref() {
-        Ok(INTERMEDIATE) => Role::Intermediate,
-        Ok(SUCCESSOR) => Role::Successor,
+        Ok(INTERMEDIATE) if has_channel => Role::Intermediate,
+        Ok(SUCCESSOR) if has_channel => Role::Successor,
         _ => Role::First,
     }
 }

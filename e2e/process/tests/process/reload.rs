@@ -270,6 +270,16 @@ fn a_reload_of_the_highest_generation_succeeds() {
 }
 
 #[test]
+fn a_program_that_a_successor_starts_is_not_taken_for_a_successor() {
+    for role in ["middle", "successor"] {
+        let mut command = command(app_binary(), &["check", "--listen", "127.0.0.1:0"]);
+        let (code, output, log) = run_to_end(command.env("TAKEOVER_ROLE", role)).expect("the process ends");
+        assert_eq!(code, Some(0), "{log}");
+        assert!(output.contains("ready to serve on "), "{output}");
+    }
+}
+
+#[test]
 fn an_option_value_takeover_is_not_removed_as_the_subcommand() {
     let (mut service, folder) = start(&["--log", "takeover"]);
     block_on(async {
