@@ -1,12 +1,17 @@
 //! The limit of open files (`LimitNOFILE=`, getrlimit(2)): each connection needs a file descriptor.
 
 use std::io;
+use std::time::Duration;
 
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::process::{Resource, getrlimit, setrlimit};
+use tokio::time::Instant;
 
 /// About the number of files that the process has open besides connections.
 const OTHERS: u64 = 64;
+
+/// The open descriptors of this process.
+const OPEN: &str = "/proc/self/fd";
 
 /// Raises the soft limit of open files to the hard limit, and makes the kernel's descriptor table of this process large
 /// enough for `connections`.
@@ -25,19 +30,26 @@ pub fn make_room(connections: u32) {
     let _ = fcntl_dupfd_cloexec(io::stderr(), highest);
 }
 
-/// With more free descriptors than this, an estimate of their number is accurate enough. Counting is expensive: it
-/// takes a system call for about a hundred open descriptors.
+/// With more free descriptors than this, an estimate of their number is accurate enough for [`MAX_AGE`]: other tasks open
+/// fewer files within this time.
 const COUNTED_BELOW: usize = 1024;
+/// An older estimate is counted anew, because the process has accepted connections meanwhile.
+const MAX_AGE: Duration = Duration::from_millis(20);
+/// An estimate is also as accurate as necessary for so many times as long as the count took. Without `st_size` the count takes
+/// several milliseconds if there are thousands of open files, and would delay the adoption of thousands of connections.
+const MAX_AGE_IN_COUNTS: u32 = 20;
 
 /// An estimate of the number of file descriptors that this process may still open. Near the limit it is counted.
 pub struct FdRoom {
     free: usize,
+    /// Until when the estimate may be used. None: there is no estimate.
+    valid_until: Option<Instant>,
     count: fn() -> usize,
 }
 
 impl Default for FdRoom {
     fn default() -> Self {
-        Self { free: 0, count: free_descriptors }
+        Self { free: 0, valid_until: None, count: free_descriptors }
     }
 }
 
@@ -45,13 +57,16 @@ impl FdRoom {
     /// An estimate that calls `count` instead of counting the descriptors of this process.
     #[cfg(test)]
     pub fn counted_by(count: fn() -> usize) -> Self {
-        Self { free: 0, count }
+        Self { free: 0, valid_until: None, count }
     }
 
     /// Reserves `count` descriptors if `reserve` more remain free; returns whether they do.
     pub fn take(&mut self, count: usize, reserve: usize) -> bool {
-        if self.free < count + reserve + COUNTED_BELOW {
+        let now = Instant::now();
+        let is_old = self.valid_until.is_none_or(|until| until < now);
+        if is_old || self.free < count + reserve + COUNTED_BELOW {
             self.free = (self.count)();
+            self.valid_until = Some(now + MAX_AGE.max(now.elapsed() * MAX_AGE_IN_COUNTS));
         }
         let fits = self.free >= count + reserve;
         if fits {
@@ -80,10 +95,63 @@ pub fn could_fit(count: usize) -> bool {
 /// unlimited.
 fn free_descriptors() -> usize {
     let Some(limit) = getrlimit(Resource::Nofile).current else { return usize::MAX };
-    match std::fs::read_dir("/proc/self/fd") {
-        Ok(open) => usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(open.count()),
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    match open_descriptors() {
+        Ok(open) => limit.saturating_sub(open),
         Err(error) if error.kind() == io::ErrorKind::NotFound => usize::MAX,
-        // Reading the directory needs a descriptor itself, so none is free.
+        // Listing the directory needs a descriptor itself, so none is free.
         Err(_) => 0,
+    }
+}
+
+/// The number of open descriptors. Since Linux 6.2 it is the size of `/proc/self/fd` (proc_pid_fd(5)): to read it takes a few
+/// microseconds and no descriptor. Before, the size is 0, and listing the directory takes a system call for about a hundred
+/// descriptors.
+fn open_descriptors() -> io::Result<usize> {
+    match std::fs::metadata(OPEN)?.len() {
+        0 => listed_descriptors(),
+        count => Ok(usize::try_from(count).unwrap_or(usize::MAX)),
+    }
+}
+
+fn listed_descriptors() -> io::Result<usize> {
+    Ok(std::fs::read_dir(OPEN)?.count())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::Ordering::Relaxed;
+
+    use super::*;
+
+    static FREE: AtomicUsize = AtomicUsize::new(0);
+
+    #[tokio::test(start_paused = true)]
+    async fn old_estimate_is_counted_anew_also_far_from_the_limit() {
+        let mut room = FdRoom::counted_by(|| FREE.load(Relaxed));
+        FREE.store(10_000, Relaxed);
+        assert!(room.take(100, 0), "there is room");
+        // Other tasks have opened all of them.
+        FREE.store(0, Relaxed);
+        tokio::time::advance(MAX_AGE * 2).await;
+        assert!(!room.take(100, 0), "the estimate is older than {MAX_AGE:?}");
+        FREE.store(10_000, Relaxed);
+        assert!(room.take(100, 0), "near the limit it is always counted");
+        FREE.store(0, Relaxed);
+        assert!(room.take(100, 0), "a new estimate is not counted");
+    }
+
+    /// Only a lower bound, because other tests open and close files meanwhile.
+    #[test]
+    fn open_descriptors_are_counted() {
+        const FILES: usize = 200;
+        let null = File::open("/dev/null").expect("the file opens");
+        let _files: Vec<_> = (0..FILES).map(|_| null.try_clone().expect("it is duplicated")).collect();
+        for count in [open_descriptors, listed_descriptors] {
+            let open = count().expect("they are counted");
+            assert!(open > FILES && u64::try_from(open).is_ok_and(|open| open <= limit()), "{open}");
+        }
     }
 }
