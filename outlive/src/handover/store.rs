@@ -6,6 +6,7 @@
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::{MessageType, Origin, STORE_NAME, Secret, channel, pack, pack_tickets};
@@ -44,7 +45,16 @@ impl FdStore {
     async fn try_open() -> io::Result<Option<Self>> {
         let (channel, to_store) = channel::pair()?;
         systemd::store(STORE_NAME, to_store.as_fd())?;
-        tokio::time::timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await??;
+        match timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await {
+            Ok(read) => read?,
+            // A service manager that is busy for a longer time is no reason to close all connections: it finds the descriptor
+            // in its socket later. If the message is not even there, it would be lost when this process exits.
+            Err(_) if systemd::has_store() == Some(true) && systemd::are_messages_sent() => warn!(
+                "the service manager has not confirmed within {} that it stores the handover channel (BARRIER=1); handing over nevertheless, because the unit has a store (FDSTORE)",
+                humantime::format_duration(systemd::BARRIER_LIMIT)
+            ),
+            Err(elapsed) => return Err(elapsed.into()),
+        }
         // Closed, so that `is_kept` sees whether systemd has kept the other copy.
         drop(to_store);
         let store = Self { channel };

@@ -190,6 +190,11 @@ impl<M: Message> Outbox<M> {
         }
     }
 
+    /// Whether all messages are written.
+    pub fn is_idle(&self) -> bool {
+        lock(&self.state).is_idle()
+    }
+
     /// Waits until all messages are written, but no longer than `limit`. Returns at once if no writer was started, or
     /// if the current message has been blocked for `limit` already, because the reader then hangs.
     pub fn flush(&self, limit: Duration) {

@@ -133,6 +133,11 @@ pub async fn barrier() -> io::Result<()> {
     })
 }
 
+/// Whether all messages are in the socket of the service manager. It reads them there also after this process has exited.
+pub fn are_messages_sent() -> bool {
+    OUTBOX.is_idle()
+}
+
 /// Whether standard error is connected to the journal, whose device and inode are in `$JOURNAL_STREAM`
 /// (systemd.exec(5)).
 pub fn stderr_is_the_journal() -> bool {

@@ -2,15 +2,17 @@
 //! tests play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next
 //! process.
 
+use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::Signal;
 use testkit::client::{Connection, Http2, Target, WEBSOCKET, get};
 use testkit::frames::{self, CONNECTIONS, frame, frame_of};
-use testkit::process::terminate;
-use testkit::service::Service;
+use testkit::process::{Process, terminate};
+use testkit::service::{Service, command};
 use testkit::tls_service::TlsService;
 use testkit::{TEST_TIMEOUT, block_on};
 
@@ -43,6 +45,39 @@ fn an_idle_connection_survives_restarts() {
             assert_eq!(generation(&mut connection).await, format!("generation {number}"));
             service = restart(service);
         }
+    });
+}
+
+#[test]
+fn an_idle_connection_survives_a_restart_during_which_the_service_manager_is_busy() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let path = folder.path().join("notify");
+    let manager = UnixDatagram::bind(&path).expect("the socket is made");
+    manager.set_read_timeout(Some(TEST_TIMEOUT)).expect("the limit is set");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
+    let mut command = command(app_binary(), &[]);
+    command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").stdin(OwnedFd::from(listener));
+    command.env("NOTIFY_SOCKET", &path).env("FDSTORE", "8");
+    let mut process = Process::spawn(&mut command).expect("the service starts");
+    let next =
+        || frames::receive(&manager).map(|(text, fds)| (String::from_utf8_lossy(&text).into_owned(), fds));
+    while !next().expect("the service sends READY=1").0.contains("READY=1") {}
+    block_on(async {
+        let mut connection = Connection::open(&target).await.expect("the service listens");
+        assert_eq!(generation(&mut connection).await, "generation 1");
+        // The service manager reads no message until the process has exited.
+        process.signal(Signal::TERM);
+        assert!(process.wait().expect("the process ends").success());
+        manager.set_nonblocking(true).expect("the socket is changed");
+        let unread = std::iter::from_fn(|| next().ok());
+        // The channel of the drain follows that of the backup.
+        let (_, stored) =
+            unread.filter(|(text, _)| text.contains("FDSTORE=1")).last().expect("the channel is stored");
+        let channel = stored.into_iter().next().expect("a descriptor is stored");
+        let service = Service::start_with_channel(app_binary(), channel).expect("the next process starts");
+        assert_eq!(generation(&mut connection).await, "generation 2");
+        drop(service);
     });
 }
 
@@ -599,7 +634,7 @@ fn an_invalid_handover_frame_closes_only_its_own_connections() {
         (b"x".to_vec(), "not a handover frame"),
         (vec![0xff; 60_000], "not a handover frame"),
     ] {
-        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
         let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
         block_on(async {
             let mut client = Connection::open(&target).await.expect("the connection opens");
@@ -635,7 +670,7 @@ fn connections_stored_by_a_later_release_are_adopted_except_unknown_types() {
     let records = [record(0, b""), record(99, b"unknown content"), record(0, &later_field)].concat();
     let mut file = tempfile::tempfile().expect("a temporary file is made");
     std::io::Write::write_all(&mut file, &records).expect("the file is written");
-    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
     let target = Target::Tcp(listener.local_addr().expect("the socket has an address"));
     block_on(async {
         let (mut clients, mut accepted) = (Vec::new(), Vec::new());
