@@ -39,6 +39,12 @@ const MAX_AGE: Duration = Duration::from_millis(20);
 /// several milliseconds if there are thousands of open files, and would delay the adoption of thousands of connections.
 const MAX_AGE_IN_COUNTS: u32 = 20;
 
+/// How many descriptors stay free when connections are accepted. A restart or reload needs about ten: for the handover channel,
+/// the records of a frame, the messages to systemd, and the successor. Without them it would close all connections.
+const SPARE: u64 = 16;
+/// A process that may open few files keeps only this share of them free: one of so many.
+const SPARE_SHARE: u64 = 16;
+
 /// An estimate of the number of file descriptors that this process may still open. Near the limit it is counted.
 pub struct FdRoom {
     free: usize,
@@ -73,6 +79,12 @@ impl FdRoom {
             self.free -= count;
         }
         fits
+    }
+
+    /// Reserves a descriptor for a connection if enough remain free for a restart or reload; returns whether they do.
+    pub fn take_for_connection(&mut self) -> bool {
+        let spare = SPARE.min(limit() / SPARE_SHARE);
+        self.take(1, usize::try_from(spare).unwrap_or(usize::MAX))
     }
 
     /// Whether `count` descriptors are free. It does not reserve them.

@@ -34,7 +34,7 @@ use crate::handover::{Backup, Overflow, Secret, has_store};
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::lock::lock;
 use crate::os::pressure::MemoryPressure;
-use crate::os::rlimit;
+use crate::os::rlimit::{self, FdRoom};
 use crate::os::{sys, task};
 use crate::registry::{Phase, Registration, Registry};
 use crate::server::handover_queue::HandoverQueue;
@@ -434,6 +434,7 @@ impl Server {
 
     async fn accept(self, acceptor: Arc<Acceptor>) {
         let mut errors = AcceptErrors::default();
+        let mut room = FdRoom::default();
         loop {
             let registry = &self.registry;
             let is_over = |phase: Phase| phase == Phase::Holding || acceptor.is_last(phase.ends(true));
@@ -455,6 +456,9 @@ impl Server {
                 // A slot is acquired only when a connection waits; otherwise an idle listener would keep one from the
                 // others. Until there is one, the connection waits in the accept queue of the socket.
                 let slot = self.acquire_slot(&acceptor.endpoint).await;
+                if !room.take_for_connection() {
+                    return Err(Errno::MFILE.into());
+                }
                 let connection = acceptor.accept()?;
                 if connection.is_none() {
                     ready.clear_ready();

@@ -527,7 +527,7 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
 }
 
 /// Limits how many files `process` may open, and returns the former limit.
-fn limit_files(process: &Process, limit: Rlimit) -> Rlimit {
+pub fn limit_files(process: &Process, limit: Rlimit) -> Rlimit {
     prlimit(Some(process.pid()), Resource::Nofile, limit).expect("the limit is set")
 }
 

@@ -2,13 +2,14 @@
 //! tests play systemd's file descriptor store: `Service::restart` passes the stored handover channel to the next
 //! process.
 
+use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 use std::time::Duration;
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::Signal;
+use rustix::process::{Rlimit, Signal};
 use testkit::client::{Connection, Http2, Target, WEBSOCKET, get};
 use testkit::frames::{self, CONNECTIONS, frame, frame_of};
 use testkit::process::{Process, terminate};
@@ -17,6 +18,7 @@ use testkit::tls_service::TlsService;
 use testkit::{TEST_TIMEOUT, block_on};
 
 use crate::app_binary;
+use crate::reload::limit_files;
 
 fn start() -> Service {
     Service::start_with_store(app_binary(), &[]).expect("the service starts")
@@ -77,6 +79,30 @@ fn an_idle_connection_survives_a_restart_during_which_the_service_manager_is_bus
         let channel = stored.into_iter().next().expect("a descriptor is stored");
         let service = Service::start_with_channel(app_binary(), channel).expect("the next process starts");
         assert_eq!(generation(&mut connection).await, "generation 2");
+        drop(service);
+    });
+}
+
+#[test]
+fn connections_survive_a_restart_of_a_process_at_its_limit_of_open_files() {
+    const LIMIT: u64 = 100;
+    let mut service = start();
+    limit_files(service.process(), Rlimit { current: Some(LIMIT), maximum: Some(LIMIT) });
+    block_on(async {
+        let mut connection = service.connect().await;
+        assert_eq!(generation(&mut connection).await, "generation 1");
+        let mut waiting = Vec::new();
+        for _ in 0..LIMIT {
+            waiting.push(service.connect().await);
+        }
+        let log = BufReader::new(service.process().child().stderr.take().expect("the log is a pipe"));
+        let mut lines = log.lines().map(|line| line.expect("the log is readable"));
+        assert!(lines.any(|line| line.contains("could not accept connections")), "the process has exited");
+        let service = restart(service);
+        assert_eq!(generation(&mut connection).await, "generation 2");
+        for connection in &mut waiting {
+            assert_eq!(generation(connection).await, "generation 2");
+        }
         drop(service);
     });
 }
