@@ -237,7 +237,17 @@ pub fn receive_if_room(channel: impl AsFd, room: &mut FdRoom, reserve: usize) ->
 
 /// Receives the next frame; never waits.
 pub fn receive(channel: impl AsFd) -> io::Result<Next> {
-    receive_with(channel, RecvFlags::empty())
+    receive_again_at_end(|| receive_with(&channel, RecvFlags::empty()))
+}
+
+/// Calls `receive` once more if it returns the end. recvmsg(2) looks for a message first, and then whether the other end
+/// is closed. A frame that the other process sends just before it exits may arrive between the two: recvmsg(2) then
+/// returns the end although a frame is in the channel, and its connections would be closed.
+fn receive_again_at_end(mut receive: impl FnMut() -> io::Result<Next>) -> io::Result<Next> {
+    match receive()? {
+        Next::End => receive(),
+        next => Ok(next),
+    }
 }
 
 fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
@@ -539,6 +549,25 @@ mod tests {
         }
         assert!(received > 0);
         assert_eq!(unsent.len(), all.len() - received);
+    }
+
+    #[test]
+    fn frame_that_arrives_while_the_end_is_reported_is_received() {
+        let (write, read) = pair().expect("could not create a socket pair");
+        let mut write = Some(write);
+        let mut receive = || {
+            let next = receive_with(&read, RecvFlags::empty())?;
+            let Some(write) = write.take() else { return Ok(next) };
+            // As recvmsg(2), which has found no message when the other process sends its last one and exits.
+            assert!(matches!(next, Next::Pending), "received a message before one was sent");
+            let (sent, _) = send(write, MessageType::Connections, Origin::now(1), &sockets(1), "");
+            assert_eq!(sent, 1);
+            Ok(Next::End)
+        };
+        let next = receive_again_at_end(&mut receive).expect("could not receive");
+        assert!(matches!(next, Next::Frame(frame) if frame.sockets.len() == 1), "the last frame was dropped");
+        let next = receive_again_at_end(receive).expect("could not receive");
+        assert!(matches!(next, Next::End), "expected the end");
     }
 
     #[test]
