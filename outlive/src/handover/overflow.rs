@@ -77,6 +77,15 @@ impl Overflow {
         }
     }
 
+    #[cfg(test)]
+    /// Whether any channel is kept. It can be empty as long as its writer has not exited.
+    pub fn has_channels(&self) -> bool {
+        match &*lock(&self.0) {
+            State::Open(channels) => !channels.is_empty(),
+            State::HandedOver => false,
+        }
+    }
+
     /// How many connections wait for descriptors.
     pub fn len(&self) -> usize {
         match &*lock(&self.0) {
@@ -118,7 +127,9 @@ impl Overflow {
             loop {
                 match channel::receive_if_room(&waiting.channel, room, WINDOW) {
                     Ok(Next::NoRoom) => break,
-                    Ok(Next::Pending) => return !is_hung_up(&waiting.channel),
+                    // Kept even if the writer has exited meanwhile, because it may have sent a last frame before. The
+                    // next rotation receives that frame, or the end.
+                    Ok(Next::Pending) => return true,
                     Ok(Next::End) | Err(_) => return false,
                     Ok(next) => adopt(next),
                 }
@@ -251,6 +262,7 @@ pub fn is_claimed(connection: &Connection) -> bool {
 mod tests {
     use std::io::Write as _;
     use std::os::unix::net::UnixStream;
+    use std::sync::Barrier;
 
     use axum::Router;
     use bytes::Bytes;
@@ -259,6 +271,9 @@ mod tests {
     use super::*;
     use crate::connection::tests::endpoint;
     use crate::transport::replay::Replay;
+
+    /// How often a writer exits during a rotation. With fewer, a frame might never arrive at the critical moment.
+    const EXITS: u32 = 4000;
 
     /// A channel with one frame of `count` connections, and the clients' ends of these.
     fn channel_of(count: usize) -> (OwnedFd, Vec<UnixStream>) {
@@ -358,6 +373,36 @@ mod tests {
         let (adopted, finished, waiting) = rotate_once(&overflow, ENOUGH);
         assert_eq!((finished.len(), waiting), (0, Some(0)));
         assert_eq!(adopted.iter().map(is_claimed).collect::<Vec<_>>(), [false, false, true]);
+    }
+
+    /// The writer sends its last connection and exits at any moment of a rotation.
+    #[test]
+    fn last_frame_before_the_exit_of_the_writer_is_adopted() {
+        for round in 0..EXITS {
+            let overflow = Overflow::default();
+            let (write, read) = channel::pair().expect("could not create a socket pair");
+            overflow.keep(read, ChannelLocation::Process);
+            let (frame, _clients) = channel_of(1);
+            let Ok(Next::Frame(frame)) = channel::receive(&frame) else { panic!("expected a frame") };
+            let begin = Barrier::new(2);
+            let mut adopted = 0;
+            std::thread::scope(|scope| {
+                scope.spawn(|| {
+                    begin.wait();
+                    let (sent, _) =
+                        channel::send(&write, MessageType::Connections, Origin::now(1), &frame.sockets, "");
+                    assert_eq!(sent, 1);
+                    drop(write);
+                });
+                begin.wait();
+                while overflow.has_channels() {
+                    adopted += rotate_once(&overflow, ENOUGH).0.len();
+                    // If both threads run on one processor, the writer would wait for the end of a time slice.
+                    std::thread::yield_now();
+                }
+            });
+            assert_eq!(adopted, 1, "lost a connection in round {round}");
+        }
     }
 
     #[test]
