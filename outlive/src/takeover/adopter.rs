@@ -114,12 +114,12 @@ impl Adopter {
                 Ok(channel) => self.server.overflow().keep(channel, ChannelLocation::Process),
                 Err(error) => self.refuse(0, error.to_string()),
             }
-            while !self.server.overflow().is_complete() {
-                sleep(ROTATION_INTERVAL).await;
-                self.rotate_once();
-            }
         }
         self.empty_nested();
+        while !self.server.overflow().is_complete() {
+            sleep(ROTATION_INTERVAL).await;
+            self.rotate_once();
+        }
         let (taken_over, took_ms) =
             (self.adopted, u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
         // A predecessor that is killed may have sent no frame, so its generation is not known.
@@ -166,17 +166,17 @@ impl Adopter {
         }
     }
 
-    /// Adopts the connections in a channel whose writer has exited. If there are not enough descriptors, keeps the
-    /// channel. If a frame cannot be decoded, only the connections in it are closed.
+    /// Adopts the connections in a channel. Keeps the channel if there are not enough descriptors, and if its writer still
+    /// runs: an old process that hands over to the predecessor. Without a reader it would cut off its requests. If a frame
+    /// cannot be decoded, only the connections in it are closed.
     fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> std::io::Result<()> {
         loop {
             match handover::receive_if_room(&channel, &mut self.room, WINDOW)? {
-                Next::NoRoom => {
+                Next::NoRoom | Next::Pending => {
                     self.server.overflow().keep(channel, location);
                     return Ok(());
                 }
-                // No more frames arrive, because the writer has exited.
-                Next::Pending | Next::End => return Ok(()),
+                Next::End => return Ok(()),
                 next => self.on_next(next),
             }
         }
@@ -368,4 +368,96 @@ impl Adopter {
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.
 fn is_of_connections(message_type: MessageType) -> bool {
     matches!(message_type, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::AsFd;
+
+    use axum::Router;
+    use axum::routing::get;
+    use bytes::Bytes;
+    use tokio::io::AsyncReadExt;
+    use tokio::net::UnixStream;
+    use tokio::time::timeout;
+
+    use super::*;
+    use crate::connection::Connection;
+    use crate::connection::tests::{Served, serve};
+    use crate::handover::{SocketRecord, pack, pack_channel, pair, send_frames};
+
+    /// How long a test waits for an event before it fails.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    /// The process that adopts.
+    async fn successor() -> Served {
+        serve(Router::new().route("/", get(async || "ok"))).await
+    }
+
+    /// The client of a connection that an old process has handed over.
+    struct Client(UnixStream);
+
+    impl Client {
+        /// Sends a request, and hands its connection to `server` over through `channel`, whose other end has to be open.
+        fn hand_over(server: &Server, channel: &OwnedFd) -> Self {
+            let (mut client, socket) =
+                std::os::unix::net::UnixStream::pair().expect("could not create a socket pair");
+            client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("could not send");
+            client.set_nonblocking(true).expect("could not make a socket non-blocking");
+            let connection = Connection {
+                socket: socket.into(),
+                endpoint: server.endpoints()[0].clone(),
+                unread: Bytes::new(),
+                http2: None,
+                tls: None,
+                replay: None,
+                has_duplicate: false,
+                client: None,
+            };
+            send(channel, MessageType::Connections, &pack(&[connection]));
+            Self(UnixStream::from_std(client).expect("could not convert a socket"))
+        }
+
+        /// Waits for the response, and checks it.
+        async fn expect_answer(mut self) {
+            let mut bytes = [0; 12];
+            let read = timeout(PATIENCE, self.0.read_exact(&mut bytes)).await;
+            read.expect("no process answered").expect("the connection was closed without a response");
+            assert_eq!(&bytes, b"HTTP/1.1 200");
+        }
+    }
+
+    fn send(channel: &OwnedFd, message_type: MessageType, sockets: &[(impl AsFd, SocketRecord)]) {
+        let (_, error) = send_frames(channel, message_type, Origin::now(1), sockets, "");
+        assert_eq!(error.map(|error| error.to_string()), None, "no process reads the channel");
+    }
+
+    /// A channel of a process before the predecessor, which the predecessor passes on through `to_successor`. Returns the
+    /// end of that process.
+    fn pass_channel_on(to_successor: &OwnedFd) -> OwnedFd {
+        let (writer, passed_on) = pair().expect("could not create a socket pair");
+        send(to_successor, MessageType::Connections, &pack_channel(&passed_on));
+        writer
+    }
+
+    #[tokio::test]
+    async fn channel_that_was_passed_on_is_read_until_its_writer_exits() {
+        let server = successor().await.server;
+        let (predecessor, channel) = pair().expect("could not create a socket pair");
+        let oldest = pass_channel_on(&predecessor);
+        let client = Client::hand_over(&server, &oldest);
+        // The predecessor exits.
+        drop(predecessor);
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        let adopting = tokio::spawn(Adopter::new(server.clone()).adopt_from(channel, |_| ()));
+        client.expect_answer().await;
+        Client::hand_over(&server, &oldest).expect_answer().await;
+        assert!(!adopting.is_finished(), "did not wait for the oldest process");
+        drop(oldest);
+        timeout(PATIENCE, adopting)
+            .await
+            .expect("did not see the exit of the oldest process")
+            .expect("panicked");
+    }
 }
