@@ -77,7 +77,6 @@ impl Overflow {
         }
     }
 
-    #[cfg(test)]
     /// Whether any channel is kept. It can be empty as long as its writer has not exited.
     pub fn has_channels(&self) -> bool {
         match &*lock(&self.0) {

@@ -256,8 +256,8 @@ impl Adopter {
         }
     }
 
-    /// Logs how many connections could not be adopted, and starts a task that serves those that wait. Returns the note
-    /// for the status line.
+    /// Logs how many connections could not be adopted, and starts a task that reads the channels that are kept. Returns
+    /// the note for the status line.
     fn finish(mut self) -> String {
         let note = self.note("");
         self.log_refused();
@@ -269,6 +269,9 @@ impl Adopter {
                  response: raise LimitNOFILE= (now {})",
                 rlimit::limit()
             );
+        }
+        // No connection may be counted yet in a channel whose writer has sent its last ones after the last rotation.
+        if self.server.overflow().has_channels() {
             task::spawn(self.rotate());
         }
         note
@@ -322,11 +325,13 @@ impl Adopter {
             }
         }
         let (adopted, finished) = (self.adopted - adopted_before, self.finished);
-        info!(
-            adopted,
-            finished,
-            "no connection waits for file descriptors anymore: {adopted} adopted, {finished} closed after a response"
-        );
+        if adopted + finished > 0 {
+            info!(
+                adopted,
+                finished,
+                "no connection waits for file descriptors anymore: {adopted} adopted, {finished} closed after a response"
+            );
+        }
         self.log_refused();
     }
 
@@ -459,5 +464,16 @@ mod tests {
             .await
             .expect("did not see the exit of the oldest process")
             .expect("panicked");
+    }
+
+    #[tokio::test]
+    async fn connection_that_arrives_after_the_last_rotation_is_adopted() {
+        let server = successor().await.server;
+        let (predecessor, channel) = pair().expect("could not create a socket pair");
+        server.overflow().keep(channel, ChannelLocation::Process);
+        let client = Client::hand_over(&server, &predecessor);
+        drop(predecessor);
+        Adopter::new(server).finish();
+        client.expect_answer().await;
     }
 }
