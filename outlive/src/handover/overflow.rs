@@ -47,8 +47,9 @@ pub struct Overflow(Mutex<State>);
 
 enum State {
     Open(Vec<Waiting>),
-    /// The next process has the channels.
-    HandedOver,
+    /// The next process has the channels. These are copies of those whose writers may still run, of which this process
+    /// only sees whether they do: a process that ends waits for them, as for its own requests.
+    HandedOver(Vec<OwnedFd>),
 }
 
 impl Default for State {
@@ -73,7 +74,11 @@ impl Overflow {
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.push(waiting),
             // The drain has handed the other channels over already; the next process finds this one in the store.
-            State::HandedOver => store(&mut [waiting]),
+            State::HandedOver(written) => {
+                let mut waiting = [waiting];
+                store(&mut waiting);
+                written.extend(waiting.map(|waiting| waiting.channel));
+            }
         }
     }
 
@@ -81,7 +86,7 @@ impl Overflow {
     pub fn has_channels(&self) -> bool {
         match &*lock(&self.0) {
             State::Open(channels) => !channels.is_empty(),
-            State::HandedOver => false,
+            State::HandedOver(_) => false,
         }
     }
 
@@ -89,15 +94,19 @@ impl Overflow {
     pub fn len(&self) -> usize {
         match &*lock(&self.0) {
             State::Open(channels) => channels.iter().map(|waiting| waiting.count).sum(),
-            State::HandedOver => 0,
+            State::HandedOver(_) => 0,
         }
     }
 
-    /// Whether the writing ends of all channels are closed, so that no more connections arrive.
+    /// Whether the writing ends of all channels are closed, so that no more connections arrive, here or, once the
+    /// channels are handed over, in the next process.
     pub fn is_complete(&self) -> bool {
-        match &*lock(&self.0) {
+        match &mut *lock(&self.0) {
             State::Open(channels) => channels.iter().all(|waiting| is_hung_up(&waiting.channel)),
-            State::HandedOver => true,
+            State::HandedOver(written) => {
+                written.retain(|channel| !is_hung_up(channel));
+                written.is_empty()
+            }
         }
     }
 
@@ -180,20 +189,30 @@ impl Overflow {
     pub fn store_beside(&self, store: impl FnOnce() -> io::Result<()>) -> io::Result<()> {
         match &*lock(&self.0) {
             State::Open(_) => store(),
-            State::HandedOver => Ok(()),
+            State::HandedOver(_) => Ok(()),
         }
     }
 
     /// Stores the channels with systemd and returns them, so that they can be sent to a successor. From then on this
     /// process no longer serves the connections in them.
     pub fn hand_over(&self) -> Vec<OwnedFd> {
-        match std::mem::replace(&mut *lock(&self.0), State::HandedOver) {
-            State::Open(mut channels) => {
-                store(&mut channels);
-                channels.into_iter().map(|waiting| waiting.channel).collect()
+        let mut state = lock(&self.0);
+        let State::Open(channels) = &mut *state else { return Vec::new() };
+        store(channels);
+        let channels: Vec<_> = std::mem::take(channels).into_iter().map(|waiting| waiting.channel).collect();
+        let written = channels.iter().filter(|channel| !is_hung_up(channel));
+        let copies = written.filter_map(|channel| match channel.try_clone() {
+            Ok(copy) => Some(copy),
+            Err(error) => {
+                warn!(
+                    %error,
+                    "could not duplicate the channel of an old process, so this process does not wait for it; raise LimitNOFILE="
+                );
+                None
             }
-            State::HandedOver => Vec::new(),
-        }
+        });
+        *state = State::HandedOver(copies.collect());
+        channels
     }
 }
 
@@ -415,5 +434,21 @@ mod tests {
         let [channel] = <[OwnedFd; 1]>::try_from(overflow.hand_over()).expect("expected one channel");
         assert_eq!(count(&channel), 3);
         assert_eq!(rotate_once(&overflow, ENOUGH).2, None, "rotated channels that were handed over");
+    }
+
+    /// systemd sends SIGTERM to an old process a second time when the process that serves has exited.
+    #[test]
+    fn channels_that_were_handed_over_are_complete_when_their_writers_have_exited() {
+        let overflow = Overflow::default();
+        let (before, read) = channel::pair().expect("could not create a socket pair");
+        overflow.keep(read, ChannelLocation::Process);
+        drop(overflow.hand_over());
+        assert!(!overflow.is_complete(), "did not wait for a channel that was kept before");
+        let (after, read) = channel::pair().expect("could not create a socket pair");
+        overflow.keep(read, ChannelLocation::Process);
+        drop(before);
+        assert!(!overflow.is_complete(), "did not wait for a channel that was kept after");
+        drop(after);
+        assert!(overflow.is_complete());
     }
 }
