@@ -167,16 +167,12 @@ impl Overflow {
                 }
             }
         });
-        if channels.is_empty() {
-            // Under the lock, because a drain stores a channel of the same name after `hand_over`, and this would
-            // remove it from the store.
-            systemd::unstore(STORE_NAME);
-        }
         Some(channels.len())
     }
 
     /// Removes the channels of earlier processes from systemd's store, unless they still hold connections, or the drain
-    /// has begun: it stores a channel under the same name, which this call would remove.
+    /// has begun: it stores a channel under the same name, which this call would remove. A predecessor that drains can
+    /// store one, too, so this must be called after its exit.
     pub fn clear_store(&self) {
         if let State::Open(channels) = &*lock(&self.0)
             && channels.is_empty()

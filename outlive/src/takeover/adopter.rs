@@ -4,11 +4,13 @@
 //! predecessor itself. It passes each connection to `Server::adopt`. Connections for which this process has no file
 //! descriptors wait in their channels (`handover/overflow.rs`).
 
+use std::io;
+use std::ops::ControlFlow;
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
 
 use crate::handover::{
@@ -54,6 +56,8 @@ pub struct Adopter {
     origin: Option<Origin>,
     /// Channels that the predecessor passed on, because their connections waited for descriptors there.
     nested: Vec<OwnedFd>,
+    /// When the connections that wait for descriptors are due to be checked.
+    rotation_due: Instant,
 }
 
 impl Adopter {
@@ -69,6 +73,7 @@ impl Adopter {
             reason: None,
             origin: None,
             nested: Vec::new(),
+            rotation_due: Instant::now(),
         }
     }
 
@@ -109,15 +114,28 @@ impl Adopter {
     /// the status line. `on_other` receives the frames that are steps of the takeover.
     pub async fn adopt_from(mut self, channel: Channel, mut on_other: impl FnMut(Frame)) -> String {
         let begun = Instant::now();
-        if self.adopt_while_room(&channel, &mut on_other).await == Remainder::Waits {
+        let remainder = loop {
+            tokio::select! {
+                readable = channel.readable() => {
+                    if let ControlFlow::Break(remainder) = self.adopt_next(&channel, readable, &mut on_other) {
+                        break remainder;
+                    }
+                }
+                // The predecessor has passed on channels in which connections wait. It does not serve them anymore, and
+                // its own channel may stay open for its whole drain.
+                () = sleep_until(self.rotation_due), if self.server.overflow().has_channels() => {
+                    self.rotate_once();
+                }
+            }
+        };
+        if remainder == Remainder::Waits {
             match channel.into_socket() {
                 Ok(channel) => self.server.overflow().keep(channel, ChannelLocation::Process),
                 Err(error) => self.refuse(0, error.to_string()),
             }
         }
-        self.empty_nested();
         while !self.server.overflow().is_complete() {
-            sleep(ROTATION_INTERVAL).await;
+            sleep_until(self.rotation_due).await;
             self.rotate_once();
         }
         let (taken_over, took_ms) =
@@ -138,38 +156,48 @@ impl Adopter {
 
     /// Adopts connections from an old process that lingers, until it has exited. `on_other` receives its other frames.
     pub async fn adopt_late(mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) {
-        // There are few of them, so one for which this process has no descriptor waits in the channel.
-        while self.adopt_while_room(channel, &mut on_other).await == Remainder::Waits {
-            sleep(ROTATION_INTERVAL).await;
+        loop {
+            let readable = channel.readable().await;
+            match self.adopt_next(channel, readable, &mut on_other) {
+                ControlFlow::Continue(()) => {}
+                // There are few of them, so one for which this process has no descriptor waits in the channel.
+                ControlFlow::Break(Remainder::Waits) => sleep(ROTATION_INTERVAL).await,
+                ControlFlow::Break(Remainder::None) => break,
+            }
         }
         self.log_refused();
     }
 
-    async fn adopt_while_room(&mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) -> Remainder {
-        loop {
-            let next = match channel.readable().await {
-                Ok(()) => channel.receive_if_room(&mut self.room, WINDOW),
-                Err(error) => Err(error),
-            };
-            match next {
-                Ok(Next::Frame(frame)) if is_of_connections(frame.message_type) => self.on_frame(frame),
-                Ok(Next::Frame(frame)) => on_other(frame),
-                Ok(Next::Refused(connections, reason)) => self.refuse(connections, reason),
-                Ok(Next::NoRoom) => return Remainder::Waits,
-                Ok(Next::Pending) => {}
-                Ok(Next::End) => return Remainder::None,
-                Err(error) => {
-                    self.refuse(0, error.to_string());
-                    return Remainder::None;
-                }
+    /// Adopts the connections of the next frame, after [`Channel::readable`] has returned `readable`. Breaks with what
+    /// `channel` still holds if it cannot be read further.
+    fn adopt_next(
+        &mut self,
+        channel: &Channel,
+        readable: io::Result<()>,
+        mut on_other: impl FnMut(Frame),
+    ) -> ControlFlow<Remainder> {
+        match readable.and_then(|()| channel.receive_if_room(&mut self.room, WINDOW)) {
+            Ok(Next::Frame(frame)) if is_of_connections(frame.message_type) => {
+                self.on_frame(frame);
+                self.empty_nested();
+            }
+            Ok(Next::Frame(frame)) => on_other(frame),
+            Ok(Next::Refused(connections, reason)) => self.refuse(connections, reason),
+            Ok(Next::NoRoom) => return ControlFlow::Break(Remainder::Waits),
+            Ok(Next::Pending) => {}
+            Ok(Next::End) => return ControlFlow::Break(Remainder::None),
+            Err(error) => {
+                self.refuse(0, error.to_string());
+                return ControlFlow::Break(Remainder::None);
             }
         }
+        ControlFlow::Continue(())
     }
 
     /// Adopts the connections in a channel. Keeps the channel if there are not enough descriptors, and if its writer still
     /// runs: an old process that hands over to the predecessor. Without a reader it would cut off its requests. If a frame
     /// cannot be decoded, only the connections in it are closed.
-    fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> std::io::Result<()> {
+    fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> io::Result<()> {
         loop {
             match handover::receive_if_room(&channel, &mut self.room, WINDOW)? {
                 Next::NoRoom | Next::Pending => {
@@ -306,15 +334,11 @@ impl Adopter {
     /// Serves the connections that wait, until their channels are empty or the next process has them.
     async fn rotate(mut self) {
         let adopted_before = self.adopted;
-        let mut interval = ROTATION_INTERVAL;
         loop {
-            sleep(interval).await;
-            let finished_before = self.finished;
-            let channels = self.rotate_once();
-            let is_busy = self.finished > finished_before;
-            interval = if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
-            match channels {
+            sleep_until(self.rotation_due).await;
+            match self.rotate_once() {
                 Some(0) => {
+                    self.server.overflow().clear_store();
                     // Removing these channels from the store also removed the backup, because it has the same name, so
                     // store it again.
                     self.server.store_backup();
@@ -363,6 +387,8 @@ impl Adopter {
         );
         self.room = room;
         self.finished += finished;
+        let is_busy = finished > 0;
+        self.rotation_due = Instant::now() + if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
         // `empty_nested` may keep each of them as one more channel that is not empty.
         let nested = self.nested.len();
         self.empty_nested();
@@ -475,5 +501,25 @@ mod tests {
         drop(predecessor);
         Adopter::new(server).finish();
         client.expect_answer().await;
+    }
+
+    #[tokio::test]
+    async fn connections_that_were_passed_on_do_not_wait_for_the_end_of_the_predecessor() {
+        let server = successor().await.server;
+        let (predecessor, channel) = pair().expect("could not create a socket pair");
+        let oldest = pass_channel_on(&predecessor);
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        let adopting = tokio::spawn(Adopter::new(server.clone()).adopt_from(channel, |_| ()));
+        // The first is answered when the channel has arrived, and the second in a rotation.
+        for _ in 0..2 {
+            Client::hand_over(&server, &oldest).expect_answer().await;
+        }
+        drop(oldest);
+        assert!(!adopting.is_finished(), "did not wait for the predecessor");
+        drop(predecessor);
+        timeout(PATIENCE, adopting)
+            .await
+            .expect("did not see the exit of the predecessor")
+            .expect("panicked");
     }
 }
