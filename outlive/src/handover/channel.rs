@@ -196,8 +196,9 @@ fn with_peek_offset<T>(channel: impl AsFd, offset: usize, peek: impl FnOnce() ->
 pub(super) enum Peeked {
     /// A frame with copies of its descriptors, and its length in bytes.
     Frame(Frame, usize),
-    /// A frame that carries more sockets than this process may open.
-    NoRoom { sockets: usize, length: usize },
+    /// A frame that was not copied: one that carries more sockets than this process may open, or neither connections nor a
+    /// linger channel.
+    Skipped { message_type: MessageType, sockets: usize, length: usize },
     /// There is no frame at the offset.
     End,
 }
@@ -210,14 +211,16 @@ const ROOM_OF_HANDLERS: usize = 16;
 /// descriptors. The frame stays in the channel.
 pub(super) fn peek_at(channel: impl AsFd, offset: usize, room: &mut FdRoom) -> io::Result<Peeked> {
     let Some((header, length)) = peek_header_at(&channel, offset)? else { return Ok(Peeked::End) };
-    let sockets = usize::from(header.sockets);
-    if header.message_type != MessageType::Connections || !room.fits(2 * sockets + ROOM_OF_HANDLERS) {
-        let sockets = if header.message_type == MessageType::Connections { sockets } else { 0 };
-        return Ok(Peeked::NoRoom { sockets, length });
+    let (message_type, sockets) = (header.message_type, usize::from(header.sockets));
+    let skipped = Peeked::Skipped { message_type, sockets, length };
+    if !matches!(message_type, MessageType::Connections | MessageType::Lingering)
+        || !room.fits(2 * sockets + ROOM_OF_HANDLERS)
+    {
+        return Ok(skipped);
     }
     match with_peek_offset(&channel, offset, || receive_with(&channel, RecvFlags::PEEK))?? {
         Next::Frame(frame) => Ok(Peeked::Frame(frame, length)),
-        _ => Ok(Peeked::NoRoom { sockets, length }),
+        _ => Ok(skipped),
     }
 }
 

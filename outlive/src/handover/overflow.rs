@@ -10,7 +10,8 @@
 //! copies the others with `MSG_PEEK` (`SO_PEEK_OFF` of socket(7)), which returns duplicates of their descriptors. It
 //! serves each connection that is readable or closed by its peer, and closes it after that response. So each of them is
 //! answered soon, however long others stay idle, and none is closed without a response. WebSockets and responses without
-//! end are closed in the same way at once, so that their clients reconnect.
+//! end are closed in the same way at once, so that their clients reconnect. A linger channel among the messages is copied
+//! too, because an old process sends its last connections through it.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -64,13 +65,15 @@ struct Waiting {
     location: ChannelLocation,
     /// How many connections in it wait for descriptors.
     count: usize,
+    /// How many linger channels in it were copied, which are the first ones.
+    lingering: usize,
 }
 
 impl Overflow {
     /// Keeps a channel whose next message carries more descriptors than this process may open.
     pub fn keep(&self, channel: OwnedFd, location: ChannelLocation) {
         let count = count(&channel);
-        let waiting = Waiting { channel, location, count };
+        let waiting = Waiting { channel, location, count, lingering: 0 };
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.push(waiting),
             // The drain has handed the other channels over already; the next process finds this one in the store.
@@ -119,9 +122,9 @@ impl Overflow {
     }
 
     /// Calls `adopt` with each frame for which there is room. Of the other frames, calls `finish` with each connection
-    /// that is readable or closed by its peer. `unpack` decodes the connections of a frame. Returns the number of
-    /// channels that are not empty yet; such a channel can hold counters after connections that were all served. None
-    /// once the channels are handed over.
+    /// that is readable or closed by its peer, and `adopt` with each linger channel, but only once. `unpack` decodes the
+    /// connections of a frame. Returns the number of channels that are not empty yet; such a channel can hold counters
+    /// after connections that were all served. None once the channels are handed over.
     pub fn rotate(
         &self,
         room: &mut FdRoom,
@@ -139,13 +142,25 @@ impl Overflow {
                     // next rotation receives that frame, or the end.
                     Ok(Next::Pending) => return true,
                     Ok(Next::End) | Err(_) => return false,
+                    Ok(next) if is_lingering(&next) && waiting.lingering > 0 => waiting.lingering -= 1,
                     Ok(next) => adopt(next),
                 }
             }
             waiting.count = 0;
             let mut offset = 0;
+            let mut lingering = 0;
             loop {
                 match channel::peek_at(&waiting.channel, offset, room) {
+                    Ok(Peeked::Frame(frame, length)) if frame.message_type == MessageType::Lingering => {
+                        offset += length;
+                        // If one before it could not be copied, it follows later, so that `waiting.lingering` counts the
+                        // first ones.
+                        if lingering == waiting.lingering {
+                            waiting.lingering += 1;
+                            adopt(Next::Frame(frame));
+                        }
+                        lingering += 1;
+                    }
                     Ok(Peeked::Frame(frame, length)) => {
                         offset += length;
                         for connection in unpack(frame) {
@@ -159,9 +174,13 @@ impl Overflow {
                             }
                         }
                     }
-                    Ok(Peeked::NoRoom { sockets, length }) => {
+                    Ok(Peeked::Skipped { message_type, sockets, length }) => {
                         offset += length;
-                        waiting.count += sockets;
+                        match message_type {
+                            MessageType::Connections => waiting.count += sockets,
+                            MessageType::Lingering => lingering += 1,
+                            _ => {}
+                        }
                     }
                     Ok(Peeked::End) | Err(_) => return true,
                 }
@@ -226,6 +245,10 @@ fn store(channels: &mut [Waiting]) {
     }
 }
 
+fn is_lingering(next: &Next) -> bool {
+    matches!(next, Next::Frame(frame) if frame.message_type == MessageType::Lingering)
+}
+
 /// How many connections are in `channel`.
 fn count(channel: &OwnedFd) -> usize {
     let mut offset = 0;
@@ -281,7 +304,7 @@ mod tests {
     use axum::Router;
     use bytes::Bytes;
 
-    use super::super::{Origin, pack};
+    use super::super::{Origin, SocketRecord, pack};
     use super::*;
     use crate::connection::tests::endpoint;
     use crate::transport::replay::Replay;
@@ -296,6 +319,12 @@ mod tests {
 
     /// As [`channel_of`]. `replay`: the request of each connection, if its response has no end.
     fn channel_with(count: usize, replay: Option<&Replay>) -> (OwnedFd, Vec<UnixStream>) {
+        let (_, read, clients) = open_channel_of(count, replay);
+        (read, clients)
+    }
+
+    /// As [`channel_with`], with the end of the writer.
+    fn open_channel_of(count: usize, replay: Option<&Replay>) -> (OwnedFd, OwnedFd, Vec<UnixStream>) {
         let (write, read) = channel::pair().expect("could not create a socket pair");
         let (clients, connections): (Vec<_>, Vec<_>) = (0..count)
             .map(|_| {
@@ -316,7 +345,7 @@ mod tests {
         let (sent, error) =
             channel::send(&write, MessageType::Connections, Origin::now(1), &pack(&connections), "");
         assert_eq!((sent, error.map(|error| error.to_string())), (count, None));
-        (read, clients)
+        (write, read, clients)
     }
 
     fn unpack(frame: Frame) -> Vec<Connection> {
@@ -446,5 +475,43 @@ mod tests {
         assert!(!overflow.is_complete(), "did not wait for a channel that was kept after");
         drop(after);
         assert!(overflow.is_complete());
+    }
+
+    /// Sends the other end of a linger channel. `responses` is the text by which the test recognizes it.
+    fn send_linger_channel(write: &OwnedFd, responses: &str) {
+        let (_, other_end) = channel::pair().expect("could not create a socket pair");
+        let record = SocketRecord::new("linger".to_owned(), Bytes::new());
+        let sockets = [(other_end, record)];
+        let (sent, _) = channel::send(write, MessageType::Lingering, Origin::now(1), &sockets, responses);
+        assert_eq!(sent, 1);
+    }
+
+    #[test]
+    fn linger_channels_behind_waiting_connections_are_copied_once() {
+        let overflow = Overflow::default();
+        let (write, read, _clients) = open_channel_of(3, None);
+        send_linger_channel(&write, "1");
+        send_linger_channel(&write, "2");
+        overflow.keep(read, ChannelLocation::Process);
+        let rotate = |room| {
+            let mut lingering = Vec::new();
+            let adopt = |next| match next {
+                Next::Frame(frame) if frame.message_type == MessageType::Lingering => {
+                    lingering.push(frame.text);
+                }
+                _ => {}
+            };
+            overflow.rotate(&mut FdRoom::counted_by(room), adopt, unpack, |_| ());
+            lingering
+        };
+        assert_eq!(rotate(NONE), [""; 0]);
+        assert_eq!(rotate(LITTLE), ["1", "2"]);
+        assert_eq!(rotate(LITTLE), [""; 0], "copied a linger channel twice");
+        send_linger_channel(&write, "3");
+        assert_eq!(rotate(LITTLE), ["3"]);
+        send_linger_channel(&write, "4");
+        assert_eq!(rotate(ENOUGH), ["4"], "received a linger channel that was copied before");
+        send_linger_channel(&write, "5");
+        assert_eq!(rotate(ENOUGH), ["5"]);
     }
 }

@@ -81,13 +81,14 @@ impl Adopter {
     pub fn adopt_stored(mut self, channels: Vec<anyhow::Result<OwnedFd>>) -> String {
         for channel in channels {
             let emptied = channel.and_then(|channel| {
-                self.empty(channel, ChannelLocation::Store).context("could not read a handover channel")
+                let emptied = self.empty(channel, ChannelLocation::Store, &mut close);
+                emptied.context("could not read a handover channel")
             });
             if let Err(error) = emptied {
                 self.refuse(0, format!("{error:#}"));
             }
         }
-        self.empty_nested();
+        self.empty_nested(&mut close);
         let taken_over = self.adopted;
         if let Some(origin) = self.origin {
             let rest_ms = u64::try_from(origin.pause().as_millis()).unwrap_or(u64::MAX);
@@ -107,12 +108,16 @@ impl Adopter {
             );
         }
         self.server.overflow().clear_store();
-        self.finish()
+        self.finish(close)
     }
 
     /// Adopts connections from a predecessor that runs beside this process, until its drain has ended. Returns a note for
     /// the status line. `on_other` receives the frames that are steps of the takeover.
-    pub async fn adopt_from(mut self, channel: Channel, mut on_other: impl FnMut(Frame)) -> String {
+    pub async fn adopt_from(
+        mut self,
+        channel: Channel,
+        mut on_other: impl FnMut(Frame) + Send + 'static,
+    ) -> String {
         let begun = Instant::now();
         let remainder = loop {
             tokio::select! {
@@ -124,7 +129,7 @@ impl Adopter {
                 // The predecessor has passed on channels in which connections wait. It does not serve them anymore, and
                 // its own channel may stay open for its whole drain.
                 () = sleep_until(self.rotation_due), if self.server.overflow().has_channels() => {
-                    self.rotate_once();
+                    self.rotate_once(&mut on_other);
                 }
             }
         };
@@ -136,7 +141,7 @@ impl Adopter {
         }
         while !self.server.overflow().is_complete() {
             sleep_until(self.rotation_due).await;
-            self.rotate_once();
+            self.rotate_once(&mut on_other);
         }
         let (taken_over, took_ms) =
             (self.adopted, u64::try_from(begun.elapsed().as_millis()).unwrap_or(u64::MAX));
@@ -151,7 +156,7 @@ impl Adopter {
             taken_over, took_ms, "{note}; the handover ended {took_ms} ms after the takeover began",
         );
         self.server.overflow().store();
-        self.finish()
+        self.finish(on_other)
     }
 
     /// Adopts connections from an old process that lingers, until it has exited. `on_other` receives its other frames.
@@ -177,15 +182,13 @@ impl Adopter {
         mut on_other: impl FnMut(Frame),
     ) -> ControlFlow<Remainder> {
         match readable.and_then(|()| channel.receive_if_room(&mut self.room, WINDOW)) {
-            Ok(Next::Frame(frame)) if is_of_connections(frame.message_type) => {
-                self.on_frame(frame);
-                self.empty_nested();
-            }
-            Ok(Next::Frame(frame)) => on_other(frame),
-            Ok(Next::Refused(connections, reason)) => self.refuse(connections, reason),
             Ok(Next::NoRoom) => return ControlFlow::Break(Remainder::Waits),
             Ok(Next::Pending) => {}
             Ok(Next::End) => return ControlFlow::Break(Remainder::None),
+            Ok(next) => {
+                self.on_next(next, &mut on_other);
+                self.empty_nested(&mut on_other);
+            }
             Err(error) => {
                 self.refuse(0, error.to_string());
                 return ControlFlow::Break(Remainder::None);
@@ -197,7 +200,12 @@ impl Adopter {
     /// Adopts the connections in a channel. Keeps the channel if there are not enough descriptors, and if its writer still
     /// runs: an old process that hands over to the predecessor. Without a reader it would cut off its requests. If a frame
     /// cannot be decoded, only the connections in it are closed.
-    fn empty(&mut self, channel: OwnedFd, location: ChannelLocation) -> io::Result<()> {
+    fn empty(
+        &mut self,
+        channel: OwnedFd,
+        location: ChannelLocation,
+        on_other: &mut impl FnMut(Frame),
+    ) -> io::Result<()> {
         loop {
             match handover::receive_if_room(&channel, &mut self.room, WINDOW)? {
                 Next::NoRoom | Next::Pending => {
@@ -205,23 +213,24 @@ impl Adopter {
                     return Ok(());
                 }
                 Next::End => return Ok(()),
-                next => self.on_next(next),
+                next => self.on_next(next, on_other),
             }
         }
     }
 
     /// Adopts the connections in the channels that the predecessor passed on.
-    fn empty_nested(&mut self) {
-        for channel in std::mem::take(&mut self.nested) {
-            if let Err(error) = self.empty(channel, ChannelLocation::Process) {
+    fn empty_nested(&mut self, on_other: &mut impl FnMut(Frame)) {
+        while let Some(channel) = self.nested.pop() {
+            if let Err(error) = self.empty(channel, ChannelLocation::Process, on_other) {
                 self.refuse(0, error.to_string());
             }
         }
     }
 
-    fn on_next(&mut self, next: Next) {
+    fn on_next(&mut self, next: Next, on_other: &mut impl FnMut(Frame)) {
         match next {
-            Next::Frame(frame) => self.on_frame(frame),
+            Next::Frame(frame) if is_of_connections(frame.message_type) => self.on_frame(frame),
+            Next::Frame(frame) => on_other(frame),
             Next::Refused(connections, reason) => self.refuse(connections, reason),
             Next::NoRoom | Next::Pending | Next::End => {}
         }
@@ -286,7 +295,7 @@ impl Adopter {
 
     /// Logs how many connections could not be adopted, and starts a task that reads the channels that are kept. Returns
     /// the note for the status line.
-    fn finish(mut self) -> String {
+    fn finish(mut self, on_other: impl FnMut(Frame) + Send + 'static) -> String {
         let note = self.note("");
         self.log_refused();
         let waiting = self.server.overflow().len();
@@ -300,7 +309,7 @@ impl Adopter {
         }
         // No connection may be counted yet in a channel whose writer has sent its last ones after the last rotation.
         if self.server.overflow().has_channels() {
-            task::spawn(self.rotate());
+            task::spawn(self.rotate(on_other));
         }
         note
     }
@@ -332,11 +341,11 @@ impl Adopter {
     }
 
     /// Serves the connections that wait, until their channels are empty or the next process has them.
-    async fn rotate(mut self) {
+    async fn rotate(mut self, mut on_other: impl FnMut(Frame)) {
         let adopted_before = self.adopted;
         loop {
             sleep_until(self.rotation_due).await;
-            match self.rotate_once() {
+            match self.rotate_once(&mut on_other) {
                 Some(0) => {
                     self.server.overflow().clear_store();
                     // Removing these channels from the store also removed the backup, because it has the same name, so
@@ -361,7 +370,7 @@ impl Adopter {
 
     /// Adopts the connections for which there is room by now, and serves those of the others that are readable or
     /// closed by their peers. Returns how many channels are not empty yet; None once the next process has them.
-    fn rotate_once(&mut self) -> Option<usize> {
+    fn rotate_once(&mut self, on_other: &mut impl FnMut(Frame)) -> Option<usize> {
         let server = self.server.clone();
         // A connection that has left its channel and is not registered yet is in neither count, so without this a drain
         // could end and close it.
@@ -377,7 +386,7 @@ impl Adopter {
         let mut finished = 0;
         let channels = server.overflow().rotate(
             &mut room,
-            |next| self.on_next(next),
+            |next| self.on_next(next, on_other),
             unpacked,
             |connection| {
                 finished += 1;
@@ -391,14 +400,22 @@ impl Adopter {
         self.rotation_due = Instant::now() + if is_busy { BUSY_ROTATION_INTERVAL } else { ROTATION_INTERVAL };
         // `empty_nested` may keep each of them as one more channel that is not empty.
         let nested = self.nested.len();
-        self.empty_nested();
+        self.empty_nested(on_other);
         channels.map(|channels| channels + nested)
     }
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.
 fn is_of_connections(message_type: MessageType) -> bool {
-    matches!(message_type, MessageType::Connections | MessageType::Tickets | MessageType::Totals)
+    use MessageType::{Backup, Connections, Tickets, Totals};
+    matches!(message_type, Connections | Tickets | Totals | Backup)
+}
+
+/// Closes the sockets in a frame of the store that is a step of a takeover. If it is a linger channel, its process has
+/// ended with the unit, or closes its connections itself.
+fn close(frame: Frame) {
+    let Frame { message_type, sockets, .. } = frame;
+    debug!(?message_type, sockets = sockets.len(), "closing the sockets of an unexpected frame in the store");
 }
 
 #[cfg(test)]
@@ -411,6 +428,7 @@ mod tests {
     use bytes::Bytes;
     use tokio::io::AsyncReadExt;
     use tokio::net::UnixStream;
+    use tokio::sync::mpsc::unbounded_channel;
     use tokio::time::timeout;
 
     use super::*;
@@ -499,7 +517,7 @@ mod tests {
         server.overflow().keep(channel, ChannelLocation::Process);
         let client = Client::hand_over(&server, &predecessor);
         drop(predecessor);
-        Adopter::new(server).finish();
+        Adopter::new(server).finish(close);
         client.expect_answer().await;
     }
 
@@ -521,5 +539,23 @@ mod tests {
             .await
             .expect("did not see the exit of the predecessor")
             .expect("panicked");
+    }
+
+    #[tokio::test]
+    async fn linger_channel_in_a_channel_that_was_passed_on_is_followed() {
+        let server = successor().await.server;
+        let (predecessor, channel) = pair().expect("could not create a socket pair");
+        let oldest = pass_channel_on(&predecessor);
+        let (_, linger) = pair().expect("could not create a socket pair");
+        let record = SocketRecord::new("linger".to_owned(), Bytes::new());
+        send(&oldest, MessageType::Lingering, &[(linger, record)]);
+        drop((oldest, predecessor));
+        let (lingering, mut followed) = unbounded_channel();
+        let on_other = move |frame: Frame| {
+            lingering.send((frame.message_type, frame.sockets.len())).expect("the test has ended");
+        };
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        Adopter::new(server).adopt_from(channel, on_other).await;
+        assert_eq!(followed.recv().await, Some((MessageType::Lingering, 1)));
     }
 }

@@ -186,7 +186,7 @@ async fn receive(
     let mut to_main = Some(to_main);
     let adopter = Adopter::new(server.clone());
     let note = adopter
-        .adopt_from(channel, |frame| match frame.message_type {
+        .adopt_from(channel, move |frame| match frame.message_type {
             MessageType::Main => drop(to_main.take()),
             MessageType::Lingering => old.add(frame),
             other => debug!(?other, "unexpected frame from the predecessor"),

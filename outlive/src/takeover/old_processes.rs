@@ -21,6 +21,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
 
+use rustix::fs::fstat;
 use tokio::sync::Notify;
 use tokio::task::AbortHandle;
 use tracing::{debug, info, warn};
@@ -106,6 +107,10 @@ impl OldProcesses {
     fn add_one(&self, channel: LingerChannel) -> io::Result<()> {
         match &mut *lock(&self.0.state) {
             State::Followed { processes, next_id } => {
+                // A channel whose frame could only be copied arrives again with the handover channel that has this frame.
+                if processes.iter().any(|process| is_same(&process.channel.socket, &channel.socket)) {
+                    return Ok(());
+                }
                 let reading = Channel::new(channel.socket.try_clone()?)?;
                 let id = *next_id;
                 *next_id += 1;
@@ -224,6 +229,43 @@ fn next_to_pass(state: &mut State) -> Option<LingerChannel> {
     }
 }
 
+/// Whether two descriptors belong to the same socket.
+fn is_same(one: &OwnedFd, other: &OwnedFd) -> bool {
+    let inode = |socket| fstat(socket).map(|stat| (stat.st_dev, stat.st_ino));
+    inode(one).is_ok_and(|one| inode(other) == Ok(one))
+}
+
 fn responses_in(frame: &Frame) -> usize {
     frame.text.parse().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use axum::Router;
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::connection::tests::serve;
+    use crate::handover::pair;
+    use crate::registry::{Limits, Registry};
+
+    #[tokio::test]
+    async fn channel_that_arrives_twice_is_followed_once() {
+        let server = serve(Router::new()).await.server;
+        let limit = Duration::from_secs(60);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let registry = Registry::new(limits, CancellationToken::new());
+        let status = Arc::new(Status::new(registry, String::new()));
+        let old = OldProcesses::new(server, status, 2);
+        let (_writer, channel) = pair().expect("could not create a socket pair");
+        let copy = channel.try_clone().expect("could not duplicate a socket");
+        old.add_one(LingerChannel::new(channel, 1)).expect("could not follow a process");
+        old.add_one(LingerChannel::new(copy, 1)).expect("could not follow a process");
+        let State::Followed { processes, .. } = &*lock(&old.0.state) else {
+            panic!("passed the channels on")
+        };
+        assert_eq!(processes.len(), 1);
+    }
 }
