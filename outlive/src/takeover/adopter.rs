@@ -159,11 +159,27 @@ impl Adopter {
         self.finish(on_other)
     }
 
-    /// Adopts connections from an old process that lingers, until it has exited. `on_other` receives its other frames.
-    pub async fn adopt_late(mut self, channel: &Channel, mut on_other: impl FnMut(Frame)) {
+    /// Adopts connections from an old process that lingers, until it has exited, or until `is_followed` returns false
+    /// because the channel was passed on. `on_other` receives its other frames.
+    pub async fn adopt_late(
+        mut self,
+        channel: &Channel,
+        is_followed: impl Fn() -> bool,
+        mut on_other: impl FnMut(Frame),
+    ) {
+        let server = self.server.clone();
         loop {
             let readable = channel.readable().await;
-            match self.adopt_next(channel, readable, &mut on_other) {
+            let next = {
+                // As in `rotate_once`. The drain passes the channel on before it looks whether a connection is accepted, so
+                // it waits for each frame that is received here.
+                let _accepting = server.registry().accepting();
+                if !is_followed() {
+                    break;
+                }
+                self.adopt_next(channel, readable, &mut on_other)
+            };
+            match next {
                 ControlFlow::Continue(()) => {}
                 // There are few of them, so one for which this process has no descriptor waits in the channel.
                 ControlFlow::Break(Remainder::Waits) => sleep(ROTATION_INTERVAL).await,
@@ -435,6 +451,7 @@ mod tests {
     use crate::connection::Connection;
     use crate::connection::tests::{Served, serve};
     use crate::handover::{SocketRecord, pack, pack_channel, pair, send_frames};
+    use crate::registry::Phase;
 
     /// How long a test waits for an event before it fails.
     const PATIENCE: Duration = Duration::from_secs(20);
@@ -557,5 +574,39 @@ mod tests {
         let channel = Channel::new(channel).expect("could not watch a channel");
         Adopter::new(server).adopt_from(channel, on_other).await;
         assert_eq!(followed.recv().await, Some((MessageType::Lingering, 1)));
+    }
+
+    /// A drain must not end between the moment at which a frame leaves its channel and the one at which its connections
+    /// are registered.
+    #[tokio::test]
+    async fn drain_waits_while_a_frame_of_a_process_that_lingers_is_handled() {
+        let server = successor().await.server;
+        let (lingering, channel) = pair().expect("could not create a socket pair");
+        let no_sockets: [(OwnedFd, SocketRecord); 0] = [];
+        send(&lingering, MessageType::Lingering, &no_sockets);
+        drop(lingering);
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        let registry = server.registry();
+        server.enter(Phase::Quiescing);
+        let drained = timeout(PATIENCE, registry.wait_until(|| registry.is_drained())).await;
+        drained.expect("a process without connections is not drained");
+        let mut was_drained = None;
+        let adopter = Adopter::new(server.clone());
+        adopter.adopt_late(&channel, || true, |_| was_drained = Some(registry.is_drained())).await;
+        assert_eq!(was_drained, Some(false));
+        assert!(registry.is_drained());
+    }
+
+    #[tokio::test]
+    async fn frames_stay_in_a_linger_channel_that_was_passed_on() {
+        let server = successor().await.server;
+        let (lingering, channel) = pair().expect("could not create a socket pair");
+        let client = Client::hand_over(&server, &lingering);
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        let late = Adopter::new(server.clone()).adopt_late(&channel, || false, |_| ());
+        timeout(PATIENCE, late).await.expect("read the channel on");
+        drop(lingering);
+        Adopter::new(server).adopt_late(&channel, || true, |_| ()).await;
+        client.expect_answer().await;
     }
 }

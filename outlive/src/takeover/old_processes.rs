@@ -139,7 +139,8 @@ impl OldProcesses {
             MessageType::Lingering => self.add(frame),
             other => debug!(?other, "unexpected frame from an old process"),
         };
-        adopter.adopt_late(&channel, on_other).await;
+        let is_followed = || matches!(&*lock(&self.0.state), State::Followed { .. });
+        adopter.adopt_late(&channel, is_followed, on_other).await;
         if let State::Followed { processes, .. } = &mut *lock(&self.0.state) {
             processes.retain(|process| process.id != id);
             self.report(processes);
@@ -190,7 +191,8 @@ impl OldProcesses {
         let mut state = lock(&self.0.state);
         if let State::Followed { processes, .. } = &mut *state {
             let passed = processes.drain(..).map(|OldProcess { channel, reader, .. }| {
-                // A frame that it is reading at this moment is not lost: what is in it reaches the drain.
+                // A frame that it is reading at this moment is not lost: the drain waits for what is in it. A frame that it
+                // has not begun to read stays in the channel.
                 reader.abort();
                 channel
             });
