@@ -328,6 +328,12 @@ fn read_records(file: &File) -> io::Result<Zeroizing<Vec<u8>>> {
 /// [`UnixStream`] serves here because it is used only to wait for readiness.
 pub struct Channel(UnixStream);
 
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 impl Channel {
     pub fn new(fd: OwnedFd) -> io::Result<Self> {
         rustix::io::ioctl_fionbio(&fd, true)?;

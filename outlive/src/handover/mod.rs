@@ -26,7 +26,7 @@ pub use channel::{
     Channel, Frame, MAX_SOCKETS, MessageType, Next, Secret, SocketRecord, pair, receive as receive_frame,
     receive_if_room, send as send_frames,
 };
-pub use overflow::{ChannelLocation, Overflow, WINDOW, is_claimed};
+pub use overflow::{ChannelLocation, Copies, Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};
 pub use store::FdStore;
 use tracing::debug;

@@ -63,17 +63,83 @@ impl Default for State {
 struct Waiting {
     channel: OwnedFd,
     location: ChannelLocation,
-    /// How many connections in it wait for descriptors.
-    count: usize,
-    /// How many linger channels in it were copied, which are the first ones.
+    copies: Copies,
+}
+
+/// What is known about the frames in a channel from copies of them.
+#[derive(Default)]
+pub struct Copies {
+    /// How many connections in them wait for descriptors.
+    waiting: usize,
+    /// How many frames of the type Lingering were copied, which are the first ones.
     lingering: usize,
+}
+
+impl Copies {
+    /// Whether `frame`, which was received, was copied before and must not be handled again.
+    pub fn had(&mut self, frame: &Frame) -> bool {
+        let had = frame.message_type == MessageType::Lingering && self.lingering > 0;
+        self.lingering -= usize::from(had);
+        had
+    }
+
+    /// Copies the frames in `channel`. Calls `finish` with each connection that is readable or closed by its peer, and
+    /// `adopt` with each frame of the type Lingering, but only once. `unpack` decodes the connections of a frame.
+    pub fn serve(
+        &mut self,
+        channel: impl AsFd,
+        room: &mut FdRoom,
+        mut adopt: impl FnMut(Next),
+        unpack: impl Fn(Frame) -> Vec<Connection>,
+        mut finish: impl FnMut(Connection),
+    ) {
+        self.waiting = 0;
+        let mut offset = 0;
+        let mut lingering = 0;
+        loop {
+            match channel::peek_at(&channel, offset, room) {
+                Ok(Peeked::Frame(frame, length)) if frame.message_type == MessageType::Lingering => {
+                    offset += length;
+                    // If one before it could not be copied, it follows later, so that `self.lingering` counts the first
+                    // ones.
+                    if lingering == self.lingering {
+                        self.lingering += 1;
+                        adopt(Next::Frame(frame));
+                    }
+                    lingering += 1;
+                }
+                Ok(Peeked::Frame(frame, length)) => {
+                    offset += length;
+                    for connection in unpack(frame) {
+                        if is_claimed(&connection) {
+                            continue;
+                        }
+                        if !is_ready(&connection) {
+                            self.waiting += 1;
+                        } else if claim(&connection).is_ok() {
+                            finish(connection);
+                        }
+                    }
+                }
+                Ok(Peeked::Skipped { message_type, sockets, length }) => {
+                    offset += length;
+                    match message_type {
+                        MessageType::Connections => self.waiting += sockets,
+                        MessageType::Lingering => lingering += 1,
+                        _ => {}
+                    }
+                }
+                Ok(Peeked::End) | Err(_) => return,
+            }
+        }
+    }
 }
 
 impl Overflow {
     /// Keeps a channel whose next message carries more descriptors than this process may open.
     pub fn keep(&self, channel: OwnedFd, location: ChannelLocation) {
-        let count = count(&channel);
-        let waiting = Waiting { channel, location, count, lingering: 0 };
+        let copies = Copies { waiting: count(&channel), lingering: 0 };
+        let waiting = Waiting { channel, location, copies };
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.push(waiting),
             // The drain has handed the other channels over already; the next process finds this one in the store.
@@ -96,7 +162,7 @@ impl Overflow {
     /// How many connections wait for descriptors.
     pub fn len(&self) -> usize {
         match &*lock(&self.0) {
-            State::Open(channels) => channels.iter().map(|waiting| waiting.count).sum(),
+            State::Open(channels) => channels.iter().map(|waiting| waiting.copies.waiting).sum(),
             State::HandedOver(_) => 0,
         }
     }
@@ -142,49 +208,12 @@ impl Overflow {
                     // next rotation receives that frame, or the end.
                     Ok(Next::Pending) => return true,
                     Ok(Next::End) | Err(_) => return false,
-                    Ok(next) if is_lingering(&next) && waiting.lingering > 0 => waiting.lingering -= 1,
+                    Ok(Next::Frame(frame)) if waiting.copies.had(&frame) => {}
                     Ok(next) => adopt(next),
                 }
             }
-            waiting.count = 0;
-            let mut offset = 0;
-            let mut lingering = 0;
-            loop {
-                match channel::peek_at(&waiting.channel, offset, room) {
-                    Ok(Peeked::Frame(frame, length)) if frame.message_type == MessageType::Lingering => {
-                        offset += length;
-                        // If one before it could not be copied, it follows later, so that `waiting.lingering` counts the
-                        // first ones.
-                        if lingering == waiting.lingering {
-                            waiting.lingering += 1;
-                            adopt(Next::Frame(frame));
-                        }
-                        lingering += 1;
-                    }
-                    Ok(Peeked::Frame(frame, length)) => {
-                        offset += length;
-                        for connection in unpack(frame) {
-                            if is_claimed(&connection) {
-                                continue;
-                            }
-                            if !is_ready(&connection) {
-                                waiting.count += 1;
-                            } else if claim(&connection).is_ok() {
-                                finish(connection);
-                            }
-                        }
-                    }
-                    Ok(Peeked::Skipped { message_type, sockets, length }) => {
-                        offset += length;
-                        match message_type {
-                            MessageType::Connections => waiting.count += sockets,
-                            MessageType::Lingering => lingering += 1,
-                            _ => {}
-                        }
-                    }
-                    Ok(Peeked::End) | Err(_) => return true,
-                }
-            }
+            waiting.copies.serve(&waiting.channel, room, &mut adopt, &unpack, &mut finish);
+            true
         });
         Some(channels.len())
     }
@@ -237,16 +266,12 @@ fn store(channels: &mut [Waiting]) {
             Ok(()) => waiting.location = ChannelLocation::Store,
             Err(error) => warn!(
                 %error,
-                connections = waiting.count,
+                connections = waiting.copies.waiting,
                 "could not store {} connections that wait for file descriptors; a restart will close them",
-                waiting.count,
+                waiting.copies.waiting,
             ),
         }
     }
-}
-
-fn is_lingering(next: &Next) -> bool {
-    matches!(next, Next::Frame(frame) if frame.message_type == MessageType::Lingering)
 }
 
 /// How many connections are in `channel`.

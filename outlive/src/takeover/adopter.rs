@@ -13,8 +13,9 @@ use anyhow::Context;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
 
+use crate::connection::Connection;
 use crate::handover::{
-    self, Channel, ChannelLocation, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed,
+    self, Channel, ChannelLocation, Copies, Frame, MessageType, Next, Origin, STORE_NAME, WINDOW, is_claimed,
     take_backed_up, unpack, unpack_tickets,
 };
 use crate::observe::log::message_id;
@@ -168,6 +169,7 @@ impl Adopter {
         mut on_other: impl FnMut(Frame),
     ) {
         let server = self.server.clone();
+        let mut copies = Copies::default();
         loop {
             let readable = channel.readable().await;
             let next = {
@@ -177,11 +179,19 @@ impl Adopter {
                 if !is_followed() {
                     break;
                 }
-                self.adopt_next(channel, readable, &mut on_other)
+                let next = self.adopt_next(channel, readable, |frame| {
+                    if !copies.had(&frame) {
+                        on_other(frame);
+                    }
+                });
+                if next == ControlFlow::Break(Remainder::Waits) {
+                    self.serve_copies(channel, &mut copies, &mut on_other);
+                }
+                next
             };
             match next {
                 ControlFlow::Continue(()) => {}
-                // There are few of them, so one for which this process has no descriptor waits in the channel.
+                // Connections for which this process has no descriptors wait in the channel, as in `Overflow`.
                 ControlFlow::Break(Remainder::Waits) => sleep(ROTATION_INTERVAL).await,
                 ControlFlow::Break(Remainder::None) => break,
             }
@@ -392,22 +402,14 @@ impl Adopter {
         // could end and close it.
         let _accepting = server.registry().accepting();
         let mut room = std::mem::take(&mut self.room);
-        let unpacked = |frame: Frame| {
-            let connections = frame
-                .sockets
-                .into_iter()
-                .filter_map(|(fd, record)| unpack(fd, record, server.endpoints()).ok());
-            connections.collect()
-        };
         let mut finished = 0;
         let channels = server.overflow().rotate(
             &mut room,
             |next| self.on_next(next, on_other),
-            unpacked,
+            |frame| unpack_copies(&server, frame),
             |connection| {
                 finished += 1;
-                metrics::TAKEN_OVER.inc();
-                server.finish(connection);
+                finish_copy(&server, connection);
             },
         );
         self.room = room;
@@ -419,6 +421,31 @@ impl Adopter {
         self.empty_nested(on_other);
         channels.map(|channels| channels + nested)
     }
+
+    /// Serves the connections in a linger channel for which this process has no descriptors, as `rotate_once` does.
+    fn serve_copies(&mut self, channel: &Channel, copies: &mut Copies, on_other: &mut impl FnMut(Frame)) {
+        let server = self.server.clone();
+        let mut room = std::mem::take(&mut self.room);
+        copies.serve(
+            channel,
+            &mut room,
+            |next| self.on_next(next, on_other),
+            |frame| unpack_copies(&server, frame),
+            |connection| finish_copy(&server, connection),
+        );
+        self.room = room;
+    }
+}
+
+/// The connections in the copy of a frame. Those that cannot be decoded are refused when the frame is received.
+fn unpack_copies(server: &Server, frame: Frame) -> Vec<Connection> {
+    let unpacked = frame.sockets.into_iter().map(|(fd, record)| unpack(fd, record, server.endpoints()));
+    unpacked.filter_map(Result::ok).collect()
+}
+
+fn finish_copy(server: &Server, connection: Connection) {
+    metrics::TAKEN_OVER.inc();
+    server.finish(connection);
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.
@@ -448,7 +475,6 @@ mod tests {
     use tokio::time::timeout;
 
     use super::*;
-    use crate::connection::Connection;
     use crate::connection::tests::{Served, serve};
     use crate::handover::{SocketRecord, pack, pack_channel, pair, send_frames};
     use crate::registry::Phase;
@@ -608,5 +634,34 @@ mod tests {
         drop(lingering);
         Adopter::new(server).adopt_late(&channel, || true, |_| ()).await;
         client.expect_answer().await;
+    }
+
+    #[tokio::test]
+    async fn connections_of_a_process_that_lingers_are_answered_without_room_for_them() {
+        let server = successor().await.server;
+        let (lingering, channel) = pair().expect("could not create a socket pair");
+        let clients = [(); 2].map(|()| Client::hand_over(&server, &lingering));
+        let no_sockets: [(OwnedFd, SocketRecord); 0] = [];
+        send(&lingering, MessageType::Lingering, &no_sockets);
+        let channel = Channel::new(channel).expect("could not watch a channel");
+        let (behind, mut received) = unbounded_channel();
+        let mut adopter = Adopter::new(server);
+        // Enough to copy a frame, and too few to adopt it.
+        adopter.room = FdRoom::counted_by(|| 30);
+        let late = adopter.adopt_late(
+            &channel,
+            || true,
+            |frame| behind.send(frame.text).expect("the test has ended"),
+        );
+        let clients = async {
+            for client in clients {
+                client.expect_answer().await;
+            }
+            timeout(PATIENCE, received.recv()).await.expect("did not see the frame behind the connections")
+        };
+        tokio::select! {
+            () = late => panic!("did not wait for the end of the channel"),
+            note = clients => assert_eq!(note.as_deref(), Some("")),
+        }
     }
 }
