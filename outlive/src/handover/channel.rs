@@ -36,7 +36,7 @@ const RECORDS_LIMIT: u64 = 252 << 21;
 
 /// How many connections one frame carries at least, if there are so many. Smaller frames would need more kernel memory
 /// for each connection.
-const SMALL_FRAME: usize = 32;
+pub const SMALL_FRAME: usize = 32;
 /// How many frames with connections the socket's buffer holds, with room for the frames that follow them.
 const FRAMES_IN_CHANNEL: usize = 200;
 

@@ -23,8 +23,8 @@ use std::time::Duration;
 pub use backup::{Backup, ParkedSockets, has_store, take as take_backed_up};
 use bytes::Bytes;
 pub use channel::{
-    Channel, Frame, MAX_SOCKETS, MessageType, Next, Secret, SocketRecord, pair, receive as receive_frame,
-    receive_if_room, send as send_frames,
+    Channel, Frame, MAX_SOCKETS, MessageType, Next, SMALL_FRAME, Secret, SocketRecord, pair,
+    receive as receive_frame, receive_if_room, send as send_frames,
 };
 pub use overflow::{ChannelLocation, Copies, Overflow, WINDOW, is_claimed};
 use rustix::time::{ClockId, clock_gettime};

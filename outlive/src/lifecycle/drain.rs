@@ -24,7 +24,9 @@ use tracing::{info, warn};
 
 use crate::app::tasks::Running;
 use crate::connection::Connection;
-use crate::handover::{Channel, FdStore, MAX_SOCKETS, MessageType, Origin, pack, pack_channel, pack_tickets};
+use crate::handover::{
+    Channel, FdStore, MAX_SOCKETS, MessageType, Origin, SMALL_FRAME, pack, pack_channel, pack_tickets,
+};
 use crate::lifecycle::config::TimeLimit;
 use crate::lifecycle::stop::TASKS_MINIMUM;
 use crate::observe::log::message_id;
@@ -33,7 +35,7 @@ use crate::os::signals::Signals;
 use crate::os::systemd;
 use crate::registry::{Counts, PendingWork, Phase, Protocols, Registry};
 use crate::requests::logged;
-use crate::server::Server;
+use crate::server::{HandoverQueue, Server};
 use crate::takeover::{OldProcesses, Successor};
 use linger::Route;
 use schedule::{Schedule, Step};
@@ -47,6 +49,11 @@ const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
 /// How long a message to the successor may take before the successor is taken to hang. For messages with connections,
 /// this time is added to the drain limit.
 const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
+/// In a reload, how many frames with few connections are sent at once. Those that follow are collected, because the channel
+/// holds only about 230 frames: a successor without file descriptors for all connections does not receive them at once.
+const FRAMES_AT_ONCE: usize = 16;
+/// How long the connections of one frame are collected. They are not served meanwhile.
+const COLLECT_TIME: Duration = Duration::from_millis(10);
 /// By how much each report extends systemd's stop timeout. It is longer than the interval of the reports, because one
 /// late report would otherwise let systemd kill the process.
 const MORE_TIME: Duration = Duration::from_secs(5);
@@ -313,6 +320,7 @@ impl<'a> Drain<'a> {
         // The limit may have passed already, or pass just after the phase was set. The tasks of idle connections have not run
         // yet then, and their connections would be closed.
         let mut ends_after = Instant::now() + QUIESCE_LIMIT;
+        let mut small_frames = 0;
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
@@ -340,6 +348,13 @@ impl<'a> Drain<'a> {
                 };
                 let Some(connection) = connection else { break };
                 connections.push(connection);
+            }
+            if connections.len() < SMALL_FRAME {
+                small_frames += 1;
+                // The parked connections must not wait for others.
+                if small_frames > FRAMES_AT_ONCE && idle.is_empty() {
+                    collect(queue, &mut connections).await;
+                }
             }
             let packed = pack(&connections);
             let mut unsent = &packed[..];
@@ -444,6 +459,16 @@ async fn pass_overflow(server: &Server, successor: &Channel, origin: Origin) {
 fn is_exit(error: &io::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected)
+}
+
+/// Adds connections that become quiescent soon, until there are enough for a frame.
+async fn collect(queue: &HandoverQueue, connections: &mut Vec<Connection>) {
+    let enough = async {
+        while connections.len() < SMALL_FRAME {
+            connections.push(queue.next().await);
+        }
+    };
+    let _ = timeout(COLLECT_TIME, enough).await;
 }
 
 fn moving_responses(connections: &[Connection]) -> usize {
@@ -615,12 +640,14 @@ mod tests {
     use std::sync::Arc;
 
     use axum::Router;
+    use axum::extract::Path;
     use axum::response::sse::{Event, Sse};
     use axum::routing::get;
     use futures_util::{StreamExt, stream};
     use hyper::Uri;
     use proptest::prelude::*;
     use testkit::client::{self, Target};
+    use tokio::sync::watch;
     use tokio::task::LocalSet;
     use tokio_util::sync::CancellationToken;
 
@@ -697,8 +724,10 @@ mod tests {
         let mut signals = Signals::new().expect("the signal handlers can be installed");
         let begun = Instant::now();
         let drain = Drain::new(&server, &mut signals, limit, 1);
-        // A limit of zero has passed then.
-        tokio::time::advance(Duration::from_millis(1)).await;
+        if limit.is_zero() {
+            // It has passed then.
+            tokio::time::advance(Duration::from_millis(1)).await;
+        }
         drain.pass_on(successor, 0, linger).await;
         begun.elapsed()
     }
@@ -745,6 +774,45 @@ mod tests {
         tokio::time::pause();
         assert!(pass_on(server, successor, Duration::ZERO).await < QUIESCE_LIMIT * 2);
         assert_eq!(connections_in(&theirs), 1);
+    }
+
+    /// The channel holds about 230 frames, and a successor without file descriptors does not receive them at once.
+    #[tokio::test]
+    async fn connections_that_become_quiescent_one_by_one_share_frames() {
+        const CONNECTIONS: u64 = 90;
+        let (open, gate) = watch::channel(false);
+        let handler = async move |Path(ms): Path<u64>| {
+            gate.clone().wait_for(|is_open| *is_open).await.expect("the test has ended");
+            sleep(Duration::from_millis(ms)).await;
+        };
+        let Served { server, address } = serve(Router::new().route("/{ms}", get(handler))).await;
+        let mut clients = Vec::new();
+        for ms in 0..CONNECTIONS {
+            let mut client =
+                client::Connection::open(&Target::Tcp(address)).await.expect("the server accepts");
+            client.send(&client::get(&format!("/{ms}"))).await.expect("the bytes are sent");
+            clients.push(client);
+        }
+        let all = usize::try_from(CONNECTIONS).expect("it is small");
+        while server.registry().counts().in_flight < all {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let (successor, theirs) = successor(Fill::Empty);
+        let draining = tokio::spawn(pass_on(server.clone(), successor, LIMIT));
+        server.registry().wait_for_phase(|phase| phase == Phase::Quiescing).await;
+        // From now on time passes only while nothing else happens.
+        tokio::time::pause();
+        open.send(true).expect("the handlers wait");
+        draining.await.expect("the drain ends");
+        let (mut frames, mut connections) = (0, 0);
+        while let Next::Frame(frame) = receive_frame(&theirs).expect("the channel can be read") {
+            if frame.message_type == MessageType::Connections {
+                frames += 1;
+                connections += frame.sockets.len();
+            }
+        }
+        assert_eq!(connections, all);
+        assert!(frames <= all / 2, "{frames} frames");
     }
 
     #[tokio::test(start_paused = true)]

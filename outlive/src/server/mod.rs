@@ -37,7 +37,7 @@ use crate::os::pressure::MemoryPressure;
 use crate::os::rlimit::{self, FdRoom};
 use crate::os::{sys, task};
 use crate::registry::{Phase, Registration, Registry};
-use crate::server::handover_queue::HandoverQueue;
+pub use crate::server::handover_queue::HandoverQueue;
 use crate::server::parked::{ParkedConnection, ParkedConnections};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::tickets::Tickets;
