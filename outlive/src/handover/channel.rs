@@ -166,7 +166,8 @@ pub(super) fn peek(channel: &OwnedFd) -> Option<Origin> {
 /// has no buffer for them.
 fn peek_header(channel: impl AsFd) -> Option<Header> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
-    let (length, _) = recv(channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT).ok()?;
+    let peeked = past_reset(|| recv(&channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT));
+    let (length, _) = peeked.ok()?;
     Header::decode(&bytes[..length]).ok()
 }
 
@@ -175,12 +176,21 @@ fn peek_header(channel: impl AsFd) -> Option<Header> {
 pub(super) fn peek_header_at(channel: impl AsFd, offset: usize) -> io::Result<Option<(Header, usize)>> {
     let mut bytes = [0; HEADER_LENGTH + TEXT_LIMIT];
     let peeked = with_peek_offset(&channel, offset, || {
-        recv(&channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT)
+        past_reset(|| recv(&channel, &mut bytes, RecvFlags::PEEK | RecvFlags::DONTWAIT))
     });
     Ok(match peeked? {
         Ok((length, _)) => Header::decode(&bytes[..length]).ok().map(|header| (header, length)),
         Err(_) => None,
     })
+}
+
+/// Calls `receive` again if it fails because the other process has exited without reading a message of this one, such as
+/// `Stop`. The kernel reports this once, and then returns what that process had sent before.
+fn past_reset<T>(mut receive: impl FnMut() -> rustix::io::Result<T>) -> rustix::io::Result<T> {
+    match receive() {
+        Err(Errno::CONNRESET) => receive(),
+        result => result,
+    }
 }
 
 /// Calls `peek`, whose `MSG_PEEK` begins `offset` bytes after the start of the next message.
@@ -260,7 +270,9 @@ fn receive_with(channel: impl AsFd, flags: RecvFlags) -> io::Result<Next> {
     let mut ancillary = RecvAncillaryBuffer::new(&mut space);
     let flags = flags | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
     let message = loop {
-        match recvmsg(&channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags) {
+        let received =
+            past_reset(|| recvmsg(&channel, &mut [IoSliceMut::new(&mut bytes)], &mut ancillary, flags));
+        match received {
             Err(Errno::INTR) => {}
             Err(Errno::AGAIN) => return Ok(Next::Pending),
             result => break result?,
@@ -577,6 +589,25 @@ mod tests {
         assert!(matches!(next, Next::Frame(frame) if frame.sockets.len() == 1), "the last frame was dropped");
         let next = receive_again_at_end(receive).expect("could not receive");
         assert!(matches!(next, Next::End), "expected the end");
+    }
+
+    #[test]
+    fn frames_of_a_process_that_exited_with_unread_messages_are_received_if_there_is_room() {
+        let exited = || {
+            let (ours, theirs) = pair().expect("could not create a socket pair");
+            let (sent, _) = send(&ours, MessageType::Connections, Origin::now(1), &sockets(2), "");
+            assert_eq!(sent, 2);
+            let (_, error) = send::<OwnedFd>(&theirs, MessageType::Stop, Origin::now(2), &[], "");
+            assert_eq!(error.map(|error| error.to_string()), None);
+            theirs
+        };
+        let next = receive(exited()).expect("could not receive");
+        assert!(matches!(next, Next::Frame(frame) if frame.sockets.len() == 2), "expected a frame");
+        let mut no_room = FdRoom::counted_by(|| 0);
+        let next = receive_if_room(exited(), &mut no_room, 0).expect("could not receive");
+        assert!(matches!(next, Next::NoRoom), "received a frame without room");
+        let (header, _) = peek_header_at(exited(), 0).expect("could not peek").expect("expected a frame");
+        assert_eq!(header.sockets, 2);
     }
 
     #[test]
