@@ -321,7 +321,8 @@ impl AsyncRead for Io {
         let held = this.protocol == Protocol::Http1
             && state.is_movable()
             && !state.is_reading()
-            // If the handler has not read the whole body, hyper reads what has arrived of it. Otherwise it ends the connection.
+            // If the handler left a part of the body, hyper reads what has arrived of it. If this read were withheld, hyper
+            // would close the connection.
             && !state.has_left_body()
             && handle.phase().quiesces();
         if held {

@@ -280,7 +280,7 @@ async fn connection_is_handed_over_if_the_whole_unread_request_body_has_arrived(
     client.send(head).await.expect("the bytes are sent");
     let gate = opened.recv().await.expect("the handler runs");
     client.send(body).await.expect("the bytes are sent");
-    // The runtime learns of readable sockets in order, so that it knows of the body when it answers another client.
+    // The runtime receives readiness events in order, so it has that of the body when it answers another client.
     let target = Target::Tcp(served.address);
     let mut other = client::Connection::open(&target).await.expect("the server accepts");
     assert_eq!(other.ask(&client::get("/")).await.expect("the server answers").status, 405);

@@ -40,9 +40,9 @@ pub const SMALL_FRAME: usize = 32;
 /// How many frames with connections the socket's buffer holds, with room for the frames that follow them.
 const FRAMES_IN_CHANNEL: usize = 200;
 
-/// How long [`Channel::send`] tries again if files or memory run short. In a reload the connections of the frame are
-/// served by no process meanwhile. It is long enough for a successor that adopts thousands of connections to receive those
-/// that are in flight.
+/// How long [`Channel::send`] tries again if files or memory run short. In a reload, no process serves the
+/// connections of the frame meanwhile. A busy successor needs up to this time to receive the descriptors that are already in
+/// the channel.
 const SHORTAGE_LIMIT: Duration = Duration::from_secs(5);
 /// The pause between two of these attempts. It is short, because the shortage usually ends when the other process receives
 /// the next frame.
@@ -206,8 +206,8 @@ fn with_peek_offset<T>(channel: impl AsFd, offset: usize, peek: impl FnOnce() ->
 pub(super) enum Peeked {
     /// A frame with copies of its descriptors, and its length in bytes.
     Frame(Frame, usize),
-    /// A frame that was not copied: one that carries more sockets than this process may open, or neither connections nor a
-    /// linger channel.
+    /// A frame that was not copied, because there is no room for its sockets, it could not be decoded, or it carries neither
+    /// connections nor a linger channel.
     Skipped { message_type: MessageType, sockets: usize, length: usize },
     /// There is no frame at the offset.
     End,
@@ -504,7 +504,7 @@ mod tests {
     }
 
     #[tokio::test(start_paused = true)]
-    async fn frame_is_sent_again_when_files_or_memory_run_short_for_a_moment() {
+    async fn send_is_retried_when_files_or_memory_run_short_for_a_moment() {
         let (channel, _theirs) = channel();
         for errno in [Errno::TOOMANYREFS, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM] {
             let mut failures = 3;

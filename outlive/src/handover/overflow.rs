@@ -48,8 +48,8 @@ pub struct Overflow(Mutex<State>);
 
 enum State {
     Open(Vec<Waiting>),
-    /// The next process has the channels. These are copies of those whose writers may still run, of which this process
-    /// only sees whether they do: a process that ends waits for them, as for its own requests.
+    /// The next process has the channels. These are copies of the channels whose writers may still run. They only show
+    /// whether a writer has exited, because this process must not exit before the writers do.
     HandedOver(Vec<OwnedFd>),
 }
 
@@ -71,7 +71,7 @@ struct Waiting {
 pub struct Copies {
     /// How many connections in them wait for descriptors.
     waiting: usize,
-    /// How many frames of the type Lingering were copied, which are the first ones.
+    /// How many frames of the type Lingering were copied. They are the first frames of this type in the channel.
     lingering: usize,
 }
 
@@ -100,8 +100,8 @@ impl Copies {
             match channel::peek_at(&channel, offset, room) {
                 Ok(Peeked::Frame(frame, length)) if frame.message_type == MessageType::Lingering => {
                     offset += length;
-                    // If one before it could not be copied, it follows later, so that `self.lingering` counts the first
-                    // ones.
+                    // If an earlier one could not be copied, this one is adopted in a later rotation, because
+                    // `self.lingering` counts only the first frames.
                     if lingering == self.lingering {
                         self.lingering += 1;
                         adopt(Next::Frame(frame));
@@ -204,8 +204,8 @@ impl Overflow {
             loop {
                 match channel::receive_if_room(&waiting.channel, room, WINDOW) {
                     Ok(Next::NoRoom) => break,
-                    // Kept even if the writer has exited meanwhile, because it may have sent a last frame before. The
-                    // next rotation receives that frame, or the end.
+                    // The channel is kept even if its writer has exited meanwhile, because the writer may have sent a last
+                    // frame before it exited. The next rotation receives that frame, or the end.
                     Ok(Next::Pending) => return true,
                     Ok(Next::End) | Err(_) => return false,
                     Ok(Next::Frame(frame)) if waiting.copies.had(&frame) => {}

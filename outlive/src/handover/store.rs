@@ -47,10 +47,10 @@ impl FdStore {
         systemd::store(STORE_NAME, to_store.as_fd())?;
         match timeout(systemd::BARRIER_LIMIT, systemd::barrier()).await {
             Ok(read) => read?,
-            // A service manager that is busy for a longer time is no reason to close all connections: it finds the descriptor
-            // in its socket later. If the message is not even there, it would be lost when this process exits.
+            // If systemd is only busy, it reads the message with the descriptor later, so the connections need not be closed.
+            // A message that is not in its socket yet would be lost when this process exits.
             Err(_) if systemd::has_store() == Some(true) && systemd::are_messages_sent() => warn!(
-                "the service manager has not confirmed within {} that it stores the handover channel (BARRIER=1); handing over nevertheless, because the unit has a store (FDSTORE)",
+                "the service manager did not answer BARRIER=1 within {}; handing connections over without the confirmation, because it has announced a store (FDSTORE); if they are lost, check the load of PID 1",
                 humantime::format_duration(systemd::BARRIER_LIMIT)
             ),
             Err(elapsed) => return Err(elapsed.into()),

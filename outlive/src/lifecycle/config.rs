@@ -25,8 +25,8 @@ use crate::transport::trusted_proxies::{TrustedProxies, TrustedProxy};
 /// How long a peer may take to read the last response of a connection and to close it.
 const CLOSE_LIMIT: Duration = Duration::from_secs(2);
 
-/// The longest time that an option accepts, in days: 100 years. Sums of a time that the clock shows and of some times of options
-/// are far from the end of the clock then. A sum beyond it panics.
+/// The longest time that an option accepts, in days: 100 years. `Instant + Duration` panics if the sum overflows. With this
+/// limit, the present plus several such times cannot overflow.
 const MAX_DAYS: u64 = 36_500;
 
 /// The options of the library. They are not in a clap group: a group is named after its struct, so that an application
@@ -37,8 +37,8 @@ pub struct Config {
     /// Address to listen on: 127.0.0.1:8080, [::1]:8080, /run/x.sock, unix:/run/x.sock or unix:@abstract. Ignored if the
     /// process inherits listening sockets, as from a socket unit. Prefix the address with http=, https= (TLS) or admin=
     /// (/healthz, /readyz, /metrics, /config) to choose the protocol, or with another name that the application uses for a
-    /// socket of its own; in a socket unit, FileDescriptorName= is this name. Repeatable; comma-separated in the environment variable.
-    /// The default is 127.0.0.1:8080; under systemd there is no default, because the socket unit owns the port.
+    /// socket of its own; in a socket unit, FileDescriptorName= is this name. Repeatable; comma-separated in the environment
+    /// variable. The default is 127.0.0.1:8080; under systemd there is no default, because the socket unit owns the port.
     #[arg(long, value_name = "[NAME=]ADDR", value_delimiter = ',')]
     pub listen: Vec<Listen>,
 

@@ -42,15 +42,15 @@ use schedule::{Schedule, Step};
 
 /// How long idle connections may take to become quiescent if the drain limit has already passed.
 const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
-/// How long connections that could not be handed over are served at least, so that they can be told to close. At a restart
-/// they did not fit into the handover channel. It is short, because all connections that did fit wait for the next process
-/// meanwhile.
+/// For how long at least connections that could not be handed over are served, so that a response can ask their clients to
+/// close. At a restart they did not fit into the handover channel. It is short, because all connections that did fit wait for
+/// the next process meanwhile.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
 /// How long a message to the successor may take before the successor is taken to hang. For messages with connections,
 /// this time is added to the drain limit.
 const SUCCESSOR_LINGER: Duration = Duration::from_secs(1);
-/// In a reload, how many frames with few connections are sent at once. Those that follow are collected, because the channel
-/// holds only about 230 frames: a successor without file descriptors for all connections does not receive them at once.
+/// In a reload, how many small frames are sent without delay. After these, connections are collected into larger frames,
+/// because the channel holds about 230 frames, and a successor that lacks file descriptors stops receiving.
 const FRAMES_AT_ONCE: usize = 16;
 /// How long the connections of one frame are collected. They are not served meanwhile.
 const COLLECT_TIME: Duration = Duration::from_millis(10);
@@ -329,7 +329,7 @@ impl<'a> Drain<'a> {
                 connections = idle.split_off(idle.len().saturating_sub(MAX_SOCKETS));
             }
             if connections.is_empty() {
-                // Not before `ends_after`, because `Holding` closes connections that are idle.
+                // `Holding` must not begin before `ends_after`, because it closes idle connections.
                 let first_deadline = limit.first_deadline().max(ends_after);
                 let connection = tokio::select! {
                     channel = old.next_to_pass() => {
@@ -375,8 +375,9 @@ impl<'a> Drain<'a> {
                     limit.passed.get_or_insert(EndReason::SuccessorExited);
                     break;
                 }
-                // The successor hangs, or files or memory have run short for too long. This process serves the connections
-                // again, also those that were to follow: otherwise no process would while the next ones are tried.
+                // The successor hangs, or files or memory have run short for too long. This process serves these
+                // connections again, and also those that have not been sent yet, because otherwise no process would serve them
+                // during further attempts.
                 Err(error) => {
                     left.append(&mut idle);
                     left.append(&mut queue.take_all());
@@ -384,7 +385,7 @@ impl<'a> Drain<'a> {
                     for connection in left {
                         server.finish(connection);
                     }
-                    // The limit may have passed: they would be closed before they can answer.
+                    // If the limit has passed, the drain would otherwise close these connections before they can answer.
                     ends_after = Instant::now() + OVERFLOW_LINGER;
                 }
             }
@@ -750,11 +751,11 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn successor_that_hangs_costs_no_request_and_connections_are_closed_gracefully() {
+    async fn connections_are_served_and_then_closed_if_the_successor_hangs() {
         let served = serve(Router::new().route("/", get("hello"))).await;
         let mut client = used_connection(served.address).await;
         let (successor, _theirs) = successor(Fill::Full);
-        // From now on time passes only while nothing else happens.
+        // From now on tokio advances its clock only while no task can run.
         tokio::time::pause();
         let passed_on = tokio::spawn(pass_on(served.server.clone(), successor, Duration::ZERO));
         // The drain has the connection, and tries to send it.
@@ -800,7 +801,7 @@ mod tests {
         let (successor, theirs) = successor(Fill::Empty);
         let draining = tokio::spawn(pass_on(server.clone(), successor, LIMIT));
         server.registry().wait_for_phase(|phase| phase == Phase::Quiescing).await;
-        // From now on time passes only while nothing else happens.
+        // From now on tokio advances its clock only while no task can run.
         tokio::time::pause();
         open.send(true).expect("the handlers wait");
         draining.await.expect("the drain ends");

@@ -33,19 +33,20 @@ pub fn make_room(connections: u32) {
 /// With more free descriptors than this, an estimate of their number is accurate enough for [`MAX_AGE`]: other tasks open
 /// fewer files within this time.
 const COUNTED_BELOW: usize = 1024;
-/// An older estimate is counted anew, because the process has accepted connections meanwhile.
+/// An older estimate is counted anew, because the process may have accepted connections meanwhile.
 const MAX_AGE: Duration = Duration::from_millis(20);
-/// An estimate is also as accurate as necessary for so many times as long as the count took. Without `st_size` the count takes
-/// several milliseconds if there are thousands of open files, and would delay the adoption of thousands of connections.
+/// An estimate stays valid for at least this many times the duration of its count, because a count without `st_size` takes
+/// several milliseconds with thousands of open files, and would delay the adoption of thousands of connections.
 const MAX_AGE_IN_COUNTS: u32 = 20;
 
 /// How many descriptors stay free when connections are accepted. A restart or reload needs about ten: for the handover channel,
 /// the records of a frame, the messages to systemd, and the successor. Without them it would close all connections.
 const SPARE: u64 = 16;
-/// A process that may open few files keeps only this share of them free: one of so many.
+/// At a low limit only `limit / SPARE_SHARE` descriptors stay free, because `SPARE` would leave too few for connections.
 const SPARE_SHARE: u64 = 16;
 
-/// An estimate of the number of file descriptors that this process may still open. Near the limit it is counted.
+/// An estimate of the number of file descriptors that this process may still open. It is counted anew near the limit, and if it
+/// is older than [`MAX_AGE`].
 pub struct FdRoom {
     free: usize,
     /// Until when the estimate may be used. None: there is no estimate.
@@ -152,7 +153,7 @@ mod tests {
         FREE.store(10_000, Relaxed);
         assert!(room.take(100, 0), "near the limit it is always counted");
         FREE.store(0, Relaxed);
-        assert!(room.take(100, 0), "a new estimate is not counted");
+        assert!(room.take(100, 0), "a recent estimate was counted again");
     }
 
     /// Only a lower bound, because other tests open and close files meanwhile.

@@ -173,8 +173,8 @@ impl Adopter {
         loop {
             let readable = channel.readable().await;
             let next = {
-                // As in `rotate_once`. The drain passes the channel on before it looks whether a connection is accepted, so
-                // it waits for each frame that is received here.
+                // The frame counts as an accepted connection, so that the drain waits for it, as in `rotate_once`. The drain
+                // passes the channel on before it checks this count, so no frame is received after the check.
                 let _accepting = server.registry().accepting();
                 if !is_followed() {
                     break;
@@ -223,8 +223,8 @@ impl Adopter {
         ControlFlow::Continue(())
     }
 
-    /// Adopts the connections in a channel. Keeps the channel if there are not enough descriptors, and if its writer still
-    /// runs: an old process that hands over to the predecessor. Without a reader it would cut off its requests. If a frame
+    /// Adopts the connections in a channel. Keeps the channel if descriptors run short, or if its writer still runs. The writer
+    /// is an old process that hands over to the predecessor; if the channel closed, it would cut off its requests. If a frame
     /// cannot be decoded, only the connections in it are closed.
     fn empty(
         &mut self,
@@ -333,7 +333,7 @@ impl Adopter {
                 rlimit::limit()
             );
         }
-        // No connection may be counted yet in a channel whose writer has sent its last ones after the last rotation.
+        // Not only if connections wait: a writer may have sent some after the last rotation, and these are not counted.
         if self.server.overflow().has_channels() {
             task::spawn(self.rotate(on_other));
         }

@@ -53,9 +53,9 @@ pub enum Role {
 
 /// The role of this process: that of its environment, if the handover channel is its standard input.
 ///
-/// The variable alone is not enough. A successor keeps it, so the commands that its handlers run inherit it: the
-/// service's own binary would wait for a predecessor there. They do not inherit the channel, because
-/// [`take_standard_input`] replaces it.
+/// The variable alone is not enough. A successor keeps it, so the commands that its handlers run inherit it. If a handler runs
+/// the service's own binary, that process would wait for a predecessor on its standard input. They do not inherit the channel,
+/// because [`take_standard_input`] replaces it.
 pub fn role() -> Role {
     let has_channel = sockopt::socket_type(io::stdin()) == Ok(SocketType::SEQPACKET);
     match std::env::var(ROLE).as_deref() {

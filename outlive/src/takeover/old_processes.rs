@@ -107,7 +107,8 @@ impl OldProcesses {
     fn add_one(&self, channel: LingerChannel) -> io::Result<()> {
         match &mut *lock(&self.0.state) {
             State::Followed { processes, next_id } => {
-                // A channel whose frame could only be copied arrives again with the handover channel that has this frame.
+                // If the frame of a linger channel was copied and not received, the same channel arrives again when that
+                // frame is received.
                 if processes.iter().any(|process| is_same(&process.channel.socket, &channel.socket)) {
                     return Ok(());
                 }

@@ -136,8 +136,8 @@ impl<'a> Reloads<'a> {
 
 async fn refuse(channel: &Channel, generation: u64) {
     info!("refused a takeover: {UNDER_WAY}");
-    // An error means that the takeover command has exited, so it needs no reason. The limit is for one that does not read:
-    // the main loop waits for this.
+    // An error means that the takeover command has exited, so it needs no reason. The time limit is needed because a
+    // command that does not read would otherwise block the main loop.
     let refused = channel.send_text(MessageType::Refused, Origin::now(generation), UNDER_WAY);
     let _ = timeout(COMMIT_LIMIT, refused).await;
 }

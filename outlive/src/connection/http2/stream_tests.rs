@@ -536,7 +536,8 @@ fn message(text: &str) -> Bytes {
     [&[0][..], &length.to_be_bytes(), text.as_bytes()].concat().into()
 }
 
-/// Answers with the request, then with one message in each millisecond. In another process it begins with "resumed after" and the number of messages.
+/// Answers with the request, then with one message in each millisecond. In another process it begins with "resumed after" and
+/// the number of messages.
 async fn watch(request: axum::extract::Request) -> Response {
     let resumed = request.extensions().get::<Resumed>().copied();
     let asked = axum::body::to_bytes(request.into_body(), usize::MAX).await.expect("the body arrives");
@@ -692,7 +693,7 @@ async fn field_of_the_library_is_hidden_from_handlers_and_ignored_from_clients()
     }
 }
 
-/// For the fresh h2 the request that gives it the header table is one more.
+/// The request that gives the fresh h2 the header table counts as one more stream.
 #[tokio::test(flavor = "multi_thread")]
 async fn as_many_event_streams_as_are_permitted_continue_after_a_move() {
     let served = serve(router()).await;

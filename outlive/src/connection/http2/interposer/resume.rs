@@ -109,7 +109,8 @@ impl Interposer {
             debt: (-granted).max(0),
             ..Self::new()
         };
-        // h2 would also refuse the last replay, because the request with the table counts as open until it is refused.
+        // Otherwise h2 would refuse the last replay too, because the request with the table counts as an open stream until h2
+        // refuses it.
         let are_too_many = requests.len() > MAX_STREAMS as usize;
         let mut first_end = None;
         for request in requests {
