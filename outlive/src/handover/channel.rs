@@ -553,7 +553,7 @@ mod tests {
     async fn sending_that_is_cancelled_leaves_the_sockets_that_were_not_sent() {
         let (channel, theirs) = channel();
         rustix::net::sockopt::set_socket_send_buffer_size(&channel.0, 1).expect("could not set SO_SNDBUF");
-        let all = sockets(2000);
+        let all = sockets(900);
         let mut unsent = &all[..];
         channel.0.writable().await.expect("the socket is watched");
         tokio::select! {

@@ -42,7 +42,7 @@ pub enum ChannelLocation {
     Process,
 }
 
-/// The channels that still hold connections.
+/// The channels that still hold connections, or whose writers still run.
 #[derive(Default)]
 pub struct Overflow(Mutex<State>);
 
@@ -59,7 +59,7 @@ impl Default for State {
     }
 }
 
-/// A channel that still holds connections.
+/// A channel that is kept.
 struct Waiting {
     channel: OwnedFd,
     location: ChannelLocation,
@@ -136,7 +136,7 @@ impl Copies {
 }
 
 impl Overflow {
-    /// Keeps a channel whose next message carries more descriptors than this process may open.
+    /// Keeps a channel whose next message carries more descriptors than this process may open, or whose writer still runs.
     pub fn keep(&self, channel: OwnedFd, location: ChannelLocation) {
         let copies = Copies { waiting: count(&channel), lingering: 0 };
         let waiting = Waiting { channel, location, copies };
@@ -206,7 +206,10 @@ impl Overflow {
                     Ok(Next::NoRoom) => break,
                     // The channel is kept even if its writer has exited meanwhile, because the writer may have sent a last
                     // frame before it exited. The next rotation receives that frame, or the end.
-                    Ok(Next::Pending) => return true,
+                    Ok(Next::Pending) => {
+                        waiting.copies.waiting = 0;
+                        return true;
+                    }
                     Ok(Next::End) | Err(_) => return false,
                     Ok(Next::Frame(frame)) if waiting.copies.had(&frame) => {}
                     Ok(next) => adopt(next),

@@ -307,9 +307,7 @@ impl<'a> Drain<'a> {
         limit.expect_signals(2_u32.saturating_sub(stop_signals));
         let origin = Origin::now(*generation);
         registry.limit_handover(adopts);
-        if adopts >= Protocols::Http2AndTls {
-            pass_tickets(server, &successor, origin).await;
-        }
+        pass_tickets(server, &successor, origin, adopts).await;
         pass_overflow(server, &successor, origin).await;
         let mut handed_over = 0;
         let mut route = Route::Handover(successor);
@@ -321,6 +319,7 @@ impl<'a> Drain<'a> {
         // yet then, and their connections would be closed.
         let mut ends_after = Instant::now() + QUIESCE_LIMIT;
         let mut small_frames = 0;
+        let mut has_given_up = false;
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
@@ -349,12 +348,14 @@ impl<'a> Drain<'a> {
                 let Some(connection) = connection else { break };
                 connections.push(connection);
             }
-            if connections.len() < SMALL_FRAME {
-                small_frames += 1;
-                // The parked connections must not wait for others.
-                if small_frames > FRAMES_AT_ONCE && idle.is_empty() {
-                    collect(queue, &mut connections).await;
-                }
+            if has_given_up {
+                finish(server, connections);
+                continue;
+            }
+            small_frames += usize::from(connections.len() < SMALL_FRAME);
+            // The parked connections must not wait for others.
+            if small_frames > FRAMES_AT_ONCE && idle.is_empty() {
+                collect(queue, &mut connections).await;
             }
             let packed = pack(&connections);
             let mut unsent = &packed[..];
@@ -382,11 +383,11 @@ impl<'a> Drain<'a> {
                     left.append(&mut idle);
                     left.append(&mut queue.take_all());
                     warn!(%error, connections = left.len(), "could not hand over connections; each will be closed after its next response");
-                    for connection in left {
-                        server.finish(connection);
-                    }
-                    // If the limit has passed, the drain would otherwise close these connections before they can answer.
+                    finish(server, left);
+                    // If the limit has passed, the drain would otherwise close these connections before they can answer. It
+                    // ends then, because further attempts would delay the end again and again.
                     ends_after = Instant::now() + OVERFLOW_LINGER;
+                    has_given_up = limit.passed.is_some();
                 }
             }
         }
@@ -438,8 +439,10 @@ impl<'a> Drain<'a> {
 }
 
 /// Sends the TLS session ticket keys, without which clients do full handshakes.
-async fn pass_tickets(server: &Server, successor: &Channel, origin: Origin) {
-    if let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok()) {
+async fn pass_tickets(server: &Server, successor: &Channel, origin: Origin, adopts: Protocols) {
+    if adopts >= Protocols::Http2AndTls
+        && let Some(packed) = server.ticket_keys().and_then(|keys| pack_tickets(keys).ok())
+    {
         let _ = timeout(SUCCESSOR_LINGER, successor.send(MessageType::Tickets, origin, &packed, "")).await;
     }
 }
@@ -453,6 +456,13 @@ async fn pass_overflow(server: &Server, successor: &Channel, origin: Origin) {
         if let Err(error) = sent.map_err(io::Error::from).flatten() {
             warn!(%error, "could not hand over connections that wait for file descriptors; the next restart will");
         }
+    }
+}
+
+/// Serves connections that the successor does not receive, and closes each after its next response.
+fn finish(server: &Server, connections: Vec<Connection>) {
+    for connection in connections {
+        server.finish(connection);
     }
 }
 
@@ -765,6 +775,29 @@ mod tests {
         // It tries to send the totals too.
         let limit = QUIESCE_LIMIT + 2 * SUCCESSOR_LINGER + OVERFLOW_LINGER;
         assert!(passed_on.await.expect("the drain ends") <= limit);
+    }
+
+    /// The connection of each response that ends would be sent, and each attempt would take a second.
+    #[tokio::test]
+    async fn responses_that_end_do_not_prolong_the_drain_if_the_successor_hangs() {
+        const RESPONSES: u64 = 8;
+        let handler = async |Path(seconds): Path<u64>| sleep(Duration::from_secs(seconds)).await;
+        let served = serve(Router::new().route("/", get("hello")).route("/{seconds}", get(handler))).await;
+        let _idle = used_connection(served.address).await;
+        let mut clients = Vec::new();
+        for seconds in 1..=RESPONSES {
+            let target = Target::Tcp(served.address);
+            let mut client = client::Connection::open(&target).await.expect("the server accepts");
+            client.send(&client::get(&format!("/{}", 1 + seconds))).await.expect("the bytes are sent");
+            clients.push(client);
+        }
+        while served.registry().counts().in_flight < clients.len() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let (successor, _theirs) = successor(Fill::Full);
+        tokio::time::pause();
+        let limit = QUIESCE_LIMIT + 2 * SUCCESSOR_LINGER + OVERFLOW_LINGER;
+        assert!(pass_on(served.server, successor, Duration::ZERO).await <= limit);
     }
 
     #[tokio::test]

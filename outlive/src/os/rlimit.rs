@@ -3,7 +3,7 @@
 use std::io;
 use std::time::Duration;
 
-use rustix::io::fcntl_dupfd_cloexec;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::time::Instant;
 
@@ -51,12 +51,14 @@ pub struct FdRoom {
     free: usize,
     /// Until when the estimate may be used. None: there is no estimate.
     valid_until: Option<Instant>,
+    /// How long the last count took.
+    took: Duration,
     count: fn() -> usize,
 }
 
 impl Default for FdRoom {
     fn default() -> Self {
-        Self { free: 0, valid_until: None, count: free_descriptors }
+        Self::counting(free_descriptors)
     }
 }
 
@@ -64,16 +66,17 @@ impl FdRoom {
     /// An estimate that calls `count` instead of counting the descriptors of this process.
     #[cfg(test)]
     pub fn counted_by(count: fn() -> usize) -> Self {
-        Self { free: 0, valid_until: None, count }
+        Self::counting(count)
+    }
+
+    fn counting(count: fn() -> usize) -> Self {
+        Self { free: 0, valid_until: None, took: Duration::ZERO, count }
     }
 
     /// Reserves `count` descriptors if `reserve` more remain free; returns whether they do.
     pub fn take(&mut self, count: usize, reserve: usize) -> bool {
-        let now = Instant::now();
-        let is_old = self.valid_until.is_none_or(|until| until < now);
-        if is_old || self.free < count + reserve + COUNTED_BELOW {
-            self.free = (self.count)();
-            self.valid_until = Some(now + MAX_AGE.max(now.elapsed() * MAX_AGE_IN_COUNTS));
+        if self.is_old() || self.free < count + reserve + COUNTED_BELOW {
+            self.recount();
         }
         let fits = self.free >= count + reserve;
         if fits {
@@ -84,8 +87,26 @@ impl FdRoom {
 
     /// Reserves a descriptor for a connection if enough remain free for a restart or reload; returns whether they do.
     pub fn take_for_connection(&mut self) -> bool {
-        let spare = SPARE.min(limit() / SPARE_SHARE);
-        self.take(1, usize::try_from(spare).unwrap_or(usize::MAX))
+        let spare = usize::try_from(SPARE.min(limit() / SPARE_SHARE)).unwrap_or(usize::MAX);
+        let is_slow = self.took * MAX_AGE_IN_COUNTS > MAX_AGE;
+        if is_slow && !self.is_old() && self.free > spare {
+            // Not counted near the limit, because a count for each connection would delay them all. Too many can be accepted
+            // only if other tasks open files at the same time.
+            self.free -= 1;
+            return true;
+        }
+        self.take(1, spare)
+    }
+
+    fn is_old(&self) -> bool {
+        self.valid_until.is_none_or(|until| until < Instant::now())
+    }
+
+    fn recount(&mut self) {
+        let begun = Instant::now();
+        self.free = (self.count)();
+        self.took = begun.elapsed();
+        self.valid_until = Some(begun + MAX_AGE.max(self.took * MAX_AGE_IN_COUNTS));
     }
 
     /// Whether `count` descriptors are free. It does not reserve them.
@@ -104,16 +125,16 @@ pub fn could_fit(count: usize) -> bool {
     u64::try_from(count).is_ok_and(|count| count + OTHERS <= limit())
 }
 
-/// The limit of open files minus the number of open ones. Without a limit, or without `/proc`, it is taken as
+/// The limit of open files minus the number of open ones. Without a limit, or if `/proc` cannot be read, it is taken as
 /// unlimited.
 fn free_descriptors() -> usize {
     let Some(limit) = getrlimit(Resource::Nofile).current else { return usize::MAX };
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     match open_descriptors() {
         Ok(open) => limit.saturating_sub(open),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => usize::MAX,
         // Listing the directory needs a descriptor itself, so none is free.
-        Err(_) => 0,
+        Err(error) if [Errno::MFILE, Errno::NFILE].map(Some).contains(&Errno::from_io_error(&error)) => 0,
+        Err(_) => usize::MAX,
     }
 }
 
@@ -154,6 +175,22 @@ mod tests {
         assert!(room.take(100, 0), "near the limit it is always counted");
         FREE.store(0, Relaxed);
         assert!(room.take(100, 0), "a recent estimate was counted again");
+    }
+
+    #[test]
+    fn slow_count_is_not_repeated_for_each_accepted_connection() {
+        const ACCEPTED: usize = 100;
+        static COUNTS: AtomicUsize = AtomicUsize::new(0);
+        let mut room = FdRoom::counted_by(|| {
+            COUNTS.fetch_add(1, Relaxed);
+            std::thread::sleep(MAX_AGE);
+            COUNTED_BELOW
+        });
+        for _ in 0..ACCEPTED {
+            assert!(room.take_for_connection(), "there is room");
+        }
+        let counts = COUNTS.load(Relaxed);
+        assert!(counts < ACCEPTED / 2, "counted {counts} times");
     }
 
     /// Only a lower bound, because other tests open and close files meanwhile.

@@ -215,10 +215,19 @@ impl Server {
         }
     }
 
-    /// Serves a connection of which a handover channel still has a descriptor, and closes it after its next response.
+    /// Serves a connection, and closes it after its next response.
     pub fn finish(&self, connection: Connection) {
+        self.finish_with(connection, None);
+    }
+
+    /// The same for a connection of which a handover channel still has a descriptor.
+    pub fn finish_copy(&self, connection: Connection) {
+        let copy = connection.socket.try_clone().ok();
+        self.finish_with(connection, copy);
+    }
+
+    fn finish_with(&self, connection: Connection, copy: Option<OwnedFd>) {
         let since = self.registry.now();
-        let copy = connection.socket.try_clone();
         match connection.watched() {
             Ok((connection, peer)) => {
                 let registration = self.registry.register_since(peer, None, since);
@@ -227,7 +236,7 @@ impl Server {
                 task::spawn(async move {
                     drop(connection::serve(connection, registration, &context).await);
                     // Closing is not enough, because the descriptor in the channel keeps the connection open.
-                    if let Ok(copy) = copy {
+                    if let Some(copy) = copy {
                         let _ = rustix::net::shutdown(&copy, Shutdown::Both);
                     }
                 });

@@ -445,7 +445,7 @@ fn unpack_copies(server: &Server, frame: Frame) -> Vec<Connection> {
 
 fn finish_copy(server: &Server, connection: Connection) {
     metrics::TAKEN_OVER.inc();
-    server.finish(connection);
+    server.finish_copy(connection);
 }
 
 /// Whether a frame also occurs at a restart, so that an [`Adopter`] handles it. The others are steps of a takeover.

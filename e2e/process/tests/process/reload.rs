@@ -507,7 +507,7 @@ fn a_successor_that_reads_no_connections_does_not_delay_the_exit_beyond_the_drai
             let (before, begun) = (unread(&channel), Instant::now());
             connection.release().await.expect("the request finishes");
             while !is_full && unread(&channel) == before {
-                // A message arrives within a millisecond, so after two seconds the channel is full.
+                // A message arrives within about ten milliseconds, so after two seconds the channel is full.
                 is_full = begun.elapsed() > Duration::from_secs(2);
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }

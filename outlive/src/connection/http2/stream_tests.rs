@@ -422,7 +422,7 @@ async fn event_stream_over_http2_of_the_overflow_ends() {
     served.server.enter(Phase::Quiescing);
     let connection = timeout(PATIENCE, served.server.handover_queue().next()).await;
     let next = serve(router()).await;
-    next.server.finish(connection.expect("the connection becomes quiescent"));
+    next.server.finish_copy(connection.expect("the connection becomes quiescent"));
     reader.reaches_the_end().await;
     next.until_connections(0).await;
 }

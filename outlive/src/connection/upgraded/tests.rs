@@ -961,7 +961,7 @@ async fn websocket_of_the_overflow_is_closed_with_1012() {
         timeout(PATIENCE, drained).await.expect("the connection becomes quiescent");
         let connection = served.server.handover_queue().take().expect("the connection is quiescent");
         let next = serve(counting()).await;
-        next.server.finish(connection);
+        next.server.finish_copy(connection);
         let code = timeout(Duration::from_secs(5), close_code(&mut client)).await;
         assert_eq!(code.expect("a Close frame arrives in time"), SERVICE_RESTART);
     }
@@ -975,7 +975,7 @@ async fn event_stream_of_the_overflow_ends() {
     served.server.enter(Phase::Quiescing);
     let connection = timeout(PATIENCE, served.server.handover_queue().next()).await;
     let next = serve(numbering()).await;
-    next.server.finish(connection.expect("the connection becomes quiescent"));
+    next.server.finish_copy(connection.expect("the connection becomes quiescent"));
     reader.reaches_the_end().await;
 }
 
