@@ -73,8 +73,9 @@ fn cpu_profile_ends_when_the_process_drains_and_delays_no_restart_and_no_reload(
             let refused = kept.ask(&get("/debug/pprof/profile")).await.expect("the server answers");
             assert_eq!(refused.status, 409);
             assert!(refused.text().starts_with("another profile"), "{}", refused.text());
-            // So that there is something to sample.
-            load.wait_for(load.ended() + 1000);
+            // They take at least half a second of processor time, which is about 50 samples: enough for one of them to be
+            // in the library, and not in the runtime.
+            load.wait_for(load.ended() + 30_000);
             container.systemctl(verb).expect("systemctl succeeds");
             let mut profile = Vec::new();
             while let Some(chunk) = long.chunk().await.expect("the response is whole") {
