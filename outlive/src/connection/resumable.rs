@@ -95,6 +95,20 @@ impl Connection {
 }
 
 impl<S> Connection<S> {
+    /// A connection that was just accepted.
+    pub fn begun(socket: S, endpoint: Arc<Endpoint>) -> Self {
+        Self {
+            socket,
+            client: endpoint.client.map(Box::new),
+            endpoint,
+            unread: Bytes::new(),
+            http2: None,
+            tls: None,
+            replay: None,
+            has_duplicate: false,
+        }
+    }
+
     /// Whether its PROXY header has not been read yet.
     pub fn awaits_header(&self) -> bool {
         self.client.as_deref() == Some(&ProxiedClient::Awaited)
@@ -107,20 +121,6 @@ impl<S> Connection<S> {
 }
 
 impl Connection<Stream> {
-    /// A connection that was just accepted.
-    pub fn begun(stream: Stream, endpoint: Arc<Endpoint>) -> Self {
-        Self {
-            socket: stream,
-            client: endpoint.client.map(Box::new),
-            endpoint,
-            unread: Bytes::new(),
-            http2: None,
-            tls: None,
-            replay: None,
-            has_duplicate: false,
-        }
-    }
-
     /// Deregisters the socket from the runtime.
     pub fn unwatched(self) -> io::Result<Connection> {
         let Self { socket, endpoint, unread, http2, tls, replay, has_duplicate, client } = self;

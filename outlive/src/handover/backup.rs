@@ -334,16 +334,7 @@ mod tests {
 
     fn connection() -> (Connection, UnixStream) {
         let (ours, peer) = UnixStream::pair().expect("a socket pair is made");
-        let connection = Connection {
-            socket: ours.into(),
-            endpoint: endpoint(Router::new(), None),
-            unread: Bytes::new(),
-            http2: None,
-            tls: None,
-            replay: None,
-            has_duplicate: false,
-            client: None,
-        };
+        let connection = Connection::begun(ours.into(), endpoint(Router::new(), None));
         (connection, peer)
     }
 

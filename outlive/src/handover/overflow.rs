@@ -358,14 +358,8 @@ mod tests {
             .map(|_| {
                 let (client, server) = UnixStream::pair().expect("could not create a socket pair");
                 let connection = Connection {
-                    socket: server.into(),
-                    endpoint: endpoint(Router::new(), None),
-                    unread: Bytes::new(),
-                    http2: None,
-                    tls: None,
                     replay: replay.cloned().map(Box::new),
-                    has_duplicate: false,
-                    client: None,
+                    ..Connection::begun(server.into(), endpoint(Router::new(), None))
                 };
                 (client, connection)
             })

@@ -362,16 +362,7 @@ mod tests {
     fn idle() -> (ParkedConnection, UnixStream) {
         let (ours, peer) = UnixStream::pair().expect("could not create a socket pair");
         let endpoint = endpoint(Router::new(), None);
-        let connection = Connection {
-            socket: ours.into(),
-            endpoint,
-            unread: Bytes::new(),
-            http2: None,
-            tls: None,
-            replay: None,
-            has_duplicate: false,
-            client: None,
-        };
+        let connection = Connection::begun(ours.into(), endpoint);
         (ParkedConnection::new(connection, None, 0), peer)
     }
 

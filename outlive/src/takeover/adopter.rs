@@ -497,16 +497,7 @@ mod tests {
                 std::os::unix::net::UnixStream::pair().expect("could not create a socket pair");
             client.write_all(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n").expect("could not send");
             client.set_nonblocking(true).expect("could not make a socket non-blocking");
-            let connection = Connection {
-                socket: socket.into(),
-                endpoint: server.endpoints()[0].clone(),
-                unread: Bytes::new(),
-                http2: None,
-                tls: None,
-                replay: None,
-                has_duplicate: false,
-                client: None,
-            };
+            let connection = Connection::begun(socket.into(), server.endpoints()[0].clone());
             send(channel, MessageType::Connections, &pack(&[connection]));
             Self(UnixStream::from_std(client).expect("could not convert a socket"))
         }
