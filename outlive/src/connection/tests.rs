@@ -24,9 +24,11 @@ use super::http2::frame::{
     ACK, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, RST_STREAM, SETTINGS,
     WINDOW_UPDATE,
 };
+use super::unread_tests::wait_until;
 use super::{Connection, ConnectionContext, Endpoint, EndpointKind, PREFACE};
 use crate::app::process::Process;
 use crate::listeners::{Listener, ListeningSocket, Ownership};
+use crate::os::sys;
 use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::{Proxies, Routes};
 use crate::server::{Acceptor, Queues, Server};
@@ -273,13 +275,15 @@ async fn connection_with_an_unread_request_body_is_closed_and_not_handed_over() 
 async fn connection_is_handed_over_if_the_whole_unread_request_body_has_arrived() {
     let (router, mut opened) = refusing();
     let served = serve(router).await;
-    let mut client =
-        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+    let mut client = TcpStream::connect(served.address).await.expect("the server accepts");
+    client.set_nodelay(true).expect("the option is set");
     let request = client::post("/", 9_000);
     let (head, body) = request.split_at(request.len() - 9_000);
-    client.send(head).await.expect("the bytes are sent");
+    client.write_all(head).await.expect("the bytes are sent");
     let gate = opened.recv().await.expect("the handler runs");
-    client.send(body).await.expect("the bytes are sent");
+    client.write_all(body).await.expect("the bytes are sent");
+    // Of a connected socket this is the number of segments that are not acknowledged.
+    wait_until("the body is in the buffer of the server", || sys::accept_queue(&client) == Some(0)).await;
     // The runtime receives readiness events in order, so it has that of the body when it answers another client.
     let target = Target::Tcp(served.address);
     let mut other = client::Connection::open(&target).await.expect("the server accepts");
@@ -288,7 +292,9 @@ async fn connection_is_handed_over_if_the_whole_unread_request_body_has_arrived(
     served.until_connections(1).await;
     served.server.enter(Phase::Quiescing);
     gate.send(()).expect("the handler waits");
-    assert_eq!(client.answer().await.expect("the server answers").status, 413);
+    let mut status = [0; 12];
+    client.read_exact(&mut status).await.expect("the server answers");
+    assert_eq!(&status, b"HTTP/1.1 413");
     assert_eq!(served.count_quiescent().await, 1);
 }
 
