@@ -26,6 +26,8 @@ fn boot_with_limit(systemd: Systemd) -> Container {
     let container = boot(systemd);
     variables(&container, &[("DRAIN_TIMEOUT", "3s")]);
     container.ask("/");
+    // The service can answer before systemd has read its READY=1. systemd would merge a reload with the start, and not reload.
+    container.wait_for_property("ActiveState", |state| state == "active");
     container
 }
 
