@@ -73,8 +73,8 @@ fn cpu_profile_ends_when_the_process_drains_and_delays_no_restart_and_no_reload(
             let refused = kept.ask(&get("/debug/pprof/profile")).await.expect("the server answers");
             assert_eq!(refused.status, 409);
             assert!(refused.text().starts_with("another profile"), "{}", refused.text());
-            // They take at least half a second of processor time, which is about 50 samples: enough for one of them to be
-            // in the library, and not in the runtime.
+            // These requests take at least half a second of processor time, so the profile has about 50 samples. With a few
+            // samples, all of them could be in the runtime, and none in the library.
             load.wait_for(load.ended() + 30_000);
             container.systemctl(verb).expect("systemctl succeeds");
             let mut profile = Vec::new();

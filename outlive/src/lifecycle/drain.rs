@@ -42,9 +42,9 @@ use schedule::{Schedule, Step};
 
 /// How long idle connections may take to become quiescent if the drain limit has already passed.
 const QUIESCE_LIMIT: Duration = Duration::from_millis(100);
-/// For how long at least connections that could not be handed over are served, so that a response can ask their clients to
-/// close. At a restart they did not fit into the handover channel. It is short, because all connections that did fit wait for
-/// the next process meanwhile.
+/// The minimum time for which this process serves connections that it could not hand over, so that a response can ask their
+/// clients to close. At a restart they did not fit into the handover channel. The time is short, because all connections that
+/// did fit wait for the next process meanwhile.
 const OVERFLOW_LINGER: Duration = Duration::from_secs(1);
 /// How long a message to the successor may take before the successor is taken to hang. For messages with connections,
 /// this time is added to the drain limit.

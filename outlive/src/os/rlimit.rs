@@ -30,7 +30,7 @@ pub fn make_room(connections: u32) {
     let _ = fcntl_dupfd_cloexec(io::stderr(), highest);
 }
 
-/// With more free descriptors than this, an estimate of their number is accurate enough for [`MAX_AGE`]: other tasks open
+/// An estimate with more free descriptors than this is used for [`MAX_AGE`] without a new count, because other tasks open
 /// fewer files within this time.
 const COUNTED_BELOW: usize = 1024;
 /// An older estimate is counted anew, because the process may have accepted connections meanwhile.
@@ -58,18 +58,13 @@ pub struct FdRoom {
 
 impl Default for FdRoom {
     fn default() -> Self {
-        Self::counting(free_descriptors)
+        Self::counted_by(free_descriptors)
     }
 }
 
 impl FdRoom {
-    /// An estimate that calls `count` instead of counting the descriptors of this process.
-    #[cfg(test)]
+    /// An estimate that calls `count` to count the free descriptors.
     pub fn counted_by(count: fn() -> usize) -> Self {
-        Self::counting(count)
-    }
-
-    fn counting(count: fn() -> usize) -> Self {
         Self { free: 0, valid_until: None, took: Duration::ZERO, count }
     }
 
@@ -90,8 +85,8 @@ impl FdRoom {
         let spare = usize::try_from(SPARE.min(limit() / SPARE_SHARE)).unwrap_or(usize::MAX);
         let is_slow = self.took * MAX_AGE_IN_COUNTS > MAX_AGE;
         if is_slow && !self.is_old() && self.free > spare {
-            // Not counted near the limit, because a count for each connection would delay them all. Too many can be accepted
-            // only if other tasks open files at the same time.
+            // The descriptors are not counted for each connection near the limit, because that would delay all connections.
+            // Too many are accepted only if other tasks open files at the same time.
             self.free -= 1;
             return true;
         }

@@ -472,6 +472,7 @@ mod tests {
     use tokio::io::AsyncReadExt;
     use tokio::net::UnixStream;
     use tokio::sync::mpsc::unbounded_channel;
+    use tokio::task::JoinHandle;
     use tokio::time::timeout;
 
     use super::*;
@@ -524,6 +525,11 @@ mod tests {
         writer
     }
 
+    /// Waits until an adoption has ended, because the writers of all channels have exited.
+    async fn until_ended(adopting: JoinHandle<String>) {
+        timeout(PATIENCE, adopting).await.expect("did not see the exit of a writer").expect("panicked");
+    }
+
     #[tokio::test]
     async fn channel_that_was_passed_on_is_read_until_its_writer_exits() {
         let server = successor().await.server;
@@ -538,10 +544,7 @@ mod tests {
         Client::hand_over(&server, &oldest).expect_answer().await;
         assert!(!adopting.is_finished(), "did not wait for the oldest process");
         drop(oldest);
-        timeout(PATIENCE, adopting)
-            .await
-            .expect("did not see the exit of the oldest process")
-            .expect("panicked");
+        until_ended(adopting).await;
     }
 
     #[tokio::test]
@@ -569,10 +572,7 @@ mod tests {
         drop(oldest);
         assert!(!adopting.is_finished(), "did not wait for the predecessor");
         drop(predecessor);
-        timeout(PATIENCE, adopting)
-            .await
-            .expect("did not see the exit of the predecessor")
-            .expect("panicked");
+        until_ended(adopting).await;
     }
 
     #[tokio::test]
