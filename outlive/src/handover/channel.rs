@@ -40,7 +40,7 @@ pub const SMALL_FRAME: usize = 32;
 /// How many frames with connections the socket's buffer holds, with room for the frames that follow them.
 const FRAMES_IN_CHANNEL: usize = 200;
 
-/// How long [`Channel::send`] tries again if files or memory run short. In a reload, no process serves the
+/// How long [`Channel::send`] tries again if file descriptors or memory run short. In a reload, no process serves the
 /// connections of the frame meanwhile. A busy successor needs up to this time to receive the descriptors that are already in
 /// the channel.
 const SHORTAGE_LIMIT: Duration = Duration::from_secs(5);
@@ -48,7 +48,7 @@ const SHORTAGE_LIMIT: Duration = Duration::from_secs(5);
 /// the next frame.
 const SHORTAGE_PAUSE: Duration = Duration::from_millis(5);
 
-/// Whether a frame could not be sent because files or memory have run short: this passes when other descriptors are
+/// Whether a frame could not be sent because file descriptors or memory have run short: this passes when other descriptors are
 /// received or closed. ETOOMANYREFS: too many descriptors of this user are in flight (unix(7)).
 fn is_shortage(error: &io::Error) -> bool {
     let shortages = [Errno::TOOMANYREFS, Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM];
@@ -253,9 +253,9 @@ pub fn receive(channel: impl AsFd) -> io::Result<Next> {
     receive_again_at_end(|| receive_with(&channel, RecvFlags::empty()))
 }
 
-/// Calls `receive` once more if it returns the end. recvmsg(2) looks for a message first, and then whether the other end
-/// is closed. A frame that the other process sends just before it exits may arrive between the two: recvmsg(2) then
-/// returns the end although a frame is in the channel, and its connections would be closed.
+/// Calls `receive` once more if it returns `Next::End`. recvmsg(2) first looks for a message, and then checks whether the
+/// other process has closed its socket. A frame that the other process sends just before it exits may arrive between these
+/// steps: recvmsg(2) then reports the end of the channel although a frame is in it, and its connections would be closed.
 fn receive_again_at_end(mut receive: impl FnMut() -> io::Result<Next>) -> io::Result<Next> {
     match receive()? {
         Next::End => receive(),
@@ -395,8 +395,8 @@ impl Channel {
         Ok(self.0.into_std()?.into())
     }
 
-    /// Sends all of `sockets`. Waits for the other process to read when the channel is full, without a limit, and no longer
-    /// than [`SHORTAGE_LIMIT`] while files or memory run short.
+    /// Sends all of `sockets`. While the channel is full, waits without a limit until the other process reads. While file
+    /// descriptors or memory run short, tries again for at most [`SHORTAGE_LIMIT`].
     pub async fn send<S: AsFd>(
         &self,
         message_type: MessageType,
@@ -426,7 +426,7 @@ impl Channel {
 
     /// Calls `attempt`, which returns how many sockets it has sent and what prevented the others, until it has sent all.
     async fn retry(&self, mut attempt: impl FnMut() -> (usize, Option<io::Error>)) -> io::Result<()> {
-        // Since when files or memory run short.
+        // Since when file descriptors or memory run short.
         let mut short_since = None;
         loop {
             self.0.writable().await?;

@@ -76,7 +76,8 @@ pub struct Copies {
 }
 
 impl Copies {
-    /// Whether `frame`, which was received, was copied before and must not be handled again.
+    /// Whether `frame`, which this process has just received, was handled before as a copy, so that it must not be handled
+    /// again. Call this once for each frame that is received, because it counts down the copied frames.
     pub fn had(&mut self, frame: &Frame) -> bool {
         let had = frame.message_type == MessageType::Lingering && self.lingering > 0;
         self.lingering -= usize::from(had);
@@ -167,8 +168,8 @@ impl Overflow {
         }
     }
 
-    /// Whether the writing ends of all channels are closed, so that no more connections arrive, here or, once the
-    /// channels are handed over, in the next process.
+    /// Whether the writing ends of all channels are closed, so that no more connections arrive through them. Once the
+    /// channels are handed over, the connections would arrive in the next process.
     pub fn is_complete(&self) -> bool {
         match &mut *lock(&self.0) {
             State::Open(channels) => channels.iter().all(|waiting| is_hung_up(&waiting.channel)),
@@ -253,7 +254,7 @@ impl Overflow {
             Err(error) => {
                 warn!(
                     %error,
-                    "could not duplicate the channel of an old process, so this process does not wait for it; raise LimitNOFILE="
+                    "could not duplicate the channel of an old process, so this process may exit before the old process; raise LimitNOFILE="
                 );
                 None
             }

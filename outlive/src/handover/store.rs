@@ -50,7 +50,7 @@ impl FdStore {
             // If systemd is only busy, it reads the message with the descriptor later, so the connections need not be closed.
             // A message that is not in its socket yet would be lost when this process exits.
             Err(_) if systemd::has_store() == Some(true) && systemd::are_messages_sent() => warn!(
-                "the service manager did not answer BARRIER=1 within {}; handing connections over without the confirmation, because it has announced a store (FDSTORE); if they are lost, check the load of PID 1",
+                "the service manager did not answer BARRIER=1 within {}; storing the connections without its answer, because FDSTORE announces a file descriptor store; if connections are lost, check the load of PID 1",
                 humantime::format_duration(systemd::BARRIER_LIMIT)
             ),
             Err(elapsed) => return Err(elapsed.into()),

@@ -315,8 +315,8 @@ impl<'a> Drain<'a> {
         server.enter(Phase::Quiescing);
         let queue = server.handover_queue();
         let mut idle = server.take_parked();
-        // The limit may have passed already, or pass just after the phase was set. The tasks of idle connections have not run
-        // yet then, and their connections would be closed.
+        // The limit may have passed already, or may pass just after the phase was set. At that moment the tasks of idle
+        // connections have not reacted to the phase yet, so without this minimum the drain would close these connections.
         let mut ends_after = Instant::now() + QUIESCE_LIMIT;
         let mut small_frames = 0;
         let mut has_given_up = false;
@@ -376,7 +376,7 @@ impl<'a> Drain<'a> {
                     limit.passed.get_or_insert(EndReason::SuccessorExited);
                     break;
                 }
-                // The successor hangs, or files or memory have run short for too long. This process serves these
+                // The successor hangs, or file descriptors or memory have run short for too long. This process serves these
                 // connections again, and also those that have not been sent yet, because otherwise no process would serve them
                 // during further attempts.
                 Err(error) => {
@@ -384,8 +384,8 @@ impl<'a> Drain<'a> {
                     left.append(&mut queue.take_all());
                     warn!(%error, connections = left.len(), "could not hand over connections; each will be closed after its next response");
                     finish(server, left);
-                    // If the limit has passed, the drain would otherwise close these connections before they can answer. It
-                    // ends then, because further attempts would delay the end again and again.
+                    // If the limit has passed, the drain would otherwise close these connections before their clients can send
+                    // a request. In that case the drain sends nothing more, because each attempt would delay its end again.
                     ends_after = Instant::now() + OVERFLOW_LINGER;
                     has_given_up = limit.passed.is_some();
                 }

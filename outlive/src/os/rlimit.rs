@@ -33,7 +33,8 @@ pub fn make_room(connections: u32) {
 /// An estimate with more free descriptors than this is used for [`MAX_AGE`] without a new count, because other tasks open
 /// fewer files within this time.
 const COUNTED_BELOW: usize = 1024;
-/// An older estimate is counted anew, because the process may have accepted connections meanwhile.
+/// How long an estimate is valid after a fast count. After that, the descriptors are counted anew, because the process may
+/// have accepted connections meanwhile.
 const MAX_AGE: Duration = Duration::from_millis(20);
 /// An estimate stays valid for at least this many times the duration of its count, because a count without `st_size` takes
 /// several milliseconds with thousands of open files, and would delay the adoption of thousands of connections.
@@ -45,8 +46,8 @@ const SPARE: u64 = 16;
 /// At a low limit only `limit / SPARE_SHARE` descriptors stay free, because `SPARE` would leave too few for connections.
 const SPARE_SHARE: u64 = 16;
 
-/// An estimate of the number of file descriptors that this process may still open. It is counted anew near the limit, and if it
-/// is older than [`MAX_AGE`].
+/// An estimate of the number of file descriptors that this process may still open. The descriptors are counted anew near the
+/// limit, and when the estimate is no longer valid ([`MAX_AGE`], [`MAX_AGE_IN_COUNTS`]).
 pub struct FdRoom {
     free: usize,
     /// Until when the estimate may be used. None: there is no estimate.
@@ -133,9 +134,9 @@ fn free_descriptors() -> usize {
     }
 }
 
-/// The number of open descriptors. Since Linux 6.2 it is the size of `/proc/self/fd` (proc_pid_fd(5)): to read it takes a few
-/// microseconds and no descriptor. Before, the size is 0, and listing the directory takes a system call for about a hundred
-/// descriptors.
+/// The number of open descriptors. Since Linux 6.2 it is the size of `/proc/self/fd` (proc_pid_fd(5)): reading the size takes a
+/// few microseconds and needs no descriptor. On older kernels the size is 0, so the directory is listed, which takes one system
+/// call per about a hundred descriptors.
 fn open_descriptors() -> io::Result<usize> {
     match std::fs::metadata(OPEN)?.len() {
         0 => listed_descriptors(),

@@ -133,7 +133,8 @@ pub async fn barrier() -> io::Result<()> {
     })
 }
 
-/// Whether all messages are in the socket of the service manager. It reads them there also after this process has exited.
+/// Whether this process has sent all its messages to the socket of the service manager. The service manager reads sent
+/// messages even if this process has exited by then.
 pub fn are_messages_sent() -> bool {
     OUTBOX.is_idle()
 }

@@ -220,7 +220,8 @@ impl Server {
         self.finish_with(connection, None);
     }
 
-    /// The same for a connection of which a handover channel still has a descriptor.
+    /// As [`Server::finish`], for a connection of which a handover channel still holds a descriptor: the socket is also shut
+    /// down, because that descriptor would keep it open.
     pub fn finish_copy(&self, connection: Connection) {
         let copy = connection.socket.try_clone().ok();
         self.finish_with(connection, copy);

@@ -199,8 +199,8 @@ impl Adopter {
         self.log_refused();
     }
 
-    /// Adopts the connections of the next frame, after [`Channel::readable`] has returned `readable`. Breaks with what
-    /// `channel` still holds if it cannot be read further.
+    /// Adopts the connections of the next frame. `readable` is the result of [`Channel::readable`]. Returns `Break` if
+    /// `channel` has ended or failed, or if there are no descriptors for its next frame; the [`Remainder`] says which.
     fn adopt_next(
         &mut self,
         channel: &Channel,
@@ -224,8 +224,8 @@ impl Adopter {
     }
 
     /// Adopts the connections in a channel. Keeps the channel if descriptors run short, or if its writer still runs. The writer
-    /// is an old process that hands over to the predecessor; if the channel closed, it would cut off its requests. If a frame
-    /// cannot be decoded, only the connections in it are closed.
+    /// is an old process that hands over to the predecessor. If this process closed the channel, the writer would cut off the
+    /// requests that it still serves. If a frame cannot be decoded, only the connections in it are closed.
     fn empty(
         &mut self,
         channel: OwnedFd,
@@ -454,8 +454,8 @@ fn is_of_connections(message_type: MessageType) -> bool {
     matches!(message_type, Connections | Tickets | Totals | Backup)
 }
 
-/// Closes the sockets in a frame of the store that is a step of a takeover. If it is a linger channel, its process has
-/// ended with the unit, or closes its connections itself.
+/// Closes the sockets in a stored frame that belongs to a takeover. If the frame carries a linger channel, the old process at
+/// the other end has ended with the unit, or closes its connections itself.
 fn close(frame: Frame) {
     let Frame { message_type, sockets, .. } = frame;
     debug!(?message_type, sockets = sockets.len(), "closing the sockets of an unexpected frame in the store");

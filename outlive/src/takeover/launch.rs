@@ -51,11 +51,12 @@ pub enum Role {
     Successor,
 }
 
-/// The role of this process: that of its environment, if the handover channel is its standard input.
+/// The role of this process: the one that its environment names if its standard input is a handover channel, otherwise
+/// `First`.
 ///
-/// The variable alone is not enough. A successor keeps it, so the commands that its handlers run inherit it. If a handler runs
-/// the service's own binary, that process would wait for a predecessor on its standard input. They do not inherit the channel,
-/// because [`take_standard_input`] replaces it.
+/// The variable alone is not enough. A successor keeps it, so the commands that its handlers run inherit it. If a handler ran
+/// the service's own binary, that command would wait for a predecessor on its standard input. The commands do not inherit the
+/// channel, because [`take_standard_input`] replaces it with `/dev/null`.
 pub fn role() -> Role {
     let has_channel = sockopt::socket_type(io::stdin()) == Ok(SocketType::SEQPACKET);
     match std::env::var(ROLE).as_deref() {

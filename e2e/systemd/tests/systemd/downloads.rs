@@ -26,7 +26,8 @@ fn boot_with_limit(systemd: Systemd) -> Container {
     let container = boot(systemd);
     variables(&container, &[("DRAIN_TIMEOUT", "3s")]);
     container.ask("/");
-    // The service can answer before systemd has read its READY=1. systemd would merge a reload with the start, and not reload.
+    // The service can answer before systemd has read its READY=1. Until systemd has read it, systemd would merge a reload job
+    // into the start job, and the service would not be reloaded.
     container.wait_for_property("ActiveState", |state| state == "active");
     container
 }

@@ -793,7 +793,7 @@ fn handed_over_http2_connection_reacts_to_random_frames_like_a_fresh_one() {
         .unwrap_or_else(|error| panic!("{error}"));
 }
 
-/// A client may use almost all of the connection's window before it grants more. The fresh h2 assumes that
+/// A client may let the server use almost all of the connection's window before it grants more. The fresh h2 assumes that
 /// the whole window is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn response_after_a_move_uses_what_is_left_of_a_window_before_the_client_grants_more() {

@@ -316,8 +316,8 @@ impl AsyncWrite for UpgradableIo {
             let (discarded, is_complete) = replay.response.length_in(bytes);
             if is_complete {
                 this.replay = None;
-                // hyper may wait for input, and no event of the socket would wake it: until now it has read the replayed head
-                // only. With TLS it would not notice that the client disconnects.
+                // Until now hyper has read only the replayed head, not the socket. If hyper waits for input now, no event of
+                // the socket would wake it, so with TLS hyper would not notice that the client disconnects.
                 cx.waker().wake_by_ref();
                 this.last_read = *BLANK_LINE;
                 let is_websocket = this.upgrade.granted().is_some_and(|granted| granted.is_websocket);

@@ -116,8 +116,8 @@ impl Interposer {
         }
     }
 
-    /// Sends as much of the first waiting frame, which is DATA, as the client's window has room for. A client may grant more
-    /// only when little is left. h2 does not pad its frames.
+    /// Sends as much of the first waiting frame, which is DATA, as the client's window has room for, because some clients do
+    /// not grant more until little of the window is left. h2 does not pad its frames, so a frame can be split anywhere.
     fn send_part(&mut self, head: Head) {
         let Ok(room @ 1..) = usize::try_from(self.state.send_window) else { return };
         let part = Head { length: room, flags: head.flags & !END_STREAM, ..head };

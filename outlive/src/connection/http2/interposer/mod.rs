@@ -151,8 +151,8 @@ struct Preamble {
     told: ToldToH2,
     /// The requests that h2 has not refused yet.
     refused: Vec<u32>,
-    /// Frames that h2 receives only after it has refused the request with the client's table, because otherwise it would have
-    /// too many open streams.
+    /// Frames that h2 receives only after it has refused the request that carries the client's header table, because otherwise
+    /// h2 would have too many open streams.
     later: BytesMut,
     /// Whether h2 has received requests of the former process. Then it has received the client's settings before.
     replays: bool,

@@ -109,8 +109,8 @@ impl Interposer {
             debt: (-granted).max(0),
             ..Self::new()
         };
-        // Otherwise h2 would refuse the last replay too, because the request with the table counts as an open stream until h2
-        // refuses it.
+        // With so many requests, h2 receives those after the request with the table only when it has refused that request.
+        // Until then h2 counts that request as an open stream, so it would also refuse the last replay.
         let are_too_many = requests.len() > MAX_STREAMS as usize;
         let mut first_end = None;
         for request in requests {
