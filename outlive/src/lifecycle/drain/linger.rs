@@ -14,7 +14,8 @@ use std::time::Duration;
 use tokio::time::{Instant, interval, sleep_until, timeout};
 use tracing::{debug, info, warn};
 
-use super::{Drain, EndReason, SUCCESSOR_LINGER, moving_responses};
+use super::limit::EndReason;
+use super::{Drain, SUCCESSOR_LINGER, moving_responses};
 use crate::connection::Connection;
 use crate::handover::{Channel, MessageType, Origin, SocketRecord, pack, pair};
 use crate::lifecycle::config::TimeLimit;
