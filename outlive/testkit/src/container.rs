@@ -214,8 +214,12 @@ impl Container {
         kill_process(self.leader, signal).expect("the container runs");
     }
 
-    /// Runs `systemctl VERB` on the service.
+    /// Runs `systemctl VERB` on the service. Before a reload it waits until systemd has read READY=1, because the service can
+    /// answer earlier, and until then systemd would merge a reload job into the start job and not reload the service.
     pub fn systemctl(&self, verb: &str) -> Result<String> {
+        if verb == "reload" {
+            self.wait_for_property("ActiveState", |state| state != "activating");
+        }
         self.run(&["systemctl", verb, &self.unit("service")])
     }
 
