@@ -15,10 +15,10 @@
 //!          .  a mark for each duplicate, by its number: 1 or 0
 //! ```
 //!
-//! When most duplicates in the channel are stale, or the channel is nearly full, the process takes the oldest frame out
-//! of it. Before that, it sends those connections of the frame that are still parked again, under the same numbers. If
-//! it crashes in between, such a connection is in two frames; the next process continues the first duplicate that it
-//! finds, and thereby clears the mark of both.
+//! When most duplicates in the channel are stale, or the channel is nearly full, the process takes the oldest frames out
+//! of it. Before that, it sends those connections of these frames that are still parked again, in one frame and under the
+//! same numbers. If it crashes in between, such a connection is in two frames; the next process continues the first
+//! duplicate that it finds, and thereby clears the mark of both.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -37,8 +37,8 @@ use crate::os::systemd;
 
 /// How many connections one frame carries at most; its first socket is the memfd with the marks.
 const MAX_BACKED_UP: usize = MAX_SOCKETS - 1;
-/// The channel has room for some 230 frames.
-const MAX_FRAMES: usize = 160;
+/// The channel has room for some 230 frames. Tests have few connections.
+const MAX_FRAMES: usize = if cfg!(test) { 10 } else { 160 };
 /// A frame is removed when the channel has more than twice as many duplicates as are valid, plus this number. Tests
 /// have few connections.
 const STALE_LIMIT: usize = if cfg!(test) { 4 } else { 1024 };
@@ -150,29 +150,48 @@ impl Backup {
         systemd::store(STORE_NAME, self.channel.1.as_fd())
     }
 
-    /// The oldest frame, if the channel has too many frames or too many stale duplicates.
-    fn stale_frame(&self, parked: &impl ParkedSockets) -> Option<&[(RawFd, u64)]> {
+    /// The oldest frames, if the channel has too many frames or too many stale duplicates: as many as have room in one frame
+    /// for their connections that are still parked.
+    fn stale_frames(&self, parked: &impl ParkedSockets) -> impl Iterator<Item = &[(RawFd, u64)]> {
         let valid = parked.backed_up();
         let has_no_room = self.count > valid && self.count + MAX_BACKED_UP > self.limit;
-        let is_stale = self.count > 2 * valid + STALE_LIMIT || self.frames.len() >= MAX_FRAMES || has_no_room;
-        self.frames.front().filter(|_| is_stale).map(Vec::as_slice)
+        let is_stale = self.count > 2 * valid + STALE_LIMIT || has_no_room;
+        let mut again = 0;
+        let fit = move |frame: &&[(RawFd, u64)]| {
+            again += still_parked(frame, parked).count();
+            again <= MAX_BACKED_UP
+        };
+        let frames = self.frames.iter().map(Vec::as_slice);
+        let frames = frames.take(if is_stale || self.has_too_many_frames(parked) { usize::MAX } else { 0 });
+        frames.take_while(fit)
+    }
+
+    /// Whether the channel has too many frames, and fewer after the connections of some are sent again in one frame. Without
+    /// the second condition, each frame would be sent again without end.
+    fn has_too_many_frames(&self, parked: &impl ParkedSockets) -> bool {
+        let counts = || self.frames.iter().map(|frame| still_parked(frame, parked).count());
+        self.frames.len() >= MAX_FRAMES
+            && counts().zip(counts().skip(1)).any(|(first, second)| first + second <= MAX_BACKED_UP)
     }
 
     /// How many connections the next frame can carry beside those that are sent again. None if there is no room for them in
     /// the channel.
     pub fn room(&self, parked: &impl ParkedSockets) -> Option<usize> {
-        let again = self.stale_frame(parked).map_or(0, |frame| still_parked(frame, parked).count());
+        if self.frames.len() >= MAX_FRAMES && !self.is_stale(parked) {
+            return None;
+        }
+        let again = self.stale_frames(parked).flat_map(|frame| still_parked(frame, parked)).count();
         let room = self.limit.checked_sub(self.count + again)?;
         Some(room.min(MAX_BACKED_UP - again))
     }
 
     /// Whether [`Backup::add`] has work even without new connections.
     pub fn is_stale(&self, parked: &impl ParkedSockets) -> bool {
-        self.stale_frame(parked).is_some()
+        self.stale_frames(parked).next().is_some()
     }
 
     /// Adds duplicates of the connections with these sockets, which are at most [`Backup::room`]. Returns their numbers, in
-    /// the same order. If the channel has become stale, also takes its oldest frame out of it.
+    /// the same order. If the channel has become stale, also takes its oldest frames out of it.
     ///
     /// # Errors
     ///
@@ -188,8 +207,8 @@ impl Backup {
             .zip(numbers.clone())
             .map(|(&(socket, connection), number)| (socket, number, connection));
         let mut members: Vec<_> = new.collect();
-        let stale = self.stale_frame(parked);
-        let takes_oldest = stale.is_some();
+        let stale: Vec<_> = self.stale_frames(parked).collect();
+        let taken_out = stale.len();
         members.extend(stale.into_iter().flat_map(|frame| still_parked(frame, parked)));
         if !members.is_empty() {
             let marks = (self.marks.file.as_fd(), SocketRecord::new(String::new(), Bytes::new()));
@@ -214,7 +233,7 @@ impl Backup {
         let finished = self
             .marks
             .mark(numbers.clone())
-            .and_then(|()| if takes_oldest { self.take_oldest() } else { Ok(()) });
+            .and_then(|()| (0..taken_out).try_for_each(|_| self.take_oldest()));
         if let Err(error) = finished {
             // The frame is in the channel already, so its numbers are in use. Clearing the generation makes all
             // duplicates invalid.

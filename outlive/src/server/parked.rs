@@ -347,6 +347,7 @@ mod tests {
     use super::*;
     use crate::connection::tests::endpoint;
     use crate::handover::{Next, receive_frame, take_backed_up};
+    use crate::os::rlimit;
     use crate::registry::Limits;
     use crate::transport::http2_state::Http2State;
 
@@ -515,7 +516,7 @@ mod tests {
                     Step::BackUp => {
                         now += 10_000;
                         registry.set_now(now);
-                        while parked.back_up().expect("the channel has room") {}
+                        back_up_all(&parked);
                     }
                 }
             }
@@ -530,6 +531,51 @@ mod tests {
             prop_assert_eq!(continued.len(), counts, "each connection is continued once");
             prop_assert_eq!(continued.into_iter().collect::<BTreeSet<_>>(), expected);
         }
+    }
+
+    /// Backs up until there is no more to add, in fewer rounds than each frame could be replaced in.
+    fn back_up_all(parked: &ParkedConnections) {
+        const ROUNDS: usize = 1000;
+        let ends = (0..ROUNDS).any(|_| !parked.back_up().expect("the channel has room"));
+        assert!(ends, "the backup does not end within {ROUNDS} rounds");
+    }
+
+    #[tokio::test]
+    async fn backup_of_connections_that_become_idle_one_by_one_merges_their_frames() {
+        const CONNECTIONS: u64 = 200;
+        let (registry, parked) = parked();
+        let (backup, reading_end) = Backup::in_memory(7, 60_000);
+        parked.begin_backup(backup);
+        let mut peers = Vec::new();
+        for count in 1..=CONNECTIONS {
+            let since = count * 10_000;
+            let (idle, peer) = idle();
+            peers.push(peer);
+            parked_again(ParkedConnection { since, ..idle }, &parked);
+            registry.set_now(since + 9_000);
+            back_up_all(&parked);
+        }
+        assert_eq!(continued(&reading_end).len() as u64, CONNECTIONS);
+    }
+
+    #[tokio::test]
+    async fn backup_of_more_connections_than_the_channel_has_room_for_ends() {
+        const CONNECTIONS: u32 = 4_000;
+        rlimit::make_room(2 * CONNECTIONS);
+        let (registry, parked) = parked();
+        let (backup, reading_end) = Backup::in_memory(7, 60_000);
+        parked.begin_backup(backup);
+        let peers: Vec<_> = (0..CONNECTIONS)
+            .map(|_| {
+                let (idle, peer) = idle();
+                parked_again(idle, &parked);
+                peer
+            })
+            .collect();
+        registry.set_now(10_000);
+        back_up_all(&parked);
+        let continued = continued(&reading_end).len();
+        assert!((2_000..peers.len()).contains(&continued), "{continued} are continued");
     }
 
     #[tokio::test]
