@@ -9,7 +9,7 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::poll_fn;
 use std::marker::PhantomData;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::AtomicBool;
 use std::sync::atomic::Ordering::{Acquire, Release};
 use std::sync::{Arc, Mutex};
@@ -18,10 +18,10 @@ use std::task::{Context, Poll};
 use axum::extract::FromRequestParts;
 use bytes::Bytes;
 use bytesize::ByteSize;
-use futures_util::task::AtomicWaker;
 use hyper::http::request::Parts;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -230,8 +230,9 @@ pub struct Continuation {
     /// Whether the handler's buffer may hold messages that it has not consumed. [`Carry::requested`] does not resolve then,
     /// because these messages would be lost.
     has_unconsumed: AtomicBool,
-    /// The task that waits in [`Carry::requested`] until the handler has consumed them.
-    consumed: AtomicWaker,
+    /// Wakes the tasks that wait in [`Carry::requested`] until the handler has consumed them. There are several if the handler
+    /// has split its connection.
+    consumed: Notify,
     left: Mutex<Left>,
 }
 
@@ -259,7 +260,7 @@ impl Continuation {
             is_requested: AtomicBool::new(false),
             wait: Mutex::default(),
             has_unconsumed: AtomicBool::new(false),
-            consumed: AtomicWaker::new(),
+            consumed: Notify::new(),
             left: Mutex::default(),
         }
     }
@@ -324,7 +325,7 @@ impl Continuation {
     async fn requested(&self, shutdown: &CancellationToken) {
         if self.can_move() {
             self.handover_requested().await;
-            poll_fn(|cx| self.poll_consumed(cx)).await;
+            self.consumed().await;
         } else {
             shutdown.cancelled().await;
         }
@@ -361,7 +362,7 @@ impl Continuation {
     pub fn reads_again(&self) {
         if self.has_unconsumed() {
             self.has_unconsumed.store(false, Release);
-            self.consumed.wake();
+            self.consumed.notify_waiters();
         }
     }
 
@@ -369,15 +370,17 @@ impl Continuation {
         self.has_unconsumed.load(Acquire)
     }
 
-    fn poll_consumed(&self, cx: &Context<'_>) -> Poll<()> {
-        if self.has_unconsumed() {
-            self.consumed.register(cx.waker());
-            // The handler may have read again before its task was registered.
-            if self.has_unconsumed() {
-                return Poll::Pending;
+    /// Waits until the handler has consumed all messages.
+    async fn consumed(&self) {
+        loop {
+            // Begins before the check, because the handler may read again in between.
+            let mut notified = pin!(self.consumed.notified());
+            notified.as_mut().enable();
+            if !self.has_unconsumed() {
+                return;
             }
+            notified.await;
         }
-        Poll::Ready(())
     }
 
     /// The upgrade is about to be granted. If the connection cannot move, for example because of `--tls-handover no` or
@@ -439,9 +442,11 @@ mod tests {
     use std::time::Duration;
 
     use serde::Deserialize;
+    use tokio::task::{JoinSet, yield_now};
+    use tokio::time::timeout;
 
     use super::*;
-    use crate::registry::{Limits, Registry};
+    use crate::registry::{Limits, Phase, Registry};
     use crate::transport::stream::Peer;
 
     #[derive(Debug, PartialEq, Serialize, Deserialize)]
@@ -456,10 +461,14 @@ mod tests {
         count: u32,
     }
 
-    fn handle() -> UpgradeHandle {
+    fn registry() -> Arc<Registry> {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
-        Registry::new(limits, CancellationToken::new()).register(Peer::Unix, None).requests().upgrade_handle()
+        Registry::new(limits, CancellationToken::new())
+    }
+
+    fn handle() -> UpgradeHandle {
+        registry().register(Peer::Unix, None).requests().upgrade_handle()
     }
 
     fn carry<S>(continuation: &Arc<Continuation>) -> Carry<S> {
@@ -513,5 +522,28 @@ mod tests {
     fn new_connection_has_received_no_state() {
         let continuation = Arc::new(Continuation::new(handle(), Some(Bytes::new())));
         assert_eq!(carry::<Old>(&continuation).received().expect("there is none"), None);
+    }
+
+    /// As a task that reads and one that writes, after the handler has split its WebSocket.
+    #[tokio::test]
+    async fn each_task_that_waits_for_the_request_to_move_is_woken() {
+        let registry = registry();
+        let registration = registry.register(Peer::Unix, None);
+        let handle = registration.requests().upgrade_handle();
+        let continuation = Arc::new(Continuation::new(handle, Some(Bytes::new())));
+        continuation.begin(true);
+        continuation.read_ahead();
+        registry.set_phase(Phase::Quiescing);
+        let mut tasks = JoinSet::new();
+        for _ in 0..2 {
+            let carry = carry::<Old>(&continuation);
+            tasks.spawn(async move { carry.requested().await });
+        }
+        // Polls both tasks.
+        yield_now().await;
+        assert!(tasks.try_join_next().is_none(), "messages may be in the buffer");
+        continuation.reads_again();
+        let woken = timeout(Duration::from_secs(60), tasks.join_all()).await;
+        assert_eq!(woken.map(|woken| woken.len()), Ok(2));
     }
 }
