@@ -534,10 +534,10 @@ impl HttpBody for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let mut this = self.project();
-        if let Some(former) = this.former.take() {
-            return Poll::Ready(Some(Ok(Frame::data(former))));
-        }
-        let frame = std::task::ready!(this.body.as_mut().poll_frame(cx));
+        let frame = match this.former.take() {
+            Some(former) => Some(Ok(Frame::data(former))),
+            None => std::task::ready!(this.body.as_mut().poll_frame(cx)),
+        };
         let is_whole = frame.is_none() || this.body.is_end_stream();
         if let Some(kept) = this.kept {
             if let Some(Ok(frame)) = &frame

@@ -13,6 +13,8 @@ use bytes::{Bytes, BytesMut};
 use futures_util::{Stream, StreamExt, stream};
 use h2::RecvStream;
 use h2::client::{Builder, SendRequest};
+use http_body::Body as _;
+use http_body_util::BodyExt;
 use hyper::Request;
 use testkit::certificate::Certificate;
 use testkit::client::Target;
@@ -708,4 +710,33 @@ async fn as_many_event_streams_as_are_permitted_continue_after_a_move() {
     for reader in &mut readers {
         reader.expect(0).await;
     }
+}
+
+/// Reads the request to its end, and keeps the body until the response ends.
+async fn watch_with_body(request: axum::extract::Request) -> Response {
+    let mut body = request.into_body();
+    while !body.is_end_stream() {
+        body.frame().await.expect("a frame arrives").expect("no error occurs");
+    }
+    let ticks = async |body| {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        Some((Ok::<_, Infallible>(message("tick")), body))
+    };
+    let mut response = Response::new(axum::body::Body::from_stream(stream::unfold(body, ticks)));
+    response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
+    response.extensions_mut().insert(Resumable);
+    response
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn grpc_stream_whose_handler_keeps_the_request_body_continues_over_three_moves() {
+    let router = || Router::new().route("/watch", post(watch_with_body));
+    let mut served = serve(router()).await;
+    let mut client = Client::of(&served).await;
+    let mut call = Call::begin(&mut client, "the request").await;
+    for _ in 0..3 {
+        assert_eq!(call.message().await.as_deref(), Some("tick"));
+        served = moved(served, router()).await;
+    }
+    assert_eq!(call.message().await.as_deref(), Some("tick"));
 }
