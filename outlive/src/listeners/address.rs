@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -179,14 +180,19 @@ impl Address {
             Self::Path(path) => {
                 remove_if_stale(path, kind);
                 let socket = Socket::new(Domain::UNIX, kind, None)?;
-                let socket = self.listen(socket, kind, &SockAddr::unix(path)?)?;
+                let socket = self.listen(socket, kind, &self.unix_address(path)?)?;
                 Ok((socket, Some(files.add(path.clone()))))
             }
             Self::Abstract(name) => {
                 let socket = Socket::new(Domain::UNIX, kind, None)?;
-                Ok((self.listen(socket, kind, &SockAddr::unix(format!("\0{name}"))?)?, None))
+                Ok((self.listen(socket, kind, &self.unix_address(format!("\0{name}"))?)?, None))
             }
         }
+    }
+
+    fn unix_address(&self, path: impl AsRef<Path>) -> anyhow::Result<SockAddr> {
+        SockAddr::unix(path)
+            .with_context(|| format!("could not listen on {self}: expected at most 107 bytes"))
     }
 
     fn listen(&self, socket: Socket, kind: Type, address: &SockAddr) -> anyhow::Result<Socket> {
@@ -200,8 +206,11 @@ impl Address {
 }
 
 /// Removes the socket file at `path` if no process has the socket, for example after a crash. Otherwise `bind` would
-/// fail with `EADDRINUSE` from then on.
+/// fail with `EADDRINUSE` from then on. Keeps a file that is no socket: connect(2) refuses connections to it, too.
 fn remove_if_stale(path: &Path, kind: Type) {
+    if !std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
+        return;
+    }
     let connected = if kind == Type::STREAM {
         UnixStream::connect(path).map(drop)
     } else {
@@ -285,6 +294,33 @@ mod tests {
         assert!(UnixStream::connect(&path).is_ok(), "the file of the other process was removed");
         drop(other);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn bind_to_the_path_of_a_file_fails_and_keeps_the_file() {
+        let files = SocketFiles::owned();
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        let path = folder.path().join("orders.db");
+        std::fs::write(&path, "data").expect("the file can be written");
+        let link = folder.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).expect("the link can be made");
+        for path in [path, link] {
+            for kind in [Type::STREAM, Type::DGRAM] {
+                let bound = Address::Path(path.clone()).bind(kind, &files);
+                assert!(bound.is_err(), "{} was replaced by a socket", path.display());
+                assert_eq!(std::fs::read_to_string(&path).expect("the file is still there"), "data");
+            }
+        }
+    }
+
+    #[test]
+    fn error_for_a_path_that_is_too_long_names_the_path() {
+        let name = "x".repeat(200);
+        for text in [format!("/tmp/{name}"), format!("unix:@{name}")] {
+            let address: Address = text.parse().expect("it is an address");
+            let error = address.bind(Type::STREAM, &SocketFiles::owned()).err().expect("it is too long");
+            assert!(format!("{error:#}").contains(&text), "{error:#}");
+        }
     }
 
     #[test]
