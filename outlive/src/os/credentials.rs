@@ -71,8 +71,15 @@ impl Credentials {
         match &self.0 {
             Folder::None => None,
             Folder::Open(folder) => {
-                let file = openat(folder, name, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
-                Some(file.map(File::from).with_context(could_not))
+                // NONBLOCK, because otherwise the open of a FIFO would wait for a writer.
+                let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                let file =
+                    openat(folder, name, flags, Mode::empty()).map(File::from).map_err(anyhow::Error::from);
+                let file = file.and_then(|file| {
+                    ensure!(file.metadata()?.is_file(), "expected a regular file");
+                    Ok(file)
+                });
+                Some(file.with_context(could_not))
             }
             Folder::Denied(reason) => Some(Err(anyhow!("{reason}")).with_context(could_not)),
         }
@@ -108,6 +115,11 @@ impl Credentials {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use rustix::fs::{CWD, FileType, mknodat};
+
     use super::*;
 
     fn credentials(files: &[(&str, &[u8])]) -> (tempfile::TempDir, Credentials) {
@@ -125,6 +137,21 @@ mod tests {
             let (_folder, credentials) = credentials(&[("x", content.as_bytes())]);
             assert_eq!(credentials.text("x").expect("valid UTF-8").as_deref(), Some(text));
         }
+    }
+
+    #[test]
+    fn credential_that_is_a_fifo_is_refused_without_a_wait_for_a_writer() {
+        let folder = tempfile::tempdir().expect("a temporary folder is made");
+        let fifo = folder.path().join("x");
+        mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).expect("the FIFO is made");
+        let fd = File::open(folder.path()).expect("the folder opens");
+        let credentials = Credentials::of_predecessor(fd.into());
+        let (to_result, result) = mpsc::channel();
+        std::thread::spawn(move || {
+            to_result.send(credentials.text("x").map_err(|error| format!("{error:#}")))
+        });
+        let read = result.recv_timeout(Duration::from_secs(60)).expect("the read does not wait for a writer");
+        assert_eq!(read, Err("could not read the credential \"x\": expected a regular file".to_owned()));
     }
 
     #[test]
