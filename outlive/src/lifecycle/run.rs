@@ -5,6 +5,7 @@
 //! that the step before it returned.
 
 use std::convert::Infallible;
+use std::io::{Write, stdout};
 use std::process::ExitCode;
 use std::sync::Arc;
 
@@ -243,7 +244,6 @@ async fn serve(started: Started, predecessor: Option<PredecessorLink>) -> Result
 }
 
 /// The command `check`: starts the service up to the point at which it would serve.
-#[expect(clippy::print_stdout, reason = "the result of the command")]
 fn check<C, D, S>(line: &CommandLine<C, D>, start: S) -> Result<()>
 where
     C: Parser,
@@ -268,7 +268,8 @@ where
         setup.hooks.run().await;
         Ok::<_, Failure>(())
     })?;
-    print!("{}", cli::table(&service.values));
-    println!("ready to serve on {}", listeners::labels(&listeners));
-    Ok(())
+    let (values, labels) = (cli::table(&service.values), listeners::labels(&listeners));
+    writeln!(stdout(), "{values}ready to serve on {labels}")
+        .context("could not write to standard output")
+        .map_err(Failure::unavailable)
 }

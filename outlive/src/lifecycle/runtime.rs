@@ -1,7 +1,6 @@
 //! [`Runtime`], the tokio runtime of a process.
 
 use std::ffi::OsStr;
-use std::num::NonZeroUsize;
 
 use anyhow::{Context, ensure};
 use futures_util::FutureExt;
@@ -10,6 +9,8 @@ use crate::os::exit::{Failure, Result};
 
 /// The environment variable with the number of tokio's worker threads; the default is one for each CPU.
 const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
+/// tokio panics if the kernel refuses to start a thread, for example because of `TasksMax=`.
+const MAX_WORKER_THREADS: usize = 1024;
 
 /// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
 /// their time. The drop of tokio's own runtime would wait for a handler that blocks its thread, for any length of time.
@@ -40,10 +41,29 @@ impl Drop for Runtime {
     }
 }
 
-/// Fails if tokio would panic because of this value.
+/// Fails if tokio would panic because of this value, or would start more threads than [`MAX_WORKER_THREADS`].
 fn check_worker_threads(count: &OsStr) -> anyhow::Result<()> {
-    let is_valid = count.to_str().is_some_and(|count| count.parse::<NonZeroUsize>().is_ok());
+    let number = count.to_str().and_then(|count| count.parse::<usize>().ok());
+    let is_valid = number.is_some_and(|number| (1..=MAX_WORKER_THREADS).contains(&number));
     let count = count.display();
-    ensure!(is_valid, "invalid {WORKER_THREADS} \"{count}\": expected a number above zero");
+    ensure!(
+        is_valid,
+        "invalid {WORKER_THREADS} \"{count}\": expected a number from 1 to {MAX_WORKER_THREADS}"
+    );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn number_of_worker_threads_that_the_kernel_may_refuse_is_invalid() {
+        for count in ["0", "1025", "100000", "18446744073709551616", "-1", "x", ""] {
+            assert!(check_worker_threads(OsStr::new(count)).is_err(), "{count}");
+        }
+        for count in ["1", "1024"] {
+            check_worker_threads(OsStr::new(count)).expect("it is valid");
+        }
+    }
 }

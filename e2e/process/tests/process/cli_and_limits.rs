@@ -1,5 +1,6 @@
 //! The command line, environment, notifications, limits and exit codes of the binary, without systemd.
 
+use std::fs::File;
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Command, Stdio};
@@ -747,7 +748,7 @@ fn invalid_variables_are_refused_by_their_names() {
 fn an_invalid_number_of_worker_threads_is_refused() {
     for value in ["0", "x", ""] {
         let mut command = inheriting(fd(listener()), &[("TOKIO_WORKER_THREADS", value)]);
-        let reason = format!("invalid TOKIO_WORKER_THREADS \"{value}\": expected a number above zero");
+        let reason = format!("invalid TOKIO_WORKER_THREADS \"{value}\": expected a number from 1 to 1024");
         assert_refused(&mut command, 78, &[&reason]);
     }
 }
@@ -824,6 +825,22 @@ fn an_address_in_use_is_refused_with_exit_code_69() {
     let address = listener.local_addr().expect("the socket has an address").to_string();
     assert_refused(&mut command(app_binary(), &["--listen", &address]), 69, &[&address, "in use"]);
     assert_refused(&mut command(app_binary(), &["check", "--listen", &address]), 69, &[&address, "in use"]);
+}
+
+/// As in `app check | true`, and with a full disk.
+#[test]
+fn check_that_cannot_write_its_result_exits_with_69() {
+    let full = File::options().write(true).open("/dev/full").expect("the device exists");
+    let (reader, closed) = std::io::pipe().expect("the pipe is made");
+    drop(reader);
+    for (output, reason) in [(Stdio::from(full), "No space left on device"), (closed.into(), "Broken pipe")] {
+        let mut command = inheriting(fd(listener()), &[]);
+        let child = command.arg("check").stdout(output).stderr(Stdio::piped()).spawn().expect("it starts");
+        let result = child.wait_with_output().expect("it ends");
+        let log = String::from_utf8_lossy(&result.stderr);
+        assert_eq!(result.status.code(), Some(69), "{log}");
+        assert!(log.contains("could not write to standard output") && log.contains(reason), "{log}");
+    }
 }
 
 #[test]
