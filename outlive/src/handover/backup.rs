@@ -201,6 +201,8 @@ impl Backup {
         new: &[(RawFd, &Connection)],
         parked: &impl ParkedSockets,
     ) -> io::Result<std::ops::Range<u64>> {
+        // Before the new numbers are given out, because `parked` does not have them before this returns.
+        self.release(parked);
         let numbers = self.next_number..self.next_number + new.len() as u64;
         let new = new
             .iter()
@@ -240,7 +242,6 @@ impl Backup {
             warn!(%error, "could not update the backup of idle connections, so discarded it; until the next restart, a crash closes idle connections too");
             self.marks.clear_all()?;
         }
-        self.release(parked);
         Ok(numbers)
     }
 
@@ -404,6 +405,17 @@ mod tests {
         backup.release(&Nothing);
         assert!(allocated(&backup) < before / 2, "{} of {before} bytes are left", allocated(&backup));
         assert_eq!(continued(&reading_end), [1]);
+    }
+
+    #[tokio::test]
+    async fn marks_of_new_duplicates_are_not_released() {
+        let connections: Vec<_> = (0..30).map(|_| connection()).collect();
+        let new = connections.iter().map(|(connection, _)| (connection.socket.as_raw_fd(), connection));
+        let new: Vec<_> = new.collect();
+        let (mut backup, reading_end) = Backup::in_memory(3, 1000);
+        backup.next_number = 3 * RELEASE_STEP - 20;
+        backup.add(&new, &Nothing).expect("the channel has room");
+        assert_eq!(continued(&reading_end), [30]);
     }
 
     #[tokio::test]
