@@ -27,7 +27,7 @@ use tracing::warn;
 
 use crate::app::context::Shutdown;
 use crate::os::lock::lock;
-use crate::registry::UpgradeHandle;
+use crate::registry::{Demand, UpgradeHandle};
 use crate::transport::replay::{Kind, Replay, STATE_LIMIT as LARGEST_STATE};
 
 /// The default limit for an encoded state, in bytes.
@@ -297,11 +297,6 @@ impl Continuation {
         self.handle.clone().handover_requested().await;
     }
 
-    /// See [`UpgradeHandle::still_has_to_return`].
-    pub fn still_has_to_return(&self) -> bool {
-        self.handle.still_has_to_return()
-    }
-
     /// See [`UpgradeHandle::writing`].
     pub fn writing(&self) {
         self.handle.writing();
@@ -312,9 +307,12 @@ impl Continuation {
         self.handle.is_flushed()
     }
 
-    /// Whether another process continues the connection now. Otherwise its response has to end.
-    pub fn hands_over(&self) -> bool {
-        self.handle.is_movable() && self.handle.hands_over()
+    /// What the phase asks of the response. A connection that cannot move has to end.
+    pub fn demand(&self) -> Demand {
+        match self.handle.demand() {
+            Demand::HandOver if !self.handle.is_movable() => Demand::End,
+            demand => demand,
+        }
     }
 
     /// See [`UpgradeHandle::is_draining`].

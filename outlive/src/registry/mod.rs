@@ -39,7 +39,7 @@ pub use state::{BodyEnd, Stage};
 use tokio::sync::{OwnedSemaphorePermit, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-pub use upgrade_handle::UpgradeHandle;
+pub use upgrade_handle::{Demand, UpgradeHandle};
 
 use crate::registry::sync::{Mutex, Notify, lock};
 use crate::transport::stream::Peer;

@@ -55,20 +55,21 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| phase.ends(true)).await;
     }
 
-    /// Whether the phase hands connections such as this one over. Otherwise the process ends them.
-    pub fn hands_over(&self) -> bool {
-        self.handler_phase().quiesces() && !self.keeps_upgrade()
+    /// What the phase asks of the handler. It reads the phase once: the phase may change back between two calls.
+    pub fn demand(&self) -> Demand {
+        let phase = self.handler_phase();
+        if !self.0.registry.handlers_return_in(phase) {
+            Demand::None
+        } else if phase.quiesces() && !self.keeps_upgrade() {
+            Demand::HandOver
+        } else {
+            Demand::End
+        }
     }
 
     /// Whether the next process cannot adopt this connection after its upgrade.
     pub fn keeps_upgrade(&self) -> bool {
         self.0.registry.next_adopts() < Protocols::Upgrades || self.0.keeps_tls()
-    }
-
-    /// Whether a handler that was asked to return still has to: a drain that does not succeed at once goes back to the
-    /// phase `Draining`.
-    pub fn still_has_to_return(&self) -> bool {
-        self.0.registry.handlers_return_in(self.handler_phase())
     }
 
     /// The phase that [`UpgradeHandle::handover_requested`] has seen, which the registry sets last.
@@ -93,6 +94,16 @@ impl UpgradeHandle {
         self.0.apply(Event::HandlerAwaitsHandover);
         AwaitsHandover(&self.0)
     }
+}
+
+/// What a phase asks of a response without end, or of the handler of an upgraded connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// Nothing, also after it has asked for more: a drain that does not succeed at once goes back to the phase `Draining`.
+    None,
+    /// The next process continues the connection.
+    HandOver,
+    End,
 }
 
 /// The guard of [`UpgradeHandle::awaits_handover`].

@@ -10,7 +10,7 @@ use tokio::time::{Sleep, sleep};
 
 use super::Upgrade;
 use crate::app::carry::Continuation;
-use crate::registry::UpgradeHandle;
+use crate::registry::{Demand, UpgradeHandle};
 use crate::transport::replay::{Replay, with_last_event_id};
 
 /// How soon to look again whether the last event is sent. hyper does not poll a body again when it has sent its last
@@ -98,12 +98,17 @@ impl EventBody {
                 self.flushed = None;
             }
         }
-        match self.replay(movable) {
-            Some(replay) if movable.continuation.hands_over() => {
+        match (movable.continuation.demand(), self.replay(movable)) {
+            (Demand::HandOver, Some(replay)) => {
                 movable.upgrade.hand_on(replay);
                 Turn::Moves
             }
-            _ => Turn::Ends,
+            (Demand::None, _) => {
+                // The drain has gone back to serving after `poll_request`, which notices that in the next poll.
+                cx.waker().wake_by_ref();
+                Turn::Waits
+            }
+            (Demand::HandOver | Demand::End, _) => Turn::Ends,
         }
     }
 
@@ -111,7 +116,7 @@ impl EventBody {
     fn poll_request(&mut self, cx: &mut Context<'_>) -> bool {
         if self.is_requested
             && let Some(Movable { continuation, .. }) = &self.continuation
-            && !continuation.still_has_to_return()
+            && continuation.demand() == Demand::None
         {
             // The drain has not succeeded, and serves again.
             (self.is_requested, self.must_return) = (false, must_return(continuation));
@@ -232,10 +237,13 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
+    use std::sync::atomic::AtomicBool;
+    use std::sync::atomic::Ordering::Relaxed;
     use std::task::Poll;
 
     use futures_util::FutureExt;
     use proptest::prelude::*;
+    use tokio::task::unconstrained;
     use tokio_util::sync::CancellationToken;
 
     use super::*;
@@ -268,11 +276,15 @@ mod tests {
         }
     }
 
-    #[tokio::test]
-    async fn response_continues_if_the_drain_goes_back_to_serving() {
+    fn registry() -> Arc<Registry> {
         let limit = Duration::from_secs(1);
         let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
-        let registry = Registry::new(limits, CancellationToken::new());
+        Registry::new(limits, CancellationToken::new())
+    }
+
+    #[tokio::test]
+    async fn response_continues_if_the_drain_goes_back_to_serving() {
+        let registry = registry();
         let registration = registry.register(Peer::Unix, None);
         let continuation =
             Arc::new(Continuation::new(registration.requests().upgrade_handle(), Some(Bytes::new())));
@@ -290,6 +302,35 @@ mod tests {
         assert!(matches!(turn(), Some(Turn::Polls)));
         registry.set_phase(Phase::Quiescing);
         assert!(matches!(turn(), Some(Turn::Moves)));
+    }
+
+    #[tokio::test]
+    async fn response_does_not_end_if_the_phase_changes_back_during_a_poll() {
+        const MOVES: usize = 50_000;
+        let registry = registry();
+        let registration = registry.register(Peer::Unix, None);
+        let continuation =
+            Arc::new(Continuation::new(registration.requests().upgrade_handle(), Some(Bytes::new())));
+        let mut body = EventBody::moving(continuation, Bytes::new(), Upgrade::default());
+        registration.io().flushed();
+        let is_over = AtomicBool::new(false);
+        std::thread::scope(|threads| {
+            threads.spawn(|| {
+                while !is_over.load(Relaxed) {
+                    registry.set_phase(Phase::Quiescing);
+                    registry.set_phase(Phase::Draining);
+                }
+            });
+            let (mut moves, mut ends) = (0, 0);
+            while moves < MOVES && ends == 0 {
+                // `unconstrained`, because tokio would otherwise let the polls of one task fail after some.
+                let turn = unconstrained(poll_fn(|cx| Poll::Ready(body.poll_turn(cx)))).now_or_never();
+                moves += usize::from(matches!(turn, Some(Turn::Moves)));
+                ends += usize::from(matches!(turn, Some(Turn::Ends)));
+            }
+            is_over.store(true, Relaxed);
+            assert_eq!(ends, 0, "after {moves} polls in which it would have moved");
+        });
     }
 
     proptest! {
