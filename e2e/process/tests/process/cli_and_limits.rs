@@ -629,11 +629,7 @@ fn an_inherited_fd_that_does_not_listen_is_refused_by_its_number() {
     let connected = std::net::TcpStream::connect(listener.local_addr().expect("the socket has an address"))
         .expect("the connection opens");
     assert_refused(&mut inheriting(fd(connected), &[]), 78, &words);
-    assert_refused(
-        &mut inheriting(std::fs::File::open("/dev/null").expect("the file opens"), &[]),
-        78,
-        &words,
-    );
+    assert_refused(&mut inheriting(File::open("/dev/null").expect("the file opens"), &[]), 78, &words);
 }
 
 #[test]

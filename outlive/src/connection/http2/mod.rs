@@ -166,6 +166,7 @@ struct Driver<'a> {
 
 impl Driver<'_> {
     fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Turn> {
+        self.relay.begin_turn();
         loop {
             let phase = self.handle.phase();
             if self.cannot_move(phase) {

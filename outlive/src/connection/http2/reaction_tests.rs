@@ -23,6 +23,8 @@ use super::frame::{
     ACK, CONTINUATION, DATA, END_HEADERS, END_STREAM, GOAWAY, HEAD_LENGTH, HEADERS, Head, PING, PRIORITY,
     PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE,
 };
+use super::header_block::SIZE_UPDATE;
+use crate::connection::Connection;
 use crate::connection::PREFACE;
 use crate::connection::tests::{Served, move_to, serve_with};
 use crate::registry::Phase;
@@ -823,4 +825,98 @@ async fn response_after_a_move_uses_what_is_left_of_a_window_before_the_client_g
         }
     }
     assert_eq!(length, LENGTH);
+}
+
+fn table_size(size: u32) -> Vec<u8> {
+    frame(SETTINGS, 0, 0, &[&[0, 1][..], &size.to_be_bytes()].concat())
+}
+
+/// RFC 9113 section 4.3.1 and RFC 7541 section 4.2.
+#[tokio::test(flavor = "multi_thread")]
+async fn client_that_lowers_the_size_of_its_table_receives_a_size_update_after_a_move() {
+    for sizes in [&[0][..], &[100], &[100, 4096]] {
+        for moves in 0..3 {
+            let mut served = serve_with(router(), None).await;
+            let mut client = Client::open(&served, None, GET_AGAIN).await;
+            for size in sizes {
+                client.send(&table_size(*size)).await;
+            }
+            client.ping(b"settings").await;
+            for _ in 0..moves {
+                let next = serve_with(router(), None).await;
+                move_to(&next, served).await;
+                served = next;
+            }
+            client.send(&frame(HEADERS, ENDS, 5, GET_AGAIN)).await;
+            let block = loop {
+                let received = timeout(PATIENCE, client.receive()).await.expect("a frame arrives in time");
+                let (head, payload) = received.expect("the connection is open");
+                if head.frame_type == HEADERS && head.stream == 5 {
+                    break payload;
+                }
+            };
+            let update = block[0].checked_sub(SIZE_UPDATE).filter(|size| *size < SIZE_UPDATE);
+            // 31 means at least 31.
+            let is_valid = update.is_some_and(|update| u32::from(update) <= sizes[0].min(31));
+            assert!(is_valid, "{sizes:?} {moves} {block:x?}");
+        }
+    }
+}
+
+/// Sends `count` requests that the client cancels, and one that it waits for. Returns the stream of the latter.
+async fn send_cancelled(client: &mut Client, first: u32, count: u32) -> u32 {
+    let last = first + 2 * count;
+    for stream in (first..last).step_by(2) {
+        client.send(&frame(HEADERS, ENDS, stream, GET_AGAIN)).await;
+        client.send(&frame(RST_STREAM, 0, stream, &8_u32.to_be_bytes())).await;
+    }
+    client.send(&frame(HEADERS, ENDS, last, GET_AGAIN)).await;
+    last
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_cancelled_during_a_move_do_not_end_the_connection() {
+    // h2 permits 20 to be cancelled before it accepts them.
+    for count in [21, 3_000] {
+        let served = serve_with(router(), None).await;
+        let mut client = Client::open(&served, None, GET_AGAIN).await;
+        served.server.enter(Phase::Quiescing);
+        let connections = served.take_quiescent().await;
+        let stream = send_cancelled(&mut client, 5, count).await;
+        let next = serve_with(router(), None).await;
+        let [endpoint] = next.server.endpoints() else { panic!("the server has one endpoint") };
+        for connection in connections {
+            next.server.adopt(Connection { endpoint: endpoint.clone(), ..connection });
+        }
+        client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_cancelled_while_they_are_held_do_not_end_the_connection() {
+    let served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None, GET_AGAIN).await;
+    client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
+    client.ping(b"is begun").await;
+    served.server.enter(Phase::Holding);
+    let stream = send_cancelled(&mut client, 7, 100).await;
+    client.send(&frame(RST_STREAM, 0, 5, &8_u32.to_be_bytes())).await;
+    let next = serve_with(router(), None).await;
+    move_to(&next, served).await;
+    client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connection_moves_before_and_after_its_last_possible_stream() {
+    const LAST: u32 = (1 << 31) - 1;
+    let mut served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None, GET_AGAIN).await;
+    for stream in [LAST - 2, LAST] {
+        client.send(&frame(HEADERS, ENDS, stream, GET_AGAIN)).await;
+        client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
+        let next = serve_with(router(), None).await;
+        move_to(&next, served).await;
+        served = next;
+        client.ping(b"is moved").await;
+    }
 }

@@ -15,6 +15,10 @@ use super::interposer::Interposer;
 use crate::connection::io::Io;
 use crate::os::lock::lock;
 
+/// How many bytes h2 reads in one turn of its task while it catches up. h2 permits 20 requests to be cancelled before it accepts
+/// them, and one of these takes at least 23 bytes, as HEADERS and RST_STREAM.
+const TURN_LIMIT: usize = 20 * 23;
+
 /// While so many bytes are unsent, h2 cannot write more.
 const UNSENT_LIMIT: usize = 64 * 1024;
 
@@ -28,17 +32,29 @@ pub struct Relay {
 struct Inner {
     io: Io,
     interposer: Interposer,
+    /// How many bytes h2 may still read in this turn, while it catches up.
+    turn_left: usize,
 }
 
 impl Relay {
     pub fn new(io: Io, interposer: Interposer) -> Self {
         let is_write_vectored = io.is_write_vectored();
-        Self { inner: Arc::new(Mutex::new(Some(Inner { io, interposer }))), is_write_vectored }
+        Self {
+            inner: Arc::new(Mutex::new(Some(Inner { io, interposer, turn_left: TURN_LIMIT }))),
+            is_write_vectored,
+        }
     }
 
     /// Takes the connection away from hyper, which then reads the end of the stream.
     pub fn take(&self) -> Option<(Io, Interposer)> {
-        lock(&self.inner).take().map(|Inner { io, interposer }| (io, interposer))
+        lock(&self.inner).take().map(|Inner { io, interposer, .. }| (io, interposer))
+    }
+
+    /// Permits h2 to read more while it catches up. The task of the connection calls this each time it is polled.
+    pub fn begin_turn(&self) {
+        if let Some(inner) = &mut *lock(&self.inner) {
+            inner.turn_left = TURN_LIMIT;
+        }
     }
 
     /// Calls `work` with the interposer. None after `take`.
@@ -57,21 +73,35 @@ impl Relay {
 impl Inner {
     fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
+            let is_catching_up = self.interposer.is_catching_up();
+            if is_catching_up && self.turn_left == 0 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
             let for_h2 = self.interposer.for_h2();
             if !for_h2.is_empty() {
-                let length = for_h2.len().min(into.remaining());
+                let limit = if is_catching_up { self.turn_left } else { usize::MAX };
+                let length = for_h2.len().min(into.remaining()).min(limit);
                 into.put_slice(&for_h2[..length]);
                 for_h2.advance(length);
                 if for_h2.is_empty() {
                     // An idle connection keeps no buffer.
                     *for_h2 = BytesMut::new();
                 }
+                self.turn_left = self.turn_left.saturating_sub(length);
+                self.interposer.caught_up(length);
                 return Poll::Ready(Ok(()));
             }
             // Nothing is read from the client now. `rewrite` wakes h2 when the preamble is complete. In the other cases
             // the driver acts after this poll: it takes the connection away, or releases the held frames.
             if !self.interposer.is_begun() || self.interposer.is_quiescent() || self.interposer.is_full() {
                 return Poll::Pending;
+            }
+            if is_catching_up {
+                if !self.receive_piece(cx)? {
+                    self.interposer.end_catch_up();
+                }
+                continue;
             }
             let before = into.filled().len();
             let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, into) else {
@@ -97,6 +127,15 @@ impl Inner {
                 return Poll::Ready(Ok(()));
             }
         }
+    }
+
+    /// Processes what has arrived, up to one turn of it. Returns whether something has.
+    fn receive_piece(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+        let mut piece = [0; TURN_LIMIT];
+        let mut piece = ReadBuf::new(&mut piece);
+        let polled = Pin::new(&mut self.io).poll_read(cx, &mut piece)?;
+        self.interposer.receive(piece.filled());
+        Ok(polled.is_ready() && !piece.filled().is_empty())
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
@@ -155,7 +194,7 @@ impl Inner {
 
     /// Ready when everything that the client's windows permit is written to the socket.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Self { io, interposer } = self;
+        let Self { io, interposer, .. } = self;
         let for_client = interposer.for_client();
         if for_client.is_empty() {
             return Poll::Ready(Ok(()));

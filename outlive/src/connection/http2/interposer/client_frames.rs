@@ -2,7 +2,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use super::{Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
+use super::{CATCH_UP_LIMIT, Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
 use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
@@ -21,6 +21,26 @@ impl Interposer {
     pub fn for_h2(&mut self) -> &mut BytesMut {
         self.pass_between_frames();
         &mut self.to_h2
+    }
+
+    /// What the client has sent during a pause arrives at once. If h2 read all of it before it accepts the requests, it would
+    /// end the connection because too many of them are cancelled. So it reads a little in each turn of its task.
+    pub(super) fn begin_catch_up(&mut self) {
+        self.catch_up_left = CATCH_UP_LIMIT;
+    }
+
+    pub fn is_catching_up(&self) -> bool {
+        self.catch_up_left > 0
+    }
+
+    /// h2 has read `length` bytes.
+    pub fn caught_up(&mut self, length: usize) {
+        self.catch_up_left = self.catch_up_left.saturating_sub(length);
+    }
+
+    /// h2 has read everything that has arrived.
+    pub fn end_catch_up(&mut self) {
+        self.catch_up_left = 0;
     }
 
     fn pass_between_frames(&mut self) {

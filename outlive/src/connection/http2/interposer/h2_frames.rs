@@ -9,6 +9,7 @@ use crate::connection::http2::frame::{
     Head, PING, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_cancel, put_end_of_stream,
     put_grpc_unavailable, put_settings, put_settings_ack, put_window_update, take, take_frame,
 };
+use crate::connection::http2::header_block::SIZE_UPDATE;
 use crate::transport::http2_state::{FIRST_HEADER_TABLE_SIZE, FIRST_WINDOW, HEADER_TABLE_SIZE, Settings};
 use crate::transport::stream_replay::StreamKind;
 
@@ -20,6 +21,7 @@ impl Interposer {
             || self.replays.discards_block
             || self.replays.acknowledgement.is_some()
             || self.debt > 0
+            || self.owes_size_update
             || !(self.partial.is_empty() && self.to_client.is_empty() && self.waiting.is_empty())
     }
 
@@ -73,13 +75,16 @@ impl Interposer {
     pub fn rewrite(&mut self, bytes: &[u8]) {
         self.partial.extend_from_slice(bytes);
         while let Some(head) = self.partial.first_chunk::<HEAD_LENGTH>() {
-            let head = Head::decode(*head);
+            let mut head = Head::decode(*head);
             if self.partial.len() < HEAD_LENGTH + head.length {
                 break;
             }
-            let frame = self.partial.split_to(HEAD_LENGTH + head.length);
+            let mut frame = self.partial.split_to(HEAD_LENGTH + head.length);
             if self.absorb_preamble(head, &frame[HEAD_LENGTH..]) || self.absorb_replay(head) {
                 continue;
+            }
+            if head.frame_type == HEADERS && std::mem::take(&mut self.owes_size_update) {
+                (head, frame) = with_size_update(head, &frame[HEAD_LENGTH..]);
             }
             // Frames of the connection, for example PING, may overtake the waiting frames of its streams. An
             // acknowledgement may not: after one that lowers the client's windows, the waiting DATA would exceed them.
@@ -178,6 +183,7 @@ impl Interposer {
         }
         if preamble.has_sent_settings && preamble.has_sent_window && preamble.told == ToldToH2::All {
             self.preamble = None;
+            self.begin_catch_up();
         }
         true
     }
@@ -283,4 +289,15 @@ impl Interposer {
             _ => {}
         }
     }
+}
+
+/// HEADERS of h2, which are not padded, with the size 0 of the header table in front of the block. The frame is longer than the
+/// client permits only if h2 has filled it with a block of 16 KiB.
+fn with_size_update(head: Head, block: &[u8]) -> (Head, BytesMut) {
+    let head = Head { length: head.length + 1, ..head };
+    let mut frame = BytesMut::with_capacity(HEAD_LENGTH + head.length);
+    head.put(&mut frame);
+    frame.extend_from_slice(&[SIZE_UPDATE]);
+    frame.extend_from_slice(block);
+    (head, frame)
 }

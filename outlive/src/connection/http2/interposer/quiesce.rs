@@ -171,6 +171,9 @@ impl Interposer {
         self.must_release = false;
         self.block = None;
         let held = std::mem::take(&mut self.held);
+        if !held.is_empty() {
+            self.begin_catch_up();
+        }
         let buffered = std::mem::replace(&mut self.from_client, FrameParser::START).buffered();
         self.receive(&held);
         self.receive(&buffered);

@@ -91,6 +91,8 @@ impl Interposer {
             ),
         };
         put_settings(&settings.payload(), &mut to_h2);
+        let has_discarded_block = !(replays.is_empty() && refused.is_empty());
+        let owes_size_update = has_discarded_block && state.theirs.get(HEADER_TABLE_SIZE) == Some(0);
         let granted = state.send_window - FIRST_WINDOW;
         let has_replays = !replays.is_empty();
         let mut resumed = Self {
@@ -107,6 +109,7 @@ impl Interposer {
                 replays: has_replays,
             }),
             debt: (-granted).max(0),
+            owes_size_update,
             ..Self::new()
         };
         // With so many requests, h2 receives those after the request with the table only when it has refused that request.
