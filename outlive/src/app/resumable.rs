@@ -31,7 +31,8 @@
 ///
 /// The client receives the status UNAVAILABLE after a whole message if the stream cannot continue:
 ///
-/// - The body of the request is above 4 KiB, or its encoded header fields are above 8 KiB.
+/// - The body of the request is above 4 KiB, its encoded header fields are above 8 KiB, or it has a `Content-Length`, which gRPC
+///   clients do not send.
 /// - The connection cannot be handed over, for example because it uses TLS and `--tls-handover` is `no`.
 /// - There is no next process, or it is an older release.
 /// - The next process does not answer the request within ten seconds with a `Resumable` response of the same content type and

@@ -110,9 +110,14 @@ impl Position {
         None
     }
 
+    /// Whether some of the payload is missing of a data frame.
+    fn is_in_data_frame(&self) -> bool {
+        self.payload_left > 0 && !self.head.is_control()
+    }
+
     /// Whether some of the payload is missing of the only or last frame of a message.
     fn is_in_final_frame(&self) -> bool {
-        self.payload_left > 0 && self.head.is_final() && !self.head.is_control()
+        self.is_in_data_frame() && self.head.is_final()
     }
 
     fn is_between_messages(&self) -> bool {
@@ -172,6 +177,8 @@ pub(super) struct Inbound {
     is_passing: bool,
     /// The data frames that were read of an incomplete message. Control frames between them are left out.
     message: Kept,
+    /// Whether the current message is too long to be kept. The handler must read it to its end before the connection can move.
+    is_too_long: bool,
     /// The last Ping that was read and not answered yet. It is enough to answer the last one (RFC 6455 section 5.5.3).
     ping: Option<Bytes>,
     state: InboundState,
@@ -201,7 +208,7 @@ enum InboundState {
     Open,
     /// The peer has sent Close.
     Closed,
-    /// A frame was invalid, or a message too long to be kept.
+    /// A frame was invalid.
     Lost,
 }
 
@@ -249,9 +256,14 @@ impl Inbound {
 
     /// Keeps the beginning of a frame that is incomplete.
     fn keep(&mut self, taken: &[u8]) {
+        if self.is_too_long && self.position.is_in_data_frame() {
+            return;
+        }
         self.frame.extend_from_slice(taken);
         if self.frame.length + self.message.length > KEPT_LIMIT {
-            self.lose();
+            self.is_too_long = true;
+            self.frame.clear();
+            self.message.clear();
         }
     }
 
@@ -280,6 +292,9 @@ impl Inbound {
             // The handler has the whole message. The buffers are dropped, because an idle WebSocket should have none.
             self.frame.clear();
             self.message.clear();
+            self.is_too_long = false;
+        } else if self.is_too_long {
+            self.frame.clear();
         } else {
             self.keep(taken);
             let frame = std::mem::take(&mut self.frame);
@@ -295,7 +310,7 @@ impl Inbound {
     /// Whether another handler can continue to read: the peer has not sent Close, each frame was valid, and what the
     /// handler has read of an incomplete message is kept.
     pub(super) fn is_movable(&self) -> bool {
-        self.state == InboundState::Open && !self.is_passing
+        self.state == InboundState::Open && !self.is_passing && !self.is_too_long
     }
 
     /// Whether the handler is reading a frame that has arrived as a whole and is not kept.
@@ -627,5 +642,34 @@ mod tests {
             }
             Outbound::default().wrote(bytes);
         });
+    }
+
+    /// A service may permit messages that are longer than what is kept of them.
+    #[test]
+    fn connection_is_movable_again_after_a_message_that_was_too_long_to_be_kept() {
+        let ping = frame(PING, true, Some([1, 2, 3, 4]), b"p");
+        let mut inbound = Inbound::default();
+        let mut admit = |bytes: &[u8]| {
+            for piece in bytes.chunks(PIECE) {
+                inbound.admit(piece, Reading::Ahead, || 0);
+            }
+            (inbound.is_movable(), inbound.frame.length + inbound.message.length)
+        };
+        let part = vec![0; KEPT_LIMIT / 4];
+        let begin = frame(1, false, Some([0; 4]), &part);
+        let middle = frame(CONTINUATION, false, Some([0; 4]), &part);
+        let end = frame(CONTINUATION, true, Some([0; 4]), &part);
+        admit(&begin);
+        admit(&middle);
+        let (is_movable, kept) = admit(&middle);
+        assert!(is_movable && kept > 3 * part.len());
+        assert_eq!(admit(&middle), (false, 0));
+        assert_eq!(admit(&middle), (false, 0));
+        // In two pieces.
+        admit(&ping[..3]);
+        assert_eq!(admit(&ping[3..]), (false, 0));
+        assert_eq!(admit(&end), (true, 0));
+        assert_eq!(admit(&frame(1, true, Some([0; 4]), b"next")), (true, 0));
+        assert_eq!(inbound.ping.as_deref(), Some(&ping[..]));
     }
 }
