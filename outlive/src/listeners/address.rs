@@ -168,6 +168,10 @@ impl fmt::Display for Address {
 
 impl Address {
     fn bind(&self, kind: Type, files: &SocketFiles) -> anyhow::Result<(Socket, Option<SocketFile>)> {
+        self.try_bind(kind, files).with_context(|| format!("could not listen on {self}"))
+    }
+
+    fn try_bind(&self, kind: Type, files: &SocketFiles) -> anyhow::Result<(Socket, Option<SocketFile>)> {
         match self {
             Self::Tcp(address) => {
                 let socket = Socket::new(Domain::for_address(*address), kind, None)?;
@@ -175,34 +179,33 @@ impl Address {
                 if kind == Type::STREAM {
                     socket.set_reuse_address(true)?;
                 }
-                Ok((self.listen(socket, kind, &(*address).into())?, None))
+                Ok((listen(socket, kind, &(*address).into())?, None))
             }
             Self::Path(path) => {
                 remove_if_stale(path, kind);
                 let socket = Socket::new(Domain::UNIX, kind, None)?;
-                let socket = self.listen(socket, kind, &self.unix_address(path)?)?;
+                let socket = listen(socket, kind, &unix_address(path)?)?;
                 Ok((socket, Some(files.add(path.clone()))))
             }
             Self::Abstract(name) => {
                 let socket = Socket::new(Domain::UNIX, kind, None)?;
-                Ok((self.listen(socket, kind, &self.unix_address(format!("\0{name}"))?)?, None))
+                Ok((listen(socket, kind, &unix_address(format!("\0{name}"))?)?, None))
             }
         }
     }
+}
 
-    fn unix_address(&self, path: impl AsRef<Path>) -> anyhow::Result<SockAddr> {
-        SockAddr::unix(path)
-            .with_context(|| format!("could not listen on {self}: expected at most 107 bytes"))
-    }
+fn unix_address(path: impl AsRef<Path>) -> anyhow::Result<SockAddr> {
+    SockAddr::unix(path).context("expected at most 107 bytes")
+}
 
-    fn listen(&self, socket: Socket, kind: Type, address: &SockAddr) -> anyhow::Result<Socket> {
-        socket
-            .bind(address)
-            .and_then(|()| if kind == Type::STREAM { socket.listen(BACKLOG) } else { Ok(()) })
-            .and_then(|()| socket.set_nonblocking(true))
-            .with_context(|| format!("could not listen on {self}"))?;
-        Ok(socket)
+fn listen(socket: Socket, kind: Type, address: &SockAddr) -> io::Result<Socket> {
+    socket.bind(address)?;
+    if kind == Type::STREAM {
+        socket.listen(BACKLOG)?;
     }
+    socket.set_nonblocking(true)?;
+    Ok(socket)
 }
 
 /// Removes the socket file at `path` if no process has the socket, for example after a crash. Otherwise `bind` would
@@ -320,6 +323,18 @@ mod tests {
             let address: Address = text.parse().expect("it is an address");
             let error = address.bind(Type::STREAM, &SocketFiles::owned()).err().expect("it is too long");
             assert!(format!("{error:#}").contains(&text), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn error_of_a_socket_that_cannot_be_made_names_the_address() {
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        for text in ["127.0.0.1:0", "[::1]:0", &format!("{}/x.sock", folder.path().display()), "unix:@x"] {
+            let address: Address = text.parse().expect("it is an address");
+            // The kernel has no such type of sockets.
+            let bound = address.bind(Type::from(99), &SocketFiles::owned());
+            let error = bound.err().expect("there is no such socket");
+            assert!(format!("{error:#}").starts_with(&format!("could not listen on {text}: ")), "{error:#}");
         }
     }
 
