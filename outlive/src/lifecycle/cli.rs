@@ -217,9 +217,8 @@ impl Input {
         match parsed {
             Ok(matches) => Ok((matches, given)),
             Err(error) if error.use_stderr() => {
-                let is_set = |variable: &std::ffi::OsStr| std::env::var_os(variable).is_some();
-                let line = self.line.iter().cloned();
-                let error = message::one_line(&error, self.syntax.clone(), line, is_set, &given);
+                let value_of = |variable: &std::ffi::OsStr| std::env::var_os(variable);
+                let error = message::one_line(&error, self.syntax.clone(), &self.line, value_of, &given);
                 Err(Failure::config(error))
             }
             Err(help) => help.exit(),

@@ -810,6 +810,16 @@ fn invalid_options_and_their_variables_are_refused_by_their_names() {
 }
 
 #[test]
+fn a_value_that_is_not_utf8_is_refused_by_its_option_and_variable() {
+    let value = <std::ffi::OsStr as std::os::unix::ffi::OsStrExt>::from_bytes(b"\xff");
+    let reason = "invalid value for '--drain-timeout <TIME>': expected UTF-8";
+    assert_refused(command(app_binary(), &["--drain-timeout"]).arg(value), 78, &[reason]);
+    let variable = format!("{}_DRAIN_TIMEOUT", NAME.to_uppercase());
+    let mut by_variable = command(app_binary(), &["check"]);
+    assert_refused(by_variable.env(&variable, value), 78, &[&format!("{variable}: {reason}")]);
+}
+
+#[test]
 fn more_listeners_than_a_reload_can_pass_are_refused() {
     let mut command = command(app_binary(), &["--listen", "127.0.0.1:0"].repeat(252));
     assert_refused(&mut command, 78, &["too many sockets", "252", "ListenStream="]);

@@ -1,7 +1,9 @@
 //! The errors of clap in one line: clap formats them for a terminal, but each line would be an entry of its own in the
 //! journal.
 
+use std::any::TypeId;
 use std::ffi::{OsStr, OsString};
+use std::path::PathBuf;
 
 use anyhow::anyhow;
 use clap::Arg;
@@ -9,6 +11,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use super::given::Given;
 use super::origin::Origin;
+use super::syntax::is_option;
 use crate::app::secret;
 
 /// clap's message, which names the option. If the invalid value comes from an environment variable or a file, the message
@@ -16,12 +19,15 @@ use crate::app::secret;
 pub fn one_line(
     error: &clap::Error,
     mut command: clap::Command,
-    mut line: impl Iterator<Item = OsString>,
-    is_set: impl Fn(&OsStr) -> bool,
+    line: &[OsString],
+    value_of: impl Fn(&OsStr) -> Option<OsString>,
     given: &[Given],
 ) -> anyhow::Error {
     let text = text(error);
     command.build();
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return anyhow!(not_utf8(&command, line, value_of).unwrap_or(text));
+    }
     if error.kind() == ErrorKind::MissingRequiredArgument {
         let is_missing = |arg: &&Arg| secret::is_secret(arg) && text.contains(&arg.to_string());
         let missing = command.get_arguments().find(is_missing).and_then(Arg::get_long);
@@ -36,14 +42,52 @@ pub fn one_line(
     if let Some(Given { origin: Origin::File(path, number), .. }) = origin {
         return anyhow!("{}:{number}: {text}", path.display());
     }
-    let variable = arg.and_then(Arg::get_env).filter(|variable| is_set(variable));
-    let flag = arg.and_then(Arg::get_long).map(|flag| format!("--{flag}")).unwrap_or_default();
+    let variable = arg.and_then(Arg::get_env).filter(|variable| value_of(variable).is_some());
     match variable {
-        Some(variable) if !line.any(|word| word.to_string_lossy().starts_with(&flag)) => {
+        Some(variable) if !arg.is_some_and(|arg| is_on_line(arg, line)) => {
             anyhow!("{}: {text}", variable.display())
         }
         _ => anyhow!(text),
     }
+}
+
+fn is_on_line(arg: &Arg, line: &[OsString]) -> bool {
+    let flag = arg.get_long().map(|flag| format!("--{flag}")).unwrap_or_default();
+    line.iter().any(|word| word.to_string_lossy().starts_with(&flag))
+}
+
+/// The message for a value that is not UTF-8. clap's message names neither an option nor a variable. The message does not
+/// contain the value, which may be a secret.
+fn not_utf8(
+    command: &clap::Command,
+    line: &[OsString],
+    value_of: impl Fn(&OsStr) -> Option<OsString>,
+) -> Option<String> {
+    let expects_text = |arg: &&Arg| {
+        let kind = arg.get_value_parser().type_id();
+        is_option(arg) && kind != TypeId::of::<PathBuf>() && kind != TypeId::of::<OsString>()
+    };
+    let options: Vec<&Arg> = command.get_arguments().filter(expects_text).collect();
+    let reason = |arg: &Arg| format!("invalid value for '{arg}': expected UTF-8; see --help");
+    let words: Vec<usize> = (1..line.len()).filter(|number| line[*number].to_str().is_none()).collect();
+    let is_value_of = |arg: &Arg, number: usize| {
+        let flag = format!("--{}", arg.get_long().unwrap_or_default());
+        let word = line[number].to_string_lossy();
+        word.strip_prefix(&flag).is_some_and(|rest| rest.starts_with('='))
+            || arg.get_action().takes_values() && line[number - 1] == *flag
+    };
+    if let Some(arg) = options.iter().find(|arg| words.iter().any(|number| is_value_of(arg, *number))) {
+        return Some(reason(arg));
+    }
+    let is_invalid = |variable: &OsStr| value_of(variable).is_some_and(|value| value.to_str().is_none());
+    let mut variables = options.iter().filter_map(|arg| Some((arg, arg.get_env()?)));
+    if let Some((arg, variable)) =
+        variables.find(|(arg, variable)| is_invalid(variable) && !is_on_line(arg, line))
+    {
+        return Some(format!("{}: {}", variable.display(), reason(arg)));
+    }
+    // For example a value of an option with one letter, or of an option of a command.
+    words.first().map(|number| format!("invalid argument {number}: expected UTF-8; see --help"))
 }
 
 /// clap's message in one line.
@@ -62,6 +106,8 @@ pub fn text(error: &clap::Error) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::ffi::OsStringExt;
+
     use clap::Parser;
 
     use super::super::syntax::command;
@@ -103,7 +149,7 @@ mod tests {
     fn missing_secret_is_reported_with_its_credential() {
         let line = ["shop-front", "--database", "d"];
         let error = command::<Own>().try_get_matches_from(line).expect_err("the password is missing");
-        let message = one_line(&error, command::<Own>(), std::iter::empty(), |_| false, &[]).to_string();
+        let message = one_line(&error, command::<Own>(), &[], |_| None, &[]).to_string();
         let expected = "the following required arguments were not provided: --password <PASSWORD>; see --help; a unit \
                         sets it with LoadCredential=password:FILE";
         assert_eq!(message, expected);
@@ -115,7 +161,9 @@ mod tests {
         let command = command::<Own>();
         let error = command.clone().try_get_matches_from(line).expect_err("zero is refused");
         let message_for = |words: &[&str], is_set: bool| {
-            one_line(&error, command.clone(), words.iter().map(OsString::from), |_| is_set, &[]).to_string()
+            let words: Vec<_> = words.iter().map(OsString::from).collect();
+            let value_of = |_: &OsStr| is_set.then(|| "0s".into());
+            one_line(&error, command.clone(), &words, value_of, &[]).to_string()
         };
         let message = message_for(&line, true);
         assert!(
@@ -125,5 +173,30 @@ mod tests {
         assert!(!message.contains('\n'), "{message}");
         assert_eq!(message_for(&["x"], false), message);
         assert_eq!(message_for(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {message}"));
+    }
+    #[test]
+    fn value_that_is_not_utf8_is_reported_with_its_option_or_variable_or_number_and_not_shown() {
+        let not_text = |text: &[u8]| OsString::from_vec([text, b"hunter\xff"].concat());
+        let command = command::<Own>();
+        let invalid = ["x".into(), "--database=d".into(), not_text(b"--password=")];
+        let error = command.clone().try_get_matches_from(&invalid).expect_err("it is not UTF-8");
+        let message_for = |line: &[OsString], variable: &str| {
+            let value_of = |name: &OsStr| (name == variable).then(|| not_text(b""));
+            one_line(&error, command.clone(), line, value_of, &[]).to_string()
+        };
+        let password = "invalid value for '--password <PASSWORD>': expected UTF-8; see --help";
+        assert_eq!(message_for(&invalid, ""), password);
+        // The path of a file may have any bytes.
+        let file = not_text(b"--tls-cert=");
+        let line = ["x".into(), file.clone(), "--password".into(), not_text(b"")];
+        assert_eq!(message_for(&line, "SHOP_FRONT_DATABASE"), password);
+        let database =
+            "SHOP_FRONT_DATABASE: invalid value for '--database <DATABASE>': expected UTF-8; see --help";
+        assert_eq!(message_for(&["x".into(), file], "SHOP_FRONT_DATABASE"), database);
+        let line = ["x".into(), "--database=d".into(), not_text(b"")];
+        assert_eq!(
+            message_for(&line, "SHOP_FRONT_DATABASE"),
+            "invalid argument 2: expected UTF-8; see --help"
+        );
     }
 }
