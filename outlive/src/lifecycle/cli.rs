@@ -156,7 +156,8 @@ impl Input {
             Some(given::Value::Texts(paths)) => paths.first().cloned(),
             _ => seen.get_raw(file::OPTION).and_then(|mut paths| paths.next().map(OsString::from)),
         };
-        let Some(path) = path else { return Ok(()) };
+        // clap refuses an empty value, and its error names the option or the variable.
+        let Some(path) = path.filter(|path| !path.is_empty()) else { return Ok(()) };
         let mut values = file::read(&path, &self.syntax).map_err(Failure::config)?;
         values.retain(|given| !self.sets(&given.id));
         self.given.extend(values);

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use rustix::process::Signal;
 use tempfile::TempDir;
@@ -164,6 +165,21 @@ fn file_can_be_named_by_a_variable_and_an_invalid_one_is_refused_in_one_line() {
     let mut help = command(app_binary(), &["--help"]);
     let (code, output, log) = run_to_end(help.env(&variable, &path)).expect("the process ends");
     assert!(code == Some(0) && output.contains("--config <FILE>"), "{log}");
+}
+
+#[test]
+fn empty_path_of_the_file_is_refused_by_its_option_and_variable() {
+    let reason = "a value is required for '--config <FILE>' but none was supplied; see --help";
+    let refused = |command: &mut Command| {
+        let (code, _, log) = run_to_end(command).expect("the process ends");
+        assert_eq!(code, Some(78), "{log}");
+        log
+    };
+    let log = refused(&mut command(app_binary(), &["--config", ""]));
+    assert_eq!(log, format!("{NAME}: {reason}\n"));
+    let variable = format!("{}_CONFIG", NAME.to_uppercase());
+    let log = refused(command(app_binary(), &["check"]).env(&variable, ""));
+    assert_eq!(log, format!("{NAME}: {variable}: {reason}\n"));
 }
 
 #[test]
