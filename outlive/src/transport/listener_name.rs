@@ -50,6 +50,12 @@ impl FromStr for Name {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
+        // As systemd (FileDescriptorName= of systemd.socket(5)).
+        if !(1..=LENGTH_LIMIT).contains(&text.len()) || !text.bytes().all(is_in_names) {
+            anyhow::bail!(
+                "invalid socket name {text:?}: expected 1 to {LENGTH_LIMIT} visible ASCII characters without a colon"
+            );
+        }
         let role = match text {
             "admin" => ListenerRole::Admin,
             _ if text.starts_with("https") => ListenerRole::Https,
@@ -57,13 +63,7 @@ impl FromStr for Name {
             _ if RESERVED.contains(&text) => {
                 anyhow::bail!("invalid socket name {text:?}: the library uses this name itself")
             }
-            // As systemd (FileDescriptorName= of systemd.socket(5)).
-            _ if (1..=LENGTH_LIMIT).contains(&text.len()) && text.bytes().all(is_in_names) => {
-                ListenerRole::Application
-            }
-            _ => anyhow::bail!(
-                "invalid socket name {text:?}: expected 1 to {LENGTH_LIMIT} visible ASCII characters without a colon"
-            ),
+            _ => ListenerRole::Application,
         };
         Ok(Self { text: Arc::from(text), role })
     }
@@ -95,6 +95,9 @@ mod tests {
             assert_eq!(role(text), Some(ListenerRole::Application), "{text}");
         }
         for text in ["", "a:b", "a\n", "\u{e4}", "connections", "credentials", &"x".repeat(256)] {
+            assert_eq!(role(text), None, "{text}");
+        }
+        for text in ["http:x", "https\n", "http\u{e4}", &format!("http{}", "x".repeat(252))] {
             assert_eq!(role(text), None, "{text}");
         }
     }
