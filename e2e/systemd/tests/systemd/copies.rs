@@ -426,6 +426,19 @@ fn make_update_of_a_library_that_is_not_committed_is_refused_and_changes_nothing
 }
 
 #[test]
+fn make_update_from_the_copy_itself_is_refused_and_changes_nothing() {
+    let folder = tempfile::tempdir().expect("the folder is created");
+    let copied = folder.path().join("copy");
+    copy(&copied, "");
+    std::os::unix::fs::symlink(&copied, folder.path().join("link")).expect("the link is made");
+    for from in [".", "../copy", "../link"] {
+        let text = refused(make(&copied, &["update", &format!("FROM={from}")]));
+        assert!(text.contains("is the folder to update itself"), "{text}");
+        assert!(copied.join("outlive/Cargo.toml").exists(), "outlive/ was removed");
+    }
+}
+
+#[test]
 fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
     for (binary, owns_name) in [(app_binary(), true), ("/bin/true", false)] {
         let folder = tempfile::tempdir().expect("the folder is created");
