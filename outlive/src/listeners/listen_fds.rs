@@ -52,6 +52,14 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<Passed> {
             limit.unwrap_or(0)
         );
     }
+    // listenfd adds the two, and in a build that checks for overflows it panics if the sum is out of range.
+    let end = RawFd::try_from(count).ok().and_then(|count| first.checked_add(count));
+    if first < 0 || end.is_none() {
+        bail!(
+            "invalid LISTEN_FDS_FIRST_FD {first} with LISTEN_FDS {count}: expected descriptors from 0 to {}",
+            RawFd::MAX - 1
+        );
+    }
     let names = variable("LISTEN_FDNAMES")?;
     let mut passed = ListenFd::from_env();
     if passed.len() == 0 {

@@ -724,6 +724,8 @@ fn invalid_variables_are_refused_by_their_names() {
         ("LISTEN_FDS", "2000000000"),
         ("LISTEN_PID", "me"),
         ("LISTEN_FDS_FIRST_FD", "x"),
+        ("LISTEN_FDS_FIRST_FD", "2147483647"),
+        ("LISTEN_FDS_FIRST_FD", "-1"),
         ("LISTEN_FDNAMES", "http:admin"),
         ("SERVER_STARTER_GENERATION", "x"),
     ] {
@@ -753,6 +755,15 @@ fn an_invalid_number_of_worker_threads_is_refused() {
 fn an_invalid_number_is_quoted_in_the_error() {
     let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "two")]);
     assert_refused(&mut command, 78, &["invalid LISTEN_FDS \"two\": expected a number"]);
+}
+
+#[test]
+fn descriptors_outside_their_range_are_refused_with_both_numbers() {
+    let first = i32::MAX.to_string();
+    let mut command = inheriting(fd(listener()), &[("LISTEN_FDS", "2"), ("LISTEN_FDS_FIRST_FD", &first)]);
+    let reason =
+        format!("invalid LISTEN_FDS_FIRST_FD {first} with LISTEN_FDS 2: expected descriptors from 0 to");
+    assert_refused(&mut command, 78, &[&reason]);
 }
 
 #[test]
