@@ -32,9 +32,10 @@ enum Folder {
 }
 
 impl Credentials {
-    /// The credentials in `$CREDENTIALS_DIRECTORY`.
+    /// The credentials in `$CREDENTIALS_DIRECTORY`. An empty variable counts as not set.
     pub fn of_environment() -> anyhow::Result<Self> {
-        let Some(folder) = std::env::var_os("CREDENTIALS_DIRECTORY") else { return Ok(Self::default()) };
+        let folder = std::env::var_os("CREDENTIALS_DIRECTORY").filter(|folder| !folder.is_empty());
+        let Some(folder) = folder else { return Ok(Self::default()) };
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = open(Path::new(&folder), flags, Mode::empty())
             .with_context(|| format!("could not open CREDENTIALS_DIRECTORY={}", folder.display()))?;

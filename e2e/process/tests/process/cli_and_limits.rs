@@ -861,6 +861,13 @@ fn check_that_cannot_write_its_result_exits_with_69() {
 }
 
 #[test]
+fn empty_variable_for_the_credentials_counts_as_not_set() {
+    let mut command = inheriting(fd(listener()), &[("CREDENTIALS_DIRECTORY", "")]);
+    let (code, _, log) = run_to_end(command.arg("check")).expect("the process ends");
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
 fn check_prints_the_listeners_and_exits_with_0() {
     let (code, output, log) =
         run_to_end(inheriting(fd(listener()), &[]).arg("check")).expect("the process ends");
