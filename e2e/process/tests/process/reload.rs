@@ -147,7 +147,14 @@ fn requests_are_limited_in_both_processes_of_a_reload_and_a_stream_that_moves_is
         let (code, log) = reload(folder.path(), &path, &limit);
         assert_eq!(code, Some(0), "{log}");
         // The stream counts in the new process from when it has moved, and the held request never does.
-        let mut held_by_new = service.connect().await;
+        // The old process may still have accepted the first connection after the reload.
+        let mut held_by_new = loop {
+            let mut connection = service.connect().await;
+            let answer = connection.ask(&get("/")).await.expect("a process answers");
+            if answer.status == 200 && answer.text().contains("generation 2") {
+                break connection;
+            }
+        };
         held_by_new.hold().await.expect("below the limit of the new process");
         while status().await != 503 {
             tokio::time::sleep(Duration::from_millis(5)).await;
