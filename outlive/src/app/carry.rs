@@ -307,7 +307,7 @@ impl Continuation {
         self.handle.is_flushed()
     }
 
-    /// What the phase asks of the response. A connection that cannot move has to end.
+    /// Whether the response has to end or to move. It is `End` instead of `HandOver` if the connection cannot move.
     pub fn demand(&self) -> Demand {
         match self.handle.demand() {
             Demand::HandOver if !self.handle.is_movable() => Demand::End,
@@ -371,7 +371,7 @@ impl Continuation {
     /// Waits until the handler has consumed all messages.
     async fn consumed(&self) {
         loop {
-            // Begins before the check, because the handler may read again in between.
+            // Registers for the notification before the check. Otherwise a read between the check and the wait would be missed.
             let mut notified = pin!(self.consumed.notified());
             notified.as_mut().enable();
             if !self.has_unconsumed() {
@@ -522,7 +522,7 @@ mod tests {
         assert_eq!(carry::<Old>(&continuation).received().expect("there is none"), None);
     }
 
-    /// As a task that reads and one that writes, after the handler has split its WebSocket.
+    /// The two tasks stand for the reader and the writer of a WebSocket that its handler has split.
     #[tokio::test]
     async fn each_task_that_waits_for_the_request_to_move_is_woken() {
         let registry = registry();

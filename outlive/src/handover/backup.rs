@@ -150,8 +150,8 @@ impl Backup {
         systemd::store(STORE_NAME, self.channel.1.as_fd())
     }
 
-    /// The oldest frames, if the channel has too many frames or too many stale duplicates: as many as have room in one frame
-    /// for their connections that are still parked.
+    /// The oldest frames whose connections that are still parked fit into one frame together. None unless the channel has too
+    /// many frames or too many stale duplicates.
     fn stale_frames(&self, parked: &impl ParkedSockets) -> impl Iterator<Item = &[(RawFd, u64)]> {
         let valid = parked.backed_up();
         let has_no_room = self.count > valid && self.count + MAX_BACKED_UP > self.limit;
@@ -166,8 +166,8 @@ impl Backup {
         frames.take_while(fit)
     }
 
-    /// Whether the channel has too many frames, and fewer after the connections of some are sent again in one frame. Without
-    /// the second condition, each frame would be sent again without end.
+    /// Whether the channel has too many frames, and two adjacent ones can be merged into one. Without the second condition, the
+    /// process would replace each frame by another one again and again.
     fn has_too_many_frames(&self, parked: &impl ParkedSockets) -> bool {
         let counts = || self.frames.iter().map(|frame| still_parked(frame, parked).count());
         self.frames.len() >= MAX_FRAMES
@@ -201,7 +201,8 @@ impl Backup {
         new: &[(RawFd, &Connection)],
         parked: &impl ParkedSockets,
     ) -> io::Result<std::ops::Range<u64>> {
-        // Before the new numbers are given out, because `parked` does not have them before this returns.
+        // Releases old marks first: `parked` knows the new numbers only after this function returns, so a later release would
+        // clear their marks.
         self.release(parked);
         let numbers = self.next_number..self.next_number + new.len() as u64;
         let new = new

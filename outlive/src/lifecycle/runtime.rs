@@ -9,7 +9,8 @@ use crate::os::exit::{Failure, Result};
 
 /// The environment variable with the number of tokio's worker threads; the default is one for each CPU.
 const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
-/// tokio panics if the kernel refuses to start a thread, for example because of `TasksMax=`.
+/// The largest number of worker threads that is accepted. tokio panics if the kernel refuses to start a thread, for example
+/// because of `TasksMax=`.
 const MAX_WORKER_THREADS: usize = 1024;
 
 /// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn number_of_worker_threads_that_the_kernel_may_refuse_is_invalid() {
+    fn number_of_worker_threads_outside_1_to_1024_is_invalid() {
         for count in ["0", "1025", "100000", "18446744073709551616", "-1", "x", ""] {
             assert!(check_worker_threads(OsStr::new(count)).is_err(), "{count}");
         }

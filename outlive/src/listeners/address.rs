@@ -8,7 +8,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{Listener, ListeningSocket, NamedSocket, Ownership, SocketFile, SocketFiles, abstract_name};
@@ -182,7 +182,7 @@ impl Address {
                 Ok((listen(socket, kind, &(*address).into())?, None))
             }
             Self::Path(path) => {
-                remove_if_stale(path, kind);
+                remove_if_stale(path, kind)?;
                 let socket = Socket::new(Domain::UNIX, kind, None)?;
                 let socket = listen(socket, kind, &unix_address(path)?)?;
                 Ok((socket, Some(files.add(path.clone()))))
@@ -196,7 +196,9 @@ impl Address {
 }
 
 fn unix_address(path: impl AsRef<Path>) -> anyhow::Result<SockAddr> {
-    SockAddr::unix(path).context("expected at most 107 bytes")
+    let length = path.as_ref().as_os_str().len();
+    SockAddr::unix(path)
+        .with_context(|| format!("the path or name has {length} bytes: use one of at most 107"))
 }
 
 fn listen(socket: Socket, kind: Type, address: &SockAddr) -> io::Result<Socket> {
@@ -209,11 +211,17 @@ fn listen(socket: Socket, kind: Type, address: &SockAddr) -> io::Result<Socket> 
 }
 
 /// Removes the socket file at `path` if no process has the socket, for example after a crash. Otherwise `bind` would
-/// fail with `EADDRINUSE` from then on. Keeps a file that is no socket: connect(2) refuses connections to it, too.
-fn remove_if_stale(path: &Path, kind: Type) {
-    if !std::fs::symlink_metadata(path).is_ok_and(|file| file.file_type().is_socket()) {
-        return;
-    }
+/// fail with `EADDRINUSE` from then on.
+///
+/// # Errors
+///
+/// If the file is not a socket. connect(2) refuses connections to such a file, too.
+fn remove_if_stale(path: &Path, kind: Type) -> anyhow::Result<()> {
+    let Ok(file) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    ensure!(
+        file.file_type().is_socket(),
+        "a file that is not a socket exists there: remove it or choose another path"
+    );
     let connected = if kind == Type::STREAM {
         UnixStream::connect(path).map(drop)
     } else {
@@ -223,6 +231,7 @@ fn remove_if_stale(path: &Path, kind: Type) {
         // If it cannot be removed, `bind` returns the error.
         let _ = std::fs::remove_file(path);
     }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -310,7 +319,8 @@ mod tests {
         for path in [path, link] {
             for kind in [Type::STREAM, Type::DGRAM] {
                 let bound = Address::Path(path.clone()).bind(kind, &files);
-                assert!(bound.is_err(), "{} was replaced by a socket", path.display());
+                let error = format!("{:#}", bound.err().expect("the file is not a socket"));
+                assert!(error.contains("a file that is not a socket exists there"), "{error}");
                 assert_eq!(std::fs::read_to_string(&path).expect("the file is still there"), "data");
             }
         }

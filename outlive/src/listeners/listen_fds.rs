@@ -52,7 +52,7 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<Passed> {
             limit.unwrap_or(0)
         );
     }
-    // listenfd adds the two, and in a build that checks for overflows it panics if the sum is out of range.
+    // listenfd adds both numbers. In a build with overflow checks it panics if the sum is out of range.
     let end = RawFd::try_from(count).ok().and_then(|count| first.checked_add(count));
     if first < 0 || end.is_none() {
         bail!(

@@ -55,7 +55,8 @@ impl UpgradeHandle {
         let _ = phase.wait_for(|phase| phase.ends(true)).await;
     }
 
-    /// What the phase asks of the handler. It reads the phase once: the phase may change back between two calls.
+    /// Whether the handler has to end or hand over its connection in the current phase. Reads the phase once, because it may
+    /// change back between two reads.
     pub fn demand(&self) -> Demand {
         let phase = self.handler_phase();
         if !self.0.registry.handlers_return_in(phase) {
@@ -96,10 +97,11 @@ impl UpgradeHandle {
     }
 }
 
-/// What a phase asks of a response without end, or of the handler of an upgraded connection.
+/// Whether a response without end, or the handler of an upgraded connection, has to end or to hand over in a phase.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Demand {
-    /// Nothing, also after it has asked for more: a drain that does not succeed at once goes back to the phase `Draining`.
+    /// It may continue. This can follow `HandOver`, because a drain that does not succeed at once goes back to the phase
+    /// `Draining`.
     None,
     /// The next process continues the connection.
     HandOver,

@@ -533,7 +533,7 @@ mod tests {
         }
     }
 
-    /// Backs up until there is no more to add, in fewer rounds than each frame could be replaced in.
+    /// Calls `back_up` until it adds nothing more. Panics after 1000 rounds, because the backup would replace frames without end.
     fn back_up_all(parked: &ParkedConnections) {
         const ROUNDS: usize = 1000;
         let ends = (0..ROUNDS).any(|_| !parked.back_up().expect("the channel has room"));

@@ -50,7 +50,7 @@ impl FromStr for Name {
     type Err = anyhow::Error;
 
     fn from_str(text: &str) -> anyhow::Result<Self> {
-        // As systemd (FileDescriptorName= of systemd.socket(5)).
+        // systemd requires the same of FileDescriptorName= (systemd.socket(5)).
         if !(1..=LENGTH_LIMIT).contains(&text.len()) || !text.bytes().all(is_in_names) {
             anyhow::bail!(
                 "invalid socket name {text:?}: expected 1 to {LENGTH_LIMIT} visible ASCII characters without a colon"

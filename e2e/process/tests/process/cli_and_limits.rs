@@ -844,7 +844,7 @@ fn an_address_in_use_is_refused_with_exit_code_69() {
     assert_refused(&mut command(app_binary(), &["check", "--listen", &address]), 69, &[&address, "in use"]);
 }
 
-/// As in `app check | true`, and with a full disk.
+/// Standard output is a full device, or a closed pipe as in `app check | true`.
 #[test]
 fn check_that_cannot_write_its_result_exits_with_69() {
     let full = File::options().write(true).open("/dev/full").expect("the device exists");

@@ -168,7 +168,7 @@ fn file_can_be_named_by_a_variable_and_an_invalid_one_is_refused_in_one_line() {
 }
 
 #[test]
-fn empty_path_of_the_file_is_refused_by_its_option_and_variable() {
+fn empty_path_of_config_is_refused_by_its_option_and_variable() {
     let reason = "a value is required for '--config <FILE>' but none was supplied; see --help";
     let refused = |command: &mut Command| {
         let (code, _, log) = run_to_end(command).expect("the process ends");

@@ -856,7 +856,7 @@ async fn client_that_lowers_the_size_of_its_table_receives_a_size_update_after_a
                 }
             };
             let update = block[0].checked_sub(SIZE_UPDATE).filter(|size| *size < SIZE_UPDATE);
-            // 31 means at least 31.
+            // A prefix of 31 means that the size is 31 or more (RFC 7541 section 5.1).
             let is_valid = update.is_some_and(|update| u32::from(update) <= sizes[0].min(31));
             assert!(is_valid, "{sizes:?} {moves} {block:x?}");
         }
@@ -876,7 +876,7 @@ async fn send_cancelled(client: &mut Client, first: u32, count: u32) -> u32 {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_are_cancelled_during_a_move_do_not_end_the_connection() {
-    // h2 permits 20 to be cancelled before it accepts them.
+    // h2 ends the connection if more than 20 requests are cancelled before it accepts them.
     for count in [21, 3_000] {
         let served = serve_with(router(), None).await;
         let mut client = Client::open(&served, None, GET_AGAIN).await;

@@ -15,8 +15,8 @@ use super::interposer::Interposer;
 use crate::connection::io::Io;
 use crate::os::lock::lock;
 
-/// How many bytes h2 reads in one turn of its task while it catches up. h2 permits 20 requests to be cancelled before it accepts
-/// them, and one of these takes at least 23 bytes, as HEADERS and RST_STREAM.
+/// How many bytes h2 reads in one turn of its task while it catches up. A cancelled request has at least 23 bytes (HEADERS 10,
+/// RST_STREAM 13), so h2 reads at most 20 of them in one turn, which is the number that it permits before it accepts them.
 const TURN_LIMIT: usize = 20 * 23;
 
 /// While so many bytes are unsent, h2 cannot write more.
@@ -129,7 +129,7 @@ impl Inner {
         }
     }
 
-    /// Processes what has arrived, up to one turn of it. Returns whether something has.
+    /// Reads at most [`TURN_LIMIT`] bytes of the client and passes them to the interposer. Returns whether bytes had arrived.
     fn receive_piece(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
         let mut piece = [0; TURN_LIMIT];
         let mut piece = ReadBuf::new(&mut piece);

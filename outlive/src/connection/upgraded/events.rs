@@ -104,7 +104,7 @@ impl EventBody {
                 Turn::Moves
             }
             (Demand::None, _) => {
-                // The drain has gone back to serving after `poll_request`, which notices that in the next poll.
+                // The phase went back to `Draining` after `poll_request` had read it. The next poll resets the request.
                 cx.waker().wake_by_ref();
                 Turn::Waits
             }
@@ -118,7 +118,7 @@ impl EventBody {
             && let Some(Movable { continuation, .. }) = &self.continuation
             && continuation.demand() == Demand::None
         {
-            // The drain has not succeeded, and serves again.
+            // The drain has not succeeded, and has gone back to `Draining`.
             (self.is_requested, self.must_return) = (false, must_return(continuation));
         }
         self.is_requested = self.is_requested || self.must_return.as_mut().poll(cx).is_ready();
@@ -323,7 +323,7 @@ mod tests {
             });
             let (mut moves, mut ends) = (0, 0);
             while moves < MOVES && ends == 0 {
-                // `unconstrained`, because tokio would otherwise let the polls of one task fail after some.
+                // `unconstrained` turns off tokio's budget for a task. Otherwise `must_return` would be pending once it is used up.
                 let turn = unconstrained(poll_fn(|cx| Poll::Ready(body.poll_turn(cx)))).now_or_never();
                 moves += usize::from(matches!(turn, Some(Turn::Moves)));
                 ends += usize::from(matches!(turn, Some(Turn::Ends)));

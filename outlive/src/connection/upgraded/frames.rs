@@ -110,7 +110,7 @@ impl Position {
         None
     }
 
-    /// Whether some of the payload is missing of a data frame.
+    /// Whether a part of the payload of a data frame is missing.
     fn is_in_data_frame(&self) -> bool {
         self.payload_left > 0 && !self.head.is_control()
     }

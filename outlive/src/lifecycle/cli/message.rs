@@ -86,7 +86,7 @@ fn not_utf8(
     {
         return Some(format!("{}: {}", variable.display(), reason(arg)));
     }
-    // For example a value of an option with one letter, or of an option of a command.
+    // The word belongs to no long option: for example, it is the value of a short option, or of an option of a command.
     words.first().map(|number| format!("invalid argument {number}: expected UTF-8; see --help"))
 }
 
@@ -174,8 +174,9 @@ mod tests {
         assert_eq!(message_for(&["x"], false), message);
         assert_eq!(message_for(&["x"], true), format!("SHOP_FRONT_IDLE_TIMEOUT: {message}"));
     }
+
     #[test]
-    fn value_that_is_not_utf8_is_reported_with_its_option_or_variable_or_number_and_not_shown() {
+    fn error_for_a_value_that_is_not_utf8_names_its_option_variable_or_position_without_the_value() {
         let not_text = |text: &[u8]| OsString::from_vec([text, b"hunter\xff"].concat());
         let command = command::<Own>();
         let invalid = ["x".into(), "--database=d".into(), not_text(b"--password=")];

@@ -23,8 +23,9 @@ impl Interposer {
         &mut self.to_h2
     }
 
-    /// What the client has sent during a pause arrives at once. If h2 read all of it before it accepts the requests, it would
-    /// end the connection because too many of them are cancelled. So it reads a little in each turn of its task.
+    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), until it has read [`CATCH_UP_LIMIT`]
+    /// bytes or everything that has arrived. The frames that a client sends during a pause arrive at once. If h2 read all of
+    /// them before it accepts a request, it could find too many cancelled requests among them and end the connection.
     pub(super) fn begin_catch_up(&mut self) {
         self.catch_up_left = CATCH_UP_LIMIT;
     }

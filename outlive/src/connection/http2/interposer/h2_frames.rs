@@ -291,8 +291,8 @@ impl Interposer {
     }
 }
 
-/// HEADERS of h2, which are not padded, with the size 0 of the header table in front of the block. The frame is longer than the
-/// client permits only if h2 has filled it with a block of 16 KiB.
+/// Puts a dynamic table size update to 0 in front of a header block. h2 does not pad HEADERS. If h2 has filled the frame with
+/// 16 KiB of a block, it becomes one byte too long for the client, which then closes the connection.
 fn with_size_update(head: Head, block: &[u8]) -> (Head, BytesMut) {
     let head = Head { length: head.length + 1, ..head };
     let mut frame = BytesMut::with_capacity(HEAD_LENGTH + head.length);

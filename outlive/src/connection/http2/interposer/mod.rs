@@ -51,8 +51,8 @@ const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
 /// fixes the order of header blocks. Responses without a body need no window, so without this limit they could fill the
 /// memory.
 const WAITING_LIMIT: usize = 1024 * 1024;
-/// How many bytes h2 reads slowly after the connection has moved or held frames were released: as many as usually arrive
-/// meanwhile.
+/// How many bytes h2 reads in small pieces after the connection has moved or held frames were released. A client rarely sends
+/// more meanwhile.
 const CATCH_UP_LIMIT: usize = 256 * 1024;
 /// How many open streams are recorded. h2 permits a client fewer.
 const STREAMS_LIMIT: usize = 1000;
@@ -99,11 +99,11 @@ pub struct Interposer {
     /// By how much h2 overestimates the client's window, in bytes.
     debt: i64,
     unanswered: Unanswered,
-    /// Whether the next header block for the client has to begin with the size 0 of its table. The client may have lowered the
-    /// size in the former process, and may require that the next block says so (RFC 9113 section 4.3.1). A fresh h2 does not
-    /// repeat a size that it has put into a block which is discarded.
+    /// Whether the next header block for the client has to begin with a dynamic table size update to 0 (RFC 7541 section 6.3).
+    /// RFC 9113 section 4.3.1 requires it if the client has lowered the size in the former process. A fresh h2 has put the update
+    /// into a header block that the client does not receive.
     owes_size_update: bool,
-    /// How many bytes h2 still has to read slowly.
+    /// How many bytes h2 still has to read in small pieces.
     catch_up_left: usize,
     /// Whether the connection must end in this process.
     is_ending: bool,
