@@ -169,18 +169,21 @@ impl Backup {
     /// Whether the channel has too many frames, and two adjacent ones can be merged into one. Without the second condition, the
     /// process would replace each frame by another one again and again.
     fn has_too_many_frames(&self, parked: &impl ParkedSockets) -> bool {
-        let counts = || self.frames.iter().map(|frame| still_parked(frame, parked).count());
-        self.frames.len() >= MAX_FRAMES
-            && counts().zip(counts().skip(1)).any(|(first, second)| first + second <= MAX_BACKED_UP)
+        if self.frames.len() < MAX_FRAMES {
+            return false;
+        }
+        let counts: Vec<_> = self.frames.iter().map(|frame| still_parked(frame, parked).count()).collect();
+        counts.windows(2).any(|two| two.iter().sum::<usize>() <= MAX_BACKED_UP)
     }
 
     /// How many connections the next frame can carry beside those that are sent again. None if there is no room for them in
-    /// the channel.
-    pub fn room(&self, parked: &impl ParkedSockets) -> Option<usize> {
-        if self.frames.len() >= MAX_FRAMES && !self.is_stale(parked) {
-            return None;
-        }
-        let again = self.stale_frames(parked).flat_map(|frame| still_parked(frame, parked)).count();
+    /// the channel. `is_stale`: see [`Backup::is_stale`].
+    pub fn room(&self, parked: &impl ParkedSockets, is_stale: bool) -> Option<usize> {
+        let again = match (is_stale, self.frames.len() >= MAX_FRAMES) {
+            (true, _) => self.stale_frames(parked).flat_map(|frame| still_parked(frame, parked)).count(),
+            (false, true) => return None,
+            (false, false) => 0,
+        };
         let room = self.limit.checked_sub(self.count + again)?;
         Some(room.min(MAX_BACKED_UP - again))
     }

@@ -217,7 +217,7 @@ fn listen(socket: Socket, kind: Type, address: &SockAddr) -> io::Result<Socket> 
 ///
 /// If the file is not a socket. connect(2) refuses connections to such a file, too.
 fn remove_if_stale(path: &Path, kind: Type) -> anyhow::Result<()> {
-    let Ok(file) = std::fs::symlink_metadata(path) else { return Ok(()) };
+    let Ok(file) = std::fs::metadata(path) else { return Ok(()) };
     ensure!(
         file.file_type().is_socket(),
         "a file that is not a socket exists there: remove it or choose another path"

@@ -49,6 +49,11 @@ impl Settings {
         self.0.iter().find(|(known, _)| *known == key).map(|(_, value)| *value)
     }
 
+    /// Whether the header table has been made smaller than at the beginning of the connection.
+    pub fn has_small_table(&self) -> bool {
+        self.get(HEADER_TABLE_SIZE).is_some_and(|size| size < FIRST_HEADER_TABLE_SIZE)
+    }
+
     /// The same settings, with `value` for `key`.
     pub fn with(mut self, key: u16, value: u32) -> Self {
         self.0.retain(|(known, _)| *known != key);

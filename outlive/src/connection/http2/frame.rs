@@ -110,11 +110,13 @@ pub fn put_end_of_stream(stream: u32, into: &mut BytesMut) {
 }
 
 /// Appends the end of a call in gRPC: trailers with the status UNAVAILABLE.
-pub fn put_grpc_unavailable(stream: u32, into: &mut BytesMut) {
+pub fn put_grpc_unavailable(stream: u32, into: &mut BytesMut) -> (Head, &'static [u8]) {
     // A literal field without indexing (RFC 7541 section 6.2.2), so that it does not touch the header table.
     const TRAILERS: &[u8] = b"\x00\x0bgrpc-status\x0214";
-    Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, TRAILERS.len()) }.put(into);
+    let head = Head { stream, ..Head::new(HEADERS, END_STREAM | END_HEADERS, TRAILERS.len()) };
+    head.put(into);
     into.put_slice(TRAILERS);
+    (head, TRAILERS)
 }
 
 /// Appends RST_STREAM with the error code CANCEL (RFC 9113 section 7).

@@ -827,20 +827,14 @@ async fn response_after_a_move_uses_what_is_left_of_a_window_before_the_client_g
     assert_eq!(length, LENGTH);
 }
 
-fn table_size(size: u32) -> Vec<u8> {
-    frame(SETTINGS, 0, 0, &[&[0, 1][..], &size.to_be_bytes()].concat())
-}
-
 /// RFC 9113 section 4.3.1 and RFC 7541 section 4.2.
 #[tokio::test(flavor = "multi_thread")]
 async fn client_that_lowers_the_size_of_its_table_receives_a_size_update_after_a_move() {
-    for sizes in [&[0][..], &[100], &[100, 4096]] {
+    for size in [0, 100] {
         for moves in 0..3 {
             let mut served = serve_with(router(), None).await;
             let mut client = Client::open(&served, None, GET_AGAIN).await;
-            for size in sizes {
-                client.send(&table_size(*size)).await;
-            }
+            client.send(&frame(SETTINGS, 0, 0, &[&[0, 1][..], &u32::to_be_bytes(size)].concat())).await;
             client.ping(b"settings").await;
             for _ in 0..moves {
                 let next = serve_with(router(), None).await;
@@ -856,9 +850,10 @@ async fn client_that_lowers_the_size_of_its_table_receives_a_size_update_after_a
                 }
             };
             let update = block[0].checked_sub(SIZE_UPDATE).filter(|size| *size < SIZE_UPDATE);
-            // A prefix of 31 means that the size is 31 or more (RFC 7541 section 5.1).
-            let is_valid = update.is_some_and(|update| u32::from(update) <= sizes[0].min(31));
-            assert!(is_valid, "{sizes:?} {moves} {block:x?}");
+            // A prefix of 31 means that the rest of the size is in the next byte (RFC 7541 section 5.1).
+            let sent =
+                update.map(|update| u32::from(update) + if update == 31 { u32::from(block[1]) } else { 0 });
+            assert_eq!(sent, Some(size), "{moves} {block:x?}");
         }
     }
 }
@@ -877,7 +872,7 @@ async fn send_cancelled(client: &mut Client, first: u32, count: u32) -> u32 {
 #[tokio::test(flavor = "multi_thread")]
 async fn requests_that_are_cancelled_during_a_move_do_not_end_the_connection() {
     // h2 ends the connection if more than 20 requests are cancelled before it accepts them.
-    for count in [21, 3_000] {
+    for count in [21, 2_000] {
         let served = serve_with(router(), None).await;
         let mut client = Client::open(&served, None, GET_AGAIN).await;
         served.server.enter(Phase::Quiescing);
@@ -899,10 +894,25 @@ async fn requests_that_are_cancelled_while_they_are_held_do_not_end_the_connecti
     client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
     client.ping(b"is begun").await;
     served.server.enter(Phase::Holding);
+    client.ping(b"are held").await;
     let stream = send_cancelled(&mut client, 7, 100).await;
     client.send(&frame(RST_STREAM, 0, 5, &8_u32.to_be_bytes())).await;
     let next = serve_with(router(), None).await;
     move_to(&next, served).await;
+    client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn requests_that_are_cancelled_before_held_frames_are_released_do_not_end_the_connection() {
+    let served = serve_with(router(), None).await;
+    let mut client = Client::open(&served, None, GET_AGAIN).await;
+    client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
+    client.ping(b"is begun").await;
+    served.server.enter(Phase::Holding);
+    client.ping(b"are held").await;
+    let stream = send_cancelled(&mut client, 7, 100).await;
+    client.ping(b"arrived!").await;
+    served.server.enter(Phase::Draining);
     client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
 }
 

@@ -98,19 +98,15 @@ impl Inner {
                 return Poll::Pending;
             }
             if is_catching_up {
-                if !self.receive_piece(cx)? {
+                let Poll::Ready(result) = self.poll_piece(cx) else { return self.wait(cx) };
+                if !result? {
                     self.interposer.end_catch_up();
                 }
                 continue;
             }
             let before = into.filled().len();
             let Poll::Ready(result) = Pin::new(&mut self.io).poll_read(cx, into) else {
-                // A WINDOW_UPDATE of the client may have released frames that h2 considers sent and does not flush
-                // again.
-                if !self.interposer.for_client().is_empty() {
-                    let _ = self.poll_flush(cx)?;
-                }
-                return Poll::Pending;
+                return self.wait(cx);
             };
             result?;
             let read = &into.filled()[before..];
@@ -129,13 +125,23 @@ impl Inner {
         }
     }
 
-    /// Reads at most [`TURN_LIMIT`] bytes of the client and passes them to the interposer. Returns whether bytes had arrived.
-    fn receive_piece(&mut self, cx: &mut Context<'_>) -> io::Result<bool> {
+    /// Nothing has arrived.
+    fn wait<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
+        // A WINDOW_UPDATE of the client may have released frames that h2 considers sent and does not flush again.
+        if !self.interposer.for_client().is_empty() {
+            let _ = self.poll_flush(cx)?;
+        }
+        Poll::Pending
+    }
+
+    /// Reads at most [`TURN_LIMIT`] bytes of the client and passes them to the interposer. Ready with false at the end of the
+    /// stream.
+    fn poll_piece(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<bool>> {
         let mut piece = [0; TURN_LIMIT];
         let mut piece = ReadBuf::new(&mut piece);
-        let polled = Pin::new(&mut self.io).poll_read(cx, &mut piece)?;
+        ready!(Pin::new(&mut self.io).poll_read(cx, &mut piece))?;
         self.interposer.receive(piece.filled());
-        Ok(polled.is_ready() && !piece.filled().is_empty())
+        Poll::Ready(Ok(!piece.filled().is_empty()))
     }
 
     fn poll_write(&mut self, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {

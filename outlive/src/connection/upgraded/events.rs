@@ -237,8 +237,7 @@ impl Events {
 #[cfg(test)]
 mod tests {
     use std::future::poll_fn;
-    use std::sync::atomic::AtomicBool;
-    use std::sync::atomic::Ordering::Relaxed;
+    use std::sync::mpsc;
     use std::task::Poll;
 
     use futures_util::FutureExt;
@@ -313,14 +312,17 @@ mod tests {
             Arc::new(Continuation::new(registration.requests().upgrade_handle(), Some(Bytes::new())));
         let mut body = EventBody::moving(continuation, Bytes::new(), Upgrade::default());
         registration.io().flushed();
-        let is_over = AtomicBool::new(false);
+        let (over, is_over) = mpsc::channel::<()>();
         std::thread::scope(|threads| {
             threads.spawn(|| {
-                while !is_over.load(Relaxed) {
+                let is_over = is_over;
+                while is_over.try_recv() == Err(mpsc::TryRecvError::Empty) {
                     registry.set_phase(Phase::Quiescing);
                     registry.set_phase(Phase::Draining);
                 }
             });
+            // Ends the thread also if a poll panics.
+            let _over = over;
             let (mut moves, mut ends) = (0, 0);
             while moves < MOVES && ends == 0 {
                 // `unconstrained` turns off tokio's budget for a task. Otherwise `must_return` would be pending once it is used up.
@@ -328,7 +330,6 @@ mod tests {
                 moves += usize::from(matches!(turn, Some(Turn::Moves)));
                 ends += usize::from(matches!(turn, Some(Turn::Ends)));
             }
-            is_over.store(true, Relaxed);
             assert_eq!(ends, 0, "after {moves} polls in which it would have moved");
         });
     }

@@ -262,8 +262,11 @@ impl Inbound {
         self.frame.extend_from_slice(taken);
         if self.frame.length + self.message.length > KEPT_LIMIT {
             self.is_too_long = true;
-            self.frame.clear();
             self.message.clear();
+            // Otherwise these bytes may be the beginning of a Ping.
+            if self.position.is_in_data_frame() {
+                self.frame.clear();
+            }
         }
     }
 
@@ -293,12 +296,14 @@ impl Inbound {
             self.frame.clear();
             self.message.clear();
             self.is_too_long = false;
-        } else if self.is_too_long {
-            self.frame.clear();
         } else {
-            self.keep(taken);
+            if !self.is_too_long {
+                self.keep(taken);
+            }
             let frame = std::mem::take(&mut self.frame);
-            self.message.extend(&frame);
+            if !self.is_too_long {
+                self.message.extend(&frame);
+            }
         }
     }
 
@@ -670,6 +675,21 @@ mod tests {
         assert_eq!(admit(&ping[3..]), (false, 0));
         assert_eq!(admit(&end), (true, 0));
         assert_eq!(admit(&frame(1, true, Some([0; 4]), b"next")), (true, 0));
+        assert_eq!(inbound.ping.as_deref(), Some(&ping[..]));
+    }
+
+    #[test]
+    fn ping_that_begins_where_a_message_becomes_too_long_is_kept_whole() {
+        let ping = frame(PING, true, Some([1, 2, 3, 4]), b"p");
+        let head = frame(1, false, Some([0; 4]), &[0; 1 << 16]).len() - (1 << 16);
+        let begin = frame(1, false, Some([0; 4]), &vec![0; KEPT_LIMIT - head]);
+        let mut inbound = Inbound::default();
+        for bytes in [&begin[..], &ping[..3], &ping[3..]] {
+            inbound.admit(bytes, Reading::Ahead, || 0);
+        }
+        assert!(!inbound.is_movable());
+        inbound.admit(&frame(CONTINUATION, true, Some([0; 4]), b"end"), Reading::Ahead, || 0);
+        assert!(inbound.is_movable());
         assert_eq!(inbound.ping.as_deref(), Some(&ping[..]));
     }
 }

@@ -53,7 +53,10 @@ pub fn one_line(
 
 fn is_on_line(arg: &Arg, line: &[OsString]) -> bool {
     let flag = arg.get_long().map(|flag| format!("--{flag}")).unwrap_or_default();
-    line.iter().any(|word| word.to_string_lossy().starts_with(&flag))
+    line.iter().any(|word| {
+        let word = word.to_string_lossy();
+        word.strip_prefix(&flag).is_some_and(|value| value.is_empty() || value.starts_with('='))
+    })
 }
 
 /// The message for a value that is not UTF-8. clap's message names neither an option nor a variable. The message does not

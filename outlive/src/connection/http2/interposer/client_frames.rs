@@ -1,8 +1,12 @@
 //! Frames from the client to h2: each is forwarded, held or discarded, and what it changes is recorded.
 
 use bytes::{Bytes, BytesMut};
+use tokio::time::Instant;
 
-use super::{CATCH_UP_LIMIT, Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
+use super::{
+    CATCH_UP_LIMIT, CATCH_UP_TIME, Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT,
+    size,
+};
 use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
@@ -23,15 +27,21 @@ impl Interposer {
         &mut self.to_h2
     }
 
-    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), until it has read [`CATCH_UP_LIMIT`]
-    /// bytes or everything that has arrived. The frames that a client sends during a pause arrive at once. If h2 read all of
+    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), for [`CATCH_UP_TIME`] or
+    /// [`CATCH_UP_LIMIT`] bytes. The frames that a client sends during a pause arrive at once. If h2 read all of
     /// them before it accepts a request, it could find too many cancelled requests among them and end the connection.
-    pub(super) fn begin_catch_up(&mut self) {
-        self.catch_up_left = CATCH_UP_LIMIT;
+    ///
+    /// `held`: the number of bytes that were held, which is the limit if it is larger.
+    pub(super) fn begin_catch_up(&mut self, held: usize) {
+        self.catch_up_left = CATCH_UP_LIMIT.max(held);
+        self.catch_up_until = Some(Instant::now() + CATCH_UP_TIME);
     }
 
-    pub fn is_catching_up(&self) -> bool {
-        self.catch_up_left > 0
+    pub fn is_catching_up(&mut self) -> bool {
+        if self.catch_up_until.is_some_and(|until| self.catch_up_left == 0 || Instant::now() > until) {
+            self.end_catch_up();
+        }
+        self.catch_up_until.is_some()
     }
 
     /// h2 has read `length` bytes.
@@ -39,9 +49,8 @@ impl Interposer {
         self.catch_up_left = self.catch_up_left.saturating_sub(length);
     }
 
-    /// h2 has read everything that has arrived.
     pub fn end_catch_up(&mut self) {
-        self.catch_up_left = 0;
+        self.catch_up_until = None;
     }
 
     fn pass_between_frames(&mut self) {
@@ -306,6 +315,7 @@ impl Interposer {
                     self.endless.change_windows(self.initial_window() - window);
                 }
                 if self.is_replaying() && payload.len().is_multiple_of(6) {
+                    self.owes_size_update |= self.state.theirs.has_small_table();
                     // h2 must not use its table yet. Of two values of a setting the last one counts.
                     payload.extend(Settings::default().or(HEADER_TABLE_SIZE, 0).payload());
                     bytes = Head { length: payload.len(), ..head }.encode();

@@ -183,7 +183,7 @@ impl Interposer {
         }
         if preamble.has_sent_settings && preamble.has_sent_window && preamble.told == ToldToH2::All {
             self.preamble = None;
-            self.begin_catch_up();
+            self.begin_catch_up(0);
         }
         true
     }
@@ -224,7 +224,14 @@ impl Interposer {
     /// Ends a stream of the former process for the client.
     fn put_end(&mut self, stream: u32) {
         match self.replays.kind(stream) {
-            Some(StreamKind::Grpc) => put_grpc_unavailable(stream, &mut self.to_client),
+            Some(StreamKind::Grpc) => {
+                let mut frame = BytesMut::new();
+                let (head, block) = put_grpc_unavailable(stream, &mut frame);
+                if std::mem::take(&mut self.owes_size_update) {
+                    (_, frame) = with_size_update(head, block);
+                }
+                self.to_client.unsplit(frame);
+            }
             Some(StreamKind::Events) | None => put_end_of_stream(stream, &mut self.to_client),
         }
     }

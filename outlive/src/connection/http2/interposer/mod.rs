@@ -32,7 +32,10 @@ mod h2_frames;
 mod quiesce;
 mod resume;
 
+use std::time::Duration;
+
 use bytes::BytesMut;
+use tokio::time::Instant;
 
 use super::endless::EndlessStreams;
 use super::frame::{Disposition, FrameParser};
@@ -51,6 +54,9 @@ const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
 /// fixes the order of header blocks. Responses without a body need no window, so without this limit they could fill the
 /// memory.
 const WAITING_LIMIT: usize = 1024 * 1024;
+/// For how long h2 reads in small pieces after the connection has moved or held frames were released. This is longer than the
+/// rest of what a client has sent meanwhile takes to arrive.
+const CATCH_UP_TIME: Duration = Duration::from_secs(1);
 /// How many bytes h2 reads in small pieces after the connection has moved or held frames were released. A client rarely sends
 /// more meanwhile.
 const CATCH_UP_LIMIT: usize = 256 * 1024;
@@ -103,6 +109,8 @@ pub struct Interposer {
     /// RFC 9113 section 4.3.1 requires it if the client has lowered the size in the former process. A fresh h2 has put the update
     /// into a header block that the client does not receive.
     owes_size_update: bool,
+    /// Until when h2 reads in small pieces. None if it does not.
+    catch_up_until: Option<Instant>,
     /// How many bytes h2 still has to read in small pieces.
     catch_up_left: usize,
     /// Whether the connection must end in this process.
@@ -220,6 +228,7 @@ impl Interposer {
             preamble: None,
             debt: 0,
             owes_size_update: false,
+            catch_up_until: None,
             catch_up_left: 0,
             unanswered: Unanswered::default(),
             is_ending: false,

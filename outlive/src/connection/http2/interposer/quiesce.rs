@@ -101,11 +101,11 @@ impl Interposer {
         self.open.len()
     }
 
-    /// Whether only the client can make the connection quiescent: no request is unanswered, but the client has not sent
-    /// the whole preface, has not acknowledged our settings, or has not completed a header block. While it stays
+    /// Whether only the client can make the connection quiescent: h2 has read everything and no request is unanswered, but
+    /// the client has not sent the whole preface, has not acknowledged our settings, or has not completed a header block. While it stays
     /// silent, no other process can continue the connection.
     pub fn is_stuck(&self) -> bool {
-        self.owes_nothing() && !self.is_settled()
+        self.to_h2.is_empty() && self.owes_nothing() && !self.is_settled()
     }
 
     /// Whether every complete request is answered. A stream with an incomplete header block is not a request yet.
@@ -172,7 +172,7 @@ impl Interposer {
         self.block = None;
         let held = std::mem::take(&mut self.held);
         if !held.is_empty() {
-            self.begin_catch_up();
+            self.begin_catch_up(held.len());
         }
         let buffered = std::mem::replace(&mut self.from_client, FrameParser::START).buffered();
         self.receive(&held);

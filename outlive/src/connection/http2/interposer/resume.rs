@@ -91,8 +91,13 @@ impl Interposer {
             ),
         };
         put_settings(&settings.payload(), &mut to_h2);
-        let has_discarded_block = !(replays.is_empty() && refused.is_empty());
-        let owes_size_update = has_discarded_block && state.theirs.get(HEADER_TABLE_SIZE) == Some(0);
+        let owes_size_update = match (replays.is_empty(), refused.is_empty()) {
+            // No block is discarded, so h2 sends the update itself.
+            (true, true) => false,
+            (true, false) => state.theirs.get(HEADER_TABLE_SIZE) == Some(0),
+            // h2 receives the size only after the replays, and may send other blocks before.
+            (false, _) => state.theirs.has_small_table(),
+        };
         let granted = state.send_window - FIRST_WINDOW;
         let has_replays = !replays.is_empty();
         let mut resumed = Self {
