@@ -681,7 +681,7 @@ mod tests {
     #[test]
     fn ping_that_begins_where_a_message_becomes_too_long_is_kept_whole() {
         let ping = frame(PING, true, Some([1, 2, 3, 4]), b"p");
-        let head = frame(1, false, Some([0; 4]), &[0; 1 << 16]).len() - (1 << 16);
+        let head = frame(1, false, Some([0; 4]), &vec![0; 1 << 16]).len() - (1 << 16);
         let begin = frame(1, false, Some([0; 4]), &vec![0; KEPT_LIMIT - head]);
         let mut inbound = Inbound::default();
         for bytes in [&begin[..], &ping[..3], &ping[3..]] {

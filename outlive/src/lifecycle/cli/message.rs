@@ -52,7 +52,7 @@ pub fn one_line(
 }
 
 fn is_on_line(arg: &Arg, line: &[OsString]) -> bool {
-    let flag = arg.get_long().map(|flag| format!("--{flag}")).unwrap_or_default();
+    let Some(flag) = arg.get_long().map(|flag| format!("--{flag}")) else { return !line.is_empty() };
     line.iter().any(|word| {
         let word = word.to_string_lossy();
         word.strip_prefix(&flag).is_some_and(|value| value.is_empty() || value.starts_with('='))
