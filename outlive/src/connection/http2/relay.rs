@@ -125,7 +125,7 @@ impl Inner {
         }
     }
 
-    /// Nothing has arrived.
+    /// Waits for the client, because none of its bytes have arrived.
     fn wait<T>(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<T>> {
         // A WINDOW_UPDATE of the client may have released frames that h2 considers sent and does not flush again.
         if !self.interposer.for_client().is_empty() {

@@ -27,8 +27,8 @@ impl Interposer {
         &mut self.to_h2
     }
 
-    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), for [`CATCH_UP_TIME`] or
-    /// [`CATCH_UP_LIMIT`] bytes. The frames that a client sends during a pause arrive at once. If h2 read all of
+    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), until it has read [`CATCH_UP_LIMIT`]
+    /// bytes, for [`CATCH_UP_TIME`] at most. The frames that a client sends during a pause arrive at once. If h2 read all of
     /// them before it accepts a request, it could find too many cancelled requests among them and end the connection.
     ///
     /// `held`: the number of bytes that were held, which is the limit if it is larger.
