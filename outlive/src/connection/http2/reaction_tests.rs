@@ -887,15 +887,22 @@ async fn requests_that_are_cancelled_during_a_move_do_not_end_the_connection() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn requests_that_are_cancelled_while_they_are_held_do_not_end_the_connection() {
-    let served = serve_with(router(), None).await;
-    let mut client = Client::open(&served, None, GET_AGAIN).await;
+/// A client whose requests are held because that on stream 5 is in flight. It has cancelled all but the last one.
+async fn with_held_requests(served: &Served) -> (Client, u32) {
+    let mut client = Client::open(served, None, GET_AGAIN).await;
     client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
     client.ping(b"is begun").await;
     served.server.enter(Phase::Holding);
     client.ping(b"are held").await;
     let stream = send_cancelled(&mut client, 7, 100).await;
+    client.ping(b"arrived!").await;
+    (client, stream)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn held_requests_that_are_cancelled_before_a_move_do_not_end_the_connection() {
+    let served = serve_with(router(), None).await;
+    let (mut client, stream) = with_held_requests(&served).await;
     client.send(&frame(RST_STREAM, 0, 5, &8_u32.to_be_bytes())).await;
     let next = serve_with(router(), None).await;
     move_to(&next, served).await;
@@ -903,15 +910,9 @@ async fn requests_that_are_cancelled_while_they_are_held_do_not_end_the_connecti
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn requests_that_are_cancelled_before_held_frames_are_released_do_not_end_the_connection() {
+async fn held_requests_that_are_cancelled_before_their_release_do_not_end_the_connection() {
     let served = serve_with(router(), None).await;
-    let mut client = Client::open(&served, None, GET_AGAIN).await;
-    client.send(&frame(HEADERS, END_HEADERS, 5, POST_STALLED)).await;
-    client.ping(b"is begun").await;
-    served.server.enter(Phase::Holding);
-    client.ping(b"are held").await;
-    let stream = send_cancelled(&mut client, 7, 100).await;
-    client.ping(b"arrived!").await;
+    let (mut client, stream) = with_held_requests(&served).await;
     served.server.enter(Phase::Draining);
     client.wait_until(|head| head.stream == stream && head.has(END_STREAM)).await;
 }

@@ -54,8 +54,8 @@ const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
 /// fixes the order of header blocks. Responses without a body need no window, so without this limit they could fill the
 /// memory.
 const WAITING_LIMIT: usize = 1024 * 1024;
-/// For how long h2 reads in small pieces after the connection has moved or held frames were released. This is longer than the
-/// rest of what a client has sent meanwhile takes to arrive.
+/// How long h2 reads in small pieces after the connection has moved or held frames were released. Within this time the rest of
+/// the frames arrives that the client has sent meanwhile.
 const CATCH_UP_TIME: Duration = Duration::from_secs(1);
 /// How many bytes h2 reads in small pieces after the connection has moved or held frames were released. A client rarely sends
 /// more meanwhile.
