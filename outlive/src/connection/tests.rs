@@ -282,7 +282,7 @@ async fn connection_is_handed_over_if_the_whole_unread_request_body_has_arrived(
     client.write_all(head).await.expect("the bytes are sent");
     let gate = opened.recv().await.expect("the handler runs");
     client.write_all(body).await.expect("the bytes are sent");
-    // For a connected socket, `tcpi_unacked` is the number of segments that the server has not acknowledged.
+    // `sys::accept_queue` reads `tcpi_unacked`, which counts the segments without an acknowledgement if a socket is connected.
     wait_until("the body is in the buffer of the server", || sys::accept_queue(&client) == Some(0)).await;
     // The runtime receives readiness events in order, so it has that of the body when it answers another client.
     let target = Target::Tcp(served.address);

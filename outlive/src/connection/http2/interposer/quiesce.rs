@@ -102,8 +102,8 @@ impl Interposer {
     }
 
     /// Whether only the client can make the connection quiescent: h2 has read everything and no request is unanswered, but
-    /// the client has not sent the whole preface, has not acknowledged our settings, or has not completed a header block. While it stays
-    /// silent, no other process can continue the connection.
+    /// the client has not sent the whole preface, has not acknowledged our settings, or has not completed a header block.
+    /// While it stays silent, no other process can continue the connection.
     pub fn is_stuck(&self) -> bool {
         self.to_h2.is_empty() && self.owes_nothing() && !self.is_settled()
     }

@@ -117,8 +117,8 @@ impl Interposer {
             owes_size_update,
             ..Self::new()
         };
-        // With so many requests, h2 receives those after the request with the table only when it has refused that request.
-        // Until then h2 counts that request as an open stream, so it would also refuse the last replay.
+        // h2 counts the request that carries the header table as an open stream until it has refused that request. If each
+        // stream that h2 permits is replayed, it would refuse the last replay too, so it receives the other requests later.
         let are_too_many = requests.len() > MAX_STREAMS as usize;
         let mut first_end = None;
         for request in requests {
