@@ -11,7 +11,7 @@ use testkit::client::{Connection, get};
 use testkit::process::terminate;
 use testkit::service::{Service, command, run_to_end};
 
-use crate::reload::{end, process_on, reload};
+use crate::reload::{end, pid_of_generation, process_on, reload};
 use crate::{NAME, app_binary};
 
 /// A folder for the file and the takeover socket.
@@ -58,12 +58,8 @@ async fn slept(connection: &mut Connection) -> String {
 /// before the end of the reload, it is handed over before it is returned.
 async fn next(service: &Service, wanted: u64) -> (Connection, i32) {
     let mut connection = service.connect().await;
-    loop {
-        let (pid, generation) = process_on(&mut connection).await;
-        if generation == wanted {
-            return (connection, pid);
-        }
-    }
+    let pid = pid_of_generation(&mut connection, wanted).await;
+    (connection, pid)
 }
 
 #[test]

@@ -17,7 +17,7 @@ use testkit::{TEST_TIMEOUT, block_on, wait_until};
 use tokio::time::timeout;
 
 use crate::app_binary;
-use crate::reload::{end, process_on, reload};
+use crate::reload::{end, pid_of_generation, process_on, reload};
 
 /// The type of a message of a process that lingers.
 const LINGERING: u16 = 12;
@@ -91,8 +91,8 @@ fn a_response_that_takes_longer_than_the_drain_limit_is_finished_and_its_connect
         lingering.wait_for_status("; 1 old process still sends 1 response");
         assert!(runs(first));
         slow.release().await.expect("the response is whole");
-        let (pid, generation) = process_on(&mut slow).await;
-        assert!(pid != first && generation == 2, "pid {pid}, generation {generation}");
+        let pid = pid_of_generation(&mut slow, 2).await;
+        assert_ne!(pid, first);
         let (status, log) = lingering.service.end().expect("the process ends");
         assert!(status.success(), "{log}");
         let line = "the drain limit has passed: still sending 1 response, the oldest for 0s: /echo, limit 1h (--linger-timeout)";
@@ -159,7 +159,7 @@ fn three_old_processes_linger_beside_each_other_and_their_connections_move_to_th
         let current = lingering.current().await;
         for (left, (connection, pid)) in held.iter_mut().enumerate().rev() {
             connection.release().await.expect("the response is whole");
-            assert_eq!(process_on(connection).await, (current, 4));
+            assert_eq!(pid_of_generation(connection, 4).await, current);
             wait_until("the old process exits", || !runs(*pid));
             if left == 2 {
                 lingering.wait_for_status("; 2 old processes still send 2 responses");
@@ -293,8 +293,7 @@ fn a_process_without_responses_passes_the_linger_channel_to_its_successor_and_ex
         lingering.wait_for_status("; 1 old process still sends 1 response");
         assert!(runs(first));
         slow.release().await.expect("the response is whole");
-        let (pid, generation) = process_on(&mut slow).await;
-        assert_eq!(generation, 4);
+        let pid = pid_of_generation(&mut slow, 4).await;
         end(pid);
     });
 }

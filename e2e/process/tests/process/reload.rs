@@ -64,6 +64,18 @@ pub async fn process_on(connection: &mut Connection) -> (i32, u64) {
     )
 }
 
+/// Sends requests until a process of this generation answers, and returns its pid. After a reload the old process answers
+/// the requests that arrive before it has handed the connection over.
+pub async fn pid_of_generation(connection: &mut Connection, wanted: u64) -> i32 {
+    loop {
+        let (pid, generation) = process_on(connection).await;
+        if generation == wanted {
+            return pid;
+        }
+        assert!(generation < wanted, "pid {pid}, generation {generation}");
+    }
+}
+
 /// Kills a successor. The test cannot wait for it, because it is not a child of the test.
 pub fn end(pid: i32) {
     kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::KILL).expect("the process runs");
@@ -81,11 +93,11 @@ fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() 
         // The reload must not wait for the slow request, which ends only at `release` below.
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        let (pid, generation) = process_on(&mut idle).await;
-        assert!(pid != service.pid() && generation == 2, "pid {pid}, generation {generation}");
-        assert_eq!(process_on(&mut service.connect().await).await, (pid, 2));
+        let pid = pid_of_generation(&mut idle, 2).await;
+        assert_ne!(pid, service.pid());
+        assert_eq!(pid_of_generation(&mut service.connect().await, 2).await, pid);
         slow.release().await.expect("the request finishes");
-        assert_eq!(process_on(&mut slow).await, (pid, 2));
+        assert_eq!(pid_of_generation(&mut slow, 2).await, pid);
         let before = service.notifications.lines().len();
         service.notifications.wait_for(&format!("MAINPID={pid}")).expect("MAINPID= is sent");
         let sent = service.notifications.lines()[before..].to_vec();
@@ -114,14 +126,7 @@ fn a_connection_survives_four_reloads() {
         for generation in 2..=5 {
             let (code, log) = reload(folder.path(), &path, &[]);
             assert_eq!(code, Some(0), "{log}");
-            // The old process answers requests that arrive before it has handed the connection over.
-            let pid = loop {
-                let (pid, at) = process_on(&mut connection).await;
-                if at == generation {
-                    break pid;
-                }
-                assert_eq!((Some(&pid), at), (pids.last(), generation - 1));
-            };
+            let pid = pid_of_generation(&mut connection, generation).await;
             assert!(!pids.contains(&pid), "pid {pid}, generation {generation}");
             pids.push(pid);
         }
@@ -558,9 +563,8 @@ fn a_process_that_may_open_no_file_for_a_moment_of_its_reload_loses_no_request()
         assert!(lines.any(|line| line.contains(wanted)), "the old process has exited");
         limit_files(process, before);
         second.release().await.expect("the response is whole");
-        let (pid, generation) = process_on(&mut first).await;
-        assert_eq!((pid, generation), process_on(&mut second).await);
-        assert_eq!(generation, 2);
+        let pid = pid_of_generation(&mut first, 2).await;
+        assert_eq!(pid_of_generation(&mut second, 2).await, pid);
         let line = lines.find(|line| line.contains("handed over ")).expect("the drain is logged");
         assert!(
             line.contains("handed over 2 connections; 2 requests in flight finished, 0 cut off"),
@@ -736,7 +740,7 @@ fn a_successor_that_answers_commit_after_the_takeover_timeout_gets_the_connectio
             tokio::time::sleep_until(timeout + Duration::from_millis(200)).await;
             late.resume(&held);
             let pid = late.successor.pid().as_raw_nonzero().get();
-            assert_eq!(process_on(&mut connection).await, (pid, 2));
+            assert_eq!(pid_of_generation(&mut connection, 2).await, pid);
             assert_eq!(late.outcome(), "ok\n");
             let (status, log) = service.end().expect("the process ends");
             assert!(status.success() && log.contains("handed over 1 connection;"), "{log}");
@@ -838,16 +842,7 @@ fn a_stalled_takeover_times_out_and_others_are_refused_meanwhile() {
         assert_eq!(process_on(&mut connection).await, (service.pid(), 1));
         let (code, log) = reload(folder.path(), &path, &[]);
         assert_eq!(code, Some(0), "{log}");
-        // The predecessor may answer until it has handed the connection over.
-        let answered_by_successor = async {
-            loop {
-                let (pid, _) = process_on(&mut connection).await;
-                if pid != service.pid() {
-                    return pid;
-                }
-            }
-        };
-        let pid = tokio::time::timeout(TEST_TIMEOUT, answered_by_successor).await;
+        let pid = tokio::time::timeout(TEST_TIMEOUT, pid_of_generation(&mut connection, 2)).await;
         end(pid.expect("the connection moves"));
     });
 }
