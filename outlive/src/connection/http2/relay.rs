@@ -73,7 +73,7 @@ impl Relay {
 impl Inner {
     fn poll_read(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         loop {
-            let is_catching_up = self.interposer.is_catching_up();
+            let is_catching_up = !self.interposer.catch_up().is_over();
             if is_catching_up && self.turn_left == 0 {
                 cx.waker().wake_by_ref();
                 return Poll::Pending;
@@ -89,7 +89,7 @@ impl Inner {
                     *for_h2 = BytesMut::new();
                 }
                 self.turn_left = self.turn_left.saturating_sub(length);
-                self.interposer.caught_up(length);
+                self.interposer.catch_up().has_read(length);
                 return Poll::Ready(Ok(()));
             }
             // Nothing is read from the client now. `rewrite` wakes h2 when the preamble is complete. In the other cases
@@ -100,7 +100,7 @@ impl Inner {
             if is_catching_up {
                 let Poll::Ready(result) = self.poll_piece(cx) else { return self.wait(cx) };
                 if !result? {
-                    self.interposer.end_catch_up();
+                    self.interposer.catch_up().end();
                 }
                 continue;
             }

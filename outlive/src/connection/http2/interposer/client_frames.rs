@@ -1,12 +1,8 @@
 //! Frames from the client to h2: each is forwarded, held or discarded, and what it changes is recorded.
 
 use bytes::{Bytes, BytesMut};
-use tokio::time::Instant;
 
-use super::{
-    CATCH_UP_LIMIT, CATCH_UP_TIME, Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT,
-    size,
-};
+use super::{CatchUp, Ended, FRAME_LIMIT, HoldState, Interposer, PING_LENGTH, STREAMS_LIMIT, size};
 use crate::connection::http2::frame::{
     ACK, CONTINUATION, DATA, Disposition, END_HEADERS, END_STREAM, FrameParser, GOAWAY, HEAD_LENGTH, HEADERS,
     Head, PING, PUSH_PROMISE, RST_STREAM, SETTINGS, WINDOW_UPDATE, increment, put_window_update, take,
@@ -27,30 +23,8 @@ impl Interposer {
         &mut self.to_h2
     }
 
-    /// From now on h2 reads little in each turn of its task (`TURN_LIMIT` in `relay.rs`), until it has read [`CATCH_UP_LIMIT`]
-    /// bytes, for [`CATCH_UP_TIME`] at most. The frames that a client sends during a pause arrive at once. If h2 read all of
-    /// them before it accepts a request, it could find too many cancelled requests among them and end the connection.
-    ///
-    /// `held`: the number of bytes that were held, which is the limit if it is larger.
-    pub(super) fn begin_catch_up(&mut self, held: usize) {
-        self.catch_up_left = CATCH_UP_LIMIT.max(held);
-        self.catch_up_until = Some(Instant::now() + CATCH_UP_TIME);
-    }
-
-    pub fn is_catching_up(&mut self) -> bool {
-        if self.catch_up_until.is_some_and(|until| self.catch_up_left == 0 || Instant::now() > until) {
-            self.end_catch_up();
-        }
-        self.catch_up_until.is_some()
-    }
-
-    /// h2 has read `length` bytes.
-    pub fn caught_up(&mut self, length: usize) {
-        self.catch_up_left = self.catch_up_left.saturating_sub(length);
-    }
-
-    pub fn end_catch_up(&mut self) {
-        self.catch_up_until = None;
+    pub fn catch_up(&mut self) -> &mut CatchUp {
+        &mut self.catch_up
     }
 
     fn pass_between_frames(&mut self) {

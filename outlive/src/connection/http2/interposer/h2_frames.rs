@@ -183,7 +183,7 @@ impl Interposer {
         }
         if preamble.has_sent_settings && preamble.has_sent_window && preamble.told == ToldToH2::All {
             self.preamble = None;
-            self.begin_catch_up(0);
+            self.catch_up.begin(0);
         }
         true
     }

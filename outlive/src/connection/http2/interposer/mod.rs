@@ -27,15 +27,14 @@
 //! `client_frames.rs` and `h2_frames.rs` handle the two directions, `quiesce.rs` decides when the connection can be
 //! handed over, and `resume.rs` writes what a fresh h2 receives.
 
+mod catch_up;
 mod client_frames;
 mod h2_frames;
 mod quiesce;
 mod resume;
 
-use std::time::Duration;
-
 use bytes::BytesMut;
-use tokio::time::Instant;
+use catch_up::CatchUp;
 
 use super::endless::EndlessStreams;
 use super::frame::{Disposition, FrameParser};
@@ -54,12 +53,6 @@ const HELD_BESIDE_UPLOADS: usize = super::WINDOW as usize / 2;
 /// fixes the order of header blocks. Responses without a body need no window, so without this limit they could fill the
 /// memory.
 const WAITING_LIMIT: usize = 1024 * 1024;
-/// How long h2 reads in small pieces after the connection has moved or held frames were released. Within this time the rest of
-/// the frames arrives that the client has sent meanwhile.
-const CATCH_UP_TIME: Duration = Duration::from_secs(1);
-/// How many bytes h2 reads in small pieces after the connection has moved or held frames were released. A client rarely sends
-/// more meanwhile.
-const CATCH_UP_LIMIT: usize = 256 * 1024;
 /// How many open streams are recorded. h2 permits a client fewer.
 const STREAMS_LIMIT: usize = 1000;
 /// The longest payload of a frame, in bytes (RFC 9113 section 4.2). h2 refuses longer ones.
@@ -109,10 +102,7 @@ pub struct Interposer {
     /// RFC 9113 section 4.3.1 requires it if the client has lowered the size in the former process. A fresh h2 has put the update
     /// into a header block that the client does not receive.
     owes_size_update: bool,
-    /// Until when h2 reads in small pieces. None if it does not.
-    catch_up_until: Option<Instant>,
-    /// How many bytes h2 still has to read in small pieces.
-    catch_up_left: usize,
+    catch_up: CatchUp,
     /// Whether the connection must end in this process.
     is_ending: bool,
 }
@@ -228,8 +218,7 @@ impl Interposer {
             preamble: None,
             debt: 0,
             owes_size_update: false,
-            catch_up_until: None,
-            catch_up_left: 0,
+            catch_up: CatchUp::Over,
             unanswered: Unanswered::default(),
             is_ending: false,
         }

@@ -172,7 +172,7 @@ impl Interposer {
         self.block = None;
         let held = std::mem::take(&mut self.held);
         if !held.is_empty() {
-            self.begin_catch_up(held.len());
+            self.catch_up.begin(held.len());
         }
         let buffered = std::mem::replace(&mut self.from_client, FrameParser::START).buffered();
         self.receive(&held);
