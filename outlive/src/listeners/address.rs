@@ -4,7 +4,6 @@ use std::fmt;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::fs::FileTypeExt;
-use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
@@ -222,11 +221,10 @@ fn remove_if_stale(path: &Path, kind: Type) -> anyhow::Result<()> {
         file.file_type().is_socket(),
         "a file that is not a socket exists there: remove it or choose another path"
     );
-    let connected = if kind == Type::STREAM {
-        UnixStream::connect(path).map(drop)
-    } else {
-        UnixDatagram::unbound().and_then(|socket| socket.connect(path))
-    };
+    let socket = Socket::new(Domain::UNIX, kind, None)?;
+    // Otherwise `connect` would wait for ever if the queue of the listener is full, because its process hangs.
+    socket.set_nonblocking(true)?;
+    let connected = socket.connect(&unix_address(path)?);
     if connected.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused) {
         // If it cannot be removed, `bind` returns the error.
         let _ = std::fs::remove_file(path);
@@ -236,6 +234,10 @@ fn remove_if_stale(path: &Path, kind: Type) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::time::Duration;
+
     use super::*;
 
     #[test]
@@ -324,6 +326,33 @@ mod tests {
                 assert_eq!(std::fs::read_to_string(&path).expect("the file is still there"), "data");
             }
         }
+    }
+
+    /// The process that has the socket accepts no connections, for example because it is stopped.
+    #[test]
+    fn bind_to_the_path_of_a_listener_with_a_full_queue_fails_at_once() {
+        let folder = tempfile::tempdir().expect("the temporary folder can be created");
+        let path = folder.path().join("x.sock");
+        let at = unix_address(&path).expect("the path is short");
+        let new = || Socket::new(Domain::UNIX, Type::STREAM, None).expect("a socket is made");
+        let listener = new();
+        listener.bind(&at).expect("the path can be bound");
+        listener.listen(0).expect("the socket listens");
+        let mut waiting = Vec::new();
+        loop {
+            let client = new();
+            client.set_nonblocking(true).expect("the option is set");
+            if client.connect(&at).is_err() {
+                break;
+            }
+            waiting.push(client);
+        }
+        let (result, bound) = mpsc::channel();
+        let address = Address::Path(path.clone());
+        std::thread::spawn(move || result.send(address.bind(Type::STREAM, &SocketFiles::owned()).err()));
+        let error = bound.recv_timeout(Duration::from_secs(60)).expect("bind does not wait for the process");
+        let error = format!("{:#}", error.expect("the path is in use"));
+        assert!(error.contains("Address already in use") && path.exists(), "{error}");
     }
 
     #[test]
