@@ -108,9 +108,10 @@ impl NamedSockets {
                 .collect();
             bail!(
                 "this service does not use a socket with the name {}: expected one of {} (FileDescriptorName= of the \
-                 socket unit, --listen NAME=ADDR)",
+                 socket unit, --listen NAME=ADDR){}",
                 unclaimed.join(" "),
-                claimed.join(" ")
+                claimed.join(" "),
+                state.connection_hint()
             );
         }
         Ok((std::mem::take(&mut state.listeners), std::mem::take(&mut state.others)))
@@ -146,6 +147,15 @@ impl NamedSockets {
 }
 
 impl State {
+    /// For an error: what to change if a socket that is not claimed is a connection. systemd passes one with Accept=yes, and
+    /// calls it `connection` unless the unit has another name for it.
+    fn connection_hint(&self) -> String {
+        let kinds = self.unclaimed.iter().map(|socket| (&socket.name, describe(&socket.fd)));
+        let mut connections = kinds.filter(|(_, kind)| matches!(*kind, TCP_CONNECTION | UNIX_CONNECTION));
+        let hint = |(name, kind)| format!("; {name} is {kind}, so set Accept=no in the socket unit");
+        connections.next().map(hint).unwrap_or_default()
+    }
+
     /// The names of the sockets that are not claimed, for an error: one of them may be misspelt.
     fn others(&self) -> String {
         let sockets = self.unclaimed.iter().map(|socket| socket.name.as_str());
@@ -222,7 +232,9 @@ fn require(fd: &OwnedFd, kind: SocketKind) -> anyhow::Result<()> {
 }
 
 const TCP_LISTENER: &str = "a TCP listener";
+const TCP_CONNECTION: &str = "a TCP connection";
 const UNIX_LISTENER: &str = "a Unix listener";
+const UNIX_CONNECTION: &str = "a Unix connection";
 const UDP_SOCKET: &str = "a UDP socket";
 const UNIX_DATAGRAM: &str = "a Unix datagram socket";
 
@@ -239,10 +251,10 @@ fn describe(fd: &OwnedFd) -> &'static str {
     let is_listening = sockopt::socket_acceptconn(fd.as_fd()).unwrap_or(false);
     match (domain, kind, is_listening) {
         (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, true) => TCP_LISTENER,
-        (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, false) => "a TCP connection",
+        (AddressFamily::INET | AddressFamily::INET6, SocketType::STREAM, false) => TCP_CONNECTION,
         (AddressFamily::INET | AddressFamily::INET6, SocketType::DGRAM, _) => UDP_SOCKET,
         (AddressFamily::UNIX, SocketType::STREAM, true) => UNIX_LISTENER,
-        (AddressFamily::UNIX, SocketType::STREAM, false) => "a Unix connection",
+        (AddressFamily::UNIX, SocketType::STREAM, false) => UNIX_CONNECTION,
         (AddressFamily::UNIX, SocketType::DGRAM, _) => UNIX_DATAGRAM,
         (AddressFamily::UNIX, SocketType::SEQPACKET, _) => "a Unix socket for sequential packets",
         (AddressFamily::NETLINK, ..) => "a netlink socket",

@@ -77,6 +77,24 @@ fn a_socket_that_the_service_does_not_use_is_refused() {
     assert!(log.contains("--listen") && log.contains("invalid socket name \"connections\""), "{log}");
 }
 
+/// systemd passes connections to the instances of a template with `Accept=yes`, and calls them `connection`.
+#[test]
+fn a_connection_in_the_place_of_a_listener_is_refused_with_what_to_change() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
+    let address = listener.local_addr().expect("the listener has an address");
+    let _client = std::net::TcpStream::connect(address).expect("the listener accepts");
+    let (connection, _) = listener.accept().expect("a client has connected");
+    for name in ["connection", "http"] {
+        let mut command = command(app_binary(), &[]);
+        command.env("LISTEN_FDS", "1").env("LISTEN_FDS_FIRST_FD", "0").env("LISTEN_FDNAMES", name);
+        let copy = connection.try_clone().expect("the socket is duplicated");
+        command.stdin(std::os::fd::OwnedFd::from(copy));
+        let (code, _, log) = run_to_end(&mut command).expect("the process ends");
+        assert_eq!(code, Some(78), "{log}");
+        assert!(log.contains("Accept=no in the socket unit") && log.lines().count() == 1, "{log}");
+    }
+}
+
 #[test]
 fn an_unusable_certificate_is_reported_in_one_line_by_check_too() {
     let (one, other) = (
