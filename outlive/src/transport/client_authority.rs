@@ -17,6 +17,10 @@ use tokio_rustls::rustls::{self, RootCertStore};
 use super::client_auth::ClientAuth;
 use super::client_certificate::{AuthorityDigest, ClientCertificate, expiry};
 
+/// How many beginnings of the chain of a client are tried to find out which certificates are needed. Chains are shorter; the
+/// limit is for a client that sends many certificates, each of which takes time to verify.
+const TRIED_CHAINS: usize = 5;
+
 /// The authorities that may issue certificates of clients.
 pub struct ClientAuthority {
     roots: Arc<RootCertStore>,
@@ -123,11 +127,27 @@ impl ClientPolicy {
         let Some((end_entity, intermediates)) = chain.and_then(<[_]>::split_first) else {
             return self.judge(None, now).map(|()| None);
         };
-        // Most clients also send certificates that are not needed, and an idle connection should not keep them.
-        let is_needed = !intermediates.is_empty() && self.verify(end_entity, &[], now).is_err();
-        let intermediates = if is_needed { intermediates.to_vec() } else { Vec::new() };
-        let certificate = ClientCertificate::verified(end_entity.clone(), intermediates, self.authority);
+        let needed = self.needed(end_entity, intermediates, now);
+        let certificate = ClientCertificate::verified(end_entity.clone(), needed, self.authority);
         self.judge(Some(&certificate), now).map(|()| Some(certificate))
+    }
+
+    /// Those of `intermediates` that verify `end_entity`. Most clients also send certificates that are not needed. An idle
+    /// connection should not keep them, and it does not matter if one of them has expired.
+    fn needed(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'static>],
+        now: SystemTime,
+    ) -> Vec<CertificateDer<'static>> {
+        let is_valid = |certificate: &&CertificateDer<'static>| {
+            expiry(std::iter::once(*certificate)).is_some_and(|end| end >= now)
+        };
+        let valid: Vec<_> = intermediates.iter().filter(is_valid).cloned().collect();
+        // Each certificate usually follows the one that it certifies (RFC 8446 section 4.4.2).
+        let is_enough = |count: &usize| self.verify(end_entity, &valid[..*count], now).is_ok();
+        let count = (0..valid.len().min(TRIED_CHAINS)).find(is_enough).unwrap_or(valid.len());
+        valid[..count].to_vec()
     }
 
     /// Whether a client with this certificate may be served. If the same authorities have verified it, its signatures are
@@ -164,7 +184,7 @@ impl ClientPolicy {
 mod tests {
     use std::time::Duration;
 
-    use testkit::certificate::Authority;
+    use testkit::certificate::{Authority, Certificate};
 
     use super::*;
     use crate::transport::tls_tests::chain_of;
@@ -211,6 +231,24 @@ mod tests {
             let certificate = certificate.expect("it is trusted").expect("there is one");
             assert_eq!(certificate.intermediates().len(), kept);
             assert_eq!(certificate.end_entity(), &chain[0]);
+        }
+    }
+
+    /// As after a cross-signed root has expired. rustls does not use such a certificate, and accepts the client.
+    #[test]
+    fn expired_certificate_that_is_not_needed_does_not_refuse_a_client() {
+        let root = Authority::new("root").expect("openssl runs");
+        let (middle, now) = (root.intermediate("middle").expect("openssl runs"), SystemTime::now() + 2 * DAY);
+        let chain = chain_of(&middle.issue("/CN=a", "DNS:a").expect("openssl runs"));
+        let expired = chain_of(&Certificate::valid_for(1).expect("openssl runs")).remove(0);
+        let [leaf, middle] = &chain[..] else { panic!("{} certificates", chain.len()) };
+        let policy = policy(ClientAuth::Required, &[&root]);
+        for chain in [[leaf, middle, &expired], [leaf, &expired, middle]] {
+            let chain: Vec<_> = chain.into_iter().cloned().collect();
+            let certificate = policy.judge_handshake(Some(&chain), now).expect("it is trusted");
+            let certificate = certificate.expect("there is one");
+            assert_eq!(certificate.intermediates(), std::slice::from_ref(middle));
+            assert_eq!(policy.judge(Some(&certificate), now + 26 * DAY), Ok(()));
         }
     }
 

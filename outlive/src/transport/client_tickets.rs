@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use tokio_rustls::rustls::client::danger::HandshakeSignatureValid;
 use tokio_rustls::rustls::pki_types::{CertificateDer, UnixTime};
@@ -92,7 +92,12 @@ impl ClientCertVerifier for ClientSession {
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
         let verified = self.policy.verifier().verify_client_cert(end_entity, intermediates, now)?;
-        let end = expiry(std::iter::once(end_entity).chain(intermediates));
+        // The client may send further certificates. Those that have expired were not needed.
+        let begun = UNIX_EPOCH + Duration::from_secs(now.as_secs());
+        let is_valid = |certificate: &&CertificateDer<'_>| {
+            expiry(std::iter::once(*certificate)).is_some_and(|end| end >= begun)
+        };
+        let end = expiry(std::iter::once(end_entity).chain(intermediates.iter().filter(is_valid)));
         let end = end.and_then(|end: SystemTime| end.duration_since(UNIX_EPOCH).ok());
         self.expires_at.store(end.map_or(0, |end| end.as_secs()), Relaxed);
         Ok(verified)
@@ -146,7 +151,7 @@ mod tests {
         let sealed_at = end - minute;
 
         let first = session();
-        let since = UnixTime::since_unix_epoch(std::time::Duration::from_secs(begun));
+        let since = UnixTime::since_unix_epoch(Duration::from_secs(begun));
         first.verify_client_cert(&client, &[], since).expect("it is trusted");
         let ticket = first.encrypt_at(sealed_at, b"first").expect("the ticket can be sealed");
         let resumed = session();

@@ -35,13 +35,22 @@ impl Certificate {
         Self::make("/CN=localhost", &[END_ENTITY, &format!("subjectAltName={names}")], None)
     }
 
+    /// Creates a self-signed certificate for `localhost` that expires after so many days.
+    pub fn valid_for(days: u32) -> Result<Self> {
+        Self::make_for(days, "/CN=localhost", &[END_ENTITY], None)
+    }
+
     /// Creates a certificate with these extensions. Without an issuer it is self-signed.
     fn make(subject: &str, extensions: &[&str], issuer: Option<&Certificate>) -> Result<Self> {
+        Self::make_for(30, subject, extensions, issuer)
+    }
+
+    fn make_for(days: u32, subject: &str, extensions: &[&str], issuer: Option<&Certificate>) -> Result<Self> {
         let certificate = Self { folder: tempfile::tempdir()? };
         let mut openssl = Command::new("openssl");
         openssl
             .args(["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes"])
-            .args(["-days", "30", "-utf8", "-subj", subject])
+            .args(["-days", &days.to_string(), "-utf8", "-subj", subject])
             .arg("-keyout")
             .arg(certificate.key())
             .arg("-out")
