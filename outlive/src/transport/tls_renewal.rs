@@ -195,6 +195,28 @@ mod tests {
         assert_eq!(renewal.check(), Check::NothingNew);
     }
 
+    /// What is in the file while a program writes it is valid, but has only a part of the certificates.
+    #[test]
+    fn file_that_is_being_written_is_used_when_it_is_complete() {
+        let Files { server: _server, authority, strict, mut renewal, .. } = files();
+        let other = Authority::new("other").expect("openssl runs");
+        let client = authority.issue("/CN=a", "DNS:a").expect("openssl runs");
+        // Verified by other authorities, so that it is verified again.
+        let client = ClientCertificate::verified(chain_of(&client).remove(0), Vec::new(), [0; 32]);
+        let path = authority.certificate();
+        let texts = [&other, &authority].map(|part| fs::read(part.certificate()).expect("it is readable"));
+        fs::write(&path, &texts[0]).expect("the file is written");
+        let writing = std::thread::spawn(move || {
+            std::thread::sleep(Duration::from_millis(100));
+            fs::write(path, texts.concat()).expect("the file is written");
+        });
+        assert_eq!(renewal.check(), Check::NothingNew);
+        assert_eq!(strict.may_continue(Some(&client)), Ok(()));
+        writing.join().expect("no panic");
+        assert!(matches!(renewal.check(), Check::Renewed(_)));
+        assert_eq!(strict.may_continue(Some(&client)), Ok(()));
+    }
+
     #[test]
     fn changed_authorities_apply_to_new_handshakes() {
         let Files { server: _server, authority, strict, mut renewal, .. } = files();
