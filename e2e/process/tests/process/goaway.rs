@@ -5,14 +5,16 @@ use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 use testkit::block_on;
-use testkit::client::{Connection, Http2};
+use testkit::client::{Connection, Http2, Target};
 use testkit::http2_frames::{
     ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PING, PREFACE, SETTINGS, frame, next, next_that,
 };
 use testkit::process::terminate;
 use testkit::service::Service;
+use testkit::tls_service::TlsService;
 
 use crate::app_binary;
+use crate::idle_connections::wait_until_parked;
 
 /// The last stream of the first GOAWAY, which admits all streams.
 const EVERY_STREAM: u32 = (1 << 31) - 1;
@@ -22,7 +24,10 @@ const POST_ECHO: &[u8] = b"\x83\x86\x04\x05/echo\x01\x01x";
 
 /// Opens an HTTP/2 connection, and acknowledges the SETTINGS of the server.
 async fn open(service: &Service) -> Connection {
-    let mut connection = service.connect().await;
+    begin(service.connect().await).await
+}
+
+async fn begin(mut connection: Connection) -> Connection {
     let hello = [PREFACE, &frame(SETTINGS, 0, 0, b"")].concat();
     connection.send(&hello).await.expect("the bytes are sent");
     loop {
@@ -70,6 +75,35 @@ fn busy_http2_connection_answers_a_request_that_crosses_the_first_goaway() {
         while next(&mut connection).await.is_some() {}
         service.process().wait().expect("the old process exits");
         terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+    });
+}
+
+/// Memory is short, so the service closes the connections that have been idle longest.
+#[test]
+fn idle_http2_connection_that_has_to_close_answers_a_request_that_crosses_the_first_goaway() {
+    let service = TlsService::start(app_binary(), &[]).expect("the service starts");
+    block_on(async {
+        let target = Target::Tcp(service.http);
+        for reacts in [true, false] {
+            let connection = Connection::open(&target).await.expect("the service listens");
+            let mut connection = begin(connection).await;
+            // Longer than the shortest time after which a connection is closed for lack of memory.
+            tokio::time::sleep(Duration::from_secs(6)).await;
+            wait_until_parked(&service, 1).await;
+            service.report_memory_pressure().expect("the service reads the FIFO");
+            let first = next_that(&mut connection, |frame| frame.kind == GOAWAY).await;
+            assert_eq!(first.last_stream(), EVERY_STREAM);
+            let ping = next_that(&mut connection, |frame| (frame.kind, frame.flags) == (PING, 0)).await;
+            if reacts {
+                let crossing = frame(HEADERS, END_STREAM | END_HEADERS, 1, GET);
+                connection.send(&crossing).await.expect("the request is sent");
+                next_that(&mut connection, |frame| frame.stream == 1 && frame.flags & END_STREAM != 0).await;
+                connection.send(&frame(PING, ACK, 0, &ping.payload)).await.expect("the answer is sent");
+            }
+            let second = next_that(&mut connection, |frame| frame.kind == GOAWAY).await;
+            assert_eq!(second.last_stream(), u32::from(reacts));
+            while next(&mut connection).await.is_some() {}
+        }
     });
 }
 

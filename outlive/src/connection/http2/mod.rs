@@ -60,9 +60,9 @@ const HOLD_LIMIT: Duration = Duration::from_millis(20);
 /// The longest attempt, so that a long quiesce limit does not delay the requests of a connection by minutes.
 const LONGEST_HOLD: Duration = Duration::from_secs(2);
 
-/// How long a client that waits for no response may take to react to GOAWAY when the process is stopping. A reaction
-/// takes one round trip. A slower client receives the second GOAWAY, and may repeat the requests on streams above its
-/// last stream.
+/// How long a client that waits for no response may take to react to GOAWAY when the process is stopping, or needs the slot
+/// of the connection. A reaction takes one round trip. A slower client receives the second GOAWAY, and may repeat the
+/// requests on streams above its last stream.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long the handlers may take to answer the requests that began in another process. Their clients wait for the next
@@ -224,11 +224,14 @@ impl Driver<'_> {
         let Some(deadline) = &mut self.goaway_deadline else {
             return (is_overdue || self.handle.must_close()).then_some(Turn::MustClose);
         };
-        if is_overdue {
+        // A connection that makes room for another one is overdue at once, but a request may be under way on it.
+        let is_evicted = self.handle.state().is_evicted();
+        if is_overdue && !is_evicted {
             return Some(Turn::Overdue(self.handle.stage()));
         }
         let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
-        (!has_time_to_react && phase != Phase::Serving && self.is_silent()).then_some(Turn::Silent)
+        let must_end = phase != Phase::Serving || is_evicted;
+        (!has_time_to_react && must_end && self.is_silent()).then_some(Turn::Silent)
     }
 
     /// Whether a client that has received GOAWAY waits for no response, and has not begun to close.
