@@ -13,11 +13,13 @@ use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
 use h2::client::SendRequest;
 use hyper::{Request, StatusCode};
+use testkit::certificate::Certificate;
 use testkit::client::{self, Http2, Target};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 use tokio_util::sync::CancellationToken;
 
 use super::http2::frame::{
@@ -33,6 +35,7 @@ use crate::registry::{Limits, Phase, Registry, Stage};
 use crate::requests::{Proxies, Routes};
 use crate::server::{Acceptor, Queues, Server};
 use crate::transport::tls_config::Tls;
+use crate::transport::tls_tests::tls_of;
 
 /// How long a test waits for an event before it fails.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -339,6 +342,28 @@ pub async fn move_to(next: &Served, served: Served) {
         let [endpoint] = next.server.endpoints() else { panic!("the server has one endpoint") };
         next.server.adopt(Connection { endpoint: endpoint.clone(), ..connection });
     }
+}
+
+/// It could not be handed over, for example because the successor hangs. Its client has sent nothing before.
+#[tokio::test(flavor = "multi_thread")]
+async fn new_tls_connection_is_served_by_a_process_that_finishes_it_during_a_handover() {
+    let certificate = Certificate::new().expect("openssl runs");
+    let served = serve_with(Router::new().route("/", get("hello")), Some(tls_of(&certificate))).await;
+    let stream = TcpStream::connect(served.address).await.expect("the server accepts");
+    served.until_connections(1).await;
+    served.server.enter(Phase::Quiescing);
+    for connection in served.take_quiescent().await {
+        served.server.finish(connection);
+    }
+    let config = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
+    let name = "localhost".try_into().expect("the name is valid");
+    let connected = timeout(PATIENCE, TlsConnector::from(config).connect(name, stream)).await;
+    let mut client = connected.expect("the server reacts in time").expect("the handshake succeeds");
+    client.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.expect("the bytes are sent");
+    let mut answer = String::new();
+    let read = timeout(PATIENCE, client.read_to_string(&mut answer)).await.expect("the connection ends");
+    read.expect("it ends with close_notify");
+    assert!(answer.contains("connection: close") && answer.ends_with("hello"), "{answer}");
 }
 
 /// The same through a server in between, which is in `Quiescing` already when it receives the connections.

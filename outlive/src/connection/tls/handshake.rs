@@ -43,7 +43,7 @@ pub(in crate::connection) async fn serve(
     match first_bytes(&connection.socket, &driver, &mut first, |_| true).await {
         // Nothing of the handshake was consumed, so the next process performs it.
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
-        FirstBytes::Bytes(_) if driver.phase().quiesces() => {
+        FirstBytes::Bytes(_) if driver.phase().quiesces() && driver.state().is_movable() => {
             return ConnectionOutcome::Quiescent(connection, registration);
         }
         FirstBytes::Bytes(_) => {}
