@@ -167,8 +167,14 @@ async fn serve_plain(
     let arrived = if connection.has_endless_response() {
         FirstBytes::Bytes(0)
     } else if connection.unread.is_empty() {
-        let is_enough =
-            |bytes: &[u8]| is_resumed || bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes);
+        let is_enough = |bytes: &[u8]| {
+            if is_resumed {
+                driver.noticed_input();
+                return true;
+            }
+            driver.received();
+            bytes.len() == PREFACE.len() || !PREFACE.starts_with(bytes)
+        };
         first_bytes(&connection.socket, &driver, &mut bytes, is_enough).await
     } else {
         driver.received();
@@ -226,7 +232,7 @@ async fn drive(
 }
 
 /// Waits until the first bytes are `enough` to decide on. Consumes none of them, so that the connection can still be
-/// parked or handed over.
+/// parked or handed over. `enough` reports to `driver` whether they begin a request; if they do, its time limit applies.
 async fn first_bytes(
     stream: &Stream,
     driver: &DriverHandle,
@@ -235,11 +241,7 @@ async fn first_bytes(
 ) -> FirstBytes {
     poll_fn(|cx| {
         driver.wake_on_change(cx);
-        let is_enough = |bytes: &[u8]| {
-            driver.received();
-            enough(bytes)
-        };
-        if let Poll::Ready(length) = stream.poll_peek(cx, bytes, is_enough) {
+        if let Poll::Ready(length) = stream.poll_peek(cx, bytes, &enough) {
             return Poll::Ready(match length {
                 Ok(0) => FirstBytes::Gone,
                 Ok(length) => FirstBytes::Bytes(length),

@@ -131,7 +131,8 @@ impl Backup {
             marks: Marks::new(generation)?,
             frames: VecDeque::new(),
             count: 0,
-            next_number: 0,
+            // 0 is left out, so that a parked connection can keep its number in 8 bytes (`Option<NonZeroU64>`).
+            next_number: 1,
             released: 0,
             limit,
         })

@@ -103,6 +103,12 @@ impl DriverHandle {
         self.0.apply(Event::Received);
     }
 
+    /// Bytes have arrived on an idle connection that need not begin a request, such as a PING of HTTP/2. The connection stays
+    /// idle, but is not parked before they are read.
+    pub fn noticed_input(&self) {
+        self.0.notice_input();
+    }
+
     /// Restarts the time limit of the current stage.
     pub fn touch(&self) {
         self.0.touch();

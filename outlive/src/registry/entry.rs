@@ -38,6 +38,8 @@ pub struct Entry {
     pub(super) registry: Arc<Registry>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
+    /// The same, or when its driver has found the input for which it was unparked.
+    unparked: Clock,
     /// A packed [`State`].
     state: AtomicU64,
     /// When its stage began, or its peer last received bytes of a response, in milliseconds of [`Registry::now`].
@@ -119,6 +121,7 @@ impl Entry {
             required: AtomicU8::new(Protocols::PlainHttp1 as u8),
             registry: registry.clone(),
             registered: registry.now(),
+            unparked: Clock::new(registry.now()),
             state: AtomicU64::new(State::NEW.word()),
             since: Clock::new(since),
             task: Mutex::new(None),
@@ -280,8 +283,17 @@ impl Entry {
         let state = self.state();
         let is_idle = state.stage() == Stage::Waiting && state.is_quiescent();
         // A connection that has just been unparked has input; without this, it would be parked before it is read.
-        let since = self.since().max(self.registered);
-        is_idle && self.registry.age(since) >= PARK_AFTER && !self.must_close()
+        is_idle && self.registry.age(self.quiet_since()) >= PARK_AFTER && !self.must_close()
+    }
+
+    /// As [`Entry::since`], but also not before its peer has last sent something that begins no request.
+    pub(super) fn quiet_since(&self) -> u64 {
+        self.since().max(self.unparked.load(Relaxed))
+    }
+
+    /// See [`DriverHandle::noticed_input`](super::DriverHandle::noticed_input).
+    pub(super) fn notice_input(&self) {
+        self.unparked.store(self.registry.now(), Relaxed);
     }
 
     // ---- time limits ----
@@ -292,7 +304,7 @@ impl Entry {
         let state = self.state();
         if state.stage() == Stage::Waiting && self.phase().closes_idle(state.is_movable()) {
             // The first request of a connection that has just been accepted or unparked may not have arrived yet.
-            return self.registry.age(self.since().max(self.registered)) >= PARK_AFTER;
+            return self.registry.age(self.quiet_since()) >= PARK_AFTER;
         }
         let (limit, since) = match state.stage() {
             Stage::Waiting if state.is_evicted() => return true,

@@ -62,6 +62,11 @@ impl Registration {
         self.entry.apply(Event::HandoverAllowed);
     }
 
+    /// Since when its peer has sent nothing, in milliseconds of [`Registry::now`](super::Registry::now), if it is idle.
+    pub fn quiet_since(&self) -> u64 {
+        self.entry.quiet_since()
+    }
+
     /// Restarts the time limit of the current stage.
     pub fn touch(&self) {
         self.entry.touch();

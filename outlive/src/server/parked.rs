@@ -8,6 +8,7 @@
 use std::collections::HashMap;
 use std::io;
 use std::mem::MaybeUninit;
+use std::num::NonZeroU64;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -51,13 +52,16 @@ pub struct ParkedConnection {
     pub slot: Option<OwnedSemaphorePermit>,
     /// Since when it is idle, in milliseconds of [`Registry::now`].
     pub since: u64,
+    /// Since when its peer has sent nothing, in milliseconds of [`Registry::now`]. It may have sent a PING of HTTP/2 while it
+    /// was idle.
+    pub quiet_since: u64,
     /// The number of its duplicate in the backup, if it has one.
-    pub backup: Option<u64>,
+    pub backup: Option<NonZeroU64>,
 }
 
 impl ParkedConnection {
     pub fn new(connection: Connection, slot: Option<OwnedSemaphorePermit>, since: u64) -> Self {
-        Self { connection, slot, since, backup: None }
+        Self { connection, slot, since, quiet_since: since, backup: None }
     }
 }
 
@@ -97,11 +101,11 @@ impl ParkedSockets for Parked {
 
     fn backed_up_as(&self, socket: RawFd, number: u64) -> Option<&Connection> {
         let parked = self.connections.get(&socket)?;
-        (parked.backup == Some(number)).then_some(&parked.connection)
+        (parked.backup.map(NonZeroU64::get) == Some(number)).then_some(&parked.connection)
     }
 
     fn oldest_number(&self) -> Option<u64> {
-        self.connections.values().filter_map(|parked| parked.backup).min()
+        self.connections.values().filter_map(|parked| parked.backup).min().map(NonZeroU64::get)
     }
 }
 
@@ -125,8 +129,9 @@ impl ParkedConnections {
             self.handover_queue.add(connection);
             return Ok(None);
         }
-        let since = registration.since();
-        match self.put(ParkedConnection::new(connection, registration.slot.take(), since)) {
+        let (since, quiet_since) = (registration.since(), registration.quiet_since());
+        let idle = ParkedConnection::new(connection, registration.slot.take(), since);
+        match self.put(ParkedConnection { quiet_since, ..idle }) {
             Ok(()) => Ok(None),
             Err(ParkedConnection { connection, slot, .. }) => {
                 registration.slot = slot;
@@ -242,7 +247,7 @@ impl ParkedConnections {
             let Some(number) = idle.backup.take() else { return true };
             parked.count_backed_up(parked.backed_up - 1);
             idle.connection.has_duplicate = true;
-            let cleared = parked.backup.as_ref().map_or(Ok(()), |backup| backup.clear(number));
+            let cleared = parked.backup.as_ref().map_or(Ok(()), |backup| backup.clear(number.get()));
             if let Err(error) = &cleared {
                 // After a crash the next process would continue it from an old state.
                 warn!(%error, "could not clear the mark of a connection's duplicate, so closed the connection");
@@ -282,7 +287,7 @@ impl ParkedConnections {
         let room = backup.room(parked, is_stale).unwrap_or(0);
         let mut new = Vec::new();
         if without > 0 && room > 0 {
-            let idle = |idle: &ParkedConnection| self.registry.age(idle.since);
+            let idle = |idle: &ParkedConnection| self.registry.age(idle.quiet_since);
             let waiting = parked.connections.iter().filter(|(_, parked)| parked.backup.is_none());
             let ready = waiting.filter(|(_, parked)| idle(parked) >= BACK_UP_AFTER);
             let ready: Vec<_> = ready.take(room).map(|(&socket, parked)| (socket, parked)).collect();
@@ -300,7 +305,8 @@ impl ParkedConnections {
         let mut backed_up = parked.backed_up;
         for (socket, number) in sockets.into_iter().zip(numbers) {
             if let Some(idle) = parked.connections.get_mut(&socket) {
-                idle.backup = Some(number);
+                // The numbers begin at 1.
+                idle.backup = NonZeroU64::new(number);
                 backed_up += 1;
             }
         }

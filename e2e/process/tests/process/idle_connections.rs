@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rustix::process::{Resource, Signal, getrlimit, setrlimit};
 use testkit::client::{Connection, Target, get};
+use testkit::http2_frames::{ACK, Frame, GOAWAY, PING, PREFACE, SETTINGS, frame, next, next_that};
 use testkit::service::Service;
 use testkit::tls_service::{Client, TlsService};
 use testkit::{TEST_TIMEOUT, block_on, wait_until};
@@ -139,6 +140,37 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
         }
         for (unused, _) in clients {
             assert!(timeout(TEST_TIMEOUT, ends(unused)).await.expect("the connection ends in time"));
+        }
+    });
+}
+
+/// They unpark the connection, but they are no requests.
+#[test]
+fn a_parked_http2_connection_whose_client_sends_only_pings_is_closed_at_the_idle_timeout() {
+    let service = TlsService::start(app_binary(), &["--idle-timeout", "8s"]).expect("the service starts");
+    block_on(async {
+        for target in [Target::Tcp(service.http), service.https(&["h2"]).expect("a client configuration")] {
+            let mut client = Connection::open(&target).await.expect("the service listens");
+            let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[]), &frame(SETTINGS, ACK, 0, &[])].concat();
+            client.send(&hello).await.expect("the bytes are sent");
+            next_that(&mut client, |frame| frame.kind == SETTINGS).await;
+            let mut pings = 0;
+            let mut is_over = false;
+            while !is_over {
+                sleep(PARKED).await;
+                pings += 1;
+                assert!(pings < 10, "the connection is still open after {pings} pings");
+                // The service may have closed the connection.
+                let _ = client.send(&frame(PING, 0, 0, &[0; 8])).await;
+                is_over = loop {
+                    match next(&mut client).await {
+                        None | Some(Frame { kind: GOAWAY, .. }) => break true,
+                        Some(Frame { kind: PING, flags: ACK, .. }) => break false,
+                        Some(_) => {}
+                    }
+                };
+            }
+            assert!(pings > 1);
         }
     });
 }

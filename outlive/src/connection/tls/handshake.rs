@@ -40,7 +40,11 @@ pub(in crate::connection) async fn serve(
     }
     let driver = registration.driver();
     let mut first = [0];
-    match first_bytes(&connection.socket, &driver, &mut first, |_| true).await {
+    let has_begun = |_: &[u8]| {
+        driver.received();
+        true
+    };
+    match first_bytes(&connection.socket, &driver, &mut first, has_begun).await {
         // Nothing of the handshake was consumed, so the next process performs it.
         FirstBytes::Quiescent => return ConnectionOutcome::Quiescent(connection, registration),
         FirstBytes::Bytes(_) if driver.phase().quiesces() && driver.state().is_movable() => {
@@ -109,7 +113,12 @@ async fn resume(
         registration.require(Protocols::Tls12);
     }
     if !connection.has_endless_response() && connection.unread.is_empty() && session.unread.is_empty() {
-        match first_bytes(&connection.socket, &driver, &mut [0], |_| true).await {
+        // The first byte of a record does not show whether a request begins.
+        let has_input = |_: &[u8]| {
+            driver.noticed_input();
+            true
+        };
+        match first_bytes(&connection.socket, &driver, &mut [0], has_input).await {
             FirstBytes::Quiescent
                 if !(driver.keeps_state() || connection.http2.is_some() && driver.keeps_http2()) =>
             {
