@@ -287,6 +287,11 @@ impl Continuation {
         self.handle.is_movable()
     }
 
+    /// Whether this process can continue the connection of another one. It may be unable to hand it over again.
+    pub fn may_continue(&self) -> bool {
+        !self.handle.closes_after_response()
+    }
+
     pub fn is_requested(&self) -> bool {
         self.is_requested.load(Acquire)
     }

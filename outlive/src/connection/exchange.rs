@@ -252,9 +252,12 @@ fn decide_on_events(
     upgrade: Upgrade,
     response: Response<Body>,
 ) -> (Response<Body>, Option<Following>) {
-    let is_event_stream = is_event_stream(&response) && continuation.is_movable();
+    let received = continuation.received();
+    let may_continue =
+        if received.is_some() { continuation.may_continue() } else { continuation.is_movable() };
+    let is_event_stream = is_event_stream(&response) && may_continue;
     let agreement = replay::agreement_of_events(response.headers());
-    if let Some(replay) = continuation.received() {
+    if let Some(replay) = received {
         if !is_event_stream || replay.agreement != agreement {
             upgrade.refuse();
             return (StatusCode::SERVICE_UNAVAILABLE.into_response(), None);
@@ -352,7 +355,7 @@ impl OfferedUpgrade {
         // A connection that has to close after its next response cannot become a WebSocket again.
         let is_continued = continuation
             .received()
-            .is_none_or(|replay| is_carried && replay.agreement == agreement && continuation.is_movable());
+            .is_none_or(|replay| is_carried && replay.agreement == agreement && continuation.may_continue());
         if !is_continued {
             upgrade.refuse();
         }

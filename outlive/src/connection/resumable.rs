@@ -109,6 +109,11 @@ impl<S> Connection<S> {
         }
     }
 
+    /// Whether it stays in this process although an earlier one has handed it over with its keys: `--tls-handover no` is new.
+    pub fn keeps_keys(&self) -> bool {
+        self.tls.is_some() && self.endpoint.tls().is_some_and(|tls| !tls.hands_over())
+    }
+
     /// Whether its PROXY header has not been read yet.
     pub fn awaits_header(&self) -> bool {
         self.client.as_deref() == Some(&ProxiedClient::Awaited)

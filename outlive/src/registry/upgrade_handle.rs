@@ -25,6 +25,11 @@ impl UpgradeHandle {
         self.0.state().is_movable()
     }
 
+    /// Whether the connection closes after its next response, in every phase.
+    pub fn closes_after_response(&self) -> bool {
+        self.0.state().closes_after_response()
+    }
+
     /// Whether the socket has all bytes that hyper had to send.
     pub fn is_flushed(&self) -> bool {
         self.0.state().is_flushed()

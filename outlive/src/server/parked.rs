@@ -153,11 +153,13 @@ impl ParkedConnections {
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
         let connection = &idle.connection;
         // Input that was read belongs to a request, and epoll would not report it. A response without end needs its handler,
-        // which may have something to send. A PROXY header has a time limit, which no parked connection has.
+        // which may have something to send. A PROXY header has a time limit, which no parked connection has. A parked
+        // connection would be handed over.
         if must_leave
             || connection.has_input()
             || connection.has_endless_response()
             || connection.awaits_header()
+            || connection.keeps_keys()
         {
             return Err(idle);
         }

@@ -36,7 +36,7 @@ pub(in crate::connection) async fn serve(
     tls: &tls_config::Tls,
 ) -> ConnectionOutcome {
     if let Some(session) = connection.tls.take() {
-        return resume(connection, session, registration, context).await;
+        return resume(connection, session, registration, context, tls).await;
     }
     let driver = registration.driver();
     let mut first = [0];
@@ -104,8 +104,12 @@ async fn resume(
     session: Box<TlsTrafficState>,
     registration: Registration,
     context: &ConnectionContext,
+    tls: &tls_config::Tls,
 ) -> ConnectionOutcome {
     let driver = registration.driver();
+    if !tls.hands_over() {
+        driver.forbid_handover();
+    }
     if session.client.is_some() {
         registration.require(Protocols::CertificatesAndTables);
     }

@@ -6,6 +6,8 @@
 mod client_certificate_tests;
 pub mod handshake;
 #[cfg(test)]
+mod kept_keys_tests;
+#[cfg(test)]
 mod key_limit_tests;
 #[cfg(test)]
 mod key_update_tests;

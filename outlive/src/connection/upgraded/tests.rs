@@ -497,6 +497,24 @@ async fn websocket_over_tls_is_closed_with_1012_if_tls_connections_are_not_hande
     }
 }
 
+/// The process before it handed TLS connections over.
+#[tokio::test(flavor = "multi_thread")]
+async fn websocket_over_tls_that_has_moved_continues_until_the_drain_of_a_process_that_hands_none_over() {
+    let certificate = Certificate::new().expect("the certificate is made");
+    for version in [&TLS12, &TLS13] {
+        let served = serve_with(counting(), Some(tls_of(&certificate))).await;
+        let mut client = connect_over(&served, &certificate, version).await;
+        let next = serve_with(counting(), Some(tls_without_handover(&certificate))).await;
+        move_to(&next, served).await;
+        for number in 1..3 {
+            client.send(Sent::Text("x".into())).await.expect("the WebSocket is open");
+            assert_eq!(next_text(&mut client).await, format!("{number} x"));
+        }
+        next.registry().set_phase(Phase::Quiescing);
+        assert_eq!(close_code(&mut client).await, SERVICE_RESTART);
+    }
+}
+
 /// As a restart or reload to an earlier release.
 #[tokio::test(flavor = "multi_thread")]
 async fn websocket_over_tls_1_2_is_closed_with_1012_if_the_next_process_does_not_adopt_it() {
