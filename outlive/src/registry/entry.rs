@@ -12,6 +12,7 @@ use std::task::{Context, Waker};
 use std::time::Duration;
 
 use hyper::http::uri::PathAndQuery;
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::state::{Event, Stage, State};
@@ -36,6 +37,8 @@ pub struct Entry {
     /// What the next process has to adopt because of the TLS version and the client certificate.
     required: AtomicU8,
     pub(super) registry: Arc<Registry>,
+    /// The slots of which it has one.
+    slots: Option<Arc<Semaphore>>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
     /// The same, or when its driver has found the input for which it was unparked.
@@ -112,14 +115,21 @@ impl PendingWork {
 }
 
 impl Entry {
-    /// `since`: when its stage began.
-    pub(super) fn new(registry: &Arc<Registry>, id: u64, peer: Peer, since: u64) -> Self {
+    /// `slots`: those of which it has one. `since`: when its stage began.
+    pub(super) fn new(
+        registry: &Arc<Registry>,
+        id: u64,
+        peer: Peer,
+        slots: Option<Arc<Semaphore>>,
+        since: u64,
+    ) -> Self {
         Self {
             id,
             peer,
             reported: OnceLock::new(),
             required: AtomicU8::new(Protocols::PlainHttp1 as u8),
             registry: registry.clone(),
+            slots,
             registered: registry.now(),
             unparked: Clock::new(registry.now()),
             state: AtomicU64::new(State::NEW.word()),
@@ -274,7 +284,7 @@ impl Entry {
     }
 
     /// When its stage began, or its peer last received bytes of a response, in milliseconds of [`Registry::now`].
-    pub(super) fn since(&self) -> u64 {
+    pub fn since(&self) -> u64 {
         self.since.load(Relaxed)
     }
 
@@ -344,6 +354,24 @@ impl Entry {
         if self.stage() != Stage::Waiting {
             self.touch();
         }
+    }
+
+    /// Whether it has been idle for at least `time` and was not parked in that time, because it cannot be.
+    pub(super) fn is_idle_for(&self, time: Duration) -> bool {
+        let state = self.state();
+        let is_idle = state.stage() == Stage::Waiting && state.is_flushed() && !state.is_evicted();
+        is_idle && self.registry.age(self.quiet_since()) >= time
+    }
+
+    /// Whether it has one of these slots.
+    pub fn has_slot_of(&self, slots: &Arc<Semaphore>) -> bool {
+        self.slots.as_ref().is_some_and(|own| Arc::ptr_eq(own, slots))
+    }
+
+    /// The connection closes: at once, or after its response if a request has just begun.
+    pub fn evict(&self) {
+        self.apply(Event::Evicted);
+        self.wake();
     }
 
     // ---- requests ----

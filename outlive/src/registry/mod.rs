@@ -226,7 +226,8 @@ impl Registry {
         let mut connections = lock(&self.connections);
         let id = connections.next_id;
         connections.next_id += 1;
-        let registration = Registration { entry: Arc::new(Entry::new(self, id, peer, since)), slot };
+        let slots = slot.as_ref().map(|slot| slot.semaphore().clone());
+        let registration = Registration { entry: Arc::new(Entry::new(self, id, peer, slots, since)), slot };
         self.phase_word.acquire(PendingCount::Unanswered);
         connections.open.insert(id, registration.entry.clone());
         connections.most = connections.most.max(connections.open.len());
@@ -443,6 +444,13 @@ impl Registry {
     /// All active connections; parked ones are not among them.
     pub fn entries(&self) -> Vec<Arc<Entry>> {
         lock(&self.connections).open.values().cloned().collect()
+    }
+
+    /// The connections that have been idle for at least `time`, although they are not parked: those that cannot be handed
+    /// over, and those of HTTP/2 on which the client has not sent a whole frame or not acknowledged the settings.
+    pub fn idle_for(&self, time: Duration) -> Vec<Arc<Entry>> {
+        let connections = lock(&self.connections);
+        connections.open.values().filter(|entry| entry.is_idle_for(time)).cloned().collect()
     }
 
     /// All active connections, watched from now on: each change of one of them notifies the tasks in

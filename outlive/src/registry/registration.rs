@@ -74,7 +74,7 @@ impl Registration {
 
     /// The connection closes, because another one needs its slot.
     pub fn evict(&self) {
-        self.entry.apply(Event::Evicted);
+        self.entry.evict();
     }
 
     /// The connection closes after its next response, in every phase.

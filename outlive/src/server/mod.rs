@@ -38,7 +38,7 @@ use crate::os::rlimit::{self, FdRoom};
 use crate::os::{sys, task};
 use crate::registry::{Phase, Registration, Registry};
 pub use crate::server::handover_queue::HandoverQueue;
-use crate::server::parked::{ParkedConnection, ParkedConnections};
+use crate::server::parked::{EVICT_AFTER, ParkedConnection, ParkedConnections};
 use crate::transport::stream::{Peer, Stream};
 use crate::transport::tickets::Tickets;
 
@@ -500,11 +500,7 @@ impl Server {
 
     /// Closes some of the longest-idle connections, of those whose slots a new connection of `endpoint` can use.
     fn evict(&self, endpoint: &Endpoint) {
-        let has_slot = |idle: &ParkedConnection| {
-            let slots = self.slots(&idle.connection.endpoint);
-            idle.slot.is_some() && Arc::ptr_eq(slots, self.slots(endpoint))
-        };
-        let count = self.close_longest_idle(EVICTION, has_slot);
+        let count = self.close_longest_idle(EVICTION, Some(self.slots(endpoint)));
         if count > 0 {
             debug!(count, "closed idle connections to make room for another one (--max-connections)");
         }
@@ -516,9 +512,8 @@ impl Server {
             if let Err(error) = pressure.reported().await {
                 return warn!(%error, "could not watch MEMORY_PRESSURE_WATCH any longer; idle connections stay open");
             }
-            let idle = self.registry.parked();
-            let count =
-                self.close_longest_idle((idle / PRESSURE_SHARE).clamp(1, PRESSURE_EVICTION), |_| true);
+            let idle = self.registry.parked() + self.registry.idle_for(EVICT_AFTER).len();
+            let count = self.close_longest_idle((idle / PRESSURE_SHARE).clamp(1, PRESSURE_EVICTION), None);
             if count > 0 {
                 warn!(
                     count,
@@ -528,20 +523,36 @@ impl Server {
         }
     }
 
-    /// Returns how many connections it closes, which is 0 during a drain.
-    fn close_longest_idle(&self, count: usize, may_close: impl Fn(&ParkedConnection) -> bool) -> usize {
+    /// Closes up to `count` of the longest-idle connections: of those that have one of `slots`, or of all. Returns how many it
+    /// closes, which is 0 during a drain.
+    fn close_longest_idle(&self, count: usize, slots: Option<&Arc<Semaphore>>) -> usize {
         let _accepting = self.registry.accepting();
         if self.registry.phase() != Phase::Serving {
             return 0;
         }
-        let unparked = self.parked.unpark_longest_idle(count, may_close);
+        // The connections that are not parked because they cannot be.
+        let mut others = self.registry.idle_for(EVICT_AFTER);
+        others.retain(|entry| slots.is_none_or(|slots| entry.has_slot_of(slots)));
+        others.sort_unstable_by_key(|entry| entry.since());
+        others.truncate(count);
+        let times: Vec<_> = others.iter().map(|entry| entry.since()).collect();
+        let has_slot = |idle: &ParkedConnection| {
+            let own = idle.slot.as_ref().map(OwnedSemaphorePermit::semaphore);
+            slots.is_none_or(|slots| own.is_some_and(|own| Arc::ptr_eq(own, slots)))
+        };
+        let unparked = self.parked.unpark_longest_idle(count, &times, has_slot);
+        others.truncate(count - unparked.len());
+        for entry in &others {
+            entry.evict();
+        }
         let evicted = unparked.into_iter().filter_map(|idle| self.registered_again(idle));
-        evicted
-            .map(|(connection, registration)| {
-                registration.evict();
-                self.serve(connection, registration);
-            })
-            .count()
+        others.len()
+            + evicted
+                .map(|(connection, registration)| {
+                    registration.evict();
+                    self.serve(connection, registration);
+                })
+                .count()
     }
 
     /// Accepts the connections in the queue of a listener that only this process has open, because closing the listener

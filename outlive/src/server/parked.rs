@@ -35,7 +35,7 @@ const BATCH: usize = 128;
 
 /// How long a connection must have been idle to be closed for a new one, or because memory is short. A shorter pause means
 /// that it is still in use.
-const EVICT_AFTER: Duration = Duration::from_secs(5);
+pub const EVICT_AFTER: Duration = Duration::from_secs(5);
 
 /// How long a connection is idle before it gets a duplicate in the backup. A shorter time would be wasted on connections
 /// that send requests at short intervals.
@@ -204,23 +204,27 @@ impl ParkedConnections {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
     }
 
-    /// Unparks up to `count` of the connections that `may_close` permits, those that have been idle longest.
+    /// Unparks up to `count` of the connections that `may_close` permits, those that have been idle longest. `others` are the
+    /// times since which connections that are not parked are idle; they count too, so that none is unparked that has been idle
+    /// for a shorter time than `count` others.
     pub fn unpark_longest_idle(
         &self,
         count: usize,
+        others: &[u64],
         may_close: impl Fn(&ParkedConnection) -> bool,
     ) -> Vec<ParkedConnection> {
         let mut parked = lock(&self.parked);
         let evictable = parked.connections.iter();
         let evictable =
             evictable.filter(|(_, idle)| may_close(idle) && self.registry.age(idle.since) >= EVICT_AFTER);
-        let mut evictable: Vec<_> = evictable.map(|(&socket, idle)| (idle.since, socket)).collect();
+        let evictable = evictable.map(|(&socket, idle)| (idle.since, Some(socket)));
+        let mut evictable: Vec<_> = evictable.chain(others.iter().map(|since| (*since, None))).collect();
         if evictable.len() > count {
             evictable.select_nth_unstable(count);
             evictable.truncate(count);
         }
-        let unparked =
-            evictable.into_iter().filter_map(|(_, socket)| parked.connections.remove(&socket)).collect();
+        let sockets = evictable.into_iter().filter_map(|(_, socket)| socket);
+        let unparked = sockets.filter_map(|socket| parked.connections.remove(&socket)).collect();
         self.forget(&mut parked, unparked)
     }
 

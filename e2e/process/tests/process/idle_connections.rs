@@ -88,6 +88,49 @@ fn longest_idle_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
     });
 }
 
+/// Connections that cannot be handed over are not parked.
+#[test]
+fn idle_connections_that_are_not_parked_are_closed_when_there_is_no_slot_for_a_new_one() {
+    /// How many are closed at once.
+    const EVICTED: usize = 4;
+    let flags = ["--max-connections", "4", "--tls-handover", "no"];
+    let service = TlsService::start(app_binary(), &flags).expect("the service starts");
+    block_on(async {
+        let mut oldest = Vec::new();
+        for kind in Client::KINDS - EVICTED..Client::KINDS {
+            let mut client = Client::open(&service, kind).await;
+            client.is_answered().await;
+            oldest.push(client);
+        }
+        sleep(2 * PARKED).await;
+        let mut new = Client::open(&service, 0).await;
+        timeout(TEST_TIMEOUT, new.is_answered()).await.expect("there is room for it in time");
+        for client in oldest {
+            assert!(timeout(TEST_TIMEOUT, ends(client)).await.expect("the connection ends in time"));
+        }
+    });
+}
+
+/// The client has not acknowledged the settings of the service, so the connection is not parked.
+#[test]
+fn silent_http2_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
+    let service = TlsService::start(app_binary(), &["--max-connections", "4"]).expect("the service starts");
+    block_on(async {
+        let target = Target::Tcp(service.http);
+        let mut silent = Vec::new();
+        for _ in 0..4 {
+            let mut client = Connection::open(&target).await.expect("the service listens");
+            let hello = [PREFACE, &frame(SETTINGS, 0, 0, &[])].concat();
+            client.send(&hello).await.expect("the bytes are sent");
+            next_that(&mut client, |frame| frame.kind == SETTINGS).await;
+            silent.push(client);
+        }
+        let mut new = Client::open(&service, 0).await;
+        timeout(TEST_TIMEOUT, new.is_answered()).await.expect("there is room for it in time");
+        drop(silent);
+    });
+}
+
 /// The first connections are HTTP/1.1 and HTTP/2, each without TLS, with TLS 1.3 and with TLS 1.2.
 #[test]
 fn memory_pressure_closes_the_eighth_of_the_idle_connections_that_is_longest_idle() {
