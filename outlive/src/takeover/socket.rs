@@ -12,7 +12,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, anyhow};
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with};
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect as connect_to, listen, socket_with,
+};
 use tokio::net::UnixListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
@@ -149,9 +152,14 @@ fn connect() -> Result<OwnedFd> {
         )
         .map_err(Failure::config)?;
     let channel = new_socket().context("could not create a socket")?;
-    SocketAddrUnix::new(&path)
-        .and_then(|address| rustix::net::connect(&channel, &address))
-        .with_context(|| format!("no running service listens on {}", path.display()))
-        .map_err(Failure::unavailable)?;
+    // Otherwise `connect` would wait without end if the queue is full, because the running process is stopped or hangs.
+    rustix::io::ioctl_fionbio(&channel, true).context("could not set the socket non-blocking")?;
+    let connected = SocketAddrUnix::new(&path).and_then(|address| connect_to(&channel, &address));
+    let reason = match connected {
+        Err(Errno::AGAIN) => "the running service does not accept on",
+        _ => "no running service listens on",
+    };
+    connected.with_context(|| format!("{reason} {}", path.display())).map_err(Failure::unavailable)?;
+    rustix::io::ioctl_fionbio(&channel, false).context("could not set the socket blocking")?;
     Ok(channel)
 }

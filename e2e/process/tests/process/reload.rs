@@ -11,7 +11,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
-use rustix::net::{AddressFamily, RecvFlags, Shutdown, SocketFlags, SocketType, recv, shutdown, socketpair};
+use rustix::net::{
+    AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recv,
+    shutdown, socket_with, socketpair,
+};
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use tempfile::TempDir;
 use testkit::certificate::Certificate;
@@ -387,6 +390,27 @@ fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
     assert!(code == Some(69) && log.contains("no running service listens on"), "{code:?}: {log}");
     let (code, _, log) = run_to_end(&mut command(app_binary(), &["takeover"])).expect("the process ends");
     assert!(code == Some(78) && log.contains("RuntimeDirectory="), "{code:?}: {log}");
+}
+
+/// As after some reloads of a process that is stopped: it has accepted none of the commands before.
+#[test]
+fn takeover_fails_at_once_if_the_queue_of_the_running_service_is_full() {
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let address = SocketAddrUnix::new(folder.path().join("takeover")).expect("the path is short");
+    let new = || socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None);
+    let listener = new().expect("a socket is made");
+    bind(&listener, &address).expect("the path is bound");
+    listen(&listener, 0).expect("the socket listens");
+    let mut waiting = Vec::new();
+    loop {
+        let client = new().expect("a socket is made");
+        if connect(&client, &address).is_err() {
+            break;
+        }
+        waiting.push(client);
+    }
+    let (code, log) = reload(folder.path(), &folder.path().join("notify"), &[]);
+    assert!(code == Some(69) && log.contains("the running service does not accept on"), "{code:?}: {log}");
 }
 
 // ---- messages on the takeover socket ----
