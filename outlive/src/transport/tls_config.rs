@@ -2,7 +2,7 @@
 //! it needs only a C compiler to build, also for a static binary.
 
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use anyhow::{Context, anyhow, ensure};
 use ring::digest::SHA256_OUTPUT_LEN;
@@ -25,10 +25,6 @@ use crate::transport::server_certificates::ServerCertificates;
 use crate::transport::tickets::Tickets;
 use crate::transport::tls_files::{NamedText, TlsFiles, TlsTexts};
 use crate::transport::traffic_secret::FirstSecrets;
-
-/// How long changed files must stay the same before they are used. A program that writes a file in place may have written a
-/// part of it that is valid by itself, such as the first certificates of a chain or of the authorities.
-const WRITE_TIME: Duration = Duration::from_millis(200);
 
 /// The ALPN protocols (RFC 7301); HTTP/2 is preferred.
 pub const HTTP2: &[u8] = b"h2";
@@ -110,14 +106,14 @@ impl TlsMaterial {
     }
 
     /// Reads the files again. If they have changed, new handshakes use them, and the names and the expiry of the certificates
-    /// are returned. Changes nothing if one of them cannot be used, or if they still change. Takes [`WRITE_TIME`] if they have
-    /// changed.
-    pub fn renew(&mut self) -> anyhow::Result<Option<String>> {
+    /// are returned. Changes nothing if one of them cannot be used, or if they change again during `wait`: a program that writes
+    /// a file in place may have written a part of it that is valid by itself, such as the first certificates of a chain.
+    pub fn renew(&mut self, wait: impl FnOnce()) -> anyhow::Result<Option<String>> {
         let first = self.files.read()?.digest();
         if first == self.contents.digest {
             return Ok(None);
         }
-        std::thread::sleep(WRITE_TIME);
+        wait();
         let texts = self.files.read()?;
         if texts.digest() != first {
             return Ok(None);

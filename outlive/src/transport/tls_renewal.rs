@@ -3,6 +3,7 @@
 //! The files are read and compared at each interval, because they may be replaced in any way: in place, by a rename, or
 //! through a symbolic link to a folder. Files that cannot be used change nothing.
 
+use std::thread::sleep;
 use std::time::Duration;
 
 use tokio::task::spawn_blocking;
@@ -10,6 +11,9 @@ use tokio::time::{MissedTickBehavior, interval};
 use tracing::{error, info};
 
 use super::tls_config::TlsMaterial;
+
+/// How long changed files must stay the same before they are used. A program writes a file of this size in less time.
+const WRITE_TIME: Duration = Duration::from_millis(200);
 
 /// The result of one look at the files.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +72,7 @@ impl TlsRenewal {
     /// A failure is reported at its second occurrence, because the program that replaces a certificate and its key may have
     /// replaced only one of them yet.
     fn check(&mut self) -> Check {
-        let reason = match self.material.renew() {
+        let reason = match self.material.renew(|| sleep(WRITE_TIME)) {
             Ok(renewed) => {
                 self.failure = None;
                 return renewed.map_or(Check::NothingNew, Check::Renewed);
@@ -206,13 +210,10 @@ mod tests {
         let path = authority.certificate();
         let texts = [&other, &authority].map(|part| fs::read(part.certificate()).expect("it is readable"));
         fs::write(&path, &texts[0]).expect("the file is written");
-        let writing = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(100));
-            fs::write(path, texts.concat()).expect("the file is written");
-        });
-        assert_eq!(renewal.check(), Check::NothingNew);
+        let complete = || fs::write(&path, texts.concat()).expect("the file is written");
+        let renewed = renewal.material.renew(complete).expect("the files are valid");
+        assert_eq!(renewed, None);
         assert_eq!(strict.may_continue(Some(&client)), Ok(()));
-        writing.join().expect("no panic");
         assert!(matches!(renewal.check(), Check::Renewed(_)));
         assert_eq!(strict.may_continue(Some(&client)), Ok(()));
     }
