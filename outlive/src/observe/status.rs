@@ -1,10 +1,15 @@
 //! The status line of this process in `systemctl status` (`STATUS=`, sd_notify(3)).
 
+use std::borrow::Cow;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::observe::counted;
 use crate::os::lock::lock;
 use crate::registry::{Counts, Registry};
+
+/// The longest list of listeners in the line, in bytes. systemd limits the length of the line (`os/systemd.rs`), and the
+/// numbers that follow the list must be in it.
+const LISTENERS_LIMIT: usize = 1024;
 
 pub struct Status {
     registry: Arc<Registry>,
@@ -45,7 +50,7 @@ impl Status {
 
     pub fn line(&self) -> String {
         let Counts { connections, in_flight, answered } = self.registry.counts();
-        let listeners = &self.listeners;
+        let listeners = beginning(&self.listeners);
         let counts = format!("{connections} connections, {in_flight} in flight, {answered} answered");
         let state = self.state();
         let part = |part: &Option<String>| part.as_ref().map_or_else(String::new, |part| format!("; {part}"));
@@ -78,6 +83,16 @@ impl Status {
     }
 }
 
+/// The listeners that fit into the line, with dots in place of the others.
+fn beginning(listeners: &str) -> Cow<'_, str> {
+    let fits = &listeners[..listeners.floor_char_boundary(LISTENERS_LIMIT)];
+    if fits.len() == listeners.len() {
+        return listeners.into();
+    }
+    let whole = fits.rfind(' ').map_or(fits, |end| &fits[..end]);
+    format!("{whole} ...").into()
+}
+
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -86,6 +101,14 @@ mod tests {
 
     use super::*;
     use crate::registry::Limits;
+
+    #[test]
+    fn list_of_listeners_that_is_too_long_ends_after_a_whole_one() {
+        let listeners = |count| vec!["http(/run/a.sock)"; count].join(" ");
+        assert_eq!(beginning(&listeners(3)), listeners(3));
+        // Each but the first takes 18 bytes.
+        assert_eq!(beginning(&listeners(100)), format!("{} ...", listeners(56)));
+    }
 
     #[tokio::test]
     async fn old_processes_are_named_before_the_note_while_there_are_any() {

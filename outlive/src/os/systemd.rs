@@ -21,6 +21,10 @@ const BOUNDS: Bounds = Bounds { messages: 64, bytes: 64 << 10 };
 
 static OUTBOX: Outbox<Message> = Outbox::new(BOUNDS);
 
+/// The longest `STATUS=` in bytes. systemd ignores a message of more than 4096 bytes (`NOTIFY_BUFFER_MAX` in its sources),
+/// also its other lines such as `READY=1`.
+const STATUS_LIMIT: usize = 2048;
+
 /// The minimum time between two updates of `STATUS=`.
 pub const STATUS_INTERVAL: Duration = Duration::from_secs(1);
 /// How long to wait for the service manager to confirm that it has read the messages before a barrier.
@@ -44,17 +48,18 @@ pub fn started_this_process() -> bool {
 
 /// Reports that the service is ready (`READY=1`), at a start or at the end of a reload.
 pub fn ready(status: &str) {
-    send(&[NotifyState::Ready, NotifyState::Status(status)]);
+    send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);
 }
 
 /// Sets the line in `systemctl status` (`STATUS=`).
 pub fn status(status: &str) {
-    repeat(MessageKind::Status, &[NotifyState::Status(status)]);
+    repeat(MessageKind::Status, &[NotifyState::Status(&one_line(status))]);
 }
 
 /// Reports that a reload has begun (`RELOADING=1`).
 pub fn reloading(status: &str) {
-    let mut messages = vec![NotifyState::Reloading, NotifyState::Status(status)];
+    let status = one_line(status);
+    let mut messages = vec![NotifyState::Reloading, NotifyState::Status(&status)];
     messages.extend(NotifyState::monotonic_usec_now().ok());
     send(&messages);
 }
@@ -85,15 +90,21 @@ fn micros(time: Duration) -> u32 {
 
 /// Reports that the service stops (`STOPPING=1`).
 pub fn stopping(status: &str) {
-    send(&[NotifyState::Stopping, NotifyState::Status(status)]);
+    send(&[NotifyState::Stopping, NotifyState::Status(&one_line(status))]);
 }
 
 /// Extends the stop timeout to `more` time from now, in case `TimeoutStopSec=` is shorter than the drain.
 pub fn still_stopping(status: &str, more: Duration) {
     repeat(
         MessageKind::ExtendTimeout,
-        &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(status)],
+        &[NotifyState::ExtendTimeoutUsec(micros(more)), NotifyState::Status(&one_line(status))],
     );
+}
+
+/// `status` as one line of at most [`STATUS_LIMIT`] bytes. A message has one assignment in each line, and the reason of a
+/// reload that failed can have several lines, which systemd would take for further assignments.
+fn one_line(status: &str) -> String {
+    status[..status.floor_char_boundary(STATUS_LIMIT)].replace(char::is_control, " ")
 }
 
 /// Whether the unit has a file descriptor store; `None` if the service manager is too old to report it.
@@ -259,4 +270,17 @@ fn start_sender() -> io::Result<()> {
 /// Waits until all messages are sent, but no longer than `limit`.
 pub fn flush(limit: Duration) {
     OUTBOX.flush(limit);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn status_is_one_line_within_the_limit() {
+        assert_eq!(one_line("serving on http([::]:8080)"), "serving on http([::]:8080)");
+        assert_eq!(one_line("last reload failed: a\nSTOPPING=1\r\nb"), "last reload failed: a STOPPING=1  b");
+        assert_eq!(one_line(&"x".repeat(2 * STATUS_LIMIT)).len(), STATUS_LIMIT);
+        assert_eq!(one_line(&format!("x{}", "\u{e4}".repeat(STATUS_LIMIT))).len(), STATUS_LIMIT - 1);
+    }
 }

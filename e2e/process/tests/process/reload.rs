@@ -285,6 +285,14 @@ fn a_reload_of_the_highest_generation_succeeds() {
 }
 
 #[test]
+fn reason_of_several_lines_is_one_line_of_the_status() {
+    let (mut service, folder) = start(&[]);
+    send_message(&connect_takeover_socket(folder.path()), REFUSED, "one\nSTOPPING=1\ntwo");
+    let status = service.notifications.wait_for_status("last reload failed").expect("the reload has failed");
+    assert!(status.ends_with(": one STOPPING=1 two"), "{status}");
+}
+
+#[test]
 fn a_program_that_a_successor_starts_is_not_taken_for_a_successor() {
     for role in ["middle", "successor"] {
         let mut command = command(app_binary(), &["check", "--listen", "127.0.0.1:0"]);

@@ -20,6 +20,7 @@ use crate::{NAME, app_binary, app_package, tls12_target};
 
 on_each_systemd_and_unstable! {
     the_first_request_after_boot_starts_the_service
+    service_with_many_listeners_becomes_ready
     restarts_under_saturating_load_lose_no_request
     restarts_under_paced_load_lose_no_request
     restarts_under_paced_blind_load_lose_no_request
@@ -163,6 +164,17 @@ fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
     );
     // The first response can arrive before systemd has read the first status.
     container.wait_for_property("StatusText", |status| status.starts_with("serving on http([::]:8080): "));
+}
+
+/// systemd ignores a message of more than 4096 bytes, so that READY=1 would be lost with a longer status.
+fn service_with_many_listeners_becomes_ready(systemd: Systemd) {
+    let container = boot(systemd);
+    let path = format!("/run/{}", "x".repeat(60));
+    let lines: String = (0..80).map(|number| format!("ListenStream={path}{number}\n")).collect();
+    container.add_to_unit("socket", "many", &format!("[Socket]\n{lines}")).expect("the drop-in is written");
+    container.run(&["systemctl", "restart", &container.unit("socket")]).expect("the restart succeeds");
+    container.systemctl("start").expect("the start succeeds");
+    container.wait_for_property("StatusText", |status| status.contains(" ...: 0 connections, 0 in flight"));
 }
 
 /// The generation of the process that answers on this connection.
