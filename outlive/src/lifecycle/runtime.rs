@@ -1,16 +1,18 @@
 //! [`Runtime`], the tokio runtime of a process.
 
 use std::ffi::OsStr;
+use std::panic::catch_unwind;
 
 use anyhow::{Context, ensure};
 use futures_util::FutureExt;
 
+use crate::app::tasks::panic_message;
 use crate::os::exit::{Failure, Result};
 
 /// The environment variable with the number of tokio's worker threads; the default is one for each CPU.
 const WORKER_THREADS: &str = "TOKIO_WORKER_THREADS";
 /// The largest number of worker threads that is accepted. tokio panics if the kernel refuses to start a thread, for example
-/// because of `TasksMax=`.
+/// because of `TasksMax=`; the panic becomes an error, but the threads that have started wait for the end of the process.
 const MAX_WORKER_THREADS: usize = 1024;
 
 /// The tokio runtime. Its drop does not wait for tasks that still run, because [`Serving::stop`] has already given them
@@ -24,7 +26,9 @@ impl Runtime {
         if let Some(count) = std::env::var_os(WORKER_THREADS) {
             check_worker_threads(&count).map_err(Failure::config)?;
         }
-        Ok(Self(Some(tokio::runtime::Runtime::new().context("could not start the runtime")?)))
+        let runtime = catch_unwind(tokio::runtime::Runtime::new);
+        let runtime = runtime.map_err(|panic| panic_message(&*panic)).and_then(|runtime| Ok(runtime?));
+        Ok(Self(Some(runtime.context("could not start the runtime").map_err(Failure::unavailable)?)))
     }
 
     pub fn block_on<T>(&self, future: impl Future<Output = T>) -> T {

@@ -8,9 +8,11 @@ mod client;
 mod settings;
 mod traceparent;
 
+use std::panic::AssertUnwindSafe;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use hyper::{HeaderMap, StatusCode, Version};
 use opentelemetry::trace::{SpanKind, Status, TraceContextExt, Tracer, TracerProvider};
 use opentelemetry::{Context, ContextGuard, KeyValue};
@@ -145,10 +147,12 @@ async fn export(
         };
         if !batch.is_empty() {
             let spans = batch.len();
-            let sent = timeout(settings.timeout, exporter.export(std::mem::take(&mut batch))).await;
-            let reason = match sent {
-                Ok(Ok(())) => None,
-                Ok(Err(error)) => Some(client.take_failure().unwrap_or_else(|| error.to_string())),
+            let sent = AssertUnwindSafe(exporter.export(std::mem::take(&mut batch))).catch_unwind();
+            let reason = match timeout(settings.timeout, sent).await {
+                Ok(Ok(Ok(()))) => None,
+                Ok(Ok(Err(error))) => Some(client.take_failure().unwrap_or_else(|| error.to_string())),
+                // tokio panics if it can start no thread that looks up the name of the collector. The next batch may succeed.
+                Ok(Err(_)) => Some("panicked".to_owned()),
                 Err(_) => {
                     Some(format!("no response within {}", humantime::format_duration(settings.timeout)))
                 }

@@ -26,6 +26,7 @@ use super::process_handle::ProcessHandle;
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES, OUTCOME_LIMIT,
 };
+use crate::os::task;
 use crate::registry::Protocols;
 
 /// The environment variable that gives a process its [`Role`].
@@ -104,8 +105,12 @@ impl Program {
     /// [`ADOPTS_TLS12`]. A file that is not an ELF binary, or cannot be read, counts as a release that adopts all of them.
     pub async fn adopts(&self) -> Protocols {
         let path = self.path.clone();
-        let adopts = tokio::task::spawn_blocking(move || adopts(&path).unwrap_or(Protocols::ALL)).await;
-        adopts.unwrap_or(Protocols::ALL)
+        let found = match task::on_thread(move || adopts(&path)) {
+            Ok(found) => found.await.unwrap_or(Ok(Protocols::ALL)),
+            // Without a thread this one waits for the file, because the drain cannot begin before.
+            Err(_) => adopts(&self.path),
+        };
+        found.unwrap_or(Protocols::ALL)
     }
 
     fn command(&self, role: &str) -> Command {

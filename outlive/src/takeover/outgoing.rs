@@ -8,6 +8,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -28,7 +29,7 @@ use crate::observe::log::message_id;
 use crate::observe::status::{ManagerRole, Status};
 use crate::os::credentials::Credentials;
 use crate::os::signals::{SignalRequest, Signals};
-use crate::os::systemd;
+use crate::os::{systemd, task};
 use crate::registry::Protocols;
 
 /// Why a reload is refused while another one is in progress.
@@ -154,14 +155,16 @@ async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<
     }
 }
 
+const NO_THREAD: &str = "could not start a thread for the reload; raise TasksMax= or LimitNPROC=";
+
 /// Prepares a successor that this process starts itself.
 async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> {
     let (ours, theirs) = pair().context("could not create a channel for the successor")?;
     let channel = Channel::new(ours)?;
     let program = bundle.program.clone();
     let limit = bundle.limit;
-    let launched = tokio::task::spawn_blocking(move || program.launch(theirs, limit)).await??;
-    let outcome = tokio::task::spawn_blocking(move || launched.outcome(limit));
+    let launched = task::on_thread(move || program.launch(theirs, limit)).context(NO_THREAD)?.await??;
+    let outcome = task::on_thread(move || launched.outcome(limit)).context(NO_THREAD)?;
     let reason = match timeout(limit, prepare(bundle, &channel, Parent::ServiceManager)).await {
         Ok(Ok((process, adopts))) => return Ok(PreparedSuccessor { channel, process, adopts }),
         Ok(Err(reason)) => reason,
@@ -301,11 +304,18 @@ impl PreparedSuccessor {
         if let Err(reason) = answer {
             // Killed before its channel is closed, because the successor would take a closed channel for the exit of
             // this process, and would serve beside it.
-            let killed = tokio::task::spawn_blocking(move || {
-                let Self { channel, process, .. } = self;
-                process.kill().map(|()| drop(channel))
+            let process = Arc::new(self.process);
+            let killed = task::on_thread({
+                let process = process.clone();
+                move || process.kill()
             });
-            if let Err(error) = killed.await.map_err(anyhow::Error::from).flatten() {
+            let killed = match killed {
+                Ok(killed) => killed.await.map_err(anyhow::Error::from).flatten(),
+                // Without a thread this one waits, because nothing else may happen before the successor is dead.
+                Err(_) => process.kill(),
+            };
+            drop(self.channel);
+            if let Err(error) = killed {
                 error!("could not end the failed successor, so two processes may be serving: {error:#}");
             }
             return Err(reason);

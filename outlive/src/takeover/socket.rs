@@ -25,6 +25,7 @@ use super::STOPPED_DURING_RELOAD;
 use super::launch::Program;
 use crate::handover::{Channel, MessageType, Origin, send_frames};
 use crate::os::exit::{Failure, Result};
+use crate::os::task;
 
 const NAME: &str = "takeover";
 /// How long after the successor has failed the takeover command waits for a stop signal. `systemctl stop` sends SIGTERM
@@ -104,7 +105,9 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
     let runtime = runtime.context("could not start the runtime")?;
     let result = runtime.block_on(async {
         let mut stop = signal(SignalKind::terminate()).context("could not watch for signals")?;
-        let reload = tokio::task::spawn_blocking(move || reload(&program, limit));
+        let reload = task::on_thread(move || reload(&program, limit))
+            .context("could not start a thread; raise TasksMax= or LimitNPROC=")
+            .map_err(Failure::unavailable)?;
         let failed = tokio::select! {
             biased;
             _ = stop.recv() => None,

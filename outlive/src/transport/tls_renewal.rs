@@ -3,14 +3,16 @@
 //! The files are read and compared at each interval, because they may be replaced in any way: in place, by a rename, or
 //! through a symbolic link to a folder. Files that cannot be used change nothing.
 
+use std::sync::{Arc, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
-use tokio::task::spawn_blocking;
 use tokio::time::{MissedTickBehavior, interval};
-use tracing::{error, info};
+use tracing::{error, info, warn};
 
 use super::tls_config::TlsMaterial;
+use crate::os::lock::lock;
+use crate::os::task;
 
 /// How long changed files must stay the same before they are used. A program writes a file of this size in less time.
 const WRITE_TIME: Duration = Duration::from_millis(200);
@@ -43,19 +45,25 @@ impl TlsRenewal {
     }
 
     /// Looks at the files once in each `period`, until the process ends.
-    pub async fn run(mut self, period: Duration) {
+    pub async fn run(self, period: Duration) {
+        let renewal = Arc::new(Mutex::new(self));
         let mut clock = interval(period);
         clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             clock.tick().await;
             // A file system can be slow.
-            let looked = spawn_blocking(move || {
-                let result = self.check();
-                (self, result)
+            let looked = task::on_thread({
+                let renewal = renewal.clone();
+                move || lock(&renewal).check()
             });
-            let Ok((renewal, result)) = looked.await else { return };
-            self = renewal;
-            match result {
+            let looked = match looked {
+                Ok(looked) => looked.await.unwrap_or(Check::NothingNew),
+                Err(error) => {
+                    warn!(%error, "could not start a thread to look at the certificate files; retrying");
+                    continue;
+                }
+            };
+            match looked {
                 Check::NothingNew => {}
                 Check::Renewed(certificates) => {
                     info!("certificate files have changed; new TLS handshakes use {certificates}");

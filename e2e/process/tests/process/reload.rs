@@ -292,6 +292,33 @@ fn reason_of_several_lines_is_one_line_of_the_status() {
     assert!(status.ends_with(": one STOPPING=1 two"), "{status}");
 }
 
+/// Limits the memory of `process` to what it has, so that the kernel refuses to start a thread. Unlike a limit of threads
+/// this also works for root.
+pub fn forbid_threads(process: &Process) {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid().as_raw_nonzero()));
+    let status = status.expect("the process runs");
+    let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")?.trim().strip_suffix(" kB"));
+    let kilobytes: u64 = size.and_then(|size| size.parse().ok()).expect("the size is a number");
+    // The stack of a thread takes 2 MiB.
+    let limit = Some((kilobytes + 1024) * 1024);
+    let limit = Rlimit { current: limit, maximum: limit };
+    prlimit(Some(process.pid()), Resource::As, limit).expect("the limit is set");
+}
+
+#[test]
+fn process_that_may_start_no_thread_serves_on_after_a_sighup() {
+    let (mut service, _folder) = start(&[]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        let before = process_on(&mut connection).await;
+        forbid_threads(service.process());
+        service.signal(Signal::HUP);
+        let status = service.notifications.wait_for_status("last reload failed").expect("the reload fails");
+        assert!(status.contains("could not start a thread"), "{status}");
+        assert_eq!(process_on(&mut connection).await, before);
+    });
+}
+
 #[test]
 fn a_program_that_a_successor_starts_is_not_taken_for_a_successor() {
     for role in ["middle", "successor"] {

@@ -18,7 +18,7 @@ use testkit::tls_service::TlsService;
 use testkit::{TEST_TIMEOUT, block_on};
 
 use crate::app_binary;
-use crate::reload::limit_files;
+use crate::reload::{forbid_threads, limit_files};
 
 fn start() -> Service {
     Service::start_with_store(app_binary(), &[]).expect("the service starts")
@@ -47,6 +47,18 @@ fn an_idle_connection_survives_restarts() {
             assert_eq!(generation(&mut connection).await, format!("generation {number}"));
             service = restart(service);
         }
+    });
+}
+
+#[test]
+fn a_connection_survives_a_restart_of_a_process_that_may_start_no_thread() {
+    let mut service = start();
+    block_on(async {
+        let mut connection = service.connect().await;
+        assert_eq!(generation(&mut connection).await, "generation 1");
+        forbid_threads(service.process());
+        let _next = restart(service);
+        assert_eq!(generation(&mut connection).await, "generation 2");
     });
 }
 

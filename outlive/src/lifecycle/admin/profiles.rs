@@ -7,8 +7,9 @@ use axum::body::Body;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use tokio::task::spawn_blocking;
 use tracing::error;
+
+use crate::os::task;
 
 /// The routes of the features that are on.
 pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
@@ -24,7 +25,10 @@ pub fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
 async fn in_background<T: Send + 'static>(
     work: impl FnOnce() -> anyhow::Result<T> + Send + 'static,
 ) -> anyhow::Result<T> {
-    let result = spawn_blocking(work).await.map_err(Into::into).flatten();
+    let result = match task::on_thread(work) {
+        Ok(result) => result.await.map_err(Into::into).flatten(),
+        Err(error) => Err(error.into()),
+    };
     result.inspect_err(|error| error!("could not take a profile: {error:#}"))
 }
 
