@@ -87,6 +87,9 @@ impl Serving {
                 Event::Signal(SignalRequest::Reload) if std::process::id() == 1 => {
                     error!("SIGHUP ignored: {PID_1}");
                 }
+                Event::Signal(SignalRequest::Reload) if systemd::ignores_this_process() => {
+                    error!("SIGHUP ignored: {}", systemd::SET_NOTIFY_ACCESS);
+                }
                 Event::Signal(SignalRequest::Reload) => reloads.spawn_successor(),
                 Event::TaskFailed(reason) => {
                     error!("{reason}");

@@ -46,6 +46,16 @@ pub fn started_this_process() -> bool {
     is_reachable() || (is_set("INVOCATION_ID") && !is_parent_only)
 }
 
+/// Whether systemd started this process, but accepts no messages from it. A reload would then end the service: systemd does
+/// not learn that the successor is the main process, or ends it because it cannot send `WATCHDOG=1`.
+pub fn ignores_this_process() -> bool {
+    started_this_process() && !is_reachable()
+}
+
+/// What a person has to do if [`ignores_this_process`] is true.
+pub const SET_NOTIFY_ACCESS: &str = "systemd accepts no messages from this process: set Type=notify and \
+                                     NotifyAccess=exec in the unit, and restart the service";
+
 /// Reports that the service is ready (`READY=1`), at a start or at the end of a reload.
 pub fn ready(status: &str) {
     send(&[NotifyState::Ready, NotifyState::Status(&one_line(status))]);

@@ -25,7 +25,7 @@ use super::STOPPED_DURING_RELOAD;
 use super::launch::Program;
 use crate::handover::{Channel, MessageType, Origin, send_frames};
 use crate::os::exit::{Failure, Result};
-use crate::os::task;
+use crate::os::{systemd, task};
 
 const NAME: &str = "takeover";
 /// How long after the successor has failed the takeover command waits for a stop signal. `systemctl stop` sends SIGTERM
@@ -101,6 +101,10 @@ impl TakeoverSocket {
 /// The command `takeover`, which `ExecReload=` runs: starts a successor of the running service, and waits until it has
 /// taken over. `limit` is `--takeover-timeout`. Fails, with the reason, if the running process keeps serving.
 pub fn command(program: Program, limit: Duration) -> Result<()> {
+    if systemd::ignores_this_process() {
+        give_up(systemd::SET_NOTIFY_ACCESS);
+        return Err(Failure::config(anyhow!("reload failed: {}", systemd::SET_NOTIFY_ACCESS)));
+    }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("could not start the runtime")?;
     let result = runtime.block_on(async {

@@ -44,6 +44,7 @@ on_each_systemd_and_unstable! {
     handover_is_logged_by_both_processes
     reload_applies_the_new_binary_environment_and_options
     failed_reload_keeps_the_old_process_and_loses_no_request
+    reload_whose_successor_could_send_no_messages_is_refused
     stop_after_reloads_finishes_the_request_in_flight
     restart_during_the_drain_of_a_reload_finishes_the_request_in_flight
     stop_during_a_reload_finishes_the_request_in_flight
@@ -725,6 +726,42 @@ fn failed_reload_keeps_the_old_process_and_loses_no_request(systemd: Systemd) {
     let report = running.stop();
     eprintln!("5 failed reloads and a good one: {report}");
     assert_eq!((report.lost(), report.connections), (0, report.clients), "{report}");
+}
+
+/// systemd would kill such a successor, because it sends no WATCHDOG=1, or together with the old process.
+fn reload_whose_successor_could_send_no_messages_is_refused(systemd: Systemd) {
+    let container = boot(systemd);
+    for (lines, signal_reloads) in [
+        ("NotifyAccess=main", true),
+        ("Type=simple\nNotifyAccess=none\nWatchdogSec=0\nFileDescriptorStoreMax=0", false),
+    ] {
+        container
+            .add_to_unit("service", "access", &format!("[Service]\n{lines}\n"))
+            .expect("the drop-in is written");
+        container.systemctl("restart").expect("the restart succeeds");
+        container.ask("/");
+        let pid = container.show("MainPID").expect("systemctl show succeeds");
+        container.systemctl("reload").expect_err("the reload is refused");
+        let service = container.unit("service");
+        let logged = |line: &str| {
+            let entries = container.journal(&["-u", &service]).expect("journalctl succeeds");
+            entries.iter().any(|entry| text(entry, "MESSAGE").starts_with(line))
+        };
+        wait_until("the reason is logged", || {
+            logged("reload failed: systemd accepts no messages from this process: set Type=notify")
+        });
+        assert!(container.ask("/").starts_with(&format!("pid {pid}, ")), "another process answers: {lines}");
+        container
+            .run(&["systemctl", "kill", "--kill-whom=main", "--signal=HUP", &service])
+            .expect("the signal is sent");
+        if signal_reloads {
+            // The successor inherits NOTIFY_SOCKET from the main process.
+            container.wait_for_property("MainPID", |main| main != pid);
+        } else {
+            wait_until("the signal is ignored", || logged("SIGHUP ignored: systemd accepts no messages"));
+            assert_eq!(container.show("MainPID").expect("systemctl show succeeds"), pid);
+        }
+    }
 }
 
 /// A connection with a request that is in flight until it is released.
