@@ -265,12 +265,12 @@ impl Launched {
 pub struct ResultPipe(File);
 
 impl ResultPipe {
-    /// Takes the pipe from standard output, and puts `/dev/null` in its place, so that nothing else in the process
-    /// writes to the pipe.
+    /// Takes the pipe from standard output, and puts standard error in its place, so that nothing else in the process
+    /// writes to the pipe, and what the application prints is not lost. The standard output of the predecessor is not
+    /// available. In a unit, both usually are the journal.
     pub(super) fn claim_stdout() -> io::Result<Self> {
         let outcome = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
-        let null = File::options().write(true).open("/dev/null")?;
-        rustix::stdio::dup2_stdout(&null)?;
+        rustix::stdio::dup2_stdout(io::stderr())?;
         Ok(Self(outcome.into()))
     }
 

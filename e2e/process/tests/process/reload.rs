@@ -285,6 +285,20 @@ fn a_reload_of_the_highest_generation_succeeds() {
 }
 
 #[test]
+fn what_a_successor_prints_goes_to_standard_error() {
+    let (service, folder) = start(&[]);
+    block_on(async {
+        let mut connection = service.connect().await;
+        let (code, log) = reload(folder.path(), &service.notifications.path(), &[]);
+        assert_eq!(code, Some(0), "{log}");
+        let pid = pid_of_generation(&mut connection, 2).await;
+        let file = |fd: u32| std::fs::read_link(format!("/proc/{pid}/fd/{fd}")).expect("the process runs");
+        assert_eq!(file(1), file(2));
+        end(pid);
+    });
+}
+
+#[test]
 fn reason_of_several_lines_is_one_line_of_the_status() {
     let (mut service, folder) = start(&[]);
     send_message(&connect_takeover_socket(folder.path()), REFUSED, "one\nSTOPPING=1\ntwo");
