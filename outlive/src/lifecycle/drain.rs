@@ -308,7 +308,7 @@ impl<'a> Drain<'a> {
                     }
                     connection = queue.next() => Some(connection),
                     () = registry.wait_until(|| registry.is_drained()) => queue.take(),
-                    () = async { limit.passes().await; sleep_until(ends_after).await } => queue.take(),
+                    () = async { limit.passes_beside(route.closed()).await; sleep_until(ends_after).await } => queue.take(),
                     // Connections that cannot move have begun further requests. From now on none may begin, because
                     // the drain has to end within twice the limit.
                     () = sleep_until(first_deadline), if registry.phase() == Phase::Quiescing => {

@@ -1,6 +1,8 @@
 //! Crashes on real systemds: a connection that was parked when its process was killed stays open, and the next process
 //! answers its next request.
 
+use std::time::{Duration, Instant};
+
 use futures_util::future::join_all;
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Http2, Target, get};
@@ -17,6 +19,7 @@ const CRASHES: usize = 3;
 on_each_systemd! {
     crash_closes_no_parked_connection
     connection_that_is_served_during_a_crash_is_closed
+    crash_soon_after_a_reload_does_not_wait_for_the_requests_of_the_old_process
 }
 
 enum Client {
@@ -117,5 +120,23 @@ fn connection_that_is_served_during_a_crash_is_closed(systemd: Systemd) {
         container.wait_for_property("StatusText", |status| status.contains("1 in flight"));
         crash(&container, 1);
         assert_eq!(connection.read_more().await.unwrap_or(0), 0, "the connection is closed");
+    });
+}
+
+/// systemd starts the service again only when the old process of the reload has exited too.
+fn crash_soon_after_a_reload_does_not_wait_for_the_requests_of_the_old_process(systemd: Systemd) {
+    // Half of the drain limit, within which the old process serves its requests.
+    const SOON: Duration = Duration::from_secs(15);
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.inside(async || {
+        let mut held = Connection::open(&Container::target()).await.expect("the port is open");
+        held.hold().await.expect("the request is in flight");
+        container.systemctl("reload").expect("the reload succeeds");
+        let begun = Instant::now();
+        crash(&container, 1);
+        assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
+        let mut next = Connection::open(&Container::target()).await.expect("the port is open");
+        assert_eq!(next.ask(&get("/")).await.expect("the request is answered").status, 200);
+        held.release().await.expect_err("the request of the old process is cut off");
     });
 }

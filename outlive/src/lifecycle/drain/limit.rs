@@ -55,6 +55,8 @@ pub(super) struct Limit<'a> {
     pub(super) is_main: bool,
     /// The number of further stop signals that end the drain.
     pub(super) signals_left: u32,
+    /// False once the successor has exited.
+    has_successor: bool,
     /// The reason for which the drain was ended, if it was.
     pub(super) passed: Option<EndReason>,
 }
@@ -63,7 +65,17 @@ impl<'a> Limit<'a> {
     pub(super) fn new(registry: &'a Registry, signals: &'a mut Signals, length: Duration) -> Self {
         let begun = Instant::now();
         let report = interval(systemd::STATUS_INTERVAL);
-        Self { registry, signals, length, begun, report, is_main: true, signals_left: 1, passed: None }
+        Self {
+            registry,
+            signals,
+            length,
+            begun,
+            report,
+            is_main: true,
+            signals_left: 1,
+            has_successor: true,
+            passed: None,
+        }
     }
 
     pub(super) fn elapsed(&self) -> Duration {
@@ -89,6 +101,29 @@ impl<'a> Limit<'a> {
         }
     }
 
+    /// As [`Limit::passes`], for a drain with a successor. `exit` resolves when it has exited.
+    ///
+    /// If the successor has crashed, systemd sends a stop signal to this process, and starts the service again only when this
+    /// process has exited too. So the first stop signal ends the drain, also if it has arrived before.
+    pub(super) async fn passes_beside(&mut self, exit: impl Future<Output = ()>) {
+        tokio::pin!(exit);
+        while self.passed.is_none() {
+            tokio::select! {
+                () = self.passes() => {}
+                () = &mut exit, if self.has_successor => {
+                    self.has_successor = false;
+                    self.signals_left = self.signals_left.saturating_sub(1);
+                    self.passed = (self.signals_left == 0).then(|| self.reason_of_signal());
+                }
+            }
+        }
+    }
+
+    /// The reason of a drain that a stop signal ends.
+    fn reason_of_signal(&self) -> EndReason {
+        if self.has_successor { EndReason::SecondSignal } else { EndReason::SuccessorExited }
+    }
+
     /// Waits until the limit has passed for all requests in flight, or stop signals have ended the drain.
     pub(super) async fn passes(&mut self) {
         while self.passed.is_none() {
@@ -97,7 +132,7 @@ impl<'a> Limit<'a> {
                 () = self.signals.terminated() => {
                     self.signals_left -= 1;
                     if self.signals_left == 0 {
-                        self.passed = Some(EndReason::SecondSignal);
+                        self.passed = Some(self.reason_of_signal());
                     }
                 }
                 _ = self.report.tick(), if self.is_main => {

@@ -242,6 +242,11 @@ impl Route {
         }
     }
 
+    /// Waits until the other end is closed.
+    pub(super) async fn closed(&self) {
+        while let Ok(Some(_)) = self.message().await {}
+    }
+
     /// Sends connections, and removes them from `unsent`. An error if no process can adopt the others.
     pub(super) async fn send(
         &self,
