@@ -253,9 +253,8 @@ impl Server {
     }
 
     /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
-    /// `predecessor_gone`: the predecessor has handed its connections over, so its own backup is empty.
+    /// `predecessor_gone`: the predecessor stores nothing any more. Its own backup is empty from the beginning of its drain on.
     pub async fn back_up(self, generation: u64, predecessor_gone: CancellationToken) {
-        predecessor_gone.cancelled().await;
         match has_store().await {
             Ok(true) => {}
             Ok(false) => return,
@@ -263,7 +262,11 @@ impl Server {
                 return warn!(%error, "could not find out whether systemd stores file descriptors; until the next restart, a crash closes idle connections too");
             }
         }
-        self.overflow.clear_store();
+        // While the predecessor drains, this call could remove a channel that it has stored.
+        let mut is_cleared = predecessor_gone.is_cancelled();
+        if is_cleared {
+            self.overflow.clear_store();
+        }
         // The kernel limits the descriptors in flight of a user to this number (ETOOMANYREFS in unix(7)).
         let limit = rlimit::limit().saturating_sub(BACKUP_RESERVE);
         match Backup::new(generation, usize::try_from(limit).unwrap_or(usize::MAX)) {
@@ -275,7 +278,15 @@ impl Server {
         self.store_backup();
         let mut clock = interval(BACKUP_INTERVAL);
         while self.registry.phase() == Phase::Serving {
-            clock.tick().await;
+            tokio::select! {
+                _ = clock.tick() => {}
+                () = predecessor_gone.cancelled(), if !is_cleared => {
+                    is_cleared = true;
+                    self.overflow.clear_store();
+                    self.store_backup();
+                    continue;
+                }
+            }
             loop {
                 match self.parked.back_up() {
                     Ok(true) => tokio::task::yield_now().await,

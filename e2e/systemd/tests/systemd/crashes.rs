@@ -20,6 +20,7 @@ on_each_systemd! {
     crash_closes_no_parked_connection
     connection_that_is_served_during_a_crash_is_closed
     crash_soon_after_a_reload_does_not_wait_for_the_requests_of_the_old_process
+    crash_during_the_drain_of_a_reload_closes_no_parked_connection
 }
 
 enum Client {
@@ -137,6 +138,23 @@ fn crash_soon_after_a_reload_does_not_wait_for_the_requests_of_the_old_process(s
         assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
         let mut next = Connection::open(&Container::target()).await.expect("the port is open");
         assert_eq!(next.ask(&get("/")).await.expect("the request is answered").status, 200);
+        held.release().await.expect_err("the request of the old process is cut off");
+    });
+}
+
+/// A new release may crash while the old process still serves its last requests.
+fn crash_during_the_drain_of_a_reload_closes_no_parked_connection(systemd: Systemd) {
+    let container = Container::boot(systemd, app_package()).expect("the container boots");
+    container.start_socket("admin").expect("the socket unit starts");
+    container.inside(async || {
+        let mut idle = Client::open(&Container::target(), false).await;
+        idle.pid().await;
+        let mut held = Connection::open(&Container::target()).await.expect("the port is open");
+        held.hold().await.expect("the request is in flight");
+        container.systemctl("reload").expect("the reload succeeds");
+        until_backed_up(&container, 1);
+        let main = crash(&container, 1);
+        assert_eq!(idle.pid().await, main);
         held.release().await.expect_err("the request of the old process is cut off");
     });
 }
