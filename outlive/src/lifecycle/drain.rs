@@ -25,7 +25,8 @@ use tracing::{info, warn};
 use crate::app::tasks::Running;
 use crate::connection::Connection;
 use crate::handover::{
-    Channel, FdStore, MAX_SOCKETS, MessageType, Origin, SMALL_FRAME, pack, pack_channel, pack_tickets,
+    Channel, FdStore, MAX_SOCKETS, MessageType, Origin, SMALL_FRAME, STORE_NAME, pack, pack_channel,
+    pack_tickets,
 };
 use crate::lifecycle::config::TimeLimit;
 use crate::lifecycle::stop::TASKS_MINIMUM;
@@ -118,7 +119,7 @@ impl<'a> Drain<'a> {
         }
         // The connections that wait for file descriptors stay in the store, where the next process finds them. This
         // process must not take any of them from now on.
-        drop(self.server.overflow().hand_over());
+        let waiting = self.server.overflow().hand_over();
         self.begin();
         // systemd sends SIGTERM to all processes of the service, and once more to those that are left when the main process
         // has exited, which would cut them off. So this process waits for them, as it waits for its own requests.
@@ -131,7 +132,7 @@ impl<'a> Drain<'a> {
         };
         // A port that this process bound itself closes with it. Its clients could not reconnect to a next process at
         // once, so its connections are told to close.
-        let store = if self.server.owns_ports() { None } else { FdStore::open().await };
+        let store = if self.server.owns_ports() { None } else { self.open_store(waiting.len()).await };
         self.server.registry().limit_handover(next_adopts);
         let drained = async {
             if let Some(store) = &store {
@@ -156,6 +157,27 @@ impl<'a> Drain<'a> {
             store.put_totals(Origin::now(self.generation));
         }
         self.limit.remaining()
+    }
+
+    /// Opens a channel to systemd's store, which has `waiting` other channels of this process besides the backup.
+    ///
+    /// The backup ends if the store has no room beside it, as with `FileDescriptorStoreMax=1`, or if it uses up the
+    /// descriptors that the user of this process may have in flight (unix(7)). Otherwise all connections would be closed.
+    async fn open_store(&self, waiting: usize) -> Option<FdStore> {
+        // systemd may close a descriptor that it does not keep some time after the barrier, so a known size is compared.
+        let has_room = systemd::store_size().is_none_or(|size| size > waiting + 1);
+        if has_room {
+            let opened = FdStore::open().await;
+            if opened.is_some() || !self.server.end_backup() {
+                return opened;
+            }
+        } else {
+            self.server.end_backup();
+        }
+        if waiting == 0 {
+            systemd::unstore(STORE_NAME);
+        }
+        FdStore::open().await
     }
 
     /// Puts all connections that can move into `store`, and returns their number.

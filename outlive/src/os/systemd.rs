@@ -131,6 +131,11 @@ pub fn has_store() -> Option<bool> {
     }
 }
 
+/// How many descriptors the store of the unit can hold (`FileDescriptorStoreMax=`), if systemd has announced it.
+pub fn store_size() -> Option<usize> {
+    std::env::var("FDSTORE").ok()?.parse().ok()
+}
+
 /// Stores `fd` for the next process (`FDSTORE=1`). With `FDPOLL=0`, because systemd would otherwise remove a descriptor
 /// that polls HUP, as one end of a socket pair does when the process with the other end has exited.
 pub fn store(name: &str, fd: BorrowedFd<'_>) -> io::Result<()> {

@@ -307,6 +307,11 @@ impl Server {
         }
     }
 
+    /// Makes the duplicates of the parked connections invalid, and closes them. Returns whether there was a backup.
+    pub fn end_backup(&self) -> bool {
+        self.parked.end_backup()
+    }
+
     fn slots(&self, endpoint: &Endpoint) -> &Arc<Semaphore> {
         match endpoint.kind {
             EndpointKind::Http | EndpointKind::Https(_) | EndpointKind::Socket(_) => &self.slots,

@@ -92,6 +92,21 @@ impl Parked {
         self.backed_up = count;
         metrics::BACKED_UP.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
+
+    /// Makes all duplicates stale, and closes them.
+    fn end_backup(&mut self) {
+        let Some(backup) = self.backup.take() else { return };
+        self.count_backed_up(0);
+        for idle in self.connections.values_mut() {
+            idle.backup = None;
+        }
+        if let Err(error) = backup.end() {
+            warn!(%error, "could not make the duplicates of parked connections invalid, so closed these connections; their clients have to reconnect");
+            for idle in self.connections.values() {
+                let _ = shutdown(&idle.connection.socket, Shutdown::Both);
+            }
+        }
+    }
 }
 
 impl ParkedSockets for Parked {
@@ -269,6 +284,14 @@ impl ParkedConnections {
         lock(&self.parked).backup = Some(backup);
     }
 
+    /// Makes all duplicates invalid, and closes them. Returns whether there was a backup.
+    pub fn end_backup(&self) -> bool {
+        let mut parked = lock(&self.parked);
+        let had_backup = parked.backup.is_some();
+        parked.end_backup();
+        had_backup
+    }
+
     /// Stores the backup with systemd again.
     pub fn store_backup(&self) -> io::Result<()> {
         lock(&self.parked).backup.as_ref().map_or(Ok(()), Backup::store)
@@ -331,15 +354,8 @@ impl ParkedConnections {
         let mut parked = lock(&self.parked);
         self.registry.set_parked(0);
         // Its duplicates become stale first, so that no connection is continued twice.
-        let Parked { connections, backup, .. } = std::mem::take(&mut *parked);
-        parked.count_backed_up(0);
-        if let Some(Err(error)) = backup.map(Backup::end) {
-            warn!(%error, "could not make the duplicates of parked connections invalid, so closed these connections; their clients have to reconnect");
-            for idle in connections.values() {
-                let _ = shutdown(&idle.connection.socket, Shutdown::Both);
-            }
-        }
-        connections.into_values().map(|idle| idle.connection).collect()
+        parked.end_backup();
+        std::mem::take(&mut parked.connections).into_values().map(|idle| idle.connection).collect()
     }
 }
 

@@ -37,6 +37,7 @@ on_each_systemd_and_unstable! {
     lines_of_json_reach_the_journal_whole_and_with_their_priority
     installed_units_pass_systemd_analyze
     ten_thousand_idle_connections_survive_a_restart
+    restart_with_room_for_one_descriptor_in_the_store_keeps_connections
     stored_connections_survive_five_failed_starts
     fifty_restarts_leak_no_descriptors_or_memory
     stop_closes_idle_connections
@@ -515,6 +516,23 @@ fn ten_thousand_idle_connections_survive_a_restart(systemd: Systemd) {
     eprintln!("a restart: {without:?} with no connection, {with:?} with 10,000 idle ones");
     until_only_the_backup_is_stored(&container);
     assert!(with < without * 4, "{with:?} is more than four times {without:?}");
+}
+
+/// The backup takes the only place until the restart.
+fn restart_with_room_for_one_descriptor_in_the_store_keeps_connections(systemd: Systemd) {
+    let container = boot(systemd);
+    container
+        .add_to_unit("service", "store", "[Service]\nFileDescriptorStoreMax=1\n")
+        .expect("the drop-in is written");
+    container.inside(|| async {
+        let mut idle = Connection::open(&Container::target()).await.expect("the port is open");
+        for number in 1..=3 {
+            assert_eq!(generation(&mut idle).await, number);
+            until_only_the_backup_is_stored(&container);
+            container.systemctl("restart").expect("the restart succeeds");
+        }
+        assert_eq!(generation(&mut idle).await, 4);
+    });
 }
 
 /// Waits until systemd's store has the channel of the backup (`outlive/src/handover/backup.rs`) and no other.
