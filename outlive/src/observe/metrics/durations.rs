@@ -72,9 +72,22 @@ impl Durations {
 
     fn part(&self, labels: [&str; 3]) -> Part {
         let part = Arc::new(Mutex::new(self.sums.with_label_values(&labels).local()));
-        lock(&self.parts).push(part.clone());
+        let mut parts = lock(&self.parts);
+        add_up(&mut parts);
+        parts.push(part.clone());
         part
     }
+}
+
+/// Adds the counts of `parts` to the sums, and removes the parts of threads that have ended. A handler that calls tokio's
+/// `block_in_place` moves the work of its thread to another one, so there can be new threads all the time.
+fn add_up(parts: &mut Vec<Part>) {
+    parts.retain(|part| {
+        // Before the counts are added up: a thread that has ended by now counts nothing more.
+        let has_thread = Arc::strong_count(part) > 1;
+        lock(part).flush();
+        has_thread
+    });
 }
 
 impl Collector for Durations {
@@ -83,9 +96,7 @@ impl Collector for Durations {
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
-        for part in lock(&self.parts).iter() {
-            lock(part).flush();
-        }
+        add_up(&mut lock(&self.parts));
         self.sums.collect()
     }
 }
@@ -114,5 +125,17 @@ mod tests {
         assert_eq!(count("/added-up", "GET", "200"), 4);
         count_two();
         assert_eq!(count("/added-up", "GET", "200"), 6);
+    }
+
+    #[test]
+    fn threads_that_have_ended_take_no_memory() {
+        const THREADS: usize = 500;
+        let count_one = || answered(Some("/ended"), "GET", StatusCode::OK, Duration::from_millis(1));
+        for _ in 0..THREADS {
+            std::thread::spawn(count_one).join().expect("the thread does not panic");
+        }
+        // Other tests count at the same time, each in a few series.
+        assert!(lock(&DURATIONS.parts).len() < THREADS / 2, "{}", lock(&DURATIONS.parts).len());
+        assert_eq!(count("/ended", "GET", "200"), THREADS as u64);
     }
 }
