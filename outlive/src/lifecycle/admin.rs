@@ -20,6 +20,7 @@ use crate::app::process::Process;
 use crate::app::readiness::{self, Check};
 use crate::lifecycle::cli::OptionValue;
 use crate::observe::metrics;
+use crate::observe::status::{ManagerRole, Status};
 use crate::registry::{Counts, Phase, Registry, Stage};
 use crate::requests::Intended;
 use crate::server::Queues;
@@ -28,6 +29,7 @@ use crate::server::Queues;
 pub struct Admin {
     pub process: Process,
     pub registry: Arc<Registry>,
+    pub status: Arc<Status>,
     pub queues: Queues,
     pub checks: Vec<Check>,
     pub values: Vec<OptionValue>,
@@ -50,16 +52,18 @@ async fn alive() -> &'static str {
 }
 
 /// Answers 200 while the process serves and all readiness checks of the application pass. From the beginning of the
-/// drain on it answers 503, so that load balancers stop sending traffic.
+/// drain on it answers 503, so that load balancers stop sending traffic, unless a successor serves: a reload can begin while
+/// the checks run, and is no reason to stop.
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
     let (all_pass, lines) = readiness::ask(&admin.checks).await;
-    let (status, word) = match admin.registry.phase() {
-        Phase::Serving if all_pass => (StatusCode::OK, "ready"),
-        Phase::Serving => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
-        _ => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
+    let is_serving = admin.registry.phase() == Phase::Serving || admin.status.role() == ManagerRole::Former;
+    let (status, word) = match (is_serving, all_pass) {
+        (true, true) => (StatusCode::OK, "ready"),
+        (true, false) => (StatusCode::SERVICE_UNAVAILABLE, "not ready"),
+        (false, _) => (StatusCode::SERVICE_UNAVAILABLE, "draining"),
     };
     let mut response = (status, format!("{word}\n{lines}")).into_response();
-    if word == "draining" {
+    if !is_serving {
         response.extensions_mut().insert(Intended);
     }
     response
@@ -106,4 +110,38 @@ impl Admin {
 
 fn number(count: usize) -> i64 {
     i64::try_from(count).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio_util::sync::CancellationToken;
+
+    use super::*;
+    use crate::registry::Limits;
+
+    /// The status of `/readyz` in `phase`.
+    async fn readyz(phase: Phase, role: ManagerRole) -> StatusCode {
+        let limit = Duration::from_secs(60);
+        let limits = Limits { head: limit, idle: limit, stall: limit, close: limit };
+        let registry = Registry::new(limits, CancellationToken::new());
+        let status = Arc::new(Status::new(registry.clone(), String::new()));
+        registry.set_phase(phase);
+        status.set_role(role);
+        let (checks, values, queues) = (Vec::new(), Vec::new(), Queues::default());
+        let admin = Admin { process: Process::begin(1), registry, status, queues, checks, values };
+        ready(State(Arc::new(admin))).await.status()
+    }
+
+    #[tokio::test]
+    async fn readyz_fails_during_a_drain_unless_a_successor_serves() {
+        assert_eq!(readyz(Phase::Serving, ManagerRole::Main).await, StatusCode::OK);
+        for phase in [Phase::Announcing, Phase::Draining, Phase::Quiescing, Phase::Lingering] {
+            assert_eq!(readyz(phase, ManagerRole::Stopping).await, StatusCode::SERVICE_UNAVAILABLE);
+        }
+        for phase in [Phase::Serving, Phase::Quiescing, Phase::Holding] {
+            assert_eq!(readyz(phase, ManagerRole::Former).await, StatusCode::OK);
+        }
+    }
 }

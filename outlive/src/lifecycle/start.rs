@@ -154,7 +154,8 @@ impl Started {
         let registry = Registry::new(config.limits(), shutdown.clone());
         let status = Arc::new(Status::new(registry.clone(), listeners::labels(&listeners)));
         let queues = Queues::default();
-        let admin = Admin { process, registry: registry.clone(), queues: queues.clone(), checks, values };
+        let (shared, line) = (registry.clone(), status.clone());
+        let admin = Admin { process, registry: shared, status: line, queues: queues.clone(), checks, values };
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
         let access_log = if config.access_log { AccessLog::On } else { AccessLog::Off };
         let routes = limited(routes).with_access_log(access_log).limited_by(config.request_limits());
