@@ -353,7 +353,9 @@ impl AsyncRead for Io {
         if this.has_stopped_reading() && into.filled().len() == before && state.is_in_flight() {
             return Poll::Pending;
         }
-        if this.protocol == Protocol::Http1 && into.filled().len() > before {
+        // If the handler left a part of the body, these bytes are the remainder, and not the head of a request, which would have
+        // a time limit. If they are a head, the connection is parked while hyper holds a part of it, and is served again.
+        if this.protocol == Protocol::Http1 && into.filled().len() > before && !state.has_left_body() {
             handle.received();
         }
         Poll::Ready(Ok(()))

@@ -132,3 +132,27 @@ async fn request_split_at_any_byte_is_answered_over_tls_after_parking_and_handov
         }
     }
 }
+
+/// hyper reads the remainder of the body after the response. It must not be taken for a head, which would be answered with 408
+/// at the head limit.
+#[tokio::test(flavor = "multi_thread")]
+async fn connection_is_idle_after_a_body_that_the_handler_left() {
+    /// More than hyper reads together with the head.
+    const LENGTH: usize = 12_000;
+    let served = serve_with(router(), None).await;
+    let left = format!("POST /first HTTP/1.1\r\nhost: test\r\ncontent-length: {LENGTH}\r\n\r\n");
+    let left = [left.as_bytes(), &[b'x'; LENGTH]].concat();
+    let mut clients = Vec::new();
+    for cut in [0, 10] {
+        let mut client = Connection::open(&target(&served, None)).await.expect("the server accepts");
+        client.send(&[&left, &SECOND[..cut]].concat()).await.expect("the first part is sent");
+        assert_eq!(client.answer().await.expect("the server answers").status, 405);
+        clients.push((cut, client));
+    }
+    // Only the connection that is cut at 0 is between two requests.
+    idle(&served, 1).await;
+    for (cut, client) in &mut clients {
+        client.send(&SECOND[*cut..]).await.expect("the second part is sent");
+        assert_eq!(client.answer().await.expect("the server answers").text(), "second", "cut at {cut}");
+    }
+}
