@@ -537,6 +537,11 @@ impl HttpBody for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let mut this = self.project();
+        // hyper may keep its end of a body that is read after the response, and reports an error there when the connection is
+        // parked or handed over, although the body is whole.
+        if this.reading.is_none() {
+            return Poll::Ready(None);
+        }
         let frame = match this.former.take() {
             Some(former) => Some(Ok(Frame::data(former))),
             None => std::task::ready!(this.body.as_mut().poll_frame(cx)),
