@@ -9,6 +9,9 @@ use axum::Router;
 use axum::routing::get;
 use tracing::info;
 
+/// How many threads tokio has for blocking tasks by default.
+const BLOCKING_THREADS: usize = 512;
+
 /// Waits for a file at the chosen moment.
 #[derive(clap::Parser)]
 #[command(name = "slow", version, about)]
@@ -26,6 +29,8 @@ enum When {
     End,
     /// The handler blocks its worker thread, which a handler must never do.
     Request,
+    /// Blocking tasks use all of tokio's threads for them, and do not end.
+    Blocking,
     /// The start panics and does not wait.
     Panic,
 }
@@ -45,6 +50,12 @@ enum Command {
 async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
     match config.when {
         When::Panic => panic!("on purpose"),
+        When::Blocking => {
+            for _ in 0..BLOCKING_THREADS {
+                tokio::task::spawn_blocking(std::thread::park);
+            }
+            Ok(Router::new().route("/", get("hello\n")))
+        }
         When::Start => {
             info!("waiting for the file");
             file(&config.until).await;

@@ -708,6 +708,29 @@ fn no_watchdog_notification_is_sent_while_handlers_block_all_worker_threads() {
 }
 
 #[test]
+fn blocking_tasks_on_all_threads_of_tokio_delay_neither_a_reload_nor_a_restart() {
+    let binary = example("slow");
+    let folder = tempfile::tempdir().expect("a temporary folder is made");
+    let mut service =
+        Service::start_in(&binary, &["--when", "blocking"], folder.path()).expect("the service starts");
+    block_on(async {
+        let mut connection = service.connect().await;
+        visit(&mut connection).await;
+        service.signal(Signal::HUP);
+        let main = service.notifications.wait_for("MAINPID=").expect("a successor takes over");
+        visit(&mut connection).await;
+        terminate(main.trim_start_matches("MAINPID=")).expect("the process runs");
+        let service =
+            Service::start_with_store(&binary, &["--when", "blocking"]).expect("the service starts");
+        let mut connection = service.connect().await;
+        visit(&mut connection).await;
+        service.signal(Signal::TERM);
+        let _next = service.restart(&binary).expect("the next process starts");
+        visit(&mut connection).await;
+    });
+}
+
+#[test]
 fn a_panic_in_start_fails_the_start() {
     let address = testkit::free_address().to_string();
     let mut command = command(&example("slow"), &["--when", "panic", "--listen", &address]);
