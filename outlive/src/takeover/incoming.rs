@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use super::launch::{ResultPipe, is_readable, take_standard_input};
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
-    COMMIT_LIMIT, CREDENTIALS, OUTCOME_LIMIT,
+    COMMIT_LIMIT, CREDENTIALS, OUTCOME_LIMIT, STDOUT,
 };
 use crate::handover::{Channel, MessageType, Next, Origin, receive_frame, send_frames};
 use crate::listeners::{Inherited, SocketFiles};
@@ -119,6 +119,11 @@ async fn ask_to_commit(channel: OwnedFd, me: Origin, deadline: Instant) -> Resul
     let answer = timeout_at(deadline.into(), channel.receive()).await;
     match answer.context("no Commit from the predecessor within --takeover-timeout")?? {
         Some(frame) if frame.message_type == MessageType::Commit => {
+            if let Some((stdout, _)) = frame.sockets.iter().find(|(_, record)| record.listener == STDOUT)
+                && let Err(error) = rustix::stdio::dup2_stdout(stdout)
+            {
+                debug!(%error, "could not take over the standard output of the predecessor");
+            }
             let hands_streams_over = frame.text == ADOPTS_STREAMS;
             let hands_over = |text| frame.sockets.iter().any(|(_, record)| record.listener == text);
             let (certificates, tls12) =

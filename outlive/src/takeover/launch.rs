@@ -266,8 +266,7 @@ pub struct ResultPipe(File);
 
 impl ResultPipe {
     /// Takes the pipe from standard output, and puts standard error in its place, so that nothing else in the process
-    /// writes to the pipe, and what the application prints is not lost. The standard output of the predecessor is not
-    /// available. In a unit, both usually are the journal.
+    /// writes to the pipe. With `Commit` the process receives the standard output of its predecessor.
     pub(super) fn claim_stdout() -> io::Result<Self> {
         let outcome = rustix::io::fcntl_dupfd_cloexec(io::stdout(), 3)?;
         rustix::stdio::dup2_stdout(io::stderr())?;

@@ -84,6 +84,9 @@ const ADOPTS_TABLES_AND_CERTIFICATES: &str = "takes-header-tables-and-client-cer
 /// The same for TLS 1.2 connections: the name of a second socket in `Commit`, and the text of `Accepting`.
 const ADOPTS_TLS12: &str = "takes-tls-1.2-connections";
 
+/// The name of the standard output of the predecessor among the sockets of `Commit`. Earlier releases ignore it.
+const STDOUT: &str = "stdout";
+
 /// The name of the credentials directory among the names of the listeners in the message `Listeners`.
 const CREDENTIALS: &str = "credentials";
 

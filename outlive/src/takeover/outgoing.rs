@@ -21,7 +21,7 @@ use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
-    COMMIT_LIMIT, CREDENTIALS,
+    COMMIT_LIMIT, CREDENTIALS, STDOUT,
 };
 use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
@@ -286,6 +286,8 @@ impl PreparedSuccessor {
             for adopted in [ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12] {
                 offered.push((File::open("/dev/null")?, SocketRecord::new(adopted.to_owned(), Bytes::new())));
             }
+            let stdout = io::stdout().as_fd().try_clone_to_owned()?;
+            offered.push((stdout.into(), SocketRecord::new(STDOUT.to_owned(), Bytes::new())));
             self.channel.send(MessageType::Commit, origin, &offered, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
         };
