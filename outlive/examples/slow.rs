@@ -1,5 +1,5 @@
-//! A service for tests: its start, its end, its requests or its command wait for a file, or its start panics.
-//! `tests/examples.rs` tests time limits, signals, panics and the watchdog with it.
+//! A service for tests: its start, its end, its requests or its command wait for a file, or its start fails.
+//! `tests/examples.rs` tests time limits, signals, failed starts and the watchdog with it.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::routing::get;
+use outlive::prometheus::{Histogram, HistogramOpts};
 use tracing::info;
 
 /// How many threads tokio has for blocking tasks by default.
@@ -33,6 +34,8 @@ enum When {
     Blocking,
     /// The start panics and does not wait.
     Panic,
+    /// The start registers a metric that the library has.
+    Metric,
 }
 
 #[derive(clap::Subcommand)]
@@ -50,6 +53,12 @@ enum Command {
 async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Router> {
     match config.when {
         When::Panic => panic!("on purpose"),
+        When::Metric => {
+            let name = "http_request_duration_seconds";
+            setup
+                .register_metric(Histogram::with_opts(HistogramOpts::new(name, "The time of a request."))?)?;
+            Ok(Router::new())
+        }
         When::Blocking => {
             for _ in 0..BLOCKING_THREADS {
                 tokio::task::spawn_blocking(std::thread::park);

@@ -739,6 +739,18 @@ fn a_panic_in_start_fails_the_start() {
     assert!(log.contains("slow: startup failed: panicked: on purpose"), "{log}");
 }
 
+#[test]
+fn a_start_that_registers_a_metric_of_the_library_fails_and_the_error_names_it() {
+    let address = testkit::free_address().to_string();
+    for command in [&[][..], &["check"]] {
+        let flags = [command, &["--when", "metric", "--listen", &address]].concat();
+        let (code, _, log) =
+            run_to_end(&mut testkit::service::command(&example("slow"), &flags)).expect("the process ends");
+        assert_eq!(code, Some(69), "{log}");
+        assert!(log.contains("slow: could not register the metric http_request_duration_seconds: "), "{log}");
+    }
+}
+
 /// The example `shop` with the credential `database-password`. The folder has it.
 fn shop(arguments: &[&str], password: &str) -> (Command, tempfile::TempDir) {
     let folder = tempfile::tempdir().expect("a temporary folder is made");

@@ -316,7 +316,8 @@ impl Setup {
     /// Shows a metric at `/metrics` of the admin listeners.
     ///
     /// # Errors
-    /// If a metric of the same name is registered already.
+    /// If a metric of the same name is registered already. The library has metrics whose names begin with `outlive_` and
+    /// `process_`, and `http_request_duration_seconds` and `http_requests_in_flight`.
     ///
     /// ```
     /// # fn start(setup: &mut outlive::Setup) -> anyhow::Result<()> {
@@ -327,7 +328,9 @@ impl Setup {
     /// # }
     /// ```
     pub fn register_metric(&mut self, metric: impl Collector + 'static) -> anyhow::Result<()> {
-        prometheus::register(Box::new(metric)).context("could not register a metric")
+        let names: Vec<_> = metric.desc().iter().map(|desc| desc.fq_name.clone()).collect();
+        prometheus::register(Box::new(metric))
+            .with_context(|| format!("could not register the metric {}", names.join(", ")))
     }
 
     /// Adds routes to the admin listeners, besides `/healthz`, `/readyz`, `/metrics` and `/config`, and those below

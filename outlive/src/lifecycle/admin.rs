@@ -100,11 +100,6 @@ impl Admin {
         metrics::UPTIME.set(i64::try_from(self.registry.now() / 1000).unwrap_or(i64::MAX));
         metrics::process::update();
         metrics::runtime::update(&Handle::current().metrics());
-        for counter in [&metrics::HANDED_OVER, &metrics::TAKEN_OVER, &metrics::CUT_OFF, &metrics::LOG_DROPPED]
-        {
-            // Registers it, so that it is shown with 0 before the first event.
-            std::sync::LazyLock::force(counter);
-        }
     }
 }
 

@@ -29,6 +29,7 @@ use crate::lifecycle::config::Config;
 use crate::lifecycle::serve::Serving;
 use crate::listeners::{self, Inherited, Listener, NamedSockets, Purpose, SocketFiles};
 use crate::observe::log::{self, message_id};
+use crate::observe::metrics;
 use crate::observe::status::{ManagerRole, Status};
 use crate::observe::traces;
 use crate::os::exit::{Failure, Result};
@@ -278,6 +279,7 @@ pub async fn call_start<C, S>(start: S, own: C, setup: &mut Setup, limit: Durati
 where
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
+    metrics::register();
     let started = AssertUnwindSafe(start(own, setup)).catch_unwind();
     match timeout(limit, started).await {
         Ok(Ok(routes)) => routes.map_err(Failure::unavailable),

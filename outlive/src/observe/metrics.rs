@@ -88,11 +88,35 @@ pub static GENERATION: LazyLock<IntGauge> =
 pub static UPTIME: LazyLock<IntGauge> =
     metric!(IntGauge, "outlive_uptime_seconds", "Seconds since this process started.");
 
+/// Registers all metrics of the library. The application registers its own only after that, so that it cannot take one of
+/// these names, such as `http_request_duration_seconds`.
+pub fn register() {
+    durations::register();
+    process::register();
+    runtime::register();
+    for gauge in [&IN_FLIGHT, &BACKED_UP, &GENERATION, &UPTIME] {
+        LazyLock::force(gauge);
+    }
+    for counter in [&HANDED_OVER, &TAKEN_OVER, &CUT_OFF, &LOG_DROPPED] {
+        LazyLock::force(counter);
+    }
+    #[cfg(feature = "otlp")]
+    LazyLock::force(&SPANS_DROPPED);
+    for counters in [&REFUSED, &PROXY_HEADERS_REFUSED] {
+        LazyLock::force(counters);
+    }
+    for gauges in [&CONNECTIONS, &ACCEPT_QUEUE] {
+        LazyLock::force(gauges);
+    }
+}
+
 /// Registers a metric. Not inlined, so that the binary has this code once for each type of metric.
 #[inline(never)]
 fn registered<M: Collector + Clone + 'static>(metric: prometheus::Result<M>) -> M {
     let metric = metric.expect("the names and labels are valid");
-    prometheus::register(Box::new(metric.clone())).expect("each name is registered once");
+    // If the application has enabled the feature `process` of the prometheus crate, that has registered metrics of the same
+    // names at its first use. `/metrics` then shows those, and not the ones of the library.
+    let _ = prometheus::register(Box::new(metric.clone()));
     metric
 }
 

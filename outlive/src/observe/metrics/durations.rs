@@ -11,17 +11,18 @@ use prometheus::local::LocalHistogram;
 use prometheus::proto::MetricFamily;
 use prometheus::{HistogramOpts, HistogramVec};
 
+use super::registered;
 use crate::os::lock::lock;
 
 /// Upper bounds of the histogram, in seconds.
 const BOUNDS: [f64; 14] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0];
 
-static DURATIONS: LazyLock<Durations> = LazyLock::new(|| {
-    let durations = Durations::new().expect("the names and labels are valid");
-    prometheus::register(Box::new(durations.clone())).expect("each name is registered once");
-    durations
-});
+static DURATIONS: LazyLock<Durations> = LazyLock::new(|| registered(Durations::new()));
+
+pub fn register() {
+    LazyLock::force(&DURATIONS);
+}
 
 #[derive(Clone)]
 struct Durations {

@@ -37,6 +37,13 @@ static START_TIME: LazyLock<IntGauge> = LazyLock::new(|| {
     gauge
 });
 
+pub fn register() {
+    LazyLock::force(&CPU_SECONDS);
+    for gauge in [&OPEN_FDS, &MAX_FDS, &VIRTUAL_MEMORY, &RESIDENT_MEMORY, &THREADS, &START_TIME] {
+        LazyLock::force(gauge);
+    }
+}
+
 /// Reads all of them. A value that cannot be read keeps the one it had.
 pub fn update() {
     // Otherwise two scrapes at the same time would both add what the counter lacks.
@@ -53,7 +60,6 @@ pub fn update() {
     }
     // Without a limit the metric is 0, as in the prometheus crate.
     MAX_FDS.set(getrlimit(Resource::Nofile).current.map_or(0, number));
-    LazyLock::force(&START_TIME);
 }
 
 /// What is read from `/proc/self/stat`; proc(5) numbers its fields from 1.

@@ -32,6 +32,14 @@ static PARKS: LazyLock<IntCounterVec> = metric!(
     &["worker"]
 );
 
+pub fn register() {
+    for gauge in [&WORKERS, &TASKS, &QUEUE] {
+        LazyLock::force(gauge);
+    }
+    LazyLock::force(&BUSY);
+    LazyLock::force(&PARKS);
+}
+
 /// Reads all of them.
 pub fn update(runtime: &RuntimeMetrics) {
     // Otherwise two scrapes at the same time would both add what a counter lacks.
