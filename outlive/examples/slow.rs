@@ -36,6 +36,8 @@ enum When {
     Panic,
     /// The start registers a metric that the library has.
     Metric,
+    /// The start adds an admin route that the library has.
+    AdminRoute,
 }
 
 #[derive(clap::Subcommand)]
@@ -64,6 +66,10 @@ async fn start(config: Config, setup: &mut outlive::Setup) -> anyhow::Result<Rou
                 tokio::task::spawn_blocking(std::thread::park);
             }
             Ok(Router::new().route("/", get("hello\n")))
+        }
+        When::AdminRoute => {
+            setup.admin_routes(Router::new().route("/metrics", get("none\n")));
+            Ok(Router::new())
         }
         When::Start => {
             info!("waiting for the file");

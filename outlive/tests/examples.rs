@@ -740,6 +740,18 @@ fn a_panic_in_start_fails_the_start() {
 }
 
 #[test]
+fn a_start_that_adds_an_admin_route_of_the_library_fails_and_the_error_names_it() {
+    let address = testkit::free_address().to_string();
+    for command in [&[][..], &["check"]] {
+        let flags = [command, &["--when", "admin-route", "--listen", &address]].concat();
+        let (code, _, log) =
+            run_to_end(&mut testkit::service::command(&example("slow"), &flags)).expect("the process ends");
+        assert_eq!(code, Some(70), "{log}");
+        assert!(log.contains("slow: startup failed: panicked: ") && log.contains("/metrics"), "{log}");
+    }
+}
+
+#[test]
 fn a_start_that_registers_a_metric_of_the_library_fails_and_the_error_names_it() {
     let address = testkit::free_address().to_string();
     for command in [&[][..], &["check"]] {

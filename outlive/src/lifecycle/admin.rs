@@ -35,7 +35,17 @@ pub struct Admin {
     pub values: Vec<OptionValue>,
 }
 
-pub fn router(admin: Admin) -> Router {
+/// The routes of the library and of the application. Panics if both have the same one.
+pub fn router(admin: Admin, of_application: Router) -> Router {
+    routes().with_state(Arc::new(admin)).merge(of_application)
+}
+
+/// Panics if the application has a route of the library.
+pub fn check(of_application: &Router) {
+    drop(routes().merge(of_application.clone().with_state(())));
+}
+
+fn routes() -> Router<Arc<Admin>> {
     let router = Router::new();
     #[cfg(any(feature = "cpu-profile", feature = "heap-profile"))]
     let router = router.merge(profiles::router());
@@ -44,7 +54,6 @@ pub fn router(admin: Admin) -> Router {
         .route("/readyz", get(ready))
         .route("/metrics", get(numbers))
         .route("/config", get(options))
-        .with_state(Arc::new(admin))
 }
 
 async fn alive() -> &'static str {

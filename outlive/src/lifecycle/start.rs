@@ -160,7 +160,7 @@ impl Started {
         let limited = |routes| Routes::new(routes, config.body_limit.0, config.request_timeout);
         let access_log = if config.access_log { AccessLog::On } else { AccessLog::Off };
         let routes = limited(routes).with_access_log(access_log).limited_by(config.request_limits());
-        let admin = limited(admin::router(admin).merge(more_admin));
+        let admin = limited(admin::router(admin, more_admin));
         let endpoint = |(listener, kind): (&Listener, EndpointKind)| {
             let routes = match kind {
                 EndpointKind::Http | EndpointKind::Https(_) | EndpointKind::Socket(_) => &routes,
@@ -280,8 +280,12 @@ where
     S: AsyncFnOnce(C, &mut Setup) -> anyhow::Result<Router>,
 {
     metrics::register();
-    let started = AssertUnwindSafe(start(own, setup)).catch_unwind();
-    match timeout(limit, started).await {
+    let started = async {
+        let routes = start(own, &mut *setup).await;
+        admin::check(&setup.admin);
+        routes
+    };
+    match timeout(limit, AssertUnwindSafe(started).catch_unwind()).await {
         Ok(Ok(routes)) => routes.map_err(Failure::unavailable),
         Ok(Err(panic)) => Err(Failure::software(tasks::panic_message(&*panic).context("startup failed"))),
         Err(_) => Err(Failure::unavailable(anyhow!(
