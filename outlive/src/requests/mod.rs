@@ -139,7 +139,7 @@ impl Routes {
     where
         B: HttpBody<Data = Bytes, Error: Into<BoxError>> + Send + 'static,
     {
-        let id = request_id(&head.headers);
+        let id = request_id(&head.headers).cloned().unwrap_or_else(new_id);
         let is_counted = head.extensions.get::<CountedBefore>().is_none();
         let span = Some(span(&head, &id)).filter(|span| !span.is_disabled()).map(Box::new);
         let access = (is_counted && self.access_log == AccessLog::On).then_some(head.version);
@@ -249,6 +249,10 @@ impl ResponseFuture {
             // The panic hook has logged it (`log::init`).
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
+        // The application may have an id of its own, as with `SetRequestIdLayer` of tower-http, which it has logged.
+        if let Some(id) = request_id(response.headers()) {
+            *this.id = Some(id.clone());
+        }
         let took = request.since.elapsed();
         let status = response.status();
         if *this.is_counted {
@@ -361,15 +365,14 @@ pub fn logged(text: &str) -> &str {
     &text[..text.floor_char_boundary(LOGGED_LIMIT)]
 }
 
-/// The id that the client sent, if it can be logged and returned unchanged, otherwise a new one. Accepted are 1 to
-/// [`REQUEST_ID_LIMIT`] letters, digits and characters of `-._~:/+=,@`.
-fn request_id(headers: &HeaderMap) -> HeaderValue {
+/// The id in these fields, if it can be logged and returned unchanged. Accepted are 1 to [`REQUEST_ID_LIMIT`] letters, digits
+/// and characters of `-._~:/+=,@`.
+fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
     let is_allowed = |byte: &u8| byte.is_ascii_alphanumeric() || b"-._~:/+=,@".contains(byte);
-    headers
-        .get(REQUEST_ID)
-        .filter(|id| (1..=REQUEST_ID_LIMIT).contains(&id.len()) && id.as_bytes().iter().all(is_allowed))
-        .cloned()
-        .unwrap_or_else(new_id)
+    let is_accepted = |id: &&HeaderValue| {
+        (1..=REQUEST_ID_LIMIT).contains(&id.len()) && id.as_bytes().iter().all(is_allowed)
+    };
+    headers.get(REQUEST_ID).filter(is_accepted)
 }
 
 /// How many numbers a thread reserves at once, so that threads seldom contend for the shared counter.
@@ -461,6 +464,23 @@ mod tests {
             let replaced = request_id_after(id.as_bytes()).await;
             assert_ne!(replaced, id);
             assert_eq!(replaced.len(), 24, "{id:?} is replaced by an id of this process");
+        }
+    }
+
+    #[tokio::test]
+    async fn request_id_of_the_application_is_kept_and_logged_unless_it_has_other_characters() {
+        let application = Router::new()
+            .route("/accepted", get(async || [(REQUEST_ID, "theirs")]))
+            .route("/replaced", get(async || [(REQUEST_ID, "{}")]));
+        let (log, _guard) = access_log_to_file();
+        let mut routes = Routes::new(application, 0, LIMIT).with_access_log(AccessLog::On);
+        for path in ["/accepted", "/replaced"] {
+            let request = Request::get(path).body(Body::empty()).expect("the request is valid");
+            let response = answer_to(&mut routes, request).await;
+            let id = response.headers()[REQUEST_ID].to_str().expect("visible ASCII").to_owned();
+            assert_eq!(id == "theirs", path == "/accepted", "{id}");
+            let logged = logged_in(&log);
+            assert!(logged.contains(&format!("request_id=\"{id}\"")), "{logged}");
         }
     }
 
