@@ -144,6 +144,9 @@ impl<S> Carry<S> {
 
     /// Resolves when the handler has to return, because another process continues the connection or the process stops.
     /// It can be called again and again, as in a loop with `tokio::select!`.
+    ///
+    /// While messages of the client may wait in the buffer of a WebSocket, it does not resolve. So a handler that only sends
+    /// has to call `recv` too; otherwise it may be cut off at `--drain-timeout`.
     pub async fn requested(&self) {
         match &self.continuation {
             Some(continuation) => continuation.requested(&self.shutdown).await,
