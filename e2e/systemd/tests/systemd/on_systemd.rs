@@ -172,7 +172,7 @@ fn the_first_request_after_boot_starts_the_service(systemd: Systemd) {
 fn service_with_many_listeners_becomes_ready(systemd: Systemd) {
     let container = boot(systemd);
     let path = format!("/run/{}", "x".repeat(60));
-    let lines: String = (0..80).map(|number| format!("ListenStream={path}{number}\n")).collect();
+    let lines = (0..80).map(|number| format!("ListenStream={path}{number}\n")).collect::<Vec<_>>().concat();
     container.add_to_unit("socket", "many", &format!("[Socket]\n{lines}")).expect("the drop-in is written");
     container.run(&["systemctl", "restart", &container.unit("socket")]).expect("the restart succeeds");
     container.systemctl("start").expect("the start succeeds");
