@@ -9,7 +9,7 @@ use testkit::client::{Connection, Http2, Target, get};
 use testkit::container::{Container, Systemd};
 use testkit::{on_each_systemd, wait_until};
 
-use crate::on_systemd::ask_admin;
+use crate::on_systemd::{ask_admin, variables};
 use crate::{app_package, tls_target, tls12_target};
 
 /// A fifth each over HTTP/1.1, and over HTTP/1.1 and HTTP/2 with TLS 1.3 and with TLS 1.2.
@@ -145,6 +145,8 @@ fn crash_soon_after_a_reload_does_not_wait_for_the_requests_of_the_old_process(s
 /// A new release may crash while the old process still serves its last requests.
 fn crash_during_the_drain_of_a_reload_closes_no_parked_connection(systemd: Systemd) {
     let container = Container::boot(systemd, app_package()).expect("the container boots");
+    // Longer than the test waits for the backup, which has to begin before the drain has ended.
+    variables(&container, &[("DRAIN_TIMEOUT", "10min"), ("REQUEST_TIMEOUT", "10min")]);
     container.start_socket("admin").expect("the socket unit starts");
     container.inside(async || {
         let mut idle = Client::open(&Container::target(), false).await;
