@@ -12,7 +12,6 @@ use rustix::param::{clock_ticks_per_second, page_size};
 use rustix::process::{Resource, getrlimit};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::registered;
 use crate::os::lock::lock;
 
 static CPU_SECONDS: LazyLock<Counter> =
@@ -27,15 +26,8 @@ static RESIDENT_MEMORY: LazyLock<IntGauge> =
     metric!(IntGauge, "process_resident_memory_bytes", "Resident memory size in bytes.");
 static THREADS: LazyLock<IntGauge> =
     metric!(IntGauge, "process_threads", "Number of OS threads in the process.");
-/// Computed once, because it would follow each change of the wall clock.
-static START_TIME: LazyLock<IntGauge> = LazyLock::new(|| {
-    let name = "process_start_time_seconds";
-    let gauge = registered(IntGauge::new(name, "Start time of the process since unix epoch in seconds."));
-    if let Ok(stat) = Stat::read() {
-        gauge.set(number(start_time(&stat)));
-    }
-    gauge
-});
+static START_TIME: LazyLock<IntGauge> =
+    metric!(IntGauge, "process_start_time_seconds", "Start time of the process since unix epoch in seconds.");
 
 pub fn register() {
     LazyLock::force(&CPU_SECONDS);
@@ -50,6 +42,10 @@ pub fn update() {
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = lock(&ALONE);
     if let Ok(stat) = Stat::read() {
+        // Computed once, because it would follow each change of the wall clock.
+        if START_TIME.get() == 0 {
+            START_TIME.set(number(start_time(&stat)));
+        }
         CPU_SECONDS.inc_by((seconds(stat.user + stat.system) - CPU_SECONDS.get()).max(0.0));
         VIRTUAL_MEMORY.set(number(stat.virtual_bytes));
         RESIDENT_MEMORY.set(number(stat.resident_pages.saturating_mul(page_size() as u64)));
