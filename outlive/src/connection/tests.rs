@@ -221,24 +221,26 @@ async fn body_that_was_read_to_its_end_does_not_delay_quiescence() {
 /// hyper would report an error instead of the end of the body when the connection is handed over or parked.
 #[tokio::test(flavor = "multi_thread")]
 async fn body_that_arrives_after_the_response_is_whole_for_its_reader() {
-    let (lengths, mut read) = mpsc::unbounded_channel();
-    let handler = async move |body: Body| {
-        tokio::spawn(async move {
-            let body = body.collect().await.map(|body| body.to_bytes().len());
-            lengths.send(body.map_err(|error| error.to_string())).expect("the test waits");
-        });
-        StatusCode::ACCEPTED
-    };
-    let served = serve(Router::new().route("/", post(handler))).await;
-    let mut client =
-        client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
-    let (begun, left) = POSTS[0].split_at(POSTS[0].len() - 5);
-    assert_eq!(client.ask(begun).await.expect("the server answers").status, 202);
-    served.server.enter(Phase::Quiescing);
-    client.send(left).await.expect("the bytes are sent");
-    assert_eq!(served.count_quiescent().await, 1);
-    let length = timeout(PATIENCE, read.recv()).await.expect("the body ends in time");
-    assert_eq!(length, Some(Ok(10)));
+    for request in POSTS {
+        let (lengths, mut read) = mpsc::unbounded_channel();
+        let handler = async move |body: Body| {
+            tokio::spawn(async move {
+                let body = body.collect().await.map(|body| body.to_bytes().len());
+                lengths.send(body.map_err(|error| error.to_string())).expect("the test waits");
+            });
+            StatusCode::ACCEPTED
+        };
+        let served = serve(Router::new().route("/", post(handler))).await;
+        let mut client =
+            client::Connection::open(&Target::Tcp(served.address)).await.expect("the server accepts");
+        let (begun, left) = request.split_at(request.len() - 5);
+        assert_eq!(client.ask(begun).await.expect("the server answers").status, 202);
+        served.server.enter(Phase::Quiescing);
+        client.send(left).await.expect("the bytes are sent");
+        assert_eq!(served.count_quiescent().await, 1);
+        let length = timeout(PATIENCE, read.recv()).await.expect("the body ends in time");
+        assert_eq!(length, Some(Ok(10)));
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

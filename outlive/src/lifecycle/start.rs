@@ -281,9 +281,9 @@ where
 {
     metrics::register();
     let started = async {
-        let routes = start(own, &mut *setup).await;
+        let routes = start(own, &mut *setup).await?;
         admin::check(&setup.admin);
-        routes
+        anyhow::Ok(routes)
     };
     match timeout(limit, AssertUnwindSafe(started).catch_unwind()).await {
         Ok(Ok(routes)) => routes.map_err(Failure::unavailable),

@@ -114,8 +114,8 @@ pub fn register() {
 #[inline(never)]
 fn registered<M: Collector + Clone + 'static>(metric: prometheus::Result<M>) -> M {
     let metric = metric.expect("the names and labels are valid");
-    // If the application has enabled the feature `process` of the prometheus crate, that has registered metrics of the same
-    // names at its first use. `/metrics` then shows those, and not the ones of the library.
+    // It fails if a metric of this name was registered before `start`, as the feature `process` of the prometheus crate does at
+    // its first use. `/metrics` then shows that metric, and not the one of the library.
     let _ = prometheus::register(Box::new(metric.clone()));
     metric
 }

@@ -36,7 +36,7 @@ pub use protocols::Protocols;
 pub use registration::Registration;
 pub use request_handle::{BodyGuard, PendingFrame, RequestGuard, RequestHandle};
 pub use state::{BodyEnd, Stage};
-use tokio::sync::{OwnedSemaphorePermit, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 pub use upgrade_handle::{Demand, UpgradeHandle};
@@ -451,6 +451,16 @@ impl Registry {
     pub fn idle_for(&self, time: Duration) -> Vec<Arc<Entry>> {
         let connections = lock(&self.connections);
         connections.open.values().filter(|entry| entry.is_idle_for(time)).cloned().collect()
+    }
+
+    /// The number of connections that have one of `slots`, and are closing because another connection needs it.
+    pub fn evicted(&self, slots: &Arc<Semaphore>) -> usize {
+        let connections = lock(&self.connections);
+        connections
+            .open
+            .values()
+            .filter(|entry| entry.state().is_evicted() && entry.has_slot_of(slots))
+            .count()
     }
 
     /// All active connections, watched from now on: each change of one of them notifies the tasks in

@@ -61,8 +61,12 @@ const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
 /// because its client has to close too.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
-/// How many connections are closed at once to make room for a new one.
+/// How many connections may be closing to make room for a new one, until their clients had the time for a round trip.
 const EVICTION: usize = 4;
+/// How long a new connection waits before more of them may be closing, because their clients do not react.
+const REACTION_TIME: Duration = Duration::from_millis(200);
+/// How many may be closing then.
+const LATER_EVICTION: usize = 32;
 /// The maximum number of connections that are closed at once because memory is short. While they close, each of them takes
 /// the memory of an active connection, about 14 kB.
 const PRESSURE_EVICTION: usize = 256;
@@ -506,17 +510,20 @@ impl Server {
     /// Waits for a slot. If there is none, closes the connections that have been idle longest until there is one.
     async fn acquire_slot(&self, endpoint: &Endpoint) -> Option<OwnedSemaphorePermit> {
         let slots = self.slots(endpoint);
+        let begun = Instant::now();
         loop {
             match timeout(EVICTION_INTERVAL, slots.clone().acquire_owned()).await {
                 Ok(slot) => return slot.ok(),
-                Err(_) => self.evict(endpoint),
+                Err(_) if begun.elapsed() < REACTION_TIME => self.evict(slots, EVICTION),
+                Err(_) => self.evict(slots, LATER_EVICTION),
             }
         }
     }
 
-    /// Closes some of the longest-idle connections, of those whose slots a new connection of `endpoint` can use.
-    fn evict(&self, endpoint: &Endpoint) {
-        let count = self.close_longest_idle(EVICTION, Some(self.slots(endpoint)));
+    /// Closes some of the longest-idle connections that have one of `slots`, so that at most `limit` of them are closing.
+    fn evict(&self, slots: &Arc<Semaphore>, limit: usize) {
+        let count = limit.saturating_sub(self.registry.evicted(slots)).min(EVICTION);
+        let count = self.close_longest_idle(count, Some(slots));
         if count > 0 {
             debug!(count, "closed idle connections to make room for another one (--max-connections)");
         }

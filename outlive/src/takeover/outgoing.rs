@@ -286,8 +286,10 @@ impl PreparedSuccessor {
             for adopted in [ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12] {
                 offered.push((File::open("/dev/null")?, SocketRecord::new(adopted.to_owned(), Bytes::new())));
             }
-            let stdout = io::stdout().as_fd().try_clone_to_owned()?;
-            offered.push((stdout.into(), SocketRecord::new(STDOUT.to_owned(), Bytes::new())));
+            // The application may have closed it.
+            if let Ok(stdout) = io::stdout().as_fd().try_clone_to_owned() {
+                offered.push((stdout.into(), SocketRecord::new(STDOUT.to_owned(), Bytes::new())));
+            }
             self.channel.send(MessageType::Commit, origin, &offered, ADOPTS_STREAMS).await?;
             expect(&self.channel, MessageType::Accepting).await
         };

@@ -226,10 +226,11 @@ impl Driver<'_> {
         };
         // A connection that makes room for another one is overdue at once, but a request may be under way on it.
         let is_evicted = self.handle.state().is_evicted();
-        if is_overdue && !is_evicted {
+        let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
+        // A client that does not read cannot receive the second GOAWAY.
+        if is_overdue && (!is_evicted || !has_time_to_react && !self.is_silent()) {
             return Some(Turn::Overdue(self.handle.stage()));
         }
-        let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
         let must_end = phase != Phase::Serving || is_evicted;
         (!has_time_to_react && must_end && self.is_silent()).then_some(Turn::Silent)
     }

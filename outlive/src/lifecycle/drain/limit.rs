@@ -112,8 +112,8 @@ impl<'a> Limit<'a> {
                 () = self.passes() => {}
                 () = &mut exit, if self.has_successor => {
                     self.has_successor = false;
-                    self.signals_left = self.signals_left.saturating_sub(1);
-                    self.passed = (self.signals_left == 0).then(|| self.reason_of_signal());
+                    let is_stopping = self.signals_left < 2;
+                    self.passed = is_stopping.then_some(EndReason::SuccessorExited);
                 }
             }
         }
@@ -131,7 +131,7 @@ impl<'a> Limit<'a> {
                 () = run_out(self.registry, self.begun, self.length) => self.passed = Some(EndReason::DrainLimit),
                 () = self.signals.terminated() => {
                     self.signals_left -= 1;
-                    if self.signals_left == 0 {
+                    if self.signals_left == 0 || !self.has_successor {
                         self.passed = Some(self.reason_of_signal());
                     }
                 }
