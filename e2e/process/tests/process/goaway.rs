@@ -27,7 +27,7 @@ async fn open(service: &Service) -> Connection {
     begin(service.connect().await).await
 }
 
-async fn begin(mut connection: Connection) -> Connection {
+pub async fn begin(mut connection: Connection) -> Connection {
     let hello = [PREFACE, &frame(SETTINGS, 0, 0, b"")].concat();
     connection.send(&hello).await.expect("the bytes are sent");
     loop {

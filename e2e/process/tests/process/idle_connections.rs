@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::app_binary;
+use crate::goaway::begin;
 
 /// After this time without a request a connection is parked.
 const PARKED: Duration = Duration::from_secs(3);
@@ -128,6 +129,32 @@ fn silent_http2_connections_are_closed_when_there_is_no_slot_for_a_new_one() {
         let mut new = Client::open(&service, 0).await;
         timeout(TEST_TIMEOUT, new.is_answered()).await.expect("there is room for it in time");
         drop(silent);
+    });
+}
+
+/// Their clients do not answer the PING behind the first GOAWAY, so each of them keeps its slot for a second.
+#[test]
+fn few_connections_are_closing_for_a_new_one_at_the_same_time() {
+    const CONNECTIONS: usize = 100;
+    const MOST: usize = 32;
+    let flags = ["--max-connections", &CONNECTIONS.to_string()];
+    let service = TlsService::start(app_binary(), &flags).expect("the service starts");
+    block_on(async {
+        let target = Target::Tcp(service.http);
+        let mut clients = Vec::new();
+        for _ in 0..CONNECTIONS {
+            clients.push(begin(Connection::open(&target).await.expect("the service listens")).await);
+        }
+        sleep(2 * PARKED).await;
+        let mut new = Client::open(&service, 0).await;
+        timeout(TEST_TIMEOUT, new.is_answered()).await.expect("there is room for it in time");
+        let mut closed = 0;
+        for client in &mut clients {
+            client.send(&frame(PING, 0, 0, &[7; 8])).await.expect("the bytes are sent");
+            let is_over = |frame: &Frame| frame.kind == GOAWAY || (frame.kind, frame.flags) == (PING, ACK);
+            closed += usize::from(next_that(client, is_over).await.kind == GOAWAY);
+        }
+        assert!((1..=MOST).contains(&closed), "{closed} connections are closing");
     });
 }
 
