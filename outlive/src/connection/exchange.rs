@@ -537,8 +537,7 @@ impl HttpBody for RequestBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
         let mut this = self.project();
-        // hyper may keep its end of a body that is read after the response, and reports an error there when the connection is
-        // parked or handed over, although the body is whole.
+        // The body is whole or has failed. hyper would report an error here if the connection was parked or handed over since.
         if this.reading.is_none() {
             return Poll::Ready(None);
         }

@@ -353,8 +353,8 @@ impl AsyncRead for Io {
         if this.has_stopped_reading() && into.filled().len() == before && state.is_in_flight() {
             return Poll::Pending;
         }
-        // If the handler left a part of the body, these bytes are the remainder, and not the head of a request, which would have
-        // a time limit. If they are a head, the connection is parked while hyper holds a part of it, and is served again.
+        // After a body that the handler left, these bytes may be its rest, so they do not start the time limit of a head. If
+        // they begin a head, the connection is served again when it would be parked, and the limit starts then.
         if this.protocol == Protocol::Http1 && into.filled().len() > before && !state.has_left_body() {
             handle.received();
         }

@@ -109,7 +109,7 @@ impl<S> Connection<S> {
         }
     }
 
-    /// Whether it stays in this process although an earlier one has handed it over with its keys: `--tls-handover no` is new.
+    /// Whether this process must keep the connection because of `--tls-handover no`, although an earlier one handed it over.
     pub fn keeps_keys(&self) -> bool {
         self.tls.is_some() && self.endpoint.tls().is_some_and(|tls| !tls.hands_over())
     }

@@ -62,7 +62,7 @@ async fn alive() -> &'static str {
 
 /// Answers 200 while the process serves and all readiness checks of the application pass. From the beginning of the
 /// drain on it answers 503, so that load balancers stop sending traffic, unless a successor serves: a reload can begin while
-/// the checks run, and is no reason to stop.
+/// the checks run, and the traffic must continue then.
 async fn ready(State(admin): State<Arc<Admin>>) -> Response {
     let (all_pass, lines) = readiness::ask(&admin.checks).await;
     let is_serving = admin.registry.phase() == Phase::Serving || admin.status.role() == ManagerRole::Former;

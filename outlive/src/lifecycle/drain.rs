@@ -164,7 +164,7 @@ impl<'a> Drain<'a> {
     /// The backup ends if the store has no room beside it, as with `FileDescriptorStoreMax=1`, or if it uses up the
     /// descriptors that the user of this process may have in flight (unix(7)). Otherwise all connections would be closed.
     async fn open_store(&self, waiting: usize) -> Option<FdStore> {
-        // systemd may close a descriptor that it does not keep some time after the barrier, so a known size is compared.
+        // systemd may close a refused descriptor only after the barrier, so `open` may not notice that the store is full.
         let has_room = systemd::store_size().is_none_or(|size| size > waiting + 1);
         if has_room {
             let opened = FdStore::open().await;

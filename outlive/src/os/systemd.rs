@@ -47,12 +47,12 @@ pub fn started_this_process() -> bool {
 }
 
 /// Whether systemd started this process, but accepts no messages from it. A reload would then end the service: systemd does
-/// not learn that the successor is the main process, or ends it because it cannot send `WATCHDOG=1`.
+/// not learn the new main process, or kills the successor because it cannot send `WATCHDOG=1`.
 pub fn ignores_this_process() -> bool {
     started_this_process() && !is_reachable()
 }
 
-/// What a person has to do if [`ignores_this_process`] is true.
+/// The error and its remedy if [`ignores_this_process`] is true.
 pub const SET_NOTIFY_ACCESS: &str = "systemd accepts no messages from this process: set Type=notify and \
                                      NotifyAccess=exec in the unit, and restart the service";
 

@@ -18,8 +18,8 @@ pub fn spawn(work: impl Future<Output = ()> + Send + 'static) -> JoinHandle<()> 
 /// Runs `work`, which may block, on a thread of its own, and returns the receiver of its result. Fails if the kernel refuses
 /// to start a thread, for example because of `TasksMax=` or `LimitNPROC=`.
 ///
-/// tokio's `spawn_blocking` panics then, so that a restart would end the process without a drain. It also waits while the
-/// application blocks all of its threads, whose number is limited, and the drain would not begin.
+/// tokio's `spawn_blocking` panics then, so that a restart would end the process without a drain. It also waits for a
+/// free thread if tasks of the application block all of them (512), and the drain would not begin.
 pub fn on_thread<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> io::Result<oneshot::Receiver<T>> {

@@ -103,8 +103,8 @@ impl DriverHandle {
         self.0.apply(Event::Received);
     }
 
-    /// Bytes have arrived on an idle connection that need not begin a request, such as a PING of HTTP/2. The connection stays
-    /// idle, but is not parked before they are read.
+    /// Bytes that need not begin a request, such as a PING of HTTP/2, have arrived on an idle connection. It stays idle, but is
+    /// not parked before they are read.
     pub fn noticed_input(&self) {
         self.0.notice_input();
     }

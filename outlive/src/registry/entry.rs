@@ -37,11 +37,11 @@ pub struct Entry {
     /// What the next process has to adopt because of the TLS version and the client certificate.
     required: AtomicU8,
     pub(super) registry: Arc<Registry>,
-    /// The slots of which it has one.
+    /// The semaphore from which it holds a permit, if any.
     slots: Option<Arc<Semaphore>>,
     /// When it was accepted, adopted or unparked, in milliseconds of [`Registry::now`].
     registered: u64,
-    /// The same, or when its driver has found the input for which it was unparked.
+    /// When it was registered, or when its driver last noticed input ([`Entry::notice_input`]), in the same unit.
     unparked: Clock,
     /// A packed [`State`].
     state: AtomicU64,
@@ -115,7 +115,7 @@ impl PendingWork {
 }
 
 impl Entry {
-    /// `slots`: those of which it has one. `since`: when its stage began.
+    /// `slots`: the semaphore from which it holds a permit. `since`: when its stage began.
     pub(super) fn new(
         registry: &Arc<Registry>,
         id: u64,
@@ -296,7 +296,7 @@ impl Entry {
         is_idle && self.registry.age(self.quiet_since()) >= PARK_AFTER && !self.must_close()
     }
 
-    /// As [`Entry::since`], but also not before its peer has last sent something that begins no request.
+    /// The later of [`Entry::since`] and the time at which input that need not begin a request was last noticed.
     pub(super) fn quiet_since(&self) -> u64 {
         self.since().max(self.unparked.load(Relaxed))
     }
@@ -356,19 +356,19 @@ impl Entry {
         }
     }
 
-    /// Whether it has been idle for at least `time` and was not parked in that time, because it cannot be.
+    /// Whether it is idle, has received nothing for at least `time`, and is not being evicted.
     pub(super) fn is_idle_for(&self, time: Duration) -> bool {
         let state = self.state();
         let is_idle = state.stage() == Stage::Waiting && state.is_flushed() && !state.is_evicted();
         is_idle && self.registry.age(self.quiet_since()) >= time
     }
 
-    /// Whether it has one of these slots.
+    /// Whether it holds a permit of this semaphore.
     pub fn has_slot_of(&self, slots: &Arc<Semaphore>) -> bool {
         self.slots.as_ref().is_some_and(|own| Arc::ptr_eq(own, slots))
     }
 
-    /// The connection closes: at once, or after its response if a request has just begun.
+    /// Closes the connection: HTTP/1.1 at once, HTTP/2 after GOAWAY. A request that has begun is answered before.
     pub fn evict(&self) {
         self.apply(Event::Evicted);
         self.wake();

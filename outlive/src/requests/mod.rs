@@ -249,7 +249,7 @@ impl ResponseFuture {
             // The panic hook has logged it (`log::init`).
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
-        // The application may have an id of its own, as with `SetRequestIdLayer` of tower-http, which it has logged.
+        // The application may have set and logged its own id, as `PropagateRequestIdLayer` of tower-http does.
         // `any` first, because it takes fewer instructions for the few fields of a response than to hash the name.
         if response.headers().keys().any(|name| *name == REQUEST_ID)
             && let Some(id) = request_id(response.headers())
@@ -471,7 +471,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn request_id_of_the_application_is_kept_and_logged_unless_it_has_other_characters() {
+    async fn valid_request_id_of_the_application_is_kept_and_an_invalid_one_is_replaced() {
         let application = Router::new()
             .route("/accepted", get(async || [(REQUEST_ID, "theirs")]))
             .route("/replaced", get(async || [(REQUEST_ID, "{}")]));

@@ -61,11 +61,11 @@ const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
 /// because its client has to close too.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
-/// How many connections may be closing to make room for a new one, until their clients had the time for a round trip.
+/// The maximum number of connections that are closing for a new one during [`REACTION_TIME`], and that one step closes.
 const EVICTION: usize = 4;
-/// How long a new connection waits before more of them may be closing, because their clients do not react.
+/// The time after which [`LATER_EVICTION`] applies, because the clients have not closed within a round trip.
 const REACTION_TIME: Duration = Duration::from_millis(200);
-/// How many may be closing then.
+/// The maximum number of connections that are closing for a new one after [`REACTION_TIME`].
 const LATER_EVICTION: usize = 32;
 /// The maximum number of connections that are closed at once because memory is short. While they close, each of them takes
 /// the memory of an active connection, about 14 kB.
@@ -257,7 +257,8 @@ impl Server {
     }
 
     /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
-    /// `predecessor_gone`: the predecessor stores nothing any more. Its own backup is empty from the beginning of its drain on.
+    /// `predecessor_gone` is cancelled when the predecessor can store no further descriptor. It has emptied its own backup at the
+    /// beginning of its drain.
     pub async fn back_up(self, generation: u64, predecessor_gone: CancellationToken) {
         match has_store().await {
             Ok(true) => {}
@@ -266,7 +267,7 @@ impl Server {
                 return warn!(%error, "could not find out whether systemd stores file descriptors; until the next restart, a crash closes idle connections too");
             }
         }
-        // While the predecessor drains, this call could remove a channel that it has stored.
+        // `clear_store` waits for the end of the predecessor, because it could remove a channel that the predecessor has stored.
         let mut is_cleared = predecessor_gone.is_cancelled();
         if is_cleared {
             self.overflow.clear_store();
@@ -546,8 +547,8 @@ impl Server {
         }
     }
 
-    /// Closes up to `count` of the longest-idle connections: of those that have one of `slots`, or of all. Returns how many it
-    /// closes, which is 0 during a drain.
+    /// Closes up to `count` of the longest-idle connections; with `slots`, only those that hold one of its permits. Returns how
+    /// many it closes, which is 0 during a drain.
     fn close_longest_idle(&self, count: usize, slots: Option<&Arc<Semaphore>>) -> usize {
         let _accepting = self.registry.accepting();
         if self.registry.phase() != Phase::Serving {

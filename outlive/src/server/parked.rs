@@ -168,8 +168,8 @@ impl ParkedConnections {
         let must_leave = phase.quiesces() || phase.ends(self.can_move(&idle.connection));
         let connection = &idle.connection;
         // Input that was read belongs to a request, and epoll would not report it. A response without end needs its handler,
-        // which may have something to send. A PROXY header has a time limit, which no parked connection has. A parked
-        // connection would be handed over.
+        // which may have something to send. A PROXY header has a time limit, which no parked connection has. A
+        // connection that keeps its keys is not parked, because parked connections are handed over.
         if must_leave
             || connection.has_input()
             || connection.has_endless_response()
@@ -219,9 +219,8 @@ impl ParkedConnections {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
     }
 
-    /// Unparks up to `count` of the connections that `may_close` permits, those that have been idle longest. `others` are the
-    /// times since which connections that are not parked are idle; they count too, so that none is unparked that has been idle
-    /// for a shorter time than `count` others.
+    /// Selects the `count` connections that have been idle longest, of those that `may_close` permits and of `others`, which are
+    /// idle since these times but not parked. Unparks those of them that are parked.
     pub fn unpark_longest_idle(
         &self,
         count: usize,

@@ -236,7 +236,7 @@ mod tests {
 
     /// As after a cross-signed root has expired. rustls does not use such a certificate, and accepts the client.
     #[test]
-    fn expired_certificate_that_is_not_needed_does_not_refuse_a_client() {
+    fn client_with_an_expired_certificate_that_is_not_needed_is_served() {
         let root = Authority::new("root").expect("openssl runs");
         let (middle, now) = (root.intermediate("middle").expect("openssl runs"), SystemTime::now() + 2 * DAY);
         let chain = chain_of(&middle.issue("/CN=a", "DNS:a").expect("openssl runs"));

@@ -14,7 +14,7 @@ use super::tls_config::TlsMaterial;
 use crate::os::lock::lock;
 use crate::os::task;
 
-/// How long changed files must stay the same before they are used. A program writes a file of this size in less time.
+/// How long changed files must stay the same before they are used. A program usually writes a certificate file in less time.
 const WRITE_TIME: Duration = Duration::from_millis(200);
 
 /// The result of one look at the files.
@@ -207,7 +207,7 @@ mod tests {
         assert_eq!(renewal.check(), Check::NothingNew);
     }
 
-    /// What is in the file while a program writes it is valid, but has only a part of the certificates.
+    /// A file that is written in part can be valid, but lacks some of the certificates.
     #[test]
     fn file_that_is_being_written_is_used_when_it_is_complete() {
         let Files { server: _server, authority, strict, mut renewal, .. } = files();

@@ -214,7 +214,7 @@ fn a_parked_connection_is_closed_at_the_idle_timeout_unless_it_was_used() {
     });
 }
 
-/// They unpark the connection, but they are no requests.
+/// PINGs unpark the connection, but they are no requests.
 #[test]
 fn a_parked_http2_connection_whose_client_sends_only_pings_is_closed_at_the_idle_timeout() {
     let service = TlsService::start(app_binary(), &["--idle-timeout", "8s"]).expect("the service starts");

@@ -79,7 +79,7 @@ fn a_socket_that_the_service_does_not_use_is_refused() {
 
 /// systemd passes connections to the instances of a template with `Accept=yes`, and calls them `connection`.
 #[test]
-fn a_connection_in_the_place_of_a_listener_is_refused_with_what_to_change() {
+fn a_connection_in_the_place_of_a_listener_is_refused_and_the_error_names_accept_no() {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port is bound");
     let address = listener.local_addr().expect("the listener has an address");
     let _client = std::net::TcpStream::connect(address).expect("the listener accepts");

@@ -326,7 +326,7 @@ pub fn forbid_threads(process: &Process) {
 }
 
 #[test]
-fn process_that_may_start_no_thread_serves_on_after_a_sighup() {
+fn process_that_may_start_no_thread_keeps_serving_after_a_sighup() {
     let (mut service, _folder) = start(&[]);
     block_on(async {
         let mut connection = service.connect().await;
@@ -447,7 +447,7 @@ fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
     assert!(code == Some(78) && log.contains("RuntimeDirectory="), "{code:?}: {log}");
 }
 
-/// As after some reloads of a process that is stopped: it has accepted none of the commands before.
+/// A stopped process accepts no takeover commands, so its queue fills after some reloads.
 #[test]
 fn takeover_fails_at_once_if_the_queue_of_the_running_service_is_full() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
@@ -465,7 +465,7 @@ fn takeover_fails_at_once_if_the_queue_of_the_running_service_is_full() {
         waiting.push(client);
     }
     let (code, log) = reload(folder.path(), &folder.path().join("notify"), &[]);
-    assert!(code == Some(69) && log.contains("the running service does not accept on"), "{code:?}: {log}");
+    assert!(code == Some(69) && log.contains("the running service hangs, so restart it"), "{code:?}: {log}");
 }
 
 // ---- messages on the takeover socket ----

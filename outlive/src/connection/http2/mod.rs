@@ -60,8 +60,8 @@ const HOLD_LIMIT: Duration = Duration::from_millis(20);
 /// The longest attempt, so that a long quiesce limit does not delay the requests of a connection by minutes.
 const LONGEST_HOLD: Duration = Duration::from_secs(2);
 
-/// How long a client that waits for no response may take to react to GOAWAY when the process is stopping, or needs the slot
-/// of the connection. A reaction takes one round trip. A slower client receives the second GOAWAY, and may repeat the
+/// How long a client that waits for no response may take to react to GOAWAY when the process is stopping, or evicts the
+/// connection. A reaction takes one round trip. A slower client receives the second GOAWAY, and may repeat the
 /// requests on streams above its last stream.
 const GOAWAY_LIMIT: Duration = Duration::from_secs(1);
 
@@ -224,10 +224,10 @@ impl Driver<'_> {
         let Some(deadline) = &mut self.goaway_deadline else {
             return (is_overdue || self.handle.must_close()).then_some(Turn::MustClose);
         };
-        // A connection that makes room for another one is overdue at once, but a request may be under way on it.
+        // An evicted connection is overdue at once, but its client may have sent a request before it received GOAWAY.
         let is_evicted = self.handle.state().is_evicted();
         let has_time_to_react = deadline.as_mut().poll(cx).is_pending();
-        // A client that does not read cannot receive the second GOAWAY.
+        // An evicted client that does not read cannot receive the second GOAWAY, so its connection is cut off.
         if is_overdue && (!is_evicted || !has_time_to_react && !self.is_silent()) {
             return Some(Turn::Overdue(self.handle.stage()));
         }

@@ -499,7 +499,7 @@ async fn websocket_over_tls_is_closed_with_1012_if_tls_connections_are_not_hande
 
 /// The process before it handed TLS connections over.
 #[tokio::test(flavor = "multi_thread")]
-async fn websocket_over_tls_that_has_moved_continues_until_the_drain_of_a_process_that_hands_none_over() {
+async fn moved_websocket_over_tls_continues_until_the_drain_with_tls_handover_no() {
     let certificate = Certificate::new().expect("the certificate is made");
     for version in [&TLS12, &TLS13] {
         let served = serve_with(counting(), Some(tls_of(&certificate))).await;

@@ -119,7 +119,7 @@ impl<'a> Limit<'a> {
         }
     }
 
-    /// The reason of a drain that a stop signal ends.
+    /// The reason to record when a stop signal ends the drain.
     fn reason_of_signal(&self) -> EndReason {
         if self.has_successor { EndReason::SecondSignal } else { EndReason::SuccessorExited }
     }

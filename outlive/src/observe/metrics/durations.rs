@@ -84,7 +84,7 @@ impl Durations {
 /// `block_in_place` moves the work of its thread to another one, so there can be new threads all the time.
 fn add_up(parts: &mut Vec<Part>) {
     parts.retain(|part| {
-        // Before the counts are added up: a thread that has ended by now counts nothing more.
+        // Read before `flush`, because otherwise the counts of a thread that ends in between would be lost.
         let has_thread = Arc::strong_count(part) > 1;
         lock(part).flush();
         has_thread

@@ -16,12 +16,12 @@ const LENGTH_LIMIT: usize = 256 * 1024;
 pub enum CatchUp {
     /// h2 reads as much as has arrived.
     Over,
-    /// h2 still has to read `left` bytes in small pieces, unless it is `until` before that.
+    /// h2 reads small pieces until it has read `left` more bytes or the time `until` has passed.
     Reading { left: usize, until: Instant },
 }
 
 impl CatchUp {
-    /// Begins now. `held`: the number of bytes that were held, which is the limit if it is larger.
+    /// Begins now. The limit of bytes is [`LENGTH_LIMIT`] or `held`, the number of held bytes, whichever is larger.
     pub fn begin(&mut self, held: usize) {
         *self = Self::Reading { left: LENGTH_LIMIT.max(held), until: Instant::now() + TIME_LIMIT };
     }
