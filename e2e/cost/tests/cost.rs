@@ -8,7 +8,7 @@ use e2e_cost::{Protocol, instructions_of_request};
 
 /// The ratios as they were measured. A change that needs more has to set them anew, with the reason in its commit message.
 const HTTP1: f64 = 1.187;
-const HTTP2: f64 = 1.278;
+const HTTP2: f64 = 1.293;
 /// A larger increase fails the test. Thirteen runs of the same binaries on a busy machine differed by up to 1.8 %.
 const TOLERANCE: f64 = 1.02;
 
