@@ -353,8 +353,8 @@ impl AsyncRead for Io {
         if this.has_stopped_reading() && into.filled().len() == before && state.is_in_flight() {
             return Poll::Pending;
         }
-        // After a body that the handler left, these bytes may be its rest, so they do not start the time limit of a head. If
-        // they begin a head, the connection is served again when it would be parked, and the limit starts then.
+        // If the handler did not read the whole body, these bytes may be the rest of the body, so they do not start the time
+        // limit of a head. If they begin a head, the limit starts when the connection would be parked and is served again.
         if this.protocol == Protocol::Http1 && into.filled().len() > before && !state.has_left_body() {
             handle.received();
         }

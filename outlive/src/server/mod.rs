@@ -61,7 +61,8 @@ const UNACKNOWLEDGED_LIMIT: Duration = Duration::from_secs(120);
 /// How long a new connection waits for a slot before idle ones are closed for it. Each of them may take some time to close,
 /// because its client has to close too.
 const EVICTION_INTERVAL: Duration = Duration::from_millis(20);
-/// The maximum number of connections that are closing for a new one during [`REACTION_TIME`], and that one step closes.
+/// During [`REACTION_TIME`], at most so many connections are closing at a time to make room for a new one. Each call of `evict`
+/// closes at most so many, also after that time.
 const EVICTION: usize = 4;
 /// The time after which [`LATER_EVICTION`] applies, because the clients have not closed within a round trip.
 const REACTION_TIME: Duration = Duration::from_millis(200);
@@ -257,8 +258,8 @@ impl Server {
     }
 
     /// Keeps duplicates of the parked connections in systemd's store until a drain begins, if the unit has a store.
-    /// `predecessor_gone` is cancelled when the predecessor can store no further descriptor. It has emptied its own backup at the
-    /// beginning of its drain.
+    /// `predecessor_gone` is cancelled when the predecessor can store no further descriptor. The predecessor has emptied its own
+    /// backup at the beginning of its drain.
     pub async fn back_up(self, generation: u64, predecessor_gone: CancellationToken) {
         match has_store().await {
             Ok(true) => {}
@@ -267,7 +268,8 @@ impl Server {
                 return warn!(%error, "could not find out whether systemd stores file descriptors; until the next restart, a crash closes idle connections too");
             }
         }
-        // `clear_store` waits for the end of the predecessor, because it could remove a channel that the predecessor has stored.
+        // `clear_store` is called only when `predecessor_gone` is cancelled. An earlier call could remove a channel that the
+        // predecessor has stored.
         let mut is_cleared = predecessor_gone.is_cancelled();
         if is_cleared {
             self.overflow.clear_store();

@@ -93,7 +93,7 @@ impl Parked {
         metrics::BACKED_UP.set(i64::try_from(count).unwrap_or(i64::MAX));
     }
 
-    /// Makes all duplicates stale, and closes them.
+    /// Makes all duplicates invalid, and closes them. If that fails, closes the parked connections too.
     fn end_backup(&mut self) {
         let Some(backup) = self.backup.take() else { return };
         self.count_backed_up(0);

@@ -107,7 +107,7 @@ impl Program {
         let path = self.path.clone();
         let found = match task::on_thread(move || adopts(&path)) {
             Ok(found) => found.await.unwrap_or(Ok(Protocols::ALL)),
-            // Without a thread this one waits for the file, because the drain cannot begin before.
+            // No thread could be started, so this thread reads the file. The drain cannot begin until the file is read.
             Err(_) => adopts(&self.path),
         };
         found.unwrap_or(Protocols::ALL)

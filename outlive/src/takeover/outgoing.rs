@@ -315,7 +315,7 @@ impl PreparedSuccessor {
             });
             let killed = match killed {
                 Ok(killed) => killed.await.map_err(anyhow::Error::from).flatten(),
-                // Without a thread this one waits, because nothing else may happen before the successor is dead.
+                // No thread could be started, so this thread waits. Nothing else may happen until the successor is dead.
                 Err(_) => process.kill(),
             };
             drop(self.channel);

@@ -163,7 +163,7 @@ fn connect() -> Result<OwnedFd> {
     rustix::io::ioctl_fionbio(&channel, true).context("could not set the socket non-blocking")?;
     let connected = SocketAddrUnix::new(&path).and_then(|address| connect_to(&channel, &address));
     let reason = match connected {
-        Err(Errno::AGAIN) => "the running service hangs, so restart it; it does not accept on",
+        Err(Errno::AGAIN) => "the running service hangs, so restart it: it accepts no connection at",
         Err(Errno::NOENT | Errno::CONNREFUSED) => "no running service listens on",
         _ => "could not connect to the running service at",
     };

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// How long h2 catches up at most. Within this time the rest of the frames arrives that the client has sent meanwhile.
+/// The longest time for which h2 catches up. The frames that the client sent during the pause arrive within this time.
 const TIME_LIMIT: Duration = Duration::from_secs(1);
-/// How many bytes h2 reads meanwhile. A client rarely sends more during a pause.
+/// The number of bytes that h2 reads while it catches up. A client rarely sends more during a pause.
 const LENGTH_LIMIT: usize = 256 * 1024;
 
 /// Whether h2 catches up with its client.
