@@ -152,9 +152,9 @@ async fn export(
                 Ok(Ok(Ok(()))) => None,
                 Ok(Ok(Err(error))) => Some(client.take_failure().unwrap_or_else(|| error.to_string())),
                 // tokio panics if it can start no thread that looks up the name of the collector. The next batch may succeed.
-                Ok(Err(_)) => {
-                    Some("the exporter panicked; if the kernel has refused a thread, raise TasksMax=".to_owned())
-                }
+                Ok(Err(_)) => Some(
+                    "the exporter panicked; if the kernel has refused a thread, raise TasksMax=".to_owned(),
+                ),
                 Err(_) => {
                     Some(format!("no response within {}", humantime::format_duration(settings.timeout)))
                 }
