@@ -32,7 +32,7 @@ use super::{Connection, ConnectionContext, Endpoint, EndpointKind, PREFACE};
 use crate::app::process::Process;
 use crate::listeners::{Listener, ListeningSocket, Ownership};
 use crate::os::sys;
-use crate::registry::{Limits, Phase, Registry, Stage};
+use crate::registry::{Counts, Limits, Phase, Registry, Stage};
 use crate::requests::{Proxies, Routes};
 use crate::server::{Acceptor, Queues, Server};
 use crate::transport::tls_config::Tls;
@@ -125,6 +125,17 @@ impl Served {
             }
         };
         timeout(PATIENCE, reached).await.expect("the number of connections is reached");
+    }
+
+    /// Waits until the counts are `expected`.
+    pub async fn until_counts(&self, expected: Counts) {
+        let reached = async {
+            while self.registry().counts() != expected {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        let in_time = timeout(PATIENCE, reached).await.is_ok();
+        assert!(in_time, "{:?} instead of {expected:?}", self.registry().counts());
     }
 
     /// Waits until the only connection is at `stage`.
