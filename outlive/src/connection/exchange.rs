@@ -186,7 +186,8 @@ fn accepts_events(head: &Parts) -> bool {
     };
     head.method == Method::GET
         && head.version == Version::HTTP_11
-        && head.headers.get_all(ACCEPT).iter().any(accepts)
+        // A scan, as in `requests::request_id`.
+        && head.headers.iter().any(|(name, value)| *name == ACCEPT && accepts(value))
 }
 
 /// What a request offers besides a response that ends.

@@ -250,10 +250,7 @@ impl ResponseFuture {
             Err(_panic) => answer(StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
         };
         // The application may have set and logged its own id, as `PropagateRequestIdLayer` of tower-http does.
-        // `any` first, because it takes fewer instructions for the few fields of a response than to hash the name.
-        if response.headers().keys().any(|name| *name == REQUEST_ID)
-            && let Some(id) = request_id(response.headers())
-        {
+        if let Some(id) = request_id(response.headers()) {
             *this.id = Some(id.clone());
         }
         let took = request.since.elapsed();
@@ -375,7 +372,9 @@ fn request_id(headers: &HeaderMap) -> Option<&HeaderValue> {
     let is_accepted = |id: &&HeaderValue| {
         (1..=REQUEST_ID_LIMIT).contains(&id.len()) && id.as_bytes().iter().all(is_allowed)
     };
-    headers.get(REQUEST_ID).filter(is_accepted)
+    // A scan, because for the number of fields that most messages have it takes fewer instructions than to hash the name.
+    let wanted = REQUEST_ID;
+    headers.iter().find(|(name, _)| **name == wanted).map(|(_, id)| id).filter(is_accepted)
 }
 
 /// How many numbers a thread reserves at once, so that threads seldom contend for the shared counter.
