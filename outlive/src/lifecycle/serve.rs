@@ -16,12 +16,9 @@ use crate::os::signals::{SignalRequest, Signals};
 use crate::os::systemd;
 use crate::server::Server;
 use crate::takeover::{
-    Commitment, OldProcesses, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle,
+    Commitment, OldProcesses, PID_1, ReloadEvent, Reloads, STOPPED_DURING_RELOAD, Successor, SuccessorBundle,
     TakeoverSocket, UNDER_WAY,
 };
-
-/// The kernel ends all processes of a container with its PID 1, successors included.
-const PID_1: &str = "PID 1 of a container cannot reload; start a new container instead";
 
 /// A process that serves. [`Serving::stop`](crate::lifecycle::stop) consumes it.
 pub struct Serving {

@@ -38,9 +38,14 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<Passed> {
         if !addresses.is_empty() {
             return Ok(found);
         }
+        let advice = if std::process::id() == 1 {
+            "systemd 257 passes such a number to a unit with PrivatePIDs=yes, so remove that line from the unit"
+        } else {
+            "if a wrapper script starts this program, start it with `exec`"
+        };
         bail!(
-            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: if a \
-             wrapper script starts this program, start it with `exec`; else set --listen",
+            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: {advice}; \
+             else set --listen",
             std::process::id()
         );
     }

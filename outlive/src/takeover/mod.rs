@@ -62,6 +62,10 @@ const COMMIT_LIMIT: Duration = Duration::from_secs(5);
 const OUTCOME_LIMIT: Duration =
     COMMIT_LIMIT.saturating_add(BARRIER_LIMIT).saturating_add(Duration::from_secs(1));
 
+/// The reason why PID 1 of a PID namespace cannot reload: the kernel ends all other processes of the namespace with it, so
+/// also the successor (pid_namespaces(7)).
+pub const PID_1: &str = "PID 1 of a container or of a unit with PrivatePIDs=yes cannot reload; start a new container or restart the service";
+
 /// The reason of a reload that failed because the service is being stopped at the same time.
 pub const STOPPED_DURING_RELOAD: &str = "the service is being stopped";
 

@@ -21,7 +21,7 @@ use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
-    COMMIT_LIMIT, CREDENTIALS, STDOUT,
+    COMMIT_LIMIT, CREDENTIALS, PID_1, STDOUT,
 };
 use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
@@ -128,18 +128,20 @@ impl<'a> Reloads<'a> {
     /// Starts a reload with a successor that a takeover command spawns, or refuses it because another is in progress.
     pub async fn accept_successor(&mut self, channel: Channel) {
         if self.is_under_way() {
-            refuse(&channel, self.bundle.generation).await;
+            refuse(&channel, self.bundle.generation, UNDER_WAY).await;
+        } else if std::process::id() == 1 {
+            refuse(&channel, self.bundle.generation, PID_1).await;
         } else {
             self.preparation = Some(Box::pin(prepare_external(self.bundle, channel)));
         }
     }
 }
 
-async fn refuse(channel: &Channel, generation: u64) {
-    info!("refused a takeover: {UNDER_WAY}");
+async fn refuse(channel: &Channel, generation: u64, reason: &str) {
+    info!("refused a takeover: {reason}");
     // An error means that the takeover command has exited, so it needs no reason. The time limit is needed because a
     // command that does not read would otherwise block the main loop.
-    let refused = channel.send_text(MessageType::Refused, Origin::now(generation), UNDER_WAY);
+    let refused = channel.send_text(MessageType::Refused, Origin::now(generation), reason);
     let _ = timeout(COMMIT_LIMIT, refused).await;
 }
 

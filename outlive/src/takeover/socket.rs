@@ -21,8 +21,8 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::timeout;
 use tracing::warn;
 
-use super::STOPPED_DURING_RELOAD;
 use super::launch::Program;
+use super::{PID_1, STOPPED_DURING_RELOAD};
 use crate::handover::{Channel, MessageType, Origin, send_frames};
 use crate::os::exit::{Failure, Result};
 use crate::os::{systemd, task};
@@ -104,6 +104,11 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
     if systemd::ignores_this_process() {
         give_up(systemd::SET_NOTIFY_ACCESS);
         return Err(Failure::config(anyhow!("reload failed: {}", systemd::SET_NOTIFY_ACCESS)));
+    }
+    // With PrivatePIDs=yes this command is PID 1, as the service is.
+    if std::process::id() == 1 {
+        give_up(PID_1);
+        return Err(Failure::config(anyhow!("reload failed: {PID_1}")));
     }
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.context("could not start the runtime")?;

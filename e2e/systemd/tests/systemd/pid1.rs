@@ -117,9 +117,43 @@ fn sighup_to_pid_1_is_refused_and_the_service_keeps_serving() {
             connection.ask(&get("/")).await.expect("the request is answered").text().contains("generation 1")
         );
     });
-    wait_until("SIGHUP is refused", || container.stderr().contains("PID 1 of a container cannot reload"));
+    wait_until("SIGHUP is refused", || {
+        container.stderr().contains("PID 1 of a container or of a unit with PrivatePIDs=yes cannot reload")
+    });
     container.signal(Signal::INT);
     container.wait_for_exit();
+}
+
+/// The kernel would end the successor together with PID 1. `docker exec` starts the command beside PID 1 of a container.
+#[test]
+fn takeover_of_pid_1_and_by_pid_1_is_refused_and_the_service_keeps_serving() {
+    for service_is_pid_1 in [true, false] {
+        let folder = tempfile::tempdir().expect("the folder is created");
+        let address = testkit::free_address();
+        let app = |is_pid_1: bool, flags: &[&str]| {
+            let mut command = if is_pid_1 {
+                command("unshare", &["--fork", "--pid", "--kill-child", "--mount-proc", app_binary()])
+            } else {
+                command(app_binary(), &[])
+            };
+            command.args(flags).env("RUNTIME_DIRECTORY", folder.path());
+            command
+        };
+        let mut service = app(service_is_pid_1, &[&format!("--listen={address}")]);
+        let mut service = Process::spawn(service.stderr(Stdio::null())).expect("the service starts");
+        wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
+        let mut takeover = app(!service_is_pid_1, &["takeover"]);
+        let (code, _, log) = run_to_end(&mut takeover).expect("the process ends");
+        assert!(code != Some(0) && log.contains("PrivatePIDs=yes cannot reload"), "{code:?}: {log}");
+        block_on(async {
+            let mut connection =
+                Connection::open(&Target::Tcp(address)).await.expect("the connection is established");
+            let answer = connection.ask(&get("/")).await.expect("the request is answered");
+            assert!(answer.text().contains("generation 1"), "{}", answer.text());
+        });
+        service.signal(Signal::KILL);
+        service.wait().expect("the process ends");
+    }
 }
 
 // ---- docs/recipes ----
