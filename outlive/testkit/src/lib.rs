@@ -1,7 +1,8 @@
 //! Helpers that the tests, the soak and the benchmarks share: systemds in containers, clients, loads.
 //!
 //! - [`container`] boots a real systemd with the service installed; [`service`] and [`tls_service`] start the binary
-//!   without systemd, with a socket passed to it or with listeners of its own.
+//!   without systemd, with a socket passed to it or with listeners of its own; [`threads`] starts it as a process to which
+//!   the kernel refuses threads.
 //! - [`client`] has clients for HTTP/1.1 and HTTP/2 that never retry, and [`events`] one for an event stream; [`load`]
 //!   runs many clients and reports lost requests and closed connections; [`verbs`] restarts or reloads the service under
 //!   a load.
@@ -23,6 +24,7 @@ pub mod process;
 pub mod release;
 pub mod service;
 pub mod svg;
+pub mod threads;
 pub mod tls_service;
 pub mod verbs;
 

@@ -1,6 +1,9 @@
 //! Certificates of the service: several of them, and changed files.
 
 use std::fs;
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -8,16 +11,21 @@ use rustix::process::Signal;
 use testkit::certificate::{Certificate, ClientConfig};
 use testkit::client::{Connection, Http2, Target, get};
 use testkit::service::{command, run_to_end};
+use testkit::threads::Threadless;
 use testkit::tls_service::TlsService;
-use testkit::{TEST_TIMEOUT, block_on};
+use testkit::{TEST_TIMEOUT, block_on, free_address, wait_until};
 use tokio::time::{sleep, timeout};
 
 use crate::app_binary;
 
 /// Whether the service presents this certificate to a client that asks for `name`.
 async fn is_presented(service: &TlsService, name: &str, certificate: &Certificate) -> bool {
+    is_presented_at(service.https, name, certificate).await
+}
+
+async fn is_presented_at(https: SocketAddr, name: &str, certificate: &Certificate) -> bool {
     let client = certificate.client(&["http/1.1"]).expect("the client configuration is valid");
-    let target = Target::Named(name.to_owned(), service.https, client);
+    let target = Target::Named(name.to_owned(), https, client);
     match Connection::open(&target).await {
         Ok(mut connection) => {
             assert_eq!(connection.ask(&get("/")).await.expect("the server answers").status, 200);
@@ -29,6 +37,15 @@ async fn is_presented(service: &TlsService, name: &str, certificate: &Certificat
 
 fn client(certificate: &Certificate, protocol: &str) -> Arc<ClientConfig> {
     certificate.client(&[protocol]).expect("the client configuration is valid")
+}
+
+/// Replaces the files of a certificate, as a program does that renews certificates: each file by itself.
+fn replace(certificate: &Certificate, next: &Certificate) {
+    for (from, to) in [(next.chain(), certificate.chain()), (next.key(), certificate.key())] {
+        let aside = to.with_extension("new");
+        fs::copy(from, &aside).expect("the file is copied");
+        fs::rename(aside, to).expect("the file is replaced");
+    }
 }
 
 #[test]
@@ -96,14 +113,7 @@ fn changed_certificate_is_used_for_new_handshakes_and_open_connections_stay() {
                 sleep(Duration::from_millis(5)).await;
             }
         };
-        // As a program does that renews certificates: each file is replaced by itself.
-        for (from, to) in
-            [(next.chain(), service.certificate.chain()), (next.key(), service.certificate.key())]
-        {
-            let aside = to.with_extension("new");
-            fs::copy(from, &aside).expect("the file is copied");
-            fs::rename(aside, to).expect("the file is replaced");
-        }
+        replace(&service.certificate, &next);
         timeout(TEST_TIMEOUT, renewed).await.expect("the new certificate is used in time");
         assert!(!http1.ask(&get("/")).await.expect("the server answers").closes());
         assert_eq!(http2.get("/").await.expect("the server answers").expect("no GOAWAY").0, 200);
@@ -117,4 +127,41 @@ fn changed_certificate_is_used_for_new_handshakes_and_open_connections_stay() {
         log.contains("certificate files have changed; new TLS handshakes use localhost until 20"),
         "{log}"
     );
+}
+
+#[test]
+fn changed_certificate_is_used_once_the_kernel_permits_threads_again() {
+    let [certificate, next] =
+        [Certificate::new(), Certificate::new()].map(|made| made.expect("openssl runs"));
+    // The process may have another user.
+    let share = |path: &Path, mode| {
+        fs::set_permissions(path, PermissionsExt::from_mode(mode)).expect("the mode is changed");
+    };
+    share(certificate.folder(), 0o755);
+    for path in [certificate.key(), next.key()] {
+        share(&path, 0o644);
+    }
+    let https = free_address();
+    let mut command = command(app_binary(), &["--tls-check-interval", "50ms", "--listen"]);
+    command.arg(format!("https={https}")).args([
+        "--tls-cert".into(),
+        certificate.chain(),
+        "--tls-key".into(),
+        certificate.key(),
+    ]);
+    let service = Threadless::spawn(&mut command).expect("the service starts");
+    let presents = |certificate| block_on(is_presented_at(https, "localhost", certificate));
+    wait_until("the service serves", || presents(&certificate));
+    service.permit_threads(false).expect("the limit is set");
+    let copy = Certificate::new().expect("openssl runs");
+    replace(&copy, &certificate);
+    replace(&certificate, &next);
+    let refused = "could not start a thread to look at the certificate files";
+    // The second time shows that the service has continued after the first one.
+    for _ in 0..2 {
+        service.wait_for_log(refused).expect("the kernel refuses threads");
+    }
+    assert!(presents(&copy));
+    service.permit_threads(true).expect("the limit is set");
+    wait_until("the new certificate is used", || presents(&next));
 }

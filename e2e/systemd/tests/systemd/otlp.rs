@@ -7,9 +7,11 @@ use opentelemetry_proto::tonic::common::v1::KeyValue;
 use opentelemetry_proto::tonic::common::v1::any_value::Value;
 use opentelemetry_proto::tonic::trace::v1::span::SpanKind;
 use rustix::process::Signal;
+use testkit::client::{Connection, Target, get};
 use testkit::process::terminate;
 use testkit::service::{Service, command, run_to_end};
-use testkit::{block_on, wait_until};
+use testkit::threads::Threadless;
+use testkit::{block_on, free_address, wait_until};
 use tokio::net::TcpSocket;
 
 use crate::app_binary;
@@ -149,9 +151,37 @@ fn a_collector_that_refuses_connections_is_logged_with_the_cause() {
     assert!(log.contains(&warning), "{log}");
 }
 
+/// tokio looks up the name of the collector on another thread, and panics if the kernel refuses it.
+#[test]
+fn spans_are_sent_again_once_the_kernel_permits_threads() {
+    let collector = Collector::start(true);
+    let endpoint = collector.endpoint.replace("127.0.0.1", "localhost");
+    let address = free_address();
+    let mut command = command(app_binary(), &["--listen", &address.to_string()]);
+    command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint).env("OTEL_BSP_SCHEDULE_DELAY", "50");
+    let service = Threadless::spawn(&mut command).expect("the service starts");
+    // Without a request: after a span, tokio would have an idle thread for the next lookup.
+    wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
+    let ask = || {
+        block_on(async {
+            let mut connection = Connection::open(&Target::Tcp(address)).await.expect("the service listens");
+            assert_eq!(connection.ask(&get("/")).await.expect("the service answers").status, 200);
+        });
+    };
+    service.permit_threads(false).expect("the limit is set");
+    ask();
+    let lost = format!("could not send 1 spans to {endpoint}: the exporter panicked");
+    service.wait_for_log(&lost).expect("the kernel refuses the thread");
+    service.permit_threads(true).expect("the limit is set");
+    ask();
+    service.wait_for_log("accepts spans again").expect("the next span is sent");
+    // The collector answers before it keeps the span.
+    wait_until("the collector has the span", || collector.spans().len() == 1);
+}
+
 #[test]
 fn an_invalid_variable_of_opentelemetry_is_refused_by_check_with_its_name() {
-    let address = testkit::free_address().to_string();
+    let address = free_address().to_string();
     let mut check = command(app_binary(), &["check", "--listen", &address]);
     check.env("OTEL_EXPORTER_OTLP_ENDPOINT", "https://collector");
     let (code, _, log) = run_to_end(&mut check).expect("the process ends");
