@@ -3,6 +3,8 @@
 //! strict.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
+use std::os::unix::net::UnixStream as StdUnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,7 +16,7 @@ use hyper::StatusCode;
 use proptest::prelude::*;
 use testkit::certificate::Certificate;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
@@ -124,6 +126,11 @@ impl Client {
                 Box::new(connector.connect(name, stream).await.expect("the handshake succeeds"))
             }
         };
+        Self::begin(wire, second).await
+    }
+
+    /// The same, on a connection that is open already.
+    async fn begin(wire: Box<dyn Wire>, second: &[u8]) -> Self {
         let mut client = Self { wire };
         client.send(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).await;
         client.wait_until(|head| head.frame_type == SETTINGS && !head.has(ACK)).await;
@@ -641,6 +648,34 @@ async fn client_that_floods_an_old_stream_and_never_reads_is_cut_off() {
         let taken = flood(client, || frame(DATA, 0, 1, b"x").repeat(10_000)).await;
         assert!(taken < FLOOD_LIMIT, "after {moves} handovers the server accepted {taken} bytes");
     }
+}
+
+/// GOAWAY cannot reach such a client, so the limit for its reaction has to end the connection.
+#[tokio::test]
+async fn idle_client_that_never_reads_is_cut_off_when_it_is_evicted() {
+    let served = serve_with(router(), None).await;
+    // A Unix socket, because its buffer stays full once it is. The client gets what the copy of the server's end sends.
+    let (wire, socket) = StdUnixStream::pair().expect("a socket pair is made");
+    let mut copy = socket.try_clone().expect("the socket is duplicated");
+    wire.set_nonblocking(true).expect("the socket is made non-blocking");
+    served.server.adopt(Connection::begun(socket.into(), served.server.endpoints()[0].clone()));
+    let wire = UnixStream::from_std(wire).expect("the socket is converted");
+    let client = Client::begin(Box::new(wire), GET_AGAIN).await;
+    let registry = served.registry();
+    let idle = async {
+        loop {
+            match &registry.idle_for(Duration::ZERO)[..] {
+                [entry] => break entry.clone(),
+                _ => tokio::time::sleep(Duration::from_millis(1)).await,
+            }
+        }
+    };
+    let idle = timeout(PATIENCE, idle).await.expect("the connection is idle");
+    copy.set_nonblocking(true).expect("the socket is made non-blocking");
+    while copy.write(&[0; 1024]).is_ok() {}
+    idle.evict();
+    served.until_connections(0).await;
+    drop(client);
 }
 
 /// h2 starts with a larger window than the client has, so responses wait in the interposer. No window limits the
