@@ -97,6 +97,7 @@ impl NamedSockets {
     /// sockets. Fails if a socket was not claimed, because its clients would wait for ever.
     pub fn finish(&self) -> anyhow::Result<(Vec<Listener>, Others)> {
         let mut state = lock(&self.state);
+        state.refuse_connections()?;
         let sockets = state.unclaimed.iter().map(|socket| socket.name.to_string());
         let addresses = state.addresses.iter().map(|address| address.name().to_string());
         let unclaimed: BTreeSet<_> = sockets.chain(addresses).collect();
@@ -108,10 +109,9 @@ impl NamedSockets {
                 .collect();
             bail!(
                 "this service does not use a socket with the name {}: expected one of {} (FileDescriptorName= of the \
-                 socket unit, --listen NAME=ADDR){}",
+                 socket unit, --listen NAME=ADDR)",
                 unclaimed.join(" "),
                 claimed.join(" "),
-                state.connection_hint()
             );
         }
         Ok((std::mem::take(&mut state.listeners), std::mem::take(&mut state.others)))
@@ -147,13 +147,18 @@ impl NamedSockets {
 }
 
 impl State {
-    /// For an error: what to change if a socket that is not claimed is a connection. systemd passes one with Accept=yes, and
-    /// calls it `connection` unless the unit has another name for it.
-    fn connection_hint(&self) -> String {
-        let kinds = self.unclaimed.iter().map(|socket| (&socket.name, describe(&socket.fd)));
-        let mut connections = kinds.filter(|(_, kind)| matches!(*kind, TCP_CONNECTION | UNIX_CONNECTION));
-        let hint = |(name, kind)| format!("; {name} is {kind}, so set Accept=no in the socket unit");
-        connections.next().map(hint).unwrap_or_default()
+    /// Fails if a socket that is not claimed is a connection. systemd passes one with Accept=yes, and calls it `connection`
+    /// unless the unit has another name for it, so an error about its name would not show the cause.
+    fn refuse_connections(&self) -> anyhow::Result<()> {
+        for NamedSocket { name, fd, .. } in &self.unclaimed {
+            let kind = describe(fd);
+            ensure!(
+                !matches!(kind, TCP_CONNECTION | UNIX_CONNECTION),
+                "Accept=yes in the socket unit: systemd passed {kind} ({name}) instead of a listener; set Accept=no in the \
+                 socket unit"
+            );
+        }
+        Ok(())
     }
 
     /// The names of the sockets that are not claimed, for an error: one of them may be misspelt.
