@@ -214,8 +214,13 @@ impl Io {
         if written.is_ready() {
             self.handle().wrote();
         }
-        if let (Poll::Ready(Ok(length)), Wire::Right(Tls::Left(tls))) = (written, &mut self.wire) {
-            tls.get_mut().0.note_sealed(*length);
+        match (written, &mut self.wire) {
+            (Poll::Ready(Ok(length)), Wire::Right(Tls::Left(tls))) => tls.get_mut().0.note_sealed(*length),
+            // Neither parked nor handed over before the response that says so: the connection would close without notice.
+            (_, Wire::Right(Tls::Right(records))) if records.is_near_key_limit() => {
+                self.handle().forbid_handover();
+            }
+            _ => {}
         }
     }
 

@@ -41,6 +41,11 @@ impl<'a> IoHandle<'a> {
         self.0.apply(Event::ClosesAfterResponse);
     }
 
+    /// See [`DriverHandle::forbid_handover`](super::DriverHandle::forbid_handover).
+    pub fn forbid_handover(self) {
+        self.0.apply(Event::HandoverForbidden);
+    }
+
     /// See [`DriverHandle::wake_on_change`](super::DriverHandle::wake_on_change).
     pub fn wake_on_change(self, cx: &Context<'_>) {
         self.0.wake_on_change(cx);
