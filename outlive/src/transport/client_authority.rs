@@ -44,6 +44,15 @@ impl ClientAuthority {
         Ok(Self { roots: roots.into(), digest: digest(certificates) })
     }
 
+    /// The number of certificates.
+    pub fn count(&self) -> usize {
+        self.roots.len()
+    }
+
+    pub fn differs_from(&self, other: &Self) -> bool {
+        self.digest != other.digest
+    }
+
     pub fn policy(&self, auth: ClientAuth) -> anyhow::Result<ClientPolicy> {
         let builder =
             WebPkiClientVerifier::builder_with_provider(self.roots.clone(), Arc::new(default_provider()));

@@ -105,9 +105,10 @@ impl TlsMaterial {
         Ok(tls)
     }
 
-    /// Reads the files again. If they have changed, new handshakes use them, and the names and the expiry of the certificates
-    /// are returned. Changes nothing if one of them cannot be used, or if they change again during `wait`: a program that writes
-    /// a file in place may have written a part of it that is valid by itself, such as the first certificates of a chain.
+    /// Reads the files again. If they have changed, new handshakes use them, and the names and the expiry of the
+    /// certificates are returned, with the number of authorities if these have changed. Changes nothing if one of them
+    /// cannot be used, or if they change again during `wait`: a program that writes a file in place may have written a
+    /// part of it that is valid by itself, such as the first certificates of a chain.
     pub fn renew(&mut self, wait: impl FnOnce()) -> anyhow::Result<Option<String>> {
         let first = self.files.read()?.digest();
         if first == self.contents.digest {
@@ -124,8 +125,23 @@ impl TlsMaterial {
         for ((_, tls), current) in self.listeners.iter().zip(all) {
             *lock(&tls.current) = current;
         }
-        self.contents = contents;
-        Ok(Some(self.contents.certificates.to_string()))
+        let former = std::mem::replace(&mut self.contents, contents);
+        let certificates = self.contents.certificates.to_string();
+        // A file that has lost an intermediate certificate is valid, but its clients may not be accepted any more.
+        Ok(Some(match (&self.contents.client_authority, former.client_authority) {
+            (Some(now), Some(before)) if now.differs_from(&before) => format!(
+                "{certificates}; certificates in --tls-client-ca: {} (before: {})",
+                now.count(),
+                before.count()
+            ),
+            _ => certificates,
+        }))
+    }
+
+    /// Reads the certificate and its key from this file from now on.
+    #[cfg(test)]
+    pub fn read_certificates_from(&mut self, path: std::path::PathBuf) {
+        self.files.certificates = vec![(path.clone(), path)];
     }
 }
 

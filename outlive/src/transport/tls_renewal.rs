@@ -16,13 +16,15 @@ use crate::os::task;
 
 /// How long changed files must stay the same before they are used. A program usually writes a certificate file in less time.
 const WRITE_TIME: Duration = Duration::from_millis(200);
+/// How many reasons of failures are remembered until the files can be used again.
+const REASONS: usize = 8;
 
 /// The result of one look at the files.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Check {
     /// The files are those in use, or a failure that is not new.
     NothingNew,
-    /// They have changed, and are in use now. The text names the certificates.
+    /// They have changed, and are in use now. The text names what is in use.
     Renewed(String),
     /// They cannot be used, at the second look too. The text is the reason.
     Failed(String),
@@ -36,12 +38,13 @@ struct Failure {
 
 pub struct TlsRenewal {
     material: TlsMaterial,
-    failure: Option<Failure>,
+    /// All failures since the files could be used, so that each of several reasons that alternate is reported once.
+    failures: Vec<Failure>,
 }
 
 impl TlsRenewal {
     pub fn new(material: TlsMaterial) -> Self {
-        Self { material, failure: None }
+        Self { material, failures: Vec::new() }
     }
 
     /// Looks at the files once in each `period`, until the process ends.
@@ -82,21 +85,22 @@ impl TlsRenewal {
     fn check(&mut self) -> Check {
         let reason = match self.material.renew(|| sleep(WRITE_TIME)) {
             Ok(renewed) => {
-                self.failure = None;
+                self.failures.clear();
                 return renewed.map_or(Check::NothingNew, Check::Renewed);
             }
             Err(error) => format!("{error:#}"),
         };
-        match &mut self.failure {
-            Some(failure) if failure.reason == reason => {
-                let is_new = !std::mem::replace(&mut failure.is_reported, true);
-                if is_new { Check::Failed(reason) } else { Check::NothingNew }
-            }
-            _ => {
-                self.failure = Some(Failure { reason, is_reported: false });
-                Check::NothingNew
-            }
+        if let Some(failure) = self.failures.iter_mut().find(|failure| failure.reason == reason) {
+            let is_new = !std::mem::replace(&mut failure.is_reported, true);
+            return if is_new { Check::Failed(reason) } else { Check::NothingNew };
         }
+        if self.failures.len() == REASONS {
+            // The reasons may be different each time, and would never be reported.
+            self.failures.clear();
+            return Check::Failed(reason);
+        }
+        self.failures.push(Failure { reason, is_reported: false });
+        Check::NothingNew
     }
 }
 
@@ -207,6 +211,34 @@ mod tests {
         assert_eq!(renewal.check(), Check::NothingNew);
     }
 
+    #[test]
+    fn failures_that_alternate_are_reported_once_each() {
+        let Files { server, authority: _authority, tls: _tls, mut renewal, .. } = files();
+        let other =
+            fs::read(Certificate::new().expect("openssl runs").chain()).expect("the file is readable");
+        let mut reported = Vec::new();
+        for round in 0..10 {
+            let text = if round % 2 == 0 { b"no PEM" } else { &other[..] };
+            fs::write(server.chain(), text).expect("the file is written");
+            if let Check::Failed(reason) = renewal.check() {
+                reported.push((round, reason.contains("contains no PEM certificate")));
+            }
+        }
+        assert_eq!(reported, [(2, true), (3, false)]);
+    }
+
+    #[test]
+    fn one_of_several_failures_that_are_always_new_is_reported() {
+        let Files { server, authority: _authority, tls: _tls, mut renewal, .. } = files();
+        let mut failed = |round| {
+            let path = server.folder().join(format!("missing-{round}"));
+            renewal.material.read_certificates_from(path);
+            matches!(renewal.check(), Check::Failed(_))
+        };
+        let reported: Vec<_> = (0..2 * REASONS).filter(|round| failed(*round)).collect();
+        assert_eq!(reported, [REASONS]);
+    }
+
     /// A file that is written in part can be valid, but lacks some of the certificates.
     #[test]
     fn file_that_is_being_written_is_used_when_it_is_complete() {
@@ -239,7 +271,8 @@ mod tests {
         let judge = |client| strict.may_continue(Some(client));
         assert!(judge(&known).is_ok() && matches!(judge(&unknown), Err(Refusal::Untrusted(_))));
         fs::copy(other.certificate(), authority.certificate()).expect("the file is replaced");
-        assert!(matches!(renewal.check(), Check::Renewed(_)));
+        let Check::Renewed(text) = renewal.check() else { panic!("the files are valid") };
+        assert!(text.ends_with("; certificates in --tls-client-ca: 1 (before: 1)"), "{text}");
         assert!(judge(&unknown).is_ok() && matches!(judge(&known), Err(Refusal::Untrusted(_))));
     }
 }
