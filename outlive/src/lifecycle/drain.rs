@@ -311,8 +311,7 @@ impl<'a> Drain<'a> {
         // The limit may have passed already, or may pass just after the phase was set. At that moment the tasks of idle
         // connections have not reacted to the phase yet, so without this minimum the drain would close these connections.
         let mut ends_after = Instant::now() + QUIESCE_LIMIT;
-        let mut small_frames = 0;
-        let mut has_given_up = false;
+        let (mut small_frames, mut has_given_up) = (0, false);
         loop {
             // Connections that become quiescent go first, otherwise they would wait until all parked connections have
             // been sent. The parked ones follow in portions of one message.
@@ -364,10 +363,13 @@ impl<'a> Drain<'a> {
             *moved += moving_responses(&connections);
             match sent {
                 Ok(()) => {}
+                // systemd sends a stop signal then, which ends the drain. Without a signal, as without a service manager, no other
+                // process serves the clients.
                 Err(error) if is_exit(&error) => {
-                    warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; they will be closed");
-                    limit.passed.get_or_insert(EndReason::SuccessorExited);
-                    break;
+                    left.append(&mut idle);
+                    warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; each will be closed after its next response");
+                    finish(server, left);
+                    has_given_up = true;
                 }
                 // The successor hangs, or file descriptors or memory have run short for too long. This process serves these
                 // connections again, and also those that have not been sent yet, because otherwise no process would serve them

@@ -10,12 +10,15 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvFlags, Shutdown, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, recv,
     shutdown, socket_with, socketpair,
 };
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
+use rustix::process::{
+    Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, kill_process, pidfd_open, prlimit,
+};
 use tempfile::TempDir;
 use testkit::certificate::Certificate;
 use testkit::client::{Connection, Target, get};
@@ -84,6 +87,16 @@ pub fn end(pid: i32) {
     kill_process(Pid::from_raw(pid).expect("a valid pid"), Signal::KILL).expect("the process runs");
 }
 
+/// As [`end`], and waits until all its threads have ended, so that its files are closed.
+fn end_whole(pid: i32) {
+    let process = Pid::from_raw(pid).expect("a valid pid");
+    let process = pidfd_open(process, PidfdFlags::empty()).expect("the process runs");
+    end(pid);
+    let limit = Timespec { tv_sec: 60, tv_nsec: 0 };
+    let ended = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&limit));
+    assert_eq!(ended, Ok(1), "the process has not ended");
+}
+
 #[test]
 fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() {
     let (mut service, folder) = start(&[]);
@@ -116,6 +129,34 @@ fn a_successor_takes_over_listeners_and_connections_and_the_old_process_exits() 
             "{log}"
         );
         end(pid);
+    });
+}
+
+/// Without a service manager no signal follows, so nothing but the drain limit ends the old process.
+#[test]
+fn an_old_process_whose_successor_is_killed_finishes_its_requests_and_closes_their_connections_after_another_one()
+ {
+    let (service, folder) = start(&[]);
+    let path = service.notifications.path();
+    block_on(async {
+        let mut moved = service.connect().await;
+        let mut held = [service.connect().await, service.connect().await];
+        for connection in &mut held {
+            connection.hold().await.expect("the request is in flight");
+        }
+        let (code, log) = reload(folder.path(), &path, &[]);
+        assert_eq!(code, Some(0), "{log}");
+        let pid = pid_of_generation(&mut moved, 2).await;
+        end_whole(pid);
+        assert_eq!(moved.read_more().await.unwrap_or(0), 0, "the connection of the successor is closed");
+        for connection in &mut held {
+            connection.release().await.expect("the request finishes");
+            let next = connection.ask(&get("/")).await.expect("the request is answered");
+            assert!(next.closes() && next.text().contains("generation 1"));
+        }
+        let (status, log) = service.end().expect("the process ends");
+        assert!(status.success() && log.contains("because the successor has exited"), "{log}");
+        assert!(log.contains("2 requests in flight finished, 0 cut off"), "{log}");
     });
 }
 
