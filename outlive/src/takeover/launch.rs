@@ -21,10 +21,13 @@ use rustix::io::Errno;
 use rustix::net::{SocketType, sockopt};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use super::process_handle::ProcessHandle;
 use super::{
-    ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES, OUTCOME_LIMIT,
+    ADOPTS_HTTP2_AND_TLS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES, NO_THREAD,
+    OUTCOME_LIMIT,
 };
 use crate::os::task;
 use crate::registry::Protocols;
@@ -37,6 +40,9 @@ const INTERMEDIATE: &str = "middle";
 const SUCCESSOR: &str = "successor";
 /// The line that a successor writes to its result pipe when it is the main process.
 const OK: &str = "ok";
+
+/// How much longer than `launch` takes at most [`Program::launch_on_thread`] waits for it.
+const EXEC_LAG: Duration = Duration::from_secs(1);
 
 /// How much of a binary is read and searched at once, in bytes.
 const READ_LENGTH: usize = 1024 * 1024;
@@ -117,6 +123,27 @@ impl Program {
         let mut command = Command::new(&self.path);
         command.args(&self.flags).env(ROLE, role);
         command
+    }
+
+    /// As [`Program::launch`], on a thread of its own. If exec(2) hangs, for example because the binary is on a network
+    /// file system whose server is down, this fails soon after `limit`, and the thread stays until exec(2) returns. It
+    /// then kills the intermediate process. There is at most one such thread, because as long as there is one, this
+    /// fails at once.
+    pub async fn launch_on_thread(self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
+        static LAUNCH: Semaphore = Semaphore::const_new(1);
+        let path = self.path.display().to_string();
+        let hangs = |_| anyhow!("could not start {path}: exec(2) of an earlier reload hangs");
+        let launch = LAUNCH.try_acquire().map_err(hangs)?;
+        let launched = task::on_thread(move || {
+            let _launch = launch;
+            self.launch(channel, limit)
+        });
+        let launched = timeout(limit + EXEC_LAG, launched.context(NO_THREAD)?).await;
+        let late = |_| {
+            let limit = humantime::format_duration(limit);
+            anyhow!("could not start {path}: exec(2) did not return within {limit} (--takeover-timeout)")
+        };
+        launched.map_err(late)??
     }
 
     /// Starts a successor with `channel` as its standard input. When this returns, the intermediate process has exited,

@@ -53,6 +53,9 @@ use std::time::Duration;
 
 use crate::os::systemd::BARRIER_LIMIT;
 
+/// The error of a reload for which the kernel refuses a thread.
+const NO_THREAD: &str = "could not start a thread for the reload; raise TasksMax= or LimitNPROC=";
+
 /// How long the predecessor waits for `Accepting` after it has sent `Commit`.
 const COMMIT_LIMIT: Duration = Duration::from_secs(5);
 

@@ -21,7 +21,7 @@ use super::process_handle::ProcessHandle;
 use super::socket::TakeoverSocket;
 use super::{
     ADOPTS_HTTP2_AND_TLS, ADOPTS_STREAMS, ADOPTS_TABLES_AND_CERTIFICATES, ADOPTS_TLS12, ADOPTS_UPGRADES,
-    COMMIT_LIMIT, CREDENTIALS, PID_1, STDOUT,
+    COMMIT_LIMIT, CREDENTIALS, NO_THREAD, PID_1, STDOUT,
 };
 use crate::handover::{Channel, Frame, MessageType, Origin, SocketRecord, pair};
 use crate::listeners::{Listener, Others, SocketFile};
@@ -157,15 +157,13 @@ async fn prepare_external(bundle: &SuccessorBundle, channel: Channel) -> Result<
     }
 }
 
-const NO_THREAD: &str = "could not start a thread for the reload; raise TasksMax= or LimitNPROC=";
-
 /// Prepares a successor that this process starts itself.
 async fn prepare_spawned(bundle: &SuccessorBundle) -> Result<PreparedSuccessor> {
     let (ours, theirs) = pair().context("could not create a channel for the successor")?;
     let channel = Channel::new(ours)?;
     let program = bundle.program.clone();
     let limit = bundle.limit;
-    let launched = task::on_thread(move || program.launch(theirs, limit)).context(NO_THREAD)?.await??;
+    let launched = program.launch_on_thread(theirs, limit).await?;
     let outcome = task::on_thread(move || launched.outcome(limit)).context(NO_THREAD)?;
     let reason = match timeout(limit, prepare(bundle, &channel, Parent::ServiceManager)).await {
         Ok(Ok((process, adopts))) => return Ok(PreparedSuccessor { channel, process, adopts }),

@@ -478,6 +478,36 @@ fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
     assert_eq!(log.matches(reason).count(), 2, "{log}");
 }
 
+/// Makes exec(2) of this file hang until the process is dropped, at most for `fs.lease-break-time` (45 s), as a network file
+/// system does whose server is down: a lease (F_SETLEASE in fcntl(2)) delays all who open the file. perl(1) needs no unsafe code.
+fn delay_exec(path: &Path) -> Process {
+    let script = "$SIG{IO} = 'IGNORE'; open(my $file, '<', $ARGV[0]) or die $!; \
+                  fcntl($file, 1024, 1) or die $!; print \"held\\n\"; close(STDOUT); sleep 1000";
+    let mut perl = Command::new("perl");
+    perl.args(["-e", script]).arg(path).stdout(Stdio::piped());
+    let mut perl = Process::spawn(&mut perl).expect("perl starts");
+    let stdout = perl.child().stdout.take().expect("it is piped");
+    assert_eq!(std::io::read_to_string(stdout).expect("valid UTF-8"), "held\n");
+    perl
+}
+
+#[test]
+fn a_release_whose_exec_hangs_fails_the_reload_and_further_ones_start_no_thread() {
+    let flags = ["--takeover-timeout", "500ms"];
+    let (mut service, folder) = start_and_replace(&flags, "exec sleep 1000");
+    let delayed = delay_exec(&folder.path().join("service"));
+    let reasons =
+        ["exec(2) did not return within 500ms (--takeover-timeout)", "exec(2) of an earlier reload hangs"];
+    for reason in reasons {
+        service.signal(Signal::HUP);
+        service.notifications.wait_for_status(reason).expect("the reload fails with this reason");
+    }
+    block_on(async {
+        assert_eq!(process_on(&mut service.connect().await).await, (service.pid(), 1));
+    });
+    drop(delayed);
+}
+
 #[test]
 fn takeover_without_a_running_service_or_a_runtime_directory_fails() {
     let folder = tempfile::tempdir().expect("a temporary folder is made");
