@@ -104,17 +104,19 @@ pub fn inherit(addresses: &[Listen]) -> Result<Inherited> {
 
 impl Inherited {
     /// Binds `addresses`, or the default address if there are none, unless a listener was inherited. Fails if there
-    /// are too many listeners, and if systemd started this process without a socket: a socket unit whose
-    /// `ListenStream=` was changed passes none until it is restarted, and a service that bound another port instead
-    /// would look healthy while no client reaches it.
+    /// are too many listeners, and if systemd started this process without a socket, or only with the admin socket: a
+    /// socket unit whose `ListenStream=` was changed passes none until it is restarted, and a service that bound another
+    /// port instead, or only answered `/readyz`, would look healthy while no client reaches it.
     ///
     /// The caller must watch signals already, because a client of the port can cause one to be sent.
     pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
-        let is_inherited = !self.listeners.is_empty() || !self.named.is_empty();
+        let serves = |listener: &Listener| listener.role() != ListenerRole::Admin;
+        let is_inherited = self.listeners.iter().any(serves) || !self.named.is_empty();
         if !is_inherited && addresses.is_empty() && systemd::started_this_process() {
+            let besides = if self.listeners.is_empty() { "" } else { " besides admin" };
             return Err(Failure::config(anyhow!(
-                "systemd passed no listening socket (LISTEN_FDS): run `systemctl restart {service}.socket`, or \
-                 set --listen if this service has no socket unit"
+                "systemd passed no listening socket{besides} (LISTEN_FDS): run `systemctl restart {service}.socket`, \
+                 or set --listen if this service has no socket unit"
             )));
         }
         self.warn_of_ignored(addresses);
