@@ -49,13 +49,15 @@ AUDITABLE = $$(command -v cargo-auditable >/dev/null && echo auditable)
 
 .PHONY: static
 static:
-	RUSTFLAGS='-C target-feature=+crt-static' cargo $(AUDITABLE) build --release --features jemalloc --target $(TRIPLE)
+	MAKEFLAGS= RUSTFLAGS='-C target-feature=+crt-static' cargo $(AUDITABLE) build --release --features jemalloc \
+		--target $(TRIPLE)
 	install -D -t target/static $${CARGO_TARGET_DIR:-target}/$(TRIPLE)/release/$(PACKAGE)
 
 # Built again if a source is newer, because otherwise an old binary would be installed. Copied, because `make run` builds a
-# binary without jemalloc in the place where cargo puts this one.
+# binary without jemalloc in the place where cargo puts this one. Without MAKEFLAGS, because the make of jemalloc would read
+# DESTDIR= there, and install its library into it.
 $(TARGET)/production/$(PACKAGE): Cargo.toml $(wildcard Cargo.lock) $(shell find src $(wildcard outlive/src) -type f)
-	cargo $(AUDITABLE) build --release --features jemalloc
+	MAKEFLAGS= cargo $(AUDITABLE) build --release --features jemalloc
 	install -D -t $(@D) $(TARGET)/release/$(PACKAGE)
 
 .PHONY: install

@@ -450,6 +450,25 @@ fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
     }
 }
 
+/// Cargo passes MAKEFLAGS to the build script of jemalloc, whose own make would install into DESTDIR, too.
+#[test]
+fn make_install_does_not_pass_its_variables_to_the_makefiles_of_dependencies() {
+    let folder = tempfile::tempdir().expect("the folder is created");
+    let root = folder.path().display();
+    let cargo = format!(
+        "#!/bin/sh\nprintf '%s' \"$MAKEFLAGS\" >{root}/flags\nmkdir -p {root}/target/release\ntouch {root}/target/release/{NAME}\n"
+    );
+    std::fs::create_dir(folder.path().join("bin")).expect("the folder is created");
+    std::fs::write(folder.path().join("bin/cargo"), cargo).expect("the file is written");
+    run(Command::new("chmod").args(["+x", "bin/cargo"]).current_dir(&folder));
+    let path = std::env::var("PATH").expect("PATH is set");
+    let mut make =
+        make(FOLDER, &["install", &format!("TARGET={root}/target"), &format!("DESTDIR={root}/root")]);
+    run(make.env("PATH", format!("{root}/bin:{path}")));
+    let flags = std::fs::read_to_string(folder.path().join("flags")).expect("cargo was called");
+    assert!(!flags.contains("DESTDIR"), "{flags}");
+}
+
 #[test]
 fn uninstall_removes_each_installed_file() {
     let folder = tempfile::tempdir().expect("the folder is created");
