@@ -111,13 +111,20 @@ impl Inherited {
     /// The caller must watch signals already, because a client of the port can cause one to be sent.
     pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
         let serves = |listener: &Listener| listener.role() != ListenerRole::Admin;
-        let is_inherited = self.listeners.iter().any(serves) || !self.named.is_empty();
-        if !is_inherited && addresses.is_empty() && systemd::started_this_process() {
-            let besides = if self.listeners.is_empty() { "" } else { " besides admin" };
-            return Err(Failure::config(anyhow!(
-                "systemd passed no listening socket{besides} (LISTEN_FDS): run `systemctl restart {service}.socket`, \
-                 or set --listen if this service has no socket unit"
-            )));
+        if !self.listeners.iter().any(serves) && self.named.is_empty() && systemd::started_this_process() {
+            let remedy = format!("run `systemctl restart {service}.socket`");
+            // The addresses of --listen are ignored if the process has inherited a listener.
+            if !self.listeners.is_empty() {
+                return Err(Failure::config(anyhow!(
+                    "systemd passed no listening socket besides admin (LISTEN_FDS): {remedy}"
+                )));
+            }
+            if addresses.is_empty() {
+                return Err(Failure::config(anyhow!(
+                    "systemd passed no listening socket (LISTEN_FDS): {remedy}, or set --listen if this service has no \
+                     socket unit"
+                )));
+            }
         }
         self.warn_of_ignored(addresses);
         self.bind_unless_inherited(addresses)

@@ -792,12 +792,14 @@ fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
 /// As after a change of `ListenStream=` in a unit that also has an admin socket: systemd passes only that one.
 #[test]
 fn a_start_by_systemd_with_only_an_admin_socket_is_refused_and_names_the_socket_unit() {
-    let mut command = inheriting(
-        fd(listener()),
-        &[("LISTEN_FDNAMES", "admin"), ("INVOCATION_ID", "0123456789abcdef0123456789abcdef")],
-    );
+    let variables = [("LISTEN_FDNAMES", "admin"), ("INVOCATION_ID", "0123456789abcdef0123456789abcdef")];
     let remedy = format!("systemctl restart {NAME}.socket");
-    assert_refused(&mut command, 78, &["no listening socket besides admin", "LISTEN_FDS", &remedy]);
+    // --listen would be ignored.
+    for options in [&[][..], &["--listen", "127.0.0.1:0"]] {
+        let mut command = inheriting(fd(listener()), &variables);
+        command.args(options);
+        assert_refused(&mut command, 78, &["no listening socket besides admin", "LISTEN_FDS", &remedy]);
+    }
 }
 
 #[test]
