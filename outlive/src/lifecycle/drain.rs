@@ -367,7 +367,7 @@ impl<'a> Drain<'a> {
                 // process serves the clients.
                 Err(error) if is_exit(&error) => {
                     left.append(&mut idle);
-                    warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; each will be closed after its next response");
+                    warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; each will be closed after its next response, or when a stop signal ends the drain");
                     finish(server, left);
                     has_given_up = true;
                 }

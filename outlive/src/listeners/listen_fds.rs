@@ -39,13 +39,12 @@ pub fn inherit(addresses: &[Listen]) -> anyhow::Result<Passed> {
             return Ok(found);
         }
         let advice = if std::process::id() == 1 {
-            "systemd 257 passes such a number to a unit with PrivatePIDs=yes, so remove that line from the unit"
+            "systemd 257 passes such a number to a unit with PrivatePIDs=yes; remove that setting, or set --listen"
         } else {
-            "if a wrapper script starts this program, start it with `exec`"
+            "if a wrapper script starts this program, start it with `exec`; else set --listen"
         };
         bail!(
-            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: {advice}; \
-             else set --listen",
+            "LISTEN_PID={pid} is not the pid of this process ({}), so LISTEN_FDS={count} is not for it: {advice}",
             std::process::id()
         );
     }

@@ -110,20 +110,35 @@ impl Inherited {
     ///
     /// The caller must watch signals already, because a client of the port can cause one to be sent.
     pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
-        let serves = |listener: &Listener| listener.role() != ListenerRole::Admin;
-        if !self.listeners.iter().any(serves) && self.named.is_empty() && systemd::started_this_process() {
+        // A listener that the predecessor has bound is one of --listen.
+        let is_of_admin_unit = |listener: &Listener| {
+            listener.role() == ListenerRole::Admin && matches!(listener.ownership, Ownership::Inherited)
+        };
+        if self.named.is_empty()
+            && self.listeners.iter().all(is_of_admin_unit)
+            && systemd::started_this_process()
+        {
             let remedy = format!("run `systemctl restart {service}.socket`");
-            // The addresses of --listen are ignored if the process has inherited a listener.
-            if !self.listeners.is_empty() {
-                return Err(Failure::config(anyhow!(
-                    "systemd passed no listening socket besides admin (LISTEN_FDS): {remedy}"
-                )));
-            }
-            if addresses.is_empty() {
-                return Err(Failure::config(anyhow!(
+            let reason = match (self.listeners.is_empty(), addresses) {
+                (true, []) => Some(format!(
                     "systemd passed no listening socket (LISTEN_FDS): {remedy}, or set --listen if this service has no \
                      socket unit"
-                )));
+                )),
+                (true, _) => None,
+                (false, []) => {
+                    Some(format!("systemd passed no listening socket besides admin (LISTEN_FDS): {remedy}"))
+                }
+                (false, addresses) => {
+                    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+                    Some(format!(
+                        "systemd passed no listening socket besides admin (LISTEN_FDS), and --listen {} is ignored beside \
+                         it: {remedy}, or set --listen for admin too and disable {service}-admin.socket",
+                        addresses.join(" ")
+                    ))
+                }
+            };
+            if let Some(reason) = reason {
+                return Err(Failure::config(anyhow!(reason)));
             }
         }
         self.warn_of_ignored(addresses);

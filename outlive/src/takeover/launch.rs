@@ -132,7 +132,12 @@ impl Program {
     pub async fn launch_on_thread(self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
         static LAUNCH: Semaphore = Semaphore::const_new(1);
         let path = self.path.display().to_string();
-        let hangs = |_| anyhow!("could not start {path}: exec(2) of an earlier reload hangs");
+        let hangs = |_| {
+            anyhow!(
+                "could not start {path}, because the start for an earlier reload still hangs: check the file system of \
+                 that path, or restart the service"
+            )
+        };
         let launch = LAUNCH.try_acquire().map_err(hangs)?;
         let launched = task::on_thread(move || {
             let _launch = launch;
@@ -141,7 +146,10 @@ impl Program {
         let launched = timeout(limit + EXEC_LAG, launched.context(NO_THREAD)?).await;
         let late = |_| {
             let limit = humantime::format_duration(limit);
-            anyhow!("could not start {path}: exec(2) did not return within {limit} (--takeover-timeout)")
+            anyhow!(
+                "could not start {path} within {limit} (--takeover-timeout): exec(2) or the new process hangs; check the \
+                 file system of that path"
+            )
         };
         launched.map_err(late)??
     }

@@ -26,7 +26,7 @@ enum Check {
     NothingNew,
     /// They have changed, and are in use now. The text names what is in use.
     Renewed(String),
-    /// They cannot be used, at the second look too. The text is the reason.
+    /// They cannot be used. The text is the reason, which is new.
     Failed(String),
 }
 
@@ -38,7 +38,8 @@ struct Failure {
 
 pub struct TlsRenewal {
     material: TlsMaterial,
-    /// All failures since the files could be used, so that each of several reasons that alternate is reported once.
+    /// The failures since the files could be used, at most [`REASONS`], so that each of several reasons that alternate is
+    /// reported once. If there are more reasons, the list is cleared and begins anew.
     failures: Vec<Failure>,
 }
 
@@ -81,7 +82,7 @@ impl TlsRenewal {
     }
 
     /// A failure is reported at its second occurrence, because the program that replaces a certificate and its key may have
-    /// replaced only one of them yet.
+    /// replaced only one of them yet. If [`REASONS`] others were seen before, it is reported at once.
     fn check(&mut self) -> Check {
         let reason = match self.material.renew(|| sleep(WRITE_TIME)) {
             Ok(renewed) => {

@@ -496,8 +496,10 @@ fn a_release_whose_exec_hangs_fails_the_reload_and_further_ones_start_no_thread(
     let flags = ["--takeover-timeout", "500ms"];
     let (mut service, folder) = start_and_replace(&flags, "exec sleep 1000");
     let delayed = delay_exec(&folder.path().join("service"));
-    let reasons =
-        ["exec(2) did not return within 500ms (--takeover-timeout)", "exec(2) of an earlier reload hangs"];
+    let reasons = [
+        "within 500ms (--takeover-timeout): exec(2) or the new process hangs",
+        "an earlier reload still hangs",
+    ];
     for reason in reasons {
         service.signal(Signal::HUP);
         service.notifications.wait_for_status(reason).expect("the reload fails with this reason");

@@ -141,7 +141,7 @@ fn takeover_of_pid_1_and_by_pid_1_is_refused_and_the_service_keeps_serving() {
         };
         let mut service = app(service_is_pid_1, &[&format!("--listen={address}")]);
         let mut service = Process::spawn(service.stderr(Stdio::null())).expect("the service starts");
-        wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
+        wait_until("the takeover socket exists", || folder.path().join("takeover").exists());
         let mut takeover = app(!service_is_pid_1, &["takeover"]);
         let (code, _, log) = run_to_end(&mut takeover).expect("the process ends");
         assert!(code != Some(0) && log.contains("PrivatePIDs=yes cannot reload"), "{code:?}: {log}");

@@ -137,6 +137,10 @@ async fn resume(
     let Connection { socket, endpoint, unread, http2, replay, .. } = connection;
     let protocol = if http2.is_some() { Protocol::Http2 } else { Protocol::Http1 };
     let records = RecordLayer::new(socket, *session);
+    // As in `Io::note_written`.
+    if records.is_near_key_limit() {
+        driver.forbid_handover();
+    }
     let io = Io::new(Wire::Right(Tls::Right(Box::new(records))), unread, registration, protocol);
     drive(io, protocol, http2, replay, endpoint, context).await
 }
