@@ -105,7 +105,7 @@ pub fn command(program: Program, limit: Duration) -> Result<()> {
         give_up(systemd::SET_NOTIFY_ACCESS);
         return Err(Failure::config(anyhow!("reload failed: {}", systemd::SET_NOTIFY_ACCESS)));
     }
-    // With PrivatePIDs=yes this command is PID 1, as the service is.
+    // systemd starts each command of a unit with PrivatePIDs=yes as PID 1 of its own namespace.
     if std::process::id() == 1 {
         give_up(PID_1);
         return Err(Failure::config(anyhow!("reload failed: {PID_1}")));
