@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use crate::TEST_TIMEOUT;
 use crate::certificate::Certificate;
 use crate::client::{Connection, Target, get};
-use crate::process::{Notifications, Process, make};
+use crate::process::{Notifications, Process, copy_program, make};
 
 /// The systemd that a container boots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -303,7 +303,7 @@ impl Container {
     /// Replaces the binary by renaming a copy over it, as an upgrade does: a running process keeps the old file.
     pub fn replace_binary(&self, with: &Path) -> Result<()> {
         let aside = self.binary().with_extension("new");
-        fs::copy(with, &aside)?;
+        copy_program(with, &aside)?;
         Ok(fs::rename(&aside, self.binary())?)
     }
 

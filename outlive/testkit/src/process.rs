@@ -11,7 +11,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{
@@ -20,6 +20,16 @@ use rustix::process::{
 use tempfile::TempDir;
 
 use crate::TEST_TIMEOUT;
+
+/// Copies a program that is to be started soon, by cp(1). If this process wrote the file, a child that another test starts
+/// meanwhile could have its descriptor for a moment, and the start would fail, because the file is open for writing
+/// (ETXTBSY in execve(2)).
+pub fn copy_program(from: &Path, to: &Path) -> Result<()> {
+    let copied =
+        Command::new("cp").arg("--preserve=mode").args([from, to]).output().context("could not run cp")?;
+    ensure!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    Ok(())
+}
 
 /// A child process in a process group of its own. Dropping it kills the group, so that a failed test leaves no process.
 pub struct Process {

@@ -8,6 +8,7 @@ use anyhow::Result;
 use tempfile::{NamedTempFile, TempPath};
 
 use crate::container::Container;
+use crate::process::copy_program;
 
 /// An executable file that is removed when this is dropped. `Container::replace_binary` copies it, so the copy remains.
 pub struct Release(TempPath);
@@ -32,7 +33,7 @@ impl Release {
     pub fn bad_successor(container: &Container, instead: &str) -> Result<Self> {
         let good = container.path("usr/local/lib/good");
         if !good.exists() {
-            fs::copy(container.binary(), &good)?;
+            copy_program(&container.binary(), &good)?;
         }
         // The good binary would start itself as the intermediate process and the successor, so the script plays both.
         // In the background, bash replaces standard input, which is the takeover channel, unless it is redirected.

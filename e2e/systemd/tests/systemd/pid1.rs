@@ -4,10 +4,11 @@
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::Once;
+use std::time::Duration;
 
 use rustix::process::{Pid, Signal, kill_process};
 use testkit::client::{Connection, Target, get};
-use testkit::process::{Process, make};
+use testkit::process::{Process, copy_program, make};
 use testkit::service::{command, run_to_end};
 use testkit::{block_on, wait_until};
 
@@ -40,7 +41,7 @@ pub fn static_binary() -> PathBuf {
 impl Container {
     fn start() -> Self {
         let root = tempfile::tempdir().expect("the folder is created");
-        std::fs::copy(static_binary(), root.path().join(NAME)).expect("the file is copied");
+        copy_program(&static_binary(), &root.path().join(NAME)).expect("the file is copied");
         std::fs::create_dir(root.path().join("proc")).expect("the folder is created");
         let address = testkit::free_address();
         let mut unshare = command("unshare", &["--fork", "--pid", "--kill-child"]);
@@ -53,8 +54,13 @@ impl Container {
         let log = tempfile::NamedTempFile::new().expect("the file is created");
         unshare.stderr(log.reopen().expect("the file is created"));
         let unshare = Process::spawn(&mut unshare).expect("unshare starts");
-        let container = Self { unshare, target: Target::Tcp(address), log, _root: root };
-        wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
+        let mut container = Self { unshare, target: Target::Tcp(address), log, _root: root };
+        wait_until("the service listens", || {
+            let has_ended =
+                container.unshare.ends_within(Duration::ZERO).expect("the process can be watched");
+            assert!(!has_ended, "{}", container.stderr());
+            std::net::TcpStream::connect(address).is_ok()
+        });
         container
     }
 

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 
 use rustix::process::Signal;
 use testkit::frames::{connect_takeover_socket, recv_message};
-use testkit::process::Process;
+use testkit::process::{Process, copy_program};
 use testkit::service::command;
 use testkit::wait_until;
 
@@ -37,7 +37,7 @@ fn takeover_connection_of_another_user_is_rejected() {
     let readable = |path: &Path| std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o755));
     // A copy that this user can read.
     let binary = folder.path().join("copy");
-    std::fs::copy(app_binary(), &binary).expect("the file is copied");
+    copy_program(Path::new(app_binary()), &binary).expect("the file is copied");
     readable(folder.path()).and_then(|()| readable(&binary)).expect("the mode is set");
     let address = format!("unix:@rejected-{}", std::process::id());
     let mut command = Command::new("setpriv");
