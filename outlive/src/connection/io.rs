@@ -216,7 +216,8 @@ impl Io {
         }
         match (written, &mut self.wire) {
             (Poll::Ready(Ok(length)), Wire::Right(Tls::Left(tls))) => tls.get_mut().0.note_sealed(*length),
-            // Neither parked nor handed over before the response that says so: the connection would close without notice.
+            // Near the limit of its key a connection cannot move (`RecordLayer::is_movable`). It stays here until a response
+            // announces its end, because a drain would otherwise close it without notice.
             (_, Wire::Right(Tls::Right(records))) if records.is_near_key_limit() => {
                 self.handle().forbid_handover();
             }

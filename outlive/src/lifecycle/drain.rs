@@ -363,8 +363,8 @@ impl<'a> Drain<'a> {
             *moved += moving_responses(&connections);
             match sent {
                 Ok(()) => {}
-                // systemd sends a stop signal then, which ends the drain. Without a signal, as without a service manager, no other
-                // process serves the clients.
+                // After the exit of the successor systemd sends a stop signal, which ends the drain. Without a service manager
+                // no signal arrives, and no other process serves the clients, so this one does.
                 Err(error) if is_exit(&error) => {
                     left.append(&mut idle);
                     warn!(%error, connections = left.len(), "could not hand over connections, because the successor has exited; each will be closed after its next response, or when a stop signal ends the drain");

@@ -104,45 +104,50 @@ pub fn inherit(addresses: &[Listen]) -> Result<Inherited> {
 
 impl Inherited {
     /// Binds `addresses`, or the default address if there are none, unless a listener was inherited. Fails if there
-    /// are too many listeners, and if systemd started this process without a socket, or only with the admin socket: a
-    /// socket unit whose `ListenStream=` was changed passes none until it is restarted, and a service that bound another
-    /// port instead, or only answered `/readyz`, would look healthy while no client reaches it.
+    /// are too many listeners.
+    ///
+    /// Also fails if systemd passed no socket, or only the admin socket. After a change of `ListenStream=`, systemd does
+    /// not pass the socket until its unit is restarted. A service that then bound another port, or answered only
+    /// `/readyz`, would look healthy while no client reaches it.
     ///
     /// The caller must watch signals already, because a client of the port can cause one to be sent.
     pub fn listen(&mut self, addresses: &[Listen], service: &str) -> Result<()> {
+        if let Some(reason) = self.missing_socket(addresses, service) {
+            return Err(Failure::config(anyhow!(reason)));
+        }
+        self.warn_of_ignored(addresses);
+        self.bind_unless_inherited(addresses)
+    }
+
+    /// The error if systemd started this process without a socket for the clients of the service.
+    fn missing_socket(&self, addresses: &[Listen], service: &str) -> Option<String> {
         // A listener that the predecessor has bound is one of --listen.
         let is_of_admin_unit = |listener: &Listener| {
             listener.role() == ListenerRole::Admin && matches!(listener.ownership, Ownership::Inherited)
         };
-        if self.named.is_empty()
-            && self.listeners.iter().all(is_of_admin_unit)
-            && systemd::started_this_process()
-        {
-            let remedy = format!("run `systemctl restart {service}.socket`");
-            let reason = match (self.listeners.is_empty(), addresses) {
-                (true, []) => Some(format!(
-                    "systemd passed no listening socket (LISTEN_FDS): {remedy}, or set --listen if this service has no \
-                     socket unit"
-                )),
-                (true, _) => None,
-                (false, []) => {
-                    Some(format!("systemd passed no listening socket besides admin (LISTEN_FDS): {remedy}"))
-                }
-                (false, addresses) => {
-                    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-                    Some(format!(
-                        "systemd passed no listening socket besides admin (LISTEN_FDS), and --listen {} is ignored beside \
-                         it: {remedy}, or set --listen for admin too and disable {service}-admin.socket",
-                        addresses.join(" ")
-                    ))
-                }
-            };
-            if let Some(reason) = reason {
-                return Err(Failure::config(anyhow!(reason)));
+        let serves = !self.named.is_empty() || !self.listeners.iter().all(is_of_admin_unit);
+        if serves || !systemd::started_this_process() {
+            return None;
+        }
+        let remedy = format!("run `systemctl restart {service}.socket`");
+        match (self.listeners.is_empty(), addresses) {
+            (true, []) => Some(format!(
+                "systemd passed no listening socket (LISTEN_FDS): {remedy}, or set --listen if this service has no \
+                 socket unit"
+            )),
+            (true, _) => None,
+            (false, []) => {
+                Some(format!("systemd passed no listening socket besides admin (LISTEN_FDS): {remedy}"))
+            }
+            (false, addresses) => {
+                let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+                Some(format!(
+                    "systemd passed no listening socket besides admin (LISTEN_FDS), and --listen {} is ignored beside \
+                     it: {remedy}, or set --listen for admin too and disable {service}-admin.socket",
+                    addresses.join(" ")
+                ))
             }
         }
-        self.warn_of_ignored(addresses);
-        self.bind_unless_inherited(addresses)
     }
 
     /// Logs the `addresses` on which no inherited listener listens. A successor inherits those that its predecessor bound.

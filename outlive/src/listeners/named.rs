@@ -147,8 +147,8 @@ impl NamedSockets {
 }
 
 impl State {
-    /// Fails if a socket that is not claimed is a connection. systemd passes one with Accept=yes, and calls it `connection`
-    /// unless the unit has another name for it, so an error about its name would not show the cause.
+    /// Fails if an unclaimed socket is a connection. With Accept=yes, systemd passes a connection instead of a listener. Its
+    /// default name is `connection`, so an error about an unknown name would hide the cause.
     fn refuse_connections(&self) -> anyhow::Result<()> {
         for NamedSocket { name, fd, .. } in &self.unclaimed {
             let kind = describe(fd);

@@ -219,8 +219,9 @@ impl ParkedConnections {
         self.wake(|idle| self.registry.is_idle_for_too_long(idle.since))
     }
 
-    /// Selects the `count` connections that have been idle longest, of those that `may_close` permits and of `others`, which are
-    /// idle since these times but not parked. Unparks those of them that are parked.
+    /// Selects the `count` connections that have been idle longest, and unparks and returns those of them that are parked.
+    /// `others` are the times since which connections that are not parked have been idle. `may_close` says which parked
+    /// connections can be selected.
     pub fn unpark_longest_idle(
         &self,
         count: usize,

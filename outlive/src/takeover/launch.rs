@@ -41,7 +41,7 @@ const SUCCESSOR: &str = "successor";
 /// The line that a successor writes to its result pipe when it is the main process.
 const OK: &str = "ok";
 
-/// How much longer than `launch` takes at most [`Program::launch_on_thread`] waits for it.
+/// [`Program::launch_on_thread`] waits this much longer than the time limit of [`Program::launch`].
 const EXEC_LAG: Duration = Duration::from_secs(1);
 
 /// How much of a binary is read and searched at once, in bytes.
@@ -125,10 +125,10 @@ impl Program {
         command
     }
 
-    /// As [`Program::launch`], on a thread of its own. If exec(2) hangs, for example because the binary is on a network
-    /// file system whose server is down, this fails soon after `limit`, and the thread stays until exec(2) returns. It
-    /// then kills the intermediate process. There is at most one such thread, because as long as there is one, this
-    /// fails at once.
+    /// Runs [`Program::launch`] on a thread of its own. If exec(2) hangs, for example because the binary is on a network
+    /// file system whose server is down, the call fails soon after `limit`. The thread waits until exec(2) returns, and
+    /// then kills the intermediate process. While such a thread exists, further calls fail at once, so there is at most
+    /// one.
     pub async fn launch_on_thread(self, channel: OwnedFd, limit: Duration) -> Result<Launched> {
         static LAUNCH: Semaphore = Semaphore::const_new(1);
         let path = self.path.display().to_string();

@@ -82,7 +82,8 @@ impl TlsRenewal {
     }
 
     /// A failure is reported at its second occurrence, because the program that replaces a certificate and its key may have
-    /// replaced only one of them yet. If [`REASONS`] others were seen before, it is reported at once.
+    /// replaced only one of them yet. If the list of reasons is full, a
+    /// new reason is reported at once.
     fn check(&mut self) -> Check {
         let reason = match self.material.renew(|| sleep(WRITE_TIME)) {
             Ok(renewed) => {

@@ -1,6 +1,7 @@
 //! [`Threadless`]: the real binary as a process to which a test refuses new threads, as `TasksMax=` does.
 //!
-//! A limit of memory would need no other user, but refuses no thread if an earlier one has ended, because libc keeps its stack.
+//! A memory limit would not need another user. But after a thread has ended, libc gives its stack to the next one, which
+//! needs no new memory then, so the limit does not stop it.
 
 use std::io::{BufRead, BufReader};
 use std::os::unix::process::CommandExt;

@@ -39,7 +39,7 @@ fn client(certificate: &Certificate, protocol: &str) -> Arc<ClientConfig> {
     certificate.client(&[protocol]).expect("the client configuration is valid")
 }
 
-/// Replaces the files of a certificate, as a program does that renews certificates: each file by itself.
+/// Replaces the files of a certificate one at a time, as a program does that renews certificates.
 fn replace(certificate: &Certificate, next: &Certificate) {
     for (from, to) in [(next.chain(), certificate.chain()), (next.key(), certificate.key())] {
         let aside = to.with_extension("new");

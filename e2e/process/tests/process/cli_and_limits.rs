@@ -789,7 +789,7 @@ fn a_start_by_systemd_without_sockets_is_refused_and_names_the_socket_unit() {
     }
 }
 
-/// As after a change of `ListenStream=` in a unit that also has an admin socket: systemd passes only that one.
+/// After a change of `ListenStream=` in the socket unit of the service, systemd passes only the socket of the admin unit.
 #[test]
 fn a_start_by_systemd_with_only_an_admin_socket_is_refused_and_names_the_socket_unit() {
     let variables = [("LISTEN_FDNAMES", "admin"), ("INVOCATION_ID", "0123456789abcdef0123456789abcdef")];

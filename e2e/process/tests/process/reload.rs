@@ -478,8 +478,9 @@ fn a_release_that_hangs_fails_the_reload_at_the_takeover_timeout() {
     assert_eq!(log.matches(reason).count(), 2, "{log}");
 }
 
-/// Makes exec(2) of this file hang until the process is dropped, at most for `fs.lease-break-time` (45 s), as a network file
-/// system does whose server is down: a lease (F_SETLEASE in fcntl(2)) delays all who open the file. perl(1) needs no unsafe code.
+/// Makes exec(2) of this file hang until the returned process is dropped, or for at most `fs.lease-break-time` (45 s). This
+/// simulates a network file system whose server is down. A lease (F_SETLEASE in fcntl(2)) delays every open of the file;
+/// perl(1) takes it, because Rust would need unsafe code.
 fn delay_exec(path: &Path) -> Process {
     let script = "$SIG{IO} = 'IGNORE'; open(my $file, '<', $ARGV[0]) or die $!; \
                   fcntl($file, 1024, 1) or die $!; print \"held\\n\"; close(STDOUT); sleep 1000";

@@ -450,7 +450,8 @@ fn dbus_drop_in_is_installed_only_with_a_binary_that_owns_the_name() {
     }
 }
 
-/// Cargo passes MAKEFLAGS to the build script of jemalloc, whose own make would install into DESTDIR, too.
+/// Cargo passes MAKEFLAGS, which contains DESTDIR, to the build script of jemalloc. The make of that script would then
+/// install into DESTDIR.
 #[test]
 fn make_install_does_not_pass_its_variables_to_the_makefiles_of_dependencies() {
     let folder = tempfile::tempdir().expect("the folder is created");

@@ -160,7 +160,8 @@ fn spans_are_sent_again_once_the_kernel_permits_threads() {
     let mut command = command(app_binary(), &["--listen", &address.to_string()]);
     command.env("OTEL_EXPORTER_OTLP_ENDPOINT", &endpoint).env("OTEL_BSP_SCHEDULE_DELAY", "50");
     let service = Threadless::spawn(&mut command).expect("the service starts");
-    // Without a request: after a span, tokio would have an idle thread for the next lookup.
+    // This sends no request, because the export of its span would leave an idle thread, which tokio would use for the next
+    // lookup.
     wait_until("the service listens", || std::net::TcpStream::connect(address).is_ok());
     let ask = || {
         block_on(async {
